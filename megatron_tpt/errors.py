@@ -1,0 +1,8 @@
+"""The one exception that means "you can mend this"."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; its text is one line that says what is wrong and what to change.
+
+    The command-line programs print it without a traceback and exit with code 2.
+    """

@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written under a temporary name beside its target, flushed to the disk, then renamed; a rename within
+one folder is atomic on POSIX, so a reader (or a process killed at any moment) sees the old content or the new, never a part.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_beside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffixes stay last: writers choose the format and the compression by them.
+    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends without an exception it becomes `path`.
+
+    The block must close what it wrote there. After an exception the temporary file is removed and `path` is untouched.
+    """
+    path = Path(path)
+    temporary = _temporary_beside(path)
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block ends without an exception it becomes `path`.
+
+    Raises FileExistsError when `path` exists by then and is not empty: a finished folder is never replaced.
+    """
+    path = Path(path)
+    temporary = _temporary_beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            raise FileExistsError(f"{path} exists already and is not empty") from error
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_symlink(target: str, link: str | Path) -> None:
+    """Point `link` at `target` (a path relative to the link's folder), replacing a link that is there."""
+    link = Path(link)
+    temporary = _temporary_beside(link)
+    temporary.unlink(missing_ok=True)
+    os.symlink(target, temporary)
+    os.replace(temporary, link)
+    _fsync(link.parent)
