@@ -1,0 +1,93 @@
+"""The shape of a model, in Hugging Face's terms where Megatron Core and Hugging Face differ in name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tpt.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    preset: str | None = None
+    """Name of a size preset (see megatron_tpt/models/presets.py) that fills in every field not given."""
+    num_layers: int = 2
+    """Transformer blocks."""
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 192
+    """Width inside the feed-forward network (each of its two gated halves)."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); as many as query heads when not given."""
+    head_dim: int | None = None
+    """Width of one head; hidden_size / num_attention_heads when not given."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary; the training data's tokenizer decides when not given."""
+    vocab_padding_multiple: int = 128
+    """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not depend
+    on the layout: a checkpoint fits any."""
+    max_position_embeddings: int = 8192
+    """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies (theta)."""
+    rope_scaling_factor: float | None = None
+    """Llama 3's change of the rotary frequencies, which stretches a context of 8,192 after training: 8 for Llama 3.1,
+    32 for Llama 3.2; none when not given."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as output matrix too."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head (Qwen3)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; the two projections back into the residual stream get
+    init_std / sqrt(2 * num_layers)."""
+    hidden_dropout: float = 0.0
+    """Dropout on the residual branches."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention weights."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Kernels: Transformer Engine's, Megatron Core's own in plain torch (local), or auto: local on a CPU,
+    Transformer Engine on a GPU (an error when it is not installed)."""
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="
+                f"{self.num_attention_heads}: change one of them or give model.head_dim"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise UserError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of model.num_query_groups="
+                f"{self.query_groups}: change one of them"
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to the padding multiple."""
+        if self.vocab_size is None:
+            raise UserError("model.vocab_size is not known: give it, or training data whose tokenizer decides it")
+        return -(-self.vocab_size // self.vocab_padding_multiple) * self.vocab_padding_multiple
+
+    def num_parameters(self) -> int:
+        """All parameters, with the padded embedding rows."""
+        h, f, d = self.hidden_size, self.ffn_hidden_size, self.kv_channels
+        qkv_width = (self.num_attention_heads + 2 * self.query_groups) * d
+        block = h * qkv_width + self.num_attention_heads * d * h + 3 * h * f + 2 * h
+        block += qkv_width * self.qkv_bias + 2 * d * self.qk_norm
+        return self.num_layers * block + (1 if self.tie_embeddings else 2) * self.padded_vocab_size * h + h

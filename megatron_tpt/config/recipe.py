@@ -1,0 +1,229 @@
+"""Everything that decides a training run, as nested dataclasses; a recipe file is their YAML.
+
+A field's docstring is its documentation: it is what `--help` prints. `__post_init__` refuses what can be seen in one
+section; `megatron_tpt.config.load.check` what needs several, and the number of processes.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what makes it reproducible."""
+
+    output_dir: Path = Path("runs/default")
+    """The run folder: run.yaml, checkpoints/, tensorboard/, metrics.jsonl. The same folder again resumes the run."""
+    seed: int = 1234
+    """Decides the initial weights, the data order and dropout."""
+    threads_per_process: int | None = None
+    """CPU threads of each process; torch's choice (OMP_NUM_THREADS) when not given. Losses are the same to the bit only
+    for the same number."""
+    distributed_timeout_s: int = 600
+    """A collective that waits longer for another rank fails."""
+
+
+@dataclass
+class DatasetSource:
+    """One indexed dataset in a blend."""
+
+    path: Path
+    """Prefix of the files PREFIX.bin, PREFIX.idx and PREFIX.json that tools/index.py wrote."""
+    weight: float = 1.0
+    """Share of the training samples drawn from here, relative to the other weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"data: weight {self.weight} of {self.path} must be above 0")
+
+
+@dataclass
+class DataConfig:
+    """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens."""
+
+    train: list[DatasetSource] = field(default_factory=list)
+    """The blend to train on."""
+    validation: list[DatasetSource] = field(default_factory=list)
+    """A blend whose loss is measured every training.validation_interval steps."""
+    cache_dir: Path | None = None
+    """Where the sample indices are kept; `cache/` beside the first training index when not given."""
+    num_workers: int = 0
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+
+@dataclass
+class SftDataConfig:
+    """Fine-tuning data: JSON lines with a prompt and a response; the loss is on the response alone."""
+
+    train: list[Path] = field(default_factory=list)
+    """JSONL files with the fields `prompt` and `response`."""
+    tokenizer: Path | None = None
+    """Hugging Face tokenizer folder; the one of training.init_from when not given."""
+    prompt_field: str = "prompt"
+    """Name of the field that holds the prompt."""
+    response_field: str = "response"
+    """Name of the field that holds the response."""
+    num_workers: int = 0
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the data are spread over processes. The data-parallel size is what remains of the world."""
+
+    tensor_parallel_size: int = 1
+    """Processes that share each matrix."""
+    pipeline_parallel_size: int = 1
+    """Processes that share the layers."""
+    sequence_parallel: bool = False
+    """Also split norms and dropout along the sequence over the tensor-parallel group; needs tensor_parallel_size > 1."""
+    distributed_optimizer: bool = True
+    """Split the optimizer state over the data-parallel group (ZeRO 1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass begins; needs the two settings above."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be 1 or more")
+        _require(
+            not self.sequence_parallel or self.tensor_parallel_size > 1,
+            "parallel.sequence_parallel needs parallel.tensor_parallel_size > 1: turn it off or raise the size",
+        )
+        _require(
+            not self.overlap_param_gather or (self.distributed_optimizer and self.overlap_grad_reduce),
+            "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce",
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 3e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the decay."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Decay after the warm-up; wsd is constant, then a linear decay over the last wsd_decay_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which the decay ends; training.num_steps when not given."""
+    wsd_decay_steps: int | None = None
+    """Length of the final decay of the wsd schedule; a tenth of decay_steps when not given."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases and norms are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be above 0")
+        _require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"optimizer.min_learning_rate={self.min_learning_rate} must lie between 0 and optimizer.learning_rate",
+        )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+
+
+@dataclass
+class TrainingConfig:
+    """How long, in what portions and in which precision."""
+
+    num_steps: int = 100
+    """Optimizer steps of the whole run."""
+    sequence_length: int = 128
+    """Tokens per sample."""
+    global_batch_size: int = 8
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one process."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to compute again in the backward pass instead of keeping them: attention only, or whole layers."""
+    init_from: Path | None = None
+    """Checkpoint folder whose weights (nothing else) the run starts from; random weights when not given."""
+    validation_interval: int = 0
+    """Steps between validations; 0 never validates."""
+    validation_steps: int = 8
+    """Global batches per validation."""
+    manual_gc_interval: int = 0
+    """Collect Python garbage every so many steps on all ranks at once instead of whenever; 0 leaves it to Python."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
+            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    save_interval: int = 0
+    """Steps between checkpoints; the last step is always saved, 0 saves nothing else."""
+    keep_last: int | None = None
+    """Older checkpoints are deleted when there are more than this; all are kept when not given."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported and how often."""
+
+    log_interval: int = 10
+    """Steps between lines on the console, in metrics.jsonl and in TensorBoard; the values are means over them."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    peak_tflops: float | None = None
+    """Dense peak of one accelerator in TFLOP/s for MFU (989 for an H100 or H200 SXM in bf16); no MFU when not given."""
+
+
+@dataclass
+class Recipe:
+    """Sections shared by pre-training and fine-tuning."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Run folder and seed."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over processes."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Steps, batch, precision."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+
+
+@dataclass
+class PretrainRecipe(Recipe):
+    """A pre-training or mid-training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Indexed datasets."""
+
+
+@dataclass
+class FinetuneRecipe(Recipe):
+    """A supervised fine-tuning run."""
+
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    """Prompts and responses."""

@@ -1,0 +1,190 @@
+"""Llama- and Qwen-family models as Megatron Core `GPTModel`s."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.errors import UserError
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm as Megatron Core builds norms, with sequence parallelism.
+
+    Megatron Core's own wrapper of it refuses sequence parallelism (megatron/core/transformer/torch_norm.py:50). What is
+    needed is only the mark on the weight: under sequence parallelism each rank sees a part of the positions, and
+    `finalize_model_grads` adds up the gradients of marked weights over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def use_transformer_engine(model: ModelConfig) -> bool:
+    """Whether the model is built from Transformer Engine's kernels. Raises UserError when they are asked for and absent."""
+    if model.transformer_impl == "local" or (model.transformer_impl == "auto" and not torch.cuda.is_available()):
+        return False
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "Transformer Engine is not installed: install transformer-engine[pytorch], or give "
+            "--model.transformer_impl=local to train on the GPU with Megatron Core's slower kernels"
+        )
+    return True
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
+    """Megatron Core's description of the same model, with its layout and precision."""
+    dtype = TORCH_DTYPES[training.dtype]
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[training.recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        rotary_interleaved=False,
+        init_method_std=model.init_std,
+        perform_initialization=False,  # initialize_weights does it, alike for every layout
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.dtype == "bf16",
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),
+        bias_dropout_fusion=torch.cuda.is_available(),
+        masked_softmax_fusion=torch.cuda.is_available(),
+        **recompute,
+    )
+
+
+def _block_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if use_transformer_engine(model):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    if model.qk_norm:
+        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int) -> GPTModel:
+    """This rank's part of the model, its weights drawn from `seed` alike for every layout.
+
+    Needs initialised process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s]
+    to losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
+    """
+    config = transformer_config(model, parallel, training)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(model, config),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=training.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+    )
+    initialize_weights(gpt, model, seed)
+    if torch.cuda.is_available():
+        gpt.cuda(torch.cuda.current_device())
+    return gpt.bfloat16() if training.dtype == "bf16" else gpt
+
+
+def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
+    state = gpt.sharded_state_dict()
+    apply_factories(state)  # splits the gated projections into their two halves
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and value.data is not None:
+            yield value
+
+
+@torch.no_grad()
+def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
+    """Draw every matrix from a normal distribution that depends on `seed` and the matrix alone.
+
+    Megatron Core draws from one stream per rank, so that the weights change with the layout. Here the checkpoint's own
+    description of each shard (its key and place in the whole) names a matrix: each rank draws the whole matrix from a
+    seed made of `seed` and the name, and keeps its part. Norms stay 1, biases 0. Projections back into the residual
+    stream have a standard deviation smaller by sqrt(2 * num_layers), as in GPT-2.
+    """
+    for parameter_name, parameter in gpt.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.zero_()
+    for shard in _weight_shards(gpt):
+        num_stacked = shard.prepend_axis_num  # leading axes that only count layers
+        whole_shape = shard.global_shape[num_stacked:]
+        if len(whole_shape) < 2:
+            continue
+        into_residual = ".linear_proj." in shard.key or ".linear_fc2." in shard.key
+        std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
+        name = f"{seed}/{shard.key}/{shard.global_offset[:num_stacked]}"
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        )
+        whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
+        place = tuple(
+            slice(offset, offset + length)
+            for offset, length in zip(
+                shard.global_offset[num_stacked:], shard.data.shape[-len(whole_shape) :], strict=True
+            )
+        )
+        shard.data.copy_(whole[place].view(shard.data.shape))
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model with its vocabulary decided by a tokenizer of `vocab_size` tokens.
+
+    Raises UserError when the recipe asks for fewer tokens than the tokenizer has.
+    """
+    if model.vocab_size is None:
+        return dataclasses.replace(model, vocab_size=vocab_size)
+    if model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({vocab_size} tokens): "
+            f"raise it, or leave it out"
+        )
+    return model
