@@ -1,0 +1,143 @@
+"""The manifest `PREFIX.json` beside an index: what it was made of, with what, and how to tell that it is
+whole.
+
+It is written last: an index without it is not finished. The trainer reads it to refuse another tokenizer's
+index.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.indexing.writer import idx_bytes
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer an index was made with."""
+
+    path: str
+    fingerprint: str
+    """ "sha256:" and the digest of its tokenizer.json."""
+    vocab_size: int
+    """The largest token id + 1."""
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class ThinkTokens:
+    """The tokens before and after the thinking."""
+
+    open: list[int]
+    close: list[int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `modified_ns` and `bytes` tell whether it is still the same."""
+
+    path: str
+    documents: int
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class IndexCounts:
+    """`tokens` = `document_tokens` (with EOS) + `thinking_tokens` (with the tags)."""
+
+    documents: int
+    documents_with_thinking: int
+    tokens: int
+    document_tokens: int
+    thinking_tokens: int
+    skipped: dict[str, int]
+    """Bad records left out, by reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `PREFIX.json`."""
+
+    tokenizer: TokenizerInfo
+    think: ThinkTokens
+    join: str
+    text_column: str
+    dtype: str
+    """Of the tokens in `.bin`: uint16 or int32."""
+    sources: list[Source]
+    counts: IndexCounts
+    checksums: dict[str, str]
+    """Of "bin" and "idx": "sha256:" and the digest."""
+    command: list[str]
+
+    @staticmethod
+    def path(prefix: str | Path) -> Path:
+        """Where the manifest of the index `prefix` is."""
+        return Path(f"{prefix}.json")
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> "Manifest":
+        """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
+        path = cls.path(prefix)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such index; make it with tools/index.py --output {prefix}") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: not readable as an index manifest ({error})") from error
+        return cls._from_json(path, content)
+
+    @classmethod
+    def _from_json(cls, path: Path, content: Any) -> "Manifest":
+        try:
+            version = content.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again"
+                )
+            return cls(
+                tokenizer=TokenizerInfo(**content.pop("tokenizer")),
+                think=ThinkTokens(**content.pop("think")),
+                sources=[Source(**source) for source in content.pop("sources")],
+                counts=IndexCounts(**content.pop("counts")),
+                **content,
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not an index manifest ({error}); index again") from error
+
+    def write(self, prefix: str | Path) -> None:
+        """Write `PREFIX.json`, whole or not at all."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        with atomic_write(self.path(prefix)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def check_files(self, prefix: str | Path) -> None:
+        """Raise UserError when `.bin` or `.idx` is missing or not as long as it must be. Cheap: no data is
+        read.
+        """
+        expected = {
+            "bin": self.counts.tokens * numpy.dtype(self.dtype).itemsize,
+            "idx": idx_bytes(self.counts.documents),
+        }
+        for kind, num_bytes in expected.items():
+            path = Path(f"{prefix}.{kind}")
+            found = path.stat().st_size if path.is_file() else None
+            if found != num_bytes:
+                state = "is missing" if found is None else f"has {found} bytes, not {num_bytes}"
+                raise UserError(f"{path} {state}; remove {self.path(prefix)} and index again")
+
+    def require_tokenizer(self, prefix: str | Path, fingerprint: str) -> None:
+        """Raise UserError when the index was made with a tokenizer other than the one of this fingerprint."""
+        if fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"{prefix}: indexed with another tokenizer (that of {self.tokenizer.path}); "
+                "train with that one, or index again with yours"
+            )

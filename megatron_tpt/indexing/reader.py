@@ -1,0 +1,112 @@
+"""Reading and verifying an indexed dataset without torch: any MMIDIDX version 1, ours or Megatron's."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.writer import DTYPE_CODES, HEADER, MAGIC, VERSION
+
+Array = numpy.ndarray[tuple[int], Any]
+_TOKENS_PER_CHUNK = 1 << 22
+
+
+class IndexReader:
+    """The documents of `PREFIX.bin/.idx`, mapped and not read until they are asked for.
+
+    Raises UserError when the files are missing or do not fit together.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = prefix
+        bin_path, self._idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        for path in (bin_path, self._idx_path):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file")
+        with self._idx_path.open("rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise self._damaged("its header is cut short")
+        magic, version, code, self.num_sequences, num_bounds = HEADER.unpack(header)
+        dtypes = {code: name for name, code in DTYPE_CODES.items()}
+        if magic != MAGIC or version != VERSION or code not in dtypes:
+            raise self._damaged("it does not begin like an index of tokens (MMIDIDX version 1)")
+        self.dtype = numpy.dtype(dtypes[code]).newbyteorder("<")
+        self.num_documents = num_bounds - 1
+        if num_bounds < 1 or self._idx_path.stat().st_size != HEADER.size + 12 * self.num_sequences + 8 * num_bounds:
+            raise self._damaged("its length does not fit its counts")
+        data = numpy.memmap(self._idx_path, mode="r")
+        ends = HEADER.size + numpy.cumsum([0, 4 * self.num_sequences, 8 * self.num_sequences, 8 * num_bounds])
+        self.sequence_lengths: Array = data[ends[0] : ends[1]].view("<i4")
+        self.sequence_offsets: Array = data[ends[1] : ends[2]].view("<i8")
+        self.document_bounds: Array = data[ends[2] : ends[3]].view("<i8")
+        self.num_tokens = int(self.sequence_lengths.sum(dtype=numpy.int64))
+        if bin_path.stat().st_size != self.num_tokens * self.dtype.itemsize:
+            raise UserError(f"{bin_path}: damaged: its length does not fit {self._idx_path.name}; index again")
+        self.tokens: Array = (
+            numpy.memmap(bin_path, mode="r", dtype=self.dtype) if self.num_tokens else numpy.empty(0, self.dtype)
+        )
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def document(self, number: int) -> Array:
+        """The tokens of document `number`, counted from 0: `[num_tokens]`. UserError: there is no such
+        document.
+        """
+        if not 0 <= number < self.num_documents:
+            raise UserError(f"{self.prefix}: no document {number}; they are 0 to {self.num_documents - 1}")
+        first, last = (int(bound) for bound in self.document_bounds[number : number + 2])
+        start = int(self.sequence_offsets[first]) // self.dtype.itemsize if first < last else 0
+        return self.tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=numpy.int64))]
+
+    def document_lengths(self) -> Array:
+        """The number of tokens of each document, `[num_documents]`."""
+        ends = numpy.concatenate([[0], numpy.cumsum(self.sequence_lengths, dtype=numpy.int64)])
+        return numpy.diff(ends[self.document_bounds])
+
+    def check_structure(self) -> None:
+        """Raise UserError unless lengths, offsets and documents agree with each other."""
+        ends = numpy.cumsum(self.sequence_lengths, dtype=numpy.int64)
+        if (self.sequence_lengths < 0).any():
+            raise self._damaged("a length is negative")
+        if not numpy.array_equal(self.sequence_offsets, (ends - self.sequence_lengths) * self.dtype.itemsize):
+            raise self._damaged("the offsets do not follow from the lengths")
+        bounds = self.document_bounds
+        if bounds[0] != 0 or bounds[-1] != self.num_sequences or (numpy.diff(bounds) < 0).any():
+            raise self._damaged("the documents do not cover the sequences")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self._idx_path}: damaged: {what}; index again")
+
+
+def verify(prefix: str | Path) -> Manifest:
+    """Read the whole index and return its manifest; raise UserError at the first thing that is not as it must
+    be.
+
+    Checked: the sizes, the checksums, the structure of `.idx`, the counts, that every token is one of the
+    tokenizer's, and that every document ends with its end-of-sequence token.
+    """
+    manifest = Manifest.read(prefix)
+    manifest.check_files(prefix)
+    reader = IndexReader(prefix)
+    reader.check_structure()
+    for kind, expected in manifest.checksums.items():
+        path = Path(f"{prefix}.{kind}")
+        with path.open("rb") as file:
+            found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise UserError(f"{path}: damaged: its checksum is not the manifest's; index again")
+    counts = manifest.counts
+    if (reader.num_documents, reader.num_tokens) != (counts.documents, counts.tokens):
+        raise UserError(f"{prefix}: its counts are not the manifest's; index again")
+    for first in range(0, reader.num_tokens, _TOKENS_PER_CHUNK):
+        if reader.tokens[first : first + _TOKENS_PER_CHUNK].max() >= manifest.tokenizer.vocab_size:
+            raise UserError(f"{prefix}: holds tokens that its tokenizer does not have; index again")
+    last_tokens = reader.tokens[numpy.cumsum(reader.sequence_lengths, dtype=numpy.int64) - 1]
+    if (last_tokens != manifest.tokenizer.eos_id).any():
+        raise UserError(f"{prefix}: a document does not end with the end-of-sequence token; index again")
+    return manifest

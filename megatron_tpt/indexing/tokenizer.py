@@ -1,0 +1,161 @@
+"""A Hugging Face tokenizer folder, used the way training data needs it.
+
+Raw text is only text: special tokens and think tags that happen to stand in it are spelt out, never turned
+into the token of that name, and no begin- or end-of-sequence token is added. Where such a token belongs, we
+put it ourselves.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import tokenizers
+
+from megatron_tpt.errors import UserError
+
+OPEN_TAG = "<think>"
+CLOSE_TAG = "</think>"
+
+Tokens = numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]]
+
+
+def tokenizer_fingerprint(folder: str | Path) -> str:
+    """ "sha256:" and the digest of `tokenizer.json`. Raises UserError when the folder has none."""
+    return "sha256:" + hashlib.sha256(_tokenizer_file(Path(folder)).read_bytes()).hexdigest()
+
+
+class Tokenizer:
+    """The tokenizer of a folder with `tokenizer.json` and `tokenizer_config.json`.
+
+    Raises UserError when the folder has no readable tokenizer, or when no end-of-sequence token is named
+    there: without one, documents would run into each other.
+    """
+
+    folder: Path
+    fingerprint: str
+    vocab_size: int
+    """The largest token id + 1."""
+    eos_id: int
+    open_ids: list[int]
+    """The token of "<think>", or the tokens of the tag encoded on its own where it is no token."""
+    close_ids: list[int]
+    """The same for "</think>"."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.fingerprint = tokenizer_fingerprint(self.folder)
+        self._backend, self._special = _load(_tokenizer_file(self.folder))
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos_id = _find_eos(self.folder, self._backend)
+        special_ids = [id for name in self._special if (id := self._backend.token_to_id(name)) is not None]
+        self._is_special = numpy.zeros(self.vocab_size, dtype=bool)
+        self._is_special[special_ids] = True
+        self.open_ids = self._tag_ids(OPEN_TAG)
+        self.close_ids = self._tag_ids(CLOSE_TAG)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of every text, as raw text."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = [numpy.asarray(encoding.ids, dtype=numpy.int32) for encoding in encodings]
+        for i, tokens in enumerate(encoded):
+            # Models whose vocabulary is looked up by whole words can still find a special token.
+            if self._is_special[tokens].any():
+                encoded[i] = self._encode_spelt_out(texts[i])
+        return encoded
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one raw text."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_tagged(self, text: str) -> list[int]:
+        """The tokens of a text of our own, in which the think tags do mean the tags (SFT responses)."""
+        pieces = re.split(f"({OPEN_TAG}|{CLOSE_TAG})", text)
+        tags = {OPEN_TAG: self.open_ids, CLOSE_TAG: self.close_ids}
+        return [id for piece in pieces if piece for id in (tags.get(piece) or self.encode(piece))]
+
+    def decode(self, tokens: Sequence[int] | Tokens) -> str:
+        """The text of `tokens`; special tokens are shown."""
+        return self._backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+    def _tag_ids(self, tag: str) -> list[int]:
+        token = self._backend.token_to_id(tag)
+        ids = self._backend.encode(tag, add_special_tokens=False).ids if token is None else [token]
+        if not ids:
+            raise UserError(f"{self.folder}: this tokenizer cannot encode {tag!r}; add it as a special token")
+        return ids
+
+    def _encode_spelt_out(self, text: str) -> Tokens:
+        """Encode `text` with every special token's name in it cut after its first character."""
+        names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return numpy.asarray([id for encoding in encodings for id in encoding.ids], dtype=numpy.int32)
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such tokenizer folder")
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    return path
+
+
+def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
+    """The backend, set to leave special tokens in text alone, and the names of these special tokens."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        added = description.get("added_tokens") or []
+        for token in added:
+            # Some families keep their think tags as ordinary added tokens; raw text must not make them.
+            token["special"] = token["special"] or token["content"] in (OPEN_TAG, CLOSE_TAG)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # the library raises bare Exception for what it cannot read
+        raise UserError(f"{path}: not a readable tokenizer ({error})") from error
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    special = [token["content"] for token in added if token["special"]]
+    return backend, list(dict.fromkeys([*special, OPEN_TAG, CLOSE_TAG]))
+
+
+def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
+    """The id of the end-of-sequence token that the folder's configuration names."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read_json(folder / name).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token:
+            if (id := backend.token_to_id(token)) is None:
+                raise UserError(f"{folder / name}: eos_token {token!r} is not in the tokenizer's vocabulary")
+            return id
+    for name in ("generation_config.json", "config.json"):
+        id = _read_json(folder / name).get("eos_token_id")
+        if isinstance(id, list):
+            id = id[0] if id else None
+        if id is not None:
+            if not isinstance(id, int) or backend.id_to_token(id) is None:
+                raise UserError(f"{folder / name}: eos_token_id {id!r} is not in the tokenizer's vocabulary")
+            return id
+    raise UserError(
+        f"{folder}: this tokenizer names no end-of-sequence token, so documents could not be told apart; "
+        'set "eos_token" in tokenizer_config.json'
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,95 @@
+"""Train a byte-level BPE tokenizer on documents and save it as a Hugging Face folder.
+
+Every text can be encoded (there are tokens for all 256 bytes) and decoding gives the text back exactly. The
+same input makes the same tokenizer.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_directory
+from megatron_tpt.indexing.options import TrainTokenizerOptions
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.records import read_records
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def train_tokenizer(options: TrainTokenizerOptions) -> Path:
+    """Train a tokenizer and save it as `options.output`. Raises UserError for bad input or a folder that
+    exists.
+    """
+    special = list(dict.fromkeys([EOS, PAD, OPEN_TAG, CLOSE_TAG, *options.special_tokens]))
+    if options.output.exists():
+        raise UserError(f"{options.output} exists; choose another --output or remove it")
+    smallest = 256 + len(special)
+    if options.vocab_size < smallest:
+        raise UserError(f"--vocab-size {options.vocab_size} is too small: bytes and special tokens take {smallest}")
+    template = _read_template(options.chat_template)
+    backend = _train(options, special)
+    with atomic_directory(options.output) as folder:
+        _save(folder, backend, template, options)
+    print(f"{options.output}: {backend.get_vocab_size():,} tokens")
+    return options.output
+
+
+def _train(options: TrainTokenizerOptions, special: list[str]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if options.split_digits else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    num_texts = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal num_texts
+        for record in read_records(options.input, text_column=options.text_column):
+            num_texts += 1
+            yield record.text
+
+    backend.train_from_iterator(texts(), trainer)
+    if not num_texts:
+        raise UserError("the input holds no document to train on")
+    return backend
+
+
+def _save(folder: Path, backend: tokenizers.Tokenizer, template: str | None, options: TrainTokenizerOptions) -> None:
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        # As in the families that think, the tags are no "special" tokens: those are left out of decoded text, and
+        # with them every sign of where the thinking ends.
+        token["special"] = token["content"] not in (OPEN_TAG, CLOSE_TAG)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": options.special_tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 20,
+    }
+    if template is not None:
+        config["chat_template"] = template
+    for name, content in (("tokenizer.json", description), ("tokenizer_config.json", config)):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _read_template(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: chat template cannot be read ({error})") from error
