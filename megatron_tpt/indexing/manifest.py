@@ -6,6 +6,7 @@ index.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,18 @@ class Manifest:
                 f"{prefix}: indexed with another tokenizer (that of {self.tokenizer.path}); "
                 "train with that one, or index again with yours"
             )
+
+
+def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
+    """The manifests of indices that are used together.
+
+    Raises UserError when one is missing or damaged, or when they were made with different tokenizers.
+    """
+    manifests: list[Manifest] = []
+    for prefix in prefixes:
+        manifest = Manifest.read(prefix)
+        manifest.check_files(prefix)
+        if manifests:
+            manifest.require_tokenizer(prefix, manifests[0].tokenizer.fingerprint)
+        manifests.append(manifest)
+    return manifests

@@ -60,13 +60,19 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of every text, as raw text."""
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        encoded = [numpy.asarray(encoding.ids, dtype=numpy.int32) for encoding in encodings]
+        encoded = self._encode_batch(texts)
         for i, tokens in enumerate(encoded):
             # Models whose vocabulary is looked up by whole words can still find a special token.
             if self._is_special[tokens].any():
                 encoded[i] = self._encode_spelt_out(texts[i])
         return encoded
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # bare Exception, for instance without a token for the unknown
+            raise UserError(f"{self.folder}: this tokenizer cannot encode a text of the input ({error})") from error
+        return [numpy.asarray(encoding.ids, dtype=numpy.int32) for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one raw text."""
@@ -94,8 +100,7 @@ class Tokenizer:
         names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
         cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
-        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
-        return numpy.asarray([id for encoding in encodings for id in encoding.ids], dtype=numpy.int32)
+        return numpy.concatenate(self._encode_batch(pieces))
 
 
 def _tokenizer_file(folder: Path) -> Path:
