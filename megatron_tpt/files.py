@@ -19,6 +19,14 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: str | Path) -> None:
+    """Flush a folder and everything in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _fsync(Path(place, name))
+        _fsync(Path(place))
+
+
 def _temporary_beside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffixes stay last: writers choose the format and the compression by them.
@@ -54,10 +62,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
+        sync_tree(temporary)
         try:
             os.rename(temporary, path)
         except OSError as error:

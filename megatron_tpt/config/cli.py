@@ -4,16 +4,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from megatron_tpt.errors import UserError
 
-T = TypeVar("T")
 
-
-def parse(cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
+def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
     """Build a `cls` (a dataclass) from command-line options: `--text-column VALUE` for the field `text_column`.
 
     The docstring under a field is its help; a list takes several values. An unknown option or a value of the wrong type
@@ -27,7 +25,8 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

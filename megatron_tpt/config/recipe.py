@@ -71,6 +71,8 @@ class SftDataConfig:
     """Name of the field that holds the prompt."""
     response_field: str = "response"
     """Name of the field that holds the response."""
+    on_too_long: Literal["stop", "skip"] = "stop"
+    """What to do with an example longer than training.sequence_length: stop, or leave it out and count it."""
     num_workers: int = 0
     """Processes per rank that read ahead; 0 reads in the training process."""
 
@@ -227,3 +229,12 @@ class FinetuneRecipe(Recipe):
 
     data: SftDataConfig = field(default_factory=SftDataConfig)
     """Prompts and responses."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer to fine-tune with: the one named, or the one kept with the checkpoint to start from."""
+        if self.data.tokenizer is not None:
+            return self.data.tokenizer
+        if self.training.init_from is None:
+            raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
+        return self.training.init_from / "tokenizer"

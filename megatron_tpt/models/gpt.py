@@ -1,10 +1,10 @@
 """Llama- and Qwen-family models as Megatron Core `GPTModel`s."""
 
-import dataclasses
 import hashlib
 import importlib.util
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -54,12 +54,13 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
     """Megatron Core's description of the same model, with its layout and precision."""
     dtype = TORCH_DTYPES[training.dtype]
-    recompute = {
+    recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[training.recompute]
+    }
     return TransformerConfig(
+        transformer_impl="transformer_engine" if use_transformer_engine(model) else "local",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -90,7 +91,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=torch.cuda.is_available(),
-        **recompute,
+        **recompute_settings[training.recompute],
     )
 
 
@@ -103,9 +104,7 @@ def _block_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | T
     if model.qk_norm:
         layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int) -> GPTModel:
@@ -162,9 +161,7 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
         into_residual = ".linear_proj." in shard.key or ".linear_fc2." in shard.key
         std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
         name = f"{seed}/{shard.key}/{shard.global_offset[:num_stacked]}"
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        )
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1)
         whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
         place = tuple(
             slice(offset, offset + length)
@@ -173,18 +170,3 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
             )
         )
         shard.data.copy_(whole[place].view(shard.data.shape))
-
-
-def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The model with its vocabulary decided by a tokenizer of `vocab_size` tokens.
-
-    Raises UserError when the recipe asks for fewer tokens than the tokenizer has.
-    """
-    if model.vocab_size is None:
-        return dataclasses.replace(model, vocab_size=vocab_size)
-    if model.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({vocab_size} tokens): "
-            f"raise it, or leave it out"
-        )
-    return model

@@ -1,0 +1,219 @@
+"""From a recipe file and the command line to a checked recipe.
+
+    recipe, arguments = load_recipe(PretrainRecipe, ["recipe.yaml", "--training.num_steps=50", "--dry-run"])
+
+The YAML is read, dotted overrides are written into it, a model preset is filled in, and the result becomes dataclasses;
+unknown keys and wrong types are refused by name. No torch is imported: a mistake is reported within a second.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.models.presets import PRESETS
+
+USAGE = "RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]] [--help]"
+
+
+def _parser(cls: type[Recipe]) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, usage=f"%(prog)s {USAGE}", description=cls.__doc__)
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when there is no file, no YAML or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}: give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections (model:, training:, ...)")
+    return content
+
+
+def _apply_override(raw: dict[str, Any], key: str, value: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"--{key}: {section} is not a section of the recipe")
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raw[last] = value
+
+
+@dataclasses.dataclass
+class Arguments:
+    """What a training program was called with."""
+
+    path: Path
+    """The recipe file."""
+    overrides: list[tuple[str, str]]
+    """Dotted keys and their values, in their order."""
+    dry_run: bool = False
+    """Describe the run and start nothing."""
+    num_processes: int | None = None
+    """Processes the dry run is to assume; as few as the layout allows when not given."""
+
+
+def _read_arguments(argv: Sequence[str]) -> Arguments:
+    arguments = Arguments(Path(), [])
+    paths, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        key, has_value, value = argument[2:].partition("=")
+        if not argument.startswith("--"):
+            paths.append(argument)
+        elif key == "dry-run":
+            arguments.dry_run = True
+            if has_value and not value.isdecimal():
+                raise UserError(f"{argument}: the number of processes must be a whole number")
+            arguments.num_processes = int(value) if has_value else None
+        elif has_value:
+            arguments.overrides.append((key, value))
+        elif rest:
+            arguments.overrides.append((key, rest.pop(0)))
+        else:
+            raise UserError(f"{argument} lacks its value: write {argument}=VALUE")
+    if len(paths) != 1:
+        raise UserError(f"expected one recipe file, got {len(paths)}: usage: {USAGE}")
+    arguments.path = Path(paths[0])
+    return arguments
+
+
+def _fill_in_preset(raw: dict[str, Any]) -> None:
+    model = raw.get("model")
+    if not isinstance(model, dict) or model.get("preset") is None:
+        return
+    if model["preset"] not in PRESETS:
+        raise UserError(f"model.preset={model['preset']} is not known: use one of {', '.join(sorted(PRESETS))}")
+    raw["model"] = {**PRESETS[model["preset"]], **model}
+
+
+def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
+    """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives itself."""
+    training = raw.get("training")
+    if isinstance(training, dict) and training.get("init_from") is not None:
+        folder = Path(str(training["init_from"]))
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"training.init_from={folder} is no checkpoint: give a folder like RUN/checkpoints/latest")
+        raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **(raw.get("model") or {})}
+
+
+def _spell_out_sources(raw: dict[str, Any]) -> None:
+    """`train: PREFIX` and `train: [PREFIX, ...]` mean sources of weight 1."""
+    data = raw.get("data")
+    if not isinstance(data, dict):
+        return
+    for split in ("train", "validation"):
+        if isinstance(data.get(split), str):
+            data[split] = [data[split]]
+        if isinstance(data.get(split), list):
+            data[split] = [{"path": item} if isinstance(item, str) else item for item in data[split]]
+
+
+def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
+    """Dataclasses from nested mappings. Raises UserError that names an unknown key or a wrong type."""
+    _fill_in_preset(raw)
+    _take_shape_of_checkpoint(raw)
+    if cls is PretrainRecipe:
+        _spell_out_sources(raw)
+    elif isinstance(raw.get("data"), dict) and isinstance(raw["data"].get("train"), str):
+        raw["data"]["train"] = [raw["data"]["train"]]
+    parser = _parser(cls)
+    try:
+        sections = parser.instantiate_classes(parser.parse_object(raw)).as_dict()
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse wraps what __post_init__ raises, and has errors of several types
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError("recipe: " + " ".join(str(error).split())) from None
+    return cls(**sections)
+
+
+def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Arguments]:
+    """The recipe that a training program's command line describes, and the command line.
+
+    `--help` prints every field with its documentation and leaves with code 0.
+    """
+    if "--help" in argv or "-h" in argv:
+        _parser(cls).print_help()
+        raise SystemExit(0)
+    arguments = _read_arguments(argv)
+    raw = read_yaml(arguments.path)
+    for key, value in arguments.overrides:
+        _apply_override(raw, key, value)
+    return recipe_from_dict(cls, raw), arguments
+
+
+def to_dict(value: Any) -> Any:
+    """A recipe (or a part of one) as plain mappings, lists and strings for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML, which load_recipe reads back to the same recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def check(recipe: Recipe, world_size: int) -> None:
+    """Refuse what cannot run: combinations of sections, and a layout that does not fit `world_size` processes.
+
+    Raises UserError that says what to change.
+    """
+    model, parallel, training, optimizer = recipe.model, recipe.parallel, recipe.training, recipe.optimizer
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.query_groups),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("vocab_padding_multiple", model.vocab_padding_multiple),
+    ):
+        if size % tp:
+            raise UserError(
+                f"model.{name}={size} is not a multiple of parallel.tensor_parallel_size={tp}: change one of them"
+            )
+    if model.num_layers % pp:
+        raise UserError(
+            f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline_parallel_size={pp}: change one"
+        )
+    if parallel.sequence_parallel and training.sequence_length % tp:
+        raise UserError(
+            f"training.sequence_length={training.sequence_length} is not a multiple of parallel.tensor_parallel_size={tp}, "
+            f"as parallel.sequence_parallel needs: change one of them"
+        )
+    if world_size % (tp * pp):
+        raise UserError(
+            f"{world_size} processes cannot hold parallel.tensor_parallel_size={tp} x pipeline_parallel_size={pp}: start "
+            f"a multiple of {tp * pp} (torchrun --nproc-per-node), or change the sizes"
+        )
+    dp = world_size // (tp * pp)
+    if training.global_batch_size % (training.micro_batch_size * dp):
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size="
+            f"{training.micro_batch_size} x {dp} data-parallel processes: change one of them"
+        )
+    decay_steps = optimizer.decay_steps or training.num_steps
+    if optimizer.warmup_steps >= decay_steps:
+        raise UserError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be below the {decay_steps} steps of the schedule"
+        )
+    if isinstance(recipe, PretrainRecipe | FinetuneRecipe) and not recipe.data.train:
+        raise UserError("data.train is empty: give the training data")

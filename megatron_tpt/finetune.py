@@ -1,0 +1,31 @@
+"""Fine-tune a checkpoint on prompts and responses, with the loss on the responses.
+
+    torchrun --nproc-per-node 2 -m megatron_tpt.finetune RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]]
+
+Run the same command again to go on after an interruption.
+"""
+
+import sys
+
+from megatron_tpt.config.cli import run
+from megatron_tpt.config.load import load_recipe
+from megatron_tpt.config.recipe import FinetuneRecipe
+from megatron_tpt.training.launch import distributed, prepare
+
+
+def main() -> None:
+    """Read the recipe, check it, train."""
+    recipe = prepare(*load_recipe(FinetuneRecipe, sys.argv[1:]))
+    if recipe is None:  # a dry run
+        return
+
+    from megatron_tpt.training.callbacks import default_callbacks
+    from megatron_tpt.training.sft import build_sft_data
+    from megatron_tpt.training.trainer import Trainer
+
+    with distributed(recipe):
+        Trainer(recipe, build_sft_data(recipe), default_callbacks()).fit()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""The accelerator and the process groups: CUDA with NCCL, or the CPU with gloo.
+
+Importing this package is enough to make Megatron Core usable on a machine without CUDA; on one with CUDA it changes
+nothing. Every other package imports Megatron Core only after it.
+"""
+
+import contextlib
+import datetime
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.errors import UserError
+
+if not torch.cuda.is_available():
+    from megatron_tpt.platform.cpu import adapt_megatron_to_cpu
+
+    adapt_megatron_to_cpu()
+
+from megatron.core import parallel_state, tensor_parallel
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that torchrun (or SLURM through it) started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterator[None]:
+    """Join the processes that torchrun started into tensor-, pipeline- and data-parallel groups, for one `with` block.
+
+    Also works as a single process without torchrun. Raises UserError when the layout does not divide the world.
+    """
+    world_size = world_size_from_environment()
+    model_parallel_size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if world_size % model_parallel_size:
+        raise UserError(
+            f"{world_size} processes cannot hold tensor_parallel_size={parallel.tensor_parallel_size} x "
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: start a multiple of {model_parallel_size} "
+            f"(torchrun --nproc-per-node), or change the sizes"
+        )
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_parallel_size,
+            parallel.pipeline_parallel_size,
+            distributed_timeout_minutes=max(1, timeout_s // 60),
+            create_gloo_process_groups=True,
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and Megatron Core's tensor-parallel random streams. Needs process groups.
+
+    Pipeline stages and data-parallel ranks get different streams, so that their dropout differs.
+    """
+    place = 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * parallel_state.get_data_parallel_rank()
+    torch.manual_seed(seed + place)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + place)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that reports (global rank 0)."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+# Megatron Core warns at every start about kernels that a CPU run cannot have.
+if not torch.cuda.is_available():
+    warnings.filterwarnings("ignore", module=r"megatron\.core")

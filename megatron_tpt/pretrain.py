@@ -1,0 +1,31 @@
+"""Pre-train (or mid-train) a model on indexed datasets.
+
+    torchrun --nproc-per-node 2 -m megatron_tpt.pretrain RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]]
+
+Run the same command again to go on after an interruption.
+"""
+
+import sys
+
+from megatron_tpt.config.cli import run
+from megatron_tpt.config.load import load_recipe
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.training.launch import distributed, prepare
+
+
+def main() -> None:
+    """Read the recipe, check it, train."""
+    recipe = prepare(*load_recipe(PretrainRecipe, sys.argv[1:]))
+    if recipe is None:  # a dry run
+        return
+
+    from megatron_tpt.training.callbacks import default_callbacks
+    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
+    from megatron_tpt.training.trainer import Trainer
+
+    with distributed(recipe, before=prepare_cache):
+        Trainer(recipe, build_pretrain_data(recipe), default_callbacks()).fit()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""What the training programs do around training: check, describe, start the process groups. No torch until they start."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+
+from megatron_tpt.config.load import Arguments, check
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.training.describe import describe
+
+
+def _data_vocab_size(recipe: PretrainRecipe | FinetuneRecipe) -> int:
+    if isinstance(recipe, PretrainRecipe):
+        from megatron_tpt.indexing.manifest import read_manifests
+
+        return read_manifests([s.path for s in recipe.data.train + recipe.data.validation])[0].tokenizer.vocab_size
+    from megatron_tpt.indexing.tokenizer import Tokenizer
+
+    return Tokenizer(recipe.tokenizer_path).vocab_size
+
+
+def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, *, needs_data: bool = True) -> R:
+    """The recipe with the vocabulary size of its data's tokenizer, where it gives none.
+
+    Raises UserError when the data or the tokenizer is missing, or has more tokens than the model. Without `needs_data`
+    missing data is fine when the recipe gives a size.
+    """
+    model = recipe.model
+    try:
+        vocab_size = _data_vocab_size(recipe)
+    except UserError:
+        if needs_data or model.vocab_size is None:
+            raise
+        return recipe
+    if model.vocab_size is None:
+        return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=vocab_size))
+    if model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({vocab_size} tokens): "
+            f"raise it, or leave it out"
+        )
+    return recipe
+
+
+def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
+    """Check a recipe against its data and the number of processes before anything is started.
+
+    Returns it with everything resolved, or None after printing the description that --dry-run asks for.
+    """
+    fewest = recipe.parallel.tensor_parallel_size * recipe.parallel.pipeline_parallel_size
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.dry_run:
+        world_size = arguments.num_processes or max(world_size, fewest)
+    check(recipe, world_size)
+    recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
+    if not arguments.dry_run:
+        return recipe
+    print(describe(recipe, world_size))
+    return None
+
+
+@contextlib.contextmanager
+def distributed[R: PretrainRecipe | FinetuneRecipe](
+    recipe: R, *, before: Callable[[R], None] | None = None
+) -> Iterator[None]:
+    """The process groups of a recipe, for one `with` block. One process of every machine first calls `before`."""
+    import torch
+
+    from megatron_tpt import platform
+
+    if recipe.run.threads_per_process is not None:
+        torch.set_num_threads(recipe.run.threads_per_process)
+    if before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        before(recipe)
+    with platform.process_groups(recipe.parallel, timeout_s=recipe.run.distributed_timeout_s):
+        yield

@@ -1,0 +1,135 @@
+"""One forward and backward pass through Megatron Core's pipeline schedules, with losses kept apart by kind of token."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from megatron_tpt import platform
+from megatron_tpt.training.metrics import LossSums
+
+Batch = dict[str, torch.Tensor]
+
+
+class TimedIterator:
+    """An iterator that adds up the time its consumer waits for it: `waited_s`."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.waited_s = 0.0
+
+    def __iter__(self) -> "TimedIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        begin = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.waited_s += time.perf_counter() - begin
+
+
+def _segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Attention mask [b, 1, s, s], True where a token must not look: another example, or a later token."""
+    length = segment_ids.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).triu(1)
+    return ((segment_ids[:, :, None] != segment_ids[:, None, :]) | later)[:, None]
+
+
+def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
+    """Where each example of a batch [b, s], laid end to end, begins: what Transformer Engine's attention takes."""
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begins = torch.nonzero(starts.flatten()).flatten()
+    ends = torch.tensor([segment_ids.numel()], device=begins.device)
+    cu_seqlens = torch.cat([begins, ends]).to(torch.int32)
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _loss_function(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Token losses [b, s] -> their sum, the number of tokens it is over, and sums by kind (document, thinking): [4].
+
+    Megatron Core divides the gradients by the tokens of the whole global batch, so that every token weighs the same
+    whatever micro-batch or rank it is in.
+    """
+    mask = batch["loss_mask"].flatten()
+    weighted = losses.float().flatten() * mask
+    thinking = batch["is_thinking"].flatten().to(mask.dtype)
+    thinking_loss, thinking_tokens = (weighted * thinking).sum(), (mask * thinking).sum()
+    total, num_tokens = weighted.sum(), mask.sum()
+    sums = torch.stack([total - thinking_loss, num_tokens - thinking_tokens, thinking_loss, thinking_tokens])
+    return total, num_tokens.to(torch.int), {"sums": sums.detach()}
+
+
+def forward_step(batches: Iterator[Batch], model: GPTModel, *, packed_attention: bool) -> tuple[torch.Tensor, Any]:
+    """Run one micro-batch through this rank's part of the model, as Megatron Core's schedules ask for it.
+
+    Batches with `segment_ids` hold several examples a row; each then attends to itself alone: through Transformer
+    Engine's packed attention (`packed_attention`), or through a mask.
+    """
+    batch = {name: value.to(platform.device(), non_blocking=True) for name, value in next(batches).items()}
+    tokens, labels, position_ids = batch["tokens"], batch["labels"], batch["position_ids"]
+    attention: dict[str, Any] = {"attention_mask": None}
+    if "segment_ids" in batch and packed_attention:
+        attention["packed_seq_params"] = _packed_sequences(batch["segment_ids"])
+        tokens, labels, position_ids = (tensor.reshape(1, -1) for tensor in (tokens, labels, position_ids))
+    elif "segment_ids" in batch:
+        attention["attention_mask"] = _segment_mask(batch["segment_ids"])
+    return model(tokens, position_ids, labels=labels, **attention), partial(_loss_function, batch)
+
+
+def run_microbatches(
+    model: Any,
+    batches: Iterator[Batch] | None,
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    packed_attention: bool,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Forward (and backward) over the micro-batches of one step. Returns this rank's loss sums [4]; zeros on all but
+    the last pipeline stage, which alone sees losses."""
+    results = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, packed_attention=packed_attention),
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=num_microbatches,
+        seq_length=sequence_length * micro_batch_size if packed_attention else sequence_length,
+        micro_batch_size=1 if packed_attention else micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not parallel_state.is_pipeline_last_stage():
+        return torch.zeros(4, device=platform.device())
+    return torch.stack([result["sums"] for result in results]).sum(dim=0)
+
+
+def reduce_sums(sums: torch.Tensor) -> LossSums:
+    """Loss sums [4] of every rank -> those of the whole batch, the same on every rank."""
+    sums = sums.double()
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    torch.distributed.broadcast(
+        sums,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return LossSums(*sums.tolist())
+
+
+def attention_is_packed(model: Any, has_segments: bool) -> bool:
+    """Whether examples that share a row are told apart by Transformer Engine's packed attention."""
+    return has_segments and get_model_config(model).transformer_impl == "transformer_engine"

@@ -1,0 +1,184 @@
+"""The training loop: a table of contents. What happens beside it is in callbacks.py."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import to_yaml
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.models.gpt import build_model
+from megatron_tpt.training.checkpoint import (
+    finished_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    step_folder,
+)
+from megatron_tpt.training.data import Loader, TrainingData
+from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
+from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
+
+
+@dataclasses.dataclass
+class StepReport:
+    """What one optimizer step measured on this rank."""
+
+    loss_sums: torch.Tensor
+    """This rank's document loss, document tokens, thinking loss, thinking tokens: [4]."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    learning_rate: float
+    """Rate of this update."""
+    seconds: float
+    """Wall time of the step, data included."""
+    data_wait_s: float
+    """Part of it spent waiting for data."""
+
+
+class Callback:
+    """Something that happens beside the training loop. All ranks call every method, in the order of the callbacks."""
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """The model is built, and the last checkpoint, if any, is loaded."""
+
+    def after_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """`trainer.step` optimizer steps are done."""
+
+    def after_training(self, trainer: "Trainer") -> None:
+        """All steps are done."""
+
+
+class Trainer:
+    """Trains the model of a recipe on some data, resuming from the run folder when it holds a checkpoint.
+
+    Needs process groups. `step` is the number of optimizer steps done; `tokens` the tokens they saw.
+    """
+
+    def __init__(self, recipe: Recipe, data: TrainingData, callbacks: Sequence[Callback]) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.callbacks = list(callbacks)
+        self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
+        self.step = 0
+        self.tokens = 0
+        platform.seed_everything(recipe.run.seed)
+        gpt = build_model(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
+        self.checkpoints = recipe.run.output_dir / "checkpoints"
+        finished = finished_checkpoints(self.checkpoints)
+        if not finished and recipe.training.init_from is not None:
+            load_weights(recipe.training.init_from, gpt)
+        self.model = wrap_model(gpt, recipe)
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.schedule = build_schedule(self.optimizer, recipe)
+        if finished:
+            self._resume(finished[-1])
+        self._write_recipe()
+
+    def fit(self) -> None:
+        """Train until `training.num_steps`."""
+        batches = TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
+        for callback in self.callbacks:
+            callback.before_training(self)
+        while self.step < self.recipe.training.num_steps:
+            report = self._train_step(batches)
+            for callback in self.callbacks:
+                callback.after_step(self, report)
+        for callback in self.callbacks:
+            callback.after_training(self)
+
+    def _train_step(self, batches: TimedIterator) -> StepReport:
+        begin, waited_before = time.perf_counter(), batches.waited_s
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss_sums = self._run(self.data.train, batches)
+        learning_rate = current_learning_rate(self.optimizer)
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {grad_norm} at step {self.step + 1} (learning rate {learning_rate:g}); "
+                f"checkpoints of earlier steps are in {self.checkpoints}"
+            )
+        self.schedule.step(1)
+        self.step += 1
+        self.tokens += self.tokens_per_step
+        return StepReport(
+            loss_sums, grad_norm, learning_rate, time.perf_counter() - begin, batches.waited_s - waited_before
+        )
+
+    def _run(self, loader: Loader, batches: Any, *, forward_only: bool = False) -> torch.Tensor:
+        training = self.recipe.training
+        needs_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        return run_microbatches(
+            self.model,
+            batches if needs_data else None,
+            num_microbatches=loader.num_microbatches,
+            micro_batch_size=training.micro_batch_size,
+            sequence_length=training.sequence_length,
+            packed_attention=attention_is_packed(self.model, self.data.has_segments),
+            forward_only=forward_only,
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean losses over the validation batches, always the same ones. All ranks call it."""
+        if self.data.validation is None:
+            raise UserError("there is no validation data: give data.validation")
+        self.model.eval()
+        steps = self.recipe.training.validation_steps
+        batches = self.data.validation.iterate(0, steps)
+        sums = [self._run(self.data.validation, batches, forward_only=True) for _ in range(steps)]
+        self.model.train()
+        return reduce_sums(torch.stack(sums).sum(dim=0)).means(self.data.unmarked_name)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.recipe.training.global_batch_size * self.recipe.training.sequence_length
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step. All ranks call it."""
+        save_checkpoint(
+            step_folder(self.checkpoints, self.step),
+            self.model.module,
+            self.optimizer,
+            {"step": self.step, "tokens": self.tokens, "data": self._data_identity()},
+            recipe_yaml=to_yaml(self.recipe),
+            tokenizer_path=self.data.tokenizer_path,
+        )
+
+    def _resume(self, folder: Path) -> None:
+        state = load_checkpoint(folder, self.model.module, self.optimizer)
+        changed = [name for name, value in self._data_identity().items() if state["data"].get(name) != value]
+        if changed:
+            raise UserError(
+                f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with this "
+                f"recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights along)"
+            )
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.schedule.step(self.step)
+        if platform.is_first_rank():
+            print(f"resumed from {folder} at step {self.step}", flush=True)
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What decides the order of the samples; resuming with another value of it would repeat or skip some."""
+        training = self.recipe.training
+        return {
+            "run.seed": self.recipe.run.seed,
+            "training.num_steps": training.num_steps,
+            "training.sequence_length": training.sequence_length,
+            "training.global_batch_size": training.global_batch_size,
+        }
+
+    def _write_recipe(self) -> None:
+        if platform.is_first_rank():
+            with atomic_write(self.recipe.run.output_dir / "run.yaml") as path:
+                path.write_text(to_yaml(self.recipe))
