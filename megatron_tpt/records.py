@@ -290,9 +290,7 @@ def _parquet_rows(path: Path, columns: Sequence[str], id_column: str) -> Iterato
             for name in columns:
                 if name not in names:
                     raise UserError(f"{path}: no column {name!r}; its columns are {', '.join(names)}")
-            wanted = [
-                name for name in dict.fromkeys([*columns, id_column, "thinking", "meta"]) if name in names
-            ]
+            wanted = [name for name in dict.fromkeys([*columns, id_column, "thinking", "meta"]) if name in names]
             for batch in file.iter_batches(_ROWS_PER_BATCH, columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -22,9 +22,7 @@ from megatron_tpt.records import (
 )
 
 RECORDS = [
-    Record(
-        "a", "Zwölf Äpfel\u2028and a line separator", "think\nthink", {"generator": "m", "truncated": False}
-    ),
+    Record("a", "Zwölf Äpfel\u2028and a line separator", "think\nthink", {"generator": "m", "truncated": False}),
     Record("b", "plain"),
     Record(content_id("no id"), "no id", None, {"n": [1, {"x": None}]}),
 ]
@@ -98,9 +96,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_a_bad_line_stops_with_its_place_or_is_skipped_and_counted(
-    tmp_path: Path, line: bytes, reason: str
-) -> None:
+def test_a_bad_line_stops_with_its_place_or_is_skipped_and_counted(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}')
     with pytest.raises(UserError) as error:
@@ -120,9 +116,7 @@ def test_an_id_column_that_was_asked_for_must_be_there(tmp_path: Path) -> None:
 
 
 def test_foreign_meta_and_blank_thinking_are_left(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path / "x.jsonl", {"text": "x", "meta": "web", "thinking": " "}, {"text": "y", "meta": "{"}
-    )
+    path = jsonl(tmp_path / "x.jsonl", {"text": "x", "meta": "web", "thinking": " "}, {"text": "y", "meta": "{"})
     assert [(r.thinking, r.meta) for r in read_records([path])] == [(None, {}), (None, {})]
 
 
