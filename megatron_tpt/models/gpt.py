@@ -87,6 +87,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # Gradients are divided by the tokens of the global batch: every token weighs the same. The gradient buffers
+        # read this when they are made, so it must be set by then.
+        calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=torch.cuda.is_available(),
         bias_dropout_fusion=torch.cuda.is_available(),

@@ -7,14 +7,15 @@ nothing. Every other package imports Megatron Core only after it.
 import contextlib
 import datetime
 import os
-import warnings
 from collections.abc import Iterator
 
 import torch
 
 from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.platform.noise import silence_known_messages
 
+silence_known_messages(on_cpu=not torch.cuda.is_available())
 if not torch.cuda.is_available():
     from megatron_tpt.platform.cpu import adapt_megatron_to_cpu
 
@@ -49,6 +50,8 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
         )
     timeout = datetime.timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
+        # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
@@ -81,8 +84,3 @@ def seed_everything(seed: int) -> None:
 def is_first_rank() -> bool:
     """Whether this process is the one that reports (global rank 0)."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-# Megatron Core warns at every start about kernels that a CPU run cannot have.
-if not torch.cuda.is_available():
-    warnings.filterwarnings("ignore", module=r"megatron\.core")

@@ -53,7 +53,6 @@ def build_optimizer(model: DistributedDataParallel, recipe: Recipe) -> MegatronO
         [model],
     )
     config = get_model_config(model)
-    config.calculate_per_token_loss = True
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if recipe.parallel.overlap_grad_reduce:

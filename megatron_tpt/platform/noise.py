@@ -1,0 +1,22 @@
+"""Messages of the libraries that every start would print and that ask nothing of anybody. All others are shown."""
+
+import logging
+import warnings
+
+_LOG_MESSAGES = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # said on a CPU only, where it is no news
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is for hybrid models
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",  # computing it is right
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # we save synchronously
+    "megatron.core.dist_checkpointing.strategies.base": "MCore's async save is deprecated",
+}
+
+
+def silence_known_messages(*, on_cpu: bool) -> None:
+    """Leave out the messages above and torch's deprecations of what Megatron Core calls; on a CPU also Megatron Core's
+    warnings, which are all about GPU kernels and their absence (tools/check_env.py says what that costs)."""
+    for logger_name, text in _LOG_MESSAGES.items():
+        logging.getLogger(logger_name).addFilter(lambda record, text=text: text not in record.getMessage())
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    if on_cpu:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
