@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
 from indexing_inputs import edit_tokenizer, generated_text
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
@@ -40,7 +39,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
 def build_with_megatron(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> None:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
     for tokens in documents:
-        builder.add_document(torch.tensor(tokens, dtype=torch.int64), [len(tokens)])
+        builder.add_document(numpy.asarray(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
 
 
