@@ -152,6 +152,12 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def begin_ids(tokenizer: Any) -> list[int]:
+    """The begin-of-sequence token, for tokenizers that put one before every text; else nothing."""
+    ids = tokenizer("").input_ids
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
 def load_model_config(model: str) -> Any:
     """The Hugging Face config of `model`'s text part. Raises UserError where it cannot be read."""
     check_model(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.generation import begin_ids
 
 PLACEHOLDER = "{document}"
 OPEN_TAG = "<think>"
@@ -65,7 +66,7 @@ class ThinkingPrompt:
         self._head: list[int] = tokenizer(head, add_special_tokens=False).input_ids
         self._tail: list[int] = tokenizer(tail, add_special_tokens=False).input_ids
         if tokenizer.chat_template is None:
-            self._head = _begin_ids(tokenizer) + self._head
+            self._head = begin_ids(tokenizer) + self._head
 
     @property
     def max_tokens(self) -> int:
@@ -96,9 +97,3 @@ def render(tokenizer: Any, template: str) -> tuple[str, str]:
     if not re.search(rf"{OPEN_TAG}\s*\Z", tail):
         tail += ("" if tail.endswith("\n") else "\n") + f"{OPEN_TAG}\n"
     return head, tail
-
-
-def _begin_ids(tokenizer: Any) -> list[int]:
-    """The begin-of-sequence token, for tokenizers that put it before every text."""
-    ids = tokenizer("").input_ids
-    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []

@@ -1,0 +1,240 @@
+"""Evaluating: every model answers every problem, one model after another in this process.
+
+OUTPUT/results.json            accuracy of every model with its standard error, and the settings
+OUTPUT/<model>/samples.jsonl   every output, what was read from it, and whether it is right
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.answers import Checker, find_answer, make_checker
+from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.evaluation.problems import Problem, read_problems
+from megatron_tpt.files import atomic_write
+from megatron_tpt.generation import (
+    Completion,
+    Engine,
+    EngineOptions,
+    Request,
+    VLLMEngine,
+    begin_ids,
+    check_context,
+    check_model,
+    derive_seed,
+    load_tokenizer,
+)
+
+FORMAT_VERSION = 1
+
+
+class Reference(NamedTuple):
+    """A problem and its reference answer as the checker reads it."""
+
+    problem: Problem
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of a model to one problem: a line of samples.jsonl."""
+
+    id: str
+    sample: int
+    """Its number among the answers to this problem, from 0."""
+    prompt: str
+    output: str
+    extracted: str | None
+    """The answer as it was read; None when none was found."""
+    reference: str
+    correct: bool
+    finish_reason: str
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model reached."""
+
+    model: str
+    accuracy: float
+    """Mean over problems of the share of right samples (pass@1)."""
+    stderr: float | None
+    """Standard error of `accuracy` over the problems; None for a single problem."""
+    num_problems: int
+    num_samples: int
+    """Samples per problem."""
+    extraction_failures: int
+    """Samples without a readable answer; they count as wrong."""
+    mean_output_tokens: float
+    truncated_fraction: float
+    """Share of samples cut at `max_new_tokens`."""
+    output_tokens_per_s: float
+    samples: str
+    """The file with the samples, relative to results.json."""
+
+
+def evaluate(options: EvaluateOptions) -> list[ModelResult]:
+    """Do what `tools/evaluate.py` does. Raises UserError for what the user can mend, before any model is loaded."""
+    checker = make_checker(options.answer_type)
+    references = [_reference(problem, checker) for problem in read_problems(options)]
+    for model in options.model:
+        check_model(model)
+    results = []
+    for model, folder in zip(options.model, model_folders(options.model), strict=True):
+        samples, generation_s = _answer_all(model, references, checker, options)
+        path = folder / "samples.jsonl"
+        _write_samples(options.output / path, samples)
+        results.append(summarize(model, samples, generation_s, str(path)))
+        print(_line(results[-1]), file=sys.stderr)
+    _write_results(options, results)
+    return results
+
+
+def _reference(problem: Problem, checker: Checker) -> Reference:
+    answer = checker.reference(problem.answer)
+    if answer is None:
+        raise UserError(
+            f"{problem.where}: the reference answer {problem.answer[:60]!r} cannot be read; "
+            "mend it or choose another --answer-type"
+        )
+    return Reference(problem, answer)
+
+
+def _answer_all(
+    model: str, references: Sequence[Reference], checker: Checker, options: EvaluateOptions
+) -> tuple[list[Sample], float]:
+    """The samples of one model, by problem and number, and the seconds that generation took."""
+    tokenizer = load_tokenizer(model)
+    prompts = encode_prompts(tokenizer, [reference.problem.prompt for reference in references], options)
+    context = check_context(model, max(map(len, prompts)), options.max_new_tokens)
+    engine_options = EngineOptions(model, context, options.dtype, options.tensor_parallel_size, options.max_num_seqs)
+    with VLLMEngine(engine_options) as engine:
+        start = time.monotonic()
+        completions = _complete_all(engine, references, prompts, options)
+        generation_s = time.monotonic() - start
+    samples = [
+        _check(references[i], j, completion, checker, options) for (i, j), completion in sorted(completions.items())
+    ]
+    return samples, generation_s
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOptions) -> list[list[int]]:
+    """The token ids of the prompts; special tokens in them mean what they say: the prompts are ours."""
+    if options.chat:
+        if tokenizer.chat_template is None:
+            raise UserError("--chat: the model has no chat template; leave the option out")
+        return [
+            tokenizer(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                ),
+                add_special_tokens=False,
+            ).input_ids
+            for prompt in prompts
+        ]
+    begin = begin_ids(tokenizer) if options.begin_token else []
+    return [begin + tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+
+
+def _complete_all(
+    engine: Engine, references: Sequence[Reference], prompts: Sequence[list[int]], options: EvaluateOptions
+) -> dict[tuple[int, int], Completion]:
+    """Completions by (problem, number of the sample)."""
+    sampling = options.sampling()
+
+    def requests() -> Iterator[Request]:
+        for i, (problem, _) in enumerate(references):
+            for j in range(options.num_samples):
+                seed = derive_seed(options.seed, problem.id, j)
+                yield Request(prompts[i], replace(sampling, seed=seed), key=(i, j))
+
+    return {request.key: completion for request, completion in engine.generate(requests())}
+
+
+def _check(
+    reference: Reference, number: int, completion: Completion, checker: Checker, options: EvaluateOptions
+) -> Sample:
+    problem, expected = reference
+    answer = find_answer(completion.text, checker, options.answer_pattern)
+    return Sample(
+        problem.id,
+        number,
+        problem.prompt,
+        completion.text,
+        None if answer is None else str(answer),
+        problem.answer,
+        answer is not None and checker.equal(expected, answer),
+        completion.finish_reason,
+        len(completion.token_ids),
+    )
+
+
+def summarize(model: str, samples: Sequence[Sample], generation_s: float, path: str) -> ModelResult:
+    """The figures of one model. Samples of one problem are not independent: the error is taken over problems."""
+    by_problem: dict[str, list[bool]] = {}
+    for sample in samples:
+        by_problem.setdefault(sample.id, []).append(sample.correct)
+    rates = [statistics.fmean(correct) for correct in by_problem.values()]
+    num_tokens = sum(sample.output_tokens for sample in samples)
+    return ModelResult(
+        model=model,
+        accuracy=statistics.fmean(rates),
+        stderr=statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else None,
+        num_problems=len(rates),
+        num_samples=len(samples) // len(rates),
+        extraction_failures=sum(sample.extracted is None for sample in samples),
+        mean_output_tokens=num_tokens / len(samples),
+        truncated_fraction=statistics.fmean(sample.finish_reason == "length" for sample in samples),
+        output_tokens_per_s=num_tokens / generation_s,
+        samples=path,
+    )
+
+
+def model_folders(models: Sequence[str]) -> list[Path]:
+    """A folder for each model in the output: the last parts of its path, as many as tell it from the others.
+
+    Raises UserError for a model that is named twice.
+    """
+    parts = [Path(model).resolve().parts[1:] if Path(model).exists() else Path(model).parts for model in models]
+    if len(set(parts)) < len(parts):
+        raise UserError("a model is named twice; name each once")
+
+    def folder(own: tuple[str, ...]) -> Path:
+        lengths = range(1, len(own))
+        ends = (own[-length:] for length in lengths if sum(other[-length:] == own[-length:] for other in parts) == 1)
+        return Path(*next(ends, own))
+
+    return [folder(own) for own in parts]
+
+
+def _line(result: ModelResult) -> str:
+    error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    return (
+        f"{result.model}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
+        f"{result.extraction_failures:,} unreadable, {result.mean_output_tokens:.1f} tokens per answer, "
+        f"{result.truncated_fraction:.1%} cut, {result.output_tokens_per_s:,.0f} tokens/s"
+    )
+
+
+def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+
+
+def _write_results(options: EvaluateOptions, results: Sequence[ModelResult]) -> None:
+    settings = {name: value for name, value in asdict(options).items() if name not in ("model", "output")}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "models": [asdict(result) for result in results],
+    }
+    with atomic_write(options.output / "results.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The options of `tools/evaluate.py`. Light to import: the help of the command line needs nothing else."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation import Sampling
+
+AnswerType = Literal["exact", "number", "math"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which models answer which problems, and how their answers are read."""
+
+    model: list[str]
+    """Hugging Face model folders or Hub ids; several are evaluated one after another."""
+    data: Path
+    """The problems: a JSONL file, one problem per line."""
+    output: Path
+    """The folder for results.json and, in a folder per model, samples.jsonl."""
+    prompt_column: str = "prompt"
+    """The column with the problem."""
+    answer_column: str = "answer"
+    """The column with the reference answer."""
+    id_column: str = "id"
+    """The column with the problem's id; without it, the line number."""
+    prompt_template: str | None = None
+    """Build the prompt from columns: "Question: {question}\\nAnswer:" (\\n is a line break), or a file with such a
+    text.
+    """
+    few_shot: Path | None = None
+    """A text file of worked examples that goes before every prompt as it is."""
+    chat: bool = False
+    """Show the prompt to the model as a user's message, in its chat template."""
+    begin_token: bool = True
+    """Put the begin-of-sequence token before the prompt, for tokenizers that do so themselves."""
+    answer_type: AnswerType = "exact"
+    """How answers are compared: as text; the last number (or the one after ####); or as mathematics, which
+    needs math-verify.
+    """
+    answer_pattern: str | None = None
+    """A regular expression that finds the answer in the output: the last match, its first group."""
+    num_samples: int = 1
+    """Answers per problem; accuracy is their mean (pass@1)."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    max_new_tokens: int = 1024
+    """Longest answer, thinking included, in tokens."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, such as "Question:" after few-shot examples."""
+    seed: int = 0
+    """Every sample gets its own seed from this one, the problem's id and its number."""
+    limit: int | None = None
+    """Take only so many problems."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the model; "auto" is what its config.json says."""
+    tensor_parallel_size: int = 1
+    """Number of devices that share the model."""
+    max_num_seqs: int | None = None
+    """Most answers computed at once; by default 256 on CPUs and vLLM's own choice on GPUs."""
+
+    def __post_init__(self) -> None:
+        self.sampling()
+        if not self.model:
+            raise UserError("no model was given")
+        for name in ("num_samples", "tensor_parallel_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise UserError("--num-samples above 1 needs --temperature above 0: greedy answers are all the same")
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise UserError(f"--answer-pattern {self.answer_pattern!r}: {error}") from error
+
+    def sampling(self) -> Sampling:
+        """The sampling these options ask for."""
+        return Sampling(self.temperature, self.top_p, self.max_new_tokens, tuple(self.stop), self.seed)
