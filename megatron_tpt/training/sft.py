@@ -30,7 +30,7 @@ def read_examples(config: SftDataConfig, tokenizer: Tokenizer) -> Iterator[Examp
     """Tokenise JSON lines. Raises UserError that names the file and line of one without prompt or response."""
     for path in config.train:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.train: cannot read {path}: {error}") from None
         for number, line in enumerate(lines, start=1):
