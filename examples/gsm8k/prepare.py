@@ -1,0 +1,64 @@
+"""GSM8K's files to the three files this example needs.
+
+python examples/gsm8k/prepare.py --data DATA_DIR --output OUTPUT_DIR --num-augmented 500
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Where GSM8K is, and how much of it gets thinking."""
+
+    data: Path
+    """The folder with gsm8k_train.jsonl and gsm8k_test.jsonl."""
+    output: Path
+    """The folder for plain.jsonl, sft.jsonl and problems.jsonl."""
+    num_augmented: int = 500
+    """Documents, from the first on, that get thinking; the others stay plain."""
+
+
+def rows(path: Path) -> Iterator[dict[str, str]]:
+    """GSM8K's rows: `question`, and `answer` with its worked steps and "#### NUMBER" at the end."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder that holds GSM8K as JSONL")
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def final_number(answer: str) -> str:
+    """The number after "####", without thousands separators."""
+    return answer.rpartition("####")[2].strip().replace(",", "")
+
+
+def write(path: Path, objects: Iterator[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(content, ensure_ascii=False) + "\n" for content in objects)
+
+
+def main() -> None:
+    options = parse(PrepareOptions, description=__doc__)
+    train = list(rows(options.data / "gsm8k_train.jsonl"))
+    test = list(rows(options.data / "gsm8k_test.jsonl"))
+    write(options.output / "plain.jsonl", iter(train[options.num_augmented :]))
+    write(
+        options.output / "sft.jsonl",
+        ({"prompt": f"{row['question']}\n", "response": row["answer"]} for row in train),
+    )
+    write(
+        options.output / "problems.jsonl",
+        ({"prompt": f"{row['question']}\n", "answer": final_number(row["answer"])} for row in test),
+    )
+
+
+if __name__ == "__main__":
+    run(main)
