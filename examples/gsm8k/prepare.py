@@ -1,4 +1,4 @@
-"""GSM8K's files to the three files this example needs.
+"""The two files this example needs besides GSM8K's own: the documents that stay plain, and the SFT examples.
 
 python examples/gsm8k/prepare.py --data DATA_DIR --output OUTPUT_DIR --num-augmented 500
 """
@@ -19,9 +19,9 @@ class PrepareOptions:
     """Where GSM8K is, and how much of it gets thinking."""
 
     data: Path
-    """The folder with gsm8k_train.jsonl and gsm8k_test.jsonl."""
+    """The folder with gsm8k_train.jsonl."""
     output: Path
-    """The folder for plain.jsonl, sft.jsonl and problems.jsonl."""
+    """The folder for plain.jsonl and sft.jsonl."""
     num_augmented: int = 500
     """Documents, from the first on, that get thinking; the others stay plain."""
 
@@ -34,11 +34,6 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
         yield from map(json.loads, file)
 
 
-def final_number(answer: str) -> str:
-    """The number after "####", without thousands separators."""
-    return answer.rpartition("####")[2].strip().replace(",", "")
-
-
 def write(path: Path, objects: Iterator[dict[str, Any]]) -> None:
     """Write JSON lines."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -48,15 +43,10 @@ def write(path: Path, objects: Iterator[dict[str, Any]]) -> None:
 def main() -> None:
     options = parse(PrepareOptions, description=__doc__)
     train = list(rows(options.data / "gsm8k_train.jsonl"))
-    test = list(rows(options.data / "gsm8k_test.jsonl"))
     write(options.output / "plain.jsonl", iter(train[options.num_augmented :]))
     write(
         options.output / "sft.jsonl",
         ({"prompt": f"{row['question']}\n", "response": row["answer"]} for row in train),
-    )
-    write(
-        options.output / "problems.jsonl",
-        ({"prompt": f"{row['question']}\n", "answer": final_number(row["answer"])} for row in test),
     )
 
 

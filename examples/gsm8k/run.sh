@@ -40,5 +40,5 @@ say $torchrun -m megatron_tpt.finetune examples/gsm8k/finetune.yaml --run.output
 
 [ -d "$output/model" ] || say $python tools/export_hf.py --checkpoint "$output/finetune/checkpoints/latest" \
   --output "$output/model"
-say $python tools/evaluate.py --model "$output/model" --data "$output/data/problems.jsonl" --limit $num_problems \
-  --output "$output/evaluation"
+say $python tools/evaluate.py --model "$output/model" --data "$data/gsm8k_test.jsonl" --limit $num_problems \
+  --prompt-template '{question}\n' --answer-type number --max-new-tokens 320 --output "$output/evaluation"

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Piece, pieces
-from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, file_checksum
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, Tokens
 from megatron_tpt.indexing.writer import IndexWriter, token_dtype
@@ -91,11 +92,13 @@ class _Job:
             on_bad_record=self.options.on_bad_record,
             counts=self.counts,
         )
-        for batch in _batches(records):
-            self._add_batch(path, batch)
-            self._report()
+        with ThreadPoolExecutor(max_workers=1) as beside:  # hashing lets go of the interpreter lock
+            checksum = beside.submit(file_checksum, path)
+            for batch in _batches(records):
+                self._add_batch(path, batch)
+                self._report()
         num_documents = self.writer.num_documents - documents_before
-        return Source(str(path.resolve()), num_documents, status.st_size, status.st_mtime_ns)
+        return Source(str(path.resolve()), num_documents, status.st_size, status.st_mtime_ns, checksum.result())
 
     def _add_batch(self, path: Path, batch: Sequence[Record]) -> None:
         samples = [list(pieces(record, self.options.join)) for record in batch]
@@ -198,15 +201,12 @@ def _finished(options: IndexOptions, files: Sequence[Path], tokenizer: Tokenizer
             ("end-of-sequence token", manifest.tokenizer.eos_id, tokenizer.eos_id),
             ("join", manifest.join, options.join.value),
             ("text column", manifest.text_column, options.text_column),
-            ("input files", [source.path for source in manifest.sources], [str(f.resolve()) for f in files]),
-            (
-                "content of the input files",
-                [(source.bytes, source.modified_ns) for source in manifest.sources],
-                [(file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-            ),
+            ("list of input files", [source.path for source in manifest.sources], [str(f.resolve()) for f in files]),
         )
         if found != wanted
     ]
+    if not differences and not all(map(Source.is_still, manifest.sources, files)):
+        differences = ["content of the input files"]
     if differences:
         raise UserError(f"{prefix} was indexed before with another {', '.join(differences)}; {advice}")
     manifest.check_files(prefix)

@@ -5,6 +5,7 @@ It is written last: an index without it is not finished. The trainer reads it to
 index.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,6 +19,12 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.writer import idx_bytes
 
 FORMAT_VERSION = 1
+
+
+def file_checksum(path: Path) -> str:
+    """ "sha256:" and the digest of a file's content."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,22 @@ class ThinkTokens:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `modified_ns` and `bytes` tell whether it is still the same."""
+    """One input file. The last three tell whether it is still the same: the checksum is asked when the time differs."""
 
     path: str
     documents: int
     bytes: int
     modified_ns: int
+    checksum: str
+
+    def is_still(self, file: Path) -> bool:
+        """Whether `file` is this source with the same content."""
+        status = file.stat()
+        return (
+            self.path == str(file.resolve())
+            and self.bytes == status.st_size
+            and (self.modified_ns == status.st_mtime_ns or self.checksum == file_checksum(file))
+        )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Reading and verifying an indexed dataset without torch: any MMIDIDX version 1, ours or Megatron's."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.manifest import Manifest, file_checksum
 from megatron_tpt.indexing.writer import DTYPE_CODES, HEADER, MAGIC, VERSION
 
 Array = numpy.ndarray[tuple[int], Any]
@@ -96,9 +95,7 @@ def verify(prefix: str | Path) -> Manifest:
     reader.check_structure()
     for kind, expected in manifest.checksums.items():
         path = Path(f"{prefix}.{kind}")
-        with path.open("rb") as file:
-            found = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
+        if file_checksum(path) != expected:
             raise UserError(f"{path}: damaged: its checksum is not the manifest's; index again")
     counts = manifest.counts
     if (reader.num_documents, reader.num_tokens) != (counts.documents, counts.tokens):

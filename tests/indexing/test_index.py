@@ -171,6 +171,20 @@ def test_the_same_command_again_is_already_done_and_others_are_refused(
         index(options)
 
 
+def test_an_input_written_again_is_the_same_input_only_with_the_same_content(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "d.jsonl"
+    source.write_text('{"text": "one"}\n')
+    options = IndexOptions([source], tokenizer_dir, tmp_path / "x")
+    manifest = index(options)
+    os.utime(source, (1, 1))
+    assert index(options) == manifest
+    source.write_text('{"text": "two"}\n')
+    with pytest.raises(UserError, match="another content of the input files"):
+        index(options)
+
+
 BAD_INPUTS = [
     ('{"text": "good"}\n{"text":', "d.jsonl:2: not JSON"),
     ('{"text": "good"}\n{"body": "x"}', "d.jsonl:2: no text"),
