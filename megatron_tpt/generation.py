@@ -45,8 +45,8 @@ class Sampling:
     """With a seed, a request's random numbers are its own: they do not depend on the requests around it."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature}: must be 0 or more")
+        if not 0 <= self.temperature <= 2:
+            raise UserError(f"temperature {self.temperature}: must be from 0 to 2")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
         if self.max_new_tokens < 1:
@@ -131,10 +131,23 @@ def check_model(model: str) -> None:
         raise UserError(f"{model}: no such model folder; give a Hugging Face model folder or a Hub id (owner/name)")
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: no config.json in this folder; a model is exported by tools/export_hf.py")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{model}: no weights (*.safetensors) in this folder")
+    _check_weights(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{model}: no tokenizer (tokenizer.json) in this folder; copy the one it was trained with")
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header, and knows by it how long the file must be
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged or cut short ({error}); export or fetch the model again") from error
 
 
 def load_tokenizer(model: str) -> Any:
@@ -213,7 +226,7 @@ class VLLMEngine:
             with _quiet():
                 self._llm: Any = vllm.LLM(
                     model=options.model,
-                    dtype=options.dtype,
+                    dtype=_dtype(options),
                     max_model_len=options.max_model_len,
                     tensor_parallel_size=options.tensor_parallel_size,
                     trust_remote_code=False,
@@ -301,6 +314,12 @@ def _import_vllm() -> Any:
                 "on GPUs: pip install vllm"
             ) from error
     return vllm
+
+
+def _dtype(options: EngineOptions) -> str:
+    """The dtype to ask vLLM for; its own "auto" turns float32 models into half precision."""
+    stored = getattr(load_model_config(options.model), "dtype", None)
+    return "float32" if options.dtype == "auto" and "float32" in str(stored) else options.dtype
 
 
 def _cpu_arguments(options: EngineOptions) -> dict[str, Any]:
