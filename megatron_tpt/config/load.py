@@ -133,7 +133,7 @@ def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
         raw["data"]["train"] = [raw["data"]["train"]]
     parser = _parser(cls)
     try:
-        sections = parser.instantiate_classes(parser.parse_object(raw)).as_dict()
+        sections = parser.instantiate(parser.parse_object(raw)).as_dict()
     except UserError:
         raise
     except Exception as error:  # jsonargparse wraps what __post_init__ raises, and has errors of several types

@@ -4,6 +4,7 @@ import logging
 import warnings
 
 _LOG_MESSAGES = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",  # on a CPU they are one
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # said on a CPU only, where it is no news
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is for hybrid models
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",  # computing it is right
@@ -18,5 +19,7 @@ def silence_known_messages(*, on_cpu: bool) -> None:
     for logger_name, text in _LOG_MESSAGES.items():
         logging.getLogger(logger_name).addFilter(lambda record, text=text: text not in record.getMessage())
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # Loading a checkpoint through Megatron Core calls torch's loader in ways that torch wants changed.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
     if on_cpu:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -68,6 +69,38 @@ def _set_random_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside that use torch's AdamW: all in a run without Transformer Engine and apex, else none."""
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [member for member in members if isinstance(member.optimizer, torch.optim.AdamW)]
+
+
+def _make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
+    """Megatron Core keeps the number of steps in the parameter groups, torch's AdamW as a tensor in every parameter's
+    state. Loading trips over that twice: it reads the tensor, which is not there before the first step
+    (distrib_optimizer.py:838, optimizer.py:539), and it looks for it in the checkpoint (distrib_optimizer.py:1223)."""
+    for member in _with_torch_adam(optimizer):
+        for parameter in (parameter for group in member.optimizer.param_groups for parameter in group["params"]):
+            member.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        if isinstance(member, DistributedOptimizer):
+            copy_into_state = member._set_main_param_and_optimizer_states
+            member._set_main_param_and_optimizer_states = lambda parameter, tensors, copy=copy_into_state: copy(
+                parameter, {**tensors, "step": None}
+            )
+
+
+def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
+    """Megatron Core loads one `step` tensor for all parameters (distrib_optimizer.py:1028); torch's AdamW adds 1 to it
+    in place for each of them."""
+    for member in _with_torch_adam(optimizer):
+        for state in member.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 def save_checkpoint(
@@ -131,6 +164,7 @@ def load_checkpoint(folder: Path, model: GPTModel, optimizer: MegatronOptimizer)
     """
     _require_checkpoint(folder)
     trainer_state = load_common_state_dict(str(folder))["trainer"]
+    _make_torch_adam_loadable(optimizer)
     weights = weights_state(model)
     state: dict[str, Any] = {
         "model": weights,
@@ -142,6 +176,7 @@ def load_checkpoint(folder: Path, model: GPTModel, optimizer: MegatronOptimizer)
     loaded = dist_checkpointing.load(state, str(folder))
     model.load_state_dict(loaded["model"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
+    _give_each_parameter_its_step(optimizer)
     if same_layout:
         _set_random_state(loaded["random_state"])
     return trainer_state

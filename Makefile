@@ -1,0 +1,29 @@
+# The commands of the README. All of them set up first; doing it again costs nothing.
+PY := .venv/bin/python
+# Two cores are enough for everything here; torch's threads would only fight the processes for them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo teacher study test test-slow check
+
+setup:
+	@tools/setup.sh
+
+demo: setup
+	$(PY) examples/demo/run.py --output runs/demo
+
+teacher: setup
+	$(PY) examples/demo/teacher.py --output runs/teacher
+
+study: setup
+	$(PY) tools/study.py examples/demo/study.yaml
+
+test: setup
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+check: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy

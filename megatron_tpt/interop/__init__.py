@@ -1,0 +1,1 @@
+"""Weights and tokenizers between Megatron Core checkpoints and Hugging Face folders."""

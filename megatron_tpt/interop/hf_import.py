@@ -1,0 +1,126 @@
+"""A Hugging Face folder as a checkpoint that any parallel layout starts from (training.init_from).
+
+The weights keep their precision and are in memory once, all together.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from safetensors import SafetensorError, safe_open
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_directory
+from megatron_tpt.interop.hf_config import from_hf_config
+from megatron_tpt.interop.hf_export import refuse_existing
+from megatron_tpt.interop.mapping import places
+from megatron_tpt.interop.options import ImportOptions
+from megatron_tpt.interop.tokenizer_files import copy_tokenizer
+
+
+def import_hf(options: ImportOptions) -> None:
+    """Write the weights, recipe.yaml with the model's shape, and tokenizer/; all of it or nothing.
+
+    Raises UserError when the folder is no complete model of a supported kind, or when the output exists.
+    """
+    refuse_existing(options.output)
+    config_path = options.model / "config.json"
+    model = from_hf_config(_read_json(config_path), config_path)
+    tensors = HfTensors(options.model)
+    tensors.check_names(model)
+    with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
+        copy_tokenizer(options.model, folder / "tokenizer")
+        dist_checkpointing.save(sharded_tensors(model, tensors), str(folder))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
+    print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
+
+
+class HfTensors:
+    """The tensors in a folder's safetensors files, by name.
+
+    Raises UserError when there are none, or when a file is not what it should be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open_files: dict[str, Any] = {}
+        self._file_of = self._find_files()
+
+    def _find_files(self) -> dict[str, str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+                raise UserError(f"{index}: weight_map does not name files beside it: download the model again")
+            return weight_map
+        if (self.folder / "model.safetensors").is_file():
+            return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        if any(self.folder.glob("*.bin")):
+            raise UserError(
+                f"{self.folder} has pickled weights only (.bin), which can run code when loaded: get the model's "
+                f"safetensors files, or save it anew with save_pretrained of transformers"
+            )
+        raise UserError(f"{self.folder} has no model.safetensors, nor an index of several: download the model again")
+
+    def _open(self, name: str) -> Any:
+        if name not in self._open_files:
+            try:
+                self._open_files[name] = safe_open(self.folder / name, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.folder / name} is not readable ({error}): download the model again") from None
+        return self._open_files[name]
+
+    def check_names(self, model: ModelConfig) -> None:
+        """Raises UserError unless there are the tensors of `model`, and no others that would matter."""
+        expected = {name.format(layer=layer) for row, layer in places(model) for name in row.hugging_face}
+        if missing := sorted(expected - set(self._file_of)):
+            raise UserError(f"{self.folder}: {len(missing)} tensors are missing ({missing[0]}): is it complete?")
+        unused = {"lm_head.weight"} if model.tie_embeddings else set()
+        unknown = sorted(
+            name for name in set(self._file_of) - expected - unused if not name.endswith(".rotary_emb.inv_freq")
+        )
+        if unknown:
+            raise UserError(f"{self.folder}: tensor {unknown[0]} is not supported: config.json describes no such part")
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor. Raises UserError when its shape is another."""
+        tensor = self._open(self._file_of[name]).get_tensor(name)
+        if tensor.shape != shape:
+            raise UserError(
+                f"{self.folder}: {name} has shape {list(tensor.shape)}, config.json describes {list(shape)}: they are "
+                f"of different models"
+            )
+        return tensor
+
+
+def sharded_tensors(model: ModelConfig, tensors: HfTensors) -> dict[str, ShardedTensor]:
+    """All weights as Megatron Core's checkpoints name and stack them."""
+    state = {}
+    for row, layer in places(model):
+        parts = [tensors.read(name.format(layer=layer), shape) for name, shape in row.hugging_face.items()]
+        tensor = row.transform.join(parts).contiguous()
+        place = [] if layer is None else [(0, layer, model.num_layers)]
+        state[f"{row.megatron} {layer}"] = ShardedTensor.from_rank_offsets(
+            row.megatron, tensor, *place, prepend_axis_num=len(place)
+        )
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: give a Hugging Face model folder") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): download the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: download the model again")
+    return content

@@ -1,0 +1,91 @@
+"""Runs of the training programs: in worker processes that stay (quick), or started as a user starts them (to kill)."""
+
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+Train = Callable[..., list[dict]]
+PRETRAIN, FINETUNE = "megatron_tpt.pretrain", "megatron_tpt.finetune"
+
+
+def start_training(recipe_path: Path, *overrides: str, num_processes: int = 1) -> subprocess.Popen:
+    """Start pre-training from the command line. Its output is one text stream."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", PRETRAIN, str(recipe_path), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for a program that must succeed."""
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def read_metrics(run_folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _work(connection: Connection) -> None:
+    """Run programs in this process, one after another: each job is a module, its arguments and torchrun's variables."""
+    while True:
+        try:
+            module, argv, environment = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        sys.argv = [module, *argv]
+        output, error = io.StringIO(), None
+        try:
+            with contextlib.redirect_stdout(output):
+                importlib.import_module(module).main()
+        except BaseException as exception:
+            error = f"{exception!r}\n{traceback.format_exc()}"
+        connection.send((error, output.getvalue()))
+
+
+class Workers:
+    """Processes that have imported torch and Megatron Core once, and act as the ranks of one run after another."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.connections: list[Connection] = []
+
+    def _grow(self, num_processes: int) -> None:
+        while len(self.connections) < num_processes:
+            ours, theirs = self.context.Pipe()
+            # Not a daemon: Megatron Core's checkpoint writer starts a process of its own. It ends when we close the pipe.
+            self.context.Process(target=_work, args=(theirs,)).start()
+            theirs.close()
+            self.connections.append(ours)
+
+    def close(self) -> None:
+        """Let the processes end."""
+        for connection in self.connections:
+            connection.close()
+
+    def run(self, module: str, argv: list[str], num_processes: int) -> str:
+        """Run a program on so many ranks. Returns what the first printed; fails when any rank does."""
+        self._grow(num_processes)
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        for rank, connection in enumerate(self.connections[:num_processes]):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            connection.send((module, argv, environment))
+        results = [connection.recv() for connection in self.connections[:num_processes]]
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
+        assert not errors, "\n".join(errors)
+        return results[0][1]

@@ -1,0 +1,129 @@
+"""Samples: which tokens are thinking, what the loss is on, and that a killed job leaves no half-built cache."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron_tpt import platform  # noqa: F401, I001  (before Megatron Core)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.training.data import Loader, _build_splits, mark_thinking, prepare_cache
+
+OPEN, CLOSE, EOS = 7, 8, 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, OPEN, 3, 4, CLOSE, EOS, 5], [0, 0, 1, 1, 1, 1, 0, 0]),
+        ([OPEN, 3, CLOSE, 1, 2, EOS], [1, 1, 1, 0, 0, 0]),
+        ([1, OPEN, 2, EOS, 3], [0, 1, 1, 1, 0]),  # a thought that was never closed ends with its document
+        ([1, OPEN, CLOSE, OPEN, 2, CLOSE, 3], [0, 1, 1, 1, 1, 1, 0]),
+        ([1, 2], [0, 0]),
+        ([], []),
+    ],
+)
+def test_tokens_between_the_tags_are_thinking(tokens: list[int], expected: list[int]) -> None:
+    assert mark_thinking(np.array(tokens, dtype=np.int64), [OPEN], [CLOSE], EOS).astype(int).tolist() == expected
+
+
+def test_tags_of_several_tokens_are_found_whole() -> None:
+    tokens = np.array([1, 20, 21, 22, 5, 20, 23, 21, 22, 6, 20, 21])
+    marks = mark_thinking(tokens, [20, 21, 22], [20, 23, 21, 22], EOS)
+    assert marks.astype(int).tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.fixture
+def pretrain_recipe(recipe: dict, index_prefix: Path, tmp_path: Path) -> PretrainRecipe:
+    return recipe_from_dict(
+        PretrainRecipe, {**recipe, "data": {"train": str(index_prefix), "cache_dir": str(tmp_path / "cache")}}
+    )
+
+
+def test_marks_are_exact_wherever_a_sample_is_cut(
+    pretrain_recipe: PretrainRecipe, index_prefix: Path, tokenizer_path: Path
+) -> None:
+    """Against a walk through every document token by token."""
+    tokenizer = Tokenizer(tokenizer_path)
+    truth = {}
+    for number, document in enumerate(IndexedDataset(str(index_prefix))):
+        inside, marks = False, []
+        for token in document.tolist():
+            inside = inside or token == tokenizer.open_ids[0]
+            marks.append(inside)
+            inside = inside and token != tokenizer.close_ids[0]
+        truth[number] = (document.tolist(), marks)
+
+    prepare_cache(pretrain_recipe)
+    dataset = _build_splits(pretrain_recipe, pretrain_recipe.data.cache_dir)[0]
+    num_samples_within_thought = 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        place = dataset.shuffle_index[i]
+        (first, offset), (last, _) = dataset.sample_index[place], dataset.sample_index[place + 1]
+        documents = [truth[dataset.document_index[d]] for d in range(first, last + 1)]
+        tokens = [t for document, _ in documents for t in document][offset:]
+        marks = [m for _, marks in documents for m in marks][offset:]
+        length = len(sample["labels"])
+        assert sample["labels"].tolist() == tokens[1 : length + 1]
+        assert sample["is_thinking"].tolist() == marks[1 : length + 1]
+        num_samples_within_thought += marks[0] and all(marks[:length])
+    assert num_samples_within_thought > 5, "the corpus must hold samples that lie in one thought from end to end"
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
+def test_a_step_uses_the_same_samples_at_any_data_parallel_size(data_parallel_size: int) -> None:
+    loaders = [Loader([], 16, 2, rank, data_parallel_size) for rank in range(data_parallel_size)]
+    for step in range(3):
+        samples = [
+            index
+            for loader in loaders
+            for microbatch in range(loader.num_microbatches)
+            for index in loader.sample_indices(step, microbatch)
+        ]
+        assert sorted(samples) == list(range(step * 16, (step + 1) * 16))
+
+
+BUILD = """
+import sys, time, yaml
+from megatron_tpt import platform
+import megatron_tpt.training.data as data
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.recipe import PretrainRecipe
+if sys.argv[2] == "slow":
+    import numpy
+    save = numpy.save
+    def slow_save(path, *args, **kwargs):
+        save(path, *args, **kwargs)
+        print("wrote", path, flush=True)
+        time.sleep(60)
+    numpy.save = slow_save
+data.prepare_cache(recipe_from_dict(PretrainRecipe, yaml.safe_load(sys.argv[1])))
+"""
+
+
+def test_a_killed_build_leaves_nothing_in_the_cache_and_the_next_one_is_whole(
+    recipe: dict, index_prefix: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    content = json.dumps({**recipe, "data": {"train": str(index_prefix), "cache_dir": str(cache)}})
+    process = subprocess.Popen([sys.executable, "-c", BUILD, content, "slow"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("wrote")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(cache.glob("*.npy")) == []
+
+    subprocess.run([sys.executable, "-c", BUILD, content, "fast"], check=True)
+    whole = {path.name: path.stat() for path in cache.glob("*.npy")}
+    assert len(whole) == 3
+    subprocess.run([sys.executable, "-c", BUILD, content, "fast"], check=True)
+    for name, before in whole.items():
+        assert (cache / name).stat().st_mtime_ns == before.st_mtime_ns, "a cached index was written again"

@@ -1,0 +1,100 @@
+"""A run that is killed, at any moment and however often, ends as if it had not been."""
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from runs import Train, finish, read_metrics, start_training
+
+EXACT = ("step", "loss", "loss_document", "loss_thinking", "grad_norm", "learning_rate", "tokens")
+
+
+def exact(metrics: list[dict]) -> list[list]:
+    return [[m[name] for name in EXACT] for m in metrics]
+
+
+def kill_at_step(process, run_folder: Path, step: int) -> None:
+    """Kill -9 every process of a run when it has reported `step`."""
+    metrics = run_folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed: " + process.communicate()[0]
+    launcher = psutil.Process(process.pid)
+    for one in [launcher, *launcher.children(recursive=True)]:  # torchrun starts its ranks in sessions of their own
+        one.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def dropout(recipe: dict) -> dict:
+    """Dropout makes the random state matter."""
+    return {
+        "model": {**recipe["model"], "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "training": {**recipe["training"], "num_steps": 60},
+        "checkpoint": {"save_interval": 7},
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides", [["--parallel.tensor_parallel_size=2"], []], ids=["tensor-parallel", "data-parallel"]
+)
+def test_killed_run_goes_on_to_the_same_losses_to_the_bit(
+    overrides: list[str], train: Train, recipe: dict, dropout: dict, tmp_path: Path
+) -> None:
+    unbroken = train("unbroken", *overrides, num_processes=2, changes=dropout)
+    run_folder, path = tmp_path / "killed", tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump({**recipe, **dropout, "run": {"output_dir": str(run_folder)}}))
+    process = start_training(path, *overrides, num_processes=2)
+    kill_at_step(process, run_folder, random.randint(8, 40))
+    resumed = finish(start_training(path, *overrides, num_processes=2))
+
+    assert "resumed from" in resumed
+    assert exact(read_metrics(run_folder)) == exact(unbroken)
+
+
+def test_checkpoint_of_one_layout_resumes_under_another(train: Train, tmp_path: Path) -> None:
+    save = {"checkpoint": {"save_interval": 10}}
+    unbroken = train("unbroken", changes=save)
+    train("moved", "--parallel.tensor_parallel_size=2", num_processes=2, changes=save)
+    shutil.rmtree(tmp_path / "moved/checkpoints/step_00000020")
+    moved = train("moved", "--parallel.pipeline_parallel_size=2", num_processes=2, changes=save)
+    assert [m["step"] for m in moved] == list(range(1, 21))
+    assert [m["loss"] for m in moved] == pytest.approx([m["loss"] for m in unbroken], rel=1e-5)
+    assert [m["grad_norm"] for m in moved] == pytest.approx([m["grad_norm"] for m in unbroken], rel=1e-4)
+
+
+def test_half_written_checkpoint_is_not_taken(train: Train, tmp_path: Path) -> None:
+    save = {"checkpoint": {"save_interval": 10}}
+    unbroken = train("run", changes=save)
+    checkpoints = tmp_path / "run/checkpoints"
+    # What a kill in the middle of a save leaves: the temporary folder, and `latest` still at the one before.
+    (checkpoints / "step_00000020").rename(checkpoints / ".tmp-step_00000020")
+    next((checkpoints / ".tmp-step_00000020").glob("*.distcp")).write_bytes(b"half")
+    again = train("run", changes=save)
+    assert exact(again) == exact(unbroken)
+    assert os.readlink(checkpoints / "latest") == "step_00000020"
+    assert not list(checkpoints.glob(".tmp-*"))
+
+
+def test_finished_run_does_nothing_again(train: Train) -> None:
+    first = train("run")
+    assert train("run") == first
+
+
+def test_resume_with_another_data_order_is_refused(train: Train, recipe: dict, tmp_path: Path) -> None:
+    train("run", "--checkpoint.save_interval=10")
+    process = start_training(tmp_path / "run.yaml", "--training.global_batch_size=4")
+    output, _ = process.communicate()
+    assert process.returncode == 2
+    assert "training.global_batch_size" in output and output.count("\n") == 1
+
+
+def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
+    train("run", "--checkpoint.save_interval=5", "--checkpoint.keep_last=2")
+    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert folders == ["latest", "step_00000015", "step_00000020"]

