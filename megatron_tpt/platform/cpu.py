@@ -54,8 +54,8 @@ def patch_tensor_factories() -> None:
     optimizer/clip_grads.py:96 and :108, optimizer/optimizer.py:690, pipeline_parallel/schedules.py:749 and :2292,
     transformer/utils.py:39, tensor_parallel/data.py:37, dist_checkpointing/exchange_utils.py:103.
     """
-    # `with torch.device(...)` finds the factories in a set that torch fills at its first use: it must hold the originals,
-    # which is what it is asked for. Without this, transformers loads models with parts of them left uninitialised.
+    # `with torch.device(...)` looks the original of a factory up in a set that torch fills at its first use: fill it now.
+    # Otherwise transformers, for one, loads models with parts of them left uninitialised.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))

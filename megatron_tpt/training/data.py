@@ -179,6 +179,7 @@ class Loader:
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self.num_workers > 0,
+                generator=torch.Generator(),  # its workers' seeds must not come from the stream that dropout uses
             )
         )
 
