@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import yaml
+from megatron_tpt import platform  # noqa: I001  (before Megatron Core)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors import SafetensorError, safe_open
 
-from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig
