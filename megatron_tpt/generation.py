@@ -324,6 +324,8 @@ def _dtype(options: EngineOptions) -> str:
 
 def _cpu_arguments(options: EngineOptions) -> dict[str, Any]:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Else vLLM wants a NUMA node for every process that shares a model.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     max_num_seqs = options.max_num_seqs or _CPU_MAX_NUM_SEQS
     return {
         "enforce_eager": True,

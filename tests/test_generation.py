@@ -112,6 +112,12 @@ def test_leaving_early_abandons_the_rest(engine: VLLMEngine) -> None:
     assert len(complete(engine, PROMPTS[:2], GREEDY)) == 2
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_model(model: str, engine: VLLMEngine) -> None:
+    with unchanged_environment(), VLLMEngine(EngineOptions(model, 256, tensor_parallel_size=2)) as shared:
+        assert complete(shared, PROMPTS, GREEDY) == complete(engine, PROMPTS, GREEDY)
+
+
 def test_a_seed_of_a_name_stays_the_same() -> None:
     assert derive_seed(0, "a") == derive_seed(0, "a") == 739273521946992771
     seeds = {derive_seed(seed, name, i) for seed in range(5) for name in ("a", "b") for i in range(5)}

@@ -10,16 +10,14 @@ shard finish.
 """
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
 from megatron_tpt.generation import (
     Completion,
     Engine,
@@ -34,9 +32,7 @@ from megatron_tpt.generation import (
 from megatron_tpt.records import ReadCounts, Record, expand_inputs, read_records, write_records
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import ThinkingPrompt, load_template
-
-SETTINGS_NAME = "augment.json"
-FORMAT_VERSION = 1
+from megatron_tpt.thinking.settings import check_output, make_settings, write_settings
 
 
 class Task(NamedTuple):
@@ -78,8 +74,8 @@ def augment(options: AugmentOptions) -> AugmentCounts:
     files = expand_inputs(options.input)
     template = load_template(options.prompt)
     check_model(options.model)
-    settings = _settings(options, files, template)
-    _check_output(options.output, settings)
+    settings = make_settings(options, files, template)
+    check_output(options.output, settings)
     counts = AugmentCounts()
     tasks = _tasks(options, files, counts)
     first = next(tasks, None)
@@ -95,7 +91,7 @@ def augment(options: AugmentOptions) -> AugmentCounts:
     )
     print(f"starting vLLM with {options.model}", file=sys.stderr)
     with VLLMEngine(engine_options) as engine:
-        _write_settings(options.output, settings)
+        write_settings(options.output, settings)
         _augment_all(engine, options, prompt, itertools.chain([first], tasks), counts)
     return counts
 
@@ -216,61 +212,6 @@ class _ShardWriter:
         records = self._records.pop(shard)
         write_records(shard_path(self._options.output, shard), (records[i] for i in sorted(records)))
         self._counts.shards += 1
-
-
-def _settings(options: AugmentOptions, files: Iterable[Path], template: str) -> dict[str, Any]:
-    """Everything that decides what the shards hold."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "input": [{"path": str(path), "bytes": path.stat().st_size} for path in files],
-        "text_column": options.text_column,
-        "id_column": options.id_column,
-        "on_bad_record": options.on_bad_record,
-        "limit": options.limit,
-        "records_per_shard": options.records_per_shard,
-        "model": options.model,
-        "dtype": options.dtype,
-        "prompt": template,
-        "max_document_tokens": options.max_document_tokens,
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "seed": options.seed,
-    }
-
-
-def _check_output(output: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError when `output` holds something else than a run with these settings."""
-    path = output / SETTINGS_NAME
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give a folder for the output")
-    if not path.exists():
-        if any(output.glob("part-*")):
-            raise UserError(f"{output}: has shards but no {SETTINGS_NAME}; choose another --output")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); choose another --output") from error
-    differing = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
-    if differing:
-        changes = "; ".join(
-            f"{name} was {_short(before.get(name))}, now {_short(settings.get(name))}" for name in differing
-        )
-        raise UserError(
-            f"{output}: was begun with other settings ({changes}); set them back or choose another --output"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _write_settings(output: Path, settings: dict[str, Any]) -> None:
-    if not (output / SETTINGS_NAME).exists():
-        with atomic_write(output / SETTINGS_NAME) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class _Progress:

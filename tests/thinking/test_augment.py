@@ -126,6 +126,21 @@ def test_other_settings_are_refused(finished: tuple[AugmentOptions, list[Record]
             augment(dataclasses.replace(options, **change))
 
 
+def test_another_model_or_input_under_an_old_name_is_refused(
+    finished: tuple[AugmentOptions, list[Record]], documents: Path, model: str
+) -> None:
+    options, _ = finished
+    for path, settings_name in [(documents, "input"), (Path(model, "model.safetensors"), "model_files")]:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        try:
+            with pytest.raises(UserError, match=f"{settings_name} was"):
+                augment(options)
+        finally:
+            path.write_bytes(content)
+    assert augment(options).records == 0
+
+
 def test_bad_records_are_left_out_and_do_not_move_the_others(
     documents: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
