@@ -5,6 +5,7 @@ The weights are read and written tensor by tensor, so that memory holds one safe
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,11 @@ def write_safetensors(
     names = [f"model-{i:05}-of-{num_files:05}.safetensors" for i in range(1, num_files + 1)]
     if num_files == 1:
         names = ["model.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
     for i, name in enumerate(names, start=1):
-        (folder / f"{i}.safetensors").rename(folder / name)
+        path = (folder / f"{i}.safetensors").rename(folder / name)
+        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
     if num_files > 1:
         index = {name: names[i - 1] for name, i in weight_map.items()}
         _write_json(

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 import yaml
-from megatron_tpt import platform  # noqa: I001  (before Megatron Core)
+from safetensors import SafetensorError, safe_open
+
+from megatron_tpt import platform
+
+# Megatron Core comes after the platform.
+# isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from safetensors import SafetensorError, safe_open
 
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
+from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.interop.hf_config import from_hf_config
 from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.mapping import places
@@ -36,9 +41,10 @@ def import_hf(options: ImportOptions) -> None:
     model = from_hf_config(_read_json(config_path), config_path)
     tensors = HfTensors(options.model)
     tensors.check_names(model)
+    Tokenizer(options.model)  # refuses one that training could not use
     with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
-        copy_tokenizer(options.model, folder / "tokenizer")
         dist_checkpointing.save(sharded_tensors(model, tensors), str(folder))
+        copy_tokenizer(options.model, folder / "tokenizer")
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
     print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
 
