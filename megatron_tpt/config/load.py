@@ -6,6 +6,7 @@ The YAML is read, dotted overrides are written into it, a model preset is filled
 unknown keys and wrong types are refused by name. No torch is imported: a mistake is reported within a second.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,7 @@ def _spell_out_sources(raw: dict[str, Any]) -> None:
 
 def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
     """Dataclasses from nested mappings. Raises UserError that names an unknown key or a wrong type."""
+    raw = copy.deepcopy(raw)
     _fill_in_preset(raw)
     _take_shape_of_checkpoint(raw)
     if cls is PretrainRecipe:
