@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written under a temporary name beside its target, flushed to the disk, then renamed; a rename within
-one folder is atomic on POSIX, so a reader (or a process killed at any moment) sees the old content or the new, never a part.
+Everything is written under a temporary name beside its target, flushed to the disk, then renamed. A rename within one
+folder is atomic on POSIX: a reader (or a process killed at any moment) sees the old content or the new, never a part.
 """
 
 import contextlib

@@ -103,12 +103,12 @@ def _fill_in_preset(raw: dict[str, Any]) -> None:
 
 
 def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
-    """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives itself."""
+    """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives."""
     training = raw.get("training")
     if isinstance(training, dict) and training.get("init_from") is not None:
         folder = Path(str(training["init_from"]))
         if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"training.init_from={folder} is no checkpoint: give a folder like RUN/checkpoints/latest")
+            raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
         raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **(raw.get("model") or {})}
 
 
@@ -198,13 +198,13 @@ def check(recipe: Recipe, world_size: int) -> None:
         )
     if parallel.sequence_parallel and training.sequence_length % tp:
         raise UserError(
-            f"training.sequence_length={training.sequence_length} is not a multiple of parallel.tensor_parallel_size={tp}, "
+            f"training.sequence_length={training.sequence_length} is not a multiple of tensor_parallel_size={tp}, "
             f"as parallel.sequence_parallel needs: change one of them"
         )
     if world_size % (tp * pp):
         raise UserError(
-            f"{world_size} processes cannot hold parallel.tensor_parallel_size={tp} x pipeline_parallel_size={pp}: start "
-            f"a multiple of {tp * pp} (torchrun --nproc-per-node), or change the sizes"
+            f"{world_size} processes cannot hold parallel.tensor_parallel_size={tp} x pipeline_parallel_size={pp}: "
+            f"start a multiple of {tp * pp} (torchrun --nproc-per-node), or change the sizes"
         )
     dp = world_size // (tp * pp)
     if training.global_batch_size % (training.micro_batch_size * dp):

@@ -8,7 +8,7 @@ from megatron_tpt.errors import UserError
 
 @dataclass
 class ModelConfig:
-    """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+    """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
 
     preset: str | None = None
     """Name of a size preset (see megatron_tpt/models/presets.py) that fills in every field not given."""
@@ -27,8 +27,8 @@ class ModelConfig:
     vocab_size: int | None = None
     """Tokens in the vocabulary; the training data's tokenizer decides when not given."""
     vocab_padding_multiple: int = 128
-    """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not depend
-    on the layout: a checkpoint fits any."""
+    """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not
+    depend on the layout: a checkpoint fits any."""
     max_position_embeddings: int = 8192
     """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
     rotary_base: float = 10000.0

@@ -86,7 +86,7 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     """Processes that share the layers."""
     sequence_parallel: bool = False
-    """Also split norms and dropout along the sequence over the tensor-parallel group; needs tensor_parallel_size > 1."""
+    """Also split norms and dropout along the sequence over the tensor-parallel group, which must be more than one."""
     distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel group (ZeRO 1)."""
     overlap_grad_reduce: bool = False

@@ -3,7 +3,6 @@
 The weights are read and written tensor by tensor, so that memory holds one safetensors file (5 GB) at most.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
+from megatron_tpt.config.load import read_yaml, recipe_from_dict
 from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
@@ -58,11 +58,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{checkpoint} is no checkpoint (no recipe.yaml): give a folder like RUN/checkpoints/latest")
-    section = yaml.safe_load(path.read_text()).get("model", {})
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown := sorted(set(section) - known):
-        raise UserError(f"{path}: model.{unknown[0]} is not known: was it written by another version?")
-    model = ModelConfig(**section)
+    model = recipe_from_dict(Recipe, {"model": read_yaml(path).get("model", {})}).model
     if model.vocab_size is None:
         raise UserError(f"{path}: model.vocab_size is missing: give the number of tokens of the checkpoint's tokenizer")
     return model

@@ -15,9 +15,6 @@ from megatron_tpt import platform
 
 # Megatron Core comes after the platform.
 # isort: split
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig
@@ -29,6 +26,9 @@ from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.interop.tokenizer_files import copy_tokenizer
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def import_hf(options: ImportOptions) -> None:

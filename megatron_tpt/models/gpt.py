@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.errors import UserError
+
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -18,10 +24,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
-from megatron_tpt.errors import UserError
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +42,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def use_transformer_engine(model: ModelConfig) -> bool:
-    """Whether the model is built from Transformer Engine's kernels. Raises UserError when they are asked for and absent."""
+    """Whether to build from Transformer Engine's kernels. Raises UserError when they are asked for and absent."""
     if model.transformer_impl == "local" or (model.transformer_impl == "auto" and not torch.cuda.is_available()):
         return False
     if importlib.util.find_spec("transformer_engine") is None:

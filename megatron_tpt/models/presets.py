@@ -1,4 +1,4 @@
-"""Published model shapes by name, for `model.preset`. Sources: the config.json of each model on the Hugging Face Hub."""
+"""Published model shapes by name, for `model.preset`, from the config.json of each on the Hugging Face Hub."""
 
 from typing import Any
 

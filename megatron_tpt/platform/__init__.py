@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
     adapt_megatron_to_cpu()
 
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the adaptation)
 
 
 def device() -> torch.device:

@@ -54,7 +54,7 @@ def patch_tensor_factories() -> None:
     optimizer/clip_grads.py:96 and :108, optimizer/optimizer.py:690, pipeline_parallel/schedules.py:749 and :2292,
     transformer/utils.py:39, tensor_parallel/data.py:37, dist_checkpointing/exchange_utils.py:103.
     """
-    # `with torch.device(...)` looks the original of a factory up in a set that torch fills at its first use: fill it now.
+    # `with torch.device(...)` looks a factory's original up in a set that torch fills at its first use: fill it now.
     # Otherwise transformers, for one, loads models with parts of them left uninitialised.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
@@ -70,7 +70,7 @@ def patch_tensor_moves() -> None:
 
 def patch_tensor_type_names() -> None:
     """Parameters and gradients are told apart by CUDA type names: optimizer/distrib_optimizer.py:401 and :466,
-    optimizer/optimizer.py:1009 and :1028, optimizer/clip_grads.py:174; the classes themselves: transformer/module.py:20.
+    optimizer/optimizer.py:1009 and :1028, optimizer/clip_grads.py:174; the classes: transformer/module.py:20.
     """
     original = torch.Tensor.type
 
@@ -109,7 +109,7 @@ def patch_random_state() -> None:
 
 
 def patch_jit() -> None:
-    """`jit_fuser` is torch.compile (jit.py:19): minutes of C++ compilation for kernels that a CPU run does not gain from.
+    """`jit_fuser` is torch.compile (jit.py:19): minutes of C++ compilation that a CPU run does not gain from.
 
     Must come before any other module of Megatron Core is imported: the decorator is applied as they are read.
     """
@@ -119,7 +119,7 @@ def patch_jit() -> None:
 
 
 def adapt_megatron_to_cpu() -> None:
-    """Make Megatron Core run on the CPU with gloo. Call before any other import of Megatron Core; twice does nothing."""
+    """Make Megatron Core run on the CPU with gloo. Call before any other import of it; twice does nothing."""
     global _adapted
     if _adapted:
         return

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 
 _LOG_MESSAGES = {
     "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",  # on a CPU they are one
@@ -13,11 +14,15 @@ _LOG_MESSAGES = {
 }
 
 
+def _leave_out(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()
+
+
 def silence_known_messages(*, on_cpu: bool) -> None:
     """Leave out the messages above and torch's deprecations of what Megatron Core calls; on a CPU also Megatron Core's
     warnings, which are all about GPU kernels and their absence (tools/check_env.py says what that costs)."""
     for logger_name, text in _LOG_MESSAGES.items():
-        logging.getLogger(logger_name).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(logger_name).addFilter(_leave_out(text))
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # Loading a checkpoint through Megatron Core calls torch's loader in ways that torch wants changed.
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")

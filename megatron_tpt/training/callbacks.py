@@ -139,7 +139,7 @@ class SaveCheckpoints(Callback):
 
 
 class CollectGarbage(Callback):
-    """Python's garbage collector at the same steps on all ranks: one rank that stops to collect makes all others wait."""
+    """Collects Python's garbage at the same steps on all ranks: one that stops to collect makes all others wait."""
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.recipe.training.manual_gc_interval:

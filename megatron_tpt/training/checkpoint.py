@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_tpt import platform
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_symlink, sync_tree
+
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
@@ -19,10 +24,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-from megatron_tpt import platform
-from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_symlink, sync_tree
 
 # Optimizer state that loads under any data-parallel size; Megatron Core's default format does not save at all.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

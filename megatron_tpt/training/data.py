@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 
 def mark_thinking(tokens: np.ndarray, opening: list[int], closing: list[int], eos_id: int) -> np.ndarray:
@@ -143,8 +144,8 @@ def prepare_cache(recipe: PretrainRecipe) -> None:
 class Loader:
     """The micro-batches of one data-parallel rank, in an order that depends on the seed alone.
 
-    Step k uses the samples k * G ... (k + 1) * G - 1 of the dataset (G: global batch size) under any layout; micro-batch
-    m of data-parallel rank r takes `micro_batch_size` of them, after those of the micro-batches and ranks before it.
+    Step k uses the samples k * G ... (k + 1) * G - 1 of the dataset (G: global batch size) under any layout;
+    micro-batch m of data-parallel rank r takes `micro_batch_size` of them, after those of the micro-batches and ranks before it.
     """
 
     dataset: torch.utils.data.Dataset
@@ -186,7 +187,7 @@ class Loader:
 
 @dataclasses.dataclass
 class TrainingData:
-    """What a training program reads: a loader to train on, perhaps one to validate with, and the tokenizer they share."""
+    """What a training program reads: a loader to train on, perhaps one to validate with, and their tokenizer."""
 
     train: Loader
     validation: Loader | None

@@ -1,4 +1,4 @@
-"""What the training programs do around training: check, describe, start the process groups. No torch until they start."""
+"""What the training programs do around training: check, describe, start the processes. No torch until they start."""
 
 import contextlib
 import dataclasses

@@ -3,15 +3,17 @@
 import math
 
 import torch
+
+from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.models.gpt import TORCH_DTYPES
+
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
-
-from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.models.gpt import TORCH_DTYPES
 
 
 def wrap_model(gpt: GPTModel, recipe: Recipe) -> DistributedDataParallel:
@@ -61,7 +63,7 @@ def build_optimizer(model: DistributedDataParallel, recipe: Recipe) -> MegatronO
 
 
 def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
-    """Linear warm-up, then the recipe's decay, counted in optimizer steps; update k (from 0) uses the rate of step k."""
+    """Linear warm-up, then the recipe's decay, counted in optimizer steps; update k (from 0) uses the rate at k."""
     settings = recipe.optimizer
     decay_steps = settings.decay_steps or recipe.training.num_steps
     return OptimizerParamScheduler(

@@ -121,8 +121,8 @@ def _fitting(examples: list[Example], config: SftDataConfig, sequence_length: in
     if num_too_long and config.on_too_long == "stop":
         longest = max(len(example.tokens) for example in examples)
         raise UserError(
-            f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length={sequence_length} (the "
-            f"longest has {longest} tokens): raise it, or give --data.on_too_long=skip"
+            f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length={sequence_length} "
+            f"(the longest has {longest} tokens): raise it, or give --data.on_too_long=skip"
         )
     if not fitting:
         raise UserError(f"data.train holds no example: {', '.join(map(str, config.train))}")

@@ -6,14 +6,15 @@ from functools import partial
 from typing import Any
 
 import torch
+
+from megatron_tpt import platform
+from megatron_tpt.training.metrics import LossSums
+
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
-
-from megatron_tpt import platform
-from megatron_tpt.training.metrics import LossSums
 
 Batch = dict[str, torch.Tensor]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_yaml
@@ -26,6 +25,8 @@ from megatron_tpt.training.checkpoint import (
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
+
+from megatron.core import parallel_state
 
 
 @dataclasses.dataclass
@@ -160,8 +161,8 @@ class Trainer:
         changed = [name for name, value in self._data_identity().items() if state["data"].get(name) != value]
         if changed:
             raise UserError(
-                f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with this "
-                f"recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights along)"
+                f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with "
+                f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights along)"
             )
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.step(self.step)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy
 import pytest
 from indexing_inputs import edit_tokenizer, generated_text
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
@@ -26,6 +25,8 @@ from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.train_tokenizer import train_tokenizer
 from megatron_tpt.indexing.writer import IndexWriter
 from megatron_tpt.records import read_records
+
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 REPOSITORY = Path(__file__).parents[2]
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k_train.jsonl"

@@ -69,18 +69,19 @@ def test_export_does_not_depend_on_the_layout_that_wrote_the_checkpoint(
 
 
 def test_vllm_and_megatron_choose_the_same_tokens(imported: Folders, tmp_path: Path) -> None:
-    checkpoint = imported("llama")
-    export_hf(ExportOptions(checkpoint, tmp_path / "exported"))
+    num_new_tokens = 24
     prompts = some_tokens(num_rows=20, length=12)
-    expected, lead = megatron_greedy(checkpoint, prompts, num_new_tokens=24)
-    command = [sys.executable, HERE / "vllm_worker.py", tmp_path / "exported", "24"]
+    for name in CONFIGS:
+        export_hf(ExportOptions(imported(name), tmp_path / name))
+    command = [sys.executable, HERE / "vllm_worker.py", str(num_new_tokens), *(tmp_path / name for name in CONFIGS)]
     result = subprocess.run(command, input=json.dumps(prompts.tolist()), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    eos_id = Tokenizer(checkpoint / "tokenizer").eos_id
-    print(f"smallest lead of a chosen token's logit: {lead:.2e}")
-    for generated, row in zip(json.loads(result.stdout.splitlines()[-1]), expected.tolist(), strict=True):
-        until_eos = row[: row.index(eos_id) + 1] if eos_id in row else row
-        assert generated == until_eos
+    for name, generated in zip(CONFIGS, json.loads(result.stdout.splitlines()[-1]), strict=True):
+        expected, lead = megatron_greedy(imported(name), prompts, num_new_tokens)
+        print(f"{name}: smallest lead of a chosen token's logit {lead:.2e}")
+        eos_id = Tokenizer(tmp_path / name).eos_id
+        until_eos = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in expected.tolist()]
+        assert generated == until_eos, name
 
 
 def test_models_in_several_files_are_read_and_written(tokenizer: Path, hf_folder: Folders, tmp_path: Path) -> None:

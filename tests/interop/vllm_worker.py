@@ -1,5 +1,8 @@
-"""Greedy completions by vLLM in fp32: vllm_worker.py MODEL NUM_NEW_TOKENS reads prompts (token ids) as JSON from its
-input and prints the generated tokens as JSON on its last line."""
+"""Greedy completions by vLLM in fp32.
+
+`vllm_worker.py NUM_NEW_TOKENS MODEL...` reads prompts (token ids) as JSON from its input; its last line is, as JSON, the
+generated tokens of every prompt for every model.
+"""
 
 import json
 import sys
@@ -9,11 +12,14 @@ from megatron_tpt.generation import EngineOptions, Sampling, VLLMEngine, complet
 
 def main() -> None:
     prompts = json.load(sys.stdin)
-    num_new_tokens = int(sys.argv[2])
-    options = EngineOptions(model=sys.argv[1], max_model_len=len(prompts[0]) + num_new_tokens, dtype="float32")
-    with VLLMEngine(options) as engine:
-        completions = complete(engine, prompts, Sampling(temperature=0, max_new_tokens=num_new_tokens))
-    print(json.dumps([completion.token_ids for completion in completions]))
+    num_new_tokens, models = int(sys.argv[1]), sys.argv[2:]
+    generated = []
+    for model in models:
+        options = EngineOptions(model=model, max_model_len=len(prompts[0]) + num_new_tokens, dtype="float32")
+        with VLLMEngine(options) as engine:
+            completions = complete(engine, prompts, Sampling(temperature=0, max_new_tokens=num_new_tokens))
+        generated.append([completion.token_ids for completion in completions])
+    print(json.dumps(generated))
 
 
 if __name__ == "__main__":

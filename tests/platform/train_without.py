@@ -20,10 +20,8 @@ if left_out != "nothing":
     setattr(cpu, left_out, lambda: None)
 
 import torch  # noqa: E402
-from megatron_tpt import platform  # noqa: E402, I001  (before Megatron Core)
-from megatron.core import jit  # noqa: E402
-from megatron.core.utils import get_model_config  # noqa: E402
 
+from megatron_tpt import platform  # noqa: E402
 from megatron_tpt.config.model import ModelConfig  # noqa: E402
 from megatron_tpt.config.recipe import (  # noqa: E402
     OptimizerConfig,
@@ -36,6 +34,9 @@ from megatron_tpt.models.gpt import build_model  # noqa: E402
 from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint, step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import run_microbatches  # noqa: E402
+
+from megatron.core import jit  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
 
 
 def batches(vocab_size: int, length: int):
@@ -68,14 +69,17 @@ def main() -> None:
             model.zero_grad_buffer()
             optimizer.zero_grad()
             run_microbatches(
-                model, batches(100, 16), num_microbatches=2, micro_batch_size=2, sequence_length=16, packed_attention=False
+                model,
+                batches(100, 16),
+                num_microbatches=2,
+                micro_batch_size=2,
+                sequence_length=16,
+                packed_attention=False,
             )
             optimizer.step()
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(
-            step_folder(folder, 2), model.module, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer
-        )
+        save_checkpoint(step_folder(folder, 2), model.module, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
         load_checkpoint(step_folder(folder, 2), model.module, optimizer)
         assert get_model_config(model).bf16
 

@@ -6,8 +6,6 @@ Each rank writes its pieces with their places in the whole, as the checkpoint's 
 import sys
 
 import torch
-from megatron_tpt import platform  # noqa: I001  (before Megatron Core)
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
@@ -17,6 +15,8 @@ from megatron_tpt.training.checkpoint import weights_state
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.launch import distributed, prepare
 from megatron_tpt.training.trainer import Trainer
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 
 def gradient_pieces(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:

@@ -65,7 +65,7 @@ class Workers:
     def _grow(self, num_processes: int) -> None:
         while len(self.connections) < num_processes:
             ours, theirs = self.context.Pipe()
-            # Not a daemon: Megatron Core's checkpoint writer starts a process of its own. It ends when we close the pipe.
+            # Not a daemon: Megatron Core's checkpoint writer starts a process. It ends when we close the pipe.
             self.context.Process(target=_work, args=(theirs,)).start()
             theirs.close()
             self.connections.append(ours)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_tpt import platform  # noqa: F401, I001  (before Megatron Core)
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.training.data import Loader, _build_splits, mark_thinking, prepare_cache
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 OPEN, CLOSE, EOS = 7, 8, 0
 

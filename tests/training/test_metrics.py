@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from megatron_tpt import platform  # noqa: I001  (before Megatron Core)
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.models.gpt import build_model

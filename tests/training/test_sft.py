@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_tpt import platform  # noqa: I001  (before Megatron Core)
 from runs import FINETUNE, Train
 
+from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, SftDataConfig, TrainingConfig
 from megatron_tpt.errors import UserError
