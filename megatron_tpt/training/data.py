@@ -145,7 +145,7 @@ class Loader:
     """The micro-batches of one data-parallel rank, in an order that depends on the seed alone.
 
     Step k uses the samples k * G ... (k + 1) * G - 1 of the dataset (G: global batch size) under any layout;
-    micro-batch m of data-parallel rank r takes `micro_batch_size` of them, after those of the micro-batches and ranks before it.
+    micro-batch m of data-parallel rank r takes `micro_batch_size` of them, after the micro-batches and ranks before it.
     """
 
     dataset: torch.utils.data.Dataset

@@ -162,7 +162,7 @@ class Trainer:
         if changed:
             raise UserError(
                 f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with "
-                f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights along)"
+                f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
             )
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.step(self.step)
