@@ -1,7 +1,7 @@
 """Greedy completions by vLLM in fp32.
 
-`vllm_worker.py NUM_NEW_TOKENS MODEL...` reads prompts (token ids) as JSON from its input; its last line is, as JSON, the
-generated tokens of every prompt for every model.
+`vllm_worker.py NUM_NEW_TOKENS MODEL...` reads prompts (token ids) as JSON from its input. The last line it prints is
+JSON: for every model the generated tokens of every prompt.
 """
 
 import json
