@@ -32,9 +32,10 @@ def export_hf(options: ExportOptions) -> None:
     Raises UserError when the checkpoint is none, its model has no Hugging Face counterpart, or the output exists.
     """
     refuse_existing(options.output)
-    model = read_model_config(options.checkpoint)
-    reader = CheckpointReader(options.checkpoint)
-    tokenizer = options.checkpoint / "tokenizer"
+    checkpoint = options.checkpoint.resolve()  # `latest` may move on meanwhile
+    model = read_model_config(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    tokenizer = checkpoint / "tokenizer"
     with atomic_directory(options.output) as folder:
         copy_tokenizer(tokenizer, folder)
         bos_id, eos_id = begin_and_end_ids(tokenizer)

@@ -214,7 +214,10 @@ def test_other_folders_are_not_exported(imported: Callable[[str], Path], model_f
 
 @pytest.mark.parametrize(
     "tool, arguments",
-    [("export_hf.py", ["--checkpoint", "nowhere", "--output", "out"]), ("import_hf.py", ["--model", "nowhere"])],
+    [
+        ("export_hf.py", ["--checkpoint", "nowhere", "--output", "out"]),
+        ("import_hf.py", ["--model", "nowhere", "--output", "out"]),
+    ],
 )
 def test_mistakes_end_the_tools_with_code_2(tool: str, arguments: list[str], tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, TOOLS / tool, *arguments], capture_output=True, text=True, cwd=tmp_path)
