@@ -1,8 +1,9 @@
 """The one exception that means "you can mend this"."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what to change.
 
-    The command-line programs print it without a traceback and exit with code 2.
+    The command-line programs print it without a traceback and exit with code 2. (It is no ValueError: the libraries
+    that fill dataclasses from options and YAML catch those and wrap them in many lines.)
     """

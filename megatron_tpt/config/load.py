@@ -138,10 +138,7 @@ def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
         sections = parser.instantiate(parser.parse_object(raw)).as_dict()
     except UserError:
         raise
-    except Exception as error:  # jsonargparse wraps what __post_init__ raises, and has errors of several types
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, UserError):
-            raise cause from None
+    except Exception as error:  # jsonargparse's own errors have several types
         raise UserError("recipe: " + " ".join(str(error).split())) from None
     return cls(**sections)
 

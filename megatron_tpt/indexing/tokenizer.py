@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+# What a model folder may hold besides is weights and settings of the model.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files of `source`, and nothing else that is there, into `target`, made when it is missing.
+
+    Raises UserError when `source` has no tokenizer.json.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(
+            f"{source}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -17,11 +17,12 @@ from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
+from megatron_tpt.indexing.tokenizer import copy_tokenizer
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_config import to_hf_config
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ExportOptions
-from megatron_tpt.interop.tokenizer_files import begin_and_end_ids, copy_tokenizer
+from megatron_tpt.interop.special_ids import begin_and_end_ids
 
 MAX_FILE_BYTES = 5_000_000_000
 

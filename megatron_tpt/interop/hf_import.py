@@ -20,12 +20,11 @@ from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
-from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
 from megatron_tpt.interop.hf_config import from_hf_config
 from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
-from megatron_tpt.interop.tokenizer_files import copy_tokenizer
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor

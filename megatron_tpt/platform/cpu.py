@@ -7,7 +7,6 @@ nothing else. It is called where torch has no CUDA device, never otherwise.
 Line numbers are those of megatron-core 0.19.2.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +36,6 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 class _NoStream:
     """A CUDA stream where everything is done at once: waiting for it is over before it begins."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
     def wait_stream(self, *args: Any) -> None: ...
 
     def synchronize(self) -> None: ...
@@ -52,20 +49,19 @@ def patch_tensor_factories() -> None:
     """Factories with device="cuda".
 
     optimizer/clip_grads.py:96 and :108, optimizer/optimizer.py:690, pipeline_parallel/schedules.py:749 and :2292,
-    transformer/utils.py:39, tensor_parallel/data.py:37, dist_checkpointing/exchange_utils.py:103.
+    transformer/utils.py:39.
     """
     # `with torch.device(...)` looks a factory's original up in a set that torch fills at its first use: fill it now.
     # Otherwise transformers, for one, loads models with parts of them left uninitialised.
     torch.utils._device._device_constructors()
-    for name in ("tensor", "zeros", "ones", "empty", "empty_like", "arange"):
+    for name in ("tensor", "zeros", "ones"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def patch_tensor_moves() -> None:
-    """`.cuda()` on tensors and modules: models/common/embeddings/rope_utils.py:64, utils.py:946,
-    dist_checkpointing/exchange_utils.py:506, models/common/language_module/language_module.py:307."""
+    """`.cuda()` on tensors: the checkpoint's exchange of what each rank has (dist_checkpointing/exchange_utils.py:339)
+    and tied embeddings (models/common/language_module/language_module.py:307)."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def patch_tensor_type_names() -> None:
@@ -88,14 +84,11 @@ def patch_tensor_type_names() -> None:
 
 
 def patch_device_calls() -> None:
-    """The current device and its streams: optimizer/distrib_optimizer.py, distributed/param_and_grad_buffer.py,
-    pipeline_parallel/p2p_communication.py, pipeline_parallel/schedules.py (current_device, synchronize, streams)."""
+    """The current device and stream: optimizer/distrib_optimizer.py, distributed/param_and_grad_buffer.py,
+    pipeline_parallel/p2p_communication.py, pipeline_parallel/schedules.py."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = _nothing
-    torch.cuda.set_device = _nothing
     torch.cuda.current_stream = _NoStream  # type: ignore[assignment, misc]
-    torch.cuda.Stream = _NoStream  # type: ignore[misc, assignment]
-    torch.cuda.stream = contextlib.nullcontext  # type: ignore[misc, assignment]
 
 
 def patch_random_state() -> None:

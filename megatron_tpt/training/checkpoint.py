@@ -16,6 +16,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
+from megatron_tpt.indexing.tokenizer import copy_tokenizer
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -129,7 +130,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(temporary), content_metadata=OPTIMIZER_FORMAT)
     if platform.is_first_rank():
         (temporary / "recipe.yaml").write_text(recipe_yaml)
-        shutil.copytree(tokenizer_path, temporary / "tokenizer")
+        copy_tokenizer(tokenizer_path, temporary / "tokenizer")
         sync_tree(temporary)
         temporary.rename(folder)
         atomic_symlink(folder.name, folder.parent / "latest")

@@ -24,15 +24,35 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def _activation_bytes_per_layer(recipe: Recipe) -> float:
+    """What one layer keeps of one micro-batch for its backward pass.
+
+    Counted as in Korthikanti et al. (arXiv 2205.05198, section 4), for a Llama block with fused attention: the inputs
+    of the two norms and of what follows them (4 s b h values, split only by sequence parallelism); queries, attention
+    output, keys, values, the two halves of the feed-forward network and their product, split by tensor parallelism.
+    Megatron Core's own attention also keeps its scores before and after the softmax (unless they are recomputed); full
+    recomputation keeps a layer's input alone.
+    """
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    t = parallel.tensor_parallel_size
+    tokens = training.sequence_length * training.micro_batch_size
+    if training.recompute == "full":
+        values = tokens * model.hidden_size / (t if parallel.sequence_parallel else 1)
+    else:
+        values = tokens * 4 * model.hidden_size / (t if parallel.sequence_parallel else 1)
+        width = 2 * (model.num_attention_heads + model.query_groups) * model.kv_channels + 3 * model.ffn_hidden_size
+        values += tokens * width / t
+        if training.recompute == "none" and model.transformer_impl == "local":
+            values += 2 * model.num_attention_heads * training.sequence_length * tokens / t
+    return values * (4 if training.dtype == "fp32" else 2)
+
+
 def estimate_memory(recipe: Recipe, data_parallel_size: int) -> Memory:
     """Memory per rank, an estimate: temporary buffers and the allocator's waste are not in it.
 
     Weights in the training precision, gradients in fp32, AdamW with two fp32 moments and, in bf16, fp32 main weights
-    (split over the data-parallel ranks with the distributed optimizer). Activations of one micro-batch and layer follow
-    Korthikanti et al. (arXiv 2205.05198), equations 1-4, with 16 * s * b * f / h more for SwiGLU's second half left in
-    its 34: s * b * h * (10 + 24 / t) bytes at two bytes a value, (34 / t) with sequence parallelism, 2 with full
-    recomputation, plus attention scores 5 * a * s^2 * b / t where the kernel keeps them (no selective recomputation, no
-    fused attention). A first stage of p holds min(p, number of micro-batches) micro-batches.
+    (split over the data-parallel ranks with the distributed optimizer). The first of p pipeline stages holds the
+    activations of p micro-batches; without a pipeline there are the logits too, in the training precision and in fp32.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     t, p = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -43,16 +63,11 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> Memory:
     value_bytes = 4 if training.dtype == "fp32" else 2
     state_bytes = 8 + (4 if training.dtype == "bf16" else 0)
     shards = data_parallel_size if parallel.distributed_optimizer else 1
-
-    s, b, h = training.sequence_length, training.micro_batch_size, model.hidden_size
-    per_layer = s * b * h * {True: 34 / t, False: 10 + 24 / t}[parallel.sequence_parallel]
-    if training.recompute == "none" and model.transformer_impl == "local":
-        per_layer += 5 * model.num_attention_heads * s * s * b / t
-    if training.recompute == "full":
-        per_layer = 2 * s * b * h
-    num_microbatches = max(1, training.global_batch_size // (b * data_parallel_size))
-    logits = s * b * model.padded_vocab_size / t * 6 if p == 1 else 0
-    activations = per_layer * value_bytes / 2 * model.num_layers / p * min(p, num_microbatches) + logits
+    num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+    activations = _activation_bytes_per_layer(recipe) * model.num_layers / p * min(p, num_microbatches)
+    if p == 1:
+        tokens = training.sequence_length * training.micro_batch_size
+        activations += tokens * model.padded_vocab_size / t * (value_bytes + 4)
     return Memory(parameters * value_bytes, parameters * 4, parameters * state_bytes / shards, activations)
 
 

@@ -24,3 +24,14 @@ def test_with_all_patches_a_run_trains_saves_and_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("patch", PATCHES)
 def test_without_one_patch_it_fails(patch: str, tmp_path: Path) -> None:
     assert train_without(patch, tmp_path).returncode == 1
+
+
+def test_torch_device_contexts_still_work() -> None:
+    """transformers builds models under `with torch.device("meta")`."""
+    import torch
+
+    from megatron_tpt import platform  # noqa: F401
+
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == torch.tensor([1.0]).device.type == torch.arange(3).device.type == "meta"
+    assert torch.zeros(2).device.type == "cpu"

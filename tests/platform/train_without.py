@@ -79,6 +79,7 @@ def main() -> None:
             optimizer.step()
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True, exist_ok=True)
+        (tokenizer / "tokenizer.json").write_text("{}")
         save_checkpoint(step_folder(folder, 2), model.module, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
         load_checkpoint(step_folder(folder, 2), model.module, optimizer)
         assert get_model_config(model).bf16

@@ -1,0 +1,16 @@
+"""The options of `tools/study.py`. Light to import: the help of the command line needs nothing else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which study to run, and where to."""
+
+    study: tyro.conf.Positional[Path]
+    """The study's YAML file: title, command, seeds, results."""
+    output: Path = Path("runs/study")
+    """A folder for the runs, seed_0/ and so on, and the report/. Runs that are finished are not run again."""

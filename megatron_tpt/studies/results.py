@@ -1,0 +1,90 @@
+"""Results of runs, and their mean and interval over seeds.
+
+A run leaves a JSON file with a list `points`; each point has the fields of `Point`.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_NORMAL_95 = 1.960
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: an arm after so many training tokens, with one seed."""
+
+    arm: str
+    tokens: int
+    accuracy: float
+    num_problems: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm after so many training tokens, over all seeds."""
+
+    arm: str
+    tokens: int
+    mean: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+    num_seeds: int
+
+
+def read_points(path: Path) -> list[Point]:
+    """The points of a results file. Raises UserError when it holds none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["points"]
+        return [Point(**row) for row in rows]
+    except OSError as error:
+        raise UserError(f"{path}: no results there ({error.strerror}); did the run end well?") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a results file with `points` ({error})") from error
+
+
+def summarize(points: Iterable[Point]) -> list[Summary]:
+    """Mean and 95 % interval of every arm at every number of tokens, in the order of the arms' first points.
+
+    Several seeds: Student's t interval of the seeds' mean. One seed: Wilson's interval over the problems, which says
+    nothing about what another seed would bring.
+    """
+    groups: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.arm, point.tokens), []).append(point)
+    summaries = []
+    for (arm, tokens), group in groups.items():
+        mean = statistics.fmean(point.accuracy for point in group)
+        if len(group) > 1:
+            low, high = t_interval([point.accuracy for point in group])
+        else:
+            low, high = wilson_interval(mean, group[0].num_problems)
+        summaries.append(Summary(arm, tokens, mean, low, high, len({point.seed for point in group})))
+    arms = list(dict.fromkeys(summary.arm for summary in summaries))
+    return sorted(summaries, key=lambda summary: (arms.index(summary.arm), summary.tokens))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of two or more values between 0 and 1, cut to that range."""
+    mean = statistics.fmean(values)
+    quantile = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else _NORMAL_95
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `num_trials` (E. B. Wilson 1927)."""
+    z2 = _NORMAL_95**2
+    centre = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    half = _NORMAL_95 / (1 + z2 / num_trials) * math.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,94 @@
+"""A study: one command, run with several seeds; then the table and the picture over all of them.
+
+    title: ...
+    command: [examples/demo/run.py, --seed, "{seed}", --output, "{output}"]
+    results: report/results.json        # what each run leaves in its {output}
+    seeds: [0, 1, 2]
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.studies.options import StudyOptions
+from megatron_tpt.studies.report import write_report
+from megatron_tpt.studies.results import Point, read_points, summarize
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study's YAML file says."""
+
+    title: str
+    """Above the table and the picture."""
+    command: list[str]
+    """Arguments of python; {seed} and {output} are filled in for every seed."""
+    seeds: list[int]
+    """The seeds to run."""
+    results: str = "report/results.json"
+    """The results file that the command leaves, relative to its {output}."""
+    chance: float | None = None
+    """Accuracy of guessing, drawn as a line."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError("seeds: give at least one, each once")
+        for name in ("{seed}", "{output}"):
+            if not any(name in word for word in self.command):
+                raise UserError(f"command: {name} must stand in it, or all runs would be the same")
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read a study file. Raises UserError for what is wrong in it."""
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error})".replace("\n", " ")) from error
+    names = {field.name for field in dataclasses.fields(StudyConfig)}
+    required = {"title", "command", "seeds"}
+    if not isinstance(content, dict) or (wrong := set(content) - names):
+        wrong = set(content) - names if isinstance(content, dict) else set()
+        raise UserError(f"{path}: unknown {', '.join(sorted(map(str, wrong))) or 'content'}; a study has {sorted(names)}")
+    if missing := required - set(content):
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing")
+    return StudyConfig(**content)
+
+
+def run_study(options: StudyOptions) -> list[Point]:
+    """Run the command once per seed, one after another, and report. A seed that has its results is not run again,
+    if they came from the same study file."""
+    config = load_study(options.study)
+    settings = options.output / "study.json"
+    wanted = {"command": config.command, "results": config.results}
+    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
+        raise UserError(f"{options.output}: holds runs of another command; choose another --output or remove it")
+    with atomic_write(settings) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    points: list[Point] = []
+    for seed in config.seeds:
+        points += _run_seed(config, options.output / f"seed_{seed}", seed)
+    summaries = summarize(points)
+    report = options.output / "report"
+    with atomic_write(report / "results.json") as temporary:
+        content = {"points": list(map(dataclasses.asdict, points)), "summaries": list(map(dataclasses.asdict, summaries))}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_report(report, summaries, config.title, config.chance)
+    return points
+
+
+def _run_seed(config: StudyConfig, output: Path, seed: int) -> list[Point]:
+    results = output / config.results
+    if not results.exists():
+        words = [word.replace("{seed}", str(seed)).replace("{output}", str(output)) for word in config.command]
+        print(f"$ python {' '.join(words)}", flush=True)
+        if code := subprocess.run([sys.executable, *words]).returncode:
+            raise UserError(f"the run with seed {seed} ended with exit code {code}; see above")
+    return read_points(results)
