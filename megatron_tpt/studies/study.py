@@ -1,9 +1,9 @@
 """A study: one command, run with several seeds; then the table and the picture over all of them.
 
-    title: ...
-    command: [examples/demo/run.py, --seed, "{seed}", --output, "{output}"]
-    results: report/results.json        # what each run leaves in its {output}
-    seeds: [0, 1, 2]
+title: ...
+command: [examples/demo/run.py, --seed, "{seed}", --output, "{output}"]
+results: report/results.json        # what each run leaves in its {output}
+seeds: [0, 1, 2]
 """
 
 import dataclasses
@@ -54,9 +54,10 @@ def load_study(path: Path) -> StudyConfig:
         raise UserError(f"{path}: cannot be read as YAML ({error})".replace("\n", " ")) from error
     names = {field.name for field in dataclasses.fields(StudyConfig)}
     required = {"title", "command", "seeds"}
-    if not isinstance(content, dict) or (wrong := set(content) - names):
-        wrong = set(content) - names if isinstance(content, dict) else set()
-        raise UserError(f"{path}: unknown {', '.join(sorted(map(str, wrong))) or 'content'}; a study has {sorted(names)}")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a study; it has the keys {', '.join(sorted(names))}")
+    if unknown := set(content) - names:
+        raise UserError(f"{path}: unknown key {', '.join(map(str, unknown))}; there are {', '.join(sorted(names))}")
     if missing := required - set(content):
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing")
     return StudyConfig(**content)
@@ -78,7 +79,10 @@ def run_study(options: StudyOptions) -> list[Point]:
     summaries = summarize(points)
     report = options.output / "report"
     with atomic_write(report / "results.json") as temporary:
-        content = {"points": list(map(dataclasses.asdict, points)), "summaries": list(map(dataclasses.asdict, summaries))}
+        content = {
+            "points": list(map(dataclasses.asdict, points)),
+            "summaries": list(map(dataclasses.asdict, summaries)),
+        }
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_report(report, summaries, config.title, config.chance)
     return points
