@@ -39,6 +39,8 @@ def read_examples(config: SftDataConfig, tokenizer: Tokenizer) -> Iterator[Examp
             try:
                 record = json.loads(line)
                 prompt, response = record[config.prompt_field], record[config.response_field]
+                if not (isinstance(prompt, str) and isinstance(response, str)):
+                    raise TypeError
                 ids = tokenizer.encode(prompt)
                 tokens = np.array([*ids, *tokenizer.encode_tagged(response), tokenizer.eos_id], dtype=np.int64)
             except (ValueError, KeyError, TypeError):

@@ -35,8 +35,8 @@ def dropout(recipe: dict) -> dict:
     """Dropout makes the random state matter."""
     return {
         "model": {**recipe["model"], "hidden_dropout": 0.1, "attention_dropout": 0.1},
-        "training": {**recipe["training"], "num_steps": 60},
-        "checkpoint": {"save_interval": 7},
+        "training": {**recipe["training"], "num_steps": 36},
+        "checkpoint": {"save_interval": 6},
     }
 
 
@@ -50,7 +50,7 @@ def test_killed_run_goes_on_to_the_same_losses_to_the_bit(
     run_folder, path = tmp_path / "killed", tmp_path / "killed.yaml"
     path.write_text(yaml.safe_dump({**recipe, **dropout, "run": {"output_dir": str(run_folder)}}))
     process = start_training(path, *overrides, num_processes=2)
-    kill_at_step(process, run_folder, random.randint(8, 40))
+    kill_at_step(process, run_folder, random.randint(7, 24))
     resumed = finish(start_training(path, *overrides, num_processes=2))
 
     assert "resumed from" in resumed
