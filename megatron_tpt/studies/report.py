@@ -20,11 +20,11 @@ def write_report(folder: Path, summaries: Sequence[Summary], title: str, chance:
 
 
 def rows(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """The header and a row per arm; a cell per number of tokens: "0.83 [0.78, 0.87]"."""
+    """The header and a row per arm; a cell per number of tokens, in per cent: "83 [78, 87]"."""
     tokens = sorted({summary.tokens for summary in summaries})
-    cells = {(s.arm, s.tokens): f"{s.mean:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in summaries}
+    cells = {(s.arm, s.tokens): f"{s.mean:.0%} [{s.low:.0%}, {s.high:.0%}]".replace("%", "") for s in summaries}
     arms = list(dict.fromkeys(summary.arm for summary in summaries))
-    header = ["accuracy after training tokens", *(f"{number / 1e6:.2f}M" for number in tokens)]
+    header = ["accuracy in % after", *(f"{number / 1e6:.2f}M tokens" for number in tokens)]
     return header, [[arm, *(cells.get((arm, number), "") for number in tokens)] for arm in arms]
 
 

@@ -87,4 +87,5 @@ def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
     z2 = _NORMAL_95**2
     centre = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
     half = _NORMAL_95 / (1 + z2 / num_trials) * math.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At a share of 0 or 1 the end is the share itself, but for rounding.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

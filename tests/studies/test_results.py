@@ -19,6 +19,12 @@ def test_wilson_interval_is_not_empty_at_the_edges():
     assert wilson_interval(0.0, 100) == pytest.approx((0.0, 0.03699), abs=1e-4)
 
 
+@pytest.mark.parametrize("num_right", range(0, 301, 10))
+def test_an_interval_holds_its_mean(num_right: int):
+    low, high = wilson_interval(num_right / 300, 300)
+    assert 0 <= low <= num_right / 300 <= high <= 1
+
+
 def test_several_seeds_become_one_mean_with_an_interval():
     points = [Point("b", 200, 0.5, 300, seed) for seed in (0, 1, 2)]
     points += [Point("a", 100, accuracy, 300, seed) for seed, accuracy in enumerate((0.2, 0.4, 0.6))]
@@ -28,11 +34,11 @@ def test_several_seeds_become_one_mean_with_an_interval():
 
 
 def test_report_holds_a_row_per_arm_and_a_picture(tmp_path: Path):
-    summaries = summarize([Point("plain", 100_000, 0.1, 100, 0), Point("thinking", 200_000, 0.9, 100, 0)])
+    summaries = summarize([Point("plain", 100_000, 0.1, 100, 0), Point("thinking", 200_000, 1.0, 100, 0)])
     write_report(tmp_path, summaries, "A title", chance=0.14)
     table = (tmp_path / "table.md").read_text()
     assert table == markdown(summaries, "A title")
-    assert "| plain | 0.10 [0.06, 0.17] |  |" in table and "Wilson" in table
+    assert "| plain | 10 [6, 17] |  |" in table and "Wilson" in table
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 

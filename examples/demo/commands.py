@@ -1,0 +1,43 @@
+"""Running the project's own command lines: each is shown as a user would type it, its output goes to a log."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
+
+
+class Commands:
+    """Runs python commands from the repository's root, with one thread each unless told otherwise."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self.log_dir = log_dir
+        self.start = time.monotonic()
+        log_dir.mkdir(parents=True, exist_ok=True)
+
+    def python(self, name: str, *arguments: str | Path, num_threads: int = 1) -> None:
+        """Run `python ARGUMENTS`; its output goes to the log `name`. Raises UserError naming the log when it fails."""
+        # Relative to the repository, where the command runs: shorter to read.
+        command = [sys.executable, *(str(argument).replace(f"{REPOSITORY}/", "") for argument in arguments)]
+        self.say(f"$ {shlex.join(['python', *command[1:]])}")
+        start = time.monotonic()
+        log_path = self.log_dir / f"{name}.log"
+        environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+        with log_path.open("wb") as log:
+            code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log).returncode
+        if code:
+            lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+            errors = [line for line in lines if line.startswith("error: ")]
+            reason = errors[-1] if errors else "\n".join(lines[-15:])
+            raise UserError(f"{name} ended with exit code {code}; all it said is in {log_path}\n{reason}")
+        self.say(f"  {name}: done in {time.monotonic() - start:.0f} s")
+
+    def say(self, text: str) -> None:
+        """Print a line with the seconds since the start."""
+        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)

@@ -1,0 +1,98 @@
+"""Train the demo's teacher by the project's own recipe, export it, and measure how well it thinks.
+
+python examples/demo/teacher.py --output runs/teacher     (`make teacher`)
+
+Its training examples are documents wrapped as tools/augment.py wraps them, answered by a solver's steps. They are from
+a part of the language that the demo never uses. The finished model folder is OUTPUT/model; examples/demo/teacher holds
+one that was made by this script.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from commands import TORCHRUN, Commands
+from language import TEACHERS_PARCELS, Parcel, sample_parcels
+from tokenizer import make_tokenizer
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.records import read_records
+from megatron_tpt.thinking.prompts import EXPERT_TEMPLATE, PLACEHOLDER
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Where to train the teacher, and on how much."""
+
+    output: Path
+    """The folder to make: tokenizer/, data, the run, model/ and report.json. It must not exist."""
+    num_examples: int = 20000
+    """Documents with a solver's steps to train on."""
+    num_checks: int = 500
+    """Other documents, to measure the teacher on."""
+    seed: int = 0
+    """Decides which documents these are."""
+
+
+def prompt(parcel: Parcel) -> str:
+    """What the teacher reads; the tag that opens the thinking begins the response."""
+    return EXPERT_TEMPLATE.replace(PLACEHOLDER, parcel.document)
+
+
+def response(parcel: Parcel) -> str:
+    return f"<think>\n{parcel.thinking}\n</think>"
+
+
+def train_teacher(options: TeacherOptions) -> None:
+    output = options.output.resolve()
+    if output.exists():
+        raise UserError(f"{output}: exists; remove it or choose another --output")
+    commands = Commands(output / "logs")
+    parcels = sample_parcels(TEACHERS_PARCELS, options.num_checks + options.num_examples, options.seed)
+    checks, examples = parcels[: options.num_checks], parcels[options.num_checks :]
+    num_tokens = make_tokenizer(output / "tokenizer", [prompt(p) + response(p) for p in examples[:1000]])
+    commands.say(f"tokenizer: {num_tokens} tokens")
+    _write(output / "train.jsonl", ({"prompt": prompt(p), "response": response(p)} for p in examples))
+    _write(output / "checks.jsonl", ({"text": p.document} for p in checks))
+    commands.python(
+        "train",
+        *TORCHRUN, "megatron_tpt.finetune", HERE / "teacher.yaml", f"--run.output_dir={output / 'run'}",
+        f"--data.train=[{output / 'train.jsonl'}]", f"--data.tokenizer={output / 'tokenizer'}",
+    )  # fmt: skip
+    commands.python(
+        "export",
+        "tools/export_hf.py", "--checkpoint", output / "run/checkpoints/latest", "--output", output / "model",
+    )  # fmt: skip
+    commands.python(
+        "augment",
+        "tools/augment.py", "--input", output / "checks.jsonl", "--output", output / "checked", "--model",
+        output / "model", "--max-new-tokens", "32",
+    )  # fmt: skip
+    report = measure(output / "checked", {p.document: p for p in checks})
+    with atomic_write(output / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    commands.say(f"{report}; the teacher is in {output / 'model'}")
+
+
+def measure(thoughts: Path, parcels: dict[str, Parcel]) -> dict[str, float]:
+    """How many of the thoughts are right, word for word, and how many at least end on the right day."""
+    pairs = [(record.thinking or "", parcels[record.text]) for record in read_records([thoughts])]
+    return {
+        "thoughts": len(pairs),
+        "right": sum(thinking == parcel.thinking for thinking, parcel in pairs) / len(pairs),
+        "right_day": sum(thinking.endswith(parcel.thinking[-3:]) for thinking, parcel in pairs) / len(pairs),
+    }
+
+
+def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    run(lambda: train_teacher(parse(TeacherOptions, description=__doc__)))

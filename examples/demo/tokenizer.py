@@ -1,0 +1,44 @@
+"""The demo's tokenizer: byte-level BPE over whole words, so that `b+2` and `Thu` are one token each.
+
+The usual rule cuts text at punctuation before it merges anything; here only white space separates words. Any text can
+be encoded: a word that was never seen falls into pieces, at worst into bytes.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_tpt.files import atomic_directory
+
+EOS, OPEN, CLOSE = "<|endoftext|>", "<think>", "</think>"
+WORDS = Regex(r" ?[^\s]+|\s")
+
+
+def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 1024) -> int:
+    """Train on `texts` and save a Hugging Face tokenizer folder, which must not exist. Returns its vocabulary size."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, OPEN, CLOSE],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    description = json.loads(backend.to_str())
+    for token in description["added_tokens"]:
+        token["special"] = token["content"] == EOS  # decoded text shows the tags
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    with atomic_directory(folder) as temporary:
+        for name, content in (("tokenizer.json", description), ("tokenizer_config.json", config)):
+            (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return backend.get_vocab_size()

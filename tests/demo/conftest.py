@@ -1,0 +1,6 @@
+"""The demo's modules lie beside its scripts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/demo"))
