@@ -15,7 +15,7 @@ teacher: setup
 	$(PY) examples/demo/teacher.py --output runs/teacher
 
 study: setup
-	$(PY) tools/study.py examples/demo/study.yaml
+	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
 
 test: setup
 	$(PY) -m pytest -m "not slow"
