@@ -65,6 +65,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
             distributed_timeout_minutes=max(1, timeout_s // 60),
             create_gloo_process_groups=True,
         )
+        torch.distributed.barrier()  # what one rank of a machine did before is done when the others go on
         yield
     finally:
         parallel_state.destroy_model_parallel()

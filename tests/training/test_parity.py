@@ -85,3 +85,17 @@ def test_recomputing_activations_changes_no_loss(recompute: str, train: Train) -
     kept = train("kept")
     computed_again = train("again", f"--training.recompute={recompute}")
     assert [m["loss"] for m in computed_again] == pytest.approx([m["loss"] for m in kept], rel=1e-6)
+
+
+def test_tied_embeddings_are_one_matrix_on_both_ends_of_a_pipeline(train: Train, recipe: dict) -> None:
+    changes = {"model": {**recipe["model"], "tie_embeddings": True}}
+    whole = train("whole", changes=changes)
+    split = train("split", "--parallel.pipeline_parallel_size=2", num_processes=2, changes=changes)
+    for name in ("loss", "grad_norm"):
+        assert [m[name] for m in split] == pytest.approx([m[name] for m in whole], rel=1e-5)
+
+
+def test_reading_ahead_and_smaller_micro_batches_change_nothing(train: Train) -> None:
+    plain = train("plain")
+    ahead = train("ahead", "--data.num_workers=1", "--training.micro_batch_size=1")
+    assert [m["loss"] for m in ahead] == pytest.approx([m["loss"] for m in plain], rel=1e-6)
