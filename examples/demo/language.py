@@ -83,7 +83,7 @@ class LanguageOptions:
     """The folder for documents.jsonl, sft.jsonl, sft_direct.jsonl and problems.jsonl."""
     num_documents: int = 32000
     """Documents of the corpus."""
-    num_sft: int = 512
+    num_sft: int = 1024
     """Examples for fine-tuning."""
     num_problems: int = 300
     """Held-out problems."""

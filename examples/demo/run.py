@@ -45,7 +45,7 @@ class DemoOptions:
     """Documents there are. The arm without thinking trains on all of them."""
     num_thoughts: int = 8000
     """Documents, from the first on, that the teacher thinks about. The other arm trains on these alone."""
-    num_sft: int = 512
+    num_sft: int = 1024
     """Examples that every checkpoint is fine-tuned on."""
     num_problems: int = 300
     """Held-out problems."""
