@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import PRETRAIN, Train, Workers, read_metrics
+from training_runs import PRETRAIN, Train, Workers, read_metrics
 
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Train
+from training_runs import Train
 
 GRADIENT_WORKER = "gradient_worker"
 LAYOUTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from runs import Train, finish, read_metrics, start_training
+from training_runs import Train, finish, read_metrics, start_training
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "grad_norm", "learning_rate", "tokens")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import Train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe

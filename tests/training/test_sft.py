@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import FINETUNE, Train
+from training_runs import FINETUNE, Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
