@@ -198,12 +198,7 @@ def check(recipe: Recipe, world_size: int) -> None:
             f"training.sequence_length={training.sequence_length} is not a multiple of tensor_parallel_size={tp}, "
             f"as parallel.sequence_parallel needs: change one of them"
         )
-    if world_size % (tp * pp):
-        raise UserError(
-            f"{world_size} processes cannot hold parallel.tensor_parallel_size={tp} x pipeline_parallel_size={pp}: "
-            f"start a multiple of {tp * pp} (torchrun --nproc-per-node), or change the sizes"
-        )
-    dp = world_size // (tp * pp)
+    dp = parallel.data_parallel_size(world_size)
     if training.global_batch_size % (training.micro_batch_size * dp):
         raise UserError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size="

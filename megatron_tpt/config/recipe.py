@@ -106,6 +106,21 @@ class ParallelConfig:
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce",
         )
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that share one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model that `world_size` processes hold. Raises UserError when that is no whole number."""
+        _require(
+            world_size % self.model_parallel_size == 0,
+            f"{world_size} processes cannot hold parallel.tensor_parallel_size={self.tensor_parallel_size} x "
+            f"pipeline_parallel_size={self.pipeline_parallel_size}: start a multiple of {self.model_parallel_size} "
+            f"(torchrun --nproc-per-node), or change the sizes",
+        )
+        return world_size // self.model_parallel_size
+
 
 @dataclass
 class OptimizerConfig:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 
 from megatron_tpt.config.recipe import ParallelConfig
-from megatron_tpt.errors import UserError
 from megatron_tpt.platform.noise import silence_known_messages
 
 silence_known_messages(on_cpu=not torch.cuda.is_available())
@@ -40,14 +39,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
 
     Also works as a single process without torchrun. Raises UserError when the layout does not divide the world.
     """
-    world_size = world_size_from_environment()
-    model_parallel_size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    if world_size % model_parallel_size:
-        raise UserError(
-            f"{world_size} processes cannot hold tensor_parallel_size={parallel.tensor_parallel_size} x "
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}: start a multiple of {model_parallel_size} "
-            f"(torchrun --nproc-per-node), or change the sizes"
-        )
+    parallel.data_parallel_size(world_size_from_environment())  # refuses a layout that does not fit
     timeout = datetime.timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
         # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them.

@@ -75,7 +75,7 @@ def describe(recipe: Recipe, world_size: int) -> str:
     """The resolved recipe, the layout over `world_size` processes, sizes and speeds that follow from them, as text."""
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     t, p = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    dp = world_size // (t * p)
+    dp = parallel.data_parallel_size(world_size)
     memory = estimate_memory(recipe, dp)
     tokens_per_step = training.global_batch_size * training.sequence_length
     flops = model_flops_per_token(model, training.sequence_length)

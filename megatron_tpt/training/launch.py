@@ -49,10 +49,9 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
 
     Returns it with everything resolved, or None after printing the description that --dry-run asks for.
     """
-    fewest = recipe.parallel.tensor_parallel_size * recipe.parallel.pipeline_parallel_size
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
-        world_size = arguments.num_processes or max(world_size, fewest)
+        world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
     check(recipe, world_size)
     recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
     if not arguments.dry_run:
