@@ -23,12 +23,13 @@ from megatron_tpt.generation import (
     Engine,
     EngineOptions,
     Request,
-    VLLMEngine,
     begin_ids,
     check_context,
     check_model,
     derive_seed,
+    expect_completion,
     load_tokenizer,
+    open_engine,
 )
 
 FORMAT_VERSION = 1
@@ -115,7 +116,7 @@ def _answer_all(
     prompts = encode_prompts(tokenizer, [reference.problem.prompt for reference in references], options)
     context = check_context(model, max(map(len, prompts)), options.max_new_tokens)
     engine_options = EngineOptions(model, context, options.dtype, options.tensor_parallel_size, options.max_num_seqs)
-    with VLLMEngine(engine_options) as engine:
+    with open_engine(engine_options) as engine:
         start = time.monotonic()
         completions = _complete_all(engine, references, prompts, options)
         generation_s = time.monotonic() - start
@@ -155,7 +156,7 @@ def _complete_all(
                 seed = derive_seed(options.seed, problem.id, j)
                 yield Request(prompts[i], replace(sampling, seed=seed), key=(i, j))
 
-    return {request.key: completion for request, completion in engine.generate(requests())}
+    return {request.key: expect_completion(outcome) for request, outcome in engine.generate(requests())}
 
 
 def _check(
@@ -172,7 +173,7 @@ def _check(
         problem.answer,
         answer is not None and checker.equal(expected, answer),
         completion.finish_reason,
-        len(completion.token_ids),
+        completion.num_tokens,
     )
 
 

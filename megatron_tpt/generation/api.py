@@ -1,0 +1,222 @@
+"""What thinking, evaluation and later roll-outs ask of an engine. Light to import."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from megatron_tpt.errors import UserError
+
+FinishReason = Literal["stop", "length"]
+EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class EngineError(UserError):
+    """The engine as a whole cannot go on: no server answers, or its process died and does not start again."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to end. The defaults are those of thinking generation."""
+
+    temperature: float = 0.6
+    """0 takes the likeliest token."""
+    top_p: float = 0.9
+    max_new_tokens: int = 8192
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; they are not part of it. The end-of-sequence token always ends it."""
+    seed: int | None = None
+    """With a seed, a request's random numbers are its own: they do not depend on the requests around it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise UserError(f"temperature {self.temperature}: must be from 0 to 2")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max-new-tokens {self.max_new_tokens}: must be 1 or more")
+
+
+class Request(NamedTuple):
+    """One prompt and how to go on from it."""
+
+    prompt: Prompt
+    """Text, token ids, or the messages of a chat: `[{"role": "user", "content": "..."}]`."""
+    sampling: Sampling
+    key: Any = None
+    """Whatever the caller wants back beside the completion."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote after a prompt."""
+
+    text: str
+    """With special tokens shown (where the engine can), without the stop text or the end-of-sequence token."""
+    token_ids: tuple[int, ...]
+    """All that was generated, the token that ended it included; empty where the engine does not tell."""
+    finish_reason: FinishReason
+    """"length": cut off at `max_new_tokens` or at the engine's context."""
+    num_prompt_tokens: int
+    num_tokens: int
+    """Generated tokens, the one that ended the completion included."""
+    reasoning: str | None = None
+    """What a server with a reasoning parser hands out apart from the text."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One request that cannot be completed; the others go on."""
+
+    reason: str
+    """A short, stable code: "prompt_too_long", "bad_request", "content_filter", "timeout", "connection",
+    "server_error", "invalid_response".
+    """
+    message: str
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done so far."""
+
+    num_sent: int = 0
+    """Attempts: a request that is asked again counts again."""
+    num_finished: int = 0
+    """Requests that ended in a Completion."""
+    num_retried: int = 0
+    num_failed: int = 0
+    """Requests that ended in a Failure."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def count(self, outcome: Completion | Failure) -> None:
+        """Add the end of one request."""
+        if isinstance(outcome, Failure):
+            self.num_failed += 1
+        else:
+            self.num_finished += 1
+            self.prompt_tokens += outcome.num_prompt_tokens
+            self.completion_tokens += outcome.num_tokens
+
+
+class Engine(Protocol):
+    """A model that completes prompts."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """End each of `requests` exactly once, in the order in which they finish.
+
+        The requests are taken lazily, a bounded number ahead, so that an endless source keeps the engine full.
+        Leaving the loop early abandons what is under way. Raises EngineError when the engine as a whole cannot go on.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """A copy of the counts since the engine was opened."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which model to run, and where."""
+
+    model: str
+    """A Hugging Face model folder or a Hub id (owner/name); for "endpoint", the name under which it is served."""
+    max_model_len: int | None = None
+    """Longest prompt and completion together, in tokens; by default what the model was made for."""
+    dtype: DType = "auto"
+    """Number format of the model; "auto" is what its config.json says."""
+    tensor_parallel_size: int = 1
+    """Number of devices that share the model."""
+    max_num_seqs: int | None = None
+    """Most requests computed at once (by each server, where there are several); by default 256 on CPUs and vLLM's
+    own choice on GPUs, 64 for every endpoint, 8 for "transformers".
+    """
+    kind: EngineKind = "vllm"
+    """"vllm" in this process; "vllm-server": vLLM servers, started here, one for every group of GPUs; "endpoint":
+    servers that run already and speak OpenAI's protocol; "transformers": slow, where vLLM cannot be installed.
+    """
+    num_engines: int | None = None
+    """Servers to start for "vllm-server"; by default as many as the visible GPUs have room for, one on a CPU."""
+    endpoints: tuple[str, ...] = ()
+    """Base URLs for "endpoint", such as http://host:8000/v1; requests are shared among them."""
+    api: Literal["completions", "chat"] = "completions"
+    """What servers are asked: "completions" takes prompts as text or token ids, "chat" takes messages."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key for the endpoints; without it no key is sent."""
+    request_timeout_s: float = 1800.0
+    """A request that takes longer is given up and asked again."""
+    max_retries: int = 5
+    """How often a request is asked again after an answer that is no use, while others are completed. Servers that
+    are away or overloaded do not count: they are waited for.
+    """
+    endpoint_patience_s: float = 600.0
+    """When no endpoint has answered for so long, generation ends with an error."""
+    log_dir: Path | None = None
+    """The folder for the logs of the servers that "vllm-server" starts; by default a temporary one."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "tensor_parallel_size", "max_num_seqs", "num_engines"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if self.max_retries < 0:
+            raise UserError(f"--max-retries {self.max_retries}: must be 0 or more")
+        for name in ("request_timeout_s", "endpoint_patience_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if self.kind == "endpoint" and not self.endpoints:
+            raise UserError("no endpoint was given; name one or more, such as --endpoints http://host:8000/v1")
+        if self.kind != "endpoint" and self.endpoints:
+            raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or leave them out')
+        for url in self.endpoints:
+            _check_url(url)
+
+
+def _check_url(url: str) -> None:
+    """Raise UserError unless `url` is a base URL without secrets. The message never shows what may be a secret."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"the endpoint at {parts.hostname}: a URL must not hold a user or a password; put the key into the "
+            "environment variable that --api-key-env names"
+        )
+    if parts.query or parts.fragment:
+        raise UserError(f"the endpoint at {parts.hostname}: leave out what follows ? or # in its URL")
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+        raise UserError(f"endpoint {url!r}: not a URL such as http://host:8000/v1")
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed for the request called `names`, the same wherever and whenever it is asked (63 bits)."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def complete(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+    """The completions of `prompts`, in their order; a seed in `sampling` gives each prompt a seed of its own.
+
+    Raises EngineError for a prompt that cannot be completed.
+    """
+
+    def sampling_of(i: int) -> Sampling:
+        return sampling if sampling.seed is None else replace(sampling, seed=derive_seed(sampling.seed, i))
+
+    requests = (Request(prompt, sampling_of(i), key=i) for i, prompt in enumerate(prompts))
+    done = {request.key: expect_completion(outcome) for request, outcome in engine.generate(requests)}
+    return [done[i] for i in range(len(prompts))]
+
+
+def expect_completion(outcome: Completion | Failure) -> Completion:
+    """`outcome`, for callers that cannot do without any; raises EngineError for a Failure."""
+    if isinstance(outcome, Failure):
+        raise EngineError(f"a request could not be completed: {outcome.message} ({outcome.reason})")
+    return outcome

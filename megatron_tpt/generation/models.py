@@ -1,0 +1,134 @@
+"""Model folders and their tokenizers: checks that end in one clear line, and loading."""
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Failure, Prompt
+
+
+def check_model(model: str) -> None:
+    """Raise UserError unless `model` is a model folder or could be the id of a model on the Hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and not folder.parent.is_dir():
+            return
+        raise UserError(f"{model}: no such model folder; give a Hugging Face model folder or a Hub id (owner/name)")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{model}: no config.json in this folder; a model is exported by tools/export_hf.py")
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{model}: no tokenizer (tokenizer.json) in this folder; copy the one it was trained with")
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no weights (*.safetensors) in this folder")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header, and knows by it how long the file must be
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged or cut short ({error}); export or fetch the model again") from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """The Hugging Face tokenizer of `model`. Raises UserError where it is missing or names no EOS token."""
+    check_model(model)
+    try:
+        with quiet():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: its tokenizer cannot be loaded ({one_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f'{model}: its tokenizer names no EOS token; set "eos_token" in tokenizer_config.json')
+    return tokenizer
+
+
+def begin_ids(tokenizer: Any) -> list[int]:
+    """The begin-of-sequence token, for tokenizers that put one before every text; else nothing."""
+    ids = tokenizer("").input_ids
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt; messages are shown to the model in its chat template.
+
+    Raises UserError for messages when the model has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if not prompt or not isinstance(prompt[0], Mapping):
+        return list(prompt)  # type: ignore[arg-type]
+    if tokenizer.chat_template is None:
+        raise UserError("the model has no chat template; ask for plain completions, or use a chat model")
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def check_prompt(ids: Sequence[int], max_model_len: int) -> Failure | None:
+    """The failure of a prompt that is empty or leaves no room for a completion."""
+    if not ids:
+        return Failure("bad_request", "the prompt is empty")
+    if len(ids) >= max_model_len:
+        return Failure("prompt_too_long", f"a prompt of {len(ids)} tokens, but the context is {max_model_len}")
+    return None
+
+
+def load_model_config(model: str) -> Any:
+    """The Hugging Face config of `model`'s text part. Raises UserError where it cannot be read."""
+    check_model(model)
+    try:
+        with quiet():
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: its config.json cannot be loaded ({one_line(error)})") from error
+
+
+def check_context(model: str, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """The context that such a prompt and its completion need, in tokens.
+
+    Raises UserError when it is more than `model` was made for.
+    """
+    needed = num_prompt_tokens + max_new_tokens
+    config = load_model_config(model)
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    is_extended = "factor" in rope  # vLLM knows how far; it checks for itself
+    if context is not None and needed > context and not is_extended:
+        raise UserError(
+            f"{model}: its context is {context} tokens, but a prompt of {num_prompt_tokens} and "
+            f"{max_new_tokens} new tokens need {needed}; lower --max-new-tokens or shorten the prompt"
+        )
+    return needed
+
+
+def one_line(error: Exception) -> str:
+    """What `error` says, on one line of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what vLLM and torch say at every start; VLLM_LOGGING_LEVEL=INFO shows vLLM's part."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("torch.utils.cpp_extension", "vllm.triton_utils.importing"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

