@@ -1,0 +1,33 @@
+"""Records: the documents that go in, and the documents with their thinking that come out.
+
+One record per line of JSONL (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`) or per row of Parquet (`.parquet`):
+
+    {"id": str, "text": str, "thinking": str | null, "meta": {...}}
+
+Only `text` must be there; foreign data names its own columns, and may be in files, folders, patterns or data sets of
+the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not grow with the input.
+"""
+
+from megatron_tpt.records.parsing import Columns
+from megatron_tpt.records.reading import DAMAGED, Progress, ReadCounts, Row, describe, read_blocks, read_records
+from megatron_tpt.records.record import Record, content_id
+from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources
+from megatron_tpt.records.writing import write_records
+
+__all__ = [
+    "DAMAGED",
+    "SUFFIXES",
+    "Columns",
+    "Progress",
+    "ReadCounts",
+    "Record",
+    "Row",
+    "Source",
+    "content_id",
+    "describe",
+    "expand_inputs",
+    "expand_sources",
+    "read_blocks",
+    "read_records",
+    "write_records",
+]

@@ -1,0 +1,156 @@
+"""Lines of a file, plain or packed: skipped without being looked at, damage and endless lines found on the way."""
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records.record import BadRecord, DamagedSource
+
+MAX_LINE_BYTES = 64 << 20
+_CHUNK_BYTES = 1 << 20
+_PACKED_BYTES = 2 << 10  # Zstandard can pack 32,000 times: what so few bytes hold still fits in memory
+
+
+def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[bytes]:
+    """The unpacked bytes of a file in chunks of about 1 MiB. Raises DamagedSource where it is broken or cut,
+    UserError where it cannot be read.
+
+    `report_position` is called with the number of bytes read from the file so far.
+    """
+    try:
+        with path.open("rb", buffering=_CHUNK_BYTES) as file:
+            for chunk in _joined(_pieces(path, file)):
+                report_position(file.tell())
+                yield chunk
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    if path.name.endswith(".gz"):
+        return _unpack(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
+    if path.name.endswith(".zst"):
+        import zstandard
+
+        # The command-line tool refuses windows over 128 MiB unless told otherwise; large corpora are packed with 2 GiB.
+        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        return _unpack(file, unpacker.decompressobj, zstandard.ZstdError)
+    return iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+
+def _unpack(file: IO[bytes], new_frame: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
+    """Unpack the frames (gzip: members) that follow each other in a file."""
+    frame = None
+    try:
+        while packed := file.read(_PACKED_BYTES):
+            while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros
+                frame = frame or new_frame()
+                yield frame.decompress(packed)
+                packed = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except damage as error:
+        raise DamagedSource(f"damaged or cut short ({error})") from error
+    if frame is not None:
+        raise DamagedSource("damaged or cut short (the packed data is not whole)")
+
+
+def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pieces put together into chunks of some size; what came before damage is handed out before it is raised."""
+    buffer = io.BytesIO()
+    try:
+        for piece in pieces:
+            buffer.write(piece)
+            if buffer.tell() >= _CHUNK_BYTES:
+                yield buffer.getvalue()
+                buffer = io.BytesIO()
+    except DamagedSource:
+        if buffer.tell():
+            yield buffer.getvalue()
+        raise
+    if buffer.tell():
+        yield buffer.getvalue()
+
+
+class LineReader:
+    """Takes or skips lines one after another; a damaged file ends with a DamagedSource in place of a line."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.row = 0
+        """Number of the next line, from 0."""
+        self.row_bytes = 0
+        """Size of the line that was taken last."""
+        self._chunks = chunks
+        self._chunk = b""
+        self._position = 0
+        self._damage: DamagedSource | None = None
+
+    def has_rows(self) -> bool:
+        """Whether there is something to take: a line, or the DamagedSource that ends a damaged file."""
+        return self._load() or self._damage is not None
+
+    def skip_to(self, row: int) -> None:
+        """Make `row` the next line, or come to the end."""
+        line_is_open = False
+        while self.row < row:
+            if not self._load():
+                self.row += line_is_open and self._damage is None
+                self._damage = None
+                return
+            num_lines = self._chunk.count(b"\n", self._position)
+            if num_lines < row - self.row:
+                self.row += num_lines
+                self._position = len(self._chunk)
+                line_is_open = not self._chunk.endswith(b"\n")
+            else:
+                while self.row < row:
+                    self._position = self._chunk.index(b"\n", self._position) + 1
+                    self.row += 1
+
+    def take(self) -> bytes:
+        """The next line without its newline. Raises BadRecord for one that is too long, and DamagedSource."""
+        begin = self._position
+        end = self._chunk.find(b"\n", begin)
+        if end < 0 or end - begin > MAX_LINE_BYTES:
+            line = self._take_long()
+        else:
+            line = self._chunk[begin:end]
+            self._position = end + 1
+            self.row_bytes = end - begin
+        self.row += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise BadRecord("line too long", f"({self.row_bytes:,} bytes; up to {MAX_LINE_BYTES:,} are read)")
+        return line.removeprefix(b"\xef\xbb\xbf") if self.row == 1 else line  # the mark some editors write first
+
+    def _take_long(self) -> bytes:
+        """A line that goes over the end of the chunk; of one that is too long, no more than shows that it is."""
+        parts: list[bytes] = []
+        self.row_bytes = 0
+        end = -1
+        while end < 0 and self._load():
+            begin = self._position
+            end = self._chunk.find(b"\n", begin)
+            part = self._chunk[begin:] if end < 0 else self._chunk[begin:end]
+            self._position = begin + len(part) + 1
+            if self.row_bytes <= MAX_LINE_BYTES:
+                parts.append(part)
+            self.row_bytes += len(part)
+        if self._damage is not None:
+            damage, self._damage = self._damage, None
+            raise damage
+        return b"".join(parts)
+
+    def _load(self) -> bool:
+        """Whether bytes are left to read."""
+        while self._position >= len(self._chunk):
+            try:
+                chunk = next(self._chunks, None)
+            except DamagedSource as damage:
+                self._damage = damage
+                return False
+            if chunk is None:
+                return False
+            self._chunk, self._position = chunk, 0
+        return True

@@ -1,0 +1,161 @@
+"""From a JSON line or a table's row to a record. Whatever the data holds, it becomes a record or a BadRecord."""
+
+import datetime
+import decimal
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import orjson
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records.record import BadRecord, Record, content_id
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a source make a record."""
+
+    text: str = "text"
+    """The column with the document; several, as in "question,answer", are joined by a newline."""
+    id: str = "id"
+    """The column with the id; without a column "id" the id is made from the content."""
+    meta: tuple[str, ...] = ()
+    """Further columns to keep in `Record.meta`, under their names, where the source has them."""
+
+    def __post_init__(self) -> None:
+        if not all(self.texts):
+            raise UserError(f"text column {self.text!r}: give a column name, or several with commas between")
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The columns whose texts make the document."""
+        return tuple(name.strip() for name in self.text.split(","))
+
+    @cached_property
+    def used(self) -> tuple[str, ...]:
+        """All columns that are looked at."""
+        return tuple(dict.fromkeys([*self.texts, self.id, "thinking", "meta", *self.meta]))
+
+
+def parse_line(line: bytes, columns: Columns) -> Record:
+    """Make a record of a line of JSON. Raises BadRecord."""
+    try:
+        fields = orjson.loads(line)
+    except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, deep nesting, ...
+        fields = _checked(_loads(line), columns)
+    else:
+        if isinstance(fields, dict) and any(_rounded(fields.get(name)) for name in columns.used):
+            fields = _loads(line)
+    if not isinstance(fields, dict):
+        raise BadRecord("not a JSON object")
+    return _record(fields, columns)
+
+
+def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
+    """Make a record of a table's row, {column: Python value}. Raises BadRecord."""
+    return _record({name: _json_value(value, name) for name, value in fields.items()}, columns)
+
+
+def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
+    if len(columns.texts) == 1:
+        text = _text(fields, columns.text)
+    else:
+        text = "\n".join(_text(fields, name) for name in columns.texts)
+    if not text.strip():
+        raise BadRecord("empty text")
+    thinking = _string(fields, "thinking")
+    if thinking is not None and not thinking.strip():
+        thinking = None
+    meta = _meta(fields.get("meta"))
+    if columns.meta:
+        meta = meta | {name: fields[name] for name in columns.meta if name in fields}
+    return Record(_id(fields, columns.id, text), text, thinking, meta)
+
+
+def _loads(line: bytes) -> Any:
+    """Python's own parser: slower than orjson, and exact for integers of any size."""
+    try:
+        return json.loads(line.decode("utf-8"))  # json.loads(bytes) would let broken UTF-8 pass
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("not JSON", f"({error})") from None
+
+
+def _checked(fields: Any, columns: Columns) -> Any:
+    """`fields` when what is used of it can be written as UTF-8: "\\ud800" is legal JSON and no character."""
+    for name in columns.used if isinstance(fields, dict) else ():
+        try:
+            json.dumps(fields.get(name), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRecord(f"column {name!r} holds half a surrogate pair") from None
+        except RecursionError:
+            raise BadRecord("not JSON", "(nested too deeply)") from None
+    return fields
+
+
+def _rounded(value: Any) -> bool:
+    """Whether `value` may hold an integer beyond 64 bits, of which orjson makes a float."""
+    if isinstance(value, float):
+        return abs(value) >= 2.0**63
+    if isinstance(value, dict):
+        return any(map(_rounded, value.values()))
+    return isinstance(value, list) and any(map(_rounded, value))
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    text = _string(fields, name)
+    if text is None:
+        raise BadRecord("no text", f"in column {name!r} (the columns are {', '.join(fields) or 'none'})")
+    return text
+
+
+def _string(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
+
+
+def _id(fields: Mapping[str, Any], id_column: str, text: str) -> str:
+    value = fields.get(id_column)
+    if value is None or value == "":
+        if id_column != "id":
+            raise BadRecord("no id", f"in column {id_column!r}")
+        return content_id(text)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise BadRecord("id is neither string nor integer")
+
+
+def _meta(value: Any) -> dict[str, Any]:
+    """`meta` is ours where it is an object (in Parquet we keep it as JSON); a foreign column of that name is left."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _json_value(value: Any, column: str) -> Any:
+    """A table's value as JSON knows it: times as ISO 8601, durations in seconds, decimals as their digits."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item, column) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item, column) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise BadRecord(f"column {column!r} holds {type(value).__name__}", "which has no form in JSON")

@@ -1,0 +1,175 @@
+"""Reading any source, in blocks of rows that a job can do, skip and come back to, or record by record."""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records.lines import LineReader, read_chunks
+from megatron_tpt.records.parsing import Columns, parse_line, parse_row
+from megatron_tpt.records.record import BadRecord, DamagedSource, Record
+from megatron_tpt.records.sources import Source, expand_sources
+from megatron_tpt.records.tables import TableReader, arrow_pieces, parquet_pieces
+
+DAMAGED = "damaged file"
+"""The problem of the last row of a source that cannot be read any further."""
+
+
+class Row(NamedTuple):
+    """A line or row of a source: a record, or the reason why it is none."""
+
+    number: int
+    """Place in the source, from 0; blank lines count."""
+    record: Record | None
+    problem: str | None = None
+    """Why there is no record: short, and the same for all rows of its kind."""
+    detail: str = ""
+    """What more can be said of the problem."""
+    num_bytes: int = 0
+    """Size of the line (unpacked); 0 in tables."""
+
+
+@dataclass
+class Progress:
+    """How far `read_blocks` is in its source."""
+
+    num_bytes: int = 0
+    """Bytes of the file that were read or passed over; to be compared with `Source.num_bytes`."""
+
+    def report(self, num_bytes: int) -> None:
+        """Take note of a new position."""
+        self.num_bytes = num_bytes
+
+
+@dataclass
+class ReadCounts:
+    """What `read_records` has done so far; filled while it reads."""
+
+    read: int = 0
+    """Good records handed out."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Bad records left out, by reason."""
+
+
+def read_blocks(
+    source: Source,
+    columns: Columns,
+    rows_per_block: int,
+    wanted: Callable[[int], bool],
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Iterator[Row]]]:
+    """Yield (k, rows) for every block k of a source with `wanted(k)`: rows k * rows_per_block and on, lazily.
+
+    `wanted` is asked for each block once, in order, when its turn comes. Rows of other blocks are passed over unparsed,
+    so that going on where a job stopped costs little. Blocks are counted in physical rows: they are the same whichever
+    rows are good. Blank lines make no row. Rows that were not taken when the next block is asked for are gone.
+
+    Bad data never raises: it is a row with a `problem`. Where a file is cut or broken, the last row has the problem
+    DAMAGED (it is left out when its block is not wanted; of a broken Parquet file later row groups are then still
+    read). Raises UserError for a source that cannot be opened or has no text column, or whose storage fails.
+    """
+    reader, parse = _open(source, columns, progress or Progress())
+    for block in itertools.count():
+        end = (block + 1) * rows_per_block
+        if wanted(block):
+            if not reader.has_rows():
+                return
+            rows = _rows(reader, parse, end)
+            yield block, rows
+            rows.close()
+        try:
+            reader.skip_to(end)
+        except DamagedSource:
+            return
+        if reader.row < end:
+            return
+
+
+class _Reader(Protocol):
+    row: int
+    row_bytes: int
+
+    def has_rows(self) -> bool: ...
+    def skip_to(self, row: int) -> None: ...
+    def take(self) -> Any: ...
+
+
+def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader, Callable[[Any], Record | None]]:
+    """The rows of a source and what makes records of them (None of a blank line)."""
+    if source.dataset is not None:
+        pieces = source.dataset.pieces(source.name, source.shard, columns)
+    elif source.path is None:
+        raise ValueError(f"{source.name}: neither file nor data set")
+    elif source.path.name.endswith(".parquet"):
+        pieces = parquet_pieces(source.path, columns, progress.report)
+    elif source.path.name.endswith(".arrow"):
+        pieces = arrow_pieces(source.path, columns, progress.report)
+    else:
+        lines = LineReader(read_chunks(source.path, progress.report))
+        return lines, lambda line: parse_line(line, columns) if line and not line.isspace() else None
+    return TableReader(source.name, pieces), lambda fields: parse_row(fields, columns)
+
+
+def _rows(reader: _Reader, parse: Callable[[Any], Record | None], end: int) -> Generator[Row]:
+    """The rows from where `reader` is to row number `end`."""
+    while reader.row < end:
+        number = reader.row
+        try:
+            if not reader.has_rows():
+                return
+            record = parse(reader.take())
+        except BadRecord as bad:
+            yield Row(number, None, bad.problem, bad.detail, reader.row_bytes)
+        except DamagedSource as damage:
+            yield Row(number, None, DAMAGED, str(damage))
+        else:
+            if record is not None:
+                yield Row(number, record, None, "", reader.row_bytes)
+
+
+def read_records(
+    paths: Sequence[str | Path],
+    *,
+    text_column: str = "text",
+    id_column: str = "id",
+    meta_columns: Sequence[str] = (),
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    limit: int | None = None,
+    counts: ReadCounts | None = None,
+) -> Iterator[Record]:
+    """Read records one by one from all `paths` (see `expand_sources`), in order. Memory does not grow with the input.
+
+    The columns are those of `Columns`. `thinking` and `meta` are taken where present; other columns are not looked
+    at. Blank lines are passed over. At most `limit` records are handed out.
+
+    A bad record (no JSON object, no text, a text that is blank, no string or no Unicode) raises UserError naming
+    "file:line" (in tables: the row, from 1), or is left out and counted with `on_bad_record="skip"`. A file that is
+    damaged as a whole always raises.
+    """
+    counts = ReadCounts() if counts is None else counts
+    columns = Columns(text_column, id_column, tuple(meta_columns))
+    for source in expand_sources(paths):
+        for _, rows in read_blocks(source, columns, sys.maxsize, lambda _: True):
+            for row in rows:
+                if limit is not None and counts.read >= limit:
+                    return
+                if row.record is not None:
+                    counts.read += 1
+                    yield row.record
+                elif on_bad_record == "stop" or row.problem == DAMAGED:
+                    raise UserError(describe(source, row))
+                else:
+                    counts.skipped[str(row.problem)] += 1
+
+
+def describe(source: Source, row: Row) -> str:
+    """One line for the user about a row that is no record: its place, what is wrong, what can be done."""
+    if row.problem == DAMAGED:
+        return f"{source.name}: {row.detail}; make or fetch the file again"
+    problem = f"{row.problem} {row.detail}".rstrip()
+    hint = "mend the line or skip such records with --on-bad-record skip"
+    return f"{source.name}:{row.number + 1}: {problem}; {hint}"

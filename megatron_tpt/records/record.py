@@ -1,0 +1,38 @@
+"""The record, and the two ways in which foreign data can be bad."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document, with the thinking about it once that has been written."""
+
+    id: str
+    """Given by the source, or `content_id(text)`."""
+    text: str
+    """The document; never blank."""
+    thinking: str | None = None
+    """The thinking about `text`, without tags."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """How the thinking came about (source, generator, prompt, sampling, finish_reason, token counts, ...) and the
+    columns of the source that were asked for: JSON values."""
+
+
+class BadRecord(Exception):
+    """A line or row that is no record. `problem` is the same for all of its kind; `detail` says more, or is empty."""
+
+    def __init__(self, problem: str, detail: str = "") -> None:
+        super().__init__(f"{problem} {detail}".rstrip())
+        self.problem = problem
+        self.detail = detail
+
+
+class DamagedSource(Exception):
+    """A source that cannot be read from here on; `str()` says why on one line."""
+
+
+def content_id(text: str) -> str:
+    """A record's id made from its content: the first 32 hex digits of SHA-256 over the UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

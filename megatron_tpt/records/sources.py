@@ -1,0 +1,119 @@
+"""What the user names - files, folders, patterns, data sets of the Hub - as a list of sources in a fixed order."""
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records.hub import SCHEME, HubDataset
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""The formats that are written."""
+_FOUND_SUFFIXES = (*SUFFIXES, ".json.gz", ".json.zst")
+"""What counts as records in a folder. A plain .json is more often a configuration, so it must be named."""
+_READ_SUFFIXES = (*_FOUND_SUFFIXES, ".json", ".arrow")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one shard of a data set on the Hub: what is read from its start to its end."""
+
+    name: str
+    """Stands for the source in messages and in `Record.meta`: the path as it was given, or hf://...#index-of-count."""
+    num_bytes: int | None
+    """Size of the file (packed, where it is), where known."""
+    path: Path | None = None
+    """The file; None for a shard of a data set."""
+    dataset: HubDataset | None = None
+    shard: int = 0
+
+
+def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
+    """The sources behind `inputs`, each once, in the order in which they are named first.
+
+    A file is itself; a folder is the record files in it at any depth, sorted (hidden names are left out: unfinished
+    files have such names), or the files of the data set that `save_to_disk` left there; a pattern ("data/**/*.jsonl")
+    is what it matches, sorted; "hf://owner/name/config?split=train" is the shards of that data set.
+
+    Raises UserError for what is missing or of an unknown kind, a folder or pattern without record files, and for no
+    input at all.
+    """
+    sources: dict[str, Source] = {}
+    for text in map(str, inputs):
+        for source in _hub_sources(text) if text.startswith(SCHEME) else map(_file_source, _files(text)):
+            sources.setdefault(source.name, source)
+    if not sources:
+        raise UserError("no input files were given")
+    return list(sources.values())
+
+
+def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:
+    """The files behind `paths`, for programs that read nothing else (see `expand_sources`)."""
+    files: list[Path] = []
+    for source in expand_sources(paths):
+        if source.path is None:
+            raise UserError(f"{source.name}: only files are read here; download the data set and name its folder")
+        files.append(source.path)
+    return files
+
+
+def _file_source(path: Path) -> Source:
+    return Source(str(path), path.stat().st_size, path)
+
+
+def _hub_sources(url: str) -> Iterator[Source]:
+    dataset = HubDataset.parse(url)
+    num_shards = dataset.num_shards()
+    for shard in range(num_shards):
+        yield Source(f"{url}#{shard:05d}-of-{num_shards:05d}", None, None, dataset, shard)
+
+
+def _files(text: str) -> list[Path]:
+    path = Path(os.path.expanduser(text))
+    if path.is_dir():
+        return _folder_files(path)
+    if path.exists():
+        if not path.name.endswith(_READ_SUFFIXES):
+            raise UserError(f"{path}: unknown kind of file; records are read from {', '.join(_READ_SUFFIXES)}")
+        return [path]
+    if not glob.has_magic(text):
+        raise UserError(f"{path}: no such file or folder")
+    suffixes = _READ_SUFFIXES if text.endswith((".json", ".arrow")) else _FOUND_SUFFIXES
+    found: list[Path] = []
+    for match in sorted(map(Path, glob.iglob(str(path), recursive=True))):
+        if not match.is_dir():
+            found += [match] if match.name.endswith(suffixes) else []
+        elif not text.endswith("**"):  # which matches the files within as well
+            found += _folder_files(match)
+    if not found:
+        raise UserError(f"{path}: nothing matches this pattern ({', '.join(suffixes)})")
+    return found
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    if (saved := _saved_dataset(folder)) is not None:
+        return saved
+    found = (file for file in folder.rglob("*") if file.name.endswith(_FOUND_SUFFIXES) and file.is_file())
+    files = sorted(file for file in found if not _is_hidden(file.relative_to(folder).parts))
+    if not files:
+        raise UserError(f"{folder}: no record files in this folder ({', '.join(_FOUND_SUFFIXES)})")
+    return files
+
+
+def _is_hidden(names: Iterable[str]) -> bool:
+    return any(name.startswith(".") for name in names)
+
+
+def _saved_dataset(folder: Path) -> list[Path] | None:
+    """The files of a data set that was saved by `Dataset.save_to_disk`, None for any other folder."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        if len(splits) != 1:
+            raise UserError(f"{folder}: holds several splits; name one: {', '.join(str(folder / s) for s in splits)}")
+        return _saved_dataset(folder / splits[0])
+    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    return [folder / file["filename"] for file in json.loads((folder / "state.json").read_bytes())["_data_files"]]

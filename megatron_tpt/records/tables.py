@@ -1,0 +1,171 @@
+"""Rows of Parquet, of Arrow files and of streamed data sets: passed over without being made Python values.
+
+pyarrow is imported where it is needed, so that the command line's help stays fast.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records.parsing import Columns
+from megatron_tpt.records.record import BadRecord, DamagedSource
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_BATCH_BYTES = 16 << 20
+_ROWS_PER_BATCH = 1024
+
+
+class Piece(NamedTuple):
+    """Some rows that follow each other, read only when `batches` is called."""
+
+    num_rows: int
+    batches: "Callable[[], Iterable[pyarrow.RecordBatch]]"
+
+
+def loaded_piece(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Piece:
+    """A piece whose rows are in memory."""
+    return Piece(batch.num_rows, lambda: [batch])
+
+
+class TableReader:
+    """Takes or skips rows one after another; a damaged file ends with a DamagedSource in place of a row."""
+
+    row_bytes = 0  # the size of a single row is not known
+
+    def __init__(self, name: str, pieces: Iterator[Piece]) -> None:
+        self.row = 0
+        """Number of the next row, from 0."""
+        self._name = name
+        self._pieces = pieces
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+        self._position = 0
+        self._rows: list[dict[str, Any] | BadRecord] | None = None
+        self._damage: DamagedSource | None = None
+
+    def has_rows(self) -> bool:
+        """Whether there is something to take: a row, or the DamagedSource that ends a damaged file."""
+        return self._load() or self._damage is not None
+
+    def skip_to(self, row: int) -> None:
+        """Make `row` the next row, or come to the end."""
+        while self.row < row:
+            if not self._load(skippable=row - self.row):
+                self._damage = None
+                return
+            num_skipped = min(self._num_loaded(), row - self.row)
+            self._position += num_skipped
+            self.row += num_skipped
+
+    def take(self) -> dict[str, Any]:
+        """The next row, {column: Python value}. Raises BadRecord, and DamagedSource."""
+        if self._damage is not None:
+            damage, self._damage = self._damage, None
+            raise damage
+        if self._rows is None:
+            self._rows = _python_rows(self._batch)
+        fields = self._rows[self._position]
+        self._position += 1
+        self.row += 1
+        if isinstance(fields, BadRecord):
+            raise fields
+        return fields
+
+    def _num_loaded(self) -> int:
+        return 0 if self._batch is None else self._batch.num_rows - self._position
+
+    def _load(self, skippable: int = 0) -> bool:
+        """Whether rows are left to read or skip; whole pieces of at most `skippable` rows are passed over unread."""
+        return self._num_loaded() > 0 or self._load_next(skippable)
+
+    def _load_next(self, skippable: int) -> bool:
+        import pyarrow
+
+        try:
+            while self._num_loaded() == 0:
+                self._batch, self._rows, self._position = next(self._batches, None), None, 0
+                if self._batch is not None:
+                    continue
+                piece = next(self._pieces, None)
+                if piece is None:
+                    return False
+                if not 0 < piece.num_rows <= skippable:
+                    self._batches = iter(piece.batches())
+                    continue
+                self.row += piece.num_rows
+                skippable -= piece.num_rows
+                if skippable == 0:
+                    break
+            return True
+        except (pyarrow.ArrowException, DamagedSource, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # without number it is pyarrow's: broken data
+                raise UserError(f"{self._name}: cannot be read ({error.strerror})") from error
+            text = str(error) if isinstance(error, DamagedSource) else f"damaged or cut short ({_first_line(error)})"
+            self._damage = DamagedSource(text)
+            self._batch, self._batches, self._pieces = None, iter(()), iter(())
+            return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _python_rows(batch: Any) -> list[dict[str, Any] | BadRecord]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # a single value, such as broken UTF-8 or a date beyond Python's
+        return [_python_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _python_row(batch: Any) -> dict[str, Any] | BadRecord:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return BadRecord("not UTF-8", f"({error.reason} at byte {error.start})")
+    except (ValueError, OverflowError) as error:
+        return BadRecord("value not readable", f"({_first_line(error)})")
+
+
+def columns_of_table(source_name: str, names: list[str], columns: Columns) -> list[str]:
+    """The columns of a table that are used. Raises UserError when it lacks a text column."""
+    for name in columns.texts:
+        if name not in names:
+            raise UserError(f"{source_name}: no column {name!r}; its columns are {', '.join(names)}")
+    return [name for name in columns.used if name in names]
+
+
+def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
+    """The row groups of a Parquet file. `report` is called with about the number of bytes that were passed."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+        names = columns_of_table(str(path), file.schema_arrow.names, columns)
+        file_bytes, num_rows = path.stat().st_size, 0
+        for i in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(i)
+            rows_per_batch = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
+            rows_per_batch = max(1, min(rows_per_batch, _ROWS_PER_BATCH))
+            yield Piece(group.num_rows, partial(file.iter_batches, rows_per_batch, [i], names))
+            num_rows += group.num_rows
+            report(file_bytes * num_rows // max(file.metadata.num_rows, 1))
+
+
+def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
+    """The record batches of an Arrow file (of either kind), as `datasets` keeps and saves them."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as file:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
+        names = columns_of_table(str(path), reader.schema.names, columns)
+        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
+            batch = batch.select(names)
+            batch.validate(full=True)  # offsets of a broken file would lead anywhere in memory
+            for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+                yield loaded_piece(batch.slice(start, _ROWS_PER_BATCH))
+            report(file.tell())
