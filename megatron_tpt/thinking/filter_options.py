@@ -1,0 +1,78 @@
+"""Which thoughts are rejected. Light to import: the help of the command line needs nothing else."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tpt.errors import UserError
+
+Script = Literal[
+    "arabic",
+    "armenian",
+    "bengali",
+    "cjk",
+    "cyrillic",
+    "devanagari",
+    "ethiopic",
+    "georgian",
+    "greek",
+    "gujarati",
+    "gurmukhi",
+    "hangul",
+    "hebrew",
+    "kannada",
+    "khmer",
+    "lao",
+    "latin",
+    "malayalam",
+    "myanmar",
+    "sinhala",
+    "tamil",
+    "telugu",
+    "thai",
+    "tibetan",
+]
+"""Scripts by the first word of their characters' Unicode names; "cjk" is Han and the Japanese kana together."""
+
+Language = Literal["de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"]
+"""Languages told apart by their function words, all in Latin script."""
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """Thoughts that are no use: empty, looping, in a wrong script or language, refusals, copies of the document.
+
+    Words are what stands between spaces; in scripts without spaces every character counts as one.
+    """
+
+    min_words: int = 8
+    """Reject as "too_short" below so many words; 0 only rejects thoughts without a word. The shortest worked answers of
+    GSM8K have 6 to 8 words, so that less is hardly a thought. (C4 wants 3 words in a line, Gopher 50 in a web page.)"""
+    max_repeated_share: float = 0.5
+    """Reject as "loop" when a larger share of the characters lies in runs of 8 words that occurred before; 1 switches
+    it off. Gopher's limit for web pages is 0.12; thoughts restate and code repeats itself: above 0.5 is 1 in 400 Python
+    files and none of the answers of GSM8K."""
+    loop_words: int = 64
+    """Reject as "loop" when nine tenths of the last so many words lie in runs of 8 words that occurred twice before:
+    how a thought ends that ran into a loop and was cut; 0 switches it off."""
+    max_foreign_share: float = 0.2
+    """Reject as "wrong_script" when a larger share of the letters is in scripts that are not allowed, as when a model
+    goes on in another language half-way; 1 switches it off. A quoted word or name stays far below."""
+    scripts: tuple[Script, ...] = ()
+    """The scripts that are allowed; when none is given Latin and those that hold 5 % of the document's letters."""
+    languages: tuple[Language, ...] = ()
+    """Reject as "wrong_language" a thought in Latin script whose function words are mostly of another language that can
+    be named here; too few of them prove nothing. Not looked at when none is given."""
+    max_refusal_words: int = 100
+    """Reject as "refusal" up to so many words when it begins by declining to do the task; longer ones went on to think.
+    0 switches it off."""
+    max_copied_share: float = 0.8
+    """Reject as "copy" when a larger share of the characters lies in runs of 8 words that stand in the document; 1
+    switches it off. Thoughts quote, so the limit is high."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_words", "loop_words", "max_refusal_words"):
+            if getattr(self, name) < 0:
+                raise UserError(f"filters: {name} is {getattr(self, name)}; give 0 (off) or more")
+        for name in ("max_repeated_share", "max_foreign_share", "max_copied_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"filters: {name} is {getattr(self, name)}; give a share from 0 to 1 (off)")

@@ -1,0 +1,189 @@
+"""Telling useless thoughts from useful ones by rules, without a model, and cutting unfinished ones at a sentence.
+
+`judge` sees what is plainly wrong: nothing written, a loop, another script or language, a refusal, a copy. It does not
+judge whether a thought is true. A loop that changes a number in every round escapes where fewer than 8 words in a row
+stay the same.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import compress, count, islice
+
+from megatron_tpt.thinking.filter_options import FilterOptions
+
+_NGRAM = 8
+_LOOP_SHARE = 0.9
+_DOCUMENT_SCRIPT_SHARE = 0.05
+_REFUSAL_CHARACTERS = 300
+_MIN_FUNCTION_WORDS = 8
+
+# Thai and Lao, Burmese, Khmer, kana, Han: written without spaces.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# Long runs are cut in pieces, so that "aaaa..." is many equal words, not one.
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,32}}")
+_NEEDS_CUTTING = re.compile(rf"[{_UNSPACED}]|\S{{33}}")
+# Words by their letters and digits, however they are set: "5+14=19" has three.
+_COUNTED = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_LETTERS = re.compile(r"[^\W\d_]+")
+# A Greek letter by itself is mathematics, not Greek.
+_LONE_GREEK = re.compile("(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
+_SCRIPT_OF_NAME = {"hiragana": "cjk", "katakana": "cjk", "bopomofo": "cjk"}
+
+_DECLINE = (
+    r"(?:can ?not|can'?t|could not|won't|will not|(?:am|'m) (?:unable|not able|not allowed|not permitted)(?: to)?|"
+    r"(?:do not|don't) (?:feel comfortable|have the (?:ability|capability)))"
+)
+_TASK = (
+    r"(?:help|assist|comply|fulfil+|provide|answer|respond|continue|create|generate|write|engage|participate|discuss|"
+    r"do that|do this|process|access|complete|support|produce|share|offer|simulate|analy[sz]e)"
+)
+_APOLOGY = r"(?:i(?:'m| am) (?:\w+ )?sorry|sorry|my apologies|i apologi[sz]e|as an ai\b)"
+_REFUSAL = re.compile(
+    r"\W*(?:(?:okay|ok|hmm|well|unfortunately|sadly)\W+)*(?:"
+    rf"{_APOLOGY}[^.!?]{{0,80}}?[.!?]?[^.!?]{{0,40}}?\bi ?(?:{_DECLINE})\s+(?:\w+ ){{0,3}}?{_TASK}"
+    r"|i (?:can ?not|can'?t|won't|will not|am unable to|am not able to) "
+    r"(?:\w+ )?(?:help (?:you )?with|assist|comply|fulfil+|engage (?:in|with)))",
+    re.IGNORECASE,
+)
+
+# The commonest function words that few of the other languages share.
+_FUNCTION_WORDS = {
+    "de": "der die das und ist nicht ein eine zu den von mit sich auf auch werden dem wird oder wenn aber wir dass für",
+    "en": "the of and to is that this it with for are be was we which not by from have if so then they would there",
+    "es": "el los las y es una por con para lo como pero más esto esta este son también porque entonces cuando hay",
+    "fr": "le les et est une des du pour dans qui sur pas avec ce cette sont mais plus nous donc par je il elle aux",
+    "it": "il gli e è una di che per con del della sono non questo questa più anche come ma quindi perché nel alla",
+    "nl": "de het een en van is dat op te niet met voor zijn er aan ook maar als dan deze wordt bij naar wij dus",
+    "pl": "i w na się nie z że do to jest jak ale po tym przez oraz jeśli który która czy więc są dla tak być",
+    "pt": "o os as e é um uma não em para com do da dos das mas mais isso este esta são também porque então quando",
+    "tr": "ve bir bu da de için ile çok daha olarak ne gibi o ancak ama her sonra kadar değil olan var şu ki göre",
+    "vi": "là và của có không được cho một các những trong với này đó để khi thì người cũng như ta nếu từ vì",
+}
+
+
+def judge(document: str, thinking: str, options: FilterOptions) -> str | None:
+    """Why the thinking about `document` is rejected, or None when it is kept.
+
+    The reasons, in the order in which they are looked for: "too_short", "refusal", "wrong_script", "wrong_language",
+    "loop", "copy". `FilterOptions` says what each means and switches it off.
+    """
+    enough = max(1, options.min_words, options.max_refusal_words + 1)
+    num_words = sum(1 for _ in islice(_COUNTED.finditer(thinking), enough))
+    if num_words < max(1, options.min_words):
+        return "too_short"
+    if num_words <= options.max_refusal_words and is_refusal(thinking):
+        return "refusal"
+    if options.max_foreign_share < 1 and _foreign_share(document, thinking, options) > options.max_foreign_share:
+        return "wrong_script"
+    if options.languages and language(thinking) not in (None, *options.languages):
+        return "wrong_language"
+    words = split_words(thinking)
+    if is_loop(words, options):
+        return "loop"
+    if options.max_copied_share < 1 and copied_share(split_words(document), words) > options.max_copied_share:
+        return "copy"
+    return None
+
+
+def split_words(text: str) -> list[str]:
+    """What stands between spaces, in lower case, cut at 32 characters; single characters where there are no spaces."""
+    text = text.lower()
+    return _WORD.findall(text) if _NEEDS_CUTTING.search(text) else text.split()
+
+
+def is_loop(words: Sequence[str], options: FilterOptions) -> bool:
+    """Whether the words repeat themselves: on the whole, or at the end over and over."""
+    times = _times_seen(words)
+    if options.max_repeated_share < 1 and _share(words, times, least=1) > options.max_repeated_share:
+        return True
+    if not 0 < options.loop_words <= len(words):
+        return False
+    return _share(words[-options.loop_words :], times[-options.loop_words :], least=2) >= _LOOP_SHARE
+
+
+def copied_share(document: Sequence[str], thinking: Sequence[str]) -> float:
+    """The share of the thinking's characters in runs of 8 words that stand in the document."""
+    wanted = set(_ngrams(document))
+    copied = bytearray(len(thinking))
+    for start in compress(count(), map(wanted.__contains__, _ngrams(thinking))):
+        copied[start : start + _NGRAM] = b"\1" * _NGRAM
+    return _share(thinking, copied, least=1)
+
+
+def _times_seen(words: Sequence[str]) -> bytearray:
+    """For every word how often a run of 8 words that it is in occurred before: 0, 1, or 2 for more."""
+    counts: dict[tuple[str, ...], int] = {}
+    times = bytearray(len(words))
+    for start, ngram in enumerate(_ngrams(words)):
+        seen = counts.get(ngram, 0)
+        counts[ngram] = seen + 1
+        if seen:
+            for place in range(start, start + _NGRAM):
+                times[place] = max(times[place], min(seen, 2))
+    return times
+
+
+def _ngrams(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    return zip(*(islice(words, start, None) for start in range(_NGRAM)), strict=False)
+
+
+def _share(words: Sequence[str], marks: bytes | bytearray, *, least: int) -> float:
+    """The share of characters in the words whose mark is `least` or more."""
+    marked = compress(words, (mark >= least for mark in marks))
+    return sum(map(len, marked)) / (sum(map(len, words)) or 1)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an English text begins by declining to do what was asked: an apology and "I can't help", or the latter
+    alone. Apologies and inabilities that are about something else do not count."""
+    return _REFUSAL.match(text[:_REFUSAL_CHARACTERS].replace("’", "'")) is not None
+
+
+def script_letters(text: str) -> Counter[str]:
+    """The number of letters by script ("latin", "cjk", "cyrillic", ...); lone Greek letters are not counted."""
+    if text.isascii():
+        return Counter(latin=sum(map(len, _LETTERS.findall(text))))
+    letters: Counter[str] = Counter()
+    for character, number in Counter(_LONE_GREEK.sub("", text)).items():
+        if script := _script(character):
+            letters[script] += number
+    return letters
+
+
+@cache
+def _script(character: str) -> str | None:
+    # Letters dressed up for mathematics or in full width are what they look like.
+    character = unicodedata.normalize("NFKC", character)[0]
+    if not character.isalpha():
+        return None
+    name = unicodedata.name(character, "").split(" ")[0].lower()
+    return _SCRIPT_OF_NAME.get(name, name) or None
+
+
+def _foreign_share(document: str, thinking: str, options: FilterOptions) -> float:
+    """The share of the thinking's letters in scripts that are not allowed."""
+    letters = script_letters(thinking)
+    if not options.scripts and letters.keys() <= {"latin"}:
+        return 0.0
+    allowed: set[str] = set(options.scripts)
+    if not options.scripts:
+        own = script_letters(document)
+        allowed = {"latin"} | {script for script in own if own[script] >= _DOCUMENT_SCRIPT_SHARE * own.total()}
+    return sum(letters[script] for script in letters.keys() - allowed) / (letters.total() or 1)
+
+
+def language(text: str) -> str | None:
+    """The language in Latin script whose function words are the most, or None when there are too few, or too few more
+    than of the next language, to tell. A rough guess, good for whole paragraphs only."""
+    counts = Counter(_LETTERS.findall(text.lower()))
+    hits = Counter({code: sum(counts[word] for word in words) for code, words in _function_words().items()})
+    (best, most), (_, second) = hits.most_common(2)
+    return best if most >= _MIN_FUNCTION_WORDS and most >= 1.5 * second else None
+
+
+@cache
+def _function_words() -> dict[str, frozenset[str]]:
+    return {code: frozenset(words.split()) for code, words in _FUNCTION_WORDS.items()}
