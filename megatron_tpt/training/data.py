@@ -5,9 +5,11 @@ data = build_pretrain_data(recipe)
 """
 
 import dataclasses
-import os
-import tempfile
+import itertools
+import math
+import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,19 @@ import numpy as np
 import torch
 
 from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe
+from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
+from megatron_tpt.training.sample_index import BlendIndex, SampleIndex, build_blend_index, build_sample_index
 
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split, normalize
+
+_NUM_THREADS = 16
+_FILES_PER_DATASET = 8
+_OTHER_FILES = 512
 
 
 def mark_thinking(tokens: np.ndarray, opening: list[int], closing: list[int], eos_id: int) -> np.ndarray:
@@ -55,6 +65,20 @@ class ThinkingGPTDataset(GPTDataset):
     marks are exact wherever a sample is cut.
     """
 
+    config: "_DatasetConfig"
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        config, lengths = self.config, self.dataset.sequence_lengths
+
+        def build() -> SampleIndex:
+            return build_sample_index(lengths, self.num_samples, config.sequence_length, config.random_seed)
+
+        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        num_bytes = 4 * len(lengths) + 12 * self.num_samples
+        assert config.cache is not None
+        arrays = config.cache.arrays(name, self.unique_description, SampleIndex._fields, build, num_bytes)
+        return arrays[0], arrays[1], arrays[2]
+
     def _begin_of_first_document(self, idx: int) -> np.ndarray:
         sample = self.shuffle_index[idx]
         document_position, offset = self.sample_index[sample]
@@ -72,8 +96,29 @@ class ThinkingGPTDataset(GPTDataset):
         return sample
 
 
-def _dataset_config(recipe: PretrainRecipe, cache_dir: Path) -> GPTDatasetConfig:
-    manifest = read_manifests(source.path for source in recipe.data.train + recipe.data.validation)[0]
+@dataclasses.dataclass
+class _DatasetConfig(GPTDatasetConfig):
+    """Megatron Core's settings, and where its arrays are kept."""
+
+    cache: SampleCache | None = None
+
+
+class _BlendedDataset(BlendedDataset):
+    """BlendedDataset whose arrays come from our cache."""
+
+    config: _DatasetConfig
+
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        def build() -> BlendIndex:
+            return build_blend_index(self.weights, self.size, [len(dataset) for dataset in self.datasets])
+
+        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+        assert self.config.cache is not None
+        arrays = self.config.cache.arrays(name, self.unique_description, BlendIndex._fields, build, 10 * self.size)
+        return arrays[0], arrays[1]
+
+
+def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCache) -> _DatasetConfig:
     tokenizer = SimpleNamespace(  # the attributes that GPTDataset reads, and the think tags
         eod=manifest.tokenizer.eos_id,
         vocab_size=manifest.tokenizer.vocab_size,
@@ -81,35 +126,109 @@ def _dataset_config(recipe: PretrainRecipe, cache_dir: Path) -> GPTDatasetConfig
         open=manifest.think.open,
         close=manifest.think.close,
     )
-
-    def blend(sources: list[DatasetSource]) -> tuple[list[str], list[float]] | None:
-        return ([str(s.path) for s in sources], [s.weight for s in sources]) if sources else None
-
-    return GPTDatasetConfig(
+    return _DatasetConfig(
         random_seed=recipe.run.seed,
         sequence_length=recipe.training.sequence_length,
-        blend_per_split=[blend(recipe.data.train), blend(recipe.data.validation), None],
-        path_to_cache=str(cache_dir),
+        # Only says that the data is real: the datasets are made below.
+        blend_per_split=[([], None), None, None],
+        path_to_cache=str(cache.folder),
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,  # plain causal attention: the kernels make the mask
+        cache=cache,
     )
 
 
-def _build_splits(recipe: PretrainRecipe, cache_dir: Path) -> list[Any]:
-    training = recipe.training
-    validation_samples = training.validation_steps * training.global_batch_size
-    sizes = [
-        training.num_steps * training.global_batch_size,
-        validation_samples if recipe.data.validation and training.validation_interval else None,
-        None,
-    ]
-    config = _dataset_config(recipe, cache_dir)
-    if sizes[1] is None:
-        config.blend_per_split[1] = None
-    return BlendedMegatronDatasetBuilder(ThinkingGPTDataset, sizes, lambda: True, config).build()
+def _raise_open_file_limit(num_datasets: int) -> None:
+    """Each dataset keeps two files and their maps, and the maps of three arrays, open."""
+    needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"data: {num_datasets} datasets need {needed} open files and the limit is {hard}: raise it "
+                f"(ulimit -Hn {needed}), or merge them with tools/merge_index.py"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _shares(sources: list[DatasetSource], num_samples: int) -> tuple[list[float], list[int]]:
+    """The normalised weight of each source, and its samples, rounded up."""
+    weights = normalize([source.weight for source in sources])
+    return weights, [math.ceil(num_samples * weight) for weight in weights]
+
+
+def _open_blend(
+    sources: list[DatasetSource], manifests: list[Manifest], num_samples: int, split: Split, config: _DatasetConfig
+) -> torch.utils.data.Dataset:
+    """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it.
+
+    Sources are opened by several threads, for the sake of file systems that answer slowly.
+    """
+
+    def open_source(source: DatasetSource, manifest: Manifest, num_samples: int) -> ThinkingGPTDataset:
+        # An index is known by its content: elsewhere it is the same, and another in its place is not.
+        content = manifest.checksums["idx"]
+        dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
+        return ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
+
+    if len(sources) == 1:
+        return open_source(sources[0], manifests[0], num_samples)
+    weights, shares = _shares(sources, num_samples)
+    # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
+    wanted = [math.ceil(share * (1 + config.mid_level_dataset_surplus)) for share in shares]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        datasets = list(threads.map(open_source, sources, manifests, wanted))
+    return _BlendedDataset(datasets, weights, sum(shares), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Portion:
+    """What a recipe takes from the sources of one split."""
+
+    split: Split
+    sources: list[DatasetSource]
+    num_samples: int
+
+
+def _portions(recipe: PretrainRecipe) -> list[_Portion]:
+    """The training split and, where the recipe validates, the validation split."""
+    training, data = recipe.training, recipe.data
+    portions = [_Portion(Split.train, data.train, training.num_steps * training.global_batch_size)]
+    if data.validation and training.validation_interval:
+        portions.append(_Portion(Split.valid, data.validation, training.validation_steps * training.global_batch_size))
+    return portions
+
+
+def _open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[torch.utils.data.Dataset]:
+    """The training dataset and, where the recipe validates, the validation dataset."""
+    portions = _portions(recipe)
+    manifests = iter(read_manifests(source.path for portion in portions for source in portion.sources))
+    datasets = []
+    _raise_open_file_limit(sum(len(portion.sources) for portion in portions))
+    for portion in portions:
+        own = list(itertools.islice(manifests, len(portion.sources)))
+        config = _dataset_config(recipe, own[0], cache)
+        datasets.append(_open_blend(portion.sources, own, portion.num_samples, portion.split, config))
+    return datasets
+
+
+def describe_data(recipe: PretrainRecipe) -> str:
+    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests alone."""
+    rows = [("source", "documents", "tokens", "samples", "epochs")]
+    for portion in _portions(recipe):
+        manifests = read_manifests(source.path for source in portion.sources)
+        _, shares = _shares(portion.sources, portion.num_samples)
+        for source, manifest, share in zip(portion.sources, manifests, shares, strict=True):
+            counts = manifest.counts
+            epochs = share * recipe.training.sequence_length / counts.tokens
+            numbers = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{share:,}", f"{epochs:.2f}")
+            rows.append((f"{portion.split.name} {source.path}", *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, f"sample indices in {cache_folder(recipe)}"])
 
 
 def cache_folder(recipe: PretrainRecipe) -> Path:
@@ -120,24 +239,14 @@ def cache_folder(recipe: PretrainRecipe) -> Path:
 def prepare_cache(recipe: PretrainRecipe) -> None:
     """Build the sample indices that are not in the cache yet. One process per machine calls it, before the others read.
 
-    Megatron Core writes its cache in place, so that a killed job leaves a short file that later counts as a hit. Here
-    it writes into a folder of its own, which first gets links to what is there, and each new file is renamed into the
-    cache when all are whole; the description, by which a set of files counts as complete, comes last. Any number of
-    machines may do so at once. Needs no process group and no GPU.
+    Any number of machines may do so at once, on one folder or on one each. Needs no process group and no GPU.
     """
-    cache = cache_folder(recipe)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as staging:
-        for description in cache.glob("*-description.txt"):
-            for path in cache.glob(description.name.removesuffix("description.txt") + "*"):
-                os.link(path, Path(staging, path.name))
-        known = {path.name for path in Path(staging).iterdir()}
-        _build_splits(recipe, Path(staging))
-        new = [path for path in Path(staging).iterdir() if path.name not in known]
-        for path in sorted(new, key=lambda path: path.name.endswith("description.txt")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path, cache / path.name)
+    cache = SampleCache(cache_folder(recipe))
+    try:
+        _open_splits(recipe, cache)
+    except MissingEntryError:
+        with cache.building():
+            _open_splits(recipe, cache)
 
 
 @dataclasses.dataclass
@@ -212,10 +321,10 @@ def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
 
 def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
-    train, validation, _ = _build_splits(recipe, cache_folder(recipe))
+    train, *validation = _open_splits(recipe, SampleCache(cache_folder(recipe)))
     tokenizer = Manifest.read(recipe.data.train[0].path).tokenizer
     return TrainingData(
         train=make_loader(train, recipe),
-        validation=make_loader(validation, recipe) if validation is not None else None,
+        validation=make_loader(validation[0], recipe) if validation else None,
         tokenizer_path=Path(tokenizer.path),
     )

@@ -1,10 +1,5 @@
-"""Samples: which tokens are thinking, what the loss is on, and that a killed job leaves no half-built cache."""
+"""Samples: which tokens are thinking, and that a step is the same under any layout."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +9,8 @@ from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.training.data import Loader, _build_splits, mark_thinking, prepare_cache
+from megatron_tpt.training.data import Loader, _open_splits, mark_thinking, prepare_cache
+from megatron_tpt.training.sample_cache import SampleCache
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -64,7 +60,7 @@ def test_marks_are_exact_wherever_a_sample_is_cut(
         truth[number] = (document.tolist(), marks)
 
     prepare_cache(pretrain_recipe)
-    dataset = _build_splits(pretrain_recipe, pretrain_recipe.data.cache_dir)[0]
+    dataset = _open_splits(pretrain_recipe, SampleCache(pretrain_recipe.data.cache_dir))[0]
     num_samples_within_thought = 0
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -91,40 +87,3 @@ def test_a_step_uses_the_same_samples_at_any_data_parallel_size(data_parallel_si
             for index in loader.sample_indices(step, microbatch)
         ]
         assert sorted(samples) == list(range(step * 16, (step + 1) * 16))
-
-
-BUILD = """
-import sys, time, yaml
-from megatron_tpt import platform
-import megatron_tpt.training.data as data
-from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
-if sys.argv[2] == "slow":
-    import numpy
-    save = numpy.save
-    def slow_save(path, *args, **kwargs):
-        save(path, *args, **kwargs)
-        print("wrote", path, flush=True)
-        time.sleep(60)
-    numpy.save = slow_save
-data.prepare_cache(recipe_from_dict(PretrainRecipe, yaml.safe_load(sys.argv[1])))
-"""
-
-
-def test_a_killed_build_leaves_nothing_in_the_cache_and_the_next_one_is_whole(
-    recipe: dict, index_prefix: Path, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    content = json.dumps({**recipe, "data": {"train": str(index_prefix), "cache_dir": str(cache)}})
-    process = subprocess.Popen([sys.executable, "-c", BUILD, content, "slow"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("wrote")
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(cache.glob("*.npy")) == []
-
-    subprocess.run([sys.executable, "-c", BUILD, content, "fast"], check=True)
-    whole = {path.name: path.stat() for path in cache.glob("*.npy")}
-    assert len(whole) == 3
-    subprocess.run([sys.executable, "-c", BUILD, content, "fast"], check=True)
-    for name, before in whole.items():
-        assert (cache / name).stat().st_mtime_ns == before.st_mtime_ns, "a cached index was written again"

@@ -75,16 +75,20 @@ class Workers:
         for connection in self.connections:
             connection.close()
 
-    def run(self, module: str, argv: list[str], num_processes: int) -> str:
-        """Run a program on so many ranks. Returns what the first printed; fails when any rank does."""
+    def run(self, module: str, argv: list[str], num_processes: int, *, ranks_per_node: int | None = None) -> str:
+        """Run a program on so many ranks. Returns what the first printed; fails when any rank does.
+
+        With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
+        """
         self._grow(num_processes)
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         for rank, connection in enumerate(self.connections[:num_processes]):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
+            node, local_rank = divmod(rank, ranks_per_node or num_processes)
+            environment = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
             environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            connection.send((module, argv, environment))
+            connection.send((module, [argument.replace("{node}", str(node)) for argument in argv], environment))
         results = [connection.recv() for connection in self.connections[:num_processes]]
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)

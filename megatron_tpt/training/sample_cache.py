@@ -1,0 +1,142 @@
+"""The folder in which sample indices are kept from run to run.
+
+Megatron Core writes its cache in place and by global rank 0 alone: a killed job leaves a short file that later counts
+as a hit, and machines with a cache of their own find nothing. Here an entry appears whole or not at all, and whoever
+comes first builds it: any number of threads, processes and machines may use one folder at once, and machines may have
+one each. The files are those that Megatron Core looks for: NAME-description.txt and NAME-ARRAY.npy.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import sync_tree
+
+_LARGE_BYTES = 64 << 20
+_ABANDONED_AFTER_S = 24 * 3600
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class MissingEntryError(UserError):
+    """An entry is not in the cache, and this process is not the one to build it."""
+
+
+class SampleCache:
+    """Entries are opened with `arrays`; inside of `with cache.building():` those that are missing are built."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._staging: Path | None = None
+        self._large_build = threading.Lock()
+
+    def arrays(
+        self,
+        name: str,
+        description: str,
+        kinds: Sequence[str],
+        build: Callable[[], Sequence[np.ndarray]],
+        num_bytes: int,
+    ) -> list[np.ndarray]:
+        """The arrays of the entry `name`, mapped from its files, or what `build` makes of them when it is missing.
+
+        Large ones (by `num_bytes`) are built one after the other, whatever the number of threads: memory stays bounded.
+        """
+        if (found := self._open(name, kinds)) is not None:
+            return found
+        if self._staging is None:
+            raise MissingEntryError(
+                f"{self.folder}: no whole sample index {name}; the first process of each machine builds it, "
+                "in a folder that its other processes must see (data.cache_dir); tools/build_cache.py builds it ahead"
+            )
+        with self._large_build if num_bytes >= _LARGE_BYTES else contextlib.nullcontext():
+            self._publish(name, description, dict(zip(kinds, build(), strict=True)), self._staging)
+        found = self._open(name, kinds)
+        assert found is not None
+        return found
+
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """Build what is missing, within the block. One process at a time does so; the others wait and find it there.
+
+        Where the file system has no locks several build the same, and the first to end is the one that counts. What a
+        killed process left is cleared away. Raises UserError when the folder cannot be written.
+        """
+        prefix = f".building-{socket.gethostname()}-"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / ".lock").open("a") as lock:
+                locked = _lock(lock, self.folder)
+                self._remove_leftovers(prefix if locked else None)
+                self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
+                try:
+                    yield
+                finally:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                    self._staging = None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: the sample indices cannot be built there ({error}); mend that, "
+                "or name another folder as data.cache_dir"
+            ) from error
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}-{kind}"
+
+    def _open(self, name: str, kinds: Sequence[str]) -> list[np.ndarray] | None:
+        """The arrays of an entry; None when one is missing or cut short. One stat and one open per array."""
+        if not self._path(name, "description.txt").exists():
+            return None
+        try:
+            return [np.load(self._path(name, f"{kind}.npy"), mmap_mode="r", allow_pickle=False) for kind in kinds]
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError) as error:
+            print(f"{self._path(name, '*.npy')}: not whole ({error}): built again", file=sys.stderr)
+            return None
+
+    def _publish(self, name: str, description: str, arrays: dict[str, np.ndarray], staging: Path) -> None:
+        """Write an entry and move it to its place, the description last: by it the entry counts as complete."""
+        folder = Path(tempfile.mkdtemp(dir=staging))
+        for kind, array in arrays.items():
+            np.save(folder / f"{name}-{kind}.npy", array, allow_pickle=False)
+        (folder / f"{name}-description.txt").write_text(description)
+        sync_tree(folder)
+        if self._open(name, list(arrays)) is None:  # never from under a process that reads it
+            for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".txt"):
+                os.replace(path, self.folder / path.name)
+
+    def _remove_leftovers(self, our_prefix: str | None) -> None:
+        """Remove what killed builds left: ours, as we hold the lock, and what is old, whoever made it."""
+        for folder in self.folder.glob(".building-*"):
+            with contextlib.suppress(FileNotFoundError):
+                is_ours = our_prefix is not None and folder.name.startswith(our_prefix)
+                if is_ours or folder.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(file: IO[str], folder: Path) -> bool:
+    """Lock `file` until it is closed, by us or by our death. Returns False where the file system has no locks."""
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process builds sample indices here; waiting", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

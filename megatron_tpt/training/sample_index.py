@@ -1,0 +1,90 @@
+"""Sample indices: how the documents of one indexed dataset become an endless row of samples, in an order that the seed
+decides.
+
+The arrays are those of Megatron Core's GPTDataset, to the bit, from its own helper in C++; but for the document index,
+of which Megatron Core makes two copies of 8 bytes per document and epoch before it takes 4.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
+from megatron_tpt.errors import UserError
+
+from megatron.core.datasets import helpers
+
+# A last epoch of which less than this is used is shuffled by itself, so that every document of the epochs before it is
+# seen as often as every other (the threshold of GPTDataset).
+_SEPARATE_BELOW = 0.80
+
+
+class SampleIndex(NamedTuple):
+    """Which tokens make a sample."""
+
+    document_index: np.ndarray
+    """The documents of all epochs, shuffled: int32 [num_epochs * num_documents]."""
+    sample_index: np.ndarray
+    """Where a sample begins: place in the document index, token within the document: int32 [num_samples + 1, 2]."""
+    shuffle_index: np.ndarray
+    """The order of the samples: uint32 [num_samples]."""
+
+
+def num_epochs(num_tokens: int, num_samples: int, sequence_length: int) -> int:
+    """How often a dataset of `num_tokens` tokens is begun for so many samples, which overlap by one token."""
+    return max(1, -(-(num_samples * sequence_length + 1) // num_tokens))
+
+
+def build_sample_index(sequence_lengths: np.ndarray, num_samples: int, sequence_length: int, seed: int) -> SampleIndex:
+    """The sample index of a dataset for at least `num_samples` samples of `sequence_length` + 1 tokens.
+
+    sequence_lengths: tokens of each document, int32 [num_documents]. Peak memory is 4 bytes per document, 4 per
+    document and epoch, and 12 to 16 per sample.
+    """
+    lengths = np.array(sequence_lengths, dtype=np.int32)  # in memory: they are read in random order
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    epochs = num_epochs(num_tokens, num_samples, sequence_length)
+    per_epoch = (num_tokens - 1) // sequence_length
+    before_last_epoch = ((epochs - 1) * num_tokens - 1) // sequence_length
+    separate = epochs > 1 and num_samples - before_last_epoch < int(_SEPARATE_BELOW * per_epoch)
+
+    random = np.random.RandomState(seed)
+    documents = np.tile(np.arange(len(lengths), dtype=np.int32), epochs)
+    _shuffle_parts(random, documents, (epochs - 1) * len(lengths) if separate else len(documents))
+    samples = helpers.build_sample_idx(lengths, documents, sequence_length, epochs, num_tokens)
+    total = len(samples) - 1
+    order = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
+    _shuffle_parts(random, order, before_last_epoch if separate else total)
+    return SampleIndex(documents, samples, order)
+
+
+def _shuffle_parts(random: np.random.RandomState, array: np.ndarray, boundary: int) -> None:
+    """Shuffle array[:boundary], then array[boundary:], in place."""
+    random.shuffle(array[:boundary])
+    if boundary < len(array):
+        random.shuffle(array[boundary:])
+
+
+class BlendIndex(NamedTuple):
+    """Which dataset a sample comes from."""
+
+    dataset_index: np.ndarray
+    """The dataset of each sample: int16 [num_samples]."""
+    dataset_sample_index: np.ndarray
+    """Its sample in that dataset: int64 [num_samples]."""
+
+
+def build_blend_index(weights: list[float], num_samples: int, dataset_sizes: list[int]) -> BlendIndex:
+    """The blend in which every dataset is at any point as near to its share as can be.
+
+    weights: shares, together 1. Raises UserError when a dataset of `dataset_sizes` samples has too few.
+    """
+    blend = BlendIndex(np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64))
+    helpers.build_blending_indices(*blend, weights, len(weights), num_samples, False)
+    used = np.bincount(blend.dataset_index, minlength=len(weights))
+    for number in np.flatnonzero(used > dataset_sizes):
+        raise UserError(
+            f"data: the blend takes {used[number]} samples of its dataset {number}, which has {dataset_sizes[number]}: "
+            "give it a weight that is less small against the others"
+        )
+    return blend
