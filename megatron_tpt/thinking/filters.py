@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import compress, count, islice
+from typing import Any
 
 from megatron_tpt.thinking.filter_options import FilterOptions
 
@@ -62,6 +63,30 @@ _FUNCTION_WORDS = {
     "tr": "ve bir bu da de için ile çok daha olarak ne gibi o ancak ama her sonra kadar değil olan var şu ki göre",
     "vi": "là và của có không được cho một các những trong với này đó để khi thì người cũng như ta nếu từ vì",
 }
+
+# Without their last full stop, as alternatives of a regular expression.
+_ABBREVIATIONS = (
+    "a.k.a|al|approx|ca|cf|ch|dept|dr|e.g|eds|eq|eqs|fig|figs|i.e|inc|jr|lem|ltd|mr|mrs|ms|nos|pp|prof|prop|resp|sec|"
+    "sr|st|thm|u.k|u.s|vol|vs|w.l.o.g"
+)
+_ABBREVIATED = re.compile(rf"(?:^|[\s(\[\"'])(?:{_ABBREVIATIONS})\.\Z", re.IGNORECASE)
+_CLOSERS = re.compile(r"[\"'”’»)\]}*_]*")
+_STOPPED = re.compile(rf"[.!?…]{_CLOSERS.pattern}\Z")
+# The "2." that begins an item or a heading ends no sentence.
+_NUMBERED = re.compile(r"(?:^|\n)[ \t>*#]*(?:[-+•][ \t]+)?\(?(?:\d+|[a-zA-Z])[.)]\Z")
+_CJK_STOP = re.compile(r"[。！？]+[」』”’）】》]*")
+_MARKER = r"[ \t]*(?:[-*+•][ \t]|\(?(?:\d+|[a-zA-Z])[.)][ \t]|\|)"
+_BLANK = r"[ \t]*(?:\n|\Z)"
+# The last line of a paragraph, or any of a list or table, if it is no heading and does not lead over to something else.
+_FINISHED_LINE = re.compile(
+    rf"^(?!#|\*\*.*\*\*$)(?:.*[^\s:,;][ \t]{{0,3}}\n(?={_BLANK})|{_MARKER}.*[^\s:][ \t]{{0,3}}\n(?={_MARKER}))",
+    re.MULTILINE,
+)
+_FENCE = re.compile(r"[ \t]*(?P<fence>`{3}|~{3})")
+_OPENING = re.compile(
+    rf"^{_FENCE.pattern}|\$\$|(?<!\\)\\\[|\\begin\{{(?P<environment>[^{{}}\n]{{1,40}})\}}", re.MULTILINE
+)
+_PARAGRAPH_END = re.compile(rf"{_BLANK}{_BLANK}")
 
 
 def judge(document: str, thinking: str, options: FilterOptions) -> str | None:
@@ -187,3 +212,60 @@ def language(text: str) -> str | None:
 @cache
 def _function_words() -> dict[str, frozenset[str]]:
     return {code: frozenset(words.split()) for code, words in _FUNCTION_WORDS.items()}
+
+
+def cut_to_sentence(text: str) -> str:
+    """`text`, which may end anywhere, up to its last whole sentence; "" when there is none.
+
+    A sentence ends where Punkt (Kiss and Strunk 2006) says, told the usual abbreviations, and at a full stop of Chinese
+    or Japanese. Also whole are a closed code block, and what ends with a line break (which stays): a paragraph, a closed
+    displayed formula at the end of one, a line of a list or table; but neither a heading nor what ends in a colon. A
+    block or formula that is left open is cut off with all that follows. The result is a prefix of `text` and is not
+    changed by another cut.
+    """
+    blocks, end = _closed_blocks(text)
+    text = text[:end]
+    ends = [stop for start, stop in blocks if _FENCE.match(text, start) or _PARAGRAPH_END.match(text, stop)]
+    ends += [match.end() for pattern in (_FINISHED_LINE, _CJK_STOP) for match in pattern.finditer(text)]
+    ends += _punkt_ends(text)
+    return text[: max((end for end in ends if not any(start < end < stop for start, stop in blocks)), default=0)]
+
+
+def _closed_blocks(text: str) -> tuple[list[tuple[int, int]], int]:
+    """Start and end of every closed code block and displayed formula, and where the first that is left open starts."""
+    blocks = []
+    position = 0
+    while opening := _OPENING.search(text, position):
+        if fence := opening["fence"]:
+            closing = re.compile(rf"^[ \t]*{fence}+[ \t]*$", re.MULTILINE).search(text, opening.end())
+            position = closing.end() if closing else -1
+        else:
+            mark = {"$$": "$$", "\\[": "\\]"}.get(opening[0], f"\\end{{{opening['environment']}}}")
+            found = text.find(mark, opening.end())
+            position = found + len(mark) if found >= 0 else -1
+        if position < 0:
+            return blocks, opening.start()
+        blocks.append((opening.start(), position))
+    return blocks, len(text)
+
+
+def _punkt_ends(text: str) -> list[int]:
+    """Where sentences end in a full stop, a question mark or an exclamation mark."""
+    ends = []
+    for _, end in _punkt().span_tokenize(text):
+        end += len(_CLOSERS.match(text, end)[0])  # type: ignore[index]  # it matches the empty string, too
+        before = text[max(0, end - 40) : end]
+        followed = end == len(text) or text[end].isspace()
+        if followed and _STOPPED.search(before) and not _ABBREVIATED.search(before) and not _NUMBERED.search(before):
+            ends.append(end)
+    return ends
+
+
+@cache
+def _punkt() -> Any:
+    """A Punkt tokenizer that knows the abbreviations and has learnt nothing else: no data is downloaded."""
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    parameters = PunktParameters()
+    parameters.abbrev_types.update(_ABBREVIATIONS.split("|"))
+    return PunktSentenceTokenizer(parameters)
