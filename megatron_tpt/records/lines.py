@@ -11,7 +11,7 @@ from megatron_tpt.records.record import BadRecord, DamagedSource
 
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-_PACKED_BYTES = 2 << 10  # Zstandard can pack 32,000 times: what so few bytes hold still fits in memory
+_PACKED_BYTES = 512  # what a poor choice of data packs into so few bytes, 16 MiB with Zstandard, still fits in memory
 
 
 def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[bytes]:
@@ -62,6 +62,9 @@ def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
     buffer = io.BytesIO()
     try:
         for piece in pieces:
+            if len(piece) >= _CHUNK_BYTES and not buffer.tell():
+                yield piece
+                continue
             buffer.write(piece)
             if buffer.tell() >= _CHUNK_BYTES:
                 yield buffer.getvalue()
@@ -120,12 +123,12 @@ class LineReader:
             self._position = end + 1
             self.row_bytes = end - begin
         self.row += 1
-        if len(line) > MAX_LINE_BYTES:
+        if self.row_bytes > MAX_LINE_BYTES:
             raise BadRecord("line too long", f"({self.row_bytes:,} bytes; up to {MAX_LINE_BYTES:,} are read)")
         return line.removeprefix(b"\xef\xbb\xbf") if self.row == 1 else line  # the mark some editors write first
 
     def _take_long(self) -> bytes:
-        """A line that goes over the end of the chunk; of one that is too long, no more than shows that it is."""
+        """A line that goes over the end of the chunk; nothing of it where it is too long."""
         parts: list[bytes] = []
         self.row_bytes = 0
         end = -1
@@ -134,9 +137,11 @@ class LineReader:
             end = self._chunk.find(b"\n", begin)
             part = self._chunk[begin:] if end < 0 else self._chunk[begin:end]
             self._position = begin + len(part) + 1
+            self.row_bytes += len(part)
             if self.row_bytes <= MAX_LINE_BYTES:
                 parts.append(part)
-            self.row_bytes += len(part)
+            else:
+                parts.clear()
         if self._damage is not None:
             damage, self._damage = self._damage, None
             raise damage

@@ -3,7 +3,7 @@
 import datetime
 import decimal
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,9 +35,14 @@ class Columns:
         return tuple(name.strip() for name in self.text.split(","))
 
     @cached_property
+    def kept(self) -> tuple[str, ...]:
+        """The columns whose values need not be strings."""
+        return (self.id, "meta", *self.meta)
+
+    @cached_property
     def used(self) -> tuple[str, ...]:
         """All columns that are looked at."""
-        return tuple(dict.fromkeys([*self.texts, self.id, "thinking", "meta", *self.meta]))
+        return tuple(dict.fromkeys([*self.texts, "thinking", *self.kept]))
 
 
 def parse_line(line: bytes, columns: Columns) -> Record:
@@ -47,7 +52,7 @@ def parse_line(line: bytes, columns: Columns) -> Record:
     except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, deep nesting, ...
         fields = _checked(_loads(line), columns)
     else:
-        if isinstance(fields, dict) and any(_rounded(fields.get(name)) for name in columns.used):
+        if isinstance(fields, dict) and _rounded([fields.get(name) for name in columns.kept]):
             fields = _loads(line)
     if not isinstance(fields, dict):
         raise BadRecord("not a JSON object")
@@ -60,14 +65,14 @@ def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
 
 
 def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
-    if len(columns.texts) == 1:
-        text = _text(fields, columns.text)
-    else:
-        text = "\n".join(_text(fields, name) for name in columns.texts)
-    if not text.strip():
+    try:
+        text = "\n".join([fields[name] for name in columns.texts])
+    except (KeyError, TypeError):
+        raise _no_text(fields, columns) from None
+    if not text or text.isspace():
         raise BadRecord("empty text")
     thinking = _string(fields, "thinking")
-    if thinking is not None and not thinking.strip():
+    if thinking is not None and (not thinking or thinking.isspace()):
         thinking = None
     meta = _meta(fields.get("meta"))
     if columns.meta:
@@ -97,20 +102,26 @@ def _checked(fields: Any, columns: Columns) -> Any:
     return fields
 
 
-def _rounded(value: Any) -> bool:
-    """Whether `value` may hold an integer beyond 64 bits, of which orjson makes a float."""
-    if isinstance(value, float):
-        return abs(value) >= 2.0**63
-    if isinstance(value, dict):
-        return any(map(_rounded, value.values()))
-    return isinstance(value, list) and any(map(_rounded, value))
+_MAY_BE_ROUNDED = frozenset({float, dict, list})
 
 
-def _text(fields: Mapping[str, Any], name: str) -> str:
-    text = _string(fields, name)
-    if text is None:
-        raise BadRecord("no text", f"in column {name!r} (the columns are {', '.join(fields) or 'none'})")
-    return text
+def _rounded(values: Iterable[Any]) -> bool:
+    """Whether `values` may hold an integer beyond 64 bits, of which orjson makes a float."""
+    for value in values:
+        if type(value) in _MAY_BE_ROUNDED:  # hardly ever: this runs for every record
+            if isinstance(value, float):
+                if abs(value) >= 2.0**63:
+                    return True
+            elif _rounded(value.values() if isinstance(value, dict) else value):
+                return True
+    return False
+
+
+def _no_text(fields: Mapping[str, Any], columns: Columns) -> BadRecord:
+    for name in columns.texts:
+        if _string(fields, name) is None:
+            return BadRecord("no text", f"in column {name!r} (the columns are {', '.join(fields) or 'none'})")
+    raise AssertionError("every column is a string")
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str | None:

@@ -12,6 +12,8 @@ from megatron_tpt.records.hub import SCHEME, HubDataset
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
+REJECTS = "rejects"
+"""The folder in a job's output for what it left out, in the formats of records."""
 _FOUND_SUFFIXES = (*SUFFIXES, ".json.gz", ".json.zst")
 """What counts as records in a folder. A plain .json is more often a configuration, so it must be named."""
 _READ_SUFFIXES = (*_FOUND_SUFFIXES, ".json", ".arrow")
@@ -35,7 +37,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """The sources behind `inputs`, each once, in the order in which they are named first.
 
     A file is itself; a folder is the record files in it at any depth, sorted (hidden names are left out: unfinished
-    files have such names), or the files of the data set that `save_to_disk` left there; a pattern ("data/**/*.jsonl")
+    files have such names; so are folders called "rejects", where jobs put what they left out), or the files of the data set that `save_to_disk` left there; a pattern ("data/**/*.jsonl")
     is what it matches, sorted; "hf://owner/name/config?split=train" is the shards of that data set.
 
     Raises UserError for what is missing or of an unknown kind, a folder or pattern without record files, and for no
@@ -104,7 +106,7 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _is_hidden(names: Iterable[str]) -> bool:
-    return any(name.startswith(".") for name in names)
+    return any(name.startswith(".") or name == REJECTS for name in names)
 
 
 def _saved_dataset(folder: Path) -> list[Path] | None:

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
     """Some rows that follow each other, read only when `batches` is called."""
 
     num_rows: int
-    batches: "Callable[[], Iterable[pyarrow.RecordBatch]]"
+    batches: "Callable[[], Iterable[pyarrow.RecordBatch | pyarrow.Table]]"
 
 
 def loaded_piece(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Piece:
@@ -41,24 +41,27 @@ class TableReader:
         """Number of the next row, from 0."""
         self._name = name
         self._pieces = pieces
+        self._num_left = 0  # rows of the present piece that were neither taken nor skipped
+        self._num_owed = 0  # skipped rows of the piece that its batches still hold: they may never have to be read
         self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None
+        self._rows: list[dict[str, Any] | BadRecord] = []
         self._position = 0
-        self._rows: list[dict[str, Any] | BadRecord] | None = None
         self._damage: DamagedSource | None = None
 
     def has_rows(self) -> bool:
         """Whether there is something to take: a row, or the DamagedSource that ends a damaged file."""
-        return self._load() or self._damage is not None
+        has_row = (self._num_owed == 0 and self._position < len(self._rows)) or self._load()
+        return has_row or self._damage is not None
 
     def skip_to(self, row: int) -> None:
         """Make `row` the next row, or come to the end."""
         while self.row < row:
-            if not self._load(skippable=row - self.row):
+            if self._num_left == 0 and not self._next_piece():
                 self._damage = None
                 return
-            num_skipped = min(self._num_loaded(), row - self.row)
-            self._position += num_skipped
+            num_skipped = min(self._num_left, row - self.row)
+            self._num_left -= num_skipped
+            self._num_owed += num_skipped
             self.row += num_skipped
 
     def take(self) -> dict[str, Any]:
@@ -66,48 +69,61 @@ class TableReader:
         if self._damage is not None:
             damage, self._damage = self._damage, None
             raise damage
-        if self._rows is None:
-            self._rows = _python_rows(self._batch)
         fields = self._rows[self._position]
         self._position += 1
+        self._num_left -= 1
         self.row += 1
         if isinstance(fields, BadRecord):
             raise fields
         return fields
 
-    def _num_loaded(self) -> int:
-        return 0 if self._batch is None else self._batch.num_rows - self._position
+    def _next_piece(self) -> bool:
+        """Go to the next piece that has rows, without opening it."""
+        while self._num_left == 0:
+            piece = self._next(self._pieces)
+            if piece is None:
+                return False
+            self._num_left, self._num_owed = piece.num_rows, 0
+            self._batches, self._rows, self._position = _opened_later(piece), [], 0
+        return True
 
-    def _load(self, skippable: int = 0) -> bool:
-        """Whether rows are left to read or skip; whole pieces of at most `skippable` rows are passed over unread."""
-        return self._num_loaded() > 0 or self._load_next(skippable)
+    def _load(self) -> bool:
+        """Have the next row in `_rows`."""
+        if self._num_left == 0 and not self._next_piece():
+            return False
+        while (num_loaded := len(self._rows) - self._position) <= self._num_owed:
+            self._num_owed -= num_loaded
+            batch = self._next(self._batches)
+            if batch is None:
+                return False
+            skipped = min(batch.num_rows, self._num_owed)
+            self._num_owed -= skipped
+            self._rows, self._position = _python_rows(batch.slice(skipped)), 0
+        self._position += self._num_owed
+        self._num_owed = 0
+        return True
 
-    def _load_next(self, skippable: int) -> bool:
+    def _next[T](self, items: Iterator[T]) -> T | None:
+        """The next of `items`; None at the end, and where the file is damaged, which ends it."""
         import pyarrow
 
         try:
-            while self._num_loaded() == 0:
-                self._batch, self._rows, self._position = next(self._batches, None), None, 0
-                if self._batch is not None:
-                    continue
-                piece = next(self._pieces, None)
-                if piece is None:
-                    return False
-                if not 0 < piece.num_rows <= skippable:
-                    self._batches = iter(piece.batches())
-                    continue
-                self.row += piece.num_rows
-                skippable -= piece.num_rows
-                if skippable == 0:
-                    break
-            return True
+            item = next(items, None)
+            if item is None and items is self._batches:
+                raise DamagedSource("damaged or cut short (it has fewer rows than it says)")
+            return item
         except (pyarrow.ArrowException, DamagedSource, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # without number it is pyarrow's: broken data
                 raise UserError(f"{self._name}: cannot be read ({error.strerror})") from error
             text = str(error) if isinstance(error, DamagedSource) else f"damaged or cut short ({_first_line(error)})"
             self._damage = DamagedSource(text)
-            self._batch, self._batches, self._pieces = None, iter(()), iter(())
-            return False
+            self._pieces, self._batches, self._rows = iter(()), iter(()), []
+            self._num_left = self._num_owed = self._position = 0
+            return None
+
+
+def _opened_later(piece: Piece) -> "Iterator[pyarrow.RecordBatch | pyarrow.Table]":
+    yield from piece.batches()
 
 
 def _first_line(error: Exception) -> str:
@@ -142,7 +158,7 @@ def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) 
     """The row groups of a Parquet file. `report` is called with about the number of bytes that were passed."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True) as file:
         names = columns_of_table(str(path), file.schema_arrow.names, columns)
         file_bytes, num_rows = path.stat().st_size, 0
         for i in range(file.metadata.num_row_groups):

@@ -71,7 +71,7 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> int:
     # `meta` is JSON: records differ in its keys, a Parquet column has one type.
     schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "text", "thinking", "meta")])
     num_records = 0
-    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for batch in itertools.batched(records, _RECORDS_PER_BATCH):
             rows = [_fields(record) | {"meta": _to_json(record.meta).decode()} for record in batch]
             writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
