@@ -27,7 +27,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,32}}")
 _NEEDS_CUTTING = re.compile(rf"[{_UNSPACED}]|\S{{33}}")
 # Words by their letters and digits, however they are set: "5+14=19" has three.
-_COUNTED = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_COUNTED = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{1,32}}")
 _LETTERS = re.compile(r"[^\W\d_]+")
 # A Greek letter by itself is mathematics, not Greek.
 _LONE_GREEK = re.compile("(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
@@ -50,43 +50,42 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-# The commonest function words that few of the other languages share.
+# Common function words that none of the other languages has.
 _FUNCTION_WORDS = {
-    "de": "der die das und ist nicht ein eine zu den von mit sich auf auch werden dem wird oder wenn aber wir dass für",
-    "en": "the of and to is that this it with for are be was we which not by from have if so then they would there",
-    "es": "el los las y es una por con para lo como pero más esto esta este son también porque entonces cuando hay",
-    "fr": "le les et est une des du pour dans qui sur pas avec ce cette sont mais plus nous donc par je il elle aux",
-    "it": "il gli e è una di che per con del della sono non questo questa più anche come ma quindi perché nel alla",
-    "nl": "de het een en van is dat op te niet met voor zijn er aan ook maar als dan deze wordt bij naar wij dus",
-    "pl": "i w na się nie z że do to jest jak ale po tym przez oraz jeśli który która czy więc są dla tak być",
-    "pt": "o os as e é um uma não em para com do da dos das mas mais isso este esta são também porque então quando",
-    "tr": "ve bir bu da de için ile çok daha olarak ne gibi o ancak ama her sonra kadar değil olan var şu ki göre",
-    "vi": "là và của có không được cho một các những trong với này đó để khi thì người cũng như ta nếu từ vì",
+    "de": "der das und ist nicht ein eine zu den von mit sich auf auch werden dem wird oder wenn aber wir dass für",
+    "en": "the and that this it with for are which not by from have if then they would there to be you can has",
+    "es": "el los las y pero más esto cuando entonces muy hay también donde puede tiene según así",
+    "fr": "les et est une pour dans qui sur pas avec ce cette sont mais nous donc par je elle aux vous être",
+    "it": "gli è che di della sono questo questa più anche quindi perché nel alla delle dei nella degli dal",
+    "nl": "het een van dat op niet met voor zijn aan ook maar dan deze wordt bij naar wij dus",
+    "pl": "się nie jest że jak ale przez oraz jeśli który która czy więc są dla tak być tym jako",
+    "pt": "os é um uma não em dos isso são também então ao pelo seu sua você às com",
+    "tr": "ve bir bu için ile çok daha olarak gibi ancak ama sonra kadar değil olan şu göre",
+    "vi": "là và của có không được cho một các những trong với này để khi thì người cũng như nếu từ",
 }
-
 # Without their last full stop, as alternatives of a regular expression.
 _ABBREVIATIONS = (
     "a.k.a|al|approx|ca|cf|ch|dept|dr|e.g|eds|eq|eqs|fig|figs|i.e|inc|jr|lem|ltd|mr|mrs|ms|nos|pp|prof|prop|resp|sec|"
     "sr|st|thm|u.k|u.s|vol|vs|w.l.o.g"
 )
-_ABBREVIATED = re.compile(rf"(?:^|[\s(\[\"'])(?:{_ABBREVIATIONS})\.\Z", re.IGNORECASE)
+_ABBREVIATED = re.compile(rf"(?:^|[\s(\[\"'])(?:{_ABBREVIATIONS.replace('.', r'\.')})\.\Z", re.IGNORECASE)
 _CLOSERS = re.compile(r"[\"'”’»)\]}*_]*")
 _STOPPED = re.compile(rf"[.!?…]{_CLOSERS.pattern}\Z")
 # The "2." that begins an item or a heading ends no sentence.
 _NUMBERED = re.compile(r"(?:^|\n)[ \t>*#]*(?:[-+•][ \t]+)?\(?(?:\d+|[a-zA-Z])[.)]\Z")
 _CJK_STOP = re.compile(r"[。！？]+[」』”’）】》]*")
 _MARKER = r"[ \t]*(?:[-*+•][ \t]|\(?(?:\d+|[a-zA-Z])[.)][ \t]|\|)"
-_BLANK = r"[ \t]*(?:\n|\Z)"
-# The last line of a paragraph, or any of a list or table, if it is no heading and does not lead over to something else.
+# The last line of a paragraph with the blank line after it, or any line of a list or table; but no heading, and nothing
+# that leads over to what comes next.
 _FINISHED_LINE = re.compile(
-    rf"^(?!#|\*\*.*\*\*$)(?:.*[^\s:,;][ \t]{{0,3}}\n(?={_BLANK})|{_MARKER}.*[^\s:][ \t]{{0,3}}\n(?={_MARKER}))",
+    r"^(?!#|\*\*.*\*\*$)(?:.*[^\s:,;][ \t]{0,3}\n[ \t]*\n"
+    rf"|{_MARKER}.*[^\s:][ \t]{{0,3}}\n(?={_MARKER}|[ \t]*(?:\n|\Z)))",
     re.MULTILINE,
 )
 _FENCE = re.compile(r"[ \t]*(?P<fence>`{3}|~{3})")
 _OPENING = re.compile(
     rf"^{_FENCE.pattern}|\$\$|(?<!\\)\\\[|\\begin\{{(?P<environment>[^{{}}\n]{{1,40}})\}}", re.MULTILINE
 )
-_PARAGRAPH_END = re.compile(rf"{_BLANK}{_BLANK}")
 
 
 def judge(document: str, thinking: str, options: FilterOptions) -> str | None:
@@ -218,14 +217,13 @@ def cut_to_sentence(text: str) -> str:
     """`text`, which may end anywhere, up to its last whole sentence; "" when there is none.
 
     A sentence ends where Punkt (Kiss and Strunk 2006) says, told the usual abbreviations, and at a full stop of Chinese
-    or Japanese. Also whole are a closed code block, and what ends with a line break (which stays): a paragraph, a closed
-    displayed formula at the end of one, a line of a list or table; but neither a heading nor what ends in a colon. A
-    block or formula that is left open is cut off with all that follows. The result is a prefix of `text` and is not
-    changed by another cut.
+    or Japanese. Also whole are a closed code block, a paragraph before a blank line and a line of a list or table, with
+    the line breaks that prove it; but neither a heading nor what ends in a colon. A block or displayed formula that is
+    left open is cut off with all that follows. The result is a prefix of `text` and is not changed by another cut.
     """
     blocks, end = _closed_blocks(text)
     text = text[:end]
-    ends = [stop for start, stop in blocks if _FENCE.match(text, start) or _PARAGRAPH_END.match(text, stop)]
+    ends = [stop for start, stop in blocks if _FENCE.match(text, start)]
     ends += [match.end() for pattern in (_FINISHED_LINE, _CJK_STOP) for match in pattern.finditer(text)]
     ends += _punkt_ends(text)
     return text[: max((end for end in ends if not any(start < end < stop for start, stop in blocks)), default=0)]
@@ -256,8 +254,12 @@ def _punkt_ends(text: str) -> list[int]:
         end += len(_CLOSERS.match(text, end)[0])  # type: ignore[index]  # it matches the empty string, too
         before = text[max(0, end - 40) : end]
         followed = end == len(text) or text[end].isspace()
-        if followed and _STOPPED.search(before) and not _ABBREVIATED.search(before) and not _NUMBERED.search(before):
+        if not followed or not _STOPPED.search(before) or _ABBREVIATED.search(before) or _NUMBERED.search(before):
+            continue
+        if not before[:-1][-1:].isdigit():
             ends.append(end)
+        elif end < len(text):  # "3." may go on as 3.14: the space after it, which is kept, says that it does not
+            ends.append(end + 1)
     return ends
 
 
