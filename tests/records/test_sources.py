@@ -1,0 +1,204 @@
+"""What the user names, as sources: files, folders, patterns, saved data sets and data sets as on the Hub."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.records import (
+    DAMAGED,
+    Columns,
+    Record,
+    expand_inputs,
+    expand_sources,
+    read_blocks,
+    read_records,
+    write_records,
+)
+from megatron_tpt.records.hub import HubDataset
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def names(inputs: list[str], folder: Path) -> list[str]:
+    return [os.path.relpath(source.name, folder) for source in expand_sources(inputs)]
+
+
+def lay_out(folder: Path, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"text": "x"}\n')
+    return folder
+
+
+def test_patterns_match_record_files_sorted(tmp_path: Path) -> None:
+    folder = lay_out(
+        tmp_path / "d",
+        *("b.jsonl.zst", "a.jsonl.zst", "c.parquet", "sub/d.jsonl.zst", "sub/e.json.gz", "README.md", "run.json"),
+    )
+    assert names([f"{folder}/*.jsonl.zst"], folder) == ["a.jsonl.zst", "b.jsonl.zst"]
+    assert names([f"{folder}/*"], folder) == [
+        "a.jsonl.zst",
+        "b.jsonl.zst",
+        "c.parquet",
+        "sub/d.jsonl.zst",
+        "sub/e.json.gz",
+    ]
+    assert names([f"{folder}/**/*.zst"], folder) == ["a.jsonl.zst", "b.jsonl.zst", "sub/d.jsonl.zst"]
+    assert sorted(names([f"{folder}/**"], folder)) == names([str(folder)], folder)
+    assert names([f"{folder}/*.json"], folder) == ["run.json"]
+    with pytest.raises(UserError, match="nothing matches"):
+        expand_sources([f"{folder}/*.csv"])
+
+
+def test_what_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "d", "a.jsonl", "b.jsonl")
+    assert names([f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)], folder) == ["b.jsonl", "a.jsonl"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "d[1]", "a*.jsonl", "ab.jsonl")
+    assert names([f"{folder}/a*.jsonl"], folder) == ["a*.jsonl"]
+    assert names([str(folder)], folder) == ["a*.jsonl", "ab.jsonl"]
+
+
+def test_the_home_folder_is_known_in_quoted_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_out(tmp_path / "d", "a.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names(["~/d/*.jsonl"], tmp_path) == ["d/a.jsonl"]
+
+
+def test_sources_know_their_size_and_can_be_sent_to_other_processes(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "d", "a.jsonl")
+    (source,) = expand_sources([folder])
+    assert (source.num_bytes, source.path) == (14, folder / "a.jsonl")
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_a_saved_data_set_is_its_arrow_files(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "n": i} for i in range(50)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=3)
+    (tmp_path / "saved" / "cache-123.arrow").write_bytes(b"left by map")
+    sources = expand_sources([tmp_path / "saved"])
+    assert len(sources) == 3 and all(source.path for source in sources)
+    records = list(read_records([tmp_path / "saved"], id_column="n"))
+    assert [(r.id, r.text) for r in records] == [(str(i), f"text {i}") for i in range(50)]
+
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "one")
+    assert list(read_records([tmp_path / "one"], id_column="n")) == records
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"several splits; name one: .*two/train, .*two/test"):
+        expand_sources([tmp_path / "two"])
+    assert list(read_records([tmp_path / "two" / "test"], id_column="n")) == records
+
+
+def test_an_arrow_file_of_the_other_kind_and_a_broken_one(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", "b"]})
+    path = tmp_path / "x.arrow"
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    assert [r.text for r in read_records([path])] == ["a", "b"]
+    for content in (b"", b"garbage" * 100, path.read_bytes()[:100], b"ARROW1"):
+        path.write_bytes(content)
+        (source,) = expand_sources([path])
+        rows = [row for _, rows in read_blocks(source, Columns(), 10, bool) for row in rows]
+        assert rows == []  # block 0 is not wanted
+        rows = [row for _, rows in read_blocks(source, Columns(), 10, lambda _: True) for row in rows]
+        assert [row.problem for row in rows] == [DAMAGED]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A data set's folder as it is on the Hub: two training files of Parquet and one for testing."""
+    folder = tmp_path / "repository"
+    (folder / "data").mkdir(parents=True)
+    for i, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]):
+        texts = [f"{name} {row}" for row in range(1000)]
+        table = pyarrow.table({"text": texts, "row": range(1000 * i, 1000 * i + 1000)})
+        pyarrow.parquet.write_table(table, folder / "data" / f"{name}.parquet", row_group_size=300)
+    return folder
+
+
+def test_the_shards_of_a_streamed_data_set_are_its_sources(repository: Path) -> None:
+    url = f"hf://{repository}"
+    sources = expand_sources([url])
+    assert [source.name for source in sources] == [f"{url}#00000-of-00002", f"{url}#00001-of-00002"]
+    assert pickle.loads(pickle.dumps(sources)) == sources
+    for i, source in enumerate(sources):
+        blocks = read_blocks(source, Columns(id="row", meta=("row",)), 70, lambda k: k in (0, 7, 14))
+        rows = {k: list(rows) for k, rows in blocks}
+        assert [len(part) for part in rows.values()] == [70, 70, 20]
+        for k, part in rows.items():
+            assert [row.number for row in part] == list(range(70 * k, min(70 * k + 70, 1000)))
+            for row in part:
+                number = 1000 * i + row.number
+                expected = Record(str(number), f"train-0000{i}-of-00002 {row.number}", meta={"row": number})
+                assert row.record == expected
+    assert len(list(read_records([f"{url}?split=test"]))) == 1000
+
+
+def test_a_streamed_data_set_that_breaks_ends_with_a_row_that_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(10)]
+    (folder / "train.jsonl").write_text("\n".join([*lines, "{broken"]))
+    (source,) = expand_sources([f"hf://{folder}"])
+    rows = [row for _, rows in read_blocks(source, Columns(), 4, lambda _: True) for row in rows]
+    assert rows[-1].problem == DAMAGED and all(row.record for row in rows[:-1])
+    with pytest.raises(UserError, match="no column 'content'; its columns are text"):
+        list(read_records([f"hf://{lay_out(tmp_path / 'other', 'train.jsonl')}"], text_column="content"))
+
+
+def test_names_of_data_sets() -> None:
+    parse = HubDataset.parse
+    assert parse("hf://owner/name") == HubDataset("owner/name")
+    assert parse("hf://owner/name/config?split=test") == HubDataset("owner/name", "config", "test")
+    assert parse("hf://datasets/owner/name?revision=abc") == HubDataset("owner/name", revision="abc")
+    assert parse("hf:///data/folder") == HubDataset("/data/folder")
+    for url in ("hf://", "hf://a/b/c/d", "hf://a//b"):
+        with pytest.raises(UserError, match="no name of a data set"):
+            parse(url)
+    with pytest.raises(UserError, match="unknown option 'spilt'"):
+        parse("hf://owner/name?spilt=test")
+
+
+def test_mistakes_with_data_sets_are_the_users_to_mend(repository: Path, tmp_path: Path) -> None:
+    for url, reason in (
+        (f"hf://{repository}?split=dev", "dev"),
+        (f"hf://{tmp_path}/missing", "missing"),
+        ("hf://owner/name-that-is-not-here", "cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            expand_sources([url])
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="only files are read here"):
+        expand_inputs([f"hf://{repository}"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_written_records_are_read_by_others(tmp_path: Path, suffix: str) -> None:
+    records = [
+        Record("1", "a\u2028ß", "thinking\n", {"score": 0.5, "lost": float("nan"), "n": 1, "tags": ["a"]}),
+        Record("2", "b", None, {"n": 2}),
+        Record("3", "c\u0000", None, {}),
+    ]
+    path = tmp_path / f"x{suffix}"
+    write_records(path, records)
+    frame = pandas.read_json(path, lines=True, dtype=False)
+    assert frame["text"].tolist() == [record.text for record in records]
+    dataset = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["text"] == [record.text for record in records]
+    assert [meta["n"] for meta in dataset["meta"]] == [1, 2, None]
