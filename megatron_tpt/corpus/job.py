@@ -1,0 +1,125 @@
+"""What the stages of cleaning a corpus work on: the job, its shards, and the tasks it is cut into."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from megatron_tpt.corpus.deduplication import num_partitions
+from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.files import atomic_write
+from megatron_tpt.records import Columns, Row, Source, read_blocks
+
+
+class Shard(NamedTuple):
+    """Rows of one source."""
+
+    source: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.source:06d}/{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a run know."""
+
+    options: PrepareOptions
+    sources: list[Source]
+    num_shards: tuple[int, ...] = ()
+    """Of each source; known after the scan."""
+    num_keys: int = 0
+    """Documents that are compared for exact duplicates; known after the scan."""
+    num_minhash_keys: int = 0
+    """Known after the exact stage."""
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns make a record."""
+        return Columns(self.options.text_column, self.options.id_column, tuple(self.options.meta_columns))
+
+    @property
+    def work(self) -> Path:
+        """The hidden folder with the results of the stages."""
+        return self.options.output / ".work"
+
+    @property
+    def index_path(self) -> Path:
+        """The index of the evaluation sets."""
+        return self.work / "evaluation_index.npz"
+
+    @property
+    def near_path(self) -> Path:
+        """The pairs of near-duplicates."""
+        return self.work / "near.pairs"
+
+    def scanned_path(self, source: int) -> Path:
+        """Says that all of a source was scanned."""
+        return self.work / "scan" / f"{source:06d}.done"
+
+    def path(self, stage: str, shard: Shard, suffix: str) -> Path:
+        """The result of a shard in a stage."""
+        return self.work / stage / f"{shard}{suffix}"
+
+    def part_name(self, shard: Shard) -> str:
+        """The output file of a shard: parts are numbered through all sources."""
+        return f"part-{sum(self.num_shards[: shard.source]) + shard.number:05d}.jsonl.zst"
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards in input order."""
+        for source, num_shards in enumerate(self.num_shards):
+            yield from (Shard(source, number) for number in range(num_shards))
+
+    def pair_files(self, stage: str) -> list[Path]:
+        """The results of the stages "exact" and "near"."""
+        num_keys = {"exact": self.num_keys, "near": self.num_minhash_keys}[stage]
+        partitions = num_partitions(num_keys) if num_keys else 0
+        return [self.work / stage / f"{i:06d}-of-{partitions:06d}.pairs" for i in range(partitions)]
+
+
+@dataclass(frozen=True)
+class SourceTask:
+    """Every `num_stripes`-th shard of one source, from number `stripe` on."""
+
+    job: Job
+    source: int
+    stripe: int
+    num_stripes: int
+
+    def __str__(self) -> str:
+        share = f" (share {self.stripe + 1} of {self.num_stripes})" if self.num_stripes > 1 else ""
+        return self.job.sources[self.source].name + share
+
+    def missing(self, stage: str, suffix: str) -> Iterator[tuple[Shard, Iterator[Row]]]:
+        """The shards of this task whose result in `stage` is not there yet, with their rows."""
+
+        def is_wanted(number: int) -> bool:
+            is_ours = number % self.num_stripes == self.stripe
+            return is_ours and not self.job.path(stage, Shard(self.source, number), suffix).exists()
+
+        source = self.job.sources[self.source]
+        for number, rows in read_blocks(source, self.job.columns, self.job.options.rows_per_shard, is_wanted):
+            if self.job.num_shards and number >= self.job.num_shards[self.source]:
+                return
+            yield Shard(self.source, number), rows
+
+
+@dataclass(frozen=True)
+class PartitionTask:
+    """One partition of the keys of the stage "exact" or "near"."""
+
+    job: Job
+    stage: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"partition {self.number} of {self.stage} keys"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small result."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(orjson.dumps(value))

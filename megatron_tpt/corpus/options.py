@@ -1,0 +1,110 @@
+"""The options of `tools/prepare.py`. Light to import: the help of the command line needs nothing else."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megatron_tpt.errors import UserError
+
+
+class EvaluationSet(NamedTuple):
+    """One `--decontaminate NAME=FILE[:COLUMN[,COLUMN]]`."""
+
+    name: str
+    path: Path
+    columns: str
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Which documents to clean, of what, and where to."""
+
+    input: list[str]
+    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, patterns ("data/*.parquet"), Hugging Face data
+    sets (a local folder, or hf://owner/name). Their order decides which of several duplicates is the first.
+    """
+    output: Path
+    """The folder to fill: part-*.jsonl.zst with the clean documents, rejects/ with all others, report.md,
+    report.json.
+    """
+    text_column: str = "text"
+    """The column with the document; several, as in "question,answer", are joined by a newline."""
+    id_column: str = "id"
+    """The column with the document's id; without a column "id" the id is made from the content."""
+    meta_columns: list[str] = field(default_factory=list)
+    """Other columns to keep in the record's `meta`."""
+    deduplicate: Literal["exact", "minhash", "none"] = "exact"
+    """exact: drop documents whose text occurred before. minhash: also drop those that are nearly the same as an
+    earlier one (see the options --minhash-*). The first in input order is kept.
+    """
+    ignore_case: bool = False
+    """Texts that differ in upper and lower case alone are exact duplicates too."""
+    ignore_whitespace: bool = False
+    """Texts that differ in the number and kind of spaces and newlines alone are exact duplicates too."""
+    minhash_ngram: int = 5
+    """Near-duplicates are documents that share many runs of so many words (in lower case, without punctuation and
+    accents).
+    """
+    minhash_num_buckets: int = 14
+    """Two documents are near-duplicates when all hashes of one bucket agree. With the default of 14 buckets of 8
+    hashes that happens for 92% of the pairs that share 80% of their runs of words, for 56% of those that share 70%,
+    for 5% of those that share 50%. More buckets find more and less similar pairs.
+    """
+    minhash_hashes_per_bucket: int = 8
+    """More hashes per bucket find fewer and more similar pairs. The similarity that is found as often as not is about
+    (1 / buckets) ^ (1 / hashes): 0.72.
+    """
+    minhash_fold_numbers: bool = True
+    """Take all numbers for the same, so that dates and counters do not hide a near-duplicate. With
+    --no-minhash-fold-numbers exercises that differ in their numbers alone are kept apart.
+    """
+    decontaminate: list[str] = field(default_factory=list)
+    """Evaluation sets, NAME=FILE[:COLUMN[,COLUMN]], such as gsm8k=test.jsonl:question (without a column: "text").
+    Documents that share a run of words with one of them are dropped.
+    """
+    ngram: int = 13
+    """The length of such a run, in words (in lower case, without punctuation). Items of 8 words or more that are
+    shorter are looked for as a whole; still shorter ones match only a document that holds nothing else.
+    """
+    min_matches: int = 1
+    """Drop a document when it shares at least so many different runs of words with an evaluation set."""
+    rows_per_shard: int = 20_000
+    """Rows of input per output file, which holds what is left of them."""
+    num_workers: int | None = None
+    """Processes to use; by default one per core. The output is the same for any number."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "minhash_ngram",
+            "minhash_num_buckets",
+            "minhash_hashes_per_bucket",
+            "ngram",
+            "min_matches",
+            "rows_per_shard",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
+        self.evaluation_sets()
+
+    @property
+    def worker_count(self) -> int:
+        """Processes to use."""
+        return self.num_workers or len(os.sched_getaffinity(0))
+
+    def evaluation_sets(self) -> list[EvaluationSet]:
+        """What `decontaminate` asks for. Raises UserError for a form it cannot have."""
+        sets: list[EvaluationSet] = []
+        for text in self.decontaminate:
+            name, equals, rest = text.partition("=")
+            if not (name and equals and rest):
+                raise UserError(f"--decontaminate {text}: give NAME=FILE or NAME=FILE:COLUMN")
+            path, colon, columns = rest.rpartition(":")
+            if not colon or Path(rest).exists():  # a colon may be part of the path
+                path, columns = rest, "text"
+            if any(name == other.name for other in sets):
+                raise UserError(f"--decontaminate {text}: there is another evaluation set with the name {name}")
+            sets.append(EvaluationSet(name, Path(path), columns))
+        return sets

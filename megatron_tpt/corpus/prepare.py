@@ -1,0 +1,190 @@
+"""Cleaning a corpus: bad records, contaminated documents and duplicates out, everything accounted for.
+
+    OUTPUT/prepare.json                    the settings, written first; a run with other settings is refused
+    OUTPUT/part-00000.jsonl.zst            what is left of the first rows of the input, in its order
+    OUTPUT/rejects/part-00000.jsonl.zst    what is not, and why
+    OUTPUT/report.md, OUTPUT/report.json   the counts, which add up to the input; written last
+    OUTPUT/.work/                          results of the stages (see stages.py), removed at the end
+
+A shard of which nothing is left (nothing is rejected) has no file among the parts (the rejects). Contaminated documents
+are dropped before duplicates are looked for, so that no clean document is dropped in favour of a contaminated one.
+"""
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron_tpt.corpus import stages
+from megatron_tpt.corpus.decontamination import EvaluationIndex
+from megatron_tpt.corpus.deduplication import Pairs, write_clusters
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask
+from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.corpus.report import Report
+from megatron_tpt.corpus.settings import check_output, make_settings, settings_path, write_settings
+from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
+from megatron_tpt.corpus.workers import run_tasks
+from megatron_tpt.errors import UserError
+from megatron_tpt.records import DAMAGED, expand_sources
+from megatron_tpt.scale.lock import exclusive
+
+_BYTES_PER_STRIPE = 4 << 20
+
+
+def prepare(options: PrepareOptions) -> Report:
+    """Do what `tools/prepare.py` does. Raises UserError for what the user can mend."""
+    job = Job(options, expand_sources(options.input))
+    settings = make_settings(options, job.sources)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        with exclusive(options.output / ".lock", str(options.output)):
+            check_output(options.output, settings)
+            if Report.path(options.output).exists():
+                shutil.rmtree(job.work, ignore_errors=True)
+                print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
+                return Report.read(options.output)
+            write_settings(options.output, settings)
+            report = _prepare(job)
+            report.write(options.output)
+            shutil.rmtree(job.work)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
+    print(report.summary(), file=sys.stderr)
+    return report
+
+
+def _prepare(job: Job) -> Report:
+    """Run all stages; those that were done before are passed over task by task."""
+    index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
+    index.save(job.index_path)
+    try:
+        _over_sources(job, "scan", ".json", stages.scan)
+    except UserError:
+        if not any((job.work / "scan").rglob("*.json")):
+            _forget(job)
+        raise
+    job = _after_scan(job)
+    if job.options.deduplicate != "none":
+        _over_partitions(job, "exact")
+    if job.options.deduplicate == "minhash":
+        num_distinct = job.num_keys - sum(len(Pairs(path)) for path in job.pair_files("exact"))
+        job = replace(job, num_minhash_keys=num_distinct * job.options.minhash_num_buckets)
+        _over_sources(job, "minhash", ".keys.npy", stages.minhash)
+        _over_partitions(job, "near")
+        if not job.near_path.exists():
+            write_clusters(job.near_path, job.pair_files("near"))
+    _over_sources(job, "write", ".json", stages.write)
+    return _collect(job, index)
+
+
+def _over_sources(job: Job, stage: str, suffix: str, work: Callable[[SourceTask], Iterator[int]]) -> None:
+    """Do a stage that reads documents. Large sources are shared among the workers."""
+    num_workers = job.options.worker_count
+    num_bytes = [source.num_bytes or 0 for source in job.sources]
+    stripe_bytes = max(sum(num_bytes) / num_workers / 2, _BYTES_PER_STRIPE)
+    tasks: list[SourceTask] = []
+    for source in sorted(range(len(job.sources)), key=lambda i: -num_bytes[i]):
+        if not _is_done(job, stage, suffix, source):
+            num_stripes = max(1, min(num_workers, math.ceil(num_bytes[source] / stripe_bytes)))
+            tasks += [SourceTask(job, source, stripe, num_stripes) for stripe in range(num_stripes)]
+    progress = _Progress(stage)
+    for num_rows in run_tasks(work, tasks, num_workers):
+        progress.add(num_rows)
+    progress.finish()
+
+
+def _is_done(job: Job, stage: str, suffix: str, source: int) -> bool:
+    if not job.num_shards:
+        return job.scanned_path(source).exists()
+    return all(job.path(stage, Shard(source, i), suffix).exists() for i in range(job.num_shards[source]))
+
+
+def _over_partitions(job: Job, stage: str) -> None:
+    """Do a stage that compares keys."""
+    progress = _Progress(stage)
+    tasks = [PartitionTask(job, stage, i) for i, path in enumerate(job.pair_files(stage)) if not path.exists()]
+    for _ in run_tasks(stages.compare, tasks, job.options.worker_count):
+        pass
+    progress.finish()
+
+
+def _after_scan(job: Job) -> Job:
+    """The job with what is known after the scan."""
+    num_shards: list[int] = []
+    num_rows = num_keys = 0
+    problems: Counter[str] = Counter()
+    for source in range(len(job.sources)):
+        for number in itertools.count():
+            path = job.path("scan", Shard(source, number), ".json")
+            if not path.exists():
+                break
+            scanned = json.loads(path.read_bytes())
+            num_rows += scanned["rows"]
+            num_keys += scanned["keys"]
+            problems.update(scanned["problems"])
+            if DAMAGED in scanned["problems"]:  # what a worker could read beyond the damage depends on where it began
+                number += 1
+                break
+        num_shards.append(number)
+    if problems.total() == num_rows:
+        reasons = ", ".join(f"{problem}: {count:,}" for problem, count in problems.items())
+        _forget(job)
+        raise UserError(f"the input holds no document ({reasons or 'it is empty'}); is --text-column right?")
+    return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
+
+
+def _forget(job: Job) -> None:
+    """Leave the output as if this run had never begun, so that it can be begun with other settings."""
+    shutil.rmtree(job.work, ignore_errors=True)
+    settings_path(job.options.output).unlink(missing_ok=True)
+
+
+def _collect(job: Job, index: EvaluationIndex) -> Report:
+    """Add up the tallies of all shards."""
+    counts: Counter[str] = Counter()
+    contaminated_by: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, Any]]] = {}
+    num_parts = num_rows = 0
+    for shard in job.shards():
+        num_rows += json.loads(job.path("scan", shard, ".json").read_bytes())["rows"]
+        tally = json.loads(job.path("write", shard, ".json").read_bytes())
+        counts.update(tally["counts"])
+        contaminated_by.update(tally["contaminated_by"])
+        num_parts += "kept" in tally["counts"]
+        for group, found in tally["examples"].items():
+            examples[group] = (examples.get(group, []) + found)[:EXAMPLES_PER_REASON]
+    num_kept = counts.pop("kept", 0)
+    assert num_kept + counts.total() == num_rows, "documents were lost"
+    sets = {name: described | {"documents": contaminated_by[name]} for name, described in index.describe().items()}
+    return Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+
+
+class _Progress:
+    """A line on the terminal every second, or a line in a log every half minute, and one when the stage is done."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._num_rows = 0
+        self._start_s = time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+        self._next_s = self._interval_s = 1.0 if self._on_terminal else 30.0
+
+    def add(self, num_rows: int) -> None:
+        self._num_rows += num_rows
+        if time.monotonic() - self._start_s >= self._next_s:
+            self._next_s = time.monotonic() - self._start_s + self._interval_s
+            self._show("\r" if self._on_terminal else "\n")
+
+    def finish(self) -> None:
+        self._show("\n")
+
+    def _show(self, end: str) -> None:
+        elapsed_s = time.monotonic() - self._start_s
+        rows = f"{self._num_rows:,} rows, {self._num_rows / elapsed_s:,.0f} rows/s, " if self._num_rows else ""
+        print(f"{self._stage}: {rows}{elapsed_s:,.1f} s", end=end, file=sys.stderr, flush=True)

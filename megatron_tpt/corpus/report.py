@@ -1,0 +1,102 @@
+"""What became of the documents of a corpus, for programs and for people."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts that add up: num_rows = num_kept + sum(dropped)."""
+
+    num_sources: int
+    num_rows: int
+    num_kept: int
+    num_parts: int
+    """Output files."""
+    dropped: dict[str, int]
+    """Rows by reason code."""
+    evaluation_sets: dict[str, dict[str, int]]
+    """For each evaluation set: its items, in which way they are looked for, and the documents dropped for it. A
+    document may be dropped for several sets.
+    """
+    examples: dict[str, list[dict[str, Any]]]
+    """The first few rejects of each reason (contaminated: of each evaluation set), long texts cut."""
+
+    @staticmethod
+    def path(output: Path) -> Path:
+        """Where a finished run has its report."""
+        return output / "report.json"
+
+    @classmethod
+    def read(cls, output: Path) -> "Report":
+        """The report of a finished run."""
+        return cls(**json.loads(cls.path(output).read_text(encoding="utf-8")))
+
+    def write(self, output: Path) -> None:
+        """Write report.md, then report.json, which says that the run is finished."""
+        for path, text in (
+            (output / "report.md", self.to_markdown()),
+            (self.path(output), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"),
+        ):
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        dropped = ", ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items()) or "nothing"
+        return (
+            f"{self.num_rows:,} rows, {self.num_kept:,} documents kept in {self.num_parts:,} files; dropped {dropped}"
+        )
+
+    def to_markdown(self) -> str:
+        """The report to read."""
+        return "\n".join([*self._counts(), *self._sets(), *self._examples()]) + "\n"
+
+    def _counts(self) -> Iterator[str]:
+        yield f"# Corpus: {self.num_rows:,} rows of {self.num_sources:,} sources\n"
+        share = {reason: [count, f"{count / self.num_rows:.2%}"] for reason, count in self.dropped.items()}
+        kept = [self.num_kept, f"{self.num_kept / self.num_rows:.2%}"]
+        yield from _table(
+            ["", "rows", "share"],
+            [["kept", *kept], *([reason, *cells] for reason, cells in share.items()), ["all", self.num_rows, "100%"]],
+        )
+
+    def _sets(self) -> Iterator[str]:
+        if self.evaluation_sets:
+            yield "\n## Evaluation sets\n"
+            yield "Items are looked for by their n-grams; shorter ones as one run of words; the shortest match only a"
+            yield "document that holds nothing else.\n"
+            rows = [[name, *described.values()] for name, described in self.evaluation_sets.items()]
+            heads = next(iter(self.evaluation_sets.values()))
+            names = {"documents": "documents dropped"}
+            yield from _table(["", *(names.get(head, head.replace("_", " ")) for head in heads)], rows)
+
+    def _examples(self) -> Iterator[str]:
+        if self.examples:
+            yield "\n## Examples"
+        for group, examples in sorted(self.examples.items()):
+            yield f"\n### {group}\n"
+            for example in examples:
+                evidence = "; ".join(f"{name}: {_line(value)}" for name, value in example["evidence"].items() if value)
+                name = f"`{example['id']}`" if example["id"] else "no id"
+                yield f"- {name} ({example['source']}, row {example['row']:,}). {evidence}"
+                if example["text"]:
+                    yield f"  > {_line(example['text'])}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) + " |"
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_line(item)}" for name, item in value.items())
+    return " ".join(str(value).split())

@@ -1,0 +1,157 @@
+"""The stages of cleaning a corpus. Each is a function that does one task and leaves its results in the work folder.
+
+    scan      reads every document: bad records, overlap with evaluation sets, keys of exact duplicates, ids
+    exact     compares those keys, one partition at a time
+    minhash   reads what is left: keys of near-duplicates
+    near      compares those keys; then one process joins the pairs to clusters
+    write     reads again, and writes clean documents and rejects
+
+A shard of the input is `rows_per_shard` rows of one source; it becomes one output file. Results have the name of their
+shard or partition, appear whole or not at all, and depend on nothing but the input: it makes no difference which worker
+does what, or how often a run was killed.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_tpt.corpus.decontamination import EvaluationIndex
+from megatron_tpt.corpus.deduplication import document_number, text_key, write_keys, write_partition
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
+from megatron_tpt.corpus.near_duplicates import MinHash
+from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.records import Record, Row, write_records
+
+
+def scan(task: SourceTask) -> Iterator[int]:
+    """Look at every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
+    job, options = task.job, task.job.options
+    index = EvaluationIndex.load(job.index_path) if options.decontaminate else None
+    for shard, rows in task.missing("scan", ".json"):
+        contaminated: dict[str, Any] = {}
+        ids: dict[int, bytes] = {}
+        keys: list[bytes] = []
+        problems: Counter[str] = Counter()
+        num_rows = 0
+        for row in rows:
+            num_rows += 1
+            if row.record is None:
+                problems[str(row.problem)] += 1
+            elif index and (found := index.find(row.record.text)):
+                contaminated[str(row.number)] = found.to_dict()
+            elif options.deduplicate != "none":
+                ids[row.number] = row.record.id.encode()
+                keys.append(text_key(row.record.text, options.ignore_case, options.ignore_whitespace))
+        if options.deduplicate != "none":
+            write_keys(job.path("scan", shard, ".keys.npy"), keys, (document_number(shard.source, row) for row in ids))
+            _write_ids(job.path("scan", shard, ".ids.npy"), ids, options.rows_per_shard)
+        write_json(
+            job.path("scan", shard, ".json"),
+            {"rows": num_rows, "problems": problems, "keys": len(keys), "contaminated": contaminated},
+        )
+        yield num_rows
+    if task.num_stripes == 1:
+        write_json(job.scanned_path(task.source), {})
+
+
+def _write_ids(path: Path, ids: dict[int, bytes], rows_per_shard: int) -> None:
+    """An array of ids by row within the shard, from which single ids can be read."""
+    rows = {row % rows_per_shard: name for row, name in ids.items()}
+    array = np.array([rows.get(row, b"") for row in range(max(rows, default=-1) + 1)], dtype=bytes)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def compare(task: PartitionTask) -> Iterator[int]:
+    """Find the pairs of documents with an equal key in one partition."""
+    files = task.job.pair_files(task.stage)
+    keys_of = {"exact": "scan", "near": "minhash"}[task.stage]
+    key_files = (task.job.path(keys_of, shard, ".keys.npy") for shard in task.job.shards())
+    write_partition(files[task.number], key_files, task.number, len(files))
+    yield 0
+
+
+def minhash(task: SourceTask) -> Iterator[int]:
+    """Leave the MinHash keys of every document that is neither contaminated nor an exact duplicate."""
+    job, options = task.job, task.job.options
+    signature = MinHash(
+        options.minhash_ngram,
+        options.minhash_num_buckets,
+        options.minhash_hashes_per_bucket,
+        options.minhash_fold_numbers,
+    )
+    for shard, rows in task.missing("minhash", ".keys.npy"):
+        verdicts = Verdicts(job, shard, ["exact"])
+        keys: list[bytes] = []
+        documents: list[int] = []
+        for row in rows:
+            if row.record is not None and not verdicts.drops(row):
+                row_keys = signature.keys(row.record.text)
+                keys += row_keys
+                documents += [document_number(shard.source, row.number)] * len(row_keys)
+        write_keys(job.path("minhash", shard, ".keys.npy"), keys, documents)
+        yield verdicts.num_rows
+
+
+def write(task: SourceTask) -> Iterator[int]:
+    """Write clean documents and rejects. Leaves, last, a JSON file with the tally of the shard."""
+    job = task.job
+    stages = {"none": [], "exact": ["exact"], "minhash": ["exact", "near"]}[job.options.deduplicate]
+    for shard, rows in task.missing("write", ".json"):
+        verdicts = Verdicts(job, shard, stages)
+        tally = ShardTally(job, shard, verdicts)
+        part = job.options.output / job.part_name(shard)
+        rejects = job.options.output / "rejects" / part.name
+        num_rejects = verdicts.num_rows - verdicts.num_kept
+        with _json_lines(rejects) if num_rejects else nullcontext(_unexpected) as add_reject:
+            kept = _kept_records(rows, tally, add_reject, task.job.sources[shard.source].name)
+            if verdicts.num_kept:
+                write_records(part, kept)
+            else:
+                deque(kept, maxlen=0)
+        if tally.counts["kept"] != verdicts.num_kept or tally.counts.total() != verdicts.num_rows:
+            raise UserError(f"{job.sources[shard.source].name}: has changed while it was read; choose another --output")
+        write_json(
+            job.path("write", shard, ".json"),
+            {"counts": tally.counts, "contaminated_by": tally.contaminated_by, "examples": tally.examples},
+        )
+        yield verdicts.num_rows
+
+
+def _kept_records(
+    rows: Iterator[Row], tally: ShardTally, add_reject: Callable[[dict[str, Any]], None], source: str
+) -> Iterator[Record]:
+    for row in rows:
+        reject = tally.reject(row)
+        if reject is not None:
+            add_reject(reject)
+        elif row.record is not None:
+            yield replace(row.record, meta={"source": source} | row.record.meta)
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    import zstandard
+
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+        zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed,
+    ):
+
+        def add(line: dict[str, Any]) -> None:
+            packed.write(orjson.dumps(line) + b"\n")
+
+        yield add
+
+
+def _unexpected(line: dict[str, Any]) -> None:
+    raise UserError(f"{line['source']}: has changed while it was read; choose another --output")

@@ -1,0 +1,82 @@
+"""The words of a text, and hashes of runs of words: what overlap between texts is measured in.
+
+One definition for every language: a word is a run of letters, marks and digits. In scripts that are written without
+spaces (Chinese, Japanese, Thai, ...) every character is a word of its own. Nothing has to be downloaded.
+"""
+
+import functools
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+_ASCII_TABLE = bytes(code if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(128)
+_WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+# Any odd number with well mixed bits will do: this is 2^64 divided by the golden ratio.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MAX_CACHED_WORDS = 1 << 18
+
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
+class _SpacesForSymbols(dict[str, str]):
+    """Character -> itself where it is a letter, mark or number, else a space."""
+
+    def __missing__(self, character: str) -> str:
+        value = self[character] = character if unicodedata.category(character)[0] in "LMN" else " "
+        return value
+
+
+_spaces_for_symbols = _SpacesForSymbols()
+
+
+@functools.cache
+def _word_pattern() -> Any:
+    import regex  # `re` does not know the marks that Indic vowels are written with
+
+    character = rf"[{_WITHOUT_SPACES}]\p{{M}}*"
+    return regex.compile(rf"{character}|[\p{{L}}\p{{M}}\p{{N}}--[{_WITHOUT_SPACES}]]+", regex.VERSION1)
+
+
+def split_words(text: str) -> list[bytes]:
+    """The words of `text` in lower case, without punctuation, as UTF-8. Compatible forms (NFKC) are the same word."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        text = _NOT_ASCII.sub(lambda match: _spaces_for_symbols[match[0]], text)  # curly quotes, dashes, ...
+    if text.isascii():  # ten times as fast, with the same result
+        return text.encode().lower().translate(_ASCII_TABLE).split()
+    return [word.encode() for word in _word_pattern().findall(text.lower())]
+
+
+class _WordHashes(dict[bytes, int]):
+    """Word -> 64-bit hash, remembered for common words; the same in every process."""
+
+    def __missing__(self, word: bytes) -> int:
+        if len(self) >= _MAX_CACHED_WORDS:
+            self.clear()
+        value = self[word] = int.from_bytes(hashlib.blake2b(word, digest_size=8).digest())
+        return value
+
+
+_word_hashes = _WordHashes()
+
+
+def ngram_hashes(words: list[bytes], lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """For each of `lengths` (ascending), the hash of every run of so many words, in order.
+
+    The hash of a run is the polynomial of its words' hashes modulo 2^64, so that a longer run costs one step more.
+    Yields (length, uint64 array [number of runs]); lengths beyond the text are left out.
+    """
+    hashes = np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))
+    runs, done = hashes, 1
+    for length in lengths:
+        if length > len(words):
+            return
+        for last in range(done, length):
+            runs = runs[:-1] * _MULTIPLIER + hashes[last:]
+        done = length
+        yield length, runs
