@@ -226,12 +226,13 @@ def cut_to_sentence(text: str) -> str:
     ends = [stop for start, stop in blocks if _FENCE.match(text, start)]
     ends += [match.end() for pattern in (_FINISHED_LINE, _CJK_STOP) for match in pattern.finditer(text)]
     ends += _punkt_ends(text)
-    return text[: max((end for end in ends if not any(start < end < stop for start, stop in blocks)), default=0)]
+    whole = (end for end in sorted(ends, reverse=True) if not any(start < end < stop for start, stop in blocks))
+    return text[: next(whole, 0)]
 
 
 def _closed_blocks(text: str) -> tuple[list[tuple[int, int]], int]:
     """Start and end of every closed code block and displayed formula, and where the first that is left open starts."""
-    blocks = []
+    blocks: list[tuple[int, int]] = []
     position = 0
     while opening := _OPENING.search(text, position):
         if fence := opening["fence"]:
