@@ -1,0 +1,76 @@
+"""A lock per task: of two processes that start the same task, on one machine or two, only one does it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+
+_NO_LOCKS = "MEGATRON_TPT_NO_LOCKS"
+
+
+class TaskLocked(UserError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def task_lock(folder: str | Path, task: int, *, timeout_s: float = 0) -> Iterator[None]:
+    """Hold the lock of task number `task` of the job whose files are in `folder`, which is made if need be.
+
+    Waits up to `timeout_s` for another holder to end, then raises `TaskLocked`, which says who holds it.
+
+    The lock is flock(2) on `folder/.task_00003.lock`. The kernel gives it up when its holder ends, however it ends, so
+    none is ever left over; the file stays, since removing it would let two processes lock two files of one name. (A
+    child that was forked without exec shares the lock, and keeps it while it lives.) Between machines it is as good as
+    the file system's locks: NFS needs version 4, or 3 with lockd, and no `nolock` or `local_lock` among its mount
+    options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A file
+    system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 says that they can be done without.
+    """
+    with exclusive(Path(folder) / f".task_{task:05d}.lock", f"task {task}", timeout_s=timeout_s):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str, *, timeout_s: float = 0) -> Iterator[None]:
+    """Hold the lock file `path`; `what` names in a message what it guards. See `task_lock`."""
+    if os.environ.get(_NO_LOCKS) == "1":
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not truncated by opening: it says who holds the lock. Open for writing, since NFS refuses to lock otherwise.
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + timeout_s
+        while not _try_lock(file.fileno(), path):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise TaskLocked(f"{what} is being run already by {file.read().strip()}: wait for it, or stop it")
+            time.sleep(0.2)
+        file.truncate(0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise UserError(
+                f"{path.parent} is on a file system without locks (Lustre: mount it with -o flock); choose another "
+                f"folder, or set {_NO_LOCKS}=1 and take care yourself that no task runs twice at once"
+            ) from error
+        raise
+    return True

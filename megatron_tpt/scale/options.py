@@ -1,0 +1,59 @@
+"""Where the tasks of a job run, and with what."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_tpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """How one command runs as many tasks."""
+
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where tasks run: processes on this machine, a SLURM job array, or a Ray cluster."""
+    num_tasks: int = 1
+    """Parts that the job is split into. An unfinished job keeps its number."""
+    num_workers: int | None = None
+    """Tasks at once. On this machine: as many as its GPUs allow, one without; on SLURM and Ray: no limit of ours."""
+    gpus_per_task: int = 0
+    """GPUs of each task, its own alone. At 0 a local task sees all there are."""
+    cpus_per_task: int | None = None
+    """CPU cores that SLURM or Ray reserve for each task; on this machine its OMP_NUM_THREADS, where that is not set."""
+    partition: str | None = None
+    """SLURM: partition; by default the cluster's own."""
+    time_limit: str | None = None
+    """SLURM: time limit of a task, as in `04:00:00` or `1-12` (days-hours); by default the partition's own."""
+    account: str | None = None
+    """SLURM: account that pays."""
+    qos: str | None = None
+    """SLURM: quality of service."""
+    mem: str | None = None
+    """SLURM: memory of a task, as in `64G`; by default the cluster's own."""
+    sbatch_args: list[str] = field(default_factory=list)
+    """SLURM: further sbatch options, as in `constraint=h100` or `exclusive`; they win over the ones above."""
+    env_command: str | None = None
+    """SLURM: shell line before each task, as in `module load cuda`. The task runs with the Python of the submission."""
+    max_array_size: int | None = None
+    """SLURM: most tasks in one array; by default what the cluster allows (its MaxArraySize). More tasks: more arrays."""
+    requeue_before_limit_s: int = 120
+    """SLURM: a task that is still running this long before its time limit is stopped and queued again."""
+    max_requeues: int = 100
+    """SLURM: times that one task may be queued again; after that it fails."""
+    wait: bool = False
+    """SLURM: wait for the end of the tasks and report as the other executors do, instead of returning once submitted."""
+    ray_address: str | None = None
+    """Ray: address of the cluster, as in `auto` or `ray://head:10001`; by default RAY_ADDRESS, or a cluster of its own."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_tasks": 1, "gpus_per_task": 0, "requeue_before_limit_s": 1, "max_requeues": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        for name in ("num_workers", "cpus_per_task", "max_array_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        for argument in self.sbatch_args:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*(=.+)?", argument):
+                raise UserError(f"sbatch argument {argument!r}: write name=value without dashes, as in constraint=h100")

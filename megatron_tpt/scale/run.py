@@ -1,0 +1,44 @@
+"""Run all tasks of a job."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.scale.local_tasks import run_local
+from megatron_tpt.scale.options import ScaleOptions
+from megatron_tpt.scale.ray_tasks import run_ray
+from megatron_tpt.scale.report import TaskFiles, TaskReport, TaskResult, say
+from megatron_tpt.scale.slurm_tasks import run_slurm
+
+_EXECUTORS = {"local": run_local, "slurm": run_slurm, "ray": run_ray}
+
+
+def run_tasks(
+    command: Sequence[str],
+    options: ScaleOptions,
+    log_dir: str | Path,
+    *,
+    is_finished: Callable[[int], bool] = lambda task: False,
+) -> TaskReport:
+    """Run `command --task I --num-tasks N` for every task I that is not finished; call it from the main thread.
+
+    `is_finished` says of a task whether its results are there: what counts is the job's own output, since a record of
+    past runs would not know that an input was added. Without it every task is started, and skips its work by itself.
+
+    On SLURM this returns once tasks are submitted (`options.wait` changes that): the same call again submits those that
+    are neither finished nor in the queue. The report is printed as well. A task that ends with exit code 2 becomes a
+    `UserError` with its message, once the tasks that were running have ended. On SIGTERM and Ctrl-C the tasks are
+    stopped, then SystemExit or KeyboardInterrupt goes on.
+    """
+    folder = Path(log_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _EXECUTORS[options.executor](list(command), options, folder, is_finished)
+    report = TaskReport(sorted(results, key=lambda result: result.task))
+    say(report.summary())
+    for result in report.failed:
+        if result.exit_code == 2:
+            raise UserError(f"task {result.task}: {TaskFiles(folder, result.task).user_error()}")
+    return report
+
+
+__all__ = ["TaskReport", "TaskResult", "run_tasks"]

@@ -1,0 +1,237 @@
+"""Tasks as elements of a SLURM job array.
+
+Element J of an array is task `offset + J`, whenever it runs: after a requeue, and beside arrays that were submitted
+later. Each element runs `megatron_tpt.scale.task` as its batch script, without srun: one process on one node needs no job
+step, the signal before the time limit reaches it directly, and options that srun reads from the environment cannot differ.
+
+(datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what is
+still queued then runs other ranks than it was submitted for. It submits a job that merges statistics and that waits for
+ever when a task fails, and always sets a partition and the memory per core.)
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.scale.local_tasks import announce, finished_before
+from megatron_tpt.scale.lock import exclusive
+from megatron_tpt.scale.options import ScaleOptions
+from megatron_tpt.scale.report import TaskFiles, TaskResult, say
+from megatron_tpt.scale.task import supervised_command
+
+_SCRIPT = """\
+#!/bin/bash
+# Submitted by: {submission}
+set -e
+{env_command}
+exec {supervisor}
+"""
+
+
+@dataclass(frozen=True)
+class _Element:
+    """An element of one of our arrays that SLURM has in its queue."""
+
+    task: int
+    job_id: str
+    state: str
+
+
+def run_slurm(
+    command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
+) -> list[TaskResult]:
+    """Submit the tasks that are neither finished nor in the queue; returns all results as far as they are known."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
+    name = _job_name(command, log_dir)
+    with exclusive(log_dir / "slurm" / ".submit.lock", f"a submission from {log_dir}", timeout_s=60):
+        # In this order: a task that ends in between is seen as finished, and not as lost.
+        queued = {element.task: element for element in _queued(name)}
+        unfinished = [task for task in range(options.num_tasks) if not is_finished(task)]
+        _check_same_job(command, options, log_dir, queued)
+        missing = [task for task in unfinished if task not in queued]
+        _tell_failures(missing, log_dir)
+        job_ids = list(_submit(command, options, log_dir, name, missing))
+    waiting_for = sorted({*job_ids, *(element.job_id for element in queued.values())}, key=int)
+    _tell_queue(list(queued.values()), missing, waiting_for, options, log_dir)
+    if options.wait and waiting_for:
+        return _wait(name, unfinished, options, log_dir)
+    unfinished_set = set(unfinished)
+    return [
+        TaskResult(task, "submitted", TaskFiles(log_dir, task).log)
+        if task in unfinished_set
+        else finished_before(task, log_dir)
+        for task in range(options.num_tasks)
+    ]
+
+
+def _job_name(command: Sequence[str], log_dir: Path) -> str:
+    """The same for all submissions that use one log folder: by it their tasks are found in the queue."""
+    script = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).stem)
+    return f"{script}-{hashlib.sha256(str(log_dir).encode()).hexdigest()[:8]}"
+
+
+def _queued(name: str) -> Iterator[_Element]:
+    """Elements of our arrays that wait or run. Those that are ending are left out: the lock of a task covers them."""
+    query = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%t|%j"]
+    for line in _slurm(query).splitlines():
+        job_id, index, state, job_name = line.strip().split("|", 3)
+        own_name, _, offset = job_name.rpartition("+")
+        if own_name == name and state != "CG":
+            yield _Element(int(offset) + int(index), job_id, state)
+
+
+def _check_same_job(command: Sequence[str], options: ScaleOptions, log_dir: Path, queued: dict[int, _Element]) -> None:
+    """Tasks of another job, or of another split of this one, must not share its folder while they are queued."""
+    path = log_dir / "slurm" / "job.json"
+    job = {"command": list(command), "num_tasks": options.num_tasks}
+    if queued and path.exists() and json.loads(path.read_text()) != job:
+        job_ids = " ".join(sorted({element.job_id for element in queued.values()}))
+        raise UserError(
+            f"the queue still holds tasks of another command or number of tasks with logs in {log_dir}: wait for them, "
+            f"or end them with `scancel {job_ids}`"
+        )
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(job, indent=1))
+
+
+def _tell_failures(tasks: Sequence[int], log_dir: Path) -> None:
+    for task in tasks:
+        files = TaskFiles(log_dir, task)
+        if code := files.read_exit_code():
+            say(f"{TaskResult(task, 'failed', files.log, code).describe()} before: task {task}, {files.log}")
+
+
+def _submit(
+    command: Sequence[str], options: ScaleOptions, log_dir: Path, name: str, tasks: Sequence[int]
+) -> Iterator[str]:
+    """Submit `tasks` in as few arrays as the cluster allows; yields their job ids."""
+    if not tasks:
+        return
+    array_size = options.max_array_size or _max_array_size()
+    previous = None
+    for offset in range(0, options.num_tasks, array_size):
+        indices = [task - offset for task in tasks if offset <= task < offset + array_size]
+        if not indices:
+            continue
+        for index in indices:
+            TaskFiles(log_dir, offset + index).exit_code.unlink(missing_ok=True)
+        arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", _ranges(indices))
+        if previous is not None and options.num_workers is not None:
+            arguments.append(f"--dependency=afterany:{previous}")  # num_workers limits each array by itself
+        script = log_dir / "slurm" / f"tasks_{offset:05d}.sh"
+        submission = ["sbatch", "--parsable", *arguments, str(script)]
+        with atomic_write(script) as temporary:
+            temporary.write_text(_script(command, options, log_dir, offset, submission))
+        previous = _slurm(submission).strip().partition(";")[0]
+        yield previous
+
+
+def _script(command: Sequence[str], options: ScaleOptions, log_dir: Path, offset: int, submission: list[str]) -> str:
+    which = ["--slurm-array-offset", str(offset), "--slurm-max-requeues", str(options.max_requeues)]
+    return _SCRIPT.format(
+        submission=shlex.join(submission),
+        env_command=options.env_command or "",
+        supervisor=shlex.join(supervised_command(command, options.num_tasks, log_dir, *which)),
+    )
+
+
+def _sbatch_arguments(options: ScaleOptions, log_dir: Path, name: str, indices: str) -> list[str]:
+    values: dict[str, str | int | None] = {
+        "job-name": name,
+        "array": indices + (f"%{options.num_workers}" if options.num_workers else ""),
+        "output": str(log_dir / "slurm" / "%A_%a.out"),
+        "open-mode": "append",
+        "export": "ALL",
+        "nodes": 1,
+        "ntasks": 1,
+        "cpus-per-task": options.cpus_per_task,
+        "gres": f"gpu:{options.gpus_per_task}" if options.gpus_per_task else None,
+        "partition": options.partition,
+        "time": options.time_limit,
+        "account": options.account,
+        "qos": options.qos,
+        "mem": options.mem,
+        # To the batch script, which the supervisor has become.
+        "signal": f"B:USR1@{options.requeue_before_limit_s}",
+    }
+    return [
+        *(f"--{option}={value}" for option, value in values.items() if value is not None),
+        "--requeue",
+        *(f"--{argument}" for argument in options.sbatch_args),
+    ]
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Sorted indices as sbatch reads them: [0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and parts[-1][1] == index - 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _max_array_size() -> int:
+    for line in _slurm(["scontrol", "show", "config"]).splitlines():
+        if line.startswith("MaxArraySize"):
+            return int(line.partition("=")[2])
+    raise UserError("the cluster does not tell its MaxArraySize: set max_array_size")
+
+
+def _slurm(command: list[str]) -> str:
+    """The output of a SLURM command; a UserError with its message when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"SLURM refused: {message} ({shlex.join(command)})")
+    return done.stdout
+
+
+def _tell_queue(
+    queued: Sequence[_Element], missing: Sequence[int], job_ids: Sequence[str], options: ScaleOptions, log_dir: Path
+) -> None:
+    running = sum(element.state == "R" for element in queued)
+    if queued:
+        say(f"{running} tasks are running and {len(queued) - running} are waiting already")
+    if missing:
+        say(f"submitted {len(missing)} of {options.num_tasks} tasks")
+    if job_ids:
+        say(
+            f"jobs {', '.join(job_ids)}; follow them with `squeue --job {','.join(job_ids)}` and `tail -F {log_dir}/*.log`\n"
+            f"what SLURM says: {log_dir}/slurm/*.out; the same command later submits what is missing by then"
+        )
+
+
+def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path) -> list[TaskResult]:
+    """Wait until none of our tasks is queued, more and more patiently; a result for every task of the job."""
+    interval_s = 0.5
+    try:
+        while list(_queued(name)):
+            time.sleep(interval_s)
+            interval_s = min(interval_s * 1.5, 30.0)
+    except KeyboardInterrupt:
+        say("the tasks go on: the same command waits again, scancel ends them")
+        raise
+    results = {task: _result(task, log_dir) for task in tasks}
+    for result in results.values():
+        announce(result, options.num_tasks)
+    return [results.get(task) or finished_before(task, log_dir) for task in range(options.num_tasks)]
+
+
+def _result(task: int, log_dir: Path) -> TaskResult:
+    files = TaskFiles(log_dir, task)
+    code = files.read_exit_code()
+    if not files.exit_code.exists():
+        return TaskResult(task, "not run", files.log)
+    return TaskResult(task, "finished" if code == 0 else "failed", files.log, code)

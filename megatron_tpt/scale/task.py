@@ -1,0 +1,175 @@
+"""Run one task of a job under supervision; every executor starts tasks by it.
+
+python -m megatron_tpt.scale --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ...
+
+- `COMMAND ... --task 3 --num-tasks 16` runs with its output in LOGS/task_00003.log, and its exit code is kept.
+- It holds the lock of the task meanwhile: the same task started twice runs once.
+- Nothing of it outlives it: on SIGTERM or SIGINT, or when the process that started this one is gone (killed -9, say),
+  the command and its children get SIGTERM, then SIGKILL 30 s later or at a second signal. What the command left running
+  when it ended is killed as well: an inference engine whose parent was killed would keep its GPU.
+- Under SLURM, SIGUSR1 says that the time limit is near: the command is stopped as above and the task queued again.
+"""
+
+import argparse
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+from megatron_tpt.scale.lock import TaskLocked, task_lock
+from megatron_tpt.scale.report import TaskFiles, log_mark
+
+GRACE_S = 30.0
+"""From SIGTERM to SIGKILL."""
+LOCKED_EXIT_CODE = 75
+"""Another process runs the task (EX_TEMPFAIL of sysexits.h)."""
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def supervised_command(command: Sequence[str], num_tasks: int, log_dir: Path, *which: str) -> list[str]:
+    """The command line that runs one task under supervision; `which` are the options that say which task."""
+    supervisor = [sys.executable, "-m", "megatron_tpt.scale", *which]
+    return [*supervisor, "--num-tasks", str(num_tasks), "--log-dir", str(log_dir), "--", *command]
+
+
+def shell_exit_code(returncode: int) -> int:
+    """The exit code of a process as a shell gives it: 128 + n when signal n ended it."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def run_task(
+    command: Sequence[str], task: int, log_dir: Path, *, lock_timeout_s: float = GRACE_S + 5
+) -> tuple[int, signal.Signals | None]:
+    """Run `command` as described above: its exit code, and the signal that made us stop it, if one did.
+
+    A run before us may be about to end, since one that lost its parent or its node takes a moment: that is waited for
+    before TaskLocked says that another process runs the task.
+    """
+    files = TaskFiles(log_dir, task)
+    # Blocked, they wait until we ask for them: no handler runs in the middle of anything.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
+    with task_lock(log_dir, task, timeout_s=lock_timeout_s), open(files.log, "ab", buffering=0) as log:
+        files.exit_code.write_bytes(b"")
+        place = f"{socket.gethostname()}, process {os.getpid()}" + _slurm_job()
+        log.write(log_mark("start", f"{_now()} on {place}: {shlex.join(command)}"))
+        returncode, stopped_by = _supervise(command, log)
+        code = shell_exit_code(returncode)
+        log.write(log_mark("end", f"{_now()} " + (f"stopped by {stopped_by.name}" if stopped_by else f"code {code}")))
+        if stopped_by is None:
+            with atomic_write(files.exit_code) as temporary:
+                temporary.write_text(f"{code}\n")
+    return code, stopped_by
+
+
+def _supervise(command: Sequence[str], log: BinaryIO) -> tuple[int, signal.Signals | None]:
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_prepare_child,  # safe: this process has one thread
+        )
+    except OSError as error:
+        log.write(f"error: cannot run {command[0]}: {error.strerror}\n".encode())
+        return 2, None
+    stopped_by = None
+    deadline = float("inf")
+    # The process stays a zombie until all of its group is killed, so that its number cannot be another's by then.
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        info = signal.sigtimedwait(_STOP_SIGNALS | {signal.SIGCHLD}, _remaining(deadline))
+        if info is not None and info.si_signo in _STOP_SIGNALS:
+            if stopped_by is None:
+                stopped_by, deadline = signal.Signals(info.si_signo), time.monotonic() + GRACE_S
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                deadline = time.monotonic()
+        if time.monotonic() >= deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            deadline = float("inf")
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait(), stopped_by
+
+
+def _remaining(deadline: float) -> float:
+    return min(max(deadline - time.monotonic(), 0.0), 3600.0)
+
+
+def _prepare_child() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    _end_with_parent(signal.SIGKILL)
+
+
+def _end_with_parent(signum: signal.Signals) -> None:
+    """Have the kernel send us `signum` when the thread that started this process is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def _tell_slurm(code: int, stopped_by: signal.Signals | None, max_requeues: int) -> None:
+    """Queue this element of the array again, or keep the others from starting, where that is due."""
+    if stopped_by == signal.SIGUSR1:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
+            raise UserError(f"met the time limit {max_requeues + 1} times: raise time_limit, or max_requeues")
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    elif code == 2 and stopped_by is None:
+        # Tasks that have not started yet would meet the same mistake.
+        subprocess.run(["scancel", "--state=PENDING", os.environ["SLURM_ARRAY_JOB_ID"]], check=True)
+
+
+def _slurm_job() -> str:
+    job, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f", job {job}_{index}" if job else ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron_tpt.scale", description="Run one task under supervision.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task", type=int)
+    which.add_argument("--slurm-array-offset", type=int, help="the task is this plus the index in the SLURM array")
+    parser.add_argument("--slurm-max-requeues", type=int, default=0)
+    parser.add_argument("--parent", type=int, help="end when this process, which started us, is gone")
+    parser.add_argument("--num-tasks", type=int, required=True)
+    parser.add_argument("--log-dir", type=Path, required=True)
+    parser.add_argument("command", nargs="+")
+    return parser
+
+
+def main() -> int:
+    """Run the task of the command line; returns the exit code of the process."""
+    arguments = _parser().parse_args()
+    if arguments.parent is not None:
+        _end_with_parent(signal.SIGTERM)
+        if os.getppid() != arguments.parent:  # it was gone before we asked
+            return 128 + signal.SIGTERM
+    task, in_slurm = arguments.task, arguments.slurm_array_offset is not None
+    if in_slurm:
+        task = arguments.slurm_array_offset + int(os.environ["SLURM_ARRAY_TASK_ID"])
+    command = [*arguments.command, "--task", str(task), "--num-tasks", str(arguments.num_tasks)]
+    try:
+        code, stopped_by = run_task(command, task, arguments.log_dir)
+        if in_slurm:
+            _tell_slurm(code, stopped_by, arguments.slurm_max_requeues)
+    except TaskLocked as error:
+        print(f"not run: {error}", file=sys.stderr)
+        return LOCKED_EXIT_CODE
+    except UserError as error:
+        with open(TaskFiles(arguments.log_dir, task).log, "ab") as log:
+            log.write(f"error: {error}\n".encode())
+        return 2
+    return 128 + stopped_by if stopped_by is not None else code

@@ -1,0 +1,29 @@
+"""A SLURM cluster for the tests that need one, where its programs are installed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from slurm_cluster import missing_programs, slurm_cluster
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needing = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    if needing and (missing := missing_programs()):
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(
+                f"{len(needing)} tests on a real SLURM are left out: {', '.join(missing)} not found (.ci/slurm.sh installs them)"
+            )
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A real SLURM of one node with two cores, which allows arrays of at most four tasks."""
+    with slurm_cluster(num_cpus=2, max_array_size=4) as folder:
+        yield folder

@@ -1,0 +1,67 @@
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.scale import TaskLocked, task_lock
+
+_HOLDER = """
+import sys, time
+from megatron_tpt.scale import task_lock
+with task_lock(sys.argv[1], 3):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", _HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_told_who_holds_the_task(tmp_path, holder):
+    with pytest.raises(TaskLocked, match=f"task 3 is being run already by process {holder.pid} on .*: wait for it"):
+        task_lock(tmp_path, 3).__enter__()
+    with task_lock(tmp_path, 4):
+        pass
+
+
+def test_a_killed_holder_leaves_no_lock(tmp_path, holder):
+    holder.kill()
+    with task_lock(tmp_path, 3, timeout_s=10):
+        pass
+
+
+def test_the_lock_is_free_after_an_exception(tmp_path):
+    with pytest.raises(ZeroDivisionError), task_lock(tmp_path, 0):
+        _ = 1 // 0
+    with task_lock(tmp_path, 0):
+        pass
+
+
+def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
+    with task_lock(tmp_path, 0):
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    with task_lock(tmp_path, 0):
+        child.kill()
+        child.wait()
+
+
+def test_a_file_system_without_locks_is_refused_unless_they_are_given_up(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)  # as Lustre does without its mount option
+    with pytest.raises(UserError, match="file system without locks"):
+        task_lock(tmp_path, 0).__enter__()
+    monkeypatch.setenv("MEGATRON_TPT_NO_LOCKS", "1")
+    with task_lock(tmp_path, 0):
+        pass

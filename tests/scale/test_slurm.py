@@ -1,0 +1,131 @@
+"""On a real SLURM of one node: the fixture `cluster` starts it."""
+
+import json
+import subprocess
+
+import pytest
+from toy_runs import Toy, all_parts, wait_until
+
+from megatron_tpt.scale.slurm_tasks import _ranges
+
+
+@pytest.fixture
+def toy(tmp_path, cluster):
+    return Toy(tmp_path)
+
+
+def slurm(**scale):
+    return {"executor": "slurm", "cpus_per_task": 1} | scale
+
+
+def queue_is_empty():
+    return not queue()
+
+
+def queue():
+    return subprocess.run(["squeue", "--noheader", "--array"], capture_output=True, text=True, check=True).stdout
+
+
+def test_six_tasks_over_two_arrays_and_again_only_what_is_missing(toy):
+    arguments = ["--fault", "fail", "--fault-task", 1, "--seconds", 0.3]
+    exit_code, printed = toy.run(*arguments, **slurm(num_tasks=6, wait=True))
+    assert exit_code == 1, printed
+    assert toy.parts() == [name for name in all_parts(6) if "00001" not in name]
+    assert (toy.output / "part-00005.txt").read_text() == "part 5 of 6\n"
+    assert toy.most_at_once() == 2
+    assert "task 1 failed with exit code 1" in printed and "the shelf is empty" in printed
+    toy.mend()
+    exit_code, printed = toy.run(*arguments, **slurm(num_tasks=6, wait=True))
+    assert exit_code == 0, printed
+    assert "submitted 1 of 6 tasks" in printed and "6 tasks: 6 finished" in printed
+    assert sorted(toy.starts()) == [0, 1, 1, 2, 3, 4, 5]
+
+
+def test_tasks_killed_by_signal_or_by_slurm_stop_no_other_and_run_again(toy):
+    arguments = ["--fault", "hang", "--fault-task", 1]
+    exit_code, printed = toy.run(*arguments, **slurm(num_tasks=3))
+    assert exit_code == 0 and "submitted 3 of 3 tasks" in printed
+    toy.wait_for_starts(3)
+    wait_until(lambda: len(queue().splitlines()) == 1)
+    job = queue().split()[0]
+    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
+    wait_until(queue_is_empty)
+    assert toy.parts() == ["part-00000.txt", "part-00002.txt"]
+    toy.mend()
+    exit_code, printed = toy.run(*arguments, **slurm(num_tasks=3, wait=True))
+    assert exit_code == 0, printed
+    assert sorted(toy.starts()) == [0, 1, 1, 2]
+
+
+def test_two_submissions_at_once_and_one_while_tasks_run_start_no_task_twice(toy):
+    arguments = ["--seconds", 1]
+    programs = [toy.start(*arguments, **slurm(num_tasks=4)) for _ in range(2)]
+    printed = [program.communicate(timeout=60)[1] for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], printed
+    assert sum("submitted 4 of 4 tasks" in each for each in printed) == 1
+    toy.wait_for_starts(1)
+    exit_code, again = toy.run(*arguments, **slurm(num_tasks=4, wait=True))
+    assert exit_code == 0 and "waiting already" in again and "submitted" not in again
+    assert sorted(toy.starts()) == [0, 1, 2, 3]
+    assert toy.parts() == all_parts(4)
+
+
+def test_another_split_is_refused_while_tasks_are_queued(toy):
+    toy.run("--fault", "hang", "--fault-task", 0, **slurm(num_tasks=2))
+    exit_code, printed = toy.run("--fault", "hang", "--fault-task", 0, **slurm(num_tasks=3))
+    assert exit_code == 2 and "another command or number of tasks" in printed and "`scancel " in printed
+    subprocess.run(["scancel", printed.rpartition("`scancel ")[2].partition("`")[0]], check=True)
+    wait_until(queue_is_empty)
+
+
+def test_a_task_is_queued_again_before_its_time_limit(toy):
+    # The cluster sends the signal when less than the given time is left, here at once.
+    scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=59, wait=True)
+    program = toy.start("--fault", "hang", "--fault-task", 0, **scale)
+    toy.wait_for_starts(1)
+    toy.mend()
+    _, printed = program.communicate(timeout=120)
+    assert program.returncode == 0, printed
+    assert toy.starts() == [0, 0]
+    assert "stopped by SIGUSR1" in (toy.output / "logs" / "task_00000.log").read_text()
+
+
+def test_requeues_have_an_end(toy):
+    scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=59, max_requeues=0, wait=True)
+    exit_code, printed = toy.run("--fault", "hang", "--fault-task", 0, **scale)
+    assert exit_code == 1
+    assert toy.starts() == [0]
+    assert "met the time limit 1 times: raise time_limit, or max_requeues" in printed
+
+
+def test_a_mistake_of_the_user_cancels_what_has_not_started(toy):
+    scale = slurm(num_tasks=4, num_workers=1, wait=True)
+    exit_code, printed = toy.run("--fault", "user_error", "--fault-task", 1, **scale)
+    assert exit_code == 2
+    assert printed.splitlines()[-1] == "error: task 1: the shelf has no name: give it one"
+    assert toy.starts() == [0, 1]
+    assert "1 finished, 1 failed, 2 not run" in printed
+
+
+def test_what_slurm_refuses_is_told_in_its_words(toy):
+    exit_code, printed = toy.run(**slurm(partition="nowhere"))
+    assert exit_code == 2
+    assert "error: SLURM refused: sbatch: error: invalid partition specified: nowhere" in printed
+
+
+def test_options_reach_sbatch_and_the_shell_line_runs_before_each_task(toy):
+    scale = slurm(
+        num_tasks=1, mem="100M", sbatch_args=["comment=two words"], env_command="export CUDA_VISIBLE_DEVICES=7"
+    )
+    exit_code, printed = toy.run("--fault", "hang", "--fault-task", 0, **scale)
+    assert exit_code == 0, printed
+    toy.wait_for_starts(1)
+    [job] = json.loads(subprocess.run(["squeue", "--json"], capture_output=True, check=True).stdout)["jobs"]
+    assert (job["comment"], job["memory_per_node"]) == ("two words", 100)
+    assert toy.notes()[0]["gpus"] == "7"
+    subprocess.run(["scancel", str(job["job_id"])], check=True)
+    wait_until(queue_is_empty)
+
+
+def test_indices_are_written_as_ranges():
+    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
