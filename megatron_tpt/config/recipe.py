@@ -61,10 +61,11 @@ class DataConfig:
 
 @dataclass
 class SftDataConfig:
-    """Fine-tuning data: JSON lines with a prompt and a response; the loss is on the response alone."""
+    """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""
 
     train: list[Path] = field(default_factory=list)
-    """JSONL files with the fields `prompt` and `response`."""
+    """Prefixes of indices that tools/pack_sft.py has packed; or files of JSON lines with the fields `prompt` and
+    `response`, which are tokenised and packed at the start of every run."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder; the one of training.init_from when not given."""
     prompt_field: str = "prompt"
@@ -189,6 +190,21 @@ class TrainingConfig:
 
 
 @dataclass
+class SftTrainingConfig(TrainingConfig):
+    """How long, in what portions and in which precision."""
+
+    num_epochs: float | None = None
+    """Times over the data, in place of num_steps, which follows from it; for packed indices (tools/pack_sft.py)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.num_epochs is None or self.num_epochs > 0,
+            f"training.num_epochs={self.num_epochs} must be above 0",
+        )
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept to go on from."""
 
@@ -242,8 +258,10 @@ class PretrainRecipe(Recipe):
 class FinetuneRecipe(Recipe):
     """A supervised fine-tuning run."""
 
+    training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
+    """Steps or epochs, batch, precision."""
     data: SftDataConfig = field(default_factory=SftDataConfig)
-    """Prompts and responses."""
+    """Conversations, or prompts and responses."""
 
     @property
     def tokenizer_path(self) -> Path:

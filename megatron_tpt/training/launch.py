@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 
@@ -44,6 +45,24 @@ def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, *, needs_data
     return recipe
 
 
+def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
+    """The recipe with the number of steps that `training.num_epochs` asks for, where it does.
+
+    The last step may reach into one more epoch. Raises UserError for data that is not packed.
+    """
+    if not isinstance(recipe, FinetuneRecipe) or recipe.training.num_epochs is None:
+        return recipe
+    from megatron_tpt.indexing.packing import PackManifest, is_packed
+
+    if not is_packed(recipe.data.train):
+        raise UserError(
+            "training.num_epochs needs packed indices: pack data.train (tools/pack_sft.py), or give training.num_steps"
+        )
+    num_rows = sum(PackManifest.read(prefix).counts.rows for prefix in recipe.data.train)
+    num_steps = math.ceil(num_rows * recipe.training.num_epochs / recipe.training.global_batch_size)
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_steps=num_steps))
+
+
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
     """Check a recipe against its data and the number of processes before anything is started.
 
@@ -52,6 +71,7 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
+    recipe = with_steps(recipe)
     check(recipe, world_size)
     recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
     if not arguments.dry_run:

@@ -1,110 +1,107 @@
-"""Fine-tuning samples: prompts and responses, several packed into a row, each seeing only itself.
+"""Fine-tuning samples: examples packed into rows, each seeing only itself, with the loss on what the assistant says.
 
-The loss is on the response and the end-of-sequence token that follows it.
+The examples come from JSON lines of prompts and responses, tokenised and packed at the start, or from indices that
+tools/pack_sft.py has packed.
 """
 
-import dataclasses
-import json
-from collections.abc import Iterator
+import bisect
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_tpt.config.recipe import FinetuneRecipe, SftDataConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.conversations import Example, PairFormat
+from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.training.data import TrainingData, make_loader, mark_thinking
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One tokenised prompt with its response."""
+class Rows(Protocol):
+    """Rows of examples; the tokens of a row are at most one more than a sample's."""
 
-    tokens: np.ndarray
-    """Prompt, response, end of sequence: int64 [n]."""
-    num_prompt_tokens: int
-    """Leading tokens without loss."""
+    checksum: str
+    """The same for the same rows."""
 
+    def __len__(self) -> int: ...
 
-def read_examples(config: SftDataConfig, tokenizer: Tokenizer) -> Iterator[Example]:
-    """Tokenise JSON lines. Raises UserError that names the file and line of one without prompt or response."""
-    for path in config.train:
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.train: cannot read {path}: {error}") from None
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                prompt, response = record[config.prompt_field], record[config.response_field]
-                if not (isinstance(prompt, str) and isinstance(response, str)):
-                    raise TypeError
-                ids = tokenizer.encode(prompt)
-                tokens = np.array([*ids, *tokenizer.encode_tagged(response), tokenizer.eos_id], dtype=np.int64)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}:{number}: expected a JSON object with the texts {config.prompt_field!r} and "
-                    f"{config.response_field!r}: mend the line, or name other fields (data.prompt_field, "
-                    f"data.response_field)"
-                ) from None
-            yield Example(tokens, len(ids))
+    def __getitem__(self, row: int) -> list[Example]: ...
 
 
-def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Put items into as few rows of `capacity` tokens as first-fit-decreasing finds.
+class ExampleRows:
+    """Examples in memory, packed first-fit-decreasing. No example may have more than `capacity` tokens."""
 
-    Returns the positions of the items of every row. No length may exceed the capacity.
-    """
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        row = next((row for row, space in enumerate(free) if space >= lengths[item]), None)
-        if row is None:
-            rows.append([])
-            free.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(item)
-        free[row] -= lengths[item]
-    return rows
+    def __init__(self, examples: Sequence[Example], capacity: int) -> None:
+        self._examples = examples
+        self._packing = pack(np.array([len(example.tokens) for example in examples]), capacity)
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(example.tokens.tobytes() + example.has_loss.tobytes())
+        self.checksum = f"sha256:{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return self._packing.num_rows
+
+    def __getitem__(self, row: int) -> list[Example]:
+        return [self._examples[number] for number in self._packing.row(row)]
+
+
+class JoinedRows:
+    """The rows of several packed indices, one index after the other."""
+
+    def __init__(self, parts: Sequence[PackedIndex]) -> None:
+        self._parts = parts
+        self.checksum = ",".join(checksum for part in parts for checksum in part.manifest.checksums.values())
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> list[Example]:
+        part = bisect.bisect_right(self._ends, row)
+        return self._parts[part][row - (self._ends[part - 1] if part else 0)]
 
 
 class PackedExamples(torch.utils.data.Dataset):
     """Rows of packed examples, epoch after epoch, each epoch in another order.
 
-    Item i is a dictionary of tensors [s]: tokens, labels, loss_mask (1.0 where the label is a response token),
-    position_ids (from 0 in every example), is_thinking (of the labels), segment_ids (1, 2, ... per example; 0 padding).
+    Item i is a dictionary of tensors [s]: tokens, labels, loss_mask (1.0 where the label is learned), position_ids
+    (from 0 in every example), is_thinking (of the labels), segment_ids (1, 2, ... per example; 0 padding).
     """
 
-    def __init__(self, examples: list[Example], tokenizer: Tokenizer, sequence_length: int, seed: int) -> None:
-        self.examples = examples
+    def __init__(self, rows: Rows, tokenizer: Tokenizer, sequence_length: int, seed: int) -> None:
+        self.rows = rows
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.seed = seed
-        # A row holds sequence_length + 1 tokens: inputs and labels shifted by one.
-        self.rows = pack([len(example.tokens) for example in examples], sequence_length + 1)
+        self._order: tuple[int, np.ndarray] | None = None  # of the epoch read last
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(index, len(self.rows))
-        order = np.random.RandomState((self.seed + epoch) % 2**32).permutation(len(self.rows))
-        return self._row(self.rows[order[place]])
+        if self._order is None or self._order[0] != epoch:
+            random = np.random.RandomState((self.seed + epoch) % 2**32)
+            self._order = epoch, random.permutation(len(self.rows))
+        return self._row(self.rows[int(self._order[1][place])])
 
-    def _row(self, items: list[int]) -> dict[str, torch.Tensor]:
-        size = self.sequence_length + 1
+    def _row(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        size = self.sequence_length + 1  # inputs and labels are shifted by one
         text = np.full(size, self.tokenizer.eos_id, dtype=np.int64)
         segments, positions = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         loss_mask, thinking = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=bool)
         begin = 0
-        for segment, item in enumerate(items, start=1):
-            example = self.examples[item]
+        for segment, example in enumerate(examples, start=1):
             place = slice(begin, begin + len(example.tokens))
             text[place] = example.tokens
             segments[place] = segment
             positions[place] = np.arange(len(example.tokens))
-            loss_mask[begin + example.num_prompt_tokens : place.stop] = 1.0
+            loss_mask[place] = example.has_loss
             thinking[place] = mark_thinking(
-                example.tokens, self.tokenizer.open_ids, self.tokenizer.close_ids, self.tokenizer.eos_id
+                text[place], self.tokenizer.open_ids, self.tokenizer.close_ids, self.tokenizer.eos_id
             )
             begin = place.stop
         return {
@@ -117,7 +114,17 @@ class PackedExamples(torch.utils.data.Dataset):
         }
 
 
-def _fitting(examples: list[Example], config: SftDataConfig, sequence_length: int) -> list[Example]:
+def _read_pairs(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> ExampleRows:
+    """Tokenise and pack JSON lines. Raises UserError that names the file and line of one that makes no example."""
+    examples: list[Example] = []
+    for path in config.train:
+        for number, example in read_examples(path, PairFormat(tokenizer, config.prompt_field, config.response_field)):
+            if not isinstance(example, Example):
+                raise UserError(
+                    f"{path}:{number}: {example}: mend the line, or name other fields (data.prompt_field, "
+                    f"data.response_field)"
+                )
+            examples.append(example)
     fitting = [example for example in examples if len(example.tokens) <= sequence_length + 1]
     num_too_long = len(examples) - len(fitting)
     if num_too_long and config.on_too_long == "stop":
@@ -128,18 +135,27 @@ def _fitting(examples: list[Example], config: SftDataConfig, sequence_length: in
         )
     if not fitting:
         raise UserError(f"data.train holds no example: {', '.join(map(str, config.train))}")
-    return fitting
+    return ExampleRows(fitting, sequence_length + 1)
+
+
+def _open_packed(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> JoinedRows:
+    indices = [PackedIndex(prefix) for prefix in config.train]
+    for index in indices:
+        index.manifest.require(index.prefix, tokenizer.fingerprint, sequence_length)
+    return JoinedRows(indices)
 
 
 def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
-    """Read, tokenise and pack the examples of a recipe. Needs process groups."""
+    """Read the examples of a recipe, or open its packed indices. Needs process groups."""
     tokenizer = Tokenizer(recipe.tokenizer_path)
-    examples = _fitting(list(read_examples(recipe.data, tokenizer)), recipe.data, recipe.training.sequence_length)
-    dataset = PackedExamples(examples, tokenizer, recipe.training.sequence_length, recipe.run.seed)
+    sequence_length = recipe.training.sequence_length
+    open_rows = _open_packed if is_packed(recipe.data.train) else _read_pairs
+    rows = open_rows(recipe.data, tokenizer, sequence_length)
     return TrainingData(
-        train=make_loader(dataset, recipe),
+        train=make_loader(PackedExamples(rows, tokenizer, sequence_length, recipe.run.seed), recipe),
         validation=None,
         tokenizer_path=tokenizer.folder,
         unmarked_name="answer",
         has_segments=True,
+        identity={"content of data.train": rows.checksum},
     )

@@ -177,6 +177,7 @@ class Trainer:
             "training.num_steps": training.num_steps,
             "training.sequence_length": training.sequence_length,
             "training.global_batch_size": training.global_batch_size,
+            **self.data.identity,
         }
 
     def _write_recipe(self) -> None:

@@ -1,21 +1,33 @@
 """Fine-tuning: the loss is on the response alone, and packed examples do not see each other."""
 
+import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from chat_templates import CHATML
 from training_runs import FINETUNE, Train
 
 from megatron_tpt import platform
+from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig, SftDataConfig, TrainingConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, SftDataConfig, TrainingConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.conversations import Example, PairFormat
+from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.pack_sft import pack_sft
+from megatron_tpt.indexing.packing import PackedIndex
+from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt import build_model
-from megatron_tpt.training.sft import Example, PackedExamples, pack, read_examples
-from megatron_tpt.training.steps import _segment_mask
+from megatron_tpt.training.launch import prepare
+from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, build_sft_data
+from megatron_tpt.training.steps import _loss_function, _segment_mask
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +41,35 @@ def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def examples(examples_path: Path, tokenizer_path: Path) -> list[Example]:
-    return list(read_examples(SftDataConfig(train=[examples_path]), Tokenizer(tokenizer_path)))
+def pairs(examples_path: Path, tokenizer_path: Path) -> ExampleRows:
+    format = PairFormat(Tokenizer(tokenizer_path), "prompt", "response")
+    examples = [example for _, example in read_examples(examples_path, format)]
+    return ExampleRows([example for example in examples if isinstance(example, Example)], 129)
 
 
-def test_loss_is_on_the_response_and_its_end(examples: list[Example], tokenizer_path: Path) -> None:
+@pytest.fixture(scope="session")
+def chats_prefix(examples_path: Path, tokenizer_path: Path) -> Path:
+    """The same examples as conversations, some of two turns, packed into rows of 256."""
+    source, template = examples_path.with_name("chats.jsonl"), examples_path.with_name("chatml.jinja")
+    template.write_text(CHATML)
+    with source.open("w") as file:
+        for i, line in enumerate(examples_path.read_text().splitlines()):
+            fields = json.loads(line)
+            user, assistant = ({"role": "user", "content": fields["prompt"]}, {"role": "assistant"})
+            turn = [user, assistant | {"content": fields["response"]}]
+            file.write(json.dumps({"messages": turn * (1 + i % 2)}) + "\n")
+    prefix = examples_path.with_name("chats")
+    pack_sft(
+        PackOptions(
+            input=[source], tokenizer=tokenizer_path, output=prefix, sequence_length=256, chat_template=template
+        )
+    )
+    return prefix
+
+
+def test_loss_is_on_the_response_and_its_end(pairs: ExampleRows, tokenizer_path: Path) -> None:
     tokenizer = Tokenizer(tokenizer_path)
-    data = PackedExamples(examples, tokenizer, sequence_length=128, seed=0)
+    data = PackedExamples(pairs, tokenizer, sequence_length=128, seed=0)
     responses = []
     for i in range(len(data.rows)):
         row = data[i]
@@ -46,12 +80,11 @@ def test_loss_is_on_the_response_and_its_end(examples: list[Example], tokenizer_
         thinking = tokenizer.decode(row["labels"][row["is_thinking"] & (row["loss_mask"] > 0)].tolist())
         assert thinking.count("<think>") == thinking.count("</think>") == counted.count(tokenizer.eos_id)
         assert "miga" not in thinking
-    assert len(responses) == len(examples)
     assert sorted(r.split("</think>\n")[1] for r in responses) == sorted(f"miga{i}" for i in range(40))
 
 
-def test_every_epoch_holds_every_row_once_in_another_order(examples: list[Example], tokenizer_path: Path) -> None:
-    data = PackedExamples(examples, Tokenizer(tokenizer_path), sequence_length=128, seed=0)
+def test_every_epoch_holds_every_row_once_in_another_order(pairs: ExampleRows, tokenizer_path: Path) -> None:
+    data = PackedExamples(pairs, Tokenizer(tokenizer_path), sequence_length=128, seed=0)
     n = len(data.rows)
     epochs = [[tuple(data[epoch * n + i]["tokens"].tolist()) for i in range(n)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1])
@@ -59,31 +92,67 @@ def test_every_epoch_holds_every_row_once_in_another_order(examples: list[Exampl
     assert epochs[0] != epochs[1]
 
 
-def test_packing_fills_rows_and_loses_nothing() -> None:
-    lengths = np.random.RandomState(0).randint(1, 100, size=500).tolist()
-    rows = pack(lengths, 128)
-    assert sorted(item for row in rows for item in row) == list(range(500))
-    assert all(sum(lengths[item] for item in row) <= 128 for row in rows)
-    assert len(rows) <= 1.1 * sum(lengths) / 128
+def test_rows_of_several_indices_follow_each_other(pairs: ExampleRows, chats_prefix: Path) -> None:
+    chats = PackedIndex(chats_prefix)
+    joined = JoinedRows([chats, chats])
+    assert len(joined) == 2 * len(chats)
+    for row in range(len(joined)):
+        for found, expected in zip(joined[row], chats[row % len(chats)], strict=True):
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+            np.testing.assert_array_equal(found.has_loss, expected.has_loss)
 
 
-def test_packed_examples_have_the_losses_that_they_have_alone(examples: list[Example], tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("source", ["pairs", "packed index"])
+def test_packed_examples_have_the_losses_that_they_have_alone(
+    source: str, pairs: ExampleRows, chats_prefix: Path, tokenizer_path: Path
+) -> None:
     tokenizer = Tokenizer(tokenizer_path)
-    row = PackedExamples(examples, tokenizer, sequence_length=128, seed=0)[0]
-    num_segments = int(row["segment_ids"].max())
-    assert num_segments > 2
+    rows, length = (pairs, 128) if source == "pairs" else (PackedIndex(chats_prefix), 256)
+    data = PackedExamples(rows, tokenizer, length, seed=0)
     model_config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, ffn_hidden_size=64, init_std=0.2)
     with platform.process_groups(ParallelConfig()), torch.no_grad():
         platform.seed_everything(0)
-        model = build_model(model_config, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=128), seed=0)
-        batch = {name: tensor[None] for name, tensor in row.items()}
+        model = build_model(
+            model_config, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=length), seed=0
+        )
+        batch = torch.utils.data.default_collate([data[i] for i in range(3)])
         mask = _segment_mask(batch["segment_ids"])
-        packed = model(batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"])[0]
-        for segment in range(1, num_segments + 1):
-            place = row["segment_ids"] == segment
-            tokens, labels = row["tokens"][place][None], row["labels"][place][None]
-            alone = model(tokens, row["position_ids"][place][None], attention_mask=None, labels=labels)[0]
-            torch.testing.assert_close(packed[place], alone, rtol=1e-5, atol=1e-5)
+        losses = model(batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"])
+        packed_total, packed_num_tokens, _ = _loss_function(batch, losses)
+        order = np.random.RandomState(0).permutation(len(rows))
+        examples = [rows[int(order[i])] for i in range(3)]
+        assert max(map(len, examples)) > 1
+        total, num_tokens = 0.0, 0
+        for example in itertools.chain.from_iterable(examples):
+            tokens = torch.from_numpy(example.tokens.astype(np.int64))[None]
+            positions = torch.arange(tokens.shape[1] - 1)[None]
+            alone = model(tokens[:, :-1], positions, attention_mask=None, labels=tokens[:, 1:])[0]
+            counted = torch.from_numpy(example.has_loss[1:].copy())
+            total += float(alone[counted].sum())
+            num_tokens += int(counted.sum())
+    assert int(packed_num_tokens) == num_tokens
+    assert float(packed_total) == pytest.approx(total, rel=1e-5)
+
+
+def test_packed_index_and_files_give_the_same_samples(
+    pairs: ExampleRows, examples_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    pack_sft(
+        PackOptions(
+            input=[examples_path],
+            tokenizer=tokenizer_path,
+            output=tmp_path / "pairs",
+            sequence_length=128,
+            prompt_column="prompt",
+            response_column="response",
+        )
+    )
+    tokenizer = Tokenizer(tokenizer_path)
+    packed = PackedExamples(PackedIndex(tmp_path / "pairs"), tokenizer, 128, seed=3)
+    in_memory = PackedExamples(pairs, tokenizer, 128, seed=3)
+    for i in range(2 * len(pairs)):
+        for name, tensor in packed[i].items():
+            torch.testing.assert_close(tensor, in_memory[i][name], rtol=0, atol=0)
 
 
 def test_finetuning_starts_from_a_checkpoint_and_learns(
@@ -109,9 +178,83 @@ def test_finetuning_starts_from_a_checkpoint_and_learns(
     assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in metrics], rel=1e-4)
 
 
+@pytest.fixture
+def chats_recipe(chats_prefix: Path, tokenizer_path: Path) -> dict:
+    return {
+        "training": {
+            "num_epochs": 2,
+            "dtype": "fp32",
+            "sequence_length": 256,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+        },
+        "data": {"train": str(chats_prefix), "tokenizer": str(tokenizer_path)},
+    }
+
+
+def test_epochs_of_a_packed_index_resume_to_the_bit(
+    train: Train, chats_recipe: dict, chats_prefix: Path, tmp_path: Path
+) -> None:
+    num_rows = len(PackedIndex(chats_prefix))
+    save = {"checkpoint": {"save_interval": 5}}
+    unbroken = train("run", program=FINETUNE, changes=chats_recipe | save)
+    assert len(unbroken) == -(-2 * num_rows // 4) > 5
+    for folder in (tmp_path / "run/checkpoints").glob("step_*"):
+        if folder.name > "step_00000005":
+            shutil.rmtree(folder)
+    resumed = train("run", "--data.num_workers=1", program=FINETUNE, changes=chats_recipe | save)
+    assert [(m["step"], m["loss"], m["grad_norm"]) for m in resumed] == [
+        (m["step"], m["loss"], m["grad_norm"]) for m in unbroken
+    ]
+
+
+def test_resume_with_other_data_is_refused(
+    train: Train, chats_recipe: dict, chats_prefix: Path, examples_path: Path
+) -> None:
+    steps = {"training": chats_recipe["training"] | {"num_epochs": None, "num_steps": 3}}
+    save = {"checkpoint": {"save_interval": 2}}
+    train("run", program=FINETUNE, changes=chats_recipe | steps | save)
+    with pytest.raises(AssertionError, match=r"UserError.*another content of data\.train"):
+        train("run", f"--data.train={examples_path}", program=FINETUNE, changes=chats_recipe | steps | save)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--training.sequence_length=64"], "packed for training.sequence_length=256, not 64"),
+        (["--data.train=[PREFIX, JSONL]"], "mixes packed indices with other files"),
+        (["--data.train=JSONL"], "training.num_epochs needs packed indices"),
+        (["--training.num_epochs=0"], "training.num_epochs=0"),
+        (["--data.tokenizer=OTHER"], "packed with another tokenizer"),
+    ],
+)
+def test_what_a_packed_index_cannot_do_is_refused(
+    overrides: list[str],
+    words: str,
+    chats_recipe: dict,
+    chats_prefix: Path,
+    examples_path: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_path, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(chats_recipe | {"model": {"vocab_size": 512}}))
+    names = {"PREFIX": chats_prefix, "JSONL": examples_path, "OTHER": other}
+    for name, value in names.items():
+        overrides = [override.replace(name, str(value)) for override in overrides]
+    with pytest.raises(UserError, match=re.escape(words)):
+        recipe = prepare(*load_recipe(FinetuneRecipe, [str(path), *overrides]))
+        with platform.process_groups(ParallelConfig()):
+            build_sft_data(recipe)
+
+
 @pytest.mark.parametrize("line", ["no json", '{"prompt": "p"}', '{"prompt": 1, "response": "r"}', "[1, 2]"])
 def test_a_bad_line_is_named(line: str, tokenizer_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "p", "response": "r"}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: expected a JSON object"):
-        list(read_examples(SftDataConfig(train=[path]), Tokenizer(tokenizer_path)))
+    recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: .*: mend the line"):
+        build_sft_data(recipe)

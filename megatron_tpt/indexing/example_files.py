@@ -1,0 +1,79 @@
+"""Files of examples, read field by field: JSON lines (plain, gzip, Zstandard) and Parquet. Everything streams."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
+
+_ROWS_PER_BATCH = 256
+_BYTES_PER_BATCH = 4 << 20
+
+
+def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
+    """Number (from 1) and example, or what is wrong, of every line or row of a file. Blank lines are passed over."""
+    batch: list[tuple[int, dict[str, Any] | BadExample]] = []
+    num_bytes = 0
+    for number, fields, size in _read_fields(path, format.columns):
+        batch.append((number, fields))
+        num_bytes += size
+        if num_bytes >= _BYTES_PER_BATCH or len(batch) >= _ROWS_PER_BATCH:
+            yield from _encode(batch, format)
+            batch, num_bytes = [], 0
+    yield from _encode(batch, format)
+
+
+def _encode(
+    batch: Sequence[tuple[int, dict[str, Any] | BadExample]], format: ExampleFormat
+) -> Iterator[tuple[int, Example | BadExample]]:
+    encoded = iter(format.encode_batch([fields for _, fields in batch if not isinstance(fields, BadExample)]))
+    for number, fields in batch:
+        yield number, fields if isinstance(fields, BadExample) else next(encoded)
+
+
+def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
+    """Number, fields and size in bytes of every line or row."""
+    if path.name.endswith(".parquet"):
+        for number, row in enumerate(_parquet_rows(path, columns), start=1):
+            yield number, row, 0
+        return
+    import pyarrow
+
+    try:
+        # Unlike Python's readers, pyarrow's find every packed file that was cut short.
+        with pyarrow.input_stream(str(path)) as stream, io.BufferedReader(stream, 1 << 20) as lines:
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark some editors write
+                if line.strip():
+                    yield number, _json_object(line), len(line)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read, or damaged ({error}); make or fetch it again") from None
+
+
+def _json_object(line: bytes) -> dict[str, Any] | BadExample:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadExample("not UTF-8", f"{error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return BadExample("not JSON", str(error))
+    return fields if isinstance(fields, dict) else BadExample("no JSON object", f"it is a {type(fields).__name__}")
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in columns if name not in names]:
+                raise UserError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(names)}")
+            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=list(columns)):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,61 @@
+"""Chat templates of the common families, with and without generation spans, and a tokenizer that knows their tokens."""
+
+from pathlib import Path
+
+from megatron_tpt.indexing.options import TrainTokenizerOptions
+from megatron_tpt.indexing.train_tokenizer import train_tokenizer
+
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|header|>", "<|/header|>", "<|eot|>"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_WITH_SPANS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA = (
+    "{{ '<|begin|>' }}{% for message in messages %}"
+    "{{ '<|header|>' + message.role + '<|/header|>\n\n' + message.content | trim + '<|eot|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\n\n' }}{% endif %}"
+)
+LLAMA_WITH_SPANS = (
+    "{{ '<|begin|>' }}{% for message in messages %}{{ '<|header|>' + message.role + '<|/header|>\n\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content | trim + '<|eot|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content | trim + '<|eot|>' }}{% endif %}{% endfor %}"
+)
+# Like Qwen3's: reasoning, which may have a field of its own or stand in the content, is shown in the last turn only.
+_WITHOUT_EARLIER_REASONING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% set content = message.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set reasoning = message.reasoning_content or"
+    " message.content.split('</think>')[0].split('<think>')[-1] if '</think>' in message.content"
+    " or message.reasoning_content else '' %}"
+    "BEGIN"
+    "{% if loop.last and reasoning %}"
+    "{{ '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content }}{% else %}{{ content }}{% endif %}"
+    "{{ '<|im_end|>' }}END"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN = _WITHOUT_EARLIER_REASONING.replace("BEGIN", "").replace("END", "")
+QWEN_WITH_SPANS = _WITHOUT_EARLIER_REASONING.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def make_chat_tokenizer(folder: Path, records: Path) -> Path:
+    """A byte-level BPE tokenizer trained on `records`, with the tokens of these templates, and CHATML as its own."""
+    template = folder.with_suffix(".jinja")
+    template.write_text(CHATML)
+    options = TrainTokenizerOptions(
+        input=[records], output=folder, vocab_size=400, special_tokens=SPECIAL_TOKENS, chat_template=template
+    )
+    return train_tokenizer(options)

@@ -1,0 +1,18 @@
+"""Pack conversations, or prompts and responses, into rows of a fixed length for fine-tuning.
+
+python tools/pack_sft.py --input chats.jsonl.zst --tokenizer TOKENIZER_DIR --output data/sft --sequence-length 32768
+"""
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.indexing.packing_options import PackOptions
+
+
+def main() -> None:
+    options = parse(PackOptions, description=__doc__)
+    from megatron_tpt.indexing.pack_sft import pack_sft
+
+    pack_sft(options)
+
+
+if __name__ == "__main__":
+    run(main)
