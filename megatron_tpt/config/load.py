@@ -15,14 +15,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.recipe import DatasetSource, FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.presets import PRESETS
 
 USAGE = "RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]] [--help]"
 
 
-def _parser(cls: type[Recipe]) -> ArgumentParser:
+def _parser(cls: type) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False, usage=f"%(prog)s {USAGE}", description=cls.__doc__)
     parser.add_class_arguments(cls)
@@ -124,6 +124,23 @@ def _spell_out_sources(raw: dict[str, Any]) -> None:
             data[split] = [{"path": item} if isinstance(item, str) else item for item in data[split]]
 
 
+def _take_sources(raw: dict[str, Any]) -> dict[str, list[DatasetSource]]:
+    """The sources of data, parsed one by one and taken out: jsonargparse needs time as the square of a list's length,
+    minutes for thousands of sources. What is no list of mappings stays, to be refused with the rest."""
+    data = raw.get("data")
+    taken: dict[str, list[DatasetSource]] = {}
+    if not isinstance(data, dict):
+        return taken
+    parser = _parser(DatasetSource)
+    for split in ("train", "validation"):
+        items = data.get(split)
+        if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+            parsed = (parser.instantiate(parser.parse_object(item)).as_dict() for item in items)
+            taken[split] = [DatasetSource(**fields) for fields in parsed]
+            del data[split]
+    return taken
+
+
 def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
     """Dataclasses from nested mappings. Raises UserError that names an unknown key or a wrong type."""
     raw = copy.deepcopy(raw)
@@ -135,11 +152,14 @@ def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
         raw["data"]["train"] = [raw["data"]["train"]]
     parser = _parser(cls)
     try:
+        sources = _take_sources(raw) if cls is PretrainRecipe else {}
         sections = parser.instantiate(parser.parse_object(raw)).as_dict()
     except UserError:
         raise
     except Exception as error:  # jsonargparse's own errors have several types
         raise UserError("recipe: " + " ".join(str(error).split())) from None
+    if sources:
+        sections["data"] = dataclasses.replace(sections["data"], **sources)
     return cls(**sections)
 
 

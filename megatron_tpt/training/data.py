@@ -202,7 +202,7 @@ def _portions(recipe: PretrainRecipe) -> list[_Portion]:
     return portions
 
 
-def _open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[torch.utils.data.Dataset]:
+def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[torch.utils.data.Dataset]:
     """The training dataset and, where the recipe validates, the validation dataset."""
     portions = _portions(recipe)
     manifests = iter(read_manifests(source.path for portion in portions for source in portion.sources))
@@ -243,10 +243,10 @@ def prepare_cache(recipe: PretrainRecipe) -> None:
     """
     cache = SampleCache(cache_folder(recipe))
     try:
-        _open_splits(recipe, cache)
+        open_splits(recipe, cache)
     except MissingEntryError:
         with cache.building():
-            _open_splits(recipe, cache)
+            open_splits(recipe, cache)
 
 
 @dataclasses.dataclass
@@ -323,7 +323,7 @@ def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
 
 def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
-    train, *validation = _open_splits(recipe, SampleCache(cache_folder(recipe)))
+    train, *validation = open_splits(recipe, SampleCache(cache_folder(recipe)))
     tokenizer = Manifest.read(recipe.data.train[0].path).tokenizer
     return TrainingData(
         train=make_loader(train, recipe),

@@ -9,7 +9,7 @@ from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.training.data import Loader, _open_splits, mark_thinking, prepare_cache
+from megatron_tpt.training.data import Loader, open_splits, mark_thinking, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -60,7 +60,7 @@ def test_marks_are_exact_wherever_a_sample_is_cut(
         truth[number] = (document.tolist(), marks)
 
     prepare_cache(pretrain_recipe)
-    dataset = _open_splits(pretrain_recipe, SampleCache(pretrain_recipe.data.cache_dir))[0]
+    dataset = open_splits(pretrain_recipe, SampleCache(pretrain_recipe.data.cache_dir))[0]
     num_samples_within_thought = 0
     for i in range(len(dataset)):
         sample = dataset[i]

@@ -27,7 +27,7 @@ from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training import data
-from megatron_tpt.training.data import _open_splits, prepare_cache
+from megatron_tpt.training.data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import build_blend_index
 
@@ -85,7 +85,7 @@ def test_the_order_of_one_dataset_is_megatron_cores(
     ours = make_recipe(recipe, [index_prefix], tmp_path / "ours", num_steps=num_steps)
     theirs = megatrons_own([index_prefix], ours, tmp_path / "theirs")
     prepare_cache(ours)
-    dataset = _open_splits(ours, SampleCache(tmp_path / "ours"))[0]
+    dataset = open_splits(ours, SampleCache(tmp_path / "ours"))[0]
     assert len(theirs.document_index) == math.ceil(epochs) * 300
     for name in ("document_index", "sample_index", "shuffle_index"):
         expected = getattr(theirs, name)
@@ -99,7 +99,7 @@ def test_the_order_of_a_blend_is_megatron_cores(recipe: dict, index_prefix: Path
     ours = make_recipe(recipe, prefixes, tmp_path / "ours", num_steps=100)
     theirs = megatrons_own(prefixes, ours, tmp_path / "theirs")
     prepare_cache(ours)
-    blend = _open_splits(ours, SampleCache(tmp_path / "ours"))[0]
+    blend = open_splits(ours, SampleCache(tmp_path / "ours"))[0]
     np.testing.assert_array_equal(blend.dataset_index, theirs.dataset_index)
     np.testing.assert_array_equal(blend.dataset_sample_index, theirs.dataset_sample_index)
     for i in (0, 1, 2, 5, 799):
@@ -110,7 +110,7 @@ def test_megatron_core_itself_opens_what_we_built(recipe: dict, index_prefix: Pa
     ours = make_recipe(recipe, [index_prefix], tmp_path / "cache")
     prepare_cache(ours)
     before = contents(tmp_path / "cache")
-    dataset = _open_splits(ours, SampleCache(tmp_path / "cache"))[0]
+    dataset = open_splits(ours, SampleCache(tmp_path / "cache"))[0]
     opened = GPTDataset._build_document_sample_shuffle_indices(dataset)
     for array, expected in zip(
         opened, (dataset.document_index, dataset.sample_index, dataset.shuffle_index), strict=True
@@ -208,14 +208,14 @@ def test_the_cache_of_other_settings_or_another_content_is_not_used(
         write_records(tmp_path / "other.jsonl", (Record(f"{i}", "ban ke lo " * (i % 9 + 1), None) for i in range(300)))
         index(IndexOptions(input=[tmp_path / "other.jsonl"], tokenizer=tokenizer, output=prefix))
     with pytest.raises(MissingEntryError, match=r"tools/build_cache.py"):
-        _open_splits(other, SampleCache(tmp_path / "cache"))
+        open_splits(other, SampleCache(tmp_path / "cache"))
 
 
 def test_an_index_at_another_place_uses_the_same_cache(recipe: dict, index_prefix: Path, tmp_path: Path) -> None:
     """Machines may have their own copy of the data under their own path."""
     prepare_cache(make_recipe(recipe, [index_prefix], tmp_path / "cache"))
     elsewhere = make_recipe(recipe, copies(index_prefix, tmp_path, 1), tmp_path / "cache")
-    assert _open_splits(elsewhere, SampleCache(tmp_path / "cache"))[0] is not None
+    assert open_splits(elsewhere, SampleCache(tmp_path / "cache"))[0] is not None
 
 
 def test_an_array_cut_short_is_built_again(recipe: dict, index_prefix: Path, tmp_path: Path, capfd) -> None:
@@ -277,7 +277,7 @@ def test_the_tool_builds_what_training_opens(recipe: dict, index_prefix: Path, t
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"{tmp_path / 'cache'}" in result.stdout
-    assert _open_splits(
+    assert open_splits(
         make_recipe(recipe, [index_prefix], tmp_path / "cache", num_steps=7), SampleCache(tmp_path / "cache")
     )
 
