@@ -19,8 +19,8 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 384
 
 
-def make_tokenizer(folder: Path, *, eos: bool = True, chat_template: str | None = None) -> None:
-    """Write a byte-level BPE tokenizer whose think tags are tokens of their own."""
+def make_tokenizer(folder: Path, *, eos: bool = True, chat_template: str | None = None, thinks: bool = True) -> None:
+    """Write a byte-level BPE tokenizer; with `thinks` its think tags are tokens of their own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -28,7 +28,7 @@ def make_tokenizer(folder: Path, *, eos: bool = True, chat_template: str | None 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<think>", "</think>", "<|user|>", "<|assistant|>"],
+        special_tokens=["<|endoftext|>", *(["<think>", "</think>"] if thinks else []), "<|user|>", "<|assistant|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

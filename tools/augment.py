@@ -1,7 +1,11 @@
 """Let a model think about every document, and write the documents with their thinking in shards.
 
 python tools/augment.py --input documents.jsonl --output data/thinking --model MODEL_DIR
+python tools/augment.py --recipe augment.yaml --estimate 200                     # what would it cost?
+python tools/augment.py --recipe augment.yaml --executor slurm --num-tasks 64    # the same, as a job array
 """
+
+import sys
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.thinking.options import AugmentOptions
@@ -9,9 +13,20 @@ from megatron_tpt.thinking.options import AugmentOptions
 
 def main() -> None:
     options = parse(AugmentOptions, description=__doc__)
-    from megatron_tpt.thinking.augment import augment
+    if options.estimate is not None:
+        from megatron_tpt.thinking.estimate import estimate
 
-    augment(options)
+        print(estimate(options).summary())
+    elif options.task is None and (options.scale.num_tasks > 1 or options.scale.executor != "local"):
+        from megatron_tpt.thinking.augment import launch
+
+        report = launch(options, [sys.executable, *sys.argv])
+        print(report.summary(), file=sys.stderr)
+        sys.exit(report.exit_code)
+    else:
+        from megatron_tpt.thinking.augment import augment
+
+        augment(options)
 
 
 if __name__ == "__main__":

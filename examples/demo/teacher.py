@@ -20,7 +20,7 @@ from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import read_records
-from megatron_tpt.thinking.prompts import EXPERT_TEMPLATE, PLACEHOLDER
+from megatron_tpt.thinking.prompts import EXPERT
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,7 +41,7 @@ class TeacherOptions:
 
 def prompt(parcel: Parcel) -> str:
     """What the teacher reads; the tag that opens the thinking begins the response."""
-    return EXPERT_TEMPLATE.replace(PLACEHOLDER, parcel.document)
+    return EXPERT.text.format(document=parcel.document)
 
 
 def response(parcel: Parcel) -> str:

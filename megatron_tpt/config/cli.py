@@ -1,23 +1,68 @@
 """Command lines from dataclasses, and the exit codes all programs share: 0 done, 2 the user can mend it, 1 a fault."""
 
+import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from megatron_tpt.errors import UserError
 
+_RECIPE = "--recipe"
+
 
 def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
     """Build a `cls` (a dataclass) from command-line options: `--text-column VALUE` for the field `text_column`.
 
-    The docstring under a field is its help; a list takes several values. An unknown option or a value of the wrong type
-    ends the program with exit code 2; a `UserError` raised in `__post_init__` passes through.
+    The docstring under a field is its help; a list takes several values. `--recipe FILE` puts the options of a YAML
+    file in its place, `text_column: VALUE`; options after it win. An unknown option or a value of the wrong type ends
+    the program with exit code 2; a `UserError` raised in `__post_init__` passes through.
     """
-    return tyro.cli(cls, args=argv, description=description)
+    return tyro.cli(cls, args=_with_recipes(sys.argv[1:] if argv is None else argv), description=description)
+
+
+def _with_recipes(argv: Sequence[str]) -> list[str]:
+    """`argv` with each `--recipe FILE` replaced by the options in the file."""
+    arguments: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, path = argument.partition("=")
+        if name == _RECIPE:
+            arguments += _recipe_options(Path(path if equals else next(rest, "")))
+        else:
+            arguments.append(argument)
+    return arguments
+
+
+def _recipe_options(path: Path) -> Iterator[str]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{_RECIPE} {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a list of options, as in `model: DIR`")
+    return _options(recipe, "--")
+
+
+def _options(recipe: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in recipe.items():
+        option = prefix + str(name).replace("_", "-")
+        if isinstance(value, Mapping):
+            yield from _options(value, f"{option}.")
+        elif isinstance(value, bool):
+            yield option if value else f"{prefix}no-{option.removeprefix(prefix)}"
+        elif isinstance(value, list):
+            yield from (option, *map(str, value))
+        elif value is not None:
+            yield from (option, str(value))
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -33,6 +78,14 @@ def run(main: Callable[[], Any]) -> None:
     except BrokenPipeError:  # `... | head` closed our output: not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            code = 1
+        else:
+            place = f" ({error.filename})" if error.filename else ""
+            print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
+            code = 2
     except Exception:
         traceback.print_exc()
         code = 1

@@ -1,72 +1,231 @@
 """Augmenting: read documents, let a model think about each, write records with the thinking, in shards.
 
-    OUTPUT/augment.json                       the settings, written first; a run with other settings is refused
-    OUTPUT/part-00003-00017.jsonl.zst         the records of block 17 (some consecutive rows) of source number 3
-    OUTPUT/rejects/part-00003-00017.jsonl.zst what came to nothing in that block, and why
-    OUTPUT/README.md                          the data set card, when all is done
-    OUTPUT/journal/, ledger/, progress/, logs/   see journal.py, ledger.py, progress.py
+    OUTPUT/augment.json                        the settings, written first; a run with other settings is refused
+    OUTPUT/part-00003-00017.jsonl.zst          the records of block 17 (some consecutive rows) of source number 3
+    OUTPUT/rejects/part-00003-00017.jsonl.zst  what came to nothing in that block, and why
+    OUTPUT/README.md                           the data set card, when all is done
+    OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py
 
 A shard appears whole or not at all, and never changes. The same command run again after a crash asks only for what was
-not finished. Requests of several blocks are under way at once, so that the engine stays full while the last documents of
-a block finish. A job of several tasks divides the sources among them, or the blocks where there are fewer sources than
-tasks; tasks share nothing but the folder.
+not finished. Requests of several blocks are under way at once, so that the engine stays full while the last documents
+of a block finish. A job of several tasks divides the sources among them, or the blocks where there are fewer sources
+than tasks; tasks share nothing but the folder.
 """
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import (
-    Completion,
-    Engine,
-    Failure,
-    Request,
-    Sampling,
-    check_context,
-    check_model,
-    load_tokenizer,
-    open_engine,
-)
-from megatron_tpt.records import Columns, Row, Source, expand_sources, read_blocks, read_records, write_lines, write_records
-from megatron_tpt.records import Record
-from megatron_tpt.scale import task_lock
+from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.records import Progress as ReadProgress
+from megatron_tpt.records import Row, Source, describe, read_blocks
+from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
-from megatron_tpt.thinking.journal import Journal, Line, path_of
-from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, read_entries
+from megatron_tpt.thinking.job import Generator, Job, plan
+from megatron_tpt.thinking.journal import Journal, Line
+from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest, read_entries
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import Progress, Reporter
-from megatron_tpt.thinking.prompts import Documents, Prompt, Template, load_template
-from megatron_tpt.thinking.rows import OpenRow, RowWorker, id_digest, make_reject
-from megatron_tpt.thinking.settings import check_output, make_settings, write_settings
+from megatron_tpt.thinking.progress import Progress, Reporter, show_total
+from megatron_tpt.thinking.rows import OpenRow, Outcome, make_reject
+from megatron_tpt.thinking.settings import check_output, write_settings
+from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.statistics import ThinkingStatistics
-from megatron_tpt.thinking.thoughts import ThoughtReader
-
-_SUFFIX = ".jsonl.zst"
-# So many bad rows and no good one at the start of the input are a wrong column name, not bad luck.
-_MAX_BAD_AT_START = 100
 
 
 def augment(options: AugmentOptions) -> Progress:
-    """Do one task of the job `options` describe, or all of it where it has one task.
+    """Do the job that `options` describe, or the one task of it that they name.
 
     Raises UserError for what the user can mend, before anything is written.
     """
-    job = check_job(options)
-    with task_lock(options.output / "locks", options.task or 0) if options.output.exists() else _no_lock():
-        ...
+    job = plan(options)
+    check_output(options.output, job.settings)
+    task = _Task(job)
+    blocks = task.blocks()
+    first = next(blocks, None)
+    if first is None:
+        print(
+            f"{options.output}: all {task.progress.shards_skipped:,} shards are there; nothing to do", file=sys.stderr
+        )
+    else:
+        generator = job.generator()
+        write_settings(options.output, job.settings)
+        with task_lock(task.output.locks, task.number):
+            task.run(generator, itertools.chain([first], blocks))
+    _write_card(job, task.output)
+    return task.progress
 
 
-class Job(NamedTuple):
-    """What `options` come to, checked."""
+def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
+    """Run `command`, whose options these are, as the tasks that it is to be split into.
 
-    options: AugmentOptions
-    sources: list[Source]
-    columns: Columns
-    template: Template
-    settings: dict[str, Any]
+    Raises UserError for what the user can mend, before anything is started.
+    """
+    job = plan(options)
+    check_output(options.output, job.settings)
+    job.generator()
+    write_settings(options.output, job.settings)
+    output = Output(options.output)
+    with show_total(output.progress):
+        report = run_tasks(command, options.scale, output.logs)
+    _write_card(job, output)
+    return report
+
+
+def _write_card(job: Job, output: Output) -> None:
+    """Write the data set card, unless another task is still at work."""
+    if output.is_complete():
+        total = ThinkingStatistics()
+        for entry in read_entries(output.ledgers.glob("*.jsonl")):
+            total.merge(entry.statistics)
+        write_card(output.folder, job.settings, total)
+
+
+@dataclass
+class _Block:
+    """A block that is not done."""
+
+    source: Source
+    name: str
+    ledger: Ledger
+    rows: Iterator[Row]
+    journal: Journal = field(init=False)
+    open_rows: int = 0
+    """Rows that are being thought about."""
+    is_read: bool = False
+    """Whether all its rows have been seen."""
+
+
+class _Task:
+    """The walk of one task over its share of the input."""
+
+    def __init__(self, job: Job) -> None:
+        self.number = job.options.task or 0
+        self.output = Output(job.options.output)
+        self.progress = Progress()
+        self._job = job
+        self._num_tasks = job.options.scale.num_tasks
+        self._ids = IdSet()
+        self._finished_bytes = 0
+        self._read = ReadProgress()
+        self._end = 0
+
+    def _owns(self, source: int, block: int) -> bool:
+        """Whole sources where there are enough of them: then a task reads nothing that another reads."""
+        turn = source if len(self._job.sources) >= self._num_tasks else source + block
+        return turn % self._num_tasks == self.number
+
+    def blocks(self) -> Iterator[_Block]:
+        """The blocks of this task that are not done, each to be read to its end before the next is taken."""
+        rows_left = self._job.options.limit
+        sources = list(enumerate(self._job.sources))
+        if len(sources) >= self._num_tasks:
+            sources = sources[self.number :: self._num_tasks]
+        self.progress.input_bytes = sum(source.num_bytes or 0 for _, source in sources)
+        for number, source in sources:
+            if rows_left is not None and rows_left <= 0:
+                return
+            ledger = Ledger(self.output.ledgers, number, self.number)
+            self._read, self._end = ReadProgress(), 0
+            yield from self._source_blocks(number, source, ledger, rows_left)
+            self._finished_bytes += source.num_bytes or 0
+            self._read.num_bytes = 0
+            if rows_left is not None:
+                rows_left -= max([self._end, *(entry.end for entry in ledger.entries.values())])
+
+    def _source_blocks(self, number: int, source: Source, ledger: Ledger, limit: int | None) -> Iterator[_Block]:
+        rows_per_block = self._job.options.records_per_shard
+
+        def is_beyond(row: int) -> bool:
+            return limit is not None and row >= limit
+
+        def is_wanted(block: int) -> bool:
+            name = block_name(number, block)
+            if is_beyond(block * rows_per_block):
+                return True  # to end the walk there
+            if self.output.is_done(name):
+                if name in ledger.entries:
+                    self._ids.update(ledger.entries[name].digests)
+                self.progress.shards_skipped += self._owns(number, block)
+                return False
+            return self._owns(number, block)
+
+        for block, rows in read_blocks(source, self._job.columns, rows_per_block, is_wanted, self._read):
+            if is_beyond(block * rows_per_block):
+                return
+            inside = itertools.takewhile(lambda row: not is_beyond(row.number), rows)
+            yield _Block(source, block_name(number, block), ledger, inside)
+
+    def run(self, generator: Generator, blocks: Iterator[_Block]) -> None:
+        """Think about all rows of `blocks`."""
+        with open_engine(generator.engine_options) as engine:
+            self.progress.input_bytes_skipped = self._input_bytes_read()
+            path = self.output.progress / f"task-{self.number:05d}.json"
+            reporter = Reporter(self.progress, path, self._input_bytes_read)
+            for request, outcome in engine.generate(self._requests(generator, blocks)):
+                block, row, number = request.key
+                self._answered(generator, block, row, number, outcome)
+                reporter.show()
+            reporter.show(last=True)
+
+    def _input_bytes_read(self) -> int:
+        return self._finished_bytes + self._read.num_bytes
+
+    def _requests(self, generator: Generator, blocks: Iterator[_Block]) -> Iterator[Request]:
+        for block in blocks:
+            block.journal = self.output.journal(block.name)
+            for row in block.rows:
+                self._end = row.number + 1
+                if (opened := self._open(generator, block, row)) is None:
+                    continue
+                block.open_rows += 1
+                for request, prompt, seed in generator.worker.requests(opened):
+                    yield Request(prompt, replace(generator.sampling, seed=seed), (block, opened, request))
+                if opened.is_done:  # its last answer was the last thing an earlier run did
+                    self._close(generator, block, opened)
+            block.is_read = True
+            self._finish_if_done(block)
+
+    def _open(self, generator: Generator, block: _Block, row: Row) -> OpenRow | None:
+        """The row as one to think about; None when it is finished already, or has come to nothing."""
+        digest = id_digest(row.record.id) if row.record is not None else None
+        if row.number not in block.journal:
+            if digest is not None and digest not in self._ids:
+                self._ids.add(digest)
+                return generator.worker.open(row, block.source.name, block.journal)
+            self._reject(block, row)
+        elif digest is not None:
+            self._ids.add(digest)
+        return None
+
+    def _reject(self, block: _Block, row: Row) -> None:
+        """A row that is no record, or a record whose id was there before."""
+        if row.record is None and self._job.options.on_bad_record == "stop":
+            raise UserError(describe(block.source, row))
+        record_id, reason = (None, row.problem or "") if row.record is None else (row.record.id, "duplicate_id")
+        reject = make_reject(record_id, block.source.name, row.number, reason, row.detail)
+        block.journal.add(Line(row.number, None, [], [reject]))
+        self.progress.rejects[reason] += 1
+
+    def _answered(self, generator: Generator, block: _Block, row: OpenRow, request: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Completion):
+            self.progress.prompt_tokens += outcome.num_prompt_tokens
+            self.progress.thinking_tokens += outcome.num_tokens
+        generator.worker.answered(row, request, outcome, block.journal)
+        if row.is_done:
+            self._close(generator, block, row)
+
+    def _close(self, generator: Generator, block: _Block, row: OpenRow) -> None:
+        line = generator.worker.close(row)
+        block.journal.add(line)
+        block.open_rows -= 1
+        self.progress.records += len(line.records)
+        self.progress.truncated += sum(record["meta"]["truncated"] for record in line.records)
+        self.progress.rejects.update(reject["reason"] for reject in line.rejects)
+        self._finish_if_done(block)
+
+    def _finish_if_done(self, block: _Block) -> None:
+        if block.is_read and not block.open_rows:
+            self.output.finish(block.name, block.journal, block.ledger)
+            self.progress.shards += 1

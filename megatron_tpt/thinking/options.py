@@ -1,64 +1,155 @@
 """The options of `tools/augment.py`. Light to import: the help of the command line needs nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import Sampling
-
-CLOSE_TAG = "</think>"
+from megatron_tpt.generation import EngineOptions, Sampling
+from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.thinking.filter_options import FilterOptions
 
 
 @dataclass(frozen=True)
 class AugmentOptions:
     """Which documents to think about, which model does it, and how."""
 
-    input: list[Path]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them."""
+    input: list[str]
+    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, patterns ("data/*.parquet"), Hugging Face data
+    sets (a local folder, or hf://owner/name).
+    """
     output: Path
-    """The folder to fill with part-00000.jsonl.zst, part-00001.jsonl.zst, ... Shards that are there are skipped."""
+    """The folder to fill with part-*.jsonl.zst, rejects/, a data set card. What is there already is not done again."""
     model: str
-    """The model that thinks: a Hugging Face model folder, or a Hub id (owner/name)."""
+    """The model that thinks: a Hugging Face model folder, a Hub id (owner/name), or its name at the endpoints."""
     text_column: str = "text"
     """The column with the document; several, as in "question,answer", are joined by a newline."""
     id_column: str = "id"
     """The column with the record's id; without a column "id" the id is made from the content."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    """Stop at a record without usable text, or leave it out and count it."""
+    meta_columns: list[str] = field(default_factory=list)
+    """Other columns to keep in the record's `meta`, for tools/analyze_thinking.py and for you."""
+    on_bad_record: Literal["skip", "stop"] = "skip"
+    """Put a record without usable text among the rejects, or stop at it."""
     limit: int | None = None
-    """Take only so many records."""
-    prompt: Path | None = None
-    """A template file with {document} where the document goes; by default the project's own prompt."""
+    """Look only at the first so many rows of the input."""
+
+    prompt: str = "expert"
+    """expert, random-focus, back-thinking (needs the columns question and answer), rephrase, or a file of yours with
+    {document}, {focused_document} or {COLUMN} where the text goes.
+    """
     max_document_tokens: int = 2048
-    """The model sees this much of a document, in its own tokens; the record keeps the full text."""
+    """The model sees this much of a document at once, in its own tokens."""
+    long_documents: Literal["truncate", "chunk"] = "truncate"
+    """Longer documents: the model sees their beginning, or all of them in chunks with a thinking each."""
+    text: Literal["full", "truncated"] = "full"
+    """What the record keeps of a longer document that was truncated: all, or what the model has seen."""
+    thinking_block: Literal["auto", "open", "none"] = "auto"
+    """Open the model's thinking block and stop at its end; auto: where its tokenizer or chat template knows one. Of
+    other models the plain answer is the thinking.
+    """
+    open_tag: str = "<think>"
+    """What begins the model's thinking."""
+    close_tag: str = "</think>"
+    """What ends the model's thinking."""
+
     max_new_tokens: int = 8192
-    """Longest thinking, in tokens; longer ones are cut and marked `truncated`."""
+    """Longest thinking, in tokens; longer ones are cut."""
     temperature: float = 0.6
     """Randomness of the thinking; 0 takes the likeliest token."""
     top_p: float = 0.9
     """Choose among the likeliest tokens that together have this probability."""
     seed: int = 0
-    """Every record gets its own seed from this one and its id."""
+    """Every request gets its own seed from this one and the record's id."""
+    rollouts: int = 1
+    """Thoughts per document, each in a record of its own: with 2 or more the ids end in #0, #1, ..."""
+    truncated: Literal["keep", "drop", "sentence"] = "keep"
+    """Thoughts cut at `max_new_tokens`: keep them, put them among the rejects, or cut them back to the last whole
+    sentence. `meta.truncated` tells.
+    """
+    filters: FilterOptions = field(default_factory=FilterOptions)
+    """Which thoughts to reject."""
+
     records_per_shard: int = 1000
-    """Records per output file. A shard is written when all its records are done; what a killed job loses is less
-    with small shards.
+    """Rows of the input per output file."""
+    estimate: int | None = None
+    """Write nothing: think about so many documents drawn from the input, and say what all of them would cost."""
+
+    engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
+    """vllm: in this process. vllm-server: servers that this job starts and watches, one per GPU (or group of
+    `tensor_parallel_size`). endpoint: OpenAI-compatible servers by URL. transformers: where vLLM cannot be installed.
+    """
+    endpoints: list[str] = field(default_factory=list)
+    """URLs of OpenAI-compatible servers, as in http://host:8000/v1."""
+    api: Literal["completions", "chat"] = "completions"
+    """What to ask of endpoints: completions of whole prompts, or chat, where the server applies the chat template."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable with the key for the endpoints."""
+    request_timeout_s: float = 3600
+    """Longest wait for one answer of a server."""
+    tokenizer: str | None = None
+    """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may be
+    left out; then four characters count as a token.
     """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; "auto" is what its config.json says."""
     tensor_parallel_size: int = 1
     """Number of devices that share the model."""
+    num_engines: int | None = None
+    """Servers that vllm-server starts; by default as many as there are GPUs for."""
     max_num_seqs: int | None = None
-    """Most documents thought about at once; by default 256 on CPUs and vLLM's own choice on GPUs."""
+    """Most documents thought about at once by one engine; by default the engine's own choice, 256 on CPUs."""
+
+    task: int | None = None
+    """Do only this part of the job, from 0 to --num-tasks - 1; set by the executors."""
+    scale: Annotated[ScaleOptions, tyro.conf.arg(name="")] = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:
         self.sampling()
-        for name in ("max_document_tokens", "records_per_shard", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit}: must be 1 or more")
+        for name in (
+            "max_document_tokens",
+            "records_per_shard",
+            "tensor_parallel_size",
+            "rollouts",
+            "limit",
+            "estimate",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        if (self.engine == "endpoint") != bool(self.endpoints):
+            raise UserError("--engine endpoint and --endpoints URL... need each other")
+        if self.api == "chat" and self.engine != "endpoint":
+            raise UserError("--api chat is for --engine endpoint; the other engines apply the chat template themselves")
+        if self.task is not None and not 0 <= self.task < self.scale.num_tasks:
+            raise UserError(f"--task {self.task}: must be from 0 to --num-tasks - 1 ({self.scale.num_tasks - 1})")
+        if self.limit is not None and self.scale.num_tasks > 1:
+            raise UserError("--limit counts the rows of the whole input, which tasks cannot; leave one of them out")
+        if self.text == "truncated" and self.long_documents == "chunk":
+            raise UserError("--text truncated goes with --long-documents truncate; chunks cover the whole document")
 
     def sampling(self) -> Sampling:
-        """The sampling these options ask for."""
-        return Sampling(self.temperature, self.top_p, self.max_new_tokens, stop=(CLOSE_TAG,), seed=self.seed)
+        """The sampling these options ask for; what the prompt decides is left open."""
+        return Sampling(self.temperature, self.top_p, self.max_new_tokens, seed=self.seed)
+
+    def text_columns(self) -> list[str]:
+        """The names in `text_column`."""
+        return [name.strip() for name in self.text_column.split(",")]
+
+    def engine_options(self, max_model_len: int | None, log_dir: Path) -> EngineOptions:
+        """The engine these options ask for, with a context of `max_model_len` tokens; None is the model's own."""
+        return EngineOptions(
+            kind=self.engine,
+            model=self.model,
+            max_model_len=max_model_len,
+            dtype=self.dtype,
+            tensor_parallel_size=self.tensor_parallel_size,
+            max_num_seqs=self.max_num_seqs,
+            num_engines=self.num_engines,
+            endpoints=tuple(self.endpoints),
+            api=self.api,
+            api_key_env=self.api_key_env,
+            request_timeout_s=self.request_timeout_s,
+            log_dir=log_dir,
+        )

@@ -2,40 +2,53 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
+from megatron_tpt.thinking.prompts import Template
 
 SETTINGS_NAME = "augment.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _BLOCK_BYTES = 1 << 16
-_MAX_BLOCKS = 64
 
 
-def make_settings(options: AugmentOptions, files: Iterable[Path], template: str) -> dict[str, Any]:
+def make_settings(options: AugmentOptions, sources: Sequence[Source], template: Template) -> dict[str, Any]:
     """Everything that decides what the shards hold. What only decides how fast they come is left out."""
     return {
         "format_version": FORMAT_VERSION,
-        "input": [{"path": str(path), "fingerprint": file_fingerprint(path)} for path in files],
+        "input": [{"name": source.name, "fingerprint": source_fingerprint(source, len(sources))} for source in sources],
         "text_column": options.text_column,
         "id_column": options.id_column,
+        "meta_columns": options.meta_columns,
         "on_bad_record": options.on_bad_record,
         "limit": options.limit,
         "records_per_shard": options.records_per_shard,
         "model": options.model,
         "model_files": {path.name: file_fingerprint(path) for path in _model_files(options.model)},
         "dtype": options.dtype,
-        "prompt": template,
+        "api": options.api,
+        "tokenizer": options.tokenizer,
+        "prompt": {"name": template.name, "text": template.text, "wants": template.wants},
+        "thinking_block": options.thinking_block,
+        "open_tag": options.open_tag,
+        "close_tag": options.close_tag,
         "max_document_tokens": options.max_document_tokens,
+        "long_documents": options.long_documents,
+        "text": options.text,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "top_p": options.top_p,
         "seed": options.seed,
+        "rollouts": options.rollouts,
+        "truncated": options.truncated,
+        "filters": asdict(options.filters),
     }
 
 
@@ -73,21 +86,26 @@ def write_settings(output: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def file_fingerprint(path: Path) -> str:
-    """A digest that tells a changed file at the cost of reading 4 MiB: of its size and of blocks spread evenly over it.
+def file_fingerprint(path: Path, max_blocks: int = 64) -> str:
+    """A digest that tells a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
 
-    Files up to 4 MiB are read whole. It finds other weights or another corpus under an old name, not a changed letter
-    somewhere in a large file.
+    Files of up to `max_blocks` blocks are read whole. It finds other weights or another corpus under an old name, not a
+    changed letter somewhere in a large file.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(size.to_bytes(8))
-    num_blocks = -(-size // _BLOCK_BYTES)
-    step = max(num_blocks / _MAX_BLOCKS, 1)
+    last = max(-(-size // _BLOCK_BYTES) - 1, 0)
+    num_blocks = min(last + 1, max_blocks)
     with path.open("rb") as file:
-        for i in range(min(num_blocks, _MAX_BLOCKS)):
-            file.seek(int(i * step) * _BLOCK_BYTES)
+        for i in range(num_blocks):
+            file.seek(i * last // max(num_blocks - 1, 1) * _BLOCK_BYTES)
             digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()[:32]
+
+
+def source_fingerprint(source: Source, num_sources: int) -> str | None:
+    """As `file_fingerprint`, of less where there are thousands of files; None for what is not a file."""
+    return file_fingerprint(source.path, max_blocks=max(64 // num_sources, 2)) if source.path else None
 
 
 def _model_files(model: str) -> list[Path]:

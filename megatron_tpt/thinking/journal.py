@@ -1,0 +1,111 @@
+"""What is finished of one block of the input, on the disk the moment it is finished.
+
+    OUTPUT/.work/journal/part-00003-00017.jsonl
+
+A block is some consecutive rows of a source; it becomes one shard. While it is under way every finished row is a line
+of its journal, written with one system call: kill -9 loses only what was still being thought about. When all rows are
+there, the shard is made from the journal and the journal is removed; so a block is done when its shard (or, if every
+row was rejected, its rejects) is there and its journal is not.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_SUFFIX = ".jsonl"
+
+
+class Line(NamedTuple):
+    """All that came of one row of the input."""
+
+    row: int
+    id: str | None
+    """The record's id; None where there is no record, or where the id was another row's before."""
+    records: list[dict[str, Any]]
+    rejects: list[dict[str, Any]]
+
+
+class Journal:
+    """The journal of one block, begun or gone on with."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError when `path` cannot be made or written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._rows: dict[int, tuple[int, int]] = {}
+        self._answers: dict[tuple[int, int], dict[str, Any]] = {}
+        self._end = 0
+        for begin, line in self._lines():
+            self._note(line, begin, self._end - begin)
+        os.ftruncate(self._file, self._end)
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The whole lines and where they begin; what a crash left behind the last of them is passed over."""
+        with self.path.open("rb") as file:
+            for raw in file:
+                try:
+                    line = json.loads(raw) if raw.endswith(b"\n") else None
+                except ValueError:
+                    line = None
+                if not isinstance(line, dict):
+                    return
+                begin, self._end = self._end, self._end + len(raw)
+                yield begin, line
+
+    def _note(self, line: dict[str, Any], begin: int, length: int) -> None:
+        if "request" in line:
+            self._answers[line["row"], line["request"]] = line["answer"]
+        else:
+            self._rows[line["row"]] = begin, length
+
+    def __contains__(self, row: int) -> bool:
+        """Whether row number `row` is finished."""
+        return row in self._rows
+
+    def answer(self, row: int, request: int) -> dict[str, Any] | None:
+        """What `add_answer` was given for this request."""
+        return self._answers.get((row, request))
+
+    def add_answer(self, row: int, request: int, answer: dict[str, Any]) -> None:
+        """Keep the answer to one of the several requests of a row that is not finished."""
+        self._append({"row": row, "request": request, "answer": answer})
+
+    def add(self, line: Line) -> None:
+        """Keep what came of a row, which is finished by that."""
+        self._append(line._asdict())
+
+    def _append(self, line: dict[str, Any]) -> None:
+        raw = json.dumps(line).encode() + b"\n"  # escaped, so that whatever a `meta` holds comes back as it was
+        if os.write(self._file, raw) != len(raw):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._note(line, self._end, len(raw))
+        self._end += len(raw)
+
+    def lines(self) -> Iterator[Line]:
+        """All finished rows, in the order of the input."""
+        for row in sorted(self._rows):
+            begin, length = self._rows[row]
+            yield Line(**json.loads(os.pread(self._file, length, begin)))
+
+    def close(self) -> None:
+        """Leave the file for the next run."""
+        os.close(self._file)
+
+    def remove(self) -> None:
+        """The block is written out."""
+        self.path.unlink()
+        self.close()
+
+
+def name_of(path: Path) -> str:
+    """The block's name in the name of its journal."""
+    return path.name.removesuffix(_SUFFIX)
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Where the journal of the block called `name` is."""
+    return folder / f"{name}{_SUFFIX}"

@@ -1,0 +1,113 @@
+"""What is known of the finished blocks of a source, so that a run that goes on need not open a single shard.
+
+    OUTPUT/.work/ledger/00003-task-00001.jsonl      one line for every block that task 1 has finished of source number 3
+
+The line is on the disk before the block's journal goes, so that a block that counts as done has one.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from megatron_tpt.thinking.statistics import ThinkingStatistics
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished block."""
+
+    block: str
+    end: int
+    """One past the number of its last row."""
+    digests: numpy.ndarray
+    """Digests of the ids in it, uint64; see `IdSet`."""
+    statistics: ThinkingStatistics
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+        return json.dumps(
+            {
+                "block": self.block,
+                "end": self.end,
+                "ids": base64.b64encode(self.digests.tobytes()).decode(),
+                "statistics": self.statistics.to_json(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> "Entry":
+        """The entry in a line. Raises ValueError or KeyError for what is none."""
+        fields = json.loads(line)
+        digests = numpy.frombuffer(base64.b64decode(fields["ids"]), dtype=numpy.uint64)
+        return cls(fields["block"], fields["end"], digests, ThinkingStatistics.from_json(fields["statistics"]))
+
+
+class Ledger:
+    """The finished blocks of one source, whichever task finished them."""
+
+    def __init__(self, folder: Path, source: int, task: int) -> None:
+        self._path = folder / f"{source:05d}-task-{task:05d}.jsonl"
+        self.entries = {entry.block: entry for entry in read_entries(folder.glob(f"{source:05d}-task-*.jsonl"))}
+
+    def add(self, entry: Entry) -> None:
+        """Note a finished block."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a+b") as file:
+            # What a crash cut off must not swallow the line after it.
+            whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+            file.write((b"" if whole else b"\n") + entry.to_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries[entry.block] = entry
+
+
+def read_entries(paths: Iterable[Path]) -> Iterator[Entry]:
+    """The entries in ledger files, but for lines that a crash cut off."""
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    yield Entry.from_json(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+
+def id_digest(record_id: str) -> int:
+    """64 bits that stand for an id."""
+    return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
+
+
+class IdSet:
+    """The ids that were seen, as 64-bit digests: 8 bytes each, and some more for the latest.
+
+    Two ids share a digest with a probability of about n² / 2⁶⁵ among n of them: 3·10⁻⁸ for a million.
+    """
+
+    _MAX_RECENT = 1 << 16
+
+    def __init__(self) -> None:
+        self._sorted = numpy.empty(0, dtype=numpy.uint64)
+        self._recent: set[int] = set()
+
+    def __contains__(self, digest: int) -> bool:
+        if digest in self._recent:
+            return True
+        at = int(numpy.searchsorted(self._sorted, numpy.uint64(digest)))
+        return at < len(self._sorted) and int(self._sorted[at]) == digest
+
+    def add(self, digest: int) -> None:
+        """Add one."""
+        self._recent.add(digest)
+        if len(self._recent) > max(self._MAX_RECENT, len(self._sorted) // 8):
+            self.update(numpy.fromiter(self._recent, dtype=numpy.uint64, count=len(self._recent)))
+            self._recent.clear()
+
+    def update(self, digests: numpy.ndarray) -> None:
+        """Add many, as uint64."""
+        self._sorted = numpy.union1d(self._sorted, digests)

@@ -1,0 +1,163 @@
+"""One row of the input: what to ask the generator about it, and the records that come of the answers."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_tpt.generation import Completion, Failure, derive_seed
+from megatron_tpt.records import Record, Row
+from megatron_tpt.thinking.journal import Journal, Line
+from megatron_tpt.thinking.options import AugmentOptions
+from megatron_tpt.thinking.prompts import Documents, Part, Prompt, Template
+from megatron_tpt.thinking.thoughts import Thought, ThoughtReader
+
+type Outcome = Completion | Failure
+
+
+@dataclass
+class OpenRow:
+    """A row that is being thought about. Its requests are numbered rollout by rollout, chunk by chunk."""
+
+    number: int
+    record: Record
+    source: str
+    stretches: list[tuple[Part, int]]
+    """What is asked about, and where each ends in the text, in characters."""
+    num_document_tokens: int
+    num_requests: int
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.outcomes) == self.num_requests
+
+
+class RowWorker:
+    """Turns rows into prompts and answers into records, by one set of options."""
+
+    def __init__(
+        self, options: AugmentOptions, template: Template, documents: Documents, prompt: Prompt, reader: ThoughtReader
+    ) -> None:
+        self._options = options
+        self._template = template
+        self._documents = documents
+        self._prompt = prompt
+        self._reader = reader
+        # The columns that only the prompt needs come with the record and go again.
+        self._prompt_columns = [name for name in template.placeholders if name in options.text_columns()]
+
+    def open(self, row: Row, source: str, journal: Journal | None = None) -> OpenRow:
+        """Cut the document as the options say, and recall the answers that the journal has."""
+        assert row.record is not None
+        text = row.record.text
+        if self._options.long_documents == "chunk":
+            stretches = list(self._documents.chunks(text))
+            num_tokens = sum(len(part.ids) for part, _ in stretches)
+        else:
+            part, num_tokens = self._documents.first(text)
+            stretches = [(part, len(part.text) if self._options.text == "truncated" else len(text))]
+        num_requests = self._options.rollouts * len(stretches)
+        opened = OpenRow(row.number, row.record, source, stretches, num_tokens, num_requests)
+        for request in range(num_requests if journal else 0):
+            if journal and (answer := journal.answer(row.number, request)) is not None:
+                opened.outcomes[request] = _outcome(answer)
+        return opened
+
+    def requests(self, row: OpenRow) -> Iterator[tuple[int, Any, int]]:
+        """Number, prompt and seed of the requests that are not answered."""
+        columns = {name: row.record.meta[name] for name in self._prompt_columns}
+        for request in range(row.num_requests):
+            if request not in row.outcomes:
+                rollout, chunk = divmod(request, len(row.stretches))
+                names = (row.record.id,) if row.num_requests == 1 else (row.record.id, rollout, chunk)
+                seed = derive_seed(self._options.seed, *names)
+                yield request, self._prompt.fill(row.stretches[chunk][0], columns, seed), seed
+
+    def answered(self, row: OpenRow, request: int, outcome: Outcome, journal: Journal) -> None:
+        """Take an answer; it is in the journal when this returns, unless the row is finished by it."""
+        row.outcomes[request] = outcome
+        if not row.is_done:
+            journal.add_answer(row.number, request, _answer(outcome))
+
+    def close(self, row: OpenRow) -> Line:
+        """The records and rejects of a row whose requests are all answered."""
+        line = Line(row.number, row.record.id, [], [])
+        num_chunks = len(row.stretches)
+        for rollout in range(self._options.rollouts):
+            outcomes = [row.outcomes[rollout * num_chunks + chunk] for chunk in range(num_chunks)]
+            failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
+            if failure is not None:
+                line.rejects.append(self._reject(row, rollout, f"engine_{failure.reason}", failure.message))
+                continue
+            thoughts = [
+                self._reader.read(part.text, outcome)
+                for (part, _), outcome in zip(row.stretches, outcomes, strict=True)
+                if isinstance(outcome, Completion)
+            ]
+            if all(thought.reason for thought in thoughts):
+                first = thoughts[0]
+                line.rejects.append(self._reject(row, rollout, first.reason or "", thinking=first.rejected_text))
+            else:
+                line.records.append(asdict(self._record(row, rollout, thoughts)))
+        return line
+
+    def _record(self, row: OpenRow, rollout: int, thoughts: list[Thought]) -> Record:
+        thinking, chunks = "", []
+        for thought, (_, end) in zip(thoughts, row.stretches, strict=True):
+            thinking += ("\n\n" if thinking and thought.text else "") + thought.text
+            chunks.append({"text_end": end, "thinking_end": len(thinking), "reason": thought.reason})
+        meta = self._meta(row, rollout) | {
+            "finish_reason": "length" if any(t.finish_reason == "length" for t in thoughts) else "stop",
+            "document_tokens": row.num_document_tokens,
+            "thinking_tokens": sum(thought.num_tokens for thought in thoughts),
+            "prompt_tokens": sum(thought.num_prompt_tokens for thought in thoughts),
+            "truncated": any(thought.truncated for thought in thoughts),
+        }
+        if self._options.long_documents == "chunk":
+            meta["chunks"] = chunks
+        return Record(self._id(row, rollout), row.record.text[: row.stretches[-1][1]], thinking, meta)
+
+    def _meta(self, row: OpenRow, rollout: int) -> dict[str, Any]:
+        options = self._options
+        kept = {
+            name: value
+            for name, value in row.record.meta.items()
+            if name not in self._prompt_columns or name in options.meta_columns
+        }
+        meta = kept | {
+            "source": row.source,
+            "generator": options.model,
+            "prompt": self._template.name,
+            "sampling": {
+                "temperature": options.temperature,
+                "top_p": options.top_p,
+                "max_new_tokens": options.max_new_tokens,
+                "seed": options.seed,
+            },
+        }
+        return meta | ({"document_id": row.record.id, "rollout": rollout} if options.rollouts > 1 else {})
+
+    def _id(self, row: OpenRow, rollout: int) -> str:
+        return row.record.id if self._options.rollouts == 1 else f"{row.record.id}#{rollout}"
+
+    def _reject(
+        self, row: OpenRow, rollout: int, reason: str, detail: str = "", thinking: str | None = None
+    ) -> dict[str, Any]:
+        return make_reject(self._id(row, rollout), row.source, row.number, reason, detail, thinking)
+
+
+def make_reject(
+    record_id: str | None, source: str, row: int, reason: str, detail: str = "", thinking: str | None = None
+) -> dict[str, Any]:
+    """A line of the rejects: which row of the input was left out, and why."""
+    return {"id": record_id, "source": source, "row": row, "reason": reason, "detail": detail, "thinking": thinking}
+
+
+def _answer(outcome: Outcome) -> dict[str, Any]:
+    fields = asdict(outcome)
+    fields.pop("token_ids", None)
+    return fields
+
+
+def _outcome(answer: dict[str, Any]) -> Outcome:
+    return Failure(**answer) if "message" in answer else Completion(token_ids=(), **answer)

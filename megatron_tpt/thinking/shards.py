@@ -1,0 +1,90 @@
+"""The output folder of an augment run, block by block."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import zstandard
+
+from megatron_tpt.files import atomic_write
+from megatron_tpt.records import REJECTS, Record, write_records
+from megatron_tpt.thinking.journal import Journal, name_of, path_of
+from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest
+from megatron_tpt.thinking.statistics import ThinkingStatistics
+
+WORK = ".work"
+"""The folder in the output for what only the next run needs; hidden, so that it is not read as records."""
+_SUFFIX = ".jsonl.zst"
+
+
+def block_name(source: int, block: int) -> str:
+    """The name of a block in files: `part-00003-00017`."""
+    return f"part-{source:05d}-{block:05d}"
+
+
+class Output:
+    """Which blocks are done, and how one is written out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rejects = folder / REJECTS
+        self.journals = folder / WORK / "journal"
+        self.ledgers = folder / WORK / "ledger"
+        self.progress = folder / WORK / "progress"
+        self.locks = folder / WORK / "locks"
+        self.logs = folder / "logs"
+        self._done = {
+            path.name.removesuffix(_SUFFIX)
+            for place in (self.folder, self.rejects)
+            for path in place.glob(f"part-*{_SUFFIX}")
+        } - {name_of(path) for path in self.journals.glob("part-*")}
+
+    def is_done(self, name: str) -> bool:
+        """Whether the block was finished when this object was made."""
+        return name in self._done
+
+    def journal(self, name: str) -> Journal:
+        """The journal of a block that is not done."""
+        return Journal(path_of(self.journals, name))
+
+    def is_complete(self) -> bool:
+        """Whether nothing is under way, here or in another task."""
+        return not any(self.journals.glob("part-*"))
+
+    def finish(self, name: str, journal: Journal, ledger: Ledger) -> ThinkingStatistics:
+        """Write out a block whose rows are all in its journal, and return what it holds.
+
+        The journal goes last: until then the block counts as unfinished, and is written out again.
+        """
+        statistics, digests, end = ThinkingStatistics(), [], 0
+        for line in journal.lines():
+            for fields in line.records:
+                statistics.add_record(Record(**fields))
+            for reject in line.rejects:
+                statistics.add_reject(reject["reason"])
+            if line.id is not None:
+                digests.append(id_digest(line.id))
+            end = line.row + 1
+        if statistics.rejects:
+            self._write_rejects(self.rejects / f"{name}{_SUFFIX}", journal)
+        if statistics.records:
+            write_records(self.folder / f"{name}{_SUFFIX}", _records(journal))
+        ledger.add(Entry(name, end, numpy.array(digests, dtype=numpy.uint64), statistics))
+        journal.remove()
+        return statistics
+
+    def _write_rejects(self, path: Path, journal: Journal) -> None:
+        with (
+            atomic_write(path) as temporary,
+            temporary.open("wb") as file,
+            zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed,
+        ):
+            for line in journal.lines():
+                for reject in line.rejects:
+                    packed.write(json.dumps(reject).encode() + b"\n")
+
+
+def _records(journal: Journal) -> Iterator[Record]:
+    for line in journal.lines():
+        yield from (Record(**fields) for fields in line.records)

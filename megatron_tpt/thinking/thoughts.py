@@ -1,0 +1,85 @@
+"""From what an engine wrote to the thinking of a record: tags taken off, a cut end mended, a bad thought rejected."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tpt.generation import Completion
+from megatron_tpt.thinking.filter_options import FilterOptions
+from megatron_tpt.thinking.filters import cut_to_sentence, judge
+
+Truncated = Literal["keep", "drop", "sentence"]
+Wants = Literal["thinking", "answer"]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """The thinking about one stretch of a document."""
+
+    text: str
+    """Without tags; empty where it was rejected."""
+    num_tokens: int
+    """Tokens of `text` in the generator's vocabulary."""
+    truncated: bool
+    """Cut at `max_new_tokens`, whatever was done about it."""
+    finish_reason: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    reason: str | None = None
+    """Why it was rejected."""
+    rejected_text: str = ""
+
+
+class ThoughtReader:
+    """Makes thoughts of completions by one set of options."""
+
+    def __init__(
+        self,
+        wants: Wants,
+        open_tag: str,
+        close_tag: str,
+        truncated: Truncated,
+        filters: FilterOptions,
+        count_tokens: Callable[[str], int],
+    ) -> None:
+        self._wants = wants
+        self._open_tag = open_tag
+        self._close_tag = close_tag
+        self._truncated = truncated
+        self._filters = filters
+        self._count_tokens = count_tokens
+
+    def read(self, document: str, completion: Completion) -> Thought:
+        """The thought in `completion` about `document`."""
+        text, is_cut = self._wanted(completion)
+        reason = "truncated" if is_cut and self._truncated == "drop" else None
+        if is_cut and self._truncated == "sentence":
+            text = cut_to_sentence(text)
+        reason = reason or judge(document, text, self._filters)
+        return Thought(
+            text="" if reason else text,
+            num_tokens=0 if reason else self._num_tokens(text, completion),
+            truncated=is_cut,
+            finish_reason=completion.finish_reason,
+            num_prompt_tokens=completion.num_prompt_tokens,
+            num_generated_tokens=completion.num_tokens,
+            reason=reason,
+            rejected_text=text if reason else "",
+        )
+
+    def _wanted(self, completion: Completion) -> tuple[str, bool]:
+        """The thinking, or the answer after it, and whether the limit cut it."""
+        at_limit = completion.finish_reason == "length"
+        thinking, closed, answer = completion.text.partition(self._close_tag)
+        if self._wants == "answer":
+            begun = closed or self._open_tag not in completion.text
+            return (answer if closed else thinking if begun else "").strip(), at_limit
+        if completion.reasoning is not None:
+            return completion.reasoning.strip(), at_limit and not completion.text.strip()
+        return thinking.removeprefix(self._open_tag).strip(), at_limit and not closed
+
+    def _num_tokens(self, text: str, completion: Completion) -> int:
+        if text == completion.text.strip():
+            # What ended the thinking is no part of it.
+            return completion.num_tokens - (completion.finish_reason == "stop")
+        return self._count_tokens(text)
