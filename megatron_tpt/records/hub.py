@@ -52,6 +52,7 @@ class HubDataset:
     def pieces(self, source_name: str, index: int, columns: Columns) -> Iterator[Piece]:
         """The rows of shard `index`. Raises UserError when the Hub cannot be reached."""
         import datasets
+        import httpx
         import pyarrow
 
         stream = _stream(self)
@@ -62,19 +63,20 @@ class HubDataset:
                 yield loaded_piece(table)
         except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, EOFError, zlib.error) as error:
             raise DamagedSource(f"not readable ({_one_line(error)})") from error
-        except OSError as error:
+        except (OSError, httpx.HTTPError) as error:
             raise UserError(f"{source_name}: cannot be read ({_one_line(error)}); run again to go on") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _stream(dataset: HubDataset) -> Any:
     import datasets
+    import httpx
 
     try:
         return datasets.load_dataset(
             dataset.path, dataset.config, split=dataset.split, revision=dataset.revision, streaming=True
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)})") from error
 
 

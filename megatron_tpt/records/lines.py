@@ -11,7 +11,9 @@ from megatron_tpt.records.record import BadRecord, DamagedSource
 
 MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-_PACKED_BYTES = 512  # what a poor choice of data packs into so few bytes, 16 MiB with Zstandard, still fits in memory
+# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of the two formats.
+_GZIP_BYTES = 16 << 10
+_ZSTANDARD_BYTES = 512
 
 
 def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[bytes]:
@@ -31,21 +33,21 @@ def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[
 
 def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     if path.name.endswith(".gz"):
-        return _unpack(file, lambda: zlib.decompressobj(wbits=31), zlib.error)
+        return _unpack(file, _GZIP_BYTES, lambda: zlib.decompressobj(wbits=31), zlib.error)
     if path.name.endswith(".zst"):
         import zstandard
 
         # The command-line tool refuses windows over 128 MiB unless told otherwise; large corpora are packed with 2 GiB.
         unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        return _unpack(file, unpacker.decompressobj, zstandard.ZstdError)
+        return _unpack(file, _ZSTANDARD_BYTES, unpacker.decompressobj, zstandard.ZstdError)
     return iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
-def _unpack(file: IO[bytes], new_frame: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
+def _unpack(file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
     """Unpack the frames (gzip: members) that follow each other in a file."""
     frame = None
     try:
-        while packed := file.read(_PACKED_BYTES):
+        while packed := file.read(num_bytes):
             while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros
                 frame = frame or new_frame()
                 yield frame.decompress(packed)

@@ -45,8 +45,10 @@ class Columns:
         return tuple(dict.fromkeys([*self.texts, "thinking", *self.kept]))
 
 
-def parse_line(line: bytes, columns: Columns) -> Record:
-    """Make a record of a line of JSON. Raises BadRecord."""
+def parse_line(line: bytes, columns: Columns) -> Record | None:
+    """Make a record of a line of JSON; None of a blank line. Raises BadRecord."""
+    if not line or line.isspace():
+        return None
     try:
         fields = orjson.loads(line)
     except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, deep nesting, ...
@@ -61,7 +63,14 @@ def parse_line(line: bytes, columns: Columns) -> Record:
 
 def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
     """Make a record of a table's row, {column: Python value}. Raises BadRecord."""
-    return _record({name: _json_value(value, name) for name, value in fields.items()}, columns)
+    values = {name: _json_value(value, name) for name, value in fields.items() if name != "meta"}
+    if fields.get("meta") is not None:
+        try:
+            values["meta"] = _json_value(fields["meta"], "meta")
+        except BadRecord:
+            if "meta" in columns.meta:
+                raise  # it was asked for; otherwise it is a foreign column of that name
+    return _record(values, columns)
 
 
 def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
@@ -71,13 +80,16 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
         raise _no_text(fields, columns) from None
     if not text or text.isspace():
         raise BadRecord("empty text")
-    thinking = _string(fields, "thinking")
-    if thinking is not None and (not thinking or thinking.isspace()):
-        thinking = None
+    thinking = fields.get("thinking")
+    if thinking is not None:
+        thinking = _string(fields, "thinking")
+        if not thinking or thinking.isspace():
+            thinking = None
     meta = _meta(fields.get("meta"))
     if columns.meta:
         meta = meta | {name: fields[name] for name in columns.meta if name in fields}
-    return Record(_id(fields, columns.id, text), text, thinking, meta)
+    id = fields.get(columns.id)
+    return Record(id if id and type(id) is str else _id(id, columns.id, text), text, thinking, meta)
 
 
 def _loads(line: bytes) -> Any:
@@ -131,14 +143,11 @@ def _string(fields: Mapping[str, Any], name: str) -> str | None:
     raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
 
 
-def _id(fields: Mapping[str, Any], id_column: str, text: str) -> str:
-    value = fields.get(id_column)
+def _id(value: Any, id_column: str, text: str) -> str:
     if value is None or value == "":
         if id_column != "id":
             raise BadRecord("no id", f"in column {id_column!r}")
         return content_id(text)
-    if isinstance(value, str):
-        return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise BadRecord("id is neither string nor integer")
@@ -146,6 +155,8 @@ def _id(fields: Mapping[str, Any], id_column: str, text: str) -> str:
 
 def _meta(value: Any) -> dict[str, Any]:
     """`meta` is ours where it is an object (in Parquet we keep it as JSON); a foreign column of that name is left."""
+    if isinstance(value, dict):
+        return value
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)

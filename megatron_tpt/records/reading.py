@@ -78,7 +78,7 @@ def read_blocks(
         if wanted(block):
             if not reader.has_rows():
                 return
-            rows = _rows(reader, parse, end)
+            rows = _rows(reader, parse, columns, end)
             yield block, rows
             rows.close()
         try:
@@ -87,6 +87,9 @@ def read_blocks(
             return
         if reader.row < end:
             return
+
+
+type _Parse = Callable[[Any, Columns], Record | None]
 
 
 class _Reader(Protocol):
@@ -98,7 +101,7 @@ class _Reader(Protocol):
     def take(self) -> Any: ...
 
 
-def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader, Callable[[Any], Record | None]]:
+def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader, _Parse]:
     """The rows of a source and what makes records of them (None of a blank line)."""
     if source.dataset is not None:
         pieces = source.dataset.pieces(source.name, source.shard, columns)
@@ -110,18 +113,18 @@ def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader
         pieces = arrow_pieces(source.path, columns, progress.report)
     else:
         lines = LineReader(read_chunks(source.path, progress.report))
-        return lines, lambda line: parse_line(line, columns) if line and not line.isspace() else None
-    return TableReader(source.name, pieces), lambda fields: parse_row(fields, columns)
+        return lines, parse_line
+    return TableReader(source.name, pieces), parse_row
 
 
-def _rows(reader: _Reader, parse: Callable[[Any], Record | None], end: int) -> Generator[Row]:
+def _rows(reader: _Reader, parse: _Parse, columns: Columns, end: int) -> Generator[Row]:
     """The rows from where `reader` is to row number `end`."""
     while reader.row < end:
         number = reader.row
         try:
             if not reader.has_rows():
                 return
-            record = parse(reader.take())
+            record = parse(reader.take(), columns)
         except BadRecord as bad:
             yield Row(number, None, bad.problem, bad.detail, reader.row_bytes)
         except DamagedSource as damage:

@@ -36,9 +36,12 @@ class Source:
 def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """The sources behind `inputs`, each once, in the order in which they are named first.
 
-    A file is itself; a folder is the record files in it at any depth, sorted (hidden names are left out: unfinished
-    files have such names; so are folders called "rejects", where jobs put what they left out), or the files of the data set that `save_to_disk` left there; a pattern ("data/**/*.jsonl")
-    is what it matches, sorted; "hf://owner/name/config?split=train" is the shards of that data set.
+    - A file is itself.
+    - A folder is the record files in it at any depth, sorted; hidden names are left out (unfinished files have such
+      names), and folders called "rejects", where jobs put what they left out. A folder written by `save_to_disk` is
+      the files of that data set.
+    - A pattern ("data/**/*.jsonl.zst") is the files and folders that it matches, sorted.
+    - "hf://owner/name/config?split=train" is the shards of that data set on the Hub (see `HubDataset.parse`).
 
     Raises UserError for what is missing or of an unknown kind, a folder or pattern without record files, and for no
     input at all.
@@ -63,7 +66,10 @@ def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _file_source(path: Path) -> Source:
-    return Source(str(path), path.stat().st_size, path)
+    try:
+        return Source(str(path), path.stat().st_size, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _hub_sources(url: str) -> Iterator[Source]:
@@ -76,7 +82,10 @@ def _hub_sources(url: str) -> Iterator[Source]:
 def _files(text: str) -> list[Path]:
     path = Path(os.path.expanduser(text))
     if path.is_dir():
-        return _folder_files(path)
+        found = _folder_files(path)
+        if not found:
+            raise UserError(f"{path}: no record files in this folder ({', '.join(_FOUND_SUFFIXES)})")
+        return found
     if path.exists():
         if not path.name.endswith(_READ_SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; records are read from {', '.join(_READ_SUFFIXES)}")
@@ -84,11 +93,13 @@ def _files(text: str) -> list[Path]:
     if not glob.has_magic(text):
         raise UserError(f"{path}: no such file or folder")
     suffixes = _READ_SUFFIXES if text.endswith((".json", ".arrow")) else _FOUND_SUFFIXES
-    found: list[Path] = []
+    found = []
     for match in sorted(map(Path, glob.iglob(str(path), recursive=True))):
+        if REJECTS in match.parts and REJECTS not in path.parts:
+            continue
         if not match.is_dir():
             found += [match] if match.name.endswith(suffixes) else []
-        elif not text.endswith("**"):  # which matches the files within as well
+        elif path.name != "**":  # which matches the files within as well
             found += _folder_files(match)
     if not found:
         raise UserError(f"{path}: nothing matches this pattern ({', '.join(suffixes)})")
@@ -99,23 +110,27 @@ def _folder_files(folder: Path) -> list[Path]:
     if (saved := _saved_dataset(folder)) is not None:
         return saved
     found = (file for file in folder.rglob("*") if file.name.endswith(_FOUND_SUFFIXES) and file.is_file())
-    files = sorted(file for file in found if not _is_hidden(file.relative_to(folder).parts))
-    if not files:
-        raise UserError(f"{folder}: no record files in this folder ({', '.join(_FOUND_SUFFIXES)})")
-    return files
+    return sorted(file for file in found if not _is_left_out(file.relative_to(folder).parts))
 
 
-def _is_hidden(names: Iterable[str]) -> bool:
+def _is_left_out(names: Iterable[str]) -> bool:
     return any(name.startswith(".") or name == REJECTS for name in names)
 
 
 def _saved_dataset(folder: Path) -> list[Path] | None:
     """The files of a data set that was saved by `Dataset.save_to_disk`, None for any other folder."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-        if len(splits) != 1:
-            raise UserError(f"{folder}: holds several splits; name one: {', '.join(str(folder / s) for s in splits)}")
-        return _saved_dataset(folder / splits[0])
-    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
-        return None
-    return [folder / file["filename"] for file in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+            if len(splits) != 1:
+                names = ", ".join(str(folder / split) for split in splits)
+                raise UserError(f"{folder}: holds several splits; name one: {names}")
+            return _saved_dataset(folder / splits[0])
+        if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+            files = json.loads((folder / "state.json").read_bytes())["_data_files"]
+            return [folder / file["filename"] for file in files]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{folder}: its description as a saved data set is broken ({error!r}); save it again"
+        ) from error
+    return None

@@ -58,7 +58,7 @@ def _create(path: Path) -> Iterator[IO[bytes]]:
         elif path.name.endswith(".zst"):
             import zstandard
 
-            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
+            with zstandard.ZstdCompressor(write_checksum=True).stream_writer(file, closefd=False) as packed:
                 yield packed
         else:
             yield file

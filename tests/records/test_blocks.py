@@ -93,7 +93,8 @@ def test_wanted_blocks_hold_the_rows_that_reading_everything_gives(
     path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])  # half of all files are whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines_module, "_CHUNK_BYTES", chunk_bytes)
-        patch.setattr(lines_module, "_PACKED_BYTES", max(chunk_bytes // 2, 1))
+        patch.setattr(lines_module, "_GZIP_BYTES", chunk_bytes // 2)
+        patch.setattr(lines_module, "_ZSTANDARD_BYTES", chunk_bytes // 2)
         patch.setattr(lines_module, "MAX_LINE_BYTES", 100)
         check_blocks(path, rows_per_block, wanted, num_taken)
         if cut >= 1:
@@ -357,6 +358,15 @@ def test_a_broken_value_in_a_table_costs_its_row_alone(tmp_path: Path) -> None:
         "not UTF-8",
         "column 'image' holds bytes",
     }
+
+
+def test_a_foreign_column_called_meta_that_has_no_form_in_json_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"], "meta": [{"image": b"\xff"}]}), path)
+    (row,) = all_rows(path)
+    assert row.record and row.record.meta == {}
+    (row,) = all_rows(path, Columns(meta=("meta",)))
+    assert row.problem == "column 'meta' holds bytes"
 
 
 def test_columns_are_kept_in_meta_beside_what_is_there(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_patterns_match_record_files_sorted(tmp_path: Path) -> None:
         expand_sources([f"{folder}/*.csv"])
 
 
+def test_what_a_job_left_out_is_read_only_when_it_is_named(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "d", "a.jsonl", "rejects/b.jsonl", "empty/notes.txt")
+    for text in (folder, f"{folder}/*", f"{folder}/**", f"{folder}/**/*.jsonl"):
+        assert names([str(text)], folder) == ["a.jsonl"]
+    for text in (folder / "rejects", f"{folder}/rejects/*"):
+        assert names([str(text)], folder) == ["rejects/b.jsonl"]
+
+
 def test_what_is_named_twice_is_read_once(tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "d", "a.jsonl", "b.jsonl")
     assert names([f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)], folder) == ["b.jsonl", "a.jsonl"]
@@ -96,6 +104,13 @@ def test_a_saved_data_set_is_its_arrow_files(tmp_path: Path) -> None:
     assert len(sources) == 3 and all(source.path for source in sources)
     records = list(read_records([tmp_path / "saved"], id_column="n"))
     assert [(r.id, r.text) for r in records] == [(str(i), f"text {i}") for i in range(50)]
+
+    (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow: cannot be read"):
+        expand_sources([tmp_path / "saved"])
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="description as a saved data set is broken"):
+        expand_sources([tmp_path / "saved"])
 
     datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "one")
     assert list(read_records([tmp_path / "one"], id_column="n")) == records
@@ -201,4 +216,4 @@ def test_written_records_are_read_by_others(tmp_path: Path, suffix: str) -> None
     assert frame["text"].tolist() == [record.text for record in records]
     dataset = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert dataset["text"] == [record.text for record in records]
-    assert [meta["n"] for meta in dataset["meta"]] == [1, 2, None]
+    assert [meta.get("n") for meta in dataset["meta"]] == [1, 2, None]
