@@ -1,0 +1,39 @@
+"""The options of `tools/analyze_thinking.py`. Light to import: the help of the command line needs nothing else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """Which records to look at, and what to compare."""
+
+    input: list[str]
+    """Records with thinking: files, or folders of them."""
+    by: str
+    """Columns of `meta` to group by, with commas between, as in "domain,reasoning": a table and a picture for each. A
+    dot leads into nested columns, as in "labels.level"."""
+    output: Path
+    """A folder for report.md, and COLUMN.csv and COLUMN.png of every column; what is there is replaced."""
+    min_documents: int = 30
+    """Groups with fewer documents are put together as "(other)": below 30 an interval of the mean says little."""
+    limit: int | None = None
+    """Look at only so many records."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """Stop at a record without usable text, or leave it out and count it."""
+
+    def __post_init__(self) -> None:
+        if not all(self.columns):
+            raise UserError(f"--by {self.by!r}: give columns of meta with commas between, as in domain,reasoning")
+        if self.min_documents < 1:
+            raise UserError(f"--min-documents {self.min_documents}: must be 1 or more")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: must be 1 or more")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to group by, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.by.split(",")))
