@@ -29,7 +29,7 @@ from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import check_output, make_settings, settings_path, write_settings
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
-from megatron_tpt.corpus.workers import run_tasks
+from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
 from megatron_tpt.records import DAMAGED, expand_sources
 from megatron_tpt.scale.lock import exclusive
@@ -50,7 +50,8 @@ def prepare(options: PrepareOptions) -> Report:
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
             write_settings(options.output, settings)
-            report = _prepare(job)
+            with Workers(options.worker_count) as workers:
+                report = _prepare(job, workers)
             report.write(options.output)
             shutil.rmtree(job.work)
     except OSError as error:
@@ -59,31 +60,33 @@ def prepare(options: PrepareOptions) -> Report:
     return report
 
 
-def _prepare(job: Job) -> Report:
+def _prepare(job: Job, workers: Workers) -> Report:
     """Run all stages; those that were done before are passed over task by task."""
     index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
     index.save(job.index_path)
     try:
-        _over_sources(job, "scan", ".json", stages.scan)
+        _over_sources(job, workers, "scan", ".json", stages.scan)
     except UserError:
         if not any((job.work / "scan").rglob("*.json")):
             _forget(job)
         raise
     job = _after_scan(job)
     if job.options.deduplicate != "none":
-        _over_partitions(job, "exact")
+        _over_partitions(job, workers, "exact")
     if job.options.deduplicate == "minhash":
         num_distinct = job.num_keys - sum(len(Pairs(path)) for path in job.pair_files("exact"))
         job = replace(job, num_minhash_keys=num_distinct * job.options.minhash_num_buckets)
-        _over_sources(job, "minhash", ".keys.npy", stages.minhash)
-        _over_partitions(job, "near")
+        _over_sources(job, workers, "minhash", ".keys.npy", stages.minhash)
+        _over_partitions(job, workers, "near")
         if not job.near_path.exists():
             write_clusters(job.near_path, job.pair_files("near"))
-    _over_sources(job, "write", ".json", stages.write)
+    _over_sources(job, workers, "write", ".json", stages.write)
     return _collect(job, index)
 
 
-def _over_sources(job: Job, stage: str, suffix: str, work: Callable[[SourceTask], Iterator[int]]) -> None:
+def _over_sources(
+    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTask], Iterator[int]]
+) -> None:
     """Do a stage that reads documents. Large sources are shared among the workers."""
     num_workers = job.options.worker_count
     num_bytes = [source.num_bytes or 0 for source in job.sources]
@@ -94,7 +97,7 @@ def _over_sources(job: Job, stage: str, suffix: str, work: Callable[[SourceTask]
             num_stripes = max(1, min(num_workers, math.ceil(num_bytes[source] / stripe_bytes)))
             tasks += [SourceTask(job, source, stripe, num_stripes) for stripe in range(num_stripes)]
     progress = _Progress(stage)
-    for num_rows in run_tasks(work, tasks, num_workers):
+    for num_rows in workers.run(work, tasks):
         progress.add(num_rows)
     progress.finish()
 
@@ -105,11 +108,11 @@ def _is_done(job: Job, stage: str, suffix: str, source: int) -> bool:
     return all(job.path(stage, Shard(source, i), suffix).exists() for i in range(job.num_shards[source]))
 
 
-def _over_partitions(job: Job, stage: str) -> None:
+def _over_partitions(job: Job, workers: Workers, stage: str) -> None:
     """Do a stage that compares keys."""
     progress = _Progress(stage)
     tasks = [PartitionTask(job, stage, i) for i, path in enumerate(job.pair_files(stage)) if not path.exists()]
-    for _ in run_tasks(stages.compare, tasks, job.options.worker_count):
+    for _ in workers.run(stages.compare, tasks):
         pass
     progress.finish()
 

@@ -23,7 +23,7 @@ import orjson
 
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import document_number, text_key, write_keys, write_partition
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
+from megatron_tpt.corpus.job import PartitionTask, SourceTask, write_json
 from megatron_tpt.corpus.near_duplicates import MinHash
 from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
 from megatron_tpt.errors import UserError

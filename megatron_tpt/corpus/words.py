@@ -16,7 +16,7 @@ import numpy as np
 _ASCII_TABLE = bytes(code if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(128)
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # Any odd number with well mixed bits will do: this is 2^64 divided by the golden ratio.
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER = 0x9E3779B97F4A7C15
 _MAX_CACHED_WORDS = 1 << 18
 
 
@@ -68,15 +68,21 @@ _word_hashes = _WordHashes()
 def ngram_hashes(words: list[bytes], lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
     """For each of `lengths` (ascending), the hash of every run of so many words, in order.
 
-    The hash of a run is the polynomial of its words' hashes modulo 2^64, so that a longer run costs one step more.
+    The hash of a run is the polynomial of its words' hashes modulo 2^64, put together from those of its halves.
     Yields (length, uint64 array [number of runs]); lengths beyond the text are left out.
     """
-    hashes = np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))
-    runs, done = hashes, 1
+    known = {1: np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))}
     for length in lengths:
         if length > len(words):
             return
-        for last in range(done, length):
-            runs = runs[:-1] * _MULTIPLIER + hashes[last:]
-        done = length
-        yield length, runs
+        yield length, _runs(known, length)
+
+
+def _runs(known: dict[int, np.ndarray], length: int) -> np.ndarray:
+    if length not in known:
+        right = length // 2
+        left = length - right
+        num_runs = len(known[1]) - length + 1
+        power = np.uint64(pow(_MULTIPLIER, right, 1 << 64))
+        known[length] = _runs(known, left)[:num_runs] * power + _runs(known, right)[left:]
+    return known[length]

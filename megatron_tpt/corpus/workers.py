@@ -6,58 +6,75 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from megatron_tpt.errors import UserError
 
 
-def run_tasks[T](work: Callable[[T], Iterator[int]], tasks: Sequence[T], num_workers: int) -> Iterator[int]:
-    """Do `work(task)` for every task, in at most `num_workers` processes, and yield what the tasks yield as it comes.
-
-    `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it has
-    done. What a task raises is raised here; a worker that dies is a RuntimeError that names its task and how it ended.
-    With one worker or one task nothing is spawned. Workers end when this process does.
+class Workers:
+    """At most `num_workers` processes that do tasks. They start when they are needed, and end with the `with` block or
+    with this process, however it ends.
     """
-    if num_workers == 1 or len(tasks) <= 1:
-        for task in tasks:
-            yield from work(task)
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(tasks))
-    workers: dict[Connection, tuple[Any, T]] = {}
-    try:
-        for _ in range(min(num_workers, len(tasks))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs))
-            process.start()
-            theirs.close()
-            workers[ours] = process, waiting.pop()
-            ours.send(workers[ours][1])
-        while workers:
-            for connection in wait(list(workers)):
-                assert isinstance(connection, Connection)
-                process, task = workers[connection]
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._processes: dict[Connection, Any] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self._processes.items():
+            process.terminate()
+            process.join()
+            connection.close()
+
+    def run[T](self, work: Callable[[T], Iterator[int]], tasks: Sequence[T]) -> Iterator[int]:
+        """Do `work(task)` for every task, and yield what the tasks yield as it comes.
+
+        `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it
+        has done. A UserError or OSError of a task is raised here; a worker that dies is a RuntimeError that names its
+        task and how it ended. With one worker or one task everything is done in this process.
+        """
+        if self._num_workers == 1 or len(tasks) <= 1:
+            for task in tasks:
+                yield from work(task)
+            return
+        while len(self._processes) < min(self._num_workers, len(tasks)):
+            self._start()
+        waiting = list(reversed(tasks))
+        idle = list(self._processes)
+        busy: dict[Connection, T] = {}
+        while waiting or busy:
+            while waiting and idle:
+                connection = idle.pop()
+                busy[connection] = waiting.pop()
+                connection.send((work, busy[connection]))
+            for ready in wait(list(busy)):
+                connection = cast(Connection, ready)
                 try:
                     kind, value = connection.recv()
                 except EOFError:
+                    process = self._processes[connection]
                     process.join()
-                    raise RuntimeError(f"{_death(process)} while at {task}; run the same command again") from None
+                    raise RuntimeError(
+                        f"{_death(process)} while at {busy[connection]}; run the same command again"
+                    ) from None
                 if kind == "progress":
                     yield value
                 elif kind == "error":
                     raise value
-                elif waiting:
-                    workers[connection] = process, waiting.pop()
-                    connection.send(workers[connection][1])
                 else:
-                    del workers[connection]
-                    connection.close()
-                    process.join()
-    finally:
-        for connection, (process, _) in workers.items():
-            process.terminate()
-            process.join()
-            connection.close()
+                    idle.append(connection)
+                    del busy[connection]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,))
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
 
 
 def _death(process: Any) -> str:
@@ -67,21 +84,18 @@ def _death(process: Any) -> str:
     return f"worker {process.pid} {how}{hint}"
 
 
-def _serve(work: Callable[[Any], Iterator[int]], connection: Connection) -> None:
+def _serve(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     while True:
-        try:
-            task = connection.recv()
-        except EOFError:  # all is done
-            return
+        work, task = connection.recv()
         try:
             for progress in work(task):
                 connection.send(("progress", progress))
-        except UserError as error:
+        except (UserError, OSError) as error:
             connection.send(("error", error))
-            return
-        connection.send(("done", None))
+        else:
+            connection.send(("done", None))
 
 
 def _end_with_parent() -> None:

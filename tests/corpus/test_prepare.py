@@ -1,0 +1,281 @@
+"""tools/prepare.py from raw files to clean ones: what is dropped, what is kept, and that nothing is lost."""
+
+import dataclasses
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus_files import kept_texts, output_bytes, rejects, sentence, write_jsonl
+
+from megatron_tpt.corpus import prepare as prepare_module
+from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.corpus.prepare import prepare
+from megatron_tpt.errors import UserError
+from megatron_tpt.records import Record, content_id, read_records, write_records
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare.py"
+QUESTION = "Ann buys three apples for 12 euros each and sells 2 of them to Ben for 15 euros; how much is left?"
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Three sources in three formats: duplicates within and across them, near-duplicates, a planted evaluation item
+    (twice), bad rows.
+    """
+    folder = tmp_path / "raw"
+    texts = [sentence(seed, 60) for seed in range(40)]
+    near = texts[5].replace(".", " and so on.")
+    planted = f"{sentence(100)}\n“{QUESTION.upper()}” {sentence(101)}"
+    first = [{"id": f"a{i}", "text": text, "title": i} for i, text in enumerate([*texts[:20], texts[3], planted])]
+    first[1:1] = ["{broken", {"id": "blank", "text": " "}, "", '["no object"]']
+    write_jsonl(folder / "1.jsonl", first)
+    write_records(folder / "2.parquet", [Record(f"b{i}", text) for i, text in enumerate([*texts[15:30], near])])
+    last = [{"text": text} for text in [*texts[28:], texts[3], texts[39], texts[7].upper(), planted, 5]]
+    with gzip.open(folder / "3.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in last)
+    write_jsonl(tmp_path / "questions.jsonl", [{"question": sentence(200)}, {"question": QUESTION}])
+    return folder
+
+
+def options_for(raw: Path, **changes: Any) -> PrepareOptions:
+    evaluation = f"exam={raw.parent / 'questions.jsonl'}:question"
+    return dataclasses.replace(
+        PrepareOptions(
+            [str(raw)],
+            raw.parent / "clean",
+            meta_columns=["title"],
+            deduplicate="minhash",
+            decontaminate=[evaluation],
+            rows_per_shard=7,
+            num_workers=1,
+        ),
+        **changes,
+    )
+
+
+def test_counts_add_up_and_every_row_is_accounted_for(raw: Path) -> None:
+    options = options_for(raw)
+    report = prepare(options)
+    assert report.num_rows == 25 + 16 + 17
+    assert report.dropped == {
+        "bad record: column 'text' is not a string": 1,
+        "bad record: empty text": 1,
+        "bad record: not JSON": 1,
+        "bad record: not a JSON object": 1,
+        "contaminated": 2,
+        "duplicate": 1 + 5 + 2 + 2,
+        "near_duplicate": 2,
+    }
+    assert report.num_kept + sum(report.dropped.values()) == report.num_rows
+    lines = rejects(options.output)
+    assert Counter(line["reason"] for line in lines) == report.dropped
+    assert kept_texts(options.output) == [sentence(seed, 60) for seed in range(40)]
+    assert report.evaluation_sets["exam"]["documents"] == 2
+    assert report.num_parts == len(list(options.output.glob("part-*")))
+    assert sorted(path.name for path in options.output.iterdir() if path.name.startswith(".")) == [".lock"]
+
+
+def test_rejects_say_why(raw: Path) -> None:
+    options = options_for(raw)
+    prepare(options)
+    lines = rejects(options.output)
+    one, two, three = (str(raw / name) for name in ("1.jsonl", "2.parquet", "3.jsonl.gz"))
+    by_row = {(line["source"], line["row"]): line for line in lines}
+    assert by_row[one, 2]["reason"] == "bad record: not JSON" and by_row[one, 2]["evidence"]["detail"]
+    duplicate = by_row[one, 25]
+    assert (duplicate["id"], duplicate["reason"], duplicate["text"]) == ("a20", "duplicate", None)
+    assert duplicate["evidence"] == {"kept": {"id": "a3", "source": one, "row": 8}}
+    assert by_row[two, 5]["evidence"] == {"kept": {"id": "a19", "source": one, "row": 24}}
+    assert by_row[three, 2]["evidence"] == {"kept": {"id": "b14", "source": two, "row": 15}}
+    near = by_row[two, 16]
+    assert (near["reason"], near["evidence"]["kept"]["id"]) == ("near_duplicate", "a5")
+    assert near["text"] == sentence(5, 60).replace(".", " and so on.")
+    planted = by_row[three, 16]
+    assert planted["reason"] == "contaminated" and planted["id"] == content_id(planted["text"])
+    assert planted["evidence"] == {
+        "matches": {"exam": 10},
+        "evaluation_set": "exam",
+        "item": 2,
+        "ngram": "ann buys three apples for 12 euros each and sells 2 of them",
+    }
+
+
+def test_kept_records_keep_what_they_had_and_name_their_source(raw: Path) -> None:
+    options = options_for(raw)
+    prepare(options)
+    records = list(read_records(sorted(options.output.glob("part-*"))))
+    assert records[0] == Record("a0", sentence(0, 60), None, {"source": str(raw / "1.jsonl"), "title": 0})
+    thinking = Record("t", "text with thinking", "a thought", {"source": "elsewhere", "generator": "m"})
+    write_records(raw.parent / "t.jsonl", [thinking])
+    prepare(options_for(raw, input=[str(raw.parent / "t.jsonl")], output=raw.parent / "t", decontaminate=[]))
+    assert list(read_records([raw.parent / "t"])) == [thinking]
+
+
+def test_the_report_shows_counts_sets_and_examples(raw: Path) -> None:
+    options = options_for(raw)
+    prepare(options)
+    text = (options.output / "report.md").read_text()
+    for line in (
+        "# Corpus: 58 rows of 3 sources",
+        "| kept | 40 | 68.97% |",
+        "| contaminated | 2 | 3.45% |",
+        "| all | 58 | 100% |",
+        "| exam | 2 | 2 | 0 | 0 | 2 |",
+        "### contaminated: exam",
+        "### near_duplicate",
+    ):
+        assert line in text.splitlines()
+    assert "ngram: ann buys three apples for 12 euros each and sells 2 of them" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_kept"),
+    [
+        ({"deduplicate": "none", "decontaminate": []}, 54),
+        ({"deduplicate": "none"}, 52),
+        ({"deduplicate": "exact", "decontaminate": []}, 43),
+        ({"deduplicate": "exact"}, 42),
+        ({"deduplicate": "exact", "ignore_case": True}, 41),
+        ({"ngram": 30, "min_matches": 2}, 40),
+    ],
+)
+def test_options_decide_what_is_dropped(raw: Path, changes: dict[str, Any], num_kept: int) -> None:
+    report = prepare(options_for(raw, **changes))
+    assert report.num_kept == num_kept == report.num_rows - sum(report.dropped.values())
+
+
+def test_the_output_is_the_same_for_any_number_of_workers(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_BYTES_PER_STRIPE", 100)
+    outputs = {}
+    for num_workers in (1, 2):
+        options = options_for(raw, output=raw.parent / f"clean{num_workers}", num_workers=num_workers)
+        prepare(options)
+        outputs[num_workers] = output_bytes(options.output)
+    assert outputs[1] == outputs[2] and len(outputs[1]) > 10
+
+
+def killed_after(options: PrepareOptions, delay_s: float) -> bool:
+    """Run in a process of its own and kill it, unless it ends before. Returns whether it was killed."""
+    process = multiprocessing.get_context("fork").Process(target=prepare, args=(options,))
+    process.start()
+    process.join(delay_s)
+    was_killed = process.exitcode is None
+    process.kill()
+    process.join()
+    return was_killed
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_killed_run_goes_on_to_the_same_bytes(raw: Path) -> None:
+    expected_options = options_for(raw, output=raw.parent / "expected")
+    start_s = time.monotonic()
+    prepare(expected_options)
+    duration_s = time.monotonic() - start_s
+    expected = output_bytes(expected_options.output)
+    draw = random.Random(0)
+    states = set()
+    for trial in range(6):
+        options = options_for(raw, output=raw.parent / f"clean{trial}")
+        num_kills = 0
+        while killed_after(options, draw.uniform(0.05, 0.6) * duration_s) and num_kills < 8:
+            num_kills += 1
+            states.add(frozenset(path.name for path in (options.output / ".work").glob("*")))
+        prepare(options)
+        assert output_bytes(options.output) == expected
+    assert len(states) > 2, "the kills came at the same moment"
+
+
+def test_the_tool_goes_on_after_kill_with_several_workers(raw: Path) -> None:
+    expected_options = options_for(raw, output=raw.parent / "expected", deduplicate="exact")
+    prepare(expected_options)
+    options = options_for(raw)
+    command = [sys.executable, str(TOOL), "--input", str(raw), "--output", str(options.output), "--num-workers", "2"]
+    command += ["--meta-columns", "title", "--rows-per-shard", "7"]
+    command += ["--decontaminate", *options.decontaminate]
+    process = subprocess.Popen(command)
+    deadline_s = time.monotonic() + 120
+    while not list(options.output.glob(".work/scan/*/*.json")):
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "42 documents kept" in again.stderr
+    assert output_bytes(options.output) == output_bytes(expected_options.output)
+
+
+def test_a_finished_run_does_nothing_again(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = options_for(raw)
+    report = prepare(options)
+    times = {path: path.stat().st_mtime_ns for path in options.output.rglob("part-*")}
+    assert prepare(dataclasses.replace(options, num_workers=2)) == report
+    assert "nothing to do" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in options.output.rglob("part-*")} == times
+
+
+def test_other_settings_are_refused(raw: Path) -> None:
+    options = options_for(raw)
+    prepare(options)
+    for changes, message in [
+        ({"deduplicate": "exact"}, 'deduplicate was "minhash", now "exact"'),
+        ({"ngram": 8}, "ngram was 13, now 8"),
+        ({"input": [str(raw / "1.jsonl")]}, "input was"),
+        ({"decontaminate": []}, "decontaminate was"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(dataclasses.replace(options, **changes))
+    write_jsonl(raw.parent / "questions.jsonl", [{"question": "another"}])
+    with pytest.raises(UserError, match="decontaminate was"):
+        prepare(options)
+    (options.output / "prepare.json").unlink()
+    with pytest.raises(UserError, match=r"has shards but no prepare\.json"):
+        prepare(options)
+
+
+def test_a_mistake_leaves_the_output_free_for_another_try(raw: Path) -> None:
+    for name, message in (("1.jsonl", r"no document.*no text: 23"), ("2.parquet", "content")):
+        options = options_for(raw, input=[str(raw / name)], text_column="content", decontaminate=[])
+        with pytest.raises(UserError, match=message):
+            prepare(options)
+        assert prepare(dataclasses.replace(options, text_column="text", output=options.output)).num_kept > 10
+        for path in sorted(options.output.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_damaged_file_is_read_as_far_as_it_goes(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_BYTES_PER_STRIPE", 100)
+    texts = [sentence(seed) for seed in range(5000)]
+    write_records(raw / "cut.jsonl.zst", [Record(str(i), text) for i, text in enumerate(texts)])
+    path = raw / "cut.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-1000])
+    results = []
+    for num_workers in (1, 2):
+        output = raw.parent / f"clean{num_workers}"
+        changes = {"output": output, "decontaminate": [], "deduplicate": "exact", "num_workers": num_workers}
+        report = prepare(options_for(raw, input=[str(path)], rows_per_shard=500, **changes))
+        assert report.dropped["bad record: damaged file"] == 1
+        assert kept_texts(output) == texts[: report.num_kept] and 3000 < report.num_kept < 5000
+        results.append(output_bytes(output))
+    assert results[0] == results[1]
+
+
+def test_the_tool_says_what_to_mend(raw: Path) -> None:
+    for arguments, message in [
+        (["--input", str(raw / "none.jsonl")], "none.jsonl"),
+        (["--input", str(raw), "--decontaminate", "x"], "NAME=FILE"),
+        (["--input", str(raw), "--ngram", "0"], "--ngram 0: must be 1 or more"),
+    ]:
+        command = [sys.executable, str(TOOL), "--output", str(raw.parent / "clean"), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and message in result.stderr
+        assert "Traceback" not in result.stderr
