@@ -70,8 +70,8 @@ def worker_environments(options: ScaleOptions) -> list[dict[str, str]]:
     num_workers = options.num_workers or max(len(gpus) // options.gpus_per_task, 1)
     if num_workers * options.gpus_per_task > len(gpus):
         raise UserError(
-            f"{num_workers} tasks at once with {options.gpus_per_task} GPUs each need more than the {len(gpus)} GPUs that "
-            "this machine shows: lower num_workers or gpus_per_task"
+            f"{num_workers} tasks at once with {options.gpus_per_task} GPUs each need more than the {len(gpus)} GPUs "
+            "that this machine shows: lower num_workers or gpus_per_task"
         )
     shares = [gpus[i * options.gpus_per_task : (i + 1) * options.gpus_per_task] for i in range(num_workers)]
     return [common | {"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]

@@ -29,8 +29,8 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 0) -> Iterato
     none is ever left over; the file stays, since removing it would let two processes lock two files of one name. (A
     child that was forked without exec shares the lock, and keeps it while it lives.) Between machines it is as good as
     the file system's locks: NFS needs version 4, or 3 with lockd, and no `nolock` or `local_lock` among its mount
-    options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A file
-    system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 says that they can be done without.
+    options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A
+    file system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 says that they can be done without.
     """
     with exclusive(Path(folder) / f".task_{task:05d}.lock", f"task {task}", timeout_s=timeout_s):
         yield

@@ -36,15 +36,15 @@ class ScaleOptions:
     env_command: str | None = None
     """SLURM: shell line before each task, as in `module load cuda`. The task runs with the Python of the submission."""
     max_array_size: int | None = None
-    """SLURM: most tasks in one array; by default what the cluster allows (its MaxArraySize). More tasks: more arrays."""
+    """SLURM: most tasks in one array, by default the cluster's MaxArraySize. More tasks are more arrays."""
     requeue_before_limit_s: int = 120
     """SLURM: a task that is still running this long before its time limit is stopped and queued again."""
     max_requeues: int = 100
     """SLURM: times that one task may be queued again; after that it fails."""
     wait: bool = False
-    """SLURM: wait for the end of the tasks and report as the other executors do, instead of returning once submitted."""
+    """SLURM: wait for the end of the tasks and report as elsewhere, instead of ending once they are submitted."""
     ray_address: str | None = None
-    """Ray: address of the cluster, as in `auto` or `ray://head:10001`; by default RAY_ADDRESS, or a cluster of its own."""
+    """Ray: address of the cluster, as in `auto` or `ray://head:10001`; by default RAY_ADDRESS, else this machine."""
 
     def __post_init__(self) -> None:
         for name, least in {"num_tasks": 1, "gpus_per_task": 0, "requeue_before_limit_s": 1, "max_requeues": 0}.items():

@@ -23,8 +23,8 @@ def run_ray(
 ) -> list[TaskResult]:
     """Run the tasks that are not finished on Ray; returns all results.
 
-    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself starts a task again, up to three
-    times, whose worker or node is lost.
+    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself starts a task again, up to
+    three times, whose worker or node is lost.
     """
     ray = _import_ray()
     tasks = [task for task in range(options.num_tasks) if not is_finished(task)]

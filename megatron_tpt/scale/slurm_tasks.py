@@ -1,12 +1,12 @@
 """Tasks as elements of a SLURM job array.
 
 Element J of an array is task `offset + J`, whenever it runs: after a requeue, and beside arrays that were submitted
-later. Each element runs `megatron_tpt.scale.task` as its batch script, without srun: one process on one node needs no job
-step, the signal before the time limit reaches it directly, and options that srun reads from the environment cannot differ.
+later. Each element runs `megatron_tpt.scale.task` as its batch script, without srun: one process on one node needs no
+job step, the signal before the time limit reaches it directly, and options that srun reads cannot differ.
 
-(datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what is
-still queued then runs other ranks than it was submitted for. It submits a job that merges statistics and that waits for
-ever when a task fails, and always sets a partition and the memory per core.)
+(datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what
+is still queued then runs other ranks than it was submitted for. It submits a job that merges statistics and that waits
+for ever when a task fails, and always sets a partition and the memory per core.)
 """
 
 import hashlib
@@ -81,12 +81,12 @@ def _job_name(command: Sequence[str], log_dir: Path) -> str:
 
 
 def _queued(name: str) -> Iterator[_Element]:
-    """Elements of our arrays that wait or run. Those that are ending are left out: the lock of a task covers them."""
+    """Elements of our arrays that wait, run or are ending (as one does before it is queued again)."""
     query = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%t|%j"]
     for line in _slurm(query).splitlines():
         job_id, index, state, job_name = line.strip().split("|", 3)
         own_name, _, offset = job_name.rpartition("+")
-        if own_name == name and state != "CG":
+        if own_name == name:
             yield _Element(int(offset) + int(index), job_id, state)
 
 
@@ -208,8 +208,8 @@ def _tell_queue(
         say(f"submitted {len(missing)} of {options.num_tasks} tasks")
     if job_ids:
         say(
-            f"jobs {', '.join(job_ids)}; follow them with `squeue --job {','.join(job_ids)}` and `tail -F {log_dir}/*.log`\n"
-            f"what SLURM says: {log_dir}/slurm/*.out; the same command later submits what is missing by then"
+            f"jobs {', '.join(job_ids)}: `squeue --job {','.join(job_ids)}`; logs: `tail -F {log_dir}/*.log`, and what "
+            f"SLURM says in {log_dir}/slurm/*.out\nThe same command later submits what is missing by then."
         )
 
 

@@ -15,8 +15,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing and (missing := missing_programs()):
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
+            names = ", ".join(missing)
             reporter.write_line(
-                f"{len(needing)} tests on a real SLURM are left out: {', '.join(missing)} not found (.ci/slurm.sh installs them)"
+                f"{len(needing)} SLURM tests are left out: {names} not found (.ci/slurm.sh installs them)"
             )
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]

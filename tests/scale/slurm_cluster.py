@@ -1,4 +1,4 @@
-"""A real SLURM cluster of one node on this machine, for tests: munged, slurmctld and slurmd with a configuration of its own.
+"""A real SLURM cluster of one node on this machine, for tests: munged, slurmctld, slurmd and their own configuration.
 
 python tests/scale/slurm_cluster.py COMMAND ...     # runs the command with sbatch, squeue ... talking to that cluster
 
@@ -32,8 +32,8 @@ SlurmdUser={user}
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 AuthType=auth/munge
-# A requeued task may start again once its credential has expired.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued task starts again once its credential has expired; 5 s is the least.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid

@@ -18,7 +18,7 @@ def toy(tmp_path):
 
 
 def test_all_tasks_run_once_with_no_more_at_once_than_workers(toy):
-    report = run_tasks(toy.command("--seconds", 0.2), ScaleOptions(num_tasks=5, num_workers=2), toy.output / "logs")
+    report = run_tasks(toy.command("--meet", 2), ScaleOptions(num_tasks=5, num_workers=2), toy.output / "logs")
     assert toy.parts() == all_parts(5)
     assert (toy.output / "part-00003.txt").read_text() == "part 3 of 5\n"
     assert sorted(toy.starts()) == [0, 1, 2, 3, 4]
@@ -32,7 +32,7 @@ def test_all_tasks_run_once_with_no_more_at_once_than_workers(toy):
 def test_each_worker_has_gpus_of_its_own(toy, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,GPU-c,3,4")
     options = ScaleOptions(num_tasks=4, gpus_per_task=2)
-    run_tasks(toy.command("--seconds", 0.3), options, toy.output / "logs")
+    run_tasks(toy.command("--meet", 2), options, toy.output / "logs")
     assert {note["gpus"] for note in toy.notes()} == {"0,1", "GPU-c,3"}
     shares = [note["gpus"] for note in toy.notes()[:2]]
     assert len(set(shares)) == 2, "two tasks at once shared GPUs"

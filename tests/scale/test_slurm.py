@@ -1,6 +1,5 @@
 """On a real SLURM of one node: the fixture `cluster` starts it."""
 
-import json
 import subprocess
 
 import pytest
@@ -22,17 +21,18 @@ def queue_is_empty():
     return not queue()
 
 
-def queue():
-    return subprocess.run(["squeue", "--noheader", "--array"], capture_output=True, text=True, check=True).stdout
+def queue(form="%i"):
+    query = ["squeue", "--noheader", "--array", f"--format={form}"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout
 
 
 def test_six_tasks_over_two_arrays_and_again_only_what_is_missing(toy):
-    arguments = ["--fault", "fail", "--fault-task", 1, "--seconds", 0.3]
+    arguments = ["--fault", "fail", "--fault-task", 1, "--meet", 2]
     exit_code, printed = toy.run(*arguments, **slurm(num_tasks=6, wait=True))
     assert exit_code == 1, printed
     assert toy.parts() == [name for name in all_parts(6) if "00001" not in name]
     assert (toy.output / "part-00005.txt").read_text() == "part 5 of 6\n"
-    assert toy.most_at_once() == 2
+    assert toy.most_at_once() <= 2
     assert "task 1 failed with exit code 1" in printed and "the shelf is empty" in printed
     toy.mend()
     exit_code, printed = toy.run(*arguments, **slurm(num_tasks=6, wait=True))
@@ -78,9 +78,21 @@ def test_another_split_is_refused_while_tasks_are_queued(toy):
     wait_until(queue_is_empty)
 
 
-def test_a_task_is_queued_again_before_its_time_limit(toy):
-    # The cluster sends the signal when less than the given time is left, here at once.
-    scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=59, wait=True)
+def test_a_signal_queues_a_task_again_a_limited_number_of_times(toy):
+    program = toy.start("--fault", "hang", "--fault-task", 0, **slurm(num_tasks=1, max_requeues=1, wait=True))
+    for times in (1, 2):
+        toy.wait_for_starts(times)
+        subprocess.run(["scancel", "--signal=USR1", "--batch", queue().split()[0]], check=True)
+    _, printed = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert toy.starts() == [0, 0]
+    assert "met the time limit 2 times: raise time_limit, or max_requeues" in printed
+
+
+@pytest.mark.slow
+def test_a_task_is_queued_again_before_its_time_limit_and_completes(toy):
+    # SLURM looks every 30 s which tasks have less time left than this, and does not count shorter limits than a minute.
+    scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=55, wait=True)
     program = toy.start("--fault", "hang", "--fault-task", 0, **scale)
     toy.wait_for_starts(1)
     toy.mend()
@@ -88,14 +100,6 @@ def test_a_task_is_queued_again_before_its_time_limit(toy):
     assert program.returncode == 0, printed
     assert toy.starts() == [0, 0]
     assert "stopped by SIGUSR1" in (toy.output / "logs" / "task_00000.log").read_text()
-
-
-def test_requeues_have_an_end(toy):
-    scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=59, max_requeues=0, wait=True)
-    exit_code, printed = toy.run("--fault", "hang", "--fault-task", 0, **scale)
-    assert exit_code == 1
-    assert toy.starts() == [0]
-    assert "met the time limit 1 times: raise time_limit, or max_requeues" in printed
 
 
 def test_a_mistake_of_the_user_cancels_what_has_not_started(toy):
@@ -120,10 +124,9 @@ def test_options_reach_sbatch_and_the_shell_line_runs_before_each_task(toy):
     exit_code, printed = toy.run("--fault", "hang", "--fault-task", 0, **scale)
     assert exit_code == 0, printed
     toy.wait_for_starts(1)
-    [job] = json.loads(subprocess.run(["squeue", "--json"], capture_output=True, check=True).stdout)["jobs"]
-    assert (job["comment"], job["memory_per_node"]) == ("two words", 100)
+    assert queue("%k|%m").strip() == "two words|100M"
     assert toy.notes()[0]["gpus"] == "7"
-    subprocess.run(["scancel", str(job["job_id"])], check=True)
+    subprocess.run(["scancel", queue("%i").strip()], check=True)
     wait_until(queue_is_empty)
 
 

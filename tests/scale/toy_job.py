@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--meet", type=int, default=0, help="go on once this many tasks have started")
     parser.add_argument("--fault", choices=["fail", "kill", "user_error", "hang", "ignore_sigterm", "leave_child"])
     parser.add_argument("--fault-task", type=int, default=-1)
     parser.add_argument("--scale", type=json.loads, default={}, help="fields of ScaleOptions")
@@ -57,6 +58,8 @@ def work(arguments: argparse.Namespace) -> None:
     note(output, task, "start")
     if task == arguments.fault_task and not (output / "mended").exists():
         go_wrong(arguments.fault, output)
+    while num_starts(output) < arguments.meet:
+        time.sleep(0.05)
     time.sleep(arguments.seconds)
     with atomic_write(part(output, task)) as temporary:
         temporary.write_text(f"part {task} of {arguments.num_tasks}\n")
@@ -67,6 +70,10 @@ def note(output: Path, task: int, event: str) -> None:
     entry = {"task": task, "event": event, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()}
     with open(output / "runs.jsonl", "ab", buffering=0) as file:
         file.write(json.dumps(entry).encode() + b"\n")
+
+
+def num_starts(output: Path) -> int:
+    return (output / "runs.jsonl").read_text().count('"start"')
 
 
 def go_wrong(fault: str, output: Path) -> None:

@@ -47,8 +47,11 @@ class Toy:
         return [note["task"] for note in self.notes() if note["event"] == "start"]
 
     def most_at_once(self) -> int:
+        """The most tasks that ran at once, of those that ended."""
+        notes = self.notes()
+        ended = {note["pid"] for note in notes if note["event"] == "end"}
         now = [0]
-        for note in self.notes():
+        for note in (note for note in notes if note["pid"] in ended):
             now.append(now[-1] + (1 if note["event"] == "start" else -1))
         return max(now)
 
