@@ -1,6 +1,6 @@
 """Which thoughts are rejected. Light to import: the help of the command line needs nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_tpt.errors import UserError
@@ -57,9 +57,9 @@ class FilterOptions:
     max_foreign_share: float = 0.2
     """Reject as "wrong_script" when a larger share of the letters is in scripts that are not allowed, as when a model
     goes on in another language half-way; 1 switches it off. A quoted word or name stays far below."""
-    scripts: tuple[Script, ...] = ()
+    scripts: list[Script] = field(default_factory=list)
     """The scripts that are allowed; when none is given Latin and those that hold 5 % of the document's letters."""
-    languages: tuple[Language, ...] = ()
+    languages: list[Language] = field(default_factory=list)
     """Reject as "wrong_language" a thought in Latin script whose function words are mostly of another language that can
     be named here; too few of them prove nothing. Not looked at when none is given."""
     max_refusal_words: int = 100
@@ -72,7 +72,9 @@ class FilterOptions:
     def __post_init__(self) -> None:
         for name in ("min_words", "loop_words", "max_refusal_words"):
             if getattr(self, name) < 0:
-                raise UserError(f"filters: {name} is {getattr(self, name)}; give 0 (off) or more")
+                raise UserError(f"--filters.{name.replace('_', '-')} {getattr(self, name)}: give 0 (off) or more")
         for name in ("max_repeated_share", "max_foreign_share", "max_copied_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"filters: {name} is {getattr(self, name)}; give a share from 0 to 1 (off)")
+                raise UserError(
+                    f"--filters.{name.replace('_', '-')} {getattr(self, name)}: give a share from 0 to 1 (off)"
+                )

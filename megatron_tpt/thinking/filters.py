@@ -18,7 +18,6 @@ from megatron_tpt.thinking.filter_options import FilterOptions
 _NGRAM = 8
 _LOOP_SHARE = 0.9
 _DOCUMENT_SCRIPT_SHARE = 0.05
-_REFUSAL_CHARACTERS = 300
 _MIN_FUNCTION_WORDS = 8
 
 # Thai and Lao, Burmese, Khmer, kana, Han: written without spaces.
@@ -163,7 +162,7 @@ def _share(words: Sequence[str], marks: bytes | bytearray, *, least: int) -> flo
 def is_refusal(text: str) -> bool:
     """Whether an English text begins by declining to do what was asked: an apology and "I can't help", or the latter
     alone. Apologies and inabilities that are about something else do not count."""
-    return _REFUSAL.match(text[:_REFUSAL_CHARACTERS].replace("’", "'")) is not None
+    return _REFUSAL.match(text.replace("’", "'")) is not None
 
 
 def script_letters(text: str) -> Counter[str]:

@@ -1,5 +1,7 @@
+import json
 import random
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 from hypothesis import example, given, settings
@@ -123,8 +125,8 @@ def test_a_script_that_neither_the_document_nor_latin_has_is_wrong():
     assert judge(DOCUMENT, THOUGHT + CHINESE * 4, DEFAULTS) == "wrong_script"
     assert judge(CHINESE, CHINESE[::-1], DEFAULTS) is None
     assert judge(CHINESE, THOUGHT, DEFAULTS) is None
-    assert judge(CHINESE, THOUGHT, FilterOptions(scripts=("cjk",))) == "wrong_script"
-    assert judge(DOCUMENT, CHINESE, FilterOptions(scripts=("cjk",))) is None
+    assert judge(CHINESE, THOUGHT, FilterOptions(scripts=["cjk"])) == "wrong_script"
+    assert judge(DOCUMENT, CHINESE, FilterOptions(scripts=["cjk"])) is None
     assert judge(DOCUMENT, CHINESE, FilterOptions(max_foreign_share=1)) is None
 
 
@@ -147,9 +149,9 @@ def test_function_words_tell_the_language_of_whole_paragraphs():
     assert language(GERMAN) == "de"
     assert language("3 + 4 = 7") is None
     assert judge(DOCUMENT, GERMAN, DEFAULTS) is None
-    assert judge(DOCUMENT, GERMAN, FilterOptions(languages=("en",))) == "wrong_language"
-    assert judge(DOCUMENT, GERMAN, FilterOptions(languages=("en", "de"))) is None
-    assert judge(DOCUMENT, prose(30), FilterOptions(languages=("en",))) is None
+    assert judge(DOCUMENT, GERMAN, FilterOptions(languages=["en"])) == "wrong_language"
+    assert judge(DOCUMENT, GERMAN, FilterOptions(languages=["en", "de"])) is None
+    assert judge(DOCUMENT, prose(30), FilterOptions(languages=["en"])) is None
 
 
 def test_no_function_word_belongs_to_two_languages():
@@ -165,10 +167,17 @@ def test_the_document_again_is_a_copy():
     assert judge(DOCUMENT, DOCUMENT, FilterOptions(max_copied_share=1)) is None
 
 
+def test_options_are_the_same_after_json():
+    options = FilterOptions(scripts=["cjk", "latin"], languages=["de"])
+    content = asdict(options)
+    assert json.loads(json.dumps(content)) == content
+    assert FilterOptions(**content) == options
+
+
 def test_limits_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="min_words is -1"):
+    with pytest.raises(UserError, match=r"--filters\.min-words -1: give 0"):
         FilterOptions(min_words=-1)
-    with pytest.raises(UserError, match=r"max_copied_share is 1\.5"):
+    with pytest.raises(UserError, match=r"--filters\.max-copied-share 1\.5: give a share"):
         FilterOptions(max_copied_share=1.5)
 
 
