@@ -298,6 +298,7 @@ POISON = {
     b'{"text": "x", "id": "\\ud800"}': "column 'id' holds half a surrogate pair",
     b'{"text": "x", "meta": {"a": ["\\udfff"]}}': "column 'meta' holds half a surrogate pair",
     b'{"text": "x", "other": "\\ud800"}': None,
+    b'{"text": "x", "meta": "\\ud800"}': None,
     b'{"text": "x", "text": " "}': "empty text",
     b'"text"': "not a JSON object",
     b"null": "not a JSON object",
