@@ -228,6 +228,7 @@ class PackedIndex:
 
     def _check(self, path: Path) -> None:
         """Raise UserError unless rows, examples and runs cover each other and the tokens."""
+        self._index.check_structure()
         counts, lengths = self.manifest.counts, self._index.document_lengths()
         fits = (
             (counts.rows, counts.examples, counts.tokens)
@@ -251,6 +252,8 @@ class PackedIndex:
         return len(self._row_bounds) - 1
 
     def __getitem__(self, row: int) -> list[Example]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
         tokens = self._index.document(row)
         examples, begin = [], 0
         for number in range(self._row_bounds[row], self._row_bounds[row + 1]):

@@ -1,0 +1,288 @@
+"""Packing: every example once, in one row, no row too long; and an index that is whole or not there."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from chat_templates import CHATML_WITH_SPANS, make_chat_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from indexing_inputs import generated_text
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_template import ChatTemplate
+from megatron_tpt.indexing.conversations import ConversationFormat, Example
+from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.pack_sft import pack_sft
+from megatron_tpt.indexing.packing import PackedIndex, PackManifest, pack
+from megatron_tpt.indexing.packing_options import PackOptions
+from megatron_tpt.indexing.tokenizer import Tokenizer
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+LENGTH = 200
+KINDS = ("bin", "idx", "sft")
+
+
+def first_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+    """As the books have it, in quadratic time."""
+    rows: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        for row in rows:
+            if sum(lengths[i] for i in row) + lengths[item] <= capacity:
+                row.append(item)
+                break
+        else:
+            rows.append([item])
+    return rows
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(1, 40))
+def test_every_example_is_once_in_one_row_that_is_not_too_long(data: st.DataObject, capacity: int) -> None:
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
+    packing = pack(np.array(lengths, dtype=np.int64), capacity)
+    rows = [packing.row(number).tolist() for number in range(packing.num_rows)]
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    assert all(row and sum(lengths[item] for item in row) <= capacity for row in rows)
+    assert rows == first_fit_decreasing(lengths, capacity)
+
+
+def test_rows_of_realistic_lengths_are_nearly_full() -> None:
+    lengths = np.random.RandomState(0).lognormal(np.log(4500), 0.8, 20_000).astype(np.int64)
+    lengths = lengths[(lengths > 0) & (lengths <= 32769)]
+    packing = pack(lengths, 32769)
+    assert packing.num_rows <= 1.002 * lengths.sum() / 32769
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_tokenizer(tmp_path_factory.mktemp("chat") / "tokenizer", documents)
+
+
+@pytest.fixture(scope="module")
+def conversations() -> list[list[dict[str, str]]]:
+    rng = random.Random(0)
+    roles = ("user", "assistant")
+    return [
+        [
+            {"role": roles[i % 2], "content": f"{number}: {generated_text(10 * number + i, rng.randint(1, 12))}"}
+            for i in range(rng.choice([2, 2, 4, 5]))
+        ]
+        for number in range(300)
+    ]
+
+
+@pytest.fixture(scope="module")
+def chats(conversations: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return path
+
+
+@pytest.fixture
+def options(chats: Path, tokenizer_path: Path, tmp_path: Path) -> dict:
+    return {"input": [chats], "tokenizer": tokenizer_path, "output": tmp_path / "sft", "sequence_length": LENGTH}
+
+
+def content(prefix: Path) -> dict[str, bytes]:
+    return {kind: Path(f"{prefix}.{kind}").read_bytes() for kind in KINDS}
+
+
+def as_set(examples: list[Example]) -> list[tuple]:
+    return sorted((tuple(example.tokens.tolist()), tuple(example.has_loss.tolist())) for example in examples)
+
+
+def test_packed_index_holds_the_examples_and_megatron_reads_its_rows(options: dict, chats: Path) -> None:
+    manifest = pack_sft(PackOptions(**options))
+    index = PackedIndex(options["output"])
+    tokenizer = Tokenizer(options["tokenizer"])
+    format = ConversationFormat(tokenizer, ChatTemplate(tokenizer), "messages")
+    expected = [example for _, example in read_examples(chats, format) if isinstance(example, Example)]
+    expected = [example for example in expected if len(example.tokens) <= LENGTH + 1]
+    rows = [index[row] for row in range(len(index))]
+    assert as_set([example for row in rows for example in row]) == as_set(expected)
+
+    dataset = IndexedDataset(str(options["output"]))
+    assert len(dataset) == len(rows)
+    for tokens, row in zip(dataset, rows, strict=True):
+        assert tokens.tolist() == np.concatenate([example.tokens for example in row]).tolist()
+        assert len(tokens) <= LENGTH + 1
+
+    counts = manifest.counts
+    assert counts.examples == len(expected) and counts.examples + counts.skipped["too long"] == 300
+    assert counts.tokens == sum(len(example.tokens) for example in expected)
+    assert counts.loss_tokens == sum(int(example.has_loss.sum()) for example in expected)
+    assert counts.fewest_rows <= counts.rows == len(rows)
+    assert manifest.efficiency == counts.tokens / (counts.rows * (LENGTH + 1)) > 0.9
+    assert Path(f"{options['output']}.sft").stat().st_size < 40 * counts.examples + 8 * counts.rows
+
+
+def test_every_kind_of_file_gives_the_same_bytes(options: dict, chats: Path, conversations: list) -> None:
+    folder = options["output"].parent
+    raw = chats.read_bytes()
+    half = raw.index(b"\n", len(raw) // 2) + 1
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    # Two frames, as tools that append make them.
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(raw[:half]) + zstandard.compress(raw[half:]))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": conversations}), folder / "a.parquet")
+    pack_sft(PackOptions(**options))
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        output = folder / name.replace(".", "-")
+        pack_sft(PackOptions(**options | {"input": [folder / name], "output": output}))
+        assert content(output) == content(options["output"])
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_packed_file_that_was_cut_is_refused(suffix: str, options: dict, chats: Path, tmp_path: Path) -> None:
+    compress = gzip.compress if suffix == "gz" else zstandard.compress
+    path = tmp_path / f"cut.jsonl.{suffix}"
+    path.write_bytes(compress(chats.read_bytes())[:-2000])
+    with pytest.raises(UserError, match=rf"cut\.jsonl\.{suffix}: cannot be read, or damaged"):
+        pack_sft(PackOptions(**options | {"input": [path]}))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("sft", ".tmp"))]
+
+
+def test_the_same_command_again_verifies_and_leaves_it_alone(options: dict, capsys: pytest.CaptureFixture) -> None:
+    first = pack_sft(PackOptions(**options))
+    before = content(options["output"])
+    assert pack_sft(PackOptions(**options)) == first
+    assert "already done and whole" in capsys.readouterr().out
+    assert content(options["output"]) == before
+
+
+def test_other_settings_or_input_in_the_same_place_are_refused(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    shutil.copy(options["input"][0], path)
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML_WITH_SPANS)
+    template.with_suffix(".jsonl").touch()
+    options["input"] = [path]
+    pack_sft(PackOptions(**options))
+    for change, words in [
+        ({"sequence_length": 300}, "another sequence length;"),
+        ({"on_too_long": "truncate"}, "another on too long;"),
+        ({"chat_template": template}, "another chat template;"),
+        ({"input": [path, template.with_suffix(".jsonl")]}, "another list of input files;"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            pack_sft(PackOptions(**options | change))
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="another content of the input files"):
+        pack_sft(PackOptions(**options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flipped_and_missing_bytes_are_found(kind: str, options: dict) -> None:
+    pack_sft(PackOptions(**options))
+    path = Path(f"{options['output']}.{kind}")
+    good = path.read_bytes()
+    path.write_bytes(good[:-4])
+    with pytest.raises(UserError, match=r"damaged"):
+        PackedIndex(options["output"])
+    flipped = bytearray(good)
+    flipped[-3] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"damaged"):
+        pack_sft(PackOptions(**options))
+
+
+def test_an_example_too_long_is_skipped_truncated_or_named(options: dict, tokenizer_path: Path) -> None:
+    path = options["output"].with_name("long.jsonl")
+    chat = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f " * 60}]
+    late = [{"role": "user", "content": "a b c " * 60}, {"role": "assistant", "content": "d"}]
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in (chat[:1] + late[1:], chat, late))
+    )
+    options |= {"input": [path], "sequence_length": 64}
+    with pytest.raises(UserError, match=r"long\.jsonl:2: \d+ tokens, a row holds 65: raise --sequence-length"):
+        pack_sft(PackOptions(**options, on_too_long="stop"))
+    assert pack_sft(PackOptions(**options)).counts.skipped == {"too long": 2}
+    truncated = options["output"].with_name("truncated")
+    counts = pack_sft(PackOptions(**options | {"output": truncated}, on_too_long="truncate")).counts
+    # Of the third nothing would be left to learn.
+    assert (counts.examples, counts.truncated, counts.skipped) == (2, 1, {"too long": 1})
+    assert max(len(example.tokens) for row in PackedIndex(truncated) for example in row) == 65
+
+
+def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
+    path = options["output"].with_name("bad.jsonl")
+    lines = chats.read_text().splitlines()[:3]
+    lines[1:1] = ["", '{"messages": []}', "[1]", "{", '{"messages": [{"role": "user", "content": "a"}]}']
+    path.write_text("\n".join(lines) + "\n")
+    options |= {"input": [path], "sequence_length": 1000}
+    with pytest.raises(UserError, match=r"bad\.jsonl:3: no messages .*--on-bad-example skip"):
+        pack_sft(PackOptions(**options))
+    counts = pack_sft(PackOptions(**options, on_bad_example="skip")).counts
+    assert counts.examples == 3
+    assert counts.skipped == {"no messages": 1, "no JSON object": 1, "not JSON": 1, "nothing to learn": 1}
+
+
+def test_no_example_at_all_is_refused(options: dict) -> None:
+    with pytest.raises(UserError, match=r"no example to pack \(too long: 300\)"):
+        pack_sft(PackOptions(**options | {"sequence_length": 3}))
+    assert list(options["output"].parent.iterdir()) == []
+
+
+def command(options: dict) -> list[str]:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "input"]
+    return [sys.executable, "tools/pack_sft.py", "--input", str(options["input"][0]), *arguments]
+
+
+def test_killed_at_any_moment_the_same_command_completes(options: dict, chats: Path) -> None:
+    path = options["output"].with_name("many.jsonl")
+    path.write_text(chats.read_text() * 5)
+    options |= {"input": [path]}
+    start = time.monotonic()
+    subprocess.run(command(options | {"output": options["output"].with_name("unbroken")}), check=True)
+    duration_s = time.monotonic() - start
+    process = subprocess.Popen(command(options), start_new_session=True)
+    time.sleep(duration_s * random.uniform(0.5, 0.95))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command(options), check=True)
+    assert content(options["output"]) == content(options["output"].with_name("unbroken"))
+    assert not list(options["output"].parent.glob(".tmp-*"))
+
+
+def test_killed_between_renames_the_same_command_completes(options: dict) -> None:
+    pack_sft(PackOptions(**options))
+    before = content(options["output"])
+    PackManifest.path(options["output"]).unlink()
+    working = options["output"].with_name(".tmp-sft")
+    working.mkdir()
+    Path(f"{options['output']}.sft").rename(working / "sft")
+    pack_sft(PackOptions(**options))
+    assert content(options["output"]) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sequence_length": 0}, "--sequence-length 0"),
+        ({"prompt_column": "prompt"}, "go together"),
+        ({"prompt_column": "prompt", "response_column": "response", "date": "2024-07-26"}, "are for conversations"),
+        ({"date": "today"}, "YYYY-MM-DD"),
+        ({"messages_column": "chat"}, "chats.jsonl:1: no messages"),
+    ],
+)
+def test_mistakes_are_named(change: dict, words: str, options: dict) -> None:
+    with pytest.raises(UserError, match=words):
+        pack_sft(PackOptions(**options | change))
+
+
+def test_the_command_ends_with_code_2_and_one_line(options: dict) -> None:
+    result = subprocess.run(command(options | {"input": ["nowhere.jsonl"]}), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: nowhere.jsonl: no such file or folder\n")
