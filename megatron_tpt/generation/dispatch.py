@@ -1,0 +1,317 @@
+"""Which server gets which request, and when again: the part of the endpoint engine that runs in its event loop.
+
+A request that ends in no usable answer is asked again, elsewhere if it can be, after a random wait that doubles. What
+the failure says of the server, and what of the request, is told apart:
+
+- A server that cannot be reached, or cuts a connection, is closed until it lists its models again; one that is
+  overloaded (429, 503) rests for as long as it asks, and gets less at once; one that keeps failing rests for a while.
+- A request is given up after `max_retries` failures that may be its own fault, if others were completed meanwhile.
+  So one bad request cannot hold up the run, and an outage cannot turn a whole data set into failures.
+"""
+
+import asyncio
+import functools
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
+from megatron_tpt.generation.http_client import HttpClient
+from megatron_tpt.generation.openai_api import (
+    PATHS,
+    UnusableAnswer,
+    check_status,
+    parse_answer,
+    parse_models,
+    request_body,
+)
+
+_DEFAULT_MAX_IN_FLIGHT = 64
+_FIRST_WAIT_S = 0.5
+_MAX_WAIT_S = 30.0
+_MAX_LOCAL_WAIT_S = 1.0
+_MODELS_TIMEOUT_S = 30.0
+_FAILURES_UNTIL_REST = 3
+
+Results = queue.SimpleQueue["tuple[Job, Completion | Failure] | Exception"]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request under way, and where its end goes."""
+
+    request: Request
+    results: Results
+    num_failures: int = 0
+    """Those that may be the request's own fault."""
+    first_failure_s: float | None = None
+    last_server: "_Server | None" = None
+    """The one that failed last."""
+    task: "asyncio.Task[None] | None" = None
+
+
+@dataclass(eq=False)
+class _Server:
+    """One endpoint. Times are those of time.monotonic()."""
+
+    url: str
+    max_in_flight: int
+    limit: int
+    """How many requests it gets at once now: halved when it says that it is overloaded, and grown again."""
+    in_flight: int = 0
+    is_open: bool = False
+    """It has listed our model since it was last out of reach."""
+    is_vllm: bool = False
+    rests_until_s: float = 0.0
+    last_rest_s: float = float("-inf")
+    num_failures: int = 0
+    """In a row; those of requests sent before its last rest count as one."""
+    failing_since_s: float | None = None
+
+    def is_free(self, now_s: float) -> bool:
+        return self.is_open and self.in_flight < self.limit and now_s >= self.rests_until_s
+
+    def succeeded(self) -> None:
+        self.num_failures = 0
+        self.failing_since_s = None
+        self.limit = min(self.limit + 1, self.max_in_flight)
+
+    def failed(self, now_s: float) -> None:
+        self.num_failures += 1
+        if self.failing_since_s is None:
+            self.failing_since_s = now_s
+
+
+class Dispatcher:
+    """Shares jobs among servers. All methods but `capacity` are for the event loop's thread."""
+
+    def __init__(self, options: EngineOptions, client: HttpClient, stats: EngineStats, *, is_local: bool) -> None:
+        max_in_flight = options.max_num_seqs or _DEFAULT_MAX_IN_FLIGHT
+        urls = dict.fromkeys(url.rstrip("/") for url in options.endpoints)
+        self._servers = [_Server(url, max_in_flight, max_in_flight) for url in urls]
+        self.capacity = max_in_flight * len(self._servers)
+        """How many jobs there may be at once."""
+        self._options = options
+        self._client = client
+        self._stats = stats
+        self._patience_s = float("inf") if is_local else options.endpoint_patience_s
+        self._max_wait_s = _MAX_LOCAL_WAIT_S if is_local else _MAX_WAIT_S
+        self._waiting: deque[Job] = deque()
+        self._jobs: dict[Job, None] = {}
+        self._draining: set[int] = set()
+        self._last_success_s = float("-inf")
+        self._error: Exception | None = None
+        self._opened = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to ask the servers for their models."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: self.fail(context.get("exception") or RuntimeError(str(context))))
+        for server in self._servers:
+            self._spawn(self._reopen(server))
+
+    async def wait_until_open(self) -> None:
+        """Wait until one server is open. Raises UserError for servers that want another key or model."""
+        await self._opened.wait()
+        if self._error is not None:
+            raise self._error
+
+    def add(self, job: Job) -> None:
+        """Take on `job`; its end will be put into its queue."""
+        if self._error is not None:
+            job.results.put(self._error)
+            return
+        self._jobs[job] = None
+        self._waiting.append(job)
+        self._dispatch()
+
+    def drain(self, results: Results) -> None:
+        """Note that no more jobs will come for `results`."""
+        self._draining.add(id(results))
+
+    def abandon(self, results: Results) -> None:
+        """Drop what is under way for `results`."""
+        self._draining.discard(id(results))
+        for job in [job for job in self._jobs if job.results is results]:
+            self._drop(job)
+        self._waiting = deque(job for job in self._waiting if job in self._jobs)
+
+    def fail(self, error: BaseException) -> None:
+        """End everything with `error`."""
+        self._error = self._error or (error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        self._opened.set()
+        for results in {id(job.results): job.results for job in self._jobs}.values():
+            results.put(self._error)
+        for job in list(self._jobs):
+            self._drop(job)
+        self._waiting.clear()
+
+    async def close(self) -> None:
+        """Stop all that is under way."""
+        self._jobs.clear()
+        self._waiting.clear()
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _drop(self, job: Job) -> None:
+        del self._jobs[job]
+        if job.task is not None:
+            job.task.cancel()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.fail(error)
+
+    def _dispatch(self) -> None:
+        """Send what waits to servers that are free."""
+        now_s = time.monotonic()
+        while self._waiting:
+            free = [server for server in self._servers if server.is_free(now_s)]
+            if not free:
+                return
+            job = self._waiting.popleft()
+            server = min(free, key=lambda server: (server is job.last_server, server.in_flight / server.max_in_flight))
+            server.in_flight += 1
+            self._stats.num_sent += 1
+            job.task = self._spawn(self._attempt(job, server))
+            job.task.add_done_callback(functools.partial(self._release, server))
+
+    def _release(self, server: _Server, _: asyncio.Task[None]) -> None:
+        server.in_flight -= 1
+        self._dispatch()
+
+    async def _attempt(self, job: Job, server: _Server) -> None:
+        sent_s = time.monotonic()
+        try:
+            outcome = await self._ask(job.request, server)
+        except UnusableAnswer as answer:
+            self._learn_of_failure(server, answer, sent_s)
+            self._try_again(job, server, answer)
+        else:
+            self._last_success_s = time.monotonic()
+            server.succeeded()
+            self._finish(job, outcome)
+
+    async def _ask(self, request: Request, server: _Server) -> Completion | Failure:
+        options = self._options
+        url = server.url + PATHS[options.api]
+        body = request_body(
+            request, options.model, options.api, is_vllm=server.is_vllm, max_model_len=options.max_model_len
+        )
+        return parse_answer(url, *await self._client.post(url, body))
+
+    def _finish(self, job: Job, outcome: Completion | Failure) -> None:
+        if job in self._jobs:
+            del self._jobs[job]
+            job.results.put((job, outcome))
+
+    def _learn_of_failure(self, server: _Server, answer: UnusableAnswer, sent_s: float) -> None:
+        now_s = time.monotonic()
+        if sent_s < server.last_rest_s:
+            return  # what was under way when the server failed fails with it: that is nothing new
+        server.failed(now_s)
+        if answer.reason == "connection":
+            if server.is_open:
+                server.is_open = False
+                server.last_rest_s = now_s
+                self._spawn(self._reopen(server, answer))
+        elif not answer.counts or server.num_failures >= _FAILURES_UNTIL_REST:
+            if answer.reason == "rate_limit":
+                server.limit = max(1, server.in_flight // 2)
+            num_failures = server.num_failures - (_FAILURES_UNTIL_REST if answer.counts else 0)
+            rest_s = self._wait_s(num_failures, answer)
+            server.last_rest_s = now_s
+            server.rests_until_s = now_s + rest_s
+            asyncio.get_running_loop().call_later(rest_s, self._dispatch)
+        self._check_patience(str(answer))
+
+    def _try_again(self, job: Job, server: _Server, answer: UnusableAnswer) -> None:
+        """Give `job` up, or put it back into the queue, before those that were not sent yet."""
+        if job not in self._jobs:
+            return
+        now_s = time.monotonic()
+        job.last_server = server
+        job.num_failures += answer.counts
+        if job.first_failure_s is None:
+            job.first_failure_s = now_s
+        if self._is_hopeless(job, now_s):
+            self._finish(job, Failure(answer.reason, str(answer)))
+            return
+        self._stats.num_retried += 1
+        wait_s = self._wait_s(job.num_failures, answer) if answer.counts else 0.0
+        asyncio.get_running_loop().call_later(wait_s, self._requeue, job)
+
+    def _requeue(self, job: Job) -> None:
+        if job in self._jobs:
+            self._waiting.appendleft(job)
+            self._dispatch()
+
+    def _is_hopeless(self, job: Job, now_s: float) -> bool:
+        assert job.first_failure_s is not None
+        max_failures = self._options.max_retries
+        if self._last_success_s > job.first_failure_s:  # the servers do their work
+            return job.num_failures > max_failures or now_s - job.first_failure_s > self._options.endpoint_patience_s
+        # At the end there may be no others that could show it.
+        only_such_left = id(job.results) in self._draining and all(
+            other.num_failures > max_failures for other in self._jobs
+        )
+        return only_such_left and self._last_success_s > float("-inf")
+
+    def _check_patience(self, last_error: str) -> None:
+        since = [server.failing_since_s for server in self._servers if server.num_failures >= _FAILURES_UNTIL_REST]
+        if len(since) == len(self._servers):
+            failing_s = time.monotonic() - max(start for start in since if start is not None)
+            if failing_s > self._patience_s:
+                raise EngineError(f"no endpoint has answered for {failing_s:.0f} s; the last error: {last_error}")
+
+    def _wait_s(self, num_failures: int, answer: UnusableAnswer) -> float:
+        """What the server asked for; else a random time ("full jitter") whose limit doubles with every failure.
+
+        Chance keeps those who failed together from coming back together.
+        """
+        if answer.retry_after_s is not None:
+            return min(answer.retry_after_s, self._patience_s) + random.uniform(0, _FIRST_WAIT_S)
+        return random.uniform(0, min(self._max_wait_s, _FIRST_WAIT_S * 2 ** min(num_failures, 16)))
+
+    async def _reopen(self, server: _Server, answer: UnusableAnswer | None = None) -> None:
+        """Ask for the models of `server` until it lists them; after `answer`, not at once."""
+        while not server.is_open:
+            if answer is not None:
+                await asyncio.sleep(self._wait_s(server.num_failures, answer))
+            try:
+                await self._check_model(server)
+                server.is_open = True
+            except UnusableAnswer as error:
+                answer = error
+                server.failed(time.monotonic())
+                self._check_patience(str(error))
+        self._opened.set()
+        self._dispatch()
+
+    async def _check_model(self, server: _Server) -> None:
+        url = server.url + "/models"
+        answer = await self._client.get(url, timeout_s=_MODELS_TIMEOUT_S)
+        check_status(url, *answer)
+        if answer.status != 200:
+            raise UserError(f"{url} answered {answer.status}; check the URL")
+        models = parse_models(url, answer.body)
+        name = self._options.model
+        if name not in models and len(models) == 1:
+            raise UserError(f"{url} lists one model, {next(iter(models))!r}, and not {name!r}; ask for that one")
+        server.is_vllm = models.get(name, False)

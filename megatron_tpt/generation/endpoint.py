@@ -1,0 +1,113 @@
+"""Servers that speak OpenAI's protocol, one or many: the engine that shares requests among them.
+
+The caller's thread draws the requests; an event loop in a background thread sends them (`dispatch.py`). Each request
+comes back exactly once, as a Completion or a Failure.
+"""
+
+import asyncio
+import itertools
+import os
+import queue
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request
+from megatron_tpt.generation.dispatch import Dispatcher, Job
+from megatron_tpt.generation.http_client import HttpClient
+
+
+class EndpointEngine:
+    """OpenAI-compatible servers at `options.endpoints`. Starts as soon as one of them answers.
+
+    `local_key`: the servers are our own, on this machine, and take this key. Their starts are watched by others, so
+    they are asked often and waited for without limit (`wait_until_open`), and no proxy is between.
+    """
+
+    def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
+        key = local_key or _read_key(options.api_key_env)
+        self._stats = EngineStats()
+        self._told_of_usage = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoints", daemon=True)
+        self._thread.start()
+        self._client = HttpClient(options.request_timeout_s, key, use_proxies=local_key is None)
+        self._dispatcher = Dispatcher(options, self._client, self._stats, is_local=local_key is not None)
+        try:
+            self._run(self._dispatcher.start())
+            if local_key is None:
+                self.wait_until_open()
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_until_open(self) -> None:
+        """Wait until one server can be asked. Raises UserError when none will be."""
+        self._run(self._dispatcher.wait_until_open())
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """See `Engine.generate`."""
+        source = iter(requests)
+        results: queue.SimpleQueue[tuple[Job, Completion | Failure] | Exception] = queue.SimpleQueue()
+        num_in_flight = 0
+        submit = self._loop.call_soon_threadsafe
+        try:
+            while True:
+                num_free = self._dispatcher.capacity - num_in_flight
+                num_drawn = 0
+                for request in itertools.islice(source, num_free):
+                    num_drawn += 1
+                    submit(self._dispatcher.add, Job(request, results))
+                num_in_flight += num_drawn
+                if num_drawn < num_free:
+                    submit(self._dispatcher.drain, results)
+                if not num_in_flight:
+                    return
+                result = results.get()
+                if isinstance(result, Exception):
+                    raise result
+                job, outcome = result
+                num_in_flight -= 1
+                self._count(outcome)
+                yield job.request, outcome
+        finally:
+            if not self._loop.is_closed():
+                submit(self._dispatcher.abandon, results)
+
+    def _count(self, outcome: Completion | Failure) -> None:
+        self._stats.count(outcome)
+        is_silent = isinstance(outcome, Completion) and not outcome.num_prompt_tokens and not outcome.num_tokens
+        if is_silent and not self._told_of_usage:
+            self._told_of_usage = True
+            warnings.warn("an endpoint does not tell how many tokens it used; they are counted as 0", stacklevel=3)
+
+    def fail(self, error: Exception) -> None:
+        """End generation with `error`: whoever watches the servers calls this, from any thread."""
+        self._loop.call_soon_threadsafe(self._dispatcher.fail, error)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return replace(self._stats)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._loop.is_closed():
+            return
+        self._run(self._dispatcher.close())
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+def _read_key(variable: str) -> str | None:
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"the key in the environment variable {variable} holds characters that no key has; set it anew")
+    return key or None

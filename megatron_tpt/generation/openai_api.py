@@ -1,0 +1,199 @@
+"""OpenAI's completions and chat protocol: what is sent, and what may come back. No network here.
+
+Servers differ in what they take and give. Fields that only vLLM knows are sent to vLLM alone; whatever comes back is
+checked before it is believed.
+"""
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import orjson
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, Failure, FinishReason, Request
+
+Api = Literal["completions", "chat"]
+
+PATHS: dict[Api, str] = {"completions": "/completions", "chat": "/chat/completions"}
+_FINISH_REASONS: dict[Any, FinishReason] = {
+    "stop": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+}
+# Neutral values: else vLLM takes what the model's generation_config.json recommends.
+_VLLM_FIELDS = {
+    "return_token_ids": True,
+    "skip_special_tokens": False,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+_MASK_31_BITS = (1 << 31) - 1
+_MAX_MESSAGE = 300
+
+
+class UnusableAnswer(Exception):
+    """A server answered, and the answer is no use. Asking again may help.
+
+    `counts`: it may be this request that the server cannot answer; else the server is away or overloaded.
+    """
+
+    def __init__(self, reason: str, message: str, *, counts: bool, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.counts = counts
+        self.retry_after_s = retry_after_s
+
+
+def request_body(request: Request, model: str, api: Api, *, is_vllm: bool, max_model_len: int | None = None) -> bytes:
+    """The JSON body that asks for `request`. Raises UserError for a kind of prompt that `api` does not take."""
+    sampling = request.sampling
+    greedy = sampling.temperature == 0
+    body: dict[str, Any] = {
+        "model": model,
+        **_prompt_field(request, api),
+        "max_tokens": min(sampling.max_new_tokens, max_model_len or sampling.max_new_tokens),
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+    }
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.seed is not None and not greedy:
+        # Elsewhere a seed may be a signed number of 32 bits, or a double.
+        body["seed"] = sampling.seed if is_vllm else sampling.seed & _MASK_31_BITS
+    if is_vllm:
+        body |= _VLLM_FIELDS
+    return orjson.dumps(body)
+
+
+def _prompt_field(request: Request, api: Api) -> dict[str, Any]:
+    prompt = request.prompt
+    is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    if is_chat != (api == "chat"):
+        raise UserError(
+            'a chat needs the API "chat" of the endpoint; choose --api chat'
+            if is_chat
+            else 'the API "chat" takes messages, not a prompt as text or token ids; choose --api completions'
+        )
+    return {"messages": list(prompt)} if is_chat else {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+
+def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Completion | Failure:
+    """What the server at `url` made of a request.
+
+    Raises UnusableAnswer for what may be better when asked again, and UserError for what no other request could mend.
+    """
+    if status == 200:
+        return _parse_completion(url, body)
+    check_status(url, status, headers, body)
+    message = _error_message(body) or f"status {status}"
+    too_long = status == 413 or "context_length" in message or "context length" in message.lower()
+    return Failure("prompt_too_long" if too_long else "bad_request", message)
+
+
+def check_status(url: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    """Raise UnusableAnswer or UserError (see `parse_answer`), but not for 200 or for what blames the request."""
+    advice = _ADVICE.get(status)
+    if 300 <= status < 400:
+        advice = "it sends elsewhere; name the final URL (https?)"
+    said = _error_message(body)
+    answer = f"{url} answered {status}" + (f" ({said})" if said else "")
+    if advice is not None:
+        raise UserError(f"{answer}: {advice}")
+    if status in (408, 409, 425, 429) or status >= 500:
+        reason = {408: "timeout", 504: "timeout", 429: "rate_limit"}.get(status, "server_error")
+        # Overloaded or starting: no fault of the request. A gateway also says so of a request that takes too long.
+        counts = status not in (425, 429, 503, 529)
+        raise UnusableAnswer(reason, answer, counts=counts, retry_after_s=retry_after_s(headers))
+
+
+_KEY_ADVICE = "put a valid key into the environment variable that --api-key-env names"
+_URL_ADVICE = "check the URL (it mostly ends in /v1), the name of the model, and --api"
+_ADVICE = {
+    401: _KEY_ADVICE,
+    402: "the account of this key has no credit left",
+    403: _KEY_ADVICE,
+    404: _URL_ADVICE,
+    405: _URL_ADVICE,
+    410: _URL_ADVICE,
+}
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a Retry-After header (a number or a date) asks to wait; None without a readable one."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def parse_models(url: str, body: bytes) -> dict[str, bool]:
+    """The models that a server lists, and for each whether vLLM serves it; UnusableAnswer for what is no list."""
+    try:
+        return {str(entry["id"]): entry.get("owned_by") == "vllm" for entry in orjson.loads(body)["data"]}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnusableAnswer("invalid_response", f"{url}: the list of models cannot be read", counts=False) from error
+
+
+def _parse_completion(url: str, body: bytes) -> Completion | Failure:
+    try:
+        answer = orjson.loads(body)
+        choice = answer["choices"][0]
+        reason = choice["finish_reason"]
+        text, reasoning = _texts(choice)
+        usage = answer.get("usage") or {}
+        token_ids = tuple(choice.get("token_ids") or ())
+        num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        num_tokens = int(usage.get("completion_tokens") or len(token_ids))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
+    if reason == "content_filter":
+        return Failure("content_filter", "the server's filter held the completion back")
+    if reason not in _FINISH_REASONS:
+        shown = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
+        raise _invalid(url, f"the completion ended with {shown}")
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise _invalid(url, "the completion holds no text")
+    if not all(isinstance(token_id, int) for token_id in token_ids):
+        raise _invalid(url, "the token ids are no numbers")
+    return Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
+
+
+def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:
+    """The text and the reasoning of a choice."""
+    message = choice.get("message")
+    if message is None:
+        return choice["text"], None
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    text = message["content"]
+    if text is None and reasoning is not None:  # cut while it was still reasoning
+        text = ""
+    return text, reasoning
+
+
+def _invalid(url: str, message: str) -> UnusableAnswer:
+    return UnusableAnswer("invalid_response", f"{url}: {message}", counts=True)
+
+
+def _error_message(body: bytes) -> str:
+    """What the server says went wrong, on one line, shortened: OpenAI's form, FastAPI's, or plain text."""
+    try:
+        content = orjson.loads(body)
+    except ValueError:
+        content = body.decode("utf-8", "replace")
+    if isinstance(content, dict):
+        error = content.get("error", content.get("detail", content.get("message", content)))
+        if isinstance(error, dict):
+            error = " ".join(str(error[name]) for name in ("code", "message") if error.get(name) is not None)
+        content = error
+    return " ".join(str(content).split())[:_MAX_MESSAGE]
