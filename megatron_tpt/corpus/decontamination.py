@@ -9,10 +9,12 @@ datatrove's n-gram filter is not used: its index is made with lighteval, it need
 it knows neither short items nor a minimum of matches.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,13 +61,13 @@ class _Runs:
     def _filter_index(hashes: np.ndarray) -> np.ndarray:
         return hashes >> np.uint64(64 - _FILTER_BITS)
 
-    def find(self, hashes: np.ndarray) -> list[tuple[int, int]]:
-        """(Position in `hashes`, row of this table) for every hash that is here, in order."""
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Position in `hashes` and row of this table, for every hash that is here: int64 [found], in order."""
         candidates = np.flatnonzero(self._present[self._filter_index(hashes)])
-        begins = np.searchsorted(self._hashes, hashes[candidates], side="left").tolist()
-        ends = np.searchsorted(self._hashes, hashes[candidates], side="right").tolist()
-        found = zip(candidates.tolist(), begins, ends, strict=True)
-        return [(position, row) for position, begin, end in found for row in range(begin, end)]
+        begins = np.searchsorted(self._hashes, hashes[candidates], side="left")
+        num_rows = np.searchsorted(self._hashes, hashes[candidates], side="right") - begins
+        nth_row = np.arange(num_rows.sum()) - np.repeat(num_rows.cumsum() - num_rows, num_rows)
+        return np.repeat(candidates, num_rows), np.repeat(begins, num_rows) + nth_row
 
 
 class EvaluationIndex:
@@ -126,30 +128,51 @@ class EvaluationIndex:
             }
         return described
 
-    def find(self, text: str) -> Contamination | None:
-        """How `text` overlaps with the evaluation sets, if enough."""
-        words = split_words(text)
-        matches: Counter[int] = Counter()
-        first: dict[int, tuple[int, int, int]] = {}
-        for length, hashes in ngram_hashes(words, sorted(self._runs)):
-            if length < self._shortest and length != len(words):
-                continue
+    def find(self, texts: Sequence[str]) -> list[Contamination | None]:
+        """For each of `texts`, how it overlaps with the evaluation sets, if enough. Many at once cost less each."""
+        words_of = [split_words(text) for text in texts]
+        num_words = np.array([len(words) for words in words_of])
+        ends = num_words.cumsum()
+        hits: dict[int, list[_Hit]] = {}
+        for length, hashes in ngram_hashes(list(itertools.chain.from_iterable(words_of)), sorted(self._runs)):
             runs = self._runs[length]
-            seen: set[int] = set()
-            for position, row in runs.find(hashes):
-                if row not in seen:
-                    seen.add(row)
-                    number = int(runs.sets[row])
-                    matches[number] += self.min_matches if runs.are_whole[row] else 1
-                    first.setdefault(number, (int(runs.items[row]), position, length))
+            positions, rows = runs.find(hashes)
+            found_in = np.searchsorted(ends, positions, side="right")
+            is_within = positions + length <= ends[found_in]
+            if length < self._shortest:
+                is_within &= num_words[found_in] == length
+            positions += num_words[found_in] - ends[found_in]
+            for document, position, row in np.stack([found_in, positions, rows], axis=1)[is_within].tolist():
+                run = _Hit(length, position, int(runs.sets[row]), int(runs.items[row]), bool(runs.are_whole[row]), row)
+                hits.setdefault(document, []).append(run)
+        return [
+            self._judge(words, hits[document]) if document in hits else None for document, words in enumerate(words_of)
+        ]
+
+    def _judge(self, words: list[bytes], hits: list["_Hit"]) -> Contamination | None:
+        """Whether what was found in a document is enough."""
+        matches: Counter[int] = Counter()
+        for run in {(hit.length, hit.row): hit for hit in hits}.values():
+            matches[run.set] += self.min_matches if run.is_whole else 1
         enough = {number: count for number, count in sorted(matches.items()) if count >= self.min_matches}
         if not enough:
             return None
-        number = next(iter(enough))
-        item, position, length = first[number]
-        ngram = b" ".join(words[position : position + length]).decode()
+        first = next(hit for hit in hits if hit.set == min(enough))
+        ngram = b" ".join(words[first.position : first.position + first.length]).decode()
         names = {self._names[number]: count for number, count in enough.items()}
-        return Contamination(names, self._names[number], item + 1, ngram)
+        return Contamination(names, self._names[first.set], first.item + 1, ngram)
+
+
+class _Hit(NamedTuple):
+    """A run of words of a document that is also in an evaluation set."""
+
+    length: int
+    position: int
+    set: int
+    item: int
+    is_whole: bool
+    row: int
+    """In the table of runs of this length: equal for equal runs."""
 
 
 def _item_runs(words: list[bytes], number: int, item: int, ngram: int, min_matches: int) -> np.ndarray:

@@ -30,6 +30,9 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import Record, Row, write_records
 
+_MAX_BATCH_ROWS = 1000
+_MAX_BATCH_CHARACTERS = 1 << 18
+
 
 def scan(task: SourceTask) -> Iterator[int]:
     """Look at every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
@@ -41,15 +44,17 @@ def scan(task: SourceTask) -> Iterator[int]:
         keys: list[bytes] = []
         problems: Counter[str] = Counter()
         num_rows = 0
-        for row in rows:
-            num_rows += 1
-            if row.record is None:
-                problems[str(row.problem)] += 1
-            elif index and (found := index.find(row.record.text)):
-                contaminated[str(row.number)] = found.to_dict()
-            elif options.deduplicate != "none":
-                ids[row.number] = row.record.id.encode()
-                keys.append(text_key(row.record.text, options.ignore_case, options.ignore_whitespace))
+        for batch in _batches(rows):
+            num_rows += len(batch)
+            problems.update(str(row.problem) for row in batch if row.record is None)
+            records = [(row.number, row.record) for row in batch if row.record is not None]
+            found = index.find([record.text for _, record in records]) if index else [None] * len(records)
+            for (row, record), contamination in zip(records, found, strict=True):
+                if contamination:
+                    contaminated[str(row)] = contamination.to_dict()
+                elif options.deduplicate != "none":
+                    ids[row] = record.id.encode()
+                    keys.append(text_key(record.text, options.ignore_case, options.ignore_whitespace))
         if options.deduplicate != "none":
             write_keys(job.path("scan", shard, ".keys.npy"), keys, (document_number(shard.source, row) for row in ids))
             _write_ids(job.path("scan", shard, ".ids.npy"), ids, options.rows_per_shard)
@@ -60,6 +65,20 @@ def scan(task: SourceTask) -> Iterator[int]:
         yield num_rows
     if task.num_stripes == 1:
         write_json(job.scanned_path(task.source), {})
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Rows by the thousand, or fewer where they are long."""
+    batch: list[Row] = []
+    num_characters = 0
+    for row in rows:
+        batch.append(row)
+        num_characters += len(row.record.text) if row.record else 0
+        if len(batch) >= _MAX_BATCH_ROWS or num_characters >= _MAX_BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 def _write_ids(path: Path, ids: dict[int, bytes], rows_per_shard: int) -> None:

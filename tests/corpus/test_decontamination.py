@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from corpus_files import sentence, write_jsonl
 
-from megatron_tpt.corpus.decontamination import EvaluationIndex
+from megatron_tpt.corpus.decontamination import Contamination, EvaluationIndex
 from megatron_tpt.corpus.options import EvaluationSet, PrepareOptions
 from megatron_tpt.errors import UserError
 
@@ -26,14 +26,22 @@ def index_of(tmp_path: Path, *sets: list[str], ngram: int = 13, min_matches: int
     return EvaluationIndex.load(tmp_path / "index.npz")
 
 
+def find(index: EvaluationIndex, text: str) -> Contamination | None:
+    """What is found in a text is the same alone and among others."""
+    (alone,) = index.find([text])
+    neighbours = [sentence(50), " ".join(text.split()[:5]), "", text, " ".join(text.split()[5:]), "!"]
+    assert index.find(neighbours)[3] == alone
+    return alone
+
+
 def around(text: str) -> str:
     return f"{sentence(1, 200)} {text} {sentence(2, 200)}"
 
 
 def test_a_planted_item_is_found_in_other_case_punctuation_and_spaces(tmp_path: Path) -> None:
     index = index_of(tmp_path, [sentence(3), LONG])
-    assert index.find(around(sentence(4))) is None
-    found = index.find(around("ANN buys “three”\n\tapples\n for 12 EUROS each — and then: she sells 2 of them"))
+    assert find(index, around(sentence(4))) is None
+    found = find(index, around("ANN buys “three”\n\tapples\n for 12 EUROS each — and then: she sells 2 of them"))
     assert found is not None
     assert found.ngram == "ann buys three apples for 12 euros each and then she sells 2"
     assert (found.evaluation_set, found.item, found.matches) == ("set0", 2, {"set0": 3})
@@ -42,53 +50,60 @@ def test_a_planted_item_is_found_in_other_case_punctuation_and_spaces(tmp_path: 
 def test_one_word_less_than_an_ngram_is_no_match(tmp_path: Path) -> None:
     index = index_of(tmp_path, [LONG])
     words = LONG.split()
-    assert index.find(around(" ".join(words[2:14]))) is None
-    assert index.find(around(" ".join(words[2:15]))) is not None
+    assert find(index, around(" ".join(words[2:14]))) is None
+    assert find(index, around(" ".join(words[2:15]))) is not None
 
 
 def test_short_items_are_found_whole_and_the_shortest_only_alone(tmp_path: Path) -> None:
     index = index_of(tmp_path, [LONG, MIDDLE, SHORT, "!"])
     assert index.describe() == {"set0": {"items": 4, "by_ngrams": 1, "as_one_run": 1, "as_whole_document": 1}}
-    found = index.find(around("how many primes are there below ONE hundred"))
+    found = find(index, around("how many primes are there below ONE hundred"))
     assert found is not None and found.item == 2
-    assert index.find(around("how many primes are there below one thousand")) is None
-    assert index.find(around(SHORT)) is None
-    assert index.find("what is 2+2") is not None
-    assert index.find("what is 2+2, then?") is None
-    assert index.find("!") is None
+    assert find(index, around("how many primes are there below one thousand")) is None
+    assert find(index, around(SHORT)) is None
+    assert find(index, "what is 2+2") is not None
+    assert find(index, "what is 2+2, then?") is None
+    assert find(index, "!") is None
 
 
 def test_min_matches_asks_for_different_ngrams(tmp_path: Path) -> None:
     words = LONG.split()
     index = index_of(tmp_path, [LONG, MIDDLE], min_matches=4)
-    assert index.find(around(" ".join(words[:15]))) is None
-    assert index.find(around(" ".join(words[:15]) + ". " + " ".join(words[:15]))) is None  # the same three again
-    found = index.find(around(" ".join(words[:16])))
+    assert find(index, around(" ".join(words[:15]))) is None
+    assert find(index, around(" ".join(words[:15]) + ". " + " ".join(words[:15]))) is None  # the same three again
+    found = find(index, around(" ".join(words[:16])))
     assert found is not None and found.matches == {"set0": 4}
-    assert index.find(around(MIDDLE)) is not None  # all of an item is enough
+    assert find(index, around(MIDDLE)) is not None  # all of an item is enough
 
 
 def test_an_item_as_long_as_an_ngram_is_enough_whatever_min_matches_is(tmp_path: Path) -> None:
     item = " ".join(LONG.split()[:13])
     index = index_of(tmp_path, [item], min_matches=5)
     assert index.describe()["set0"]["as_one_run"] == 1
-    assert index.find(around(item)) is not None
+    assert find(index, around(item)) is not None
+
+
+def test_a_run_over_the_end_of_a_document_is_no_match(tmp_path: Path) -> None:
+    words = LONG.split()
+    index = index_of(tmp_path, [LONG])
+    assert index.find([" ".join(words[:8]), " ".join(words[8:16]), "", " ".join(words[16:])]) == [None] * 4
+    assert index.find([]) == []
 
 
 def test_every_set_that_overlaps_is_named(tmp_path: Path) -> None:
     index = index_of(tmp_path, [sentence(5), LONG], [LONG, sentence(6)])
-    found = index.find(around(LONG + " " + sentence(6)))
+    found = find(index, around(LONG + " " + sentence(6)))
     assert found is not None
     assert found.matches == {"set0": 13, "set1": 31}
     assert found.evaluation_set == "set0"
-    only = index.find(around(sentence(6)))
+    only = find(index, around(sentence(6)))
     assert only is not None and only.evaluation_set == "set1"
 
 
 def test_columns_of_an_item_are_one_text(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "e.jsonl", [{"question": " ".join(LONG.split()[:10]), "answer": sentence(7, 10)}])
     index = EvaluationIndex.build([EvaluationSet("e", path, "question,answer")], 13, 1)
-    assert index.find(" ".join(LONG.split()[4:10]) + ": " + sentence(7, 10)) is not None
+    assert find(index, " ".join(LONG.split()[4:10]) + ": " + sentence(7, 10)) is not None
 
 
 def test_unusable_evaluation_sets_are_refused(tmp_path: Path) -> None:
