@@ -97,18 +97,15 @@ class LineReader:
         return self._load() or self._damage is not None
 
     def skip_to(self, row: int) -> None:
-        """Make `row` the next line, or come to the end."""
-        line_is_open = False
+        """Make `row` the next line, or come to the end (of which a last line without newline is not counted)."""
         while self.row < row:
             if not self._load():
-                self.row += line_is_open and self._damage is None
                 self._damage = None
                 return
             num_lines = self._chunk.count(b"\n", self._position)
             if num_lines < row - self.row:
                 self.row += num_lines
                 self._position = len(self._chunk)
-                line_is_open = not self._chunk.endswith(b"\n")
             else:
                 while self.row < row:
                     self._position = self._chunk.index(b"\n", self._position) + 1
