@@ -20,10 +20,11 @@ class TaskLocked(UserError):
 
 
 @contextlib.contextmanager
-def task_lock(folder: str | Path, task: int, *, timeout_s: float = 0) -> Iterator[None]:
+def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterator[None]:
     """Hold the lock of task number `task` of the job whose files are in `folder`, which is made if need be.
 
-    Waits up to `timeout_s` for another holder to end, then raises `TaskLocked`, which says who holds it.
+    Waits up to `timeout_s` for another holder to end (one that was killed may take a moment), then raises `TaskLocked`,
+    which says who holds it.
 
     The lock is flock(2) on `folder/.task_00003.lock`. The kernel gives it up when its holder ends, however it ends, so
     none is ever left over; the file stays, since removing it would let two processes lock two files of one name. (A
@@ -37,7 +38,7 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 0) -> Iterato
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str, *, timeout_s: float = 0) -> Iterator[None]:
+def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
     """Hold the lock file `path`; `what` names in a message what it guards. See `task_lock`."""
     if os.environ.get(_NO_LOCKS) == "1":
         yield

@@ -108,7 +108,7 @@ def _tell_failures(tasks: Sequence[int], log_dir: Path) -> None:
     for task in tasks:
         files = TaskFiles(log_dir, task)
         if code := files.read_exit_code():
-            say(f"{TaskResult(task, 'failed', files.log, code).describe()} before: task {task}, {files.log}")
+            say(f"task {task} {TaskResult(task, 'failed', files.log, code).describe()} before: {files.log}")
 
 
 def _submit(

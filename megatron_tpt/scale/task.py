@@ -33,6 +33,7 @@ GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
 LOCKED_EXIT_CODE = 75
 """Another process runs the task (EX_TEMPFAIL of sysexits.h)."""
+_LOCK_TIMEOUT_S = 120.0  # a run that lost its parent takes GRACE_S to end, the lock of a lost NFS client 90 s to expire
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -49,17 +50,17 @@ def shell_exit_code(returncode: int) -> int:
 
 
 def run_task(
-    command: Sequence[str], task: int, log_dir: Path, *, lock_timeout_s: float = GRACE_S + 5
+    command: Sequence[str], task: int, log_dir: Path, *, lock_timeout_s: float = _LOCK_TIMEOUT_S
 ) -> tuple[int, signal.Signals | None]:
     """Run `command` as described above: its exit code, and the signal that made us stop it, if one did.
 
-    A run before us may be about to end, since one that lost its parent or its node takes a moment: that is waited for
-    before TaskLocked says that another process runs the task.
+    Another process that runs the task is waited for up to `lock_timeout_s`, since it may be about to end; then
+    TaskLocked is raised.
     """
     files = TaskFiles(log_dir, task)
-    # Blocked, they wait until we ask for them: no handler runs in the middle of anything.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
     with task_lock(log_dir, task, timeout_s=lock_timeout_s), open(files.log, "ab", buffering=0) as log:
+        # Blocked, signals wait until we ask for them: no handler runs in the middle of anything.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
         files.exit_code.write_bytes(b"")
         place = f"{socket.gethostname()}, process {os.getpid()}" + _slurm_job()
         log.write(log_mark("start", f"{_now()} on {place}: {shlex.join(command)}"))

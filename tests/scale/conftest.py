@@ -1,12 +1,6 @@
 """A SLURM cluster for the tests that need one, where its programs are installed."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from slurm_cluster import missing_programs, slurm_cluster
 
 

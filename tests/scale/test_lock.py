@@ -29,7 +29,7 @@ def holder(tmp_path):
 
 def test_a_second_process_is_told_who_holds_the_task(tmp_path, holder):
     with pytest.raises(TaskLocked, match=f"task 3 is being run already by process {holder.pid} on .*: wait for it"):
-        task_lock(tmp_path, 3).__enter__()
+        task_lock(tmp_path, 3, timeout_s=0).__enter__()
     with task_lock(tmp_path, 4):
         pass
 
@@ -50,7 +50,7 @@ def test_the_lock_is_free_after_an_exception(tmp_path):
 def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
     with task_lock(tmp_path, 0):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
-    with task_lock(tmp_path, 0):
+    with task_lock(tmp_path, 0, timeout_s=0):
         child.kill()
         child.wait()
 

@@ -1,4 +1,4 @@
-"""On a real SLURM of one node: the fixture `cluster` starts it."""
+"""On a real SLURM of one node, which the fixture `cluster` starts. `.ci/slurm.sh` runs all of these, the slow ones too."""
 
 import subprocess
 
@@ -41,6 +41,7 @@ def test_six_tasks_over_two_arrays_and_again_only_what_is_missing(toy):
     assert sorted(toy.starts()) == [0, 1, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_tasks_killed_by_signal_or_by_slurm_stop_no_other_and_run_again(toy):
     arguments = ["--fault", "hang", "--fault-task", 1]
     exit_code, printed = toy.run(*arguments, **slurm(num_tasks=3))
@@ -57,6 +58,7 @@ def test_tasks_killed_by_signal_or_by_slurm_stop_no_other_and_run_again(toy):
     assert sorted(toy.starts()) == [0, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_two_submissions_at_once_and_one_while_tasks_run_start_no_task_twice(toy):
     arguments = ["--seconds", 1]
     programs = [toy.start(*arguments, **slurm(num_tasks=4)) for _ in range(2)]
@@ -78,6 +80,7 @@ def test_another_split_is_refused_while_tasks_are_queued(toy):
     wait_until(queue_is_empty)
 
 
+@pytest.mark.slow
 def test_a_signal_queues_a_task_again_a_limited_number_of_times(toy):
     program = toy.start("--fault", "hang", "--fault-task", 0, **slurm(num_tasks=1, max_requeues=1, wait=True))
     for times in (1, 2):
