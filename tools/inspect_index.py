@@ -1,21 +1,26 @@
-"""Show what an index holds, decode one of its documents, or verify it.
+"""Show what an index holds, decode one of its documents, verify it, or compare it with another.
 
 python tools/inspect_index.py data/train
 
 python tools/inspect_index.py data/train --document 3
 
-python tools/inspect_index.py data/train --verify
+python tools/inspect_index.py data/train --verify --json
+
+python tools/inspect_index.py data/train --compare data/other
 """
 
+import sys
+
 from megatron_tpt.config.cli import parse, run
-from megatron_tpt.indexing.options import InspectOptions
+from megatron_tpt.indexing.inspection_options import InspectOptions
 
 
 def main() -> None:
     options = parse(InspectOptions, description=__doc__)
     from megatron_tpt.indexing.inspection import inspect_index
 
-    inspect_index(options)
+    if not inspect_index(options):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""What an index holds, for people: the job behind `tools/inspect_index.py`."""
+"""What an index holds, for people and for programs: the job behind `tools/inspect_index.py`."""
 
+import dataclasses
+import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 from rich import box
@@ -8,74 +12,65 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.comparison import first_difference
+from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
-from megatron_tpt.indexing.options import InspectOptions
-from megatron_tpt.indexing.reader import Array, IndexReader, verify
+from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.verification import check_structure, verify
 
 _BAR_WIDTH = 40
+_PERCENTILES = (0, 10, 50, 90, 99, 100)
 
 
-def inspect_index(options: InspectOptions) -> None:
-    """Print the counts and lengths of an index, one document with `document`, and check it whole with
-    `verify`.
+def inspect_index(options: InspectOptions) -> bool:
+    """Print the counts and lengths of an index, or one document, or the first difference from another index.
 
-    An index without manifest, such as Megatron's own tools make, is shown too. Raises UserError for a damaged
-    one.
+    An index without manifest, such as Megatron's own tools make, is shown too. Returns False when a comparison found a
+    difference. Raises UserError for a damaged index.
     """
-    console = Console(highlight=False, soft_wrap=True)
     manifest = Manifest.read(options.prefix) if Manifest.path(options.prefix).exists() else None
     reader = IndexReader(options.prefix)
-    reader.check_structure()
+    check_structure(reader)
+    if options.compare is not None:
+        return _compare(options, options.compare)
     if options.document is not None:
-        _print_document(reader, options, manifest)
-        return
-    _print_counts(console, reader, manifest)
-    _print_lengths(console, reader.document_lengths())
-    if options.verify and manifest is None:
-        console.print("verified: sizes and structure; without a manifest there is nothing more to compare with")
-    elif options.verify:
-        verify(options.prefix)
-        console.print("verified: sizes, structure, counts, checksums, tokens, ends of documents")
+        report = document_report(reader, options.document, _tokenizer(reader, options, manifest))
+        _print_json(report) if options.json else _print_document(report)
+        return True
+    report = index_report(reader, manifest)
+    if options.verify:
+        if manifest is not None:
+            verify(options.prefix)
+        checked = "sizes, structure, counts, checksums, tokens, ends of documents" if manifest else "sizes, structure"
+        report["verified"] = checked.split(", ")
+    _print_json(report) if options.json else _print_report(report)
+    return True
 
 
-def _print_counts(console: Console, reader: IndexReader, manifest: Manifest | None) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("index", str(reader.prefix))
-    table.add_row("documents", f"{reader.num_documents:,}")
-    table.add_row("tokens", f"{reader.num_tokens:,} ({reader.dtype.name})")
-    if manifest is None:
-        table.add_row("manifest", "none: not made by this program")
-    else:
-        counts = manifest.counts
-        table.add_row("  of documents", f"{counts.document_tokens:,}")
-        with_thinking = f"in {counts.documents_with_thinking:,} documents, join {manifest.join}"
-        table.add_row("  of thinking", f"{counts.thinking_tokens:,} ({with_thinking})")
-        for reason, count in counts.skipped.items():
-            table.add_row("skipped", f"{count:,} ({reason})")
-        tokenizer = manifest.tokenizer
-        table.add_row("tokenizer", f"{tokenizer.path} ({tokenizer.vocab_size:,} tokens, EOS {tokenizer.eos_id})")
-        for source in manifest.sources[:10]:
-            table.add_row("source", f"{source.path} ({source.documents:,} documents)")
-        if len(manifest.sources) > 10:
-            table.add_row("", f"and {len(manifest.sources) - 10:,} more sources")
-    console.print(table)
-
-
-def _print_lengths(console: Console, lengths: Array) -> None:
-    """The spread of document lengths, and how many documents lie between powers of two."""
-    if not len(lengths):
-        return
-    ranks = (0, 10, 50, 90, 99, 100)
-    values = numpy.percentile(lengths, ranks, method="nearest")
-    spread = ", ".join(f"{rank}% {value:,}" for rank, value in zip(ranks, values, strict=True))
-    console.print(f"tokens per document: mean {lengths.mean():,.1f}; percentiles {spread}")
-    table = Table("tokens", "documents", "", box=box.SIMPLE)
-    table.columns[0].justify = table.columns[1].justify = "right"
-    for first, last, count in length_histogram(lengths):
-        bar = "#" * round(_BAR_WIDTH * count / len(lengths))
-        table.add_row(f"{first:,} to {last:,}", f"{count:,}", bar)
-    console.print(table)
+def index_report(reader: IndexReader, manifest: Manifest | None) -> dict[str, Any]:
+    """The counts, the spread of lengths and the manifest (None without one), as JSON has them."""
+    lengths = reader.document_lengths()
+    report: dict[str, Any] = {
+        "prefix": str(reader.prefix),
+        "documents": reader.num_documents,
+        "sequences": reader.num_sequences,
+        "tokens": reader.num_tokens,
+        "dtype": reader.dtype.name,
+        "tokens_per_document": None,
+        "manifest": dataclasses.asdict(manifest) if manifest else None,
+    }
+    if len(lengths):
+        values = numpy.percentile(lengths, _PERCENTILES, method="nearest").tolist()
+        report["tokens_per_document"] = {
+            "mean": float(lengths.mean()),
+            "percentiles": dict(zip(map(str, _PERCENTILES), values, strict=True)),
+            "histogram": [
+                {"from": first, "to": last, "documents": count} for first, last, count in length_histogram(lengths)
+            ],
+        }
+    return report
 
 
 def length_histogram(lengths: Array) -> list[tuple[int, int, int]]:
@@ -88,17 +83,101 @@ def length_histogram(lengths: Array) -> list[tuple[int, int, int]]:
     return [(*ranges[bit], int(counts[bit])) for bit in range(int(bits.min()), len(counts))]
 
 
-def _print_document(reader: IndexReader, options: InspectOptions, manifest: Manifest | None) -> None:
-    assert options.document is not None
+def document_report(reader: IndexReader, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One document in parts that are all document or all thinking, each with its text and tokens."""
+    tokens = reader.document(number)
+    if len(tokens) and tokens.max() >= tokenizer.vocab_size:
+        raise UserError(f"{reader.prefix} holds tokens that {tokenizer.folder} does not have; give its own --tokenizer")
+    marks = mark_thinking(tokens, list(tokenizer.open_ids), list(tokenizer.close_ids), tokenizer.eos_id)
+    cuts = [0, *(numpy.flatnonzero(numpy.diff(marks)) + 1).tolist(), len(tokens)]
+    parts = [
+        {
+            "kind": "thinking" if marks[begin] else "document",
+            "text": tokenizer.decode(tokens[begin:end]),
+            "tokens": tokens[begin:end].tolist(),
+        }
+        for begin, end in itertools.pairwise(cuts)
+        if begin < end
+    ]
+    return {"document": number, "num_tokens": len(tokens), "thinking_tokens": int(marks.sum()), "parts": parts}
+
+
+def _tokenizer(reader: IndexReader, options: InspectOptions, manifest: Manifest | None) -> Tokenizer:
     folder = options.tokenizer or (Path(manifest.tokenizer.path) if manifest else None)
     if folder is None:
         raise UserError(f"{options.prefix} has no manifest that names its tokenizer; give --tokenizer DIR")
     tokenizer = Tokenizer(folder)
     if manifest is not None:
         manifest.require_tokenizer(options.prefix, tokenizer.fingerprint)
-    tokens = reader.document(options.document)
-    if len(tokens) and tokens.max() >= tokenizer.vocab_size:
-        raise UserError(f"{options.prefix} holds tokens that {folder} does not have; give its own --tokenizer")
-    print(f"document {options.document}, {len(tokens):,} tokens:")
-    print(tokenizer.decode(tokens))  # plain: rich would expand the tabs
-    print("tokens:", *tokens.tolist())
+    return tokenizer
+
+
+def _compare(options: InspectOptions, other: Path) -> bool:
+    difference = first_difference(options.prefix, other)
+    if options.json:
+        found = dataclasses.asdict(difference) if difference else None
+        _print_json({"prefix": str(options.prefix), "other": str(other), "difference": found})
+    else:
+        print(difference.description if difference else "identical")
+    return difference is None
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    print(json.dumps(report, indent=1, ensure_ascii=False))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("index", report["prefix"])
+    table.add_row("documents", f"{report['documents']:,}")
+    if report["sequences"] != report["documents"]:
+        table.add_row("sequences", f"{report['sequences']:,}")
+    table.add_row("tokens", f"{report['tokens']:,} ({report['dtype']})")
+    _add_manifest(table, report["manifest"])
+    console.print(table)
+    if report["tokens_per_document"] is not None:
+        _print_lengths(console, report["tokens_per_document"], report["documents"])
+    if "verified" in report:
+        console.print("verified: " + ", ".join(report["verified"]))
+        if report["manifest"] is None:
+            console.print("without a manifest there is nothing more to compare with")
+
+
+def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
+    if manifest is None:
+        table.add_row("manifest", "none: not made by this program")
+        return
+    counts, tokenizer, sources = manifest["counts"], manifest["tokenizer"], manifest["sources"]
+    table.add_row("  of documents", f"{counts['document_tokens']:,}")
+    with_thinking = f"in {counts['documents_with_thinking']:,} documents, join {manifest['join']}"
+    table.add_row("  of thinking", f"{counts['thinking_tokens']:,} ({with_thinking})")
+    for reason, count in counts["skipped"].items():
+        table.add_row("skipped", f"{count:,} ({reason})")
+    table.add_row("tokenizer", f"{tokenizer['path']} ({tokenizer['vocab_size']:,} tokens, EOS {tokenizer['eos_id']})")
+    for source in sources[:10]:
+        table.add_row("source", f"{source['path']} ({source['documents']:,} documents)")
+    if len(sources) > 10:
+        table.add_row("", f"and {len(sources) - 10:,} more sources")
+
+
+def _print_lengths(console: Console, lengths: dict[str, Any], num_documents: int) -> None:
+    """The spread of document lengths, and how many documents lie between powers of two."""
+    spread = ", ".join(f"{rank}% {value:,}" for rank, value in lengths["percentiles"].items())
+    console.print(f"tokens per document: mean {lengths['mean']:,.1f}; percentiles {spread}")
+    table = Table("tokens", "documents", "", box=box.SIMPLE)
+    table.columns[0].justify = table.columns[1].justify = "right"
+    for row in lengths["histogram"]:
+        bar = "#" * round(_BAR_WIDTH * row["documents"] / num_documents)
+        table.add_row(f"{row['from']:,} to {row['to']:,}", f"{row['documents']:,}", bar)
+    console.print(table)
+
+
+def _print_document(report: dict[str, Any]) -> None:
+    """Plain print: rich would expand the tabs."""
+    print(f"document {report['document']}, {report['num_tokens']:,} tokens, {report['thinking_tokens']:,} of thinking:")
+    for part in report["parts"]:
+        print(f"--- {part['kind']}, {len(part['tokens']):,} tokens ---")
+        print(part["text"])
+    print("--- tokens ---")
+    print(*(token for part in report["parts"] for token in part["tokens"]))

@@ -9,7 +9,7 @@ from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.training.data import Loader, open_splits, mark_thinking, prepare_cache
+from megatron_tpt.training.data import Loader, mark_thinking, open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
