@@ -43,7 +43,7 @@ def prepare(options: PrepareOptions) -> Report:
     settings = make_settings(options, job.sources)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        with exclusive(options.output / ".lock", str(options.output)):
+        with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
             check_output(options.output, settings)
             if Report.path(options.output).exists():
                 shutil.rmtree(job.work, ignore_errors=True)
