@@ -9,9 +9,9 @@ from megatron_tpt.indexing.options import IndexOptions
 
 def main() -> None:
     options = parse(IndexOptions, description=__doc__)
-    from megatron_tpt.indexing.index import index
+    from megatron_tpt.indexing.index import index_shards
 
-    index(options)
+    index_shards(options)
 
 
 if __name__ == "__main__":

@@ -1,261 +1,368 @@
-"""Records to one `.bin/.idx` with its manifest: the job behind `tools/index.py`.
+"""Records to `.bin/.idx` with their manifests: the job behind `tools/index.py`.
 
-All is written in a hidden working folder beside the output and moved into place when it is complete, the
-manifest last. A killed run leaves only that folder, which the next run of the same command clears away.
+One thread reads blocks of rows, several parse, encode and assemble them, the main thread writes the results in order.
+Only a few blocks are on their way at a time, so memory does not grow with the input. What is written, and how a killed
+job goes on, is in `output.py` and `journal.py`.
 """
 
-import fcntl
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
+import pyarrow
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.join import Piece, pieces
-from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, file_checksum
-from megatron_tpt.indexing.options import IndexOptions
-from megatron_tpt.indexing.tokenizer import Tokenizer, Tokens
-from megatron_tpt.indexing.writer import IndexWriter, token_dtype
-from megatron_tpt.records import ReadCounts, Record, expand_inputs, read_records
+from megatron_tpt.indexing import sentences
+from megatron_tpt.indexing.assemble import Assembler, Documents
+from megatron_tpt.indexing.blocks import Block, End, read_source
+from megatron_tpt.indexing.encoders import Encoded, ReferenceEncoder, SpotCheck, choose_encoder
+from megatron_tpt.indexing.journal import Journal, working_folder, working_path
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
+from megatron_tpt.indexing.options import IndexOptions, num_bytes
+from megatron_tpt.indexing.output import Output, publish, shard_prefix
+from megatron_tpt.indexing.pieces import PieceMaker, Pieces, Rows
+from megatron_tpt.indexing.sample import sample_texts
+from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.writer import token_dtype
+from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources
+from megatron_tpt.records import Source as Input
 
-_CHARACTERS_PER_BATCH = 1 << 20
-_RECORDS_PER_BATCH = 4096
 _REPORT_EVERY_S = 10.0
+_MAX_BLOCK_BYTES = 4 << 20
+_MIN_BLOCK_BYTES = 128 << 10
+_BASE_BYTES = 320 << 20  # libraries, tokenizers and their caches
+_BYTES_PER_BLOCK_BYTE = 16  # the block, its columns, its tokens in the types of encoder and index
 
 
 def index(options: IndexOptions) -> Manifest:
-    """Index `options.input` into `options.output`.{bin,idx,json} and return the manifest.
+    """Index `options.input` into `options.output`.{bin,idx,json} and return the manifest. See `index_shards`."""
+    assert options.shard_size is None, "a set of shards has several manifests"
+    return index_shards(options)[0]
+
+
+def index_shards(options: IndexOptions) -> list[Manifest]:
+    """Index `options.input` and return the manifests, one for each shard.
 
     When that very index is there already, it is left alone. Raises UserError for bad input, for an output of
     other settings or of other hands, and when no document is left; then nothing new is there.
     """
-    files = expand_inputs(options.input)
-    tokenizer = Tokenizer(options.tokenizer)
-    if (finished := _finished(options, files, tokenizer)) is not None:
-        print(f"{options.output}: already done, {_summary(finished.counts)}")
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # the threads of both tokenizers
+    job = _Job(options)
+    if (finished := job.finished()) is not None:
+        print(f"{options.output}: already done, {_summary(finished)}")
         return finished
     started = time.monotonic()
-    with _working_folder(options.output) as folder:
-        job = _Job(options, tokenizer, IndexWriter(folder / "bin", folder / "idx", tokenizer.vocab_size))
-        with job.writer:
-            sources = [job.add_file(path) for path in files]
-            job.require_documents()
-        manifest = job.manifest(sources)
-        _publish(folder, options.output, manifest)
-    tokens_per_s = manifest.counts.tokens / (time.monotonic() - started)
-    print(f"{options.output}: {_summary(manifest.counts)}; {tokens_per_s:,.0f} tokens/s")
-    return manifest
+    with working_folder(options.output) as folder:
+        journal = job.journal(folder)
+        num_tokens_before = sum(done.extent.tokens for done in journal.sources[-1:])
+        if not journal.is_complete:
+            job.build(folder, journal)
+        manifests = job.publish(folder)
+    num_tokens = sum(manifest.counts.tokens for manifest in manifests) - num_tokens_before
+    print(f"{options.output}: {_summary(manifests)}; {num_tokens / (time.monotonic() - started):,.0f} tokens/s")
+    return manifests
 
 
-def _summary(counts: IndexCounts) -> str:
-    skipped = sum(counts.skipped.values())
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.skipped.items())
+def _summary(manifests: Sequence[Manifest]) -> str:
+    counts = [manifest.counts for manifest in manifests]
+    documents, with_thinking, tokens, document_tokens, thinking_tokens = (
+        sum(getattr(count, name) for count in counts)
+        for name in ("documents", "documents_with_thinking", "tokens", "document_tokens", "thinking_tokens")
+    )
+    skipped = sum((Counter(count.skipped) for count in counts), Counter[str]())
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
     return (
-        f"{counts.documents:,} documents ({counts.documents_with_thinking:,} with thinking), "
-        f"{counts.tokens:,} tokens ({counts.document_tokens:,} document, {counts.thinking_tokens:,} thinking)"
-        + (f", {skipped:,} bad records skipped ({reasons})" if skipped else "")
+        f"{documents:,} documents ({with_thinking:,} with thinking), "
+        f"{tokens:,} tokens ({document_tokens:,} document, {thinking_tokens:,} thinking)"
+        + (f", {len(manifests)} shards" if len(manifests) > 1 else "")
+        + (f", {skipped.total():,} bad records skipped ({reasons})" if skipped else "")
     )
 
 
-@dataclass
+class _Result(NamedTuple):
+    """What became of some rows."""
+
+    documents: Documents
+    skipped: Counter[str]
+    num_rows: int
+    problem: Row | None
+    """The bad record that stops the run; its number counts from the first of these rows."""
+
+
 class _Job:
-    """The counts and the writer of one run."""
+    """The settings of one run and what follows from them."""
 
-    options: IndexOptions
-    tokenizer: Tokenizer
-    writer: IndexWriter
-    counts: ReadCounts = field(default_factory=ReadCounts)
-    thinking_tokens: int = 0
-    documents_with_thinking: int = 0
-    started: float = field(default_factory=time.monotonic)
-    last_report: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        ids = (self.tokenizer.open_ids, self.tokenizer.close_ids, [self.tokenizer.eos_id])
-        self.open, self.close, self.eos = (numpy.asarray(tokens, dtype=numpy.int32) for tokens in ids)
-
-    def add_file(self, path: Path) -> Source:
-        """Index the records of one file."""
-        status = path.stat()
-        documents_before = self.writer.num_documents
-        records = read_records(
-            [path],
-            text_column=self.options.text_column,
-            id_column=self.options.id_column,
-            on_bad_record=self.options.on_bad_record,
-            counts=self.counts,
-        )
-        with ThreadPoolExecutor(max_workers=1) as beside:  # hashing lets go of the interpreter lock
-            checksum = beside.submit(file_checksum, path)
-            for batch in _batches(records):
-                self._add_batch(path, batch)
-                self._report()
-        num_documents = self.writer.num_documents - documents_before
-        return Source(str(path.resolve()), num_documents, status.st_size, status.st_mtime_ns, checksum.result())
-
-    def _add_batch(self, path: Path, batch: Sequence[Record]) -> None:
-        samples = [list(pieces(record, self.options.join)) for record in batch]
-        encoded = iter(self.tokenizer.encode_batch([piece.text for sample in samples for piece in sample]))
-        for record, sample in zip(batch, samples, strict=True):
-            tokens = [next(encoded) for _ in sample]
-            if not sample:
-                self._bad_record(path, record, "no thinking", "join thinking_only needs it")
-            elif any(len(part) == 0 for part in tokens):
-                self._bad_record(path, record, "no tokens", "the tokenizer knows no character of it")
-            else:
-                self._add_sample(sample, tokens)
-
-    def _add_sample(self, sample: Sequence[Piece], tokens: Sequence[Tokens]) -> None:
-        parts: list[Tokens] = []
-        for piece, part in zip(sample, tokens, strict=True):
-            if piece.is_thinking:
-                parts += [self.open, part, self.close]
-                self.thinking_tokens += len(self.open) + len(part) + len(self.close)
-                self.documents_with_thinking += 1
-            else:
-                parts.append(part)
-        self.writer.add_document(numpy.concatenate([*parts, self.eos]))
-
-    def _bad_record(self, path: Path, record: Record, reason: str, detail: str) -> None:
-        if self.options.on_bad_record == "stop":
-            raise UserError(f"{path}: record {record.id}: {reason} ({detail}); skip such with --on-bad-record skip")
-        self.counts.skipped[reason] += 1
-
-    def _report(self) -> None:
-        now = time.monotonic()
-        if now - self.last_report >= _REPORT_EVERY_S:
-            self.last_report = now
-            documents, tokens = self.writer.num_documents, self.writer.num_tokens
-            rate = tokens / (now - self.started)
-            print(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
-
-    def require_documents(self) -> None:
-        if self.writer.num_documents == 0:
-            skipped = ", ".join(f"{reason}: {count}" for reason, count in self.counts.skipped.items())
-            raise UserError(f"the input holds no document to index ({skipped or 'its files are empty'})")
-
-    def manifest(self, sources: list[Source]) -> Manifest:
-        num_tokens = self.writer.num_tokens
-        return Manifest(
-            tokenizer=_tokenizer_info(self.tokenizer),
-            think=ThinkTokens(self.tokenizer.open_ids, self.tokenizer.close_ids),
-            join=self.options.join.value,
-            text_column=self.options.text_column,
-            dtype=token_dtype(self.tokenizer.vocab_size),
-            sources=sources,
-            counts=IndexCounts(
-                documents=self.writer.num_documents,
-                documents_with_thinking=self.documents_with_thinking,
-                tokens=num_tokens,
-                document_tokens=num_tokens - self.thinking_tokens,
-                thinking_tokens=self.thinking_tokens,
-                skipped=dict(self.counts.skipped),
+    def __init__(self, options: IndexOptions) -> None:
+        self.options = options
+        self.columns = Columns(options.text_column, options.id_column)
+        self.inputs = expand_sources(options.input)
+        self.tokenizer = Tokenizer(options.tokenizer, parse_special_tokens=options.parse_special_tokens)
+        self.shard_bytes = num_bytes("--shard-size", options.shard_size) if options.shard_size else None
+        split = sentences.split if options.sentences else None
+        self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split)
+        self.template = Manifest(
+            tokenizer=TokenizerInfo(
+                str(self.tokenizer.folder.resolve()),
+                self.tokenizer.fingerprint,
+                self.tokenizer.vocab_size,
+                self.tokenizer.eos_id,
             ),
-            checksums=self.writer.checksums(),
+            think=ThinkTokens(self.tokenizer.open_ids, self.tokenizer.close_ids),
+            join=options.join.value,
+            text_column=options.text_column,
+            dtype=token_dtype(self.tokenizer.vocab_size),
+            sources=[],
+            counts=IndexCounts(0, 0, 0, 0, 0, {}),
+            checksums={},
             command=sys.argv,
+            append_eos=options.append_eos,
+            parse_special_tokens=options.parse_special_tokens,
         )
 
+    def finished(self) -> list[Manifest] | None:
+        """The manifests of this very index when it exists. Raises UserError when something else is in its place."""
+        prefix = self.options.output
+        if Journal.read(working_path(prefix), self._settings()).is_complete:
+            return None  # it remains to be moved to its name
+        found = self._existing_prefixes()
+        if not found:
+            return None
+        advice = f"choose another --output or remove {prefix}*.{{bin,idx,json}}"
+        if not all(Manifest.path(existing).exists() for existing in found):
+            if working_path(prefix).exists():
+                return None  # what a killed run was moving into place
+            raise UserError(f"{found[0]}.bin or .idx exists and was not made by this program; {advice}")
+        manifests = [Manifest.read(existing) for existing in found]
+        if differences := self._differences(manifests):
+            raise UserError(f"{prefix} was indexed before with another {', '.join(differences)}; {advice}")
+        for existing, manifest in zip(found, manifests, strict=True):
+            manifest.check_files(existing)
+        return manifests
 
-def _tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
-    folder = str(tokenizer.folder.resolve())
-    return TokenizerInfo(folder, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
+    def _existing_prefixes(self) -> list[Path]:
+        prefix = self.options.output
+        if self.shard_bytes is None:
+            return [prefix] if any(Path(f"{prefix}.{kind}").exists() for kind in ("json", "bin", "idx")) else []
+        pattern = f"{prefix.name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].*"
+        names = {path.name.rpartition(".")[0] for path in prefix.parent.glob(pattern)}
+        return [prefix.with_name(name) for name in sorted(names)]
 
+    def _differences(self, manifests: Sequence[Manifest]) -> list[str]:
+        """What of existing indices is not as this job would make it."""
+        first, template = manifests[0], self.template
+        sources = {source.path: source for manifest in manifests for source in manifest.sources}
+        differences = [
+            name
+            for name, found, wanted in (
+                ("tokenizer", first.tokenizer.fingerprint, template.tokenizer.fingerprint),
+                ("end-of-sequence token", first.tokenizer.eos_id, template.tokenizer.eos_id),
+                ("join", first.join, template.join),
+                ("text column", first.text_column, template.text_column),
+                ("choice of --append-eos", first.append_eos, template.append_eos),
+                ("choice of --sentences", first.counts.sequences is not None, self.options.sentences),
+                ("choice of --parse-special-tokens", first.parse_special_tokens, template.parse_special_tokens),
+                ("list of input files", list(sources), [_name(input) for input in self.inputs]),
+            )
+            if found != wanted
+        ]
+        if not differences and not all(map(_is_still, sources.values(), self.inputs)):
+            differences = ["content of the input files"]
+        return differences
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Batches large enough to encode well, and bounded in records and characters."""
-    batch: list[Record] = []
-    num_characters = 0
-    for record in records:
-        batch.append(record)
-        num_characters += len(record.text) + len(record.thinking or "")
-        if num_characters >= _CHARACTERS_PER_BATCH or len(batch) >= _RECORDS_PER_BATCH:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+    def _settings(self) -> dict[str, Any]:
+        """What the output depends on: the work of a run with other settings is not gone on with."""
+        options = self.options
+        return {
+            "tokenizer": [self.template.tokenizer.fingerprint, self.template.tokenizer.eos_id],
+            "columns": [options.text_column, options.id_column],
+            "join": options.join.value,
+            "on_bad_record": options.on_bad_record,
+            "switches": [options.append_eos, options.sentences, options.parse_special_tokens],
+            "shard_bytes": self.shard_bytes,
+            "inputs": [_name(input) for input in self.inputs],
+        }
 
-
-def _finished(options: IndexOptions, files: Sequence[Path], tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of this very index when it exists. Raises UserError when something else is in its
-    place.
-    """
-    prefix = options.output
-    existing = [path for kind in ("json", "bin", "idx") if (path := Path(f"{prefix}.{kind}")).exists()]
-    if not existing or (Manifest.path(prefix) not in existing and _working_path(prefix).exists()):
-        return None  # nothing there, or what a killed run was moving into place
-    advice = f"choose another --output or remove {prefix}.{{bin,idx,json}}"
-    if Manifest.path(prefix) not in existing:
-        raise UserError(f"{existing[0]} exists and was not made by this program; {advice}")
-    manifest = Manifest.read(prefix)
-    differences = [
-        name
-        for name, found, wanted in (
-            ("tokenizer", manifest.tokenizer.fingerprint, tokenizer.fingerprint),
-            ("end-of-sequence token", manifest.tokenizer.eos_id, tokenizer.eos_id),
-            ("join", manifest.join, options.join.value),
-            ("text column", manifest.text_column, options.text_column),
-            ("list of input files", [source.path for source in manifest.sources], [str(f.resolve()) for f in files]),
-        )
-        if found != wanted
-    ]
-    if not differences and not all(map(Source.is_still, manifest.sources, files)):
-        differences = ["content of the input files"]
-    if differences:
-        raise UserError(f"{prefix} was indexed before with another {', '.join(differences)}; {advice}")
-    manifest.check_files(prefix)
-    return manifest
-
-
-def _working_path(prefix: Path) -> Path:
-    return prefix.with_name(f".tmp-{prefix.name}")
-
-
-@contextmanager
-def _working_folder(prefix: Path) -> Iterator[Path]:
-    """An empty folder beside the output, for this run alone; gone at the end, with what a killed run left in
-    it.
-    """
-    if prefix.is_dir():
-        raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'train'}")
-    folder = _working_path(prefix)
-    lock = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{prefix} is being written by another process; wait for it to end") from None
-        try:
+    def journal(self, folder: Path) -> Journal:
+        """The journal to go on with; what else was left behind is cleared away."""
+        journal = Journal.read(folder, self._settings())
+        if journal.is_complete:
+            return journal
+        done = [entry.source for entry in journal.sources]
+        if done and all(map(_is_still, done, self.inputs)):
+            print(f"going on after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
+            return journal
+        if any(folder.iterdir()):
             for leftover in folder.iterdir():
                 leftover.unlink()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{prefix}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if lock is not None:
-            os.close(lock)
+        return Journal.read(folder, self._settings())
+
+    def build(self, folder: Path, journal: Journal) -> None:
+        """Write all that is not yet written, and complete it."""
+        itemsize = numpy.dtype(self.template.dtype).itemsize
+        inputs = self.inputs[len(journal.sources) :]
+        encode = self._encode_function(inputs) if inputs else None
+        output = Output(
+            folder,
+            journal,
+            self.tokenizer.vocab_size,
+            itemsize,
+            has_sentences=self.options.sentences,
+            shard_bytes=self.shard_bytes,
+        )
+        with output:
+            if encode is not None:
+                self._write(inputs, encode, output)
+            if output.num_documents == 0:
+                output.discard()
+                skipped = ", ".join(f"{reason}: {count}" for reason, count in output.skipped.items())
+                raise UserError(f"the input holds no document to index ({skipped or 'its files are empty'})")
+            output.finish(self.template)
+
+    def publish(self, folder: Path) -> list[Manifest]:
+        """Move what is complete to its names."""
+        num_shards = len(Journal.read(folder, self._settings()).shards)
+        prefix = self.options.output
+        prefixes = [prefix]
+        if self.shard_bytes is not None:
+            prefixes = [shard_prefix(prefix, shard, num_shards) for shard in range(num_shards)]
+        publish(folder, prefixes)
+        return [Manifest.read(published) for published in prefixes]
+
+    def _encode_function(self, inputs: Sequence[Input]) -> Callable[["Block | End"], "list[_Result] | End"]:
+        options = self.options
+        sample = sample_texts(inputs, self.columns) if options.tokenizer_backend != "reference" else []
+        encoder = choose_encoder(self.tokenizer, options.tokenizer_backend, sample)
+        check = None if isinstance(encoder, ReferenceEncoder) else SpotCheck(self.tokenizer).check
+        end_ids = [self.tokenizer.eos_id] if options.append_eos else []
+        dtype = numpy.dtype(self.template.dtype)
+        assembler = Assembler(self.tokenizer.open_ids, self.tokenizer.close_ids, end_ids, dtype)
+
+        def encode_pieces(rows: Rows, pieces: Pieces) -> _Result:
+            encoded = encoder.encode(pieces.texts)
+            if check is not None:
+                check(pieces.texts, encoded)
+            skipped, problem = pieces.skipped, pieces.problem
+            if not encoded.lengths.all():
+                if options.on_bad_record == "stop":
+                    return _Result(assembler.nothing(), skipped, 0, self._no_tokens(rows, pieces, encoded))
+                pieces, encoded, num_dropped = _without_empty(pieces, encoded)
+                skipped = skipped + Counter({_NO_TOKENS: num_dropped})
+            documents = assembler.assemble(encoded, pieces.flags)
+            return _Result(documents, skipped, pieces.num_rows, problem)
+
+        def encode(block: Block | End) -> list[_Result] | End:
+            return block if isinstance(block, End) else [encode_pieces(*part) for part in self.maker.make(block.rows)]
+
+        return encode
+
+    def _no_tokens(self, rows: Rows, pieces: Pieces, encoded: Encoded) -> Row:
+        empty = numpy.flatnonzero(encoded.lengths == 0)[0]
+        number = self.maker.row_number(rows, int(pieces.document_numbers[empty]))
+        return Row(number, None, _NO_TOKENS, "(the tokenizer knows no character of it)")
+
+    def _write(
+        self, inputs: Sequence[Input], encode: Callable[[Block | End], "list[_Result] | End"], output: Output
+    ) -> None:
+        """Read, encode and write the inputs, all at the same time."""
+        workers = self.options.workers
+        memory = num_bytes("--max-memory", self.options.max_memory) - _BASE_BYTES
+        block_bytes = memory // (_BYTES_PER_BLOCK_BYTE * (2 * workers + 2))
+        block_bytes = max(_MIN_BLOCK_BYTES, min(_MAX_BLOCK_BYTES, block_bytes))
+        blocks = (block for input in inputs for block in read_source(input, self.columns, block_bytes))
+        remaining = iter(inputs)
+        input, num_rows = next(remaining), 0
+        progress = _Progress(output)
+        with (
+            closing(_ahead(blocks, 2)) as read,
+            closing(_in_order(encode, read, workers)) as results,
+        ):
+            for result in results:
+                if isinstance(result, End):
+                    if result.damage is not None:
+                        raise UserError(describe(input, Row(num_rows, None, DAMAGED, result.damage)))
+                    output.end_source(_manifest_source(input, result.checksum))
+                    input, num_rows = next(remaining, input), 0
+                    continue
+                for part in result:
+                    if part.problem is not None:
+                        raise UserError(describe(input, part.problem._replace(number=num_rows + part.problem.number)))
+                    output.add(part.documents, part.skipped)
+                    num_rows += part.num_rows
+                progress.report()
 
 
-def _publish(folder: Path, prefix: Path, manifest: Manifest) -> None:
-    """Flush the finished files to the disk and move them to their names, the manifest last."""
-    manifest.write(folder / "manifest")
-    for kind in ("bin", "idx"):
-        with (folder / kind).open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(folder / kind, f"{prefix}.{kind}")
-    os.replace(Manifest.path(folder / "manifest"), Manifest.path(prefix))
-    parent = os.open(prefix.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+_NO_TOKENS = "no tokens"
+
+
+def _without_empty(pieces: Pieces, encoded: Encoded) -> tuple[Pieces, Encoded, int]:
+    """Without the documents of which a piece has no tokens, and how many these are."""
+    numbers = pieces.document_numbers
+    dropped = numpy.unique(numbers[encoded.lengths == 0])
+    keep = ~numpy.isin(numbers, dropped)
+    kept = replace(pieces, texts=pieces.texts.filter(pyarrow.array(keep)), flags=pieces.flags[keep])
+    tokens = encoded.tokens[numpy.repeat(keep, encoded.lengths)]
+    return kept, Encoded(tokens, encoded.lengths[keep]), len(dropped)
+
+
+def _name(input: Input) -> str:
+    """What the manifest calls an input."""
+    return str(input.path.resolve()) if input.path else input.name
+
+
+def _manifest_source(input: Input, checksum: str) -> Source:
+    if input.path is None:
+        return Source(input.name, 0, 0, 0, "")
+    status = input.path.stat()
+    return Source(_name(input), 0, status.st_size, status.st_mtime_ns, checksum)
+
+
+def _is_still(source: Source, input: Input) -> bool:
+    """Whether an input is what it was; of a streamed data set no more is known than its name."""
+    return source.is_still(input.path) if input.path else source.path == input.name
+
+
+def _ahead[T](items: Iterator[T], depth: int) -> Generator[T]:
+    """`items`, produced in a thread of their own, `depth` of them ahead of what is asked for."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as executor:
+        pending = deque(executor.submit(next, items, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(executor.submit(next, items, end))
+            yield item
+
+
+def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int) -> Generator[B]:
+    """function(item) of every item, done by so many threads, in the order of the items."""
+    with ThreadPoolExecutor(workers) as executor:
+        pending: deque[Future[B]] = deque()
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > workers + 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _Progress:
+    """Says from time to time how far the job is."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._num_tokens_before = output.num_tokens
+        self._started = self._last = time.monotonic()
+
+    def report(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _REPORT_EVERY_S:
+            self._last = now
+            documents, tokens = self._output.num_documents, self._output.num_tokens
+            rate = (tokens - self._num_tokens_before) / (now - self._started)
+            print(f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)

@@ -78,6 +78,8 @@ class IndexCounts:
     thinking_tokens: int
     skipped: dict[str, int]
     """Bad records left out, by reason."""
+    sequences: int | None = None
+    """Where a document may have several."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,10 @@ class Manifest:
     checksums: dict[str, str]
     """Of "bin" and "idx": "sha256:" and the digest."""
     command: list[str]
+    append_eos: bool = True
+    """Whether documents end with the end-of-sequence token."""
+    parse_special_tokens: bool = False
+    """Whether special tokens that stand in the raw text became these tokens."""
 
     @staticmethod
     def path(prefix: str | Path) -> Path:
@@ -141,9 +147,11 @@ class Manifest:
         """Raise UserError when `.bin` or `.idx` is missing or not as long as it must be. Cheap: no data is
         read.
         """
+        if self.counts.documents == 0:
+            raise UserError(f"{prefix}: holds no document; leave it out, or index again")
         expected = {
             "bin": self.counts.tokens * numpy.dtype(self.dtype).itemsize,
-            "idx": idx_bytes(self.counts.documents),
+            "idx": idx_bytes(self.counts.documents, self.counts.sequences),
         }
         for kind, num_bytes in expected.items():
             path = Path(f"{prefix}.{kind}")

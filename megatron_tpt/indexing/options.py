@@ -1,11 +1,14 @@
 """The options of the indexing tools. Light to import: the help of a command line needs nothing else."""
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
 
 
@@ -13,9 +16,9 @@ from megatron_tpt.indexing.join import Join
 class IndexOptions:
     """What to index, and how."""
 
-    input: list[Path]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them, such as the output of
-    tools/augment.py.
+    input: list[Path | str]
+    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), folders of them such as the output of tools/augment.py,
+    patterns ("data/**/*.jsonl"), or data sets of the Hub (hf://owner/name?split=train).
     """
     tokenizer: Path
     """A Hugging Face tokenizer folder (tokenizer.json, tokenizer_config.json); it must name an
@@ -31,6 +34,44 @@ class IndexOptions:
     """How document and thinking make one sample."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at a record without usable text, or leave it out and count it."""
+    append_eos: bool = True
+    """End every document with the end-of-sequence token."""
+    sentences: bool = False
+    """Make each sentence a sequence of its own; documents keep their bounds. Slow: sentences are found in Python."""
+    parse_special_tokens: bool = False
+    """Let special tokens and think tags that stand in the raw text become these tokens."""
+    shard_size: str | None = None
+    """Write PREFIX-00000-of-000NN.{bin,idx,json}, no .bin larger than this ("10GiB", "500MB")."""
+    tokenizer_backend: Literal["auto", "gigatoken", "reference"] = "auto"
+    """auto: gigatoken where it gives the very tokens of Hugging Face tokenizers, else these, and says so. gigatoken:
+    stop where it does not. reference: Hugging Face tokenizers.
+    """
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Threads that parse and encode; by default as many as there are cores."""
+    max_memory: str = "1GiB"
+    """Bound of the memory in use, but for a single record larger than that allows."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: at least one is needed")
+        if num_bytes("--max-memory", self.max_memory) < MIN_MEMORY_BYTES:
+            raise UserError(f"--max-memory {self.max_memory} is too little: give {MIN_MEMORY_BYTES >> 20}MiB or more")
+        if self.shard_size is not None:
+            num_bytes("--shard-size", self.shard_size)
+
+
+MIN_MEMORY_BYTES = 512 << 20
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def num_bytes(option: str, text: str) -> int:
+    """The number of bytes that "1GiB", "500 MB" or "4096" stand for. Raises UserError naming `option`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or not (size := int(float(match[1]) * unit)):
+        raise UserError(f"{option} {text!r}: give a size such as 500MB or 2GiB")
+    return size
 
 
 @dataclass(frozen=True)

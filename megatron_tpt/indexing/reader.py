@@ -103,7 +103,7 @@ def verify(prefix: str | Path) -> Manifest:
     for first in range(0, reader.num_tokens, _TOKENS_PER_CHUNK):
         if reader.tokens[first : first + _TOKENS_PER_CHUNK].max() >= manifest.tokenizer.vocab_size:
             raise UserError(f"{prefix}: holds tokens that its tokenizer does not have; index again")
-    last_tokens = reader.tokens[numpy.cumsum(reader.sequence_lengths, dtype=numpy.int64) - 1]
-    if (last_tokens != manifest.tokenizer.eos_id).any():
+    last_tokens = reader.tokens[numpy.cumsum(reader.document_lengths()) - 1]
+    if manifest.append_eos and (last_tokens != manifest.tokenizer.eos_id).any():
         raise UserError(f"{prefix}: a document does not end with the end-of-sequence token; index again")
     return manifest

@@ -34,7 +34,8 @@ class Tokenizer:
     """The tokenizer of a folder with `tokenizer.json` and `tokenizer_config.json`.
 
     Raises UserError when the folder has no readable tokenizer, or when no end-of-sequence token is named
-    there: without one, documents would run into each other.
+    there: without one, documents would run into each other. With `parse_special_tokens`, special tokens that stand in
+    a text do become the tokens of that name.
     """
 
     folder: Path
@@ -46,25 +47,32 @@ class Tokenizer:
     """The token of "<think>", or the tokens of the tag encoded on its own where it is no token."""
     close_ids: list[int]
     """The same for "</think>"."""
+    special_tokens: list[str]
+    """The names that stand for no text; the think tags are among them."""
+    is_special: numpy.ndarray[tuple[int], numpy.dtype[numpy.bool_]]
+    """Whether raw text must not make a token, [vocab_size]."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, parse_special_tokens: bool = False) -> None:
         self.folder = Path(folder)
+        self.parse_special_tokens = parse_special_tokens
         self.fingerprint = tokenizer_fingerprint(self.folder)
-        self._backend, self._special = _load(_tokenizer_file(self.folder))
+        self._backend, self.special_tokens = _load(_tokenizer_file(self.folder))
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = _find_eos(self.folder, self._backend)
-        special_ids = [id for name in self._special if (id := self._backend.token_to_id(name)) is not None]
-        self._is_special = numpy.zeros(self.vocab_size, dtype=bool)
-        self._is_special[special_ids] = True
+        self.is_special = numpy.zeros(self.vocab_size, dtype=bool)
         self.open_ids = self._tag_ids(OPEN_TAG)
         self.close_ids = self._tag_ids(CLOSE_TAG)
+        self._backend.encode_special_tokens = not parse_special_tokens
+        if not parse_special_tokens:
+            ids = [id for name in self.special_tokens if (id := self._backend.token_to_id(name)) is not None]
+            self.is_special[ids] = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of every text, as raw text."""
         encoded = self._encode_batch(texts)
         for i, tokens in enumerate(encoded):
             # Models whose vocabulary is looked up by whole words can still find a special token.
-            if self._is_special[tokens].any():
+            if self.is_special[tokens].any():
                 encoded[i] = self._encode_spelt_out(texts[i])
         return encoded
 
@@ -98,7 +106,7 @@ class Tokenizer:
 
     def _encode_spelt_out(self, text: str) -> Tokens:
         """Encode `text` with every special token's name in it cut after its first character."""
-        names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        names = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
         return numpy.concatenate(self._encode_batch(pieces))
@@ -109,8 +117,11 @@ def _tokenizer_file(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such tokenizer folder")
     if not path.is_file():
+        kinds = {".model": "a SentencePiece or tiktoken model", ".tiktoken": "a tiktoken file"}
+        found = [f"{file.name} is {kinds[file.suffix]}: " for file in sorted(folder.iterdir()) if file.suffix in kinds]
         raise UserError(
-            f"{folder}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
+            f"{folder}: no tokenizer.json; {found[0] if found else ''}make one: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
         )
     return path
 

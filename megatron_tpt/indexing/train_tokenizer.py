@@ -19,6 +19,9 @@ from megatron_tpt.records import read_records
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(options: TrainTokenizerOptions) -> Path:
@@ -41,9 +44,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
 
 def _train(options: TrainTokenizerOptions, special: list[str]) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if options.split_digits else []
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    backend.pre_tokenizer = _pre_tokenizer(options.split_digits)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size,
@@ -63,6 +64,14 @@ def _train(options: TrainTokenizerOptions, special: list[str]) -> tokenizers.Tok
     if not num_texts:
         raise UserError("the input holds no document to train on")
     return backend
+
+
+def _pre_tokenizer(split_digits: bool) -> pre_tokenizers.PreTokenizer:
+    """Words of GPT-2, or of Qwen 2, where every digit is one of its own: both are known to fast tokenizers."""
+    if not split_digits:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _save(folder: Path, backend: tokenizers.Tokenizer, template: str | None, options: TrainTokenizerOptions) -> None:

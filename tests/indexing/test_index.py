@@ -114,6 +114,7 @@ JOINED = {
     Join.thinking_document: "<think> c </think> a b <eos>",
     Join.thinking_only: "<think> c </think> <eos>",
     Join.document_only: "a b <eos>",
+    Join.interleaved: "a b <think> c </think> <eos>",
 }
 
 
@@ -232,7 +233,7 @@ def test_a_text_without_tokens_is_a_bad_record(word_tokenizer_dir: Path, tmp_pat
     folder = edit_tokenizer(word_tokenizer_dir, tmp_path / "few", model=model)
     (tmp_path / "d.jsonl").write_text('{"id": "first", "text": "b"}\n{"text": "a"}')
     options = IndexOptions([tmp_path / "d.jsonl"], folder, tmp_path / "x")
-    with pytest.raises(UserError, match="record first: no tokens"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: no tokens"):
         index(options)
     assert index(replace(options, on_bad_record="skip")).counts.skipped == {"no tokens": 1}
 
@@ -260,7 +261,7 @@ def test_killed_runs_leave_no_index_and_the_next_run_is_right(tokenizer_dir: Pat
             file.write(json.dumps({"text": generated_text(i % 20, 400) + str(i)}) + "\n")
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--output", prefix]
     process = subprocess.Popen([sys.executable, REPOSITORY / "tools" / "index.py", *map(str, arguments)])
-    data = prefix.parent / ".tmp-train" / "bin"
+    data = prefix.parent / ".tmp-train" / "00000.bin"
     while not (data.exists() and data.stat().st_size):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
@@ -280,18 +281,38 @@ def test_killed_runs_leave_no_index_and_the_next_run_is_right(tokenizer_dir: Pat
     assert unbroken.checksums == manifest.checksums
 
 
-def test_a_run_killed_while_publishing_is_made_good(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.mark.parametrize("num_moves", range(4))
+def test_a_run_killed_while_publishing_is_made_good(
+    documents: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_moves: int
+) -> None:
     options = IndexOptions([documents], tokenizer_dir, tmp_path / "x")
+    move, moves = os.replace, []
+
+    def move_or_die(source: Path, target: str) -> None:
+        if Path(source).parent.name == ".tmp-x" and not Path(source).name.startswith("."):
+            if len(moves) == num_moves:
+                raise Killed
+            moves.append(target)
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", move_or_die)
+        patch.setattr("megatron_tpt.indexing.output.shutil.rmtree", lambda _: die())
+        with pytest.raises(Killed):
+            index(options)
+    assert (tmp_path / "x.json").exists() == (num_moves == 3)
     manifest = index(options)
-    for name, killed_before in [("x.json", "manifest.json"), ("x.idx", "idx")]:
-        folder = tmp_path / ".tmp-x"
-        folder.mkdir()
-        (tmp_path / "x.json").rename(folder / "manifest.json")
-        if name != "x.json":
-            (tmp_path / name).rename(folder / killed_before)
-        assert index(options) == manifest
-        assert verify(options.output) == manifest
-        assert not folder.exists()
+    assert verify(options.output) == manifest
+    assert manifest.counts.documents == 2000
+    assert not (tmp_path / ".tmp-x").exists()
+
+
+def die() -> None:
+    raise Killed
 
 
 def test_damage_is_found_and_named(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""The working folder of an indexing job, and the journal in it by which a killed job goes on."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import Source
+from megatron_tpt.indexing.writer import Extent
+
+_NAME = "journal"
+
+
+def working_path(prefix: Path) -> Path:
+    """The hidden folder in which the index `prefix` is made."""
+    return prefix.with_name(f".tmp-{prefix.name}")
+
+
+@contextmanager
+def working_folder(prefix: Path) -> Iterator[Path]:
+    """The working folder of `prefix`, for this run alone. It stays only with a journal in it to go on by."""
+    if prefix.is_dir():
+        raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'train'}")
+    folder = working_path(prefix)
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{prefix} is being written by another process; wait for it to end") from None
+        try:
+            yield folder
+        finally:
+            if not (folder / _NAME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{prefix}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@dataclass
+class Counts:
+    """What a shard holds besides its extent."""
+
+    documents_with_thinking: int = 0
+    thinking_tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClosedShard:
+    """A shard whose `.bin` and `.idx` are complete."""
+
+    number: int
+    extent: Extent
+    counts: Counts
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SourceDone:
+    """How the job stood when a source had been written to its end."""
+
+    source: Source
+    documents_by_shard: dict[int, int]
+    extent: Extent
+    """Of the shard that was being written; those before it are closed."""
+    counts: Counts
+
+
+@dataclass
+class Journal:
+    """What is safely on the disk: closed shards and finished sources, in order.
+
+    A line is written only after the data that it speaks of has been synced.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    shards: list[ClosedShard] = field(default_factory=list)
+    sources: list[SourceDone] = field(default_factory=list)
+    is_complete: bool = False
+    """Whether the whole index is there, manifests and all, and has but to be moved to its name."""
+    num_bytes: int = 0
+    """Length of the part of the file that holds."""
+
+    @classmethod
+    def read(cls, folder: Path, settings: dict[str, Any]) -> "Journal":
+        """The journal in `folder`; an empty one when there is none, or one of other settings."""
+        path = folder / _NAME
+        journal = cls(path, settings)
+        for number, (entry, num_bytes) in enumerate(_entries(path)):
+            if number == 0 and entry != {"settings": settings}:
+                return journal
+            journal._take(entry)
+            journal.num_bytes = num_bytes
+        return journal
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "shard" in entry:
+            fields = entry["shard"]
+            del self.shards[fields["number"] :]  # a run that was killed closed them, its successor did it again
+            extent, counts = Extent(*fields["extent"]), Counts(**fields["counts"])
+            self.shards.append(ClosedShard(fields["number"], extent, counts, fields["checksums"]))
+        elif "source" in entry:
+            self.sources.append(_source_done(entry))
+        self.is_complete = "complete" in entry
+
+    def write(self, entries: Sequence[ClosedShard | SourceDone | str]) -> None:
+        """Add entries, or the word "complete", and sync them to the disk."""
+        lines: list[dict[str, Any]] = [{"settings": self.settings}] if self.num_bytes == 0 else []
+        for entry in entries:
+            if isinstance(entry, ClosedShard):
+                lines.append({"shard": asdict(entry)})
+            else:
+                lines.append({entry: True} if isinstance(entry, str) else asdict(entry))
+        with self.path.open("ab") as file:
+            file.truncate(self.num_bytes)
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            self.num_bytes = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+
+
+def _source_done(entry: dict[str, Any]) -> SourceDone:
+    by_shard = {int(shard): documents for shard, documents in entry["documents_by_shard"].items()}
+    return SourceDone(Source(**entry["source"]), by_shard, Extent(*entry["extent"]), Counts(**entry["counts"]))
+
+
+def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The lines of a journal and where they end, as far as they are whole: after a power cut the last may not be."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        end += len(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n"):
+            return
+        yield entry, end
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The files that an indexing job writes: one index or a set of shards, complete or absent, and resumable per source."""
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy
+
+from megatron_tpt.indexing.assemble import Documents
+from megatron_tpt.indexing.journal import ClosedShard, Counts, Journal, SourceDone, sync_folder
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source
+from megatron_tpt.indexing.writer import Extent, IndexWriter
+
+_KINDS = ("bin", "idx", "json")
+
+
+class Output:
+    """Writes documents to `.bin/.idx` in a working folder, one shard after the other.
+
+    A shard ends before the document that would make its `.bin` larger than `shard_bytes`; without that there is one.
+    When a source has been written to its end, that is put into the journal once the data is synced: a job that is
+    killed goes on behind the last such source, whatever was written after it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        journal: Journal,
+        vocab_size: int,
+        itemsize: int,
+        *,
+        has_sentences: bool = False,
+        shard_bytes: int | None = None,
+    ) -> None:
+        self._folder, self._journal = folder, journal
+        self._vocab_size, self._has_sentences = vocab_size, has_sentences
+        self._max_tokens = shard_bytes // itemsize if shard_bytes else None
+        self._beside = ThreadPoolExecutor(1)  # syncing waits for the disk
+        self._syncing: Future[None] | None = None
+        self._pending: list[ClosedShard | SourceDone | str] = []
+        self._documents_by_shard: dict[int, int] = {}
+        self._counts = Counts()
+        extent = None
+        if journal.sources:
+            last = journal.sources[-1]
+            extent, self._counts = last.extent, copy.deepcopy(last.counts)
+            del journal.shards[max(last.documents_by_shard, default=0) :]
+        self._writer = self._open_shard(extent)
+
+    def add(self, documents: Documents, skipped: Mapping[str, int]) -> None:
+        """Append documents of the current source, and count the bad records that were left out."""
+        for reason, count in skipped.items():
+            self._counts.skipped[reason] = self._counts.skipped.get(reason, 0) + count
+        while self._max_tokens is not None and len(documents):
+            bounds = documents.token_bounds()
+            room = self._max_tokens - self._writer.num_tokens
+            num_fitting = int(numpy.searchsorted(bounds, room, side="right")) - 1
+            if self._writer.num_documents == 0:
+                num_fitting = max(num_fitting, 1)
+            if num_fitting >= len(documents):
+                break
+            self._append(documents.part(0, num_fitting))
+            self._close_shard()
+            documents = documents.part(num_fitting, len(documents))
+        self._append(documents)
+
+    def end_source(self, source: Source) -> None:
+        """Take note that a source has been written to its end (its number of documents is filled in here)."""
+        by_shard = self._documents_by_shard or {len(self._journal.shards): 0}
+        self._documents_by_shard = {}
+        source = replace(source, documents=sum(by_shard.values()))
+        # The current shard is the last key: resuming looks there.
+        by_shard.setdefault(len(self._journal.shards), 0)
+        done = SourceDone(source, by_shard, self._writer.extent, copy.deepcopy(self._counts))
+        self._journal.sources.append(done)
+        self._pending.append(done)
+        if self._syncing is None or self._syncing.done():
+            self._writer.flush()
+            self._commit()
+
+    @property
+    def num_documents(self) -> int:
+        """In all shards."""
+        return sum(shard.extent.documents for shard in self._journal.shards) + self._writer.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """In all shards."""
+        return sum(shard.extent.tokens for shard in self._journal.shards) + self._writer.num_tokens
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad records left out, by reason, in the current shard."""
+        return self._counts.skipped
+
+    def finish(self, template: Manifest) -> list[Manifest]:
+        """Complete and sync all files, and return the manifests: `template` with what each shard holds."""
+        self._close_shard(is_last=True)
+        self._wait()
+        manifests = [self._manifest(number, template) for number in range(len(self._journal.shards))]
+        for number, manifest in enumerate(manifests):
+            manifest.write(self._folder / f"{number:05d}")
+        self._journal.write([*self._pending, "complete"])
+        return manifests
+
+    def discard(self) -> None:
+        """Leave nothing to go on with."""
+        self._wait()
+        self._pending = []
+        self._journal.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._writer.__exit__(kind, error, trace)
+            self._wait()
+            if any(isinstance(entry, SourceDone) for entry in self._pending):
+                self._commit()
+        self._beside.shutdown()
+
+    def _append(self, documents: Documents) -> None:
+        if len(documents):
+            self._writer.add_documents(documents.tokens, documents.sequence_lengths, documents.sequences_per_document)
+            shard = len(self._journal.shards)
+            self._documents_by_shard[shard] = self._documents_by_shard.get(shard, 0) + len(documents)
+            self._counts.documents_with_thinking += int(numpy.count_nonzero(documents.thinking_tokens))
+            self._counts.thinking_tokens += int(documents.thinking_tokens.sum())
+
+    def _path(self, shard: int, kind: str) -> Path:
+        return self._folder / f"{shard:05d}.{kind}"
+
+    def _open_shard(self, extent: Extent | None = None) -> IndexWriter:
+        shard = len(self._journal.shards)
+        bin_path, idx_path = self._path(shard, "bin"), self._path(shard, "idx")
+        return IndexWriter(bin_path, idx_path, self._vocab_size, has_sentences=self._has_sentences, resume_at=extent)
+
+    def _close_shard(self, *, is_last: bool = False) -> None:
+        with self._writer:
+            pass
+        self._wait()
+        closed = ClosedShard(len(self._journal.shards), self._writer.extent, self._counts, self._writer.checksums())
+        for kind in ("bin", "idx"):
+            _sync(self._path(len(self._journal.shards), kind))
+        self._journal.shards.append(closed)
+        self._pending.append(closed)
+        if not is_last:
+            self._counts = Counts()
+            self._writer = self._open_shard()
+
+    def _commit(self) -> None:
+        """Sync what has been written, then say so in the journal; the job goes on meanwhile."""
+        if self._syncing is not None:
+            self._syncing.result()
+        entries, self._pending = self._pending, []
+        paths = [
+            path
+            for kind in ("bin", "idx", "idx-documents")
+            if (path := self._path(len(self._journal.shards), kind)).exists()
+        ]
+
+        def sync() -> None:
+            for path in paths:
+                _sync(path)
+            self._journal.write(entries)
+
+        self._syncing = self._beside.submit(sync)
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
+
+    def _manifest(self, shard: int, template: Manifest) -> Manifest:
+        closed = self._journal.shards[shard]
+        sources = [
+            replace(done.source, documents=done.documents_by_shard[shard])
+            for done in self._journal.sources
+            if shard in done.documents_by_shard
+        ]
+        extent, counts = closed.extent, closed.counts
+        index_counts = IndexCounts(
+            documents=extent.documents,
+            documents_with_thinking=counts.documents_with_thinking,
+            tokens=extent.tokens,
+            document_tokens=extent.tokens - counts.thinking_tokens,
+            thinking_tokens=counts.thinking_tokens,
+            skipped=counts.skipped,
+            sequences=extent.sequences if self._has_sentences else None,
+        )
+        return replace(template, sources=sources, counts=index_counts, checksums=closed.checksums)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def shard_prefix(prefix: Path, shard: int, num_shards: int) -> Path:
+    """Where a shard of a set goes."""
+    return prefix.with_name(f"{prefix.name}-{shard:05d}-of-{num_shards:05d}")
+
+
+def publish(folder: Path, prefixes: list[Path]) -> None:
+    """Move complete files from the working folder to their names, the manifests last. Can be done again."""
+    for kind in _KINDS:
+        for shard, prefix in enumerate(prefixes):
+            path = folder / f"{shard:05d}.{kind}"
+            if path.exists():
+                os.replace(path, f"{prefix}.{kind}")
+        sync_folder(prefixes[0].parent)
+    shutil.rmtree(folder)

@@ -1,0 +1,339 @@
+"""From rows to the pieces of text that are tokenised: by columns where rows are plain, else record by record.
+
+Arrow parses JSON and joins columns many times faster than Python can, and lets go of the interpreter lock. It takes a
+little that JSON forbids and refuses a little that Python's parser takes; whatever could be of that kind, and whatever
+is bad, goes record by record through `megatron_tpt.records`, whose word is final. Both ways make the same pieces.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy
+import orjson
+import pyarrow
+import pyarrow.compute
+import pyarrow.json
+
+from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
+from megatron_tpt.records import Columns, Record, Row
+from megatron_tpt.records.lines import MAX_LINE_BYTES
+from megatron_tpt.records.parsing import parse_line, parse_row
+from megatron_tpt.records.record import BadRecord
+
+THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
+"""Of a piece: it is thinking; the think tag opens before it; closes after it; it ends a sequence; a document."""
+
+_WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
+_SMALLEST_FAST_BYTES = 1 << 14
+_TEXT = pyarrow.large_string()
+
+type Rows = bytes | pyarrow.RecordBatch
+"""Whole lines, or rows of a table."""
+Flags = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
+
+
+@dataclass
+class Pieces:
+    """The pieces of some rows in order, [num_pieces], and what became of the rows."""
+
+    texts: pyarrow.LargeStringArray
+    flags: Flags
+    num_rows: int
+    """Rows looked at; blank lines count."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Bad records left out, by reason."""
+    problem: Row | None = None
+    """The bad record that stops the run; its number counts from the first of these rows."""
+
+    @property
+    def document_numbers(self) -> numpy.ndarray:
+        """Which document each piece belongs to, [num_pieces]."""
+        ends = (self.flags & DOCUMENT_END) > 0
+        return numpy.cumsum(ends) - ends
+
+
+@dataclass(frozen=True)
+class PieceMaker:
+    """Makes pieces of rows, by the settings of a job."""
+
+    columns: Columns
+    join: Join
+    on_bad_record: Literal["stop", "skip"]
+    split_sentences: Callable[[str], list[str]] | None = None
+    """With it, each sentence is a sequence of its own."""
+
+    def make(self, rows: Rows) -> Iterator[tuple[Rows, Pieces]]:
+        """Whole lines or a table's rows, in one portion or several, and their pieces."""
+        fast = self._fast(rows)
+        if fast is not None:
+            yield rows, fast
+        elif _num_bytes(rows) <= _SMALLEST_FAST_BYTES or not self._may_be_fast():
+            yield rows, self.make_slowly(rows)
+        else:  # what is bad spoils only a small part
+            for half in _halves(rows):
+                yield from self.make(half)
+
+    def make_slowly(self, rows: Rows) -> Pieces:
+        """The same, record by record: exact about what is wrong."""
+        texts: list[str] = []
+        flags: list[int] = []
+        skipped: Counter[str] = Counter()
+        number = -1
+        for number, parse in enumerate(self._rows(rows)):
+            try:
+                record = parse()
+                if record is not None:
+                    self._add_record(record, texts, flags)
+            except BadRecord as bad:
+                if self.on_bad_record == "stop":
+                    problem = Row(number, None, bad.problem, bad.detail)
+                    return Pieces(_text_array(texts), numpy.array(flags, numpy.uint8), number, skipped, problem)
+                skipped[bad.problem] += 1
+        return Pieces(_text_array(texts), numpy.array(flags, numpy.uint8), number + 1, skipped)
+
+    def row_number(self, rows: Rows, document: int) -> int:
+        """Which row a document came from, when no row was left out."""
+        for number, parse in enumerate(self._rows(rows)):
+            if parse() is not None:
+                document -= 1
+            if document < 0:
+                return number
+        raise AssertionError("there are not so many documents")
+
+    def _rows(self, rows: Rows) -> Iterator[Callable[[], Record | None]]:
+        if not isinstance(rows, bytes):
+            for i in range(rows.num_rows):
+                yield partial(self._parse_row, rows, i)
+            return
+        for line in rows.removesuffix(b"\n").split(b"\n"):
+            yield partial(self._parse_line, line)
+
+    def _parse_row(self, rows: pyarrow.RecordBatch, number: int) -> Record:
+        return parse_row(_python_row(rows.slice(number, 1)), self.columns)
+
+    def _parse_line(self, line: bytes) -> Record | None:
+        if len(line) > MAX_LINE_BYTES:
+            raise BadRecord("line too long", f"(up to {MAX_LINE_BYTES:,} bytes are read)")
+        line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write first
+        return parse_line(line, self.columns) if line and not line.isspace() else None
+
+    def _add_record(self, record: Record, texts: list[str], flags: list[int]) -> None:
+        sample = list(pieces(record, self.join))
+        for text, is_thinking in sample:
+            kind = THINKING * is_thinking
+            parts = self.split_sentences(text) if self.split_sentences else [text]
+            texts += parts
+            first = len(flags)
+            flags += [kind | SEQUENCE_END * (self.split_sentences is not None)] * len(parts)
+            flags[first] |= OPEN * is_thinking
+            flags[-1] |= CLOSE * is_thinking
+        flags[-1] |= SEQUENCE_END | DOCUMENT_END
+
+    def _may_be_fast(self) -> bool:
+        return self.join is not Join.interleaved and self.split_sentences is None
+
+    def _fast(self, rows: Rows) -> Pieces | None:
+        """The pieces, or None where a record needs a closer look."""
+        if not self._may_be_fast():
+            return None
+        try:
+            if isinstance(rows, bytes):
+                num_rows, table = _json_table(rows, self.columns)
+            else:
+                num_rows, table = rows.num_rows, rows
+            texts, thinking = _text_and_thinking(table, self.columns)
+        except (_NeedsCloserLookError, orjson.JSONDecodeError, pyarrow.ArrowException):
+            return None
+        is_bad, skipped = self._bad_rows(texts, thinking)
+        if skipped:
+            if self.on_bad_record == "stop":
+                return None
+            is_good = pyarrow.array(~is_bad)
+            texts, thinking = texts.filter(is_good), thinking.filter(is_good)
+        return Pieces(*_joined(texts, thinking, self.join), num_rows, skipped)
+
+    def _bad_rows(self, texts: Any, thinking: Any) -> tuple[numpy.ndarray, Counter[str]]:
+        is_null, is_blank = _is_null(texts), _is_blank(texts)
+        lacks_thinking = _is_null(thinking) & (self.join is Join.thinking_only)
+        is_bad = is_null | is_blank | lacks_thinking
+        counts = Counter(
+            {
+                "no text": int(is_null.sum()),
+                "empty text": int((is_blank & ~is_null).sum()),
+                NO_THINKING: int((lacks_thinking & ~is_null & ~is_blank).sum()),
+            }
+        )
+        return is_bad, +counts
+
+
+class _NeedsCloserLookError(Exception):
+    pass
+
+
+def _num_bytes(rows: Rows) -> int:
+    return len(rows) if isinstance(rows, bytes) else rows.nbytes if rows.num_rows > 1 else 0
+
+
+def _halves(rows: Rows) -> Iterator[Any]:
+    if isinstance(rows, bytes):
+        middle = rows.find(b"\n", len(rows) // 2) + 1
+        middle = middle if 0 < middle < len(rows) else rows.rfind(b"\n", 0, len(rows) // 2) + 1
+        halves = (rows[:middle], rows[middle:])
+    else:
+        middle = rows.num_rows // 2
+        halves = (rows.slice(0, middle), rows.slice(middle))
+    return (half for half in halves if len(half))
+
+
+def _python_row(row: pyarrow.RecordBatch) -> dict[str, Any]:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
+    except (ValueError, OverflowError) as error:
+        raise BadRecord("value not readable", f"({(str(error).splitlines() or ['no more is known'])[0]})") from None
+
+
+def _text_array(texts: list[str]) -> pyarrow.LargeStringArray:
+    return pyarrow.array(texts, type=_TEXT)
+
+
+def _json_table(lines: bytes, columns: Columns) -> tuple[int, pyarrow.Table]:
+    """(number of lines, the used columns) of lines of which each is one JSON object or empty."""
+    num_lines, num_objects = _check_lines(lines)
+    first = orjson.loads(lines[: lines.find(b"\n") % (len(lines) + 1)].strip() or b"{}")
+    names = dict.fromkeys([*columns.texts, "thinking"])
+    fields = [(name, pyarrow.string()) for name in names]
+    if columns.id not in names:
+        has_integer_id = isinstance(first, dict) and type(first.get(columns.id)) is int
+        fields.append((columns.id, pyarrow.int64() if has_integer_id else pyarrow.string()))
+    table = pyarrow.json.read_json(
+        pyarrow.BufferReader(lines),
+        parse_options=pyarrow.json.ParseOptions(
+            explicit_schema=pyarrow.schema(fields), unexpected_field_behavior="ignore"
+        ),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+    )
+    if table.num_rows != num_objects:
+        raise _NeedsCloserLookError
+    return num_lines, table
+
+
+def _check_lines(lines: bytes) -> tuple[int, int]:
+    """(lines, lines that are not empty). Each of these must begin and end as an object does, and be UTF-8.
+
+    Then a newline can only stand between objects, and with as many objects as lines there is one on each.
+    """
+    if len(lines) > 0x7FFF_FFFF:
+        raise _NeedsCloserLookError
+    offsets = numpy.array([0, len(lines)], numpy.int32)
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(lines)])
+    text.validate(full=True)
+    data = numpy.frombuffer(lines, numpy.uint8)
+    ends = numpy.flatnonzero(data == ord("\n"))
+    if not lines.endswith(b"\n"):
+        ends = numpy.append(ends, len(lines))
+    begins = numpy.concatenate([[0], ends[:-1] + 1])
+    is_full = ends > begins
+    lasts = ends[is_full] - 1
+    lasts -= data[lasts] == ord("\r")
+    if not ((data[begins[is_full]] == ord("{")).all() and (data[lasts] == ord("}")).all()):
+        raise _NeedsCloserLookError
+    return len(ends), len(lasts)
+
+
+def _text_and_thinking(table: Any, columns: Columns) -> tuple[Any, Any]:
+    """The documents, null where there is none, and the thinking, null where there is none or it is blank."""
+    names = table.schema.names
+    texts = [_strings(table, name) for name in columns.texts]
+    text = texts[0]
+    if len(texts) > 1:
+        text = pyarrow.compute.binary_join_element_wise(*texts, pyarrow.scalar("\n", _TEXT))
+    _check_ids(table, columns)
+    if "thinking" not in names or table.column("thinking").null_count == table.num_rows:
+        return text, pyarrow.nulls(len(text), _TEXT)
+    thinking = _strings(table, "thinking")
+    thinking = pyarrow.compute.utf8_trim(thinking, characters=_WHITESPACE)
+    is_blank = pyarrow.compute.equal(pyarrow.compute.binary_length(thinking), 0)
+    return text, pyarrow.compute.if_else(is_blank, pyarrow.scalar(None, _TEXT), thinking)
+
+
+def _check_ids(table: Any, columns: Columns) -> None:
+    if columns.id not in table.schema.names:
+        if columns.id != "id":
+            raise _NeedsCloserLookError
+        return
+    ids = table.column(columns.id)
+    if pyarrow.types.is_integer(ids.type) or pyarrow.types.is_null(ids.type):
+        has_empty = False
+    else:
+        ids = _strings(table, columns.id)
+        has_empty = bool(pyarrow.compute.any(pyarrow.compute.equal(ids, "")).as_py())
+    if columns.id != "id" and (ids.null_count or has_empty):
+        raise _NeedsCloserLookError
+
+
+def _strings(table: Any, name: str) -> pyarrow.LargeStringArray:
+    """A column of valid UTF-8 strings in one array."""
+    if name not in table.schema.names:
+        raise _NeedsCloserLookError
+    column = table.column(name)
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        raise _NeedsCloserLookError
+    column = column.cast(_TEXT)
+    if isinstance(column, pyarrow.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    column.validate(full=True)
+    return column
+
+
+def _is_null(array: Any) -> numpy.ndarray:
+    return array.is_null().to_numpy(zero_copy_only=False)
+
+
+def _is_blank(texts: pyarrow.LargeStringArray) -> numpy.ndarray:
+    """Whether each text is empty or white space, [num_texts]; nulls are blank."""
+    offsets, data = text_buffers(texts)
+    is_blank = offsets[1:] == offsets[:-1]
+    first = data[numpy.minimum(offsets[:-1], max(len(data) - 1, 0))] if len(data) else numpy.zeros(len(texts), "u1")
+    suspects = numpy.flatnonzero(~is_blank & ((first <= 0x20) | (first >= 0x80)))
+    if len(suspects):
+        trimmed = pyarrow.compute.utf8_trim(texts.take(pyarrow.array(suspects)), characters=_WHITESPACE)
+        lengths = pyarrow.compute.binary_length(trimmed).fill_null(0).to_numpy(zero_copy_only=False)
+        is_blank[suspects] = lengths == 0
+    return is_blank
+
+
+def text_buffers(texts: pyarrow.LargeStringArray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Where each text begins, with the end, [num_texts + 1], and the bytes: not copied."""
+    _, offsets, data = texts.buffers()
+    if offsets is None or not len(texts):
+        return numpy.zeros(1, numpy.int64), numpy.zeros(0, numpy.uint8)
+    begins = numpy.frombuffer(offsets, numpy.int64, len(texts) + 1, 8 * texts.offset)
+    return begins, numpy.frombuffer(data if data is not None else b"", numpy.uint8)
+
+
+def _joined(texts: Any, thinking: Any, join: Join) -> tuple[pyarrow.LargeStringArray, Flags]:
+    """The pieces of documents whose records are good, and their flags."""
+    has_thinking = ~_is_null(thinking) & (join is not Join.document_only)
+    if not has_thinking.any():
+        return texts, numpy.full(len(texts), SEQUENCE_END | DOCUMENT_END, numpy.uint8)
+    newline, nothing = pyarrow.scalar("\n", _TEXT), pyarrow.scalar("", _TEXT)
+    thinking = thinking.filter(pyarrow.array(has_thinking))
+    thinking = pyarrow.compute.binary_join_element_wise(nothing, thinking, nothing, newline)
+    tagged = THINKING | OPEN | CLOSE
+    if join is Join.thinking_only:
+        return thinking, numpy.full(len(thinking), tagged | SEQUENCE_END | DOCUMENT_END, numpy.uint8)
+    num_pieces = 1 + has_thinking.astype(numpy.int64)
+    lasts = numpy.cumsum(num_pieces) - 1
+    firsts = lasts - has_thinking
+    text_places, thinking_places = (firsts, lasts) if join is Join.document_thinking else (lasts, firsts)
+    order = numpy.empty(int(num_pieces.sum()), numpy.int64)
+    order[thinking_places[has_thinking]] = len(texts) + numpy.arange(len(thinking))
+    order[text_places] = numpy.arange(len(texts))
+    flags = numpy.where(order >= len(texts), tagged, 0).astype(numpy.uint8)
+    flags[lasts] |= SEQUENCE_END | DOCUMENT_END
+    return pyarrow.concat_arrays([texts, thinking]).take(pyarrow.array(order)), flags

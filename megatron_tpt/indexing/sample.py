@@ -1,0 +1,44 @@
+"""A sample of the input: documents from the start, the middle and the end of its first, middle and last file."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from megatron_tpt.records import Columns, Record, Source, read_blocks
+from megatron_tpt.records.parsing import parse_line
+from megatron_tpt.records.record import BadRecord
+
+_DOCUMENTS_PER_PLACE = 40
+_PLACE_BYTES = 1 << 18
+_MAX_CHARACTERS = 10_000
+
+
+def sample_texts(sources: Sequence[Source], columns: Columns) -> list[str]:
+    """Documents and thinking from up to nine places; of a packed file or a table, from its start only.
+
+    Bad records are passed over: what is wrong with them is said when their turn comes.
+    """
+    chosen = {0, len(sources) // 2, len(sources) - 1}
+    texts = []
+    for number in sorted(chosen):
+        for record in _records(sources[number], columns):
+            texts += [text[:_MAX_CHARACTERS] for text in (record.text, record.thinking) if text]
+    return texts
+
+
+def _records(source: Source, columns: Columns) -> Iterator[Record]:
+    if source.path is None or not source.path.name.endswith((".jsonl", ".json")):
+        for _, rows in itertools.islice(read_blocks(source, columns, _DOCUMENTS_PER_PLACE, lambda _: True), 1):
+            yield from (row.record for row in rows if row.record is not None)
+        return
+    num_bytes = source.num_bytes or 0
+    with source.path.open("rb") as file:
+        for place in sorted({0, num_bytes // 2, max(num_bytes - _PLACE_BYTES, 0)}):
+            file.seek(place)
+            lines = file.read(_PLACE_BYTES).split(b"\n")
+            for line in lines[place > 0 : _DOCUMENTS_PER_PLACE]:
+                try:
+                    record = parse_line(line, columns) if line else None
+                except BadRecord:  # cut by the end of the stretch, for instance
+                    continue
+                if record is not None:
+                    yield record
