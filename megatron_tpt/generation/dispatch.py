@@ -50,13 +50,13 @@ class Job:
     num_failures: int = 0
     """Those that may be the request's own fault."""
     first_failure_s: float | None = None
-    last_server: "_Server | None" = None
+    last_server: "Server | None" = None
     """The one that failed last."""
     task: "asyncio.Task[None] | None" = None
 
 
 @dataclass(eq=False)
-class _Server:
+class Server:
     """One endpoint. Times are those of time.monotonic()."""
 
     url: str
@@ -72,11 +72,14 @@ class _Server:
     num_failures: int = 0
     """In a row; those of requests sent before its last rest count as one."""
     failing_since_s: float | None = None
+    was_open: bool = False
+    num_answers: int = 0
 
     def is_free(self, now_s: float) -> bool:
         return self.is_open and self.in_flight < self.limit and now_s >= self.rests_until_s
 
     def succeeded(self) -> None:
+        self.num_answers += 1
         self.num_failures = 0
         self.failing_since_s = None
         self.limit = min(self.limit + 1, self.max_in_flight)
@@ -88,12 +91,12 @@ class _Server:
 
 
 class Dispatcher:
-    """Shares jobs among servers. All methods but `capacity` are for the event loop's thread."""
+    """Shares jobs among servers. All but `capacity` and `server` is for the event loop's thread."""
 
     def __init__(self, options: EngineOptions, client: HttpClient, stats: EngineStats, *, is_local: bool) -> None:
         max_in_flight = options.max_num_seqs or _DEFAULT_MAX_IN_FLIGHT
         urls = dict.fromkeys(url.rstrip("/") for url in options.endpoints)
-        self._servers = [_Server(url, max_in_flight, max_in_flight) for url in urls]
+        self._servers = [Server(url, max_in_flight, max_in_flight) for url in urls]
         self.capacity = max_in_flight * len(self._servers)
         """How many jobs there may be at once."""
         self._options = options
@@ -121,6 +124,10 @@ class Dispatcher:
         await self._opened.wait()
         if self._error is not None:
             raise self._error
+
+    def server(self, url: str) -> Server:
+        """The server at `url`. Its counts can be read from any thread."""
+        return next(server for server in self._servers if server.url == url)
 
     def add(self, job: Job) -> None:
         """Take on `job`; its end will be put into its queue."""
@@ -192,11 +199,11 @@ class Dispatcher:
             job.task = self._spawn(self._attempt(job, server))
             job.task.add_done_callback(functools.partial(self._release, server))
 
-    def _release(self, server: _Server, _: asyncio.Task[None]) -> None:
+    def _release(self, server: Server, _: asyncio.Task[None]) -> None:
         server.in_flight -= 1
         self._dispatch()
 
-    async def _attempt(self, job: Job, server: _Server) -> None:
+    async def _attempt(self, job: Job, server: Server) -> None:
         sent_s = time.monotonic()
         try:
             outcome = await self._ask(job.request, server)
@@ -208,7 +215,7 @@ class Dispatcher:
             server.succeeded()
             self._finish(job, outcome)
 
-    async def _ask(self, request: Request, server: _Server) -> Completion | Failure:
+    async def _ask(self, request: Request, server: Server) -> Completion | Failure:
         options = self._options
         url = server.url + PATHS[options.api]
         body = request_body(
@@ -221,7 +228,7 @@ class Dispatcher:
             del self._jobs[job]
             job.results.put((job, outcome))
 
-    def _learn_of_failure(self, server: _Server, answer: UnusableAnswer, sent_s: float) -> None:
+    def _learn_of_failure(self, server: Server, answer: UnusableAnswer, sent_s: float) -> None:
         now_s = time.monotonic()
         if sent_s < server.last_rest_s:
             return  # what was under way when the server failed fails with it: that is nothing new
@@ -241,7 +248,7 @@ class Dispatcher:
             asyncio.get_running_loop().call_later(rest_s, self._dispatch)
         self._check_patience(str(answer))
 
-    def _try_again(self, job: Job, server: _Server, answer: UnusableAnswer) -> None:
+    def _try_again(self, job: Job, server: Server, answer: UnusableAnswer) -> None:
         """Give `job` up, or put it back into the queue, before those that were not sent yet."""
         if job not in self._jobs:
             return
@@ -289,14 +296,14 @@ class Dispatcher:
             return min(answer.retry_after_s, self._patience_s) + random.uniform(0, _FIRST_WAIT_S)
         return random.uniform(0, min(self._max_wait_s, _FIRST_WAIT_S * 2 ** min(num_failures, 16)))
 
-    async def _reopen(self, server: _Server, answer: UnusableAnswer | None = None) -> None:
+    async def _reopen(self, server: Server, answer: UnusableAnswer | None = None) -> None:
         """Ask for the models of `server` until it lists them; after `answer`, not at once."""
         while not server.is_open:
             if answer is not None:
                 await asyncio.sleep(self._wait_s(server.num_failures, answer))
             try:
                 await self._check_model(server)
-                server.is_open = True
+                server.is_open = server.was_open = True
             except UnusableAnswer as error:
                 answer = error
                 server.failed(time.monotonic())
@@ -304,7 +311,7 @@ class Dispatcher:
         self._opened.set()
         self._dispatch()
 
-    async def _check_model(self, server: _Server) -> None:
+    async def _check_model(self, server: Server) -> None:
         url = server.url + "/models"
         answer = await self._client.get(url, timeout_s=_MODELS_TIMEOUT_S)
         check_status(url, *answer)

@@ -84,6 +84,14 @@ class EndpointEngine:
             self._told_of_usage = True
             warnings.warn("an endpoint does not tell how many tokens it used; they are counted as 0", stacklevel=3)
 
+    def num_answers(self, url: str) -> int:
+        """How many requests the server at `url` has answered."""
+        return self._dispatcher.server(url).num_answers
+
+    def was_open(self, url: str) -> bool:
+        """Whether the server at `url` could ever be asked."""
+        return self._dispatcher.server(url).was_open
+
     def fail(self, error: Exception) -> None:
         """End generation with `error`: whoever watches the servers calls this, from any thread."""
         self._loop.call_soon_threadsafe(self._dispatcher.fail, error)

