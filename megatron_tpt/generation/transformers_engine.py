@@ -1,0 +1,195 @@
+"""Transformers' own `generate`, for machines where vLLM cannot be installed. Slow: a batch waits for its longest.
+
+Every row of a batch draws its noise from a generator of its own, so that a seeded request does not depend on the
+requests around it: the likeliest of log p + Gumbel noise is a sample of p.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, FinishReason, Request
+from megatron_tpt.generation.models import check_prompt, encode_prompt, load_tokenizer, one_line, quiet
+from megatron_tpt.generation.vllm_engine import max_model_len
+
+_DEFAULT_MAX_NUM_SEQS = 8
+
+
+@dataclass
+class _Row:
+    """One request of a batch."""
+
+    request: Request
+    prompt_ids: list[int]
+    max_new_tokens: int
+    generator: Any
+    """A torch.Generator; None takes the likeliest token."""
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+class TransformersEngine:
+    """AutoModelForCausalLM on one GPU, or on the CPU. Raises UserError for a model that cannot be loaded."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if options.tensor_parallel_size > 1:
+            raise UserError('the engine "transformers" uses one device; leave out --tensor-parallel-size')
+        self._tokenizer = load_tokenizer(options.model)
+        self._max_model_len = max_model_len(options)
+        self._batch_size = options.max_num_seqs or _DEFAULT_MAX_NUM_SEQS
+        self._stats = EngineStats()
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{options.model}: this model cannot be loaded ({one_line(error)})") from error
+        self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        eos = self._model.generation_config.eos_token_id
+        self._eos_ids = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
+        """See `Engine.generate`. The only Failures are prompts that are empty or leave no room for a completion."""
+        source = iter(requests)
+        while batch := list(itertools.islice(source, self._batch_size)):
+            rows = []
+            for request in batch:
+                row = self._row(request)
+                if isinstance(row, Failure):
+                    self._stats.count(row)
+                    yield request, row
+                else:
+                    rows.append(row)
+            self._stats.num_sent += len(rows)
+            for row, completion in self._complete(rows) if rows else ():
+                self._stats.count(completion)
+                yield row.request, completion
+
+    def _row(self, request: Request) -> _Row | Failure:
+        import torch
+
+        ids = encode_prompt(self._tokenizer, request.prompt)
+        failure = check_prompt(ids, self._max_model_len)
+        if failure is not None:
+            return failure
+        sampling = request.sampling
+        generator = None
+        if sampling.temperature > 0:
+            generator = torch.Generator(self._model.device)
+            if sampling.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(sampling.seed)
+        max_new_tokens = min(sampling.max_new_tokens, self._max_model_len - len(ids))
+        return _Row(request, ids, max_new_tokens, generator)
+
+    def _complete(self, rows: list[_Row]) -> Iterator[tuple[_Row, Completion]]:
+        import torch
+        from transformers import GenerationConfig
+
+        width = max(len(row.prompt_ids) for row in rows)
+        pad = self._tokenizer.eos_token_id  # masked before the prompts, cut off after the completions
+        ids = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
+        mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
+        device = self._model.device
+        with torch.inference_mode():
+            output = self._model.generate(
+                torch.tensor(ids, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=GenerationConfig(
+                    do_sample=False, max_new_tokens=max(row.max_new_tokens for row in rows), pad_token_id=pad
+                ),
+                logits_processor=[_Sampler(rows)],
+                stopping_criteria=[_Stopper(rows, width, self._eos_ids, self._tokenizer)],
+            )
+        for row, generated in zip(rows, output[:, width:].tolist(), strict=True):
+            assert row.finish_reason is not None
+            yield row, self._completion(row, generated[: row.num_tokens])
+
+    def _completion(self, row: _Row, ids: list[int]) -> Completion:
+        ended = row.finish_reason == "stop" and ids[-1] in self._eos_ids
+        text = _decode(self._tokenizer, ids[:-1] if ended else ids)
+        text = text.rstrip("\ufffd")  # the begin of a character that was cut off
+        for stop in row.request.sampling.stop:
+            text = text.partition(stop)[0]
+        assert row.finish_reason is not None
+        return Completion(text, tuple(ids), row.finish_reason, len(row.prompt_ids), len(ids))
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return replace(self._stats)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._model = None
+
+
+class _Sampler:
+    """A logits processor after which the largest score is the sampled token, by each row's own settings."""
+
+    def __init__(self, rows: list[_Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """`scores`: [b, vocabulary]."""
+        import torch
+
+        scores = scores.float()
+        for i, row in enumerate(self._rows):
+            if row.generator is None or row.finish_reason is not None:
+                continue
+            sampling = row.request.sampling
+            logits = _keep_top_p(scores[i] / sampling.temperature, sampling.top_p)
+            scores[i] = logits - torch.empty_like(logits).exponential_(generator=row.generator).log()
+        return scores
+
+
+def _keep_top_p(logits: Any, top_p: float) -> Any:
+    """`logits` [vocabulary] with all but the likeliest tokens, which together have `top_p`, at minus infinity."""
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(descending=True)
+    probabilities = ordered.softmax(0)
+    before = probabilities.cumsum(0) - probabilities  # the likeliest has none before it and always stays
+    return logits.index_fill(0, order[before >= top_p], float("-inf"))
+
+
+class _Stopper:
+    """Stopping criteria that end every row by itself: at an end token, a stop text or its own limit."""
+
+    def __init__(self, rows: list[_Row], width: int, eos_ids: set[int], tokenizer: Any) -> None:
+        self._rows = rows
+        self._width = width
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self.eos_token_id = sorted(eos_ids)  # by this attribute `generate` knows to fill ended rows with padding
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """`input_ids`: [b, s]; which rows have ended: [b]."""
+        import torch
+
+        for row, ids in zip(self._rows, input_ids[:, self._width :].tolist(), strict=True):
+            if row.finish_reason is None:
+                row.num_tokens = len(ids)
+                row.finish_reason = self._reason(row, ids)
+        return torch.tensor([row.finish_reason is not None for row in self._rows], device=input_ids.device)
+
+    def _reason(self, row: _Row, ids: list[int]) -> FinishReason | None:
+        if ids[-1] in self._eos_ids:
+            return "stop"
+        if row.request.sampling.stop:
+            # A token may be a part of one character: as many tokens as the text has bytes, and the one that broke off.
+            num_tail = max(len(stop.encode()) for stop in row.request.sampling.stop) + 4
+            tail = _decode(self._tokenizer, ids[-num_tail:])
+            if any(stop in tail for stop in row.request.sampling.stop):
+                return "stop"
+        return "length" if len(ids) >= row.max_new_tokens else None
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
