@@ -201,9 +201,9 @@ def _slurm(command: list[str]) -> str:
 def _tell_queue(
     queued: Sequence[_Element], missing: Sequence[int], job_ids: Sequence[str], options: ScaleOptions, log_dir: Path
 ) -> None:
-    running = sum(element.state == "R" for element in queued)
     if queued:
-        say(f"{running} tasks are running and {len(queued) - running} are waiting already")
+        num_pending = sum(element.state == "PD" for element in queued)
+        say(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
     if missing:
         say(f"submitted {len(missing)} of {options.num_tasks} tasks")
     if job_ids:

@@ -9,6 +9,7 @@ from toy_runs import Toy, all_parts, wait_until_gone
 from megatron_tpt.errors import UserError
 from megatron_tpt.scale import ScaleOptions, run_tasks
 
+# Each start of Ray takes two cores several seconds.
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra: pip install ".[ray]"')
 
 
@@ -18,6 +19,7 @@ def toy(tmp_path):
 
 
 @needs_ray
+@pytest.mark.slow
 def test_on_ray_a_task_that_fails_or_is_killed_stops_no_other_and_runs_again(toy):
     arguments = ["--fault", "kill", "--fault-task", 1, "--meet", 2]
     exit_code, printed = toy.run(*arguments, executor="ray", num_tasks=4, num_workers=2)

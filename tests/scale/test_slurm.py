@@ -1,4 +1,4 @@
-"""On a real SLURM of one node, which the fixture `cluster` starts. `.ci/slurm.sh` runs all of these, the slow ones too."""
+"""On a real SLURM of one node, which the fixture `cluster` starts. `.ci/slurm.sh` runs them all, the slow ones too."""
 
 import subprocess
 
