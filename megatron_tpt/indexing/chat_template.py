@@ -20,6 +20,7 @@ Span = tuple[int, int]
 # text may hold them, and no template touches them.
 _RAW_OPEN, _RAW_CLOSE = "\ufdd0", "\ufdd1"
 MARKS = (_RAW_OPEN, _RAW_CLOSE)
+_RAW = re.compile(f"{_RAW_OPEN}(.*?){_RAW_CLOSE}", re.DOTALL)
 
 
 class TemplateError(Exception):
@@ -68,11 +69,13 @@ class ChatTemplate:
         reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
         self._template = _read_template(reference, tokenizer.folder, path)
         self._variables: dict[str, Any] = dict(reference.special_tokens_map)
+        # What a template shows depends on the special tokens that it is given, too.
+        shown = json.dumps([self._template, self._variables], sort_keys=True, default=str)
+        self.checksum = "sha256:" + hashlib.sha256(shown.encode()).hexdigest()
         if "strftime_now" in self._template:
             if today is None:
                 raise UserError("the chat template writes today's date; give --date YYYY-MM-DD to have the same always")
             self._variables["strftime_now"] = datetime.combine(today, time()).strftime
-        self.checksum = "sha256:" + hashlib.sha256(self._template.encode()).hexdigest()
         self.has_generation_spans = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
         self._backend, special = _load_backend(tokenizer.folder)
         self.special_ids = frozenset(special.values())
@@ -93,12 +96,7 @@ class ChatTemplate:
             rendered = Rendered(text, spans, [])
         else:
             rendered = self._derive_spans(messages)
-        if any(
-            mark in piece.text
-            for text in (rendered.text, *rendered.prompts)
-            for piece in _pieces(text)
-            for mark in MARKS
-        ):
+        if any(mark in _RAW.sub("", text) for text in (rendered.text, *rendered.prompts) for mark in MARKS):
             raise TemplateError("the chat template cuts through the name of a special token in a message")
         return rendered
 
@@ -115,7 +113,7 @@ class ChatTemplate:
                 **self._variables,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template is no valid Jinja: {error}") from None
+            raise UserError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, TypeError) as error:
             raise TemplateError(f"the chat template refuses it ({' '.join(str(error).split())})") from None
         return texts[0], spans[0] if spans else []
@@ -173,6 +171,8 @@ class ChatTemplate:
 
 
 class _Piece(NamedTuple):
+    """A part of a rendered text, at `begin` there; a raw one is a name to be spelt out."""
+
     text: str
     begin: int
     is_raw: bool
@@ -181,7 +181,7 @@ class _Piece(NamedTuple):
 def _pieces(text: str) -> list[_Piece]:
     """Cut a text at its marks: rendered, spelt out, rendered, ... ."""
     pieces, begin = [], 0
-    for i, part in enumerate(re.split(f"{_RAW_OPEN}(.*?){_RAW_CLOSE}", text, flags=re.DOTALL)):
+    for i, part in enumerate(_RAW.split(text)):
         is_raw = i % 2 == 1
         begin += is_raw
         pieces.append(_Piece(part, begin, is_raw))

@@ -1,7 +1,7 @@
 """Examples to a packed index: the job behind `tools/pack_sft.py`.
 
 The examples are tokenised once into a hidden folder beside the output, in the order of the input; then they are placed,
-and copied row by row. Memory holds some 60 bytes per example. A killed run leaves only that folder, which the next run
+and copied row by row. Memory holds some 200 bytes per example. A killed run leaves only that folder, which the next run
 of the same command clears away.
 """
 
@@ -55,6 +55,7 @@ def pack_sft(options: PackOptions) -> PackManifest:
     format, template_checksum, loss_mask = _format(options, tokenizer)
     settings = PackSettings(
         tokenizer_fingerprint=tokenizer.fingerprint,
+        eos_id=tokenizer.eos_id,
         columns=format.columns,
         chat_template=template_checksum,
         date=options.date,

@@ -90,10 +90,12 @@ class PackSettings:
     """What decides, with the input, every byte of a packed index."""
 
     tokenizer_fingerprint: str
+    eos_id: int
+    """The token after a response."""
     columns: tuple[str, ...]
     """The messages, or the prompt and the response."""
     chat_template: str | None
-    """Checksum of the chat template; none for prompts and responses."""
+    """Checksum of the chat template and the special tokens it is given; none for prompts and responses."""
     date: str | None
     """What the chat template took for today."""
     sequence_length: int

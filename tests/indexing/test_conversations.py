@@ -19,6 +19,7 @@ from chat_templates import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexing_inputs import edit_tokenizer
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.chat_template import ChatTemplate
@@ -206,6 +207,23 @@ def test_spans_that_leave_out_answers_are_refused(make_format: MakeFormat) -> No
     assert isinstance(bad, BadExample) and "message 2" in bad.detail
 
 
+def test_answer_that_makes_a_token_with_the_prompt_is_refused(make_format: MakeFormat) -> None:
+    template = CHATML.replace("message.role + '\n'", "message.role + ' t'").replace("assistant\n", "assistant t")
+    assert isinstance(encode(make_format(template), chat("a", " ko")), Example)
+    bad = encode(make_format(template), chat("a", "ion"))
+    assert isinstance(bad, BadExample) and "one token with the end of the generation prompt" in bad.detail
+
+
+def test_blanks_in_a_span_are_learned_whatever_the_tokenizer_reports(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    trims = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = Tokenizer(edit_tokenizer(chat_tokenizer.folder, tmp_path / "trims", post_processor=trims))
+    span = "{% generation %}{{ message.content + '<|im_end|> ' }}{% endgeneration %}"
+    (tmp_path / "template.jinja").write_text("{% for message in messages %}<|im_start|>" + span + "{% endfor %}")
+    template = ChatTemplate(tokenizer, tmp_path / "template.jinja")
+    example = encode(ConversationFormat(tokenizer, template, "messages"), chat("a", "b"))
+    assert learned(tokenizer, example) == ["a<|im_end|> ", "b<|im_end|> "]
+
+
 def test_template_that_refuses_a_conversation_is_quoted(make_format: MakeFormat) -> None:
     strict = "{{ raise_exception('no system please') if messages[0].role == 'system' }}" + CHATML
     bad = encode(make_format(strict), TWO_TURNS)
@@ -236,5 +254,5 @@ def test_tokenizer_without_chat_template_is_refused(tokenizer_dir: Path) -> None
 
 
 def test_template_that_is_no_jinja_is_refused(make_format: MakeFormat) -> None:
-    with pytest.raises(UserError, match="no valid Jinja"):
+    with pytest.raises(UserError, match=r"no valid Jinja: line 1: .*"):
         encode(make_format("{% for"), chat("a", "b"))
