@@ -55,6 +55,14 @@ class ThinkingGPTDataset(GPTDataset):
         arrays = config.cache.arrays(name, self.unique_description, SampleIndex._fields, build, num_bytes)
         return arrays[0], arrays[1], arrays[2]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays: a process that reads ahead maps them itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in SampleIndex._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(zip(SampleIndex._fields, self._build_document_sample_shuffle_indices(), strict=True))
+
     def _begin_of_first_document(self, idx: int) -> np.ndarray:
         sample = self.shuffle_index[idx]
         document_position, offset = self.sample_index[sample]
@@ -92,6 +100,13 @@ class _BlendedDataset(BlendedDataset):
         assert self.config.cache is not None
         arrays = self.config.cache.arrays(name, self.unique_description, BlendIndex._fields, build, 10 * self.size)
         return arrays[0], arrays[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in BlendIndex._fields}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(zip(BlendIndex._fields, self._build_indices(), strict=True))
 
 
 def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCache) -> _DatasetConfig:

@@ -9,6 +9,7 @@ one each. The files are those that Megatron Core looks for: NAME-description.txt
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import socket
@@ -41,6 +42,10 @@ class SampleCache:
         self.folder = folder
         self._staging: Path | None = None
         self._large_build = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["SampleCache"], tuple[Path]]:
+        """Another process opens the folder anew, and builds nothing."""
+        return SampleCache, (self.folder,)
 
     def arrays(
         self,
@@ -100,10 +105,10 @@ class SampleCache:
         if not self._path(name, "description.txt").exists():
             return None
         try:
-            return [np.load(self._path(name, f"{kind}.npy"), mmap_mode="r", allow_pickle=False) for kind in kinds]
+            return [_map(self._path(name, f"{kind}.npy")) for kind in kinds]
         except FileNotFoundError:
             return None
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             print(f"{self._path(name, '*.npy')}: not whole ({error}): built again", file=sys.stderr)
             return None
 
@@ -125,6 +130,22 @@ class SampleCache:
                 is_ours = our_prefix is not None and folder.name.startswith(our_prefix)
                 if is_ours or folder.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _map(path: Path) -> np.ndarray:
+    """The array in a file of numpy.save, mapped. Raises ValueError when the file is cut short.
+
+    numpy's own memmap takes twice the time for thousands of files, of which it follows every part of every path.
+    """
+    with path.open("rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("unknown version of numpy's format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return np.ndarray(shape, dtype, data, file.tell())
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 def _lock(file: IO[str], folder: Path) -> bool:

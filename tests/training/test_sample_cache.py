@@ -4,6 +4,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -104,6 +105,20 @@ def test_the_order_of_a_blend_is_megatron_cores(recipe: dict, index_prefix: Path
     np.testing.assert_array_equal(blend.dataset_sample_index, theirs.dataset_sample_index)
     for i in (0, 1, 2, 5, 799):
         assert blend[i]["tokens"].equal(theirs[i]["tokens"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_that_reads_ahead_maps_the_arrays_itself(
+    number: int, recipe: dict, index_prefix: Path, tmp_path: Path
+) -> None:
+    """What is sent to it holds no array, and the same samples come out."""
+    ours = make_recipe(recipe, copies(index_prefix, tmp_path, number), tmp_path / "cache", num_steps=2000)
+    prepare_cache(ours)
+    dataset = open_splits(ours, SampleCache(tmp_path / "cache"))[0]
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 20_000 < sum(path.stat().st_size for path in (tmp_path / "cache").glob("*shuffle_index.npy"))
+    for i in (0, 7, len(dataset) - 1):
+        assert pickle.loads(sent)[i]["tokens"].equal(dataset[i]["tokens"])
 
 
 def test_megatron_core_itself_opens_what_we_built(recipe: dict, index_prefix: Path, tmp_path: Path) -> None:
