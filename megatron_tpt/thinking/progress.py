@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _FILE_EVERY_S = 5.0
@@ -111,7 +111,7 @@ class Reporter:
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
-        temporary.write_text(json.dumps(asdict(self._progress)))
+        temporary.write_text(json.dumps(vars(self._progress)))
         temporary.replace(self._path)  # never a part of it; that it survives a power cut is of no use to anyone
 
 

@@ -54,7 +54,7 @@ class ThoughtReader:
         text, is_cut = self._wanted(completion)
         reason = "truncated" if is_cut and self._truncated == "drop" else None
         if is_cut and self._truncated == "sentence":
-            text = cut_to_sentence(text)
+            text = cut_to_sentence(text).strip()
         reason = reason or judge(document, text, self._filters)
         return Thought(
             text="" if reason else text,
