@@ -140,11 +140,11 @@ class Pairs:
 def write_clusters(path: Path, pair_files: Iterable[Path]) -> None:
     """Join the pairs of near-duplicates to clusters, and write as pairs which document of a cluster is kept: its first.
 
-    Memory: about 100 bytes per document that has a near-duplicate.
+    Memory: about 200 bytes per document that has a near-duplicate.
     """
     forest = np.empty((2, 0), dtype=np.uint64)
     for pair_file in pair_files:
-        for chunk in Pairs(pair_file).chunks(KEYS_PER_PARTITION):
+        for chunk in Pairs(pair_file).chunks(KEYS_PER_PARTITION // 4):
             forest = first_of_cluster(np.concatenate([forest, chunk], axis=1))
     dropped = forest[:, forest[0] != forest[1]]
     with atomic_write(path) as temporary:
