@@ -10,14 +10,15 @@ import sys
 import time
 
 from megatron_tpt.config.cli import run
-from megatron_tpt.config.load import check, load_recipe
-from megatron_tpt.config.recipe import PretrainRecipe
 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return
+    from megatron_tpt.config.load import check, load_recipe
+    from megatron_tpt.config.recipe import PretrainRecipe
+
     # The option is the recipe's field under a shorter name.
     argv = [argument.replace("--cache-dir", "--data.cache_dir", 1) for argument in sys.argv[1:]]
     recipe, _ = load_recipe(PretrainRecipe, argv)

@@ -79,7 +79,7 @@ class SampleCache:
         Where the file system has no locks several build the same, and the first to end is the one that counts. What a
         killed process left is cleared away. Raises UserError when the folder cannot be written.
         """
-        prefix = f".building-{socket.gethostname()}-"
+        prefix = f".building-{socket.gethostname()}_"  # no host's name holds "_": none is the beginning of another
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / ".lock").open("a") as lock:
@@ -109,7 +109,7 @@ class SampleCache:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            print(f"{self._path(name, '*.npy')}: not whole ({error}): built again", file=sys.stderr)
+            print(f"{self._path(name, '*.npy')}: not whole ({error})", file=sys.stderr)
             return None
 
     def _publish(self, name: str, description: str, arrays: dict[str, np.ndarray], staging: Path) -> None:

@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -194,6 +195,18 @@ def test_a_build_killed_at_any_moment_is_completed_by_the_next(
         prepare_cache(killed)
         assert contents(killed.data.cache_dir) == expected
         assert not list(killed.data.cache_dir.glob(".building*/**/*.*"))
+
+
+def test_what_other_machines_build_is_left_alone_until_it_is_old(
+    recipe: dict, index_prefix: Path, tmp_path: Path
+) -> None:
+    """Their locks may not be seen here."""
+    ours, another = f".building-{socket.gethostname()}_x", f".building-{socket.gethostname()}-2_x"
+    for name in (ours, another, ".building-abandoned_x"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    os.utime(tmp_path / "cache" / ".building-abandoned_x", (0, 0))
+    prepare_cache(make_recipe(recipe, [index_prefix], tmp_path / "cache"))
+    assert [path.name for path in (tmp_path / "cache").glob(".building*")] == [another]
 
 
 def test_a_cached_index_is_not_built_again(
