@@ -151,9 +151,16 @@ def _shares(sources: list[DatasetSource], num_samples: int) -> tuple[list[float]
     return weights, [math.ceil(num_samples * weight) for weight in weights]
 
 
-def _open_blend(
-    sources: list[DatasetSource], manifests: list[Manifest], num_samples: int, split: Split, config: _DatasetConfig
-) -> torch.utils.data.Dataset:
+@dataclasses.dataclass(frozen=True)
+class _Portion:
+    """What a recipe takes from the sources of one split."""
+
+    split: Split
+    sources: list[DatasetSource]
+    num_samples: int
+
+
+def _open_blend(portion: _Portion, manifests: list[Manifest], config: _DatasetConfig) -> torch.utils.data.Dataset:
     """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it.
 
     Sources are opened by several threads, for the sake of file systems that answer slowly.
@@ -163,25 +170,16 @@ def _open_blend(
         # An index is known by its content: elsewhere it is the same, and another in its place is not.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
-        return ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
+        return ThinkingGPTDataset(dataset, content, None, num_samples, portion.split, config)
 
-    if len(sources) == 1:
-        return open_source(sources[0], manifests[0], num_samples)
-    weights, shares = _shares(sources, num_samples)
+    if len(portion.sources) == 1:
+        return open_source(portion.sources[0], manifests[0], portion.num_samples)
+    weights, shares = _shares(portion.sources, portion.num_samples)
     # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
     wanted = [math.ceil(share * (1 + config.mid_level_dataset_surplus)) for share in shares]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        datasets = list(threads.map(open_source, sources, manifests, wanted))
+        datasets = list(threads.map(open_source, portion.sources, manifests, wanted))
     return _BlendedDataset(datasets, weights, sum(shares), config)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Portion:
-    """What a recipe takes from the sources of one split."""
-
-    split: Split
-    sources: list[DatasetSource]
-    num_samples: int
 
 
 def _portions(recipe: PretrainRecipe) -> list[_Portion]:
@@ -202,7 +200,7 @@ def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[torch.utils.
     for portion in portions:
         own = list(itertools.islice(manifests, len(portion.sources)))
         config = _dataset_config(recipe, own[0], cache)
-        datasets.append(_open_blend(portion.sources, own, portion.num_samples, portion.split, config))
+        datasets.append(_open_blend(portion, own, config))
     return datasets
 
 
