@@ -340,15 +340,28 @@ def _ahead[T](items: Iterator[T], depth: int) -> Generator[T]:
 
 
 def _in_order[A, B](function: Callable[[A], B], items: Iterable[A], workers: int) -> Generator[B]:
-    """function(item) of every item, done by so many threads, in the order of the items."""
+    """function(item) of every item, done by so many threads, in the order of the items.
+
+    What came before an error of `items` is handed out before it is raised.
+    """
+    pending: deque[Future[B]] = deque()
+    iterator, end, error = iter(items), object(), None
     with ThreadPoolExecutor(workers) as executor:
-        pending: deque[Future[B]] = deque()
-        for item in items:
+        while True:
+            try:
+                item: Any = next(iterator, end)
+            except Exception as caught:
+                error = caught
+                break
+            if item is end:
+                break
             pending.append(executor.submit(function, item))
             if len(pending) > workers + 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    if error is not None:
+        raise error
 
 
 class _Progress:

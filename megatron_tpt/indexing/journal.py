@@ -124,12 +124,13 @@ class Journal:
                 lines.append({"shard": asdict(entry)})
             else:
                 lines.append({entry: True} if isinstance(entry, str) else asdict(entry))
+        data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         with self.path.open("ab") as file:
-            file.truncate(self.num_bytes)
-            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            self.num_bytes = file.tell()
+            file.truncate(self.num_bytes)  # of a line that was not written whole
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        self.num_bytes += len(data)
         sync_folder(self.path.parent)
 
 

@@ -61,8 +61,8 @@ class Output:
             bounds = documents.token_bounds()
             room = self._max_tokens - self._writer.num_tokens
             num_fitting = int(numpy.searchsorted(bounds, room, side="right")) - 1
-            if self._writer.num_documents == 0:
-                num_fitting = max(num_fitting, 1)
+            # A document that is larger than a shard has one to itself.
+            num_fitting = max(num_fitting, 1 if self._writer.num_documents == 0 else 0)
             if num_fitting >= len(documents):
                 break
             self._append(documents.part(0, num_fitting))

@@ -1,0 +1,278 @@
+"""Jobs go on where they were killed; shards, sentences and interleaved thinking are Megatron's to the byte."""
+
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pyarrow
+import pyarrow.parquet
+import pytest
+from indexing_inputs import generated_text
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing import blocks, sentences, writer
+from megatron_tpt.indexing import index as indexing
+from megatron_tpt.indexing.index import index, index_shards
+from megatron_tpt.indexing.join import Join
+from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.indexing.reader import IndexReader, verify
+from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.training.data import mark_thinking
+
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+TOOL = Path(__file__).parents[2] / "tools" / "index.py"
+
+
+def write_files(folder: Path, num_files: int, documents_per_file: int, num_words: int = 30) -> list[Path]:
+    """Files of all kinds, every document another."""
+    folder.mkdir()
+    paths = []
+    for number in range(num_files):
+        rng = random.Random(number)
+        texts = [generated_text(rng.randrange(1 << 30), num_words) for _ in range(documents_per_file)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        path = folder / f"{number:03d}{['.jsonl', '.jsonl.gz', '.parquet'][number % 3]}"
+        if number % 3 == 2:
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+        else:
+            path.write_bytes(gzip.compress(lines.encode()) if number % 3 else lines.encode())
+        paths.append(path)
+    return paths
+
+
+class Stop(Exception):
+    """Ends a job in the middle."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_sources: int) -> list[str]:
+    """Let jobs read so many more sources and fail in the next; returns the names of those that were opened."""
+    opened: list[str] = []
+    read_source = blocks.read_source
+
+    def read(source, columns, block_bytes):
+        opened.append(source.path.name)
+        for block in read_source(source, columns, block_bytes):
+            if len(opened) > num_sources:
+                raise Stop
+            yield block
+
+    monkeypatch.setattr(indexing, "read_source", read)
+    return opened
+
+
+@pytest.mark.parametrize("shard_size", [None, "6KB"])
+def test_a_job_goes_on_behind_the_last_finished_file(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str | None
+) -> None:
+    write_files(tmp_path / "in", 7, 30)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "a" / "x", shard_size=shard_size)
+    unbroken = index_shards(replace(options, output=tmp_path / "b" / "x"))
+    assert (len(unbroken) > 3) == (shard_size is not None)
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_after(patch, 3)
+            index_shards(options)
+        # What a kill leaves behind the last finished file is taken away.
+        with max((tmp_path / "a" / ".tmp-x").glob("*.bin")).open("ab") as file:
+            file.write(b"half a document")
+        with (tmp_path / "a" / ".tmp-x" / "journal").open("ab") as file:
+            file.write(b'{"source": {"path"')
+    opened = stop_after(monkeypatch, 100)
+    resumed = index_shards(options)
+    assert opened == ["006.jsonl"]
+    assert [manifest.checksums for manifest in resumed] == [manifest.checksums for manifest in unbroken]
+    assert [manifest.counts for manifest in resumed] == [manifest.counts for manifest in unbroken]
+    assert [manifest.sources for manifest in resumed] == [manifest.sources for manifest in unbroken]
+    assert not (tmp_path / "a" / ".tmp-x").exists()
+    assert index_shards(options) == resumed and opened == ["006.jsonl"]
+
+
+def test_work_of_other_settings_or_on_changed_files_is_not_gone_on_with(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_files(tmp_path / "in", 3, 20)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "x")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        index(options)
+    with monkeypatch.context() as patch:
+        opened = stop_after(patch, 100)
+        index(replace(options, append_eos=False))
+        assert len(opened) == 3
+    assert verify(tmp_path / "x").append_eos is False
+    for kind in ("bin", "idx", "json"):
+        Path(f"{tmp_path / 'x'}.{kind}").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        index(options)
+    paths[0].write_text('{"text": "another"}\n')
+    opened = stop_after(monkeypatch, 100)
+    assert index(options).sources[0].documents == 1
+    assert len(opened) == 3
+
+
+def test_a_bad_record_leaves_the_finished_files_to_go_on_from(tokenizer_dir: Path, tmp_path: Path) -> None:
+    first, second, *_ = write_files(tmp_path / "in", 2, 20)
+    (tmp_path / "last.jsonl").write_text('{"text": "a"}\nbad\n')
+    options = IndexOptions([first, second, tmp_path / "last.jsonl"], tokenizer_dir, tmp_path / "x")
+    with pytest.raises(UserError, match=r"last.jsonl:2: not JSON"):
+        index(options)
+    assert not list(tmp_path.glob("x.*"))
+    (tmp_path / "last.jsonl").write_text('{"text": "a"}\n')
+    assert index(options).counts.documents == 41
+
+
+def test_killed_at_random_moments_the_same_command_gives_the_same_index(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "in", 12, 1500, 60)
+    arguments = [sys.executable, TOOL, "--input", tmp_path / "in", "--tokenizer", tokenizer_dir]
+    arguments = [*map(str, arguments), "--workers", "1", "--output"]
+    rng = random.Random(0)
+    journal = tmp_path / "a" / ".tmp-x" / "journal"
+    num_kills = 0
+    for _ in range(3):
+        size = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen([*arguments, str(tmp_path / "a" / "x")], stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size <= size):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        num_kills += process.wait() == -signal.SIGKILL
+    assert num_kills >= 2
+    subprocess.run([*arguments, str(tmp_path / "a" / "x")], check=True, stderr=subprocess.DEVNULL)
+    unbroken = index(IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "b" / "x"))
+    assert verify(tmp_path / "a" / "x").checksums == unbroken.checksums
+
+
+def test_a_damaged_file_is_named_whatever_is_done_with_bad_records(tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = write_files(tmp_path / "in", 2, 200)[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"001.jsonl.gz: damaged or cut short"):
+        index(IndexOptions([path], tokenizer_dir, tmp_path / "x", on_bad_record="skip"))
+
+
+def test_small_blocks_many_workers_and_kinds_of_files_change_nothing(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path / "in", 3, 300)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "x")
+    expected = index(options).checksums
+    monkeypatch.setattr(indexing, "_MAX_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(indexing, "_MIN_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "_READ_BYTES", 777)
+    for backend in ("gigatoken", "reference"):
+        output = tmp_path / backend
+        assert index(replace(options, output=output, workers=7, tokenizer_backend=backend)).checksums == expected
+
+
+def test_shards_hold_the_documents_in_order_and_keep_to_their_size(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "in", 3, 100)
+    whole = index(IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "whole"))
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "set", shard_size="10KB")
+    manifests = index_shards(options)
+    prefixes = [tmp_path / f"set-{i:05d}-of-{len(manifests):05d}" for i in range(len(manifests))]
+    assert read_manifests(prefixes) == manifests == [verify(prefix) for prefix in prefixes]
+    assert b"".join(Path(f"{prefix}.bin").read_bytes() for prefix in prefixes) == (tmp_path / "whole.bin").read_bytes()
+    sizes = [Path(f"{prefix}.bin").stat().st_size for prefix in prefixes]
+    assert max(sizes) <= 10_000 and min(sizes[:-1]) > 9_000
+    assert sum(manifest.counts.documents for manifest in manifests) == whole.counts.documents
+    assert sum(source.documents for manifest in manifests for source in manifest.sources) == 300
+    with pytest.raises(UserError, match="another join"):
+        index_shards(replace(options, join=Join.document_only))
+    # A document larger than a shard has one to itself.
+    tiny = index_shards(replace(options, output=tmp_path / "tiny", shard_size="2B"))
+    assert len(tiny) == 300
+
+
+def test_sentences_are_sequences_and_documents_keep_their_bounds(tokenizer_dir: Path, tmp_path: Path) -> None:
+    texts = ["One is here. Two is there! Three?", "Only one", "A b c. D e f."]
+    records = [{"text": text, "thinking": "Hm. Yes it is." if i == 0 else None} for i, text in enumerate(texts)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "ours", sentences=True)
+    manifest = index(options)
+    tokenizer = Tokenizer(tokenizer_dir)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    for i, text in enumerate(texts):
+        parts = [tokenizer.encode(sentence) for sentence in sentences.split(text)]
+        if i == 0:
+            first, second = sentences.split("\nHm. Yes it is.\n")
+            parts += [[2, *tokenizer.encode(first)], [*tokenizer.encode(second), 3]]
+        parts[-1] += [0]
+        builder.add_document(numpy.concatenate(parts), [len(part) for part in parts])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"theirs.{kind}").read_bytes()
+    assert (manifest.counts.documents, manifest.counts.sequences) == (3, 7)
+    assert verify(tmp_path / "ours") == manifest and index(options) == manifest
+    with pytest.raises(UserError, match="choice of --sentences"):
+        index(replace(options, sentences=False))
+
+
+def test_interleaved_thinking_is_marked_block_by_block(tokenizer_dir: Path, tmp_path: Path) -> None:
+    chunks = [
+        {"text_end": 4, "thinking_end": 3},
+        {"text_end": 6, "thinking_end": 3},
+        {"text_end": 9, "thinking_end": 7},
+    ]
+    record = {"text": "koritheba", "thinking": "one two", "meta": {"chunks": chunks}}
+    lines = [record, {"text": "plain", "thinking": "x"}, {"text": "b", "meta": {"chunks": [3]}}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "x", join=Join.interleaved)
+    with pytest.raises(UserError, match=r"d.jsonl:3: bad chunks"):
+        index(options)
+    counts = index(replace(options, on_bad_record="skip")).counts
+    encode = Tokenizer(tokenizer_dir).encode
+    blocks = [encode("kori"), [2, *encode("\none\n"), 3], encode("th") + encode("eba"), [2, *encode("\ntwo\n"), 3], [0]]
+    plain = [encode("plain"), [2, *encode("\nx\n"), 3], [0]]
+    tokens = IndexReader(tmp_path / "x").tokens
+    assert tokens.tolist() == [id for block in [*blocks, *plain] for id in block]
+    marks = [block[0] == 2 for block in [*blocks, *plain] for _ in block]
+    assert mark_thinking(numpy.asarray(tokens), [2], [3], 0).tolist() == marks
+    assert (counts.thinking_tokens, counts.documents_with_thinking) == (sum(marks), 2)
+    assert counts.skipped == {"bad chunks": 1}
+
+
+def test_documents_may_end_without_a_token(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    options = IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "x", append_eos=False)
+    assert index(options) == verify(tmp_path / "x")
+    encode = Tokenizer(tokenizer_dir).encode
+    assert IndexReader(tmp_path / "x").tokens.tolist() == encode("one") + encode("two")
+
+
+def test_documents_too_long_for_the_format_are_refused(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a b c d e f g"}))
+    monkeypatch.setattr(writer, "MAX_DOCUMENT_TOKENS", 5)
+    with pytest.raises(UserError, match="too long, the format holds 5: split it"):
+        index(IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "x"))
+
+
+def test_an_index_without_documents_is_refused(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    manifest = index(IndexOptions([documents], tokenizer_dir, tmp_path / "x"))
+    replace(manifest, counts=replace(manifest.counts, documents=0)).write(tmp_path / "x")
+    with pytest.raises(UserError, match="holds no document"):
+        read_manifests([tmp_path / "x"])
+
+
+def test_sizes_are_read_as_people_write_them(tokenizer_dir: Path) -> None:
+    for wrong in ({"max_memory": "lots"}, {"max_memory": "1MB"}, {"shard_size": "0GB"}, {"workers": 0}):
+        with pytest.raises(UserError, match=r"--(max-memory|shard-size|workers)"):
+            IndexOptions([], tokenizer_dir, Path("x"), **wrong)
+
+
+def test_manifests_of_earlier_versions_are_read(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    manifest = index(IndexOptions([documents], tokenizer_dir, tmp_path / "x"))
+    content = json.loads((tmp_path / "x.json").read_text())
+    del content["append_eos"], content["parse_special_tokens"], content["counts"]["sequences"]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert Manifest.read(tmp_path / "x") == manifest
