@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
 
@@ -72,20 +70,6 @@ def num_bytes(option: str, text: str) -> int:
     if match is None or unit is None or not (size := int(float(match[1]) * unit)):
         raise UserError(f"{option} {text!r}: give a size such as 500MB or 2GiB")
     return size
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """What to look at in an index."""
-
-    prefix: tyro.conf.Positional[Path]
-    """The index: PREFIX.bin, PREFIX.idx and, where it is ours, PREFIX.json."""
-    document: int | None = None
-    """Show this document, counted from 0, as text and tokens."""
-    verify: bool = False
-    """Read everything and check sizes, structure, counts, checksums and tokens."""
-    tokenizer: Path | None = None
-    """The tokenizer folder to show a document with; by default the one the manifest names."""
 
 
 @dataclass(frozen=True)
