@@ -92,7 +92,7 @@ def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes)
         return _parse_completion(url, body)
     check_status(url, status, headers, body)
     message = _error_message(body) or f"status {status}"
-    too_long = status == 413 or "context_length" in message or "context length" in message.lower()
+    too_long = status == 413 or re.search("context.length|model.length|max_model_len", message, re.IGNORECASE)
     return Failure("prompt_too_long" if too_long else "bad_request", message)
 
 

@@ -47,7 +47,10 @@ def test_a_server_completes_as_vllm_in_this_process(model: str, engine: Engine) 
     ids = [[5, 6, 7 + i] for i in range(4)]
     with unchanged_environment(), open_engine(EngineOptions(model, 256, max_num_seqs=4)) as own:
         for prompts, sampling in ((PROMPTS, GREEDY), (PROMPTS, HOT), (ids, HOT)):
-            assert complete(engine, prompts, sampling) == complete(own, prompts, sampling)
+            theirs, ours = complete(engine, prompts, sampling), complete(own, prompts, sampling)
+            assert [c.token_ids for c in theirs] == [c.token_ids for c in ours]
+            # Where a tag ends a completion in the middle of a character, the server shows the part of it.
+            assert [c.text.rstrip("\ufffd") for c in theirs] == [c.text.rstrip("\ufffd") for c in ours]
 
 
 def test_counts_are_the_servers_own(engine: Engine) -> None:
