@@ -219,15 +219,21 @@ def check(recipe: Recipe, world_size: int) -> None:
             f"as parallel.sequence_parallel needs: change one of them"
         )
     dp = parallel.data_parallel_size(world_size)
-    if training.global_batch_size % (training.micro_batch_size * dp):
-        raise UserError(
-            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size="
-            f"{training.micro_batch_size} x {dp} data-parallel processes: change one of them"
-        )
+    for batch_size in sorted(training.batch_sizes):
+        if batch_size % (training.micro_batch_size * dp):
+            raise UserError(
+                f"training.global_batch_size={batch_size} is not a multiple of training.micro_batch_size="
+                f"{training.micro_batch_size} x {dp} data-parallel processes: change one of them"
+            )
     decay_steps = optimizer.decay_steps or training.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be below the {decay_steps} steps of the schedule"
+        )
+    if (optimizer.wsd_decay_steps or 0) > decay_steps - optimizer.warmup_steps:
+        raise UserError(
+            f"optimizer.wsd_decay_steps={optimizer.wsd_decay_steps} do not fit between the warm-up and the end of the "
+            f"schedule ({decay_steps - optimizer.warmup_steps} steps): lower it"
         )
     if isinstance(recipe, PretrainRecipe | FinetuneRecipe) and not recipe.data.train:
         raise UserError("data.train is empty: give the training data")

@@ -131,16 +131,21 @@ class OptimizerConfig:
     """Highest learning rate, reached after the warm-up."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of the decay."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """Decay after the warm-up; wsd is constant, then a linear decay over the last wsd_decay_steps."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse-square-root"] = "cosine"
+    """Decay after the warm-up; wsd is constant, then a decay over the last wsd_decay_steps; inverse-square-root is
+    learning_rate * sqrt(warmup_steps / step), but never below min_learning_rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """Step at which the decay ends; training.num_steps when not given."""
     wsd_decay_steps: int | None = None
     """Length of the final decay of the wsd schedule; a tenth of decay_steps when not given."""
+    wsd_decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Form of the final decay of the wsd schedule."""
     weight_decay: float = 0.1
     """Decoupled weight decay; biases and norms are exempt."""
+    decay_embeddings: bool = True
+    """Whether weight decay acts on the embedding and the output matrix too."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -157,6 +162,35 @@ class OptimizerConfig:
             f"optimizer.min_learning_rate={self.min_learning_rate} must lie between 0 and optimizer.learning_rate",
         )
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        for name in ("decay_steps", "wsd_decay_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"optimizer.{name}={value} must be 1 or more")
+
+
+@dataclass
+class BatchSizeStage:
+    """Some steps with another batch size, at the begin of a run."""
+
+    num_steps: int
+    """Optimizer steps with this size."""
+    global_batch_size: int
+    """Samples per optimizer step, over all processes."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "global_batch_size"):
+            _require(
+                getattr(self, name) >= 1, f"training.batch_size_ramp: {name}={getattr(self, name)} must be 1 or more"
+            )
+
+
+def _step_range(text: int | str) -> range:
+    """The steps that "7" or "7-9" names, numbered from 1."""
+    first, _, last = str(text).partition("-")
+    if not (first.strip().isdecimal() and (last or first).strip().isdecimal()):
+        raise UserError(f"training.skip_steps: {text!r} is no step: give numbers (1200) or ranges (1200-1250)")
+    steps = range(int(first), int(last or first) + 1)
+    _require(len(steps) > 0 and steps[0] >= 1, f"training.skip_steps: {text!r} must count upwards from 1")
+    return steps
 
 
 @dataclass
@@ -169,6 +203,11 @@ class TrainingConfig:
     """Tokens per sample."""
     global_batch_size: int = 8
     """Samples per optimizer step, over all processes."""
+    batch_size_ramp: list[BatchSizeStage] = field(default_factory=list)
+    """Batch sizes to begin with, one after the other, before global_batch_size holds."""
+    skip_steps: list[int | str] = field(default_factory=list)
+    """Steps whose data is passed over without an update, as the console numbers them: numbers and ranges (1200-1250).
+    The learning rate goes on as if they were done."""
     micro_batch_size: int = 1
     """Samples in one forward pass of one process."""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -187,6 +226,32 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+        self.skips(0)  # refuses what names no step
+
+    def batch_size(self, step: int) -> int:
+        """Samples of the optimizer step that follows `step` others, over all processes."""
+        for stage in self.batch_size_ramp:
+            if step < stage.num_steps:
+                return stage.global_batch_size
+            step -= stage.num_steps
+        return self.global_batch_size
+
+    def num_samples(self, num_steps: int) -> int:
+        """Samples that the first `num_steps` steps take together, skipped steps included."""
+        samples = 0
+        for stage in self.batch_size_ramp:
+            steps = min(num_steps, stage.num_steps)
+            samples, num_steps = samples + steps * stage.global_batch_size, num_steps - steps
+        return samples + num_steps * self.global_batch_size
+
+    def skips(self, step: int) -> bool:
+        """Whether `step` (numbered from 1) is one of skip_steps."""
+        return any([step in _step_range(item) for item in self.skip_steps])
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """Every global batch size of the run."""
+        return {self.global_batch_size, *(stage.global_batch_size for stage in self.batch_size_ramp)}
 
 
 @dataclass

@@ -74,11 +74,12 @@ class ReportMetrics(Callback):
 
     def _reset(self) -> None:
         self.loss_sums = torch.zeros(4, dtype=torch.float64, device=platform.device())
-        self.num_steps, self.seconds, self.data_wait_s = 0, 0.0, 0.0
+        self.num_steps, self.num_tokens, self.seconds, self.data_wait_s = 0, 0, 0.0, 0.0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self.loss_sums += report.loss_sums
         self.num_steps += 1
+        self.num_tokens += report.num_tokens
         self.seconds += report.seconds
         self.data_wait_s += report.data_wait_s
         if trainer.step % trainer.recipe.logging.log_interval == 0 or trainer.step == trainer.recipe.training.num_steps:
@@ -90,7 +91,7 @@ class ReportMetrics(Callback):
         metrics |= {"tokens": trainer.tokens, "learning_rate": report.learning_rate, "grad_norm": report.grad_norm}
         metrics |= {"step_s": self.seconds / self.num_steps}
         metrics |= throughput(
-            self.num_steps * trainer.tokens_per_step,
+            self.num_tokens,
             self.seconds,
             self.data_wait_s,
             flops_per_token=self.flops_per_token,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe
+from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import mark_thinking
@@ -185,7 +185,7 @@ def _open_blend(portion: _Portion, manifests: list[Manifest], config: _DatasetCo
 def _portions(recipe: PretrainRecipe) -> list[_Portion]:
     """The training split and, where the recipe validates, the validation split."""
     training, data = recipe.training, recipe.data
-    portions = [_Portion(Split.train, data.train, training.num_steps * training.global_batch_size)]
+    portions = [_Portion(Split.train, data.train, training.num_samples(training.num_steps))]
     if data.validation and training.validation_interval:
         portions.append(_Portion(Split.valid, data.validation, training.validation_steps * training.global_batch_size))
     return portions
@@ -242,34 +242,34 @@ def prepare_cache(recipe: PretrainRecipe) -> None:
 class Loader:
     """The micro-batches of one data-parallel rank, in an order that depends on the seed alone.
 
-    Step k uses the samples k * G ... (k + 1) * G - 1 of the dataset (G: global batch size) under any layout;
+    Step k uses a global batch of samples under any layout, those after the batches of the steps before it;
     micro-batch m of data-parallel rank r takes `micro_batch_size` of them, after the micro-batches and ranks before it.
     """
 
     dataset: torch.utils.data.Dataset
-    global_batch_size: int
-    micro_batch_size: int
+    training: TrainingConfig
     data_parallel_rank: int
     data_parallel_size: int
     num_workers: int = 0
 
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches per step and rank."""
-        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+    def num_microbatches(self, step: int) -> int:
+        """Micro-batches per rank in the step that follows `step` others."""
+        return self.training.batch_size(step) // (self.training.micro_batch_size * self.data_parallel_size)
 
     def sample_indices(self, step: int, microbatch: int) -> list[int]:
         """Dataset positions of one micro-batch, [micro_batch_size]."""
         place = microbatch * self.data_parallel_size + self.data_parallel_rank
-        first = step * self.global_batch_size + place * self.micro_batch_size
-        return list(range(first, first + self.micro_batch_size))
+        first = self.training.num_samples(step) + place * self.training.micro_batch_size
+        return list(range(first, first + self.training.micro_batch_size))
 
     def iterate(self, first_step: int, end_step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]."""
+        """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Those of
+        training.skip_steps are left out."""
         batches = (
             self.sample_indices(step, microbatch)
             for step in range(first_step, end_step)
-            for microbatch in range(self.num_microbatches)
+            if not self.training.skips(step + 1)
+            for microbatch in range(self.num_microbatches(step))
         )
         return iter(
             torch.utils.data.DataLoader(
@@ -298,12 +298,12 @@ class TrainingData:
     """What the order of the samples depends on besides the recipe: a run only resumes with the same."""
 
 
-def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
-    """The loader of this rank. Needs process groups."""
+def make_loader(dataset: torch.utils.data.Dataset, recipe: Any, *, validates: bool = False) -> Loader:
+    """The loader of this rank. Needs process groups. Validation knows no smaller batches and skips none."""
+    training = dataclasses.replace(recipe.training, batch_size_ramp=[], skip_steps=[]) if validates else recipe.training
     return Loader(
         dataset,
-        recipe.training.global_batch_size,
-        recipe.training.micro_batch_size,
+        training,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
         recipe.data.num_workers,
@@ -316,6 +316,6 @@ def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
     tokenizer = Manifest.read(recipe.data.train[0].path).tokenizer
     return TrainingData(
         train=make_loader(train, recipe),
-        validation=make_loader(validation[0], recipe) if validation else None,
+        validation=make_loader(validation[0], recipe, validates=True) if validation else None,
         tokenizer_path=Path(tokenizer.path),
     )

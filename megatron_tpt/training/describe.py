@@ -78,6 +78,7 @@ def describe(recipe: Recipe, world_size: int) -> str:
     dp = parallel.data_parallel_size(world_size)
     memory = estimate_memory(recipe, dp)
     tokens_per_step = training.global_batch_size * training.sequence_length
+    num_tokens = training.num_samples(training.num_steps) * training.sequence_length
     flops = model_flops_per_token(model, training.sequence_length)
     parts = ", ".join(f"{f.name} {getattr(memory, f.name) / GIB:.2f}" for f in dataclasses.fields(memory))
     rows = {
@@ -87,9 +88,9 @@ def describe(recipe: Recipe, world_size: int) -> str:
         "parameters": f"{model.num_parameters():,}",
         "memory per rank (estimate)": f"{memory.total / GIB:.2f} GiB ({parts})",
         "tokens per step": f"{tokens_per_step:,}",
-        "tokens of the run": f"{tokens_per_step * training.num_steps:,}",
+        "tokens of the run": f"{num_tokens:,}",
         "training FLOPs per token": f"{flops:.4g}",
-        "training FLOPs of the run": f"{flops * tokens_per_step * training.num_steps:.4g}",
+        "training FLOPs of the run": f"{flops * num_tokens:.4g}",
     }
     width = max(map(len, rows))
     return to_yaml(recipe) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

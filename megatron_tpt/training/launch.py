@@ -1,5 +1,6 @@
 """What the training programs do around training: check, describe, start the processes. No torch until they start."""
 
+import bisect
 import contextlib
 import dataclasses
 import math
@@ -59,7 +60,8 @@ def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
             "training.num_epochs needs packed indices: pack data.train (tools/pack_sft.py), or give training.num_steps"
         )
     num_rows = sum(PackManifest.read(prefix).counts.rows for prefix in recipe.data.train)
-    num_steps = math.ceil(num_rows * recipe.training.num_epochs / recipe.training.global_batch_size)
+    num_samples = math.ceil(num_rows * recipe.training.num_epochs)
+    num_steps = bisect.bisect_left(range(num_samples), num_samples, key=recipe.training.num_samples)
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_steps=num_steps))
 
 

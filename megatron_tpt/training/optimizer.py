@@ -2,17 +2,19 @@
 
 import math
 
-import torch
-
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.models.gpt import TORCH_DTYPES
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    ParamGroupOverride,
+    get_canonical_lr_for_logging,
+)
 from megatron.core.utils import get_model_config
 
 
@@ -37,23 +39,24 @@ def build_optimizer(model: DistributedDataParallel, recipe: Recipe) -> MegatronO
     A clip_grad of 0 still measures the gradient norm, it only never clips.
     """
     settings = recipe.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.learning_rate,
-            min_lr=settings.min_learning_rate,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_epsilon,
-            clip_grad=settings.clip_grad or math.inf,
-            bf16=recipe.training.dtype == "bf16",
-            params_dtype=TORCH_DTYPES[recipe.training.dtype],
-            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
-            overlap_param_gather=recipe.parallel.overlap_param_gather,
-        ),
-        [model],
+    core_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_epsilon,
+        clip_grad=settings.clip_grad or math.inf,
+        bf16=recipe.training.dtype == "bf16",
+        params_dtype=TORCH_DTYPES[recipe.training.dtype],
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
+    groups = get_standard_config_overrides(core_config)  # no weight decay on biases and norms
+    if not settings.decay_embeddings:
+        groups[ParamKey(attr="is_embedding_or_output_parameter")] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(core_config, [model], config_overrides=groups)
     config = get_model_config(model)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -79,11 +82,12 @@ def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPar
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
         wsd_decay_steps=settings.wsd_decay_steps or max(1, decay_steps // 10),
-        lr_wsd_decay_style="linear",
+        lr_wsd_decay_style=settings.wsd_decay_shape,
     )
 
 
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:
     """The rate of the next update."""
-    rate = optimizer.param_groups[0]["lr"]
-    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
+    rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    assert rate is not None
+    return float(rate)

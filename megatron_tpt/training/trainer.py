@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.config.load import to_yaml
+from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
@@ -39,6 +39,8 @@ class StepReport:
     """Global gradient norm before clipping."""
     learning_rate: float
     """Rate of this update."""
+    num_tokens: int
+    """Tokens of the global batch; 0 when the step was skipped."""
     seconds: float
     """Wall time of the step, data included."""
     data_wait_s: float
@@ -61,7 +63,7 @@ class Callback:
 class Trainer:
     """Trains the model of a recipe on some data, resuming from the run folder when it holds a checkpoint.
 
-    Needs process groups. `step` is the number of optimizer steps done; `tokens` the tokens they saw.
+    Needs process groups. `step` is the number of steps done; `tokens` the tokens of their batches, skipped ones too.
     """
 
     def __init__(self, recipe: Recipe, data: TrainingData, callbacks: Sequence[Callback]) -> None:
@@ -98,30 +100,39 @@ class Trainer:
 
     def _train_step(self, batches: TimedIterator) -> StepReport:
         begin, waited_before = time.perf_counter(), batches.waited_s
+        learning_rate = current_learning_rate(self.optimizer)
+        if self.recipe.training.skips(self.step + 1):
+            self._advance()
+            no_loss = torch.zeros(4, device=platform.device())
+            return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss_sums = self._run(self.data.train, batches)
-        learning_rate = current_learning_rate(self.optimizer)
+        loss_sums = self._run(self.data.train, batches, self.step)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient norm is {grad_norm} at step {self.step + 1} (learning rate {learning_rate:g}); "
                 f"checkpoints of earlier steps are in {self.checkpoints}"
             )
+        num_tokens = self._advance()
+        seconds, waited_s = time.perf_counter() - begin, batches.waited_s - waited_before
+        return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s)
+
+    def _advance(self) -> int:
+        """Count a step. Returns the tokens of its global batch."""
+        num_tokens = self.recipe.training.batch_size(self.step) * self.recipe.training.sequence_length
         self.schedule.step(1)
         self.step += 1
-        self.tokens += self.tokens_per_step
-        return StepReport(
-            loss_sums, grad_norm, learning_rate, time.perf_counter() - begin, batches.waited_s - waited_before
-        )
+        self.tokens += num_tokens
+        return num_tokens
 
-    def _run(self, loader: Loader, batches: Any, *, forward_only: bool = False) -> torch.Tensor:
+    def _run(self, loader: Loader, batches: Any, step: int, *, forward_only: bool = False) -> torch.Tensor:
         training = self.recipe.training
         needs_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
         return run_microbatches(
             self.model,
             batches if needs_data else None,
-            num_microbatches=loader.num_microbatches,
+            num_microbatches=loader.num_microbatches(step),
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
             packed_attention=attention_is_packed(self.model, self.data.has_segments),
@@ -136,14 +147,9 @@ class Trainer:
         self.model.eval()
         steps = self.recipe.training.validation_steps
         batches = self.data.validation.iterate(0, steps)
-        sums = [self._run(self.data.validation, batches, forward_only=True) for _ in range(steps)]
+        sums = [self._run(self.data.validation, batches, step, forward_only=True) for step in range(steps)]
         self.model.train()
         return reduce_sums(torch.stack(sums).sum(dim=0)).means(self.data.unmarked_name)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a global batch."""
-        return self.recipe.training.global_batch_size * self.recipe.training.sequence_length
 
     def save(self) -> None:
         """Write a checkpoint of the current step. All ranks call it."""
@@ -177,6 +183,7 @@ class Trainer:
             "training.num_steps": training.num_steps,
             "training.sequence_length": training.sequence_length,
             "training.global_batch_size": training.global_batch_size,
+            "training.batch_size_ramp": to_dict(training.batch_size_ramp),
             **self.data.identity,
         }
 

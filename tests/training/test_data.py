@@ -7,7 +7,7 @@ import pytest
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.recipe import BatchSizeStage, PretrainRecipe, TrainingConfig
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.training.data import Loader, mark_thinking, open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
@@ -76,14 +76,19 @@ def test_marks_are_exact_wherever_a_sample_is_cut(
     assert num_samples_within_thought > 5, "the corpus must hold samples that lie in one thought from end to end"
 
 
+TRAINING = TrainingConfig(
+    global_batch_size=16, micro_batch_size=2, batch_size_ramp=[BatchSizeStage(2, 8)], skip_steps=[4]
+)
+
+
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
 def test_a_step_uses_the_same_samples_at_any_data_parallel_size(data_parallel_size: int) -> None:
-    loaders = [Loader([], 16, 2, rank, data_parallel_size) for rank in range(data_parallel_size)]
-    for step in range(3):
+    loaders = [Loader([], TRAINING, rank, data_parallel_size) for rank in range(data_parallel_size)]
+    for step, expected in enumerate([range(0, 8), range(8, 16), range(16, 32), range(32, 48)]):
         samples = [
             index
             for loader in loaders
-            for microbatch in range(loader.num_microbatches)
+            for microbatch in range(loader.num_microbatches(step))
             for index in loader.sample_indices(step, microbatch)
         ]
-        assert sorted(samples) == list(range(step * 16, (step + 1) * 16))
+        assert sorted(samples) == list(expected)
