@@ -83,10 +83,11 @@ class GigatokenEncoder:
 
     name = "gigatoken"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_threads: int = 1) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
         self._tokenizer = tokenizer
+        self._is_parallel = num_threads > 2  # with two, one encodes while the other parses: that wastes least
         try:
             self._backend = load_hf_json(json.dumps(_description(tokenizer)))
         except BaseException as error:  # a panic of its Rust code is no Exception
@@ -97,17 +98,17 @@ class GigatokenEncoder:
     def encode(self, texts: pyarrow.LargeStringArray) -> Encoded:
         if not len(texts):
             return Encoded(numpy.zeros(0, numpy.uint32), numpy.zeros(0, numpy.int64))
-        layout = self._backend.encode_batch(_as_awkward(texts)).layout
+        layout = self._backend.encode_batch(_as_awkward(texts), parallel=self._is_parallel).layout
         bounds = numpy.asarray(layout.offsets)
         tokens = numpy.asarray(layout.content.data)[bounds[0] : bounds[-1]]
-        if (is_special := self._tokenizer.is_special[tokens]).any():
-            return self._spell_out(texts, tokens, bounds - bounds[0], is_special)
+        if len(special := self._tokenizer.find_special(tokens)):
+            return self._spell_out(texts, tokens, bounds - bounds[0], special)
         return Encoded(tokens, numpy.diff(bounds))
 
-    def _spell_out(self, texts: Any, tokens: numpy.ndarray, bounds: numpy.ndarray, is_special: Any) -> Encoded:
+    def _spell_out(self, texts: Any, tokens: numpy.ndarray, bounds: numpy.ndarray, special: numpy.ndarray) -> Encoded:
         """Models whose vocabulary is looked up by whole words can still find a special token."""
         parts = numpy.split(tokens, bounds[1:-1])
-        for i in numpy.unique(numpy.searchsorted(bounds, numpy.flatnonzero(is_special), side="right") - 1):
+        for i in numpy.unique(numpy.searchsorted(bounds, special, side="right") - 1):
             parts[i] = self._tokenizer.encode_batch([texts[int(i)].as_py()])[0]
         return _encoded(parts)
 
@@ -143,7 +144,7 @@ def _as_awkward(texts: pyarrow.LargeStringArray) -> Any:
     return awkward.Array(strings)
 
 
-def choose_encoder(tokenizer: Tokenizer, backend: Backend, sample: Sequence[str]) -> Encoder:
+def choose_encoder(tokenizer: Tokenizer, backend: Backend, sample: Sequence[str], num_threads: int = 1) -> Encoder:
     """The encoder to index with.
 
     "auto" is gigatoken where it supports the tokenizer and agrees with the reference on `sample` and NASTY_TEXTS, else
@@ -152,7 +153,7 @@ def choose_encoder(tokenizer: Tokenizer, backend: Backend, sample: Sequence[str]
     if backend == "reference":
         return ReferenceEncoder(tokenizer)
     try:
-        encoder = GigatokenEncoder(tokenizer)
+        encoder = GigatokenEncoder(tokenizer, num_threads)
         disagreement = _disagreement(tokenizer, encoder, [*sample, *_encodable(tokenizer, NASTY_TEXTS)])
     except ValueError as error:
         problem = f"gigatoken does not support this tokenizer ({error})"

@@ -59,15 +59,13 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     if (finished := job.finished()) is not None:
         print(f"{options.output}: already done, {_summary(finished)}")
         return finished
-    started = time.monotonic()
     with working_folder(options.output) as folder:
         journal = job.journal(folder)
-        num_tokens_before = sum(done.extent.tokens for done in journal.sources[-1:])
         if not journal.is_complete:
             job.build(folder, journal)
         manifests = job.publish(folder)
-    num_tokens = sum(manifest.counts.tokens for manifest in manifests) - num_tokens_before
-    print(f"{options.output}: {_summary(manifests)}; {num_tokens / (time.monotonic() - started):,.0f} tokens/s")
+    seconds = time.monotonic() - job.started
+    print(f"{options.output}: {_summary(manifests)}; {job.num_tokens / seconds:,.0f} tokens/s in {seconds:.3f} s")
     return manifests
 
 
@@ -108,6 +106,9 @@ class _Job:
         self.shard_bytes = num_bytes("--shard-size", options.shard_size) if options.shard_size else None
         split = sentences.split if options.sentences else None
         self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split)
+        self.started = time.monotonic()
+        self.num_tokens = 0
+        """Tokens that this run has written since `started`."""
         self.template = Manifest(
             tokenizer=TokenizerInfo(
                 str(self.tokenizer.folder.resolve()),
@@ -218,8 +219,10 @@ class _Job:
             shard_bytes=self.shard_bytes,
         )
         with output:
+            self.started, num_tokens_before = time.monotonic(), output.num_tokens
             if encode is not None:
                 self._write(inputs, encode, output)
+            self.num_tokens = output.num_tokens - num_tokens_before
             if output.num_documents == 0:
                 output.discard()
                 skipped = ", ".join(f"{reason}: {count}" for reason, count in output.skipped.items())
@@ -239,7 +242,7 @@ class _Job:
     def _encode_function(self, inputs: Sequence[Input]) -> Callable[["Block | End"], "list[_Result] | End"]:
         options = self.options
         sample = sample_texts(inputs, self.columns) if options.tokenizer_backend != "reference" else []
-        encoder = choose_encoder(self.tokenizer, options.tokenizer_backend, sample)
+        encoder = choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
         check = None if isinstance(encoder, ReferenceEncoder) else SpotCheck(self.tokenizer).check
         end_ids = [self.tokenizer.eos_id] if options.append_eos else []
         dtype = numpy.dtype(self.template.dtype)

@@ -28,6 +28,7 @@ THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5
 
 _WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
 _SMALLEST_FAST_BYTES = 1 << 14
+_SCAN_BYTES = 1 << 17  # of a processor's cache
 _TEXT = pyarrow.large_string()
 
 type Rows = bytes | pyarrow.RecordBatch
@@ -233,6 +234,8 @@ def _check_lines(lines: bytes) -> tuple[int, int]:
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(lines)])
     text.validate(full=True)
     data = numpy.frombuffer(lines, numpy.uint8)
+    if (num_lines := _count_plain_lines(data)) is not None:
+        return num_lines, num_lines
     ends = numpy.flatnonzero(data == ord("\n"))
     if not lines.endswith(b"\n"):
         ends = numpy.append(ends, len(lines))
@@ -243,6 +246,21 @@ def _check_lines(lines: bytes) -> tuple[int, int]:
     if not ((data[begins[is_full]] == ord("{")).all() and (data[lasts] == ord("}")).all()):
         raise _NeedsCloserLookError
     return len(ends), len(lasts)
+
+
+def _count_plain_lines(data: numpy.ndarray) -> int | None:
+    """The number of lines when every one is {...} and a newline, with nothing around it; None for all else."""
+    if len(data) < 3 or data[0] != ord("{") or data[-2] != ord("}") or data[-1] != ord("\n"):
+        return None
+    num_lines = 1
+    for start in range(1, len(data) - 2, _SCAN_BYTES):
+        end = min(start + _SCAN_BYTES, len(data) - 2)
+        is_newline = data[start:end] == ord("\n")
+        parts_objects = (data[start - 1 : end - 1] == ord("}")) & (data[start + 1 : end + 1] == ord("{"))
+        if (is_newline > parts_objects).any():
+            return None
+        num_lines += int(numpy.count_nonzero(is_newline))
+    return num_lines
 
 
 def _text_and_thinking(table: Any, columns: Columns) -> tuple[Any, Any]:

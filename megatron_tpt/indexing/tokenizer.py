@@ -66,6 +66,8 @@ class Tokenizer:
         if not parse_special_tokens:
             ids = [id for name in self.special_tokens if (id := self._backend.token_to_id(name)) is not None]
             self.is_special[ids] = True
+        special = numpy.flatnonzero(self.is_special)
+        self._special_range = (int(special[0]), int(special[-1])) if len(special) else (1, 0)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of every text, as raw text."""
@@ -82,6 +84,13 @@ class Tokenizer:
         except Exception as error:  # bare Exception, for instance without a token for the unknown
             raise UserError(f"{self.folder}: this tokenizer cannot encode a text of the input ({error})") from error
         return [numpy.asarray(encoding.ids, dtype=numpy.int32) for encoding in encodings]
+
+    def find_special(self, tokens: numpy.ndarray) -> numpy.ndarray:
+        """Where in tokens [n], of an integer type, special ones are: their places, in order."""
+        first, last = self._special_range
+        # Mostly they stand together at one end of the vocabulary: nearly all tokens are outside.
+        places = numpy.flatnonzero((tokens >= first) & (tokens <= last))
+        return places[self.is_special[tokens[places]]]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one raw text."""

@@ -65,6 +65,7 @@ def test_special_tokens_that_ordinary_merges_make_are_spelt_out(tokenizer_dir: P
     tokenizer = Tokenizer(tokenizer_dir)
     (the,) = tokenizer.encode("the")
     tokenizer.is_special[the] = True
+    tokenizer._special_range = (0, the)
     tokenizer.special_tokens.append("the")
     texts = ["plain", "kothe", "the", "riba the the", "", "the"]
     tokens = encode(GigatokenEncoder(tokenizer), texts)
