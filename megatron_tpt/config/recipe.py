@@ -277,6 +277,16 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved, 0 saves nothing else."""
     keep_last: int | None = None
     """Older checkpoints are deleted when there are more than this; all are kept when not given."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are never deleted."""
+    verify: bool = True
+    """Compare the content of a checkpoint with its checksums before going on from it; without, only the sizes of its
+    files. A damaged one is set aside, and the run goes on from the one before."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"checkpoint.{name}={value} must be 1 or more")
 
 
 @dataclass

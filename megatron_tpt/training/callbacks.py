@@ -9,7 +9,8 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.files import atomic_write
-from megatron_tpt.training.checkpoint import delete_old_checkpoints
+from megatron_tpt.training.checkpoint import SaveError
+from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
 from megatron_tpt.training.metrics import model_flops_per_token, throughput
 from megatron_tpt.training.steps import reduce_sums
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
@@ -127,16 +128,24 @@ class Validate(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and after the last."""
+    """Every checkpoint.save_interval steps, and after the last. One that cannot be written is tried again at the next
+    interval; only the last has to be."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         settings = trainer.recipe.checkpoint
         is_last = trainer.step == trainer.recipe.training.num_steps
         if not is_last and (not settings.save_interval or trainer.step % settings.save_interval):
             return
-        trainer.save()
+        try:
+            trainer.save()
+        except SaveError as error:
+            if is_last:
+                raise
+            if platform.is_first_rank():
+                print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
+            return
         if settings.keep_last is not None and platform.is_first_rank():
-            delete_old_checkpoints(trainer.checkpoints, settings.keep_last)
+            delete_old_checkpoints(trainer.checkpoints, settings.keep_last, settings.keep_every)
 
 
 class CollectGarbage(Callback):

@@ -1,26 +1,36 @@
 """Checkpoints: Megatron Core's distributed format, which any parallel layout loads.
 
-    RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; tokenizer/
+    RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; tokenizer/;
+                                     checksums.json
     RUN/checkpoints/latest           link to the newest
 
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
-whatever was killed when. Loading takes the newest of them.
+whatever was killed when. What was damaged since is told by the checksums (checkpoint_files.py). A checkpoint that
+cannot be written (a full disk) raises SaveError on all ranks, and leaves the ones before as they were.
 """
 
+import json
+import secrets
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
+from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -30,27 +40,35 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """The folder of one step's checkpoint."""
-    return checkpoints / f"step_{step:08d}"
+class SaveError(UserError):
+    """A checkpoint could not be written; the ones before are as they were. All ranks raise it together."""
 
 
-def finished_checkpoints(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
+    """The weights of each piece of the model as sharded tensors, without the `_extra_state` entries, in which
+    Transformer Engine keeps FP8 statistics and everything else nothing."""
+    return {
+        f"piece_{i}": {
+            key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith("_extra_state")
+        }
+        for i, gpt in enumerate(_pieces(model))
+    }
 
 
-def weights_state(model: GPTModel) -> dict[str, Any]:
-    """The model's weights as sharded tensors, without the `_extra_state` entries, in which Transformer Engine keeps
-    FP8 statistics and everything else nothing."""
-    return {key: value for key, value in model.sharded_state_dict().items() if not key.endswith("_extra_state")}
+def _pieces(model: GPTModel | Sequence[GPTModel]) -> Sequence[GPTModel]:
+    return [model] if isinstance(model, GPTModel) else model
+
+
+def _set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str, Any]]) -> None:
+    for i, gpt in enumerate(_pieces(model)):
+        gpt.load_state_dict(state[f"piece_{i}"], strict=False)
 
 
 def _layout() -> list[int]:
     return [
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     ]
 
 
@@ -61,7 +79,7 @@ def _random_state() -> ShardedObject:
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return ShardedObject("random_state", state, tuple(_layout()), place)
 
@@ -105,9 +123,161 @@ def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
+def _together(folder: Path, action: Callable[[], Any]) -> Any:
+    """Do something on every rank. Raises SaveError on all of them when any met an OSError: a rank that went on alone
+    would wait for the others for ever."""
+    result, error = None, None
+    try:
+        result = action()
+    except OSError as caught:
+        error = f"rank {torch.distributed.get_rank()}: {caught}"
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    if any(errors):
+        raise _save_error(folder, next(filter(None, errors)))
+    return result
+
+
+def _save_error(folder: Path, reason: object) -> SaveError:
+    place = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
+    return SaveError(
+        f"the checkpoint {folder} could not be written ({' '.join(str(reason).split())[:300]}): make room, "
+        f"{shutil.disk_usage(place).free / 2**30:.1f} GiB are free there"
+    )
+
+
+class _SaveStrategy(TorchDistSaveShardedStrategy):
+    """Megatron Core's, which lets the first rank fail alone while it writes the index of what all ranks wrote, with the
+    others waiting for it: here the failure is kept, for all to hear of."""
+
+    failure: OSError | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any, async_strategy: str) -> AsyncRequest:
+        finish = writer.finish
+
+        def finish_and_keep_failure(*arguments: Any) -> None:
+            try:
+                finish(*arguments)
+            except OSError as error:
+                self.failure = error
+
+        writer.finish = finish_and_keep_failure
+        return super()._get_save_and_finalize_callbacks(writer, plan, async_strategy)
+
+    def raise_failure(self) -> None:
+        """Raise what was kept, if anything."""
+        if self.failure is not None:
+            raise self.failure
+
+
+class CheckpointSaving:
+    """A checkpoint being written: made by `start_saving`, it exists once `finish` has returned. All ranks call both.
+
+    `request` is Megatron Core's description of what this rank writes.
+    """
+
+    def __init__(self, folder: Path, temporary: Path, request: AsyncRequest, strategy: _SaveStrategy) -> None:
+        self.folder, self.temporary = folder, temporary
+        self.request, self.strategy = request, strategy
+
+    def write(self) -> None:
+        """Write this rank's part."""
+        arguments = list(self.request.async_fn_args)
+        if self.request.preload_fn is not None:
+            arguments[1] = self.request.preload_fn()
+        if self.request.async_fn is not None:
+            self.request.async_fn(*arguments, **self.request.async_fn_kwargs)
+
+    def finish(self) -> None:
+        """Check what all ranks wrote, give it its name, and point `latest` at it. Raises SaveError on all ranks."""
+        try:
+            try:
+                self.request.finalize_fns[0]()  # gathers what was written where; the others are in _name_files
+            except CheckpointException as error:
+                ranks = ", ".join(map(str, error.failures)) or "elsewhere"  # the first rank alone is told
+                raise _save_error(self.folder, f"writing failed on rank {ranks}") from error
+            _together(self.folder, self.strategy.raise_failure)
+            rank = torch.distributed.get_rank()
+            own = [path.name for path in self.temporary.glob(f"__{rank}_*")]
+            described: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(
+                described, _together(self.folder, lambda: describe_files(self.temporary, own))
+            )
+            _together(self.folder, lambda: self._name_files(described) if rank == 0 else None)
+        except SaveError:
+            if platform.is_first_rank():
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            torch.distributed.barrier()
+            raise
+
+    def _name_files(self, described: list[dict[str, list[Any]]]) -> None:
+        save_config(CheckpointingConfig(self.strategy.backend, self.strategy.version), str(self.temporary))
+        files = {name: description for one in described for name, description in one.items()}
+        others = [path for path in self.temporary.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(self.temporary)) for path in others]
+        files |= describe_files(self.temporary, [name for name in names if name not in files])
+        (self.temporary / CHECKSUMS).write_text(json.dumps(files, indent=1, sort_keys=True))
+        sync_tree(self.temporary)
+        self.temporary.rename(self.folder)
+        atomic_symlink(self.folder.name, self.folder.parent / "latest")
+
+
+def _make_temporary(folder: Path) -> Path:
+    """A new folder beside `folder`, the same on all ranks; what killed runs left there is removed.
+
+    Its name is new every time: a process that writes in the background may outlive the run that started it.
+    """
+    name = [f".tmp-{folder.name}-{secrets.token_hex(4)}"]
+    torch.distributed.broadcast_object_list(name)
+    temporary = folder.with_name(name[0])
+
+    def make() -> None:
+        if platform.is_first_rank():
+            for old in folder.parent.glob(".tmp-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    _together(folder, make)
+    return temporary
+
+
+def start_saving(
+    folder: Path,
+    model: GPTModel | Sequence[GPTModel],
+    optimizer: MegatronOptimizer | None,
+    trainer_state: dict[str, Any],
+    *,
+    recipe_yaml: str,
+    tokenizer_path: Path,
+) -> CheckpointSaving:
+    """Lay out a checkpoint. Without an optimizer it holds weights only, to start other runs from."""
+    temporary = _make_temporary(folder)
+    state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=OPTIMIZER_FORMAT)
+        state["random_state"] = _random_state()
+
+    def write_small_files() -> None:
+        if platform.is_first_rank():
+            (temporary / "recipe.yaml").write_text(recipe_yaml)
+            copy_tokenizer(tokenizer_path, temporary / "tokenizer")
+
+    strategy = _SaveStrategy()
+    request = dist_checkpointing.save(
+        state,
+        str(temporary),
+        strategy,
+        async_sharded_save=True,
+        async_strategy="mcore",
+        content_metadata=OPTIMIZER_FORMAT,
+    )
+    _together(folder, write_small_files)
+    return CheckpointSaving(folder, temporary, request, strategy)
+
+
 def save_checkpoint(
     folder: Path,
-    model: GPTModel,
+    model: GPTModel | Sequence[GPTModel],
     optimizer: MegatronOptimizer | None,
     trainer_state: dict[str, Any],
     *,
@@ -116,25 +286,13 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint whole or not at all, and point `latest` beside it at it. All ranks call it.
 
-    Without an optimizer it holds weights only, to start other runs from.
+    Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    if platform.is_first_rank():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=OPTIMIZER_FORMAT)
-        state["random_state"] = _random_state()
-    dist_checkpointing.save(state, str(temporary), content_metadata=OPTIMIZER_FORMAT)
-    if platform.is_first_rank():
-        (temporary / "recipe.yaml").write_text(recipe_yaml)
-        copy_tokenizer(tokenizer_path, temporary / "tokenizer")
-        sync_tree(temporary)
-        temporary.rename(folder)
-        atomic_symlink(folder.name, folder.parent / "latest")
-    torch.distributed.barrier()
+    saving = start_saving(
+        folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, tokenizer_path=tokenizer_path
+    )
+    saving.write()
+    saving.finish()
 
 
 def _require_checkpoint(folder: Path) -> None:
@@ -142,12 +300,14 @@ def _require_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder} is no checkpoint: give a folder like RUN/checkpoints/latest")
 
 
-def load_weights(folder: Path, model: GPTModel) -> None:
+def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:
     """Load weights and nothing else, whatever layout wrote them.
 
     Raises UserError when the folder is no checkpoint or when its model has another shape.
     """
     _require_checkpoint(folder)
+    if damage := find_damage(folder):
+        raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
     try:
         state = dist_checkpointing.load({"model": weights_state(model)}, str(folder))
     except Exception as error:  # Megatron Core and torch raise various ones for shapes and keys that do not fit
@@ -155,10 +315,10 @@ def load_weights(folder: Path, model: GPTModel) -> None:
             f"the weights in {folder} do not fit the model of this recipe (compare it with the recipe.yaml there): "
             + " ".join(str(error).split())[:400]
         ) from error
-    model.load_state_dict(state["model"], strict=False)
+    _set_weights(model, state["model"])
 
 
-def load_checkpoint(folder: Path, model: GPTModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load everything a run needs to go on, under any layout. Returns the trainer state that was saved.
 
     The random state is that of the same rank when the layout is the same; otherwise it stays as it was seeded, which
@@ -176,17 +336,9 @@ def load_checkpoint(folder: Path, model: GPTModel, optimizer: MegatronOptimizer)
     if same_layout:
         state["random_state"] = _random_state()
     loaded = dist_checkpointing.load(state, str(folder))
-    model.load_state_dict(loaded["model"], strict=False)
+    _set_weights(model, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     _give_each_parameter_its_step(optimizer)
     if same_layout:
         _set_random_state(loaded["random_state"])
     return trainer_state
-
-
-def delete_old_checkpoints(checkpoints: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints. The first rank calls it."""
-    for folder in finished_checkpoints(checkpoints)[:-keep_last]:
-        doomed = folder.with_name(f".tmp-old-{folder.name}")
-        folder.rename(doomed)  # in one step, so that no half-deleted folder looks complete
-        shutil.rmtree(doomed)

@@ -15,13 +15,8 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.gpt import build_model
-from megatron_tpt.training.checkpoint import (
-    finished_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    step_folder,
-)
+from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
@@ -76,14 +71,14 @@ class Trainer:
         platform.seed_everything(recipe.run.seed)
         gpt = build_model(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
         self.checkpoints = recipe.run.output_dir / "checkpoints"
-        finished = finished_checkpoints(self.checkpoints)
-        if not finished and recipe.training.init_from is not None:
+        newest = newest_whole_checkpoint(self.checkpoints, reads_content=recipe.checkpoint.verify)
+        if newest is None and recipe.training.init_from is not None:
             load_weights(recipe.training.init_from, gpt)
         self.model = wrap_model(gpt, recipe)
         self.optimizer = build_optimizer(self.model, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
-        if finished:
-            self._resume(finished[-1])
+        if newest is not None:
+            self._resume(newest)
         self._write_recipe()
 
     def fit(self) -> None:
@@ -152,7 +147,7 @@ class Trainer:
         return reduce_sums(torch.stack(sums).sum(dim=0)).means(self.data.unmarked_name)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step. All ranks call it."""
+        """Write a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
         save_checkpoint(
             step_folder(self.checkpoints, self.step),
             self.model.module,

@@ -30,8 +30,9 @@ from megatron_tpt.config.recipe import (  # noqa: E402
     RunConfig,
     TrainingConfig,
 )
-from megatron_tpt.models.gpt import build_model  # noqa: E402
-from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint, step_folder  # noqa: E402
+from megatron_tpt.models.gpt import build_chunks  # noqa: E402
+from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import run_microbatches  # noqa: E402
 
@@ -63,13 +64,14 @@ def main() -> None:
     )
     with platform.process_groups(recipe.parallel, timeout_s=60):
         platform.seed_everything(1)
-        model = wrap_model(build_model(recipe.model, recipe.parallel, recipe.training, seed=1), recipe)
-        optimizer = build_optimizer(model, recipe)
+        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=1)
+        chunks = wrap_model(gpts, recipe)
+        optimizer = build_optimizer(chunks, recipe)
         for _ in range(2):
-            model.zero_grad_buffer()
+            chunks[0].zero_grad_buffer()
             optimizer.zero_grad()
             run_microbatches(
-                model,
+                chunks,
                 batches(100, 16),
                 num_microbatches=2,
                 micro_batch_size=2,
@@ -80,9 +82,9 @@ def main() -> None:
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True, exist_ok=True)
         (tokenizer / "tokenizer.json").write_text("{}")
-        save_checkpoint(step_folder(folder, 2), model.module, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
-        load_checkpoint(step_folder(folder, 2), model.module, optimizer)
-        assert get_model_config(model).bf16
+        save_checkpoint(step_folder(folder, 2), gpts, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
+        load_checkpoint(step_folder(folder, 2), gpts, optimizer)
+        assert get_model_config(chunks[0]).bf16
 
 
 if __name__ == "__main__":
