@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -93,15 +92,18 @@ def write_documents(data: Path, target: Path, num_bytes: int | None = None) -> i
 
 def run(command: list[Any]) -> tuple[str, float, float]:
     """(its output, seconds, peak memory in GB of it and its children) of a command that must succeed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     started = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    seconds = time.perf_counter() - started
-    if result.returncode:
-        raise SystemExit(f"{command[1]} failed:\n{result.stderr}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the largest so far, so run the others after
-    return result.stdout + result.stderr, seconds, max(before, peak) / 1e6
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise SystemExit(f"{command[1]} failed:\n{text}")
+    return text, seconds, usage.ru_maxrss / 1e6
 
 
 def run_ours(source: Path, tokenizer: Path, prefix: Path) -> dict[str, float]:
@@ -111,13 +113,12 @@ def run_ours(source: Path, tokenizer: Path, prefix: Path) -> dict[str, float]:
     text, seconds, peak_gb = run(
         [sys.executable, ROOT / "tools" / "index.py", "--input", source, "--tokenizer", tokenizer, "--output", prefix]
     )
-    tokens, tokens_per_s = (
-        int(number.replace(",", "")) for number in re.search(r" ([\d,]+) tokens \(.*; ([\d,]+) tokens/s", text).groups()
-    )
-    work_s = tokens / tokens_per_s
+    match = re.search(r" ([\d,]+) tokens \(.* in ([\d.]+) s$", text, re.MULTILINE)
+    assert match, text
+    tokens, work_s = int(match[1].replace(",", "")), float(match[2])
     return {
         "tokens": tokens,
-        "tokens_per_s": tokens_per_s,
+        "tokens_per_s": tokens / work_s,
         "work_s": work_s,
         "startup_s": seconds - work_s,
         "process_s": seconds,
@@ -128,7 +129,7 @@ def run_ours(source: Path, tokenizer: Path, prefix: Path) -> dict[str, float]:
 def run_peer(source: Path, tokenizer: Path, prefix: Path) -> dict[str, float]:
     """One run of Megatron Core's builder, fed by Hugging Face tokenizers in one process."""
     text, seconds, _ = run([sys.executable, "-c", PEER, source, tokenizer, prefix])
-    figures = json.loads(text.strip().splitlines()[-1] if text.strip().endswith("}") else text.splitlines()[0])
+    figures = json.loads(re.findall(r"^\{.*\}$", text, re.MULTILINE)[-1])
     work_s = figures["work_s"]
     return {
         "tokens": figures["tokens"],
@@ -190,9 +191,8 @@ def small_case(options: Options, folder: Path) -> dict[str, Any]:
         ours.append(run_ours(source, tokenizer, folder / "ours"))
         if number % 2 == 0:
             peer.append(run_peer(source, tokenizer, folder / "peer"))
-    same = all(
-        (folder / f"ours.{kind}").read_bytes() == (folder / f"peer.{kind}").read_bytes() for kind in ("bin", "idx")
-    )
+    built = [[(folder / f"{name}.{kind}").read_bytes() for kind in ("bin", "idx")] for name in ("ours", "peer")]
+    same = built[0] == built[1]
     result = {"ours": medians(ours), "megatron_builder": medians(peer), "byte_identical": same}
     if options.megatron:
         prefix = folder / "preprocessed"
@@ -232,6 +232,11 @@ def large_case(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else platform.machine()
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     folder = Path(tempfile.mkdtemp(prefix="indexing-benchmark-", dir=options.scratch))
@@ -240,9 +245,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     names = ("gigatoken", "tokenizers", "pyarrow", "numpy", "megatron-core")
-    machine = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     report = {"machine": machine, "versions": {name: version(name) for name in names}, **figures}
     text = json.dumps(report, indent=1)
     print(text)
