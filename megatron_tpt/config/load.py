@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from megatron_tpt.config.layout import check_layout
 from megatron_tpt.config.recipe import DatasetSource, FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.presets import PRESETS
@@ -197,34 +198,8 @@ def check(recipe: Recipe, world_size: int) -> None:
 
     Raises UserError that says what to change.
     """
-    model, parallel, training, optimizer = recipe.model, recipe.parallel, recipe.training, recipe.optimizer
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    for name, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", model.query_groups),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-        ("vocab_padding_multiple", model.vocab_padding_multiple),
-    ):
-        if size % tp:
-            raise UserError(
-                f"model.{name}={size} is not a multiple of parallel.tensor_parallel_size={tp}: change one of them"
-            )
-    if model.num_layers % pp:
-        raise UserError(
-            f"model.num_layers={model.num_layers} is not a multiple of parallel.pipeline_parallel_size={pp}: change one"
-        )
-    if parallel.sequence_parallel and training.sequence_length % tp:
-        raise UserError(
-            f"training.sequence_length={training.sequence_length} is not a multiple of tensor_parallel_size={tp}, "
-            f"as parallel.sequence_parallel needs: change one of them"
-        )
-    dp = parallel.data_parallel_size(world_size)
-    for batch_size in sorted(training.batch_sizes):
-        if batch_size % (training.micro_batch_size * dp):
-            raise UserError(
-                f"training.global_batch_size={batch_size} is not a multiple of training.micro_batch_size="
-                f"{training.micro_batch_size} x {dp} data-parallel processes: change one of them"
-            )
+    training, optimizer = recipe.training, recipe.optimizer
+    check_layout(recipe, world_size)
     decay_steps = optimizer.decay_steps or training.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(

@@ -30,6 +30,15 @@ class RunConfig:
     for the same number."""
     distributed_timeout_s: int = 600
     """A collective that waits longer for another rank fails."""
+    first_step_timeout_s: int = 1800
+    """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.distributed_timeout_s <= self.first_step_timeout_s,
+            f"run.distributed_timeout_s={self.distributed_timeout_s} must lie between 1 and run.first_step_timeout_s="
+            f"{self.first_step_timeout_s}: raise that or lower it",
+        )
 
 
 @dataclass
@@ -86,6 +95,21 @@ class ParallelConfig:
     """Processes that share each matrix."""
     pipeline_parallel_size: int = 1
     """Processes that share the layers."""
+    virtual_pipeline_parallel_size: int = 1
+    """Pieces of the model that each pipeline stage holds, taken in turns with the other stages: a shorter idle time at
+    the begin and end of a step for more communication (interleaved 1F1B). 1 is the plain 1F1B schedule."""
+    first_stage_layers: int | None = None
+    """Layers of the first pipeline stage, which has the embedding too; the rest is shared evenly."""
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline stage, which has the output matrix and the loss too; the rest is shared evenly."""
+    context_parallel_size: int = 1
+    """Processes that share each sequence, attention included; needs Transformer Engine's attention, so a GPU."""
+    context_parallel_exchange: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    """How keys and values reach the other processes of a sequence: round a ring while attention is computed, all at
+    once, or by trading sequence for heads (a2a)."""
+    rank_order: Literal["tp-cp-dp-pp", "tp-cp-pp-dp"] = "tp-cp-dp-pp"
+    """Which processes are neighbours, from next to farthest: tp inside a node; dp before pp keeps gradient exchange
+    nearer than the pipeline's."""
     sequence_parallel: bool = False
     """Also split norms and dropout along the sequence over the tensor-parallel group, which must be more than one."""
     distributed_optimizer: bool = True
@@ -96,8 +120,19 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass begins; needs the two settings above."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be 1 or more")
+        sizes = ("tensor", "pipeline", "virtual_pipeline", "context")
+        for name in [f"{size}_parallel_size" for size in sizes] + ["first_stage_layers", "last_stage_layers"]:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"parallel.{name}={value} must be 1 or more")
+        for name, default in (
+            ("virtual_pipeline_parallel_size", 1),
+            ("first_stage_layers", None),
+            ("last_stage_layers", None),
+        ):
+            _require(
+                getattr(self, name) == default or self.pipeline_parallel_size > 1,
+                f"parallel.{name} needs parallel.pipeline_parallel_size > 1: leave it out or raise the size",
+            )
         _require(
             not self.sequence_parallel or self.tensor_parallel_size > 1,
             "parallel.sequence_parallel needs parallel.tensor_parallel_size > 1: turn it off or raise the size",
@@ -110,15 +145,28 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes that share one copy of the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage. Raises UserError when they cannot be shared so."""
+        given = [self.first_stage_layers, *[None] * (self.pipeline_parallel_size - 2), self.last_stage_layers]
+        stages = given if self.pipeline_parallel_size > 1 else [None]
+        rest, num_open = num_layers - sum(filter(None, stages)), stages.count(None)
+        _require(
+            rest % num_open == 0 and rest > 0 if num_open else rest == 0,
+            f"model.num_layers={num_layers} cannot be shared by parallel.pipeline_parallel_size="
+            f"{self.pipeline_parallel_size} stages with first_stage_layers={self.first_stage_layers} and "
+            f"last_stage_layers={self.last_stage_layers}: {rest} layers are left for {num_open} equal stages",
+        )
+        return [rest // num_open if stage is None else stage for stage in stages]
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model that `world_size` processes hold. Raises UserError when that is no whole number."""
         _require(
             world_size % self.model_parallel_size == 0,
             f"{world_size} processes cannot hold parallel.tensor_parallel_size={self.tensor_parallel_size} x "
-            f"pipeline_parallel_size={self.pipeline_parallel_size}: start a multiple of {self.model_parallel_size} "
-            f"(torchrun --nproc-per-node), or change the sizes",
+            f"pipeline_parallel_size={self.pipeline_parallel_size} x context_parallel_size={self.context_parallel_size}"
+            f": start a multiple of {self.model_parallel_size} (torchrun --nproc-per-node), or change the sizes",
         )
         return world_size // self.model_parallel_size
 

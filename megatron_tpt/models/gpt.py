@@ -56,6 +56,12 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
     """Megatron Core's description of the same model, with its layout and precision."""
     dtype = TORCH_DTYPES[training.dtype]
+    vp = parallel.virtual_pipeline_parallel_size
+    if parallel.context_parallel_size > 1 and not use_transformer_engine(model):
+        raise UserError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention, "
+            f"which runs on GPUs alone: set it to 1 here"
+        )
     recompute_settings: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -88,6 +94,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        # Stages that hold several pieces exchange them while they compute; batched exchange allows no overlap.
+        overlap_p2p_comm=vp > 1,
+        batch_p2p_comm=vp == 1,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.context_parallel_exchange if parallel.context_parallel_size > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         # Gradients are divided by the tokens of the global batch: every token weighs the same. The gradient buffers
         # read this when they are made, so it must be set by then.
@@ -100,7 +114,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
     )
 
 
-def _block_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(
+    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if use_transformer_engine(model):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
@@ -109,11 +125,24 @@ def _block_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec | T
     if model.qk_norm:
         layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int) -> GPTModel:
-    """This rank's part of the model, its weights drawn from `seed` alike for every layout.
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int
+) -> list[GPTModel]:
+    """This rank's part of the model: one piece, or parallel.virtual_pipeline_parallel_size of them."""
+    vp = parallel.virtual_pipeline_parallel_size
+    stages = range(vp) if vp > 1 else [None]
+    return [build_model(model, parallel, training, seed=seed, vp_stage=stage) for stage in stages]
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int, vp_stage: int | None = None
+) -> GPTModel:
+    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` alike for every layout.
 
     Needs initialised process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s]
     to losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
@@ -121,11 +150,12 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, training: Training
     config = transformer_config(model, parallel, training)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(model, config),
+        transformer_layer_spec=_block_spec(model, config, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=training.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,

@@ -6,6 +6,7 @@ nothing. Every other package imports Megatron Core only after it.
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator
 
@@ -54,7 +55,10 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
         parallel_state.initialize_model_parallel(
             parallel.tensor_parallel_size,
             parallel.pipeline_parallel_size,
-            distributed_timeout_minutes=max(1, timeout_s // 60),
+            virtual_pipeline_model_parallel_size=_virtual_size(parallel),
+            context_parallel_size=parallel.context_parallel_size,
+            order=parallel.rank_order,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
             create_gloo_process_groups=True,
         )
         torch.distributed.barrier()  # what one rank of a machine did before is done when the others go on
@@ -64,12 +68,23 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
         torch.distributed.destroy_process_group()
 
 
+def _virtual_size(parallel: ParallelConfig) -> int | None:
+    """As Megatron Core wants it: None is the plain schedule."""
+    return parallel.virtual_pipeline_parallel_size if parallel.virtual_pipeline_parallel_size > 1 else None
+
+
+def set_timeout(timeout_s: int) -> None:
+    """The time that collectives of all process groups wait from now on for another rank."""
+    parallel_state.update_pg_timeout(datetime.timedelta(seconds=timeout_s))
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch and Megatron Core's tensor-parallel random streams. Needs process groups.
 
     Pipeline stages and data-parallel ranks get different streams, so that their dropout differs.
     """
-    place = 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * parallel_state.get_data_parallel_rank()
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * data_rank
     torch.manual_seed(seed + place)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + place)
 

@@ -148,6 +148,19 @@ class SaveCheckpoints(Callback):
             delete_old_checkpoints(trainer.checkpoints, settings.keep_last, settings.keep_every)
 
 
+class TightenTimeout(Callback):
+    """After the first step of this start, collectives wait for run.distributed_timeout_s, no longer for the time that
+    starting may take."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        self.is_first_step = True
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self.is_first_step:
+            platform.set_timeout(trainer.recipe.run.distributed_timeout_s)
+        self.is_first_step = False
+
+
 class CollectGarbage(Callback):
     """Collects Python's garbage at the same steps on all ranks: one that stops to collect makes all others wait."""
 
@@ -166,4 +179,4 @@ class CollectGarbage(Callback):
 
 def default_callbacks() -> list[Callback]:
     """Those of the training programs, in the order in which they act after a step."""
-    return [ReportMetrics(), Validate(), SaveCheckpoints(), CollectGarbage()]
+    return [ReportMetrics(), Validate(), SaveCheckpoints(), TightenTimeout(), CollectGarbage()]

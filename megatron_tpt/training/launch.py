@@ -95,5 +95,5 @@ def distributed[R: PretrainRecipe | FinetuneRecipe](
         torch.set_num_threads(recipe.run.threads_per_process)
     if before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         before(recipe)
-    with platform.process_groups(recipe.parallel, timeout_s=recipe.run.distributed_timeout_s):
+    with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
         yield

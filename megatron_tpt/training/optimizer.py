@@ -18,23 +18,24 @@ from megatron.core.optimizer_param_scheduler import (
 from megatron.core.utils import get_model_config
 
 
-def wrap_model(gpt: GPTModel, recipe: Recipe) -> DistributedDataParallel:
-    """The model with gradient buffers that are reduced over the data-parallel group, in fp32."""
+def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel]:
+    """The pieces of the model with gradient buffers that are reduced over the data-parallel group, in fp32."""
     parallel = recipe.parallel
-    return DistributedDataParallel(
-        get_model_config(gpt),
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-        ),
-        gpt,
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
+    # Only the gradients of the piece that ends the backward pass are waited for: the others go in one bucket.
+    return [
+        DistributedDataParallel(get_model_config(gpt), config, gpt, disable_bucketing=piece > 0)
+        for piece, gpt in enumerate(gpts)
+    ]
 
 
-def build_optimizer(model: DistributedDataParallel, recipe: Recipe) -> MegatronOptimizer:
-    """AdamW over a wrapped model; also tells the model's configuration how its gradients are finished.
+def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+    """AdamW over the pieces of a wrapped model; also tells the model's configuration how its gradients are finished.
 
     A clip_grad of 0 still measures the gradient norm, it only never clips.
     """
@@ -56,12 +57,13 @@ def build_optimizer(model: DistributedDataParallel, recipe: Recipe) -> MegatronO
     groups = get_standard_config_overrides(core_config)  # no weight decay on biases and norms
     if not settings.decay_embeddings:
         groups[ParamKey(attr="is_embedding_or_output_parameter")] = ParamGroupOverride(wd_mult=0.0)
-    optimizer = get_megatron_optimizer(core_config, [model], config_overrides=groups)
-    config = get_model_config(model)
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
-    if recipe.parallel.overlap_grad_reduce:
-        config.no_sync_func = model.no_sync
+    optimizer = get_megatron_optimizer(core_config, chunks, config_overrides=groups)
+    for config in map(get_model_config, chunks):
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        if recipe.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in chunks]
+            config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return optimizer
 
 

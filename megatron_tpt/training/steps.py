@@ -1,7 +1,8 @@
 """One forward and backward pass through Megatron Core's pipeline schedules, with losses kept apart by kind of token."""
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,13 +77,27 @@ def _loss_function(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, to
     return total, num_tokens.to(torch.int), {"sums": sums.detach()}
 
 
+def part_of_sequence(batch: Batch, rank: int, size: int) -> Batch:
+    """The share of a batch's tensors [b, s] that one of `size` context-parallel ranks computes: [b, s / size].
+
+    The sequence is cut into 2 * size parts, of which rank r takes r and 2 * size - 1 - r: under a causal mask all then
+    have as much to do. It is the order that Transformer Engine's attention takes for granted.
+    """
+    if size == 1:
+        return batch
+    parts = {name: value.chunk(2 * size, dim=1) for name, value in batch.items() if value.dim() == 2}
+    return batch | {name: torch.cat([cut[rank], cut[2 * size - 1 - rank]], dim=1) for name, cut in parts.items()}
+
+
 def forward_step(batches: Iterator[Batch], model: GPTModel, *, packed_attention: bool) -> tuple[torch.Tensor, Any]:
     """Run one micro-batch through this rank's part of the model, as Megatron Core's schedules ask for it.
 
     Batches with `segment_ids` hold several examples a row; each then attends to itself alone: through Transformer
     Engine's packed attention (`packed_attention`), or through a mask.
     """
-    batch = {name: value.to(platform.device(), non_blocking=True) for name, value in next(batches).items()}
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    batch = part_of_sequence(next(batches), rank, size)
+    batch = {name: value.to(platform.device(), non_blocking=True) for name, value in batch.items()}
     tokens, labels, position_ids = batch["tokens"], batch["labels"], batch["position_ids"]
     attention: dict[str, Any] = {"attention_mask": None}
     if "segment_ids" in batch and packed_attention:
@@ -94,8 +109,8 @@ def forward_step(batches: Iterator[Batch], model: GPTModel, *, packed_attention:
 
 
 def run_microbatches(
-    model: Any,
-    batches: Iterator[Batch] | None,
+    chunks: Sequence[torch.nn.Module],
+    batches: Iterator[Batch],
     *,
     num_microbatches: int,
     micro_batch_size: int,
@@ -103,12 +118,15 @@ def run_microbatches(
     packed_attention: bool,
     forward_only: bool = False,
 ) -> torch.Tensor:
-    """Forward (and backward) over the micro-batches of one step. Returns this rank's loss sums [4]; zeros on all but
-    the last pipeline stage, which alone sees losses."""
+    """Forward (and backward) over the micro-batches of one step, through this rank's pieces of the model.
+
+    Returns this rank's loss sums [4]; zeros on all but the last pipeline stage, which alone sees losses.
+    """
     results = get_forward_backward_func()(
         forward_step_func=partial(forward_step, packed_attention=packed_attention),
-        data_iterator=batches,
-        model=[model],
+        # Every piece of the model goes through all micro-batches. The number is given, so that none reads further.
+        data_iterator=list(itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))),
+        model=list(chunks),
         num_microbatches=num_microbatches,
         seq_length=sequence_length * micro_batch_size if packed_attention else sequence_length,
         micro_batch_size=1 if packed_attention else micro_batch_size,
@@ -131,6 +149,6 @@ def reduce_sums(sums: torch.Tensor) -> LossSums:
     return LossSums(*sums.tolist())
 
 
-def attention_is_packed(model: Any, has_segments: bool) -> bool:
+def attention_is_packed(model: torch.nn.Module, has_segments: bool) -> bool:
     """Whether examples that share a row are told apart by Transformer Engine's packed attention."""
     return has_segments and get_model_config(model).transformer_impl == "transformer_engine"

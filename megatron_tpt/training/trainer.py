@@ -14,14 +14,14 @@ from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt import build_chunks
 from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 
-from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 
 @dataclasses.dataclass
@@ -69,13 +69,13 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         platform.seed_everything(recipe.run.seed)
-        gpt = build_model(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
+        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
         self.checkpoints = recipe.run.output_dir / "checkpoints"
         newest = newest_whole_checkpoint(self.checkpoints, reads_content=recipe.checkpoint.verify)
         if newest is None and recipe.training.init_from is not None:
-            load_weights(recipe.training.init_from, gpt)
-        self.model = wrap_model(gpt, recipe)
-        self.optimizer = build_optimizer(self.model, recipe)
+            load_weights(recipe.training.init_from, gpts)
+        self.chunks = wrap_model(gpts, recipe)
+        self.optimizer = build_optimizer(self.chunks, recipe)
         self.schedule = build_schedule(self.optimizer, recipe)
         if newest is not None:
             self._resume(newest)
@@ -100,7 +100,8 @@ class Trainer:
             self._advance()
             no_loss = torch.zeros(4, device=platform.device())
             return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_sums = self._run(self.data.train, batches, self.step)
         _, grad_norm, _ = self.optimizer.step()
@@ -123,14 +124,13 @@ class Trainer:
 
     def _run(self, loader: Loader, batches: Any, step: int, *, forward_only: bool = False) -> torch.Tensor:
         training = self.recipe.training
-        needs_data = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
         return run_microbatches(
-            self.model,
-            batches if needs_data else None,
+            self.chunks,
+            batches,
             num_microbatches=loader.num_microbatches(step),
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
-            packed_attention=attention_is_packed(self.model, self.data.has_segments),
+            packed_attention=attention_is_packed(self.chunks[0], self.data.has_segments),
             forward_only=forward_only,
         )
 
@@ -139,18 +139,27 @@ class Trainer:
         """Mean losses over the validation batches, always the same ones. All ranks call it."""
         if self.data.validation is None:
             raise UserError("there is no validation data: give data.validation")
-        self.model.eval()
+        self._set_training(False)
         steps = self.recipe.training.validation_steps
         batches = self.data.validation.iterate(0, steps)
         sums = [self._run(self.data.validation, batches, step, forward_only=True) for step in range(steps)]
-        self.model.train()
+        self._set_training(True)
         return reduce_sums(torch.stack(sums).sum(dim=0)).means(self.data.unmarked_name)
+
+    def _set_training(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+    @property
+    def gpts(self) -> list[GPTModel]:
+        """This rank's part of the model: one piece, or several under interleaved pipeline parallelism."""
+        return [chunk.module for chunk in self.chunks]
 
     def save(self) -> None:
         """Write a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
         save_checkpoint(
             step_folder(self.checkpoints, self.step),
-            self.model.module,
+            self.gpts,
             self.optimizer,
             {"step": self.step, "tokens": self.tokens, "data": self._data_identity()},
             recipe_yaml=to_yaml(self.recipe),
@@ -158,7 +167,7 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
-        state = load_checkpoint(folder, self.model.module, self.optimizer)
+        state = load_checkpoint(folder, self.gpts, self.optimizer)
         changed = [name for name, value in self._data_identity().items() if state["data"].get(name) != value]
         if changed:
             raise UserError(

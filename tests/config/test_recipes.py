@@ -87,7 +87,7 @@ def test_a_mistake_is_named_in_one_line(recipe_path: Path, arguments: list[str],
     [
         (["--parallel.tensor_parallel_size=3"], 3, "model.num_attention_heads=4 is not a multiple of"),
         (["--parallel.tensor_parallel_size=2"], 1, "start a multiple of 2"),
-        (["--parallel.pipeline_parallel_size=3"], 3, "model.num_layers=2 is not a multiple of"),
+        (["--parallel.pipeline_parallel_size=3"], 3, "model.num_layers=2 cannot be shared by"),
         (["--training.global_batch_size=6"], 4, "training.global_batch_size=6 is not a multiple of"),
         (["--optimizer.warmup_steps=100"], 1, "optimizer.warmup_steps=100 must be below"),
         (["--data.train=[]"], 1, "data.train is empty"),

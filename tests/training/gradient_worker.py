@@ -19,11 +19,11 @@ from megatron_tpt.training.trainer import Trainer
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 
-def gradient_pieces(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+def gradient_pieces(gpts: list[torch.nn.Module]) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
     """(key, global shape, offset, gradient) of everything that this rank holds."""
-    gradients = {parameter.data_ptr(): parameter.main_grad for parameter in model.parameters()}
+    gradients = {parameter.data_ptr(): parameter.main_grad for gpt in gpts for parameter in gpt.parameters()}
     pieces = []
-    for entry in weights_state(model).values():
+    for entry in (entry for piece in weights_state(gpts).values() for entry in piece.values()):
         shards = [entry]
         if isinstance(entry, ShardedTensorFactory):
             shards = entry.build_fn(entry.key, gradients[entry.data.data_ptr()], entry.replica_id, None)
@@ -44,7 +44,7 @@ def main() -> None:
         def write_gradients_then_update():
             if trainer.step == 0:
                 rank = torch.distributed.get_rank()
-                torch.save(gradient_pieces(trainer.model.module), f"{recipe.run.output_dir}.gradients-{rank}.pt")
+                torch.save(gradient_pieces(trainer.gpts), f"{recipe.run.output_dir}.gradients-{rank}.pt")
             return update()
 
         trainer.optimizer.step = write_gradients_then_update

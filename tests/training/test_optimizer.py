@@ -19,7 +19,7 @@ from megatron_tpt.config.recipe import (
     TrainingConfig,
 )
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt import build_chunks
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
 
 
@@ -72,7 +72,7 @@ def test_steps_to_skip_are_numbers_and_ranges() -> None:
     training = TrainingConfig(skip_steps=[3, "5-7"])
     assert [step for step in range(1, 10) if training.skips(step)] == [3, 5, 6, 7]
     for wrong in ("x", "7-5", "0", "-3", "1-2-3"):
-        with pytest.raises(UserError, match="training.skip_steps"):
+        with pytest.raises(UserError, match="skip_steps"):
             TrainingConfig(skip_steps=[wrong])
 
 
@@ -86,14 +86,14 @@ def test_weight_decay_spares_biases_norms_and_on_demand_embeddings(decay_embeddi
     )
     with platform.process_groups(ParallelConfig()):
         platform.seed_everything(1)
-        model = wrap_model(build_model(recipe.model, recipe.parallel, recipe.training, seed=1), recipe)
-        optimizer = build_optimizer(model, recipe)
+        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=1)
+        optimizer = build_optimizer(wrap_model(gpts, recipe), recipe)
         build_schedule(optimizer, recipe)
         decay: dict[float, int] = {}
         for group in optimizer.param_groups:
             size = sum(parameter.numel() for parameter in group["params"])
             decay[group["weight_decay"]] = decay.get(group["weight_decay"], 0) + size
-        names = dict(model.module.named_parameters())
+        names = dict(gpts[0].named_parameters())
         spared = sum(p.numel() for p in names.values() if p.dim() == 1)
         tables = sum(p.numel() for name, p in names.items() if "embedding" in name or "output_layer" in name)
     assert spared and tables

@@ -1,0 +1,64 @@
+"""Whether a model, its batches and its parallel layout fit together, before anything is started."""
+
+from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.errors import UserError
+
+
+def _require_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:
+    if size % divisor:
+        raise UserError(f"{name}={size} is not a multiple of {divisor_name}={divisor}: change one of them")
+
+
+def _check_model(recipe: Recipe) -> None:
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.query_groups),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("vocab_padding_multiple", model.vocab_padding_multiple),
+    ):
+        _require_multiple(f"model.{name}", size, "parallel.tensor_parallel_size", tp)
+    if cp > 1:
+        name = "twice parallel.context_parallel_size"
+        _require_multiple("training.sequence_length", training.sequence_length, name, 2 * cp)
+        if model.transformer_impl == "local":
+            raise UserError(
+                f"parallel.context_parallel_size={cp} needs Transformer Engine's attention: leave "
+                f"model.transformer_impl=local out, or set the size to 1"
+            )
+        if isinstance(recipe, FinetuneRecipe):
+            raise UserError(
+                f"parallel.context_parallel_size={cp} cannot split packed examples: set it to 1, and "
+                f"parallel.tensor_parallel_size higher with parallel.sequence_parallel where memory is short"
+            )
+        if parallel.context_parallel_exchange == "a2a":
+            name = "parallel.tensor_parallel_size x context_parallel_size"
+            _require_multiple("model.num_query_groups", model.query_groups, name, tp * cp)
+    if parallel.sequence_parallel:
+        name = "parallel.sequence_parallel: tensor_parallel_size x context_parallel_size"
+        _require_multiple("training.sequence_length", training.sequence_length, name, tp * cp)
+
+
+def check_layout(recipe: Recipe, world_size: int) -> None:
+    """Refuse a layout that does not fit the model, the batches or `world_size` processes.
+
+    Raises UserError that says what to change.
+    """
+    parallel, training = recipe.parallel, recipe.training
+    pp, vp = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    _check_model(recipe)
+    for layers in parallel.stage_layers(recipe.model.num_layers):
+        name = "parallel.virtual_pipeline_parallel_size"
+        _require_multiple("layers of a pipeline stage", layers, name, vp)
+    dp = parallel.data_parallel_size(world_size)
+    for batch_size in sorted(training.batch_sizes):
+        if batch_size % (training.micro_batch_size * dp):
+            raise UserError(
+                f"training.global_batch_size={batch_size} is not a multiple of training.micro_batch_size="
+                f"{training.micro_batch_size} x {dp} data-parallel processes: change one of them"
+            )
+        if vp > 1:
+            num_microbatches = batch_size // (training.micro_batch_size * dp)
+            name = "parallel.pipeline_parallel_size, as virtual_pipeline_parallel_size needs"
+            _require_multiple("micro-batches per step and rank", num_microbatches, name, pp)
