@@ -8,6 +8,7 @@ unknown keys and wrong types are refused by name. No torch is imported: a mistak
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,5 +211,7 @@ def check(recipe: Recipe, world_size: int) -> None:
             f"optimizer.wsd_decay_steps={optimizer.wsd_decay_steps} do not fit between the warm-up and the end of the "
             f"schedule ({decay_steps - optimizer.warmup_steps} steps): lower it"
         )
+    if recipe.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("logging.wandb_project needs the package wandb: install it, or leave the project out")
     if isinstance(recipe, PretrainRecipe | FinetuneRecipe) and not recipe.data.train:
         raise UserError("data.train is empty: give the training data")

@@ -346,7 +346,36 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write TensorBoard event files."""
     peak_tflops: float | None = None
-    """Dense peak of one accelerator in TFLOP/s for MFU (989 for an H100 or H200 SXM in bf16); no MFU when not given."""
+    """Dense peak of one accelerator in TFLOP/s, of which MFU is a part; from a table of NVIDIA's A100, H100, H200 and
+    B200 when not given. There is no MFU on devices that are not in it."""
+    wandb_project: str | None = None
+    """Also report to this project of Weights & Biases (package wandb; its key is read from its own settings)."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_interval >= 1, f"logging.log_interval={self.log_interval} must be 1 or more")
+
+
+@dataclass
+class ProfilingConfig:
+    """A trace of some steps, in RUN/profile/."""
+
+    first_step: int | None = None
+    """First step to trace, as the console numbers them; nothing is traced when not given."""
+    num_steps: int = 3
+    """Steps to trace."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that trace themselves."""
+    shapes: bool = False
+    """Record the shapes of what every operation is given."""
+    stacks: bool = False
+    """Record where in the program every operation was called."""
+    memory: bool = False
+    """Also record every allocation of GPU memory, and write a snapshot for https://pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "num_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"profiling.{name}={value} must be 1 or more")
 
 
 @dataclass
@@ -367,6 +396,8 @@ class Recipe:
     """Checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics."""
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    """Traces."""
 
 
 @dataclass

@@ -294,6 +294,8 @@ class TrainingData:
     """What the tokens outside of thinking are called in the metrics."""
     has_segments: bool = False
     """Whether rows hold several examples that must not see each other (`segment_ids` in the batches)."""
+    source_names: tuple[str, ...] = ("data",)
+    """What `source` in the batches counts: losses are told apart by it."""
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
     """What the order of the samples depends on besides the recipe: a run only resumes with the same."""
 

@@ -2,8 +2,32 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from megatron_tpt.config.model import ModelConfig
+
+# Dense peaks of the matrix units in TFLOP/s, bf16 and FP8, from NVIDIA's data sheets (which print twice as much, for
+# sparse matrices). The first name that is part of the device's own counts.
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "H100 PCIe": {"bf16": 756.5, "fp8": 1513.0},
+    "H100 NVL": {"bf16": 835.5, "fp8": 1670.5},
+    "H200 NVL": {"bf16": 835.5, "fp8": 1670.5},
+    "H100": {"bf16": 989.4, "fp8": 1978.9},
+    "H200": {"bf16": 989.4, "fp8": 1978.9},
+    "GB200": {"bf16": 2500.0, "fp8": 5000.0},
+    "B200": {"bf16": 2250.0, "fp8": 4500.0},
+    "A100": {"bf16": 312.0},
+}
+
+
+def device_peak_tflops(device_name: str, precision: str) -> float | None:
+    """Dense peak of a device in "bf16" or "fp8", by the name that CUDA gives it; None when it is not known."""
+    for name, peaks in _PEAK_TFLOPS.items():
+        if name in device_name:
+            return peaks.get(precision)
+    return None
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -29,15 +53,52 @@ class LossSums:
     thinking_loss: float = 0.0
     thinking_tokens: float = 0.0
 
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of both kinds."""
+        return self.document_tokens + self.thinking_tokens
+
     def means(self, document_name: str = "document") -> dict[str, float]:
         """Mean loss over all tokens, and over each kind of which there are tokens."""
-        tokens = self.document_tokens + self.thinking_tokens
-        result = {"loss": (self.document_loss + self.thinking_loss) / tokens if tokens else math.nan}
+        loss = (self.document_loss + self.thinking_loss) / self.tokens if self.tokens else math.nan
+        result = {"loss": loss}
         if self.document_tokens:
             result[f"loss_{document_name}"] = self.document_loss / self.document_tokens
         if self.thinking_tokens:
             result["loss_thinking"] = self.thinking_loss / self.thinking_tokens
         return result
+
+
+def source_losses(names: Sequence[str], sums: Sequence[LossSums]) -> dict[str, float]:
+    """Mean loss of every source of which there were tokens, where there are several sources."""
+    if len(names) < 2:
+        return {}
+    return {f"source_loss/{name}": one.means()["loss"] for name, one in zip(names, sums, strict=True) if one.tokens}
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats; inf where no float holds it."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def step_times(seconds: Sequence[float]) -> dict[str, float]:
+    """Mean, median, 95th percentile (linear between the two nearest) and maximum of the wall times of some steps."""
+    p50, p95 = np.percentile(seconds, [50, 95])
+    return {
+        "step_s": sum(seconds) / len(seconds),
+        "step_p50_s": float(p50),
+        "step_p95_s": float(p95),
+        "step_max_s": max(seconds),
+    }
+
+
+def remaining_s(num_steps_left: int, elapsed_s: float, num_steps_done: int) -> float:
+    """Time until the end at the pace of the last steps; elapsed_s is wall time with all that happened between them,
+    validation and checkpoints too."""
+    return num_steps_left * elapsed_s / num_steps_done
 
 
 def throughput(
@@ -51,7 +112,7 @@ def throughput(
 ) -> dict[str, float]:
     """Speed over an interval of training steps (checkpoints and validation apart).
 
-    num_tokens counts all processes, seconds is wall time. `tflops_per_device` is model FLOP/s (see
+    num_tokens counts all processes, seconds and data_wait_s are wall time. `tflops_per_device` is model FLOP/s (see
     model_flops_per_token) over the devices; `mfu` divides it by peak_tflops, the dense peak of one device.
     """
     tokens_per_s = num_tokens / seconds

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.training.metrics import LossSums
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -62,19 +61,31 @@ def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
     )
 
 
-def _loss_function(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Token losses [b, s] -> their sum, the number of tokens it is over, and sums by kind (document, thinking): [4].
+def _sums_by_source(batch: Batch, weighted: torch.Tensor, num_sources: int) -> torch.Tensor:
+    """Masked token losses [b, s] -> document loss, document tokens, thinking loss, thinking tokens of every source:
+    [num_sources, 4]. `source` in the batch, [b], says which source a row is from; the first when it is not there."""
+    mask, thinking = batch["loss_mask"], batch["is_thinking"].to(weighted.dtype)
+    thinking_loss, thinking_tokens = (weighted * thinking).sum(dim=1), (mask * thinking).sum(dim=1)
+    document_loss, document_tokens = weighted.sum(dim=1) - thinking_loss, mask.sum(dim=1) - thinking_tokens
+    rows = torch.stack([document_loss, document_tokens, thinking_loss, thinking_tokens], dim=1).double()
+    if "source" not in batch:
+        return torch.nn.functional.pad(rows.sum(dim=0, keepdim=True), (0, 0, 0, num_sources - 1))
+    return torch.nn.functional.one_hot(batch["source"], num_sources).double().T @ rows
+
+
+def _loss_function(
+    batch: Batch, num_sources: int, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Token losses [b, s] -> their sum, the number of tokens it is over, and sums by source and kind of token:
+    [num_sources, 4].
 
     Megatron Core divides the gradients by the tokens of the whole global batch, so that every token weighs the same
     whatever micro-batch or rank it is in.
     """
-    mask = batch["loss_mask"].flatten()
-    weighted = losses.float().flatten() * mask
-    thinking = batch["is_thinking"].flatten().to(mask.dtype)
-    thinking_loss, thinking_tokens = (weighted * thinking).sum(), (mask * thinking).sum()
-    total, num_tokens = weighted.sum(), mask.sum()
-    sums = torch.stack([total - thinking_loss, num_tokens - thinking_tokens, thinking_loss, thinking_tokens])
-    return total, num_tokens.to(torch.int), {"sums": sums.detach()}
+    mask = batch["loss_mask"]
+    weighted = losses.float().view_as(mask) * mask
+    sums = _sums_by_source(batch, weighted.detach(), num_sources)
+    return weighted.sum(), mask.sum().to(torch.int), {"sums": sums}
 
 
 def part_of_sequence(batch: Batch, rank: int, size: int) -> Batch:
@@ -89,7 +100,9 @@ def part_of_sequence(batch: Batch, rank: int, size: int) -> Batch:
     return batch | {name: torch.cat([cut[rank], cut[2 * size - 1 - rank]], dim=1) for name, cut in parts.items()}
 
 
-def forward_step(batches: Iterator[Batch], model: GPTModel, *, packed_attention: bool) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    batches: Iterator[Batch], model: GPTModel, *, packed_attention: bool, num_sources: int = 1
+) -> tuple[torch.Tensor, Any]:
     """Run one micro-batch through this rank's part of the model, as Megatron Core's schedules ask for it.
 
     Batches with `segment_ids` hold several examples a row; each then attends to itself alone: through Transformer
@@ -105,7 +118,7 @@ def forward_step(batches: Iterator[Batch], model: GPTModel, *, packed_attention:
         tokens, labels, position_ids = (tensor.reshape(1, -1) for tensor in (tokens, labels, position_ids))
     elif "segment_ids" in batch:
         attention["attention_mask"] = _segment_mask(batch["segment_ids"])
-    return model(tokens, position_ids, labels=labels, **attention), partial(_loss_function, batch)
+    return model(tokens, position_ids, labels=labels, **attention), partial(_loss_function, batch, num_sources)
 
 
 def run_microbatches(
@@ -116,14 +129,15 @@ def run_microbatches(
     micro_batch_size: int,
     sequence_length: int,
     packed_attention: bool,
+    num_sources: int = 1,
     forward_only: bool = False,
 ) -> torch.Tensor:
     """Forward (and backward) over the micro-batches of one step, through this rank's pieces of the model.
 
-    Returns this rank's loss sums [4]; zeros on all but the last pipeline stage, which alone sees losses.
+    Returns this rank's loss sums [num_sources, 4]; zeros on all but the last pipeline stage, which alone sees losses.
     """
     results = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, packed_attention=packed_attention),
+        forward_step_func=partial(forward_step, packed_attention=packed_attention, num_sources=num_sources),
         # Every piece of the model goes through all micro-batches. The number is given, so that none reads further.
         data_iterator=list(itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))),
         model=list(chunks),
@@ -133,12 +147,12 @@ def run_microbatches(
         forward_only=forward_only,
     )
     if not parallel_state.is_pipeline_last_stage():
-        return torch.zeros(4, device=platform.device())
+        return torch.zeros(num_sources, 4, dtype=torch.float64, device=platform.device())
     return torch.stack([result["sums"] for result in results]).sum(dim=0)
 
 
-def reduce_sums(sums: torch.Tensor) -> LossSums:
-    """Loss sums [4] of every rank -> those of the whole batch, the same on every rank."""
+def reduce_sums(sums: torch.Tensor) -> torch.Tensor:
+    """Loss sums of every rank -> those of the whole batch, the same on every rank. Any shape."""
     sums = sums.double()
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.broadcast(
@@ -146,7 +160,7 @@ def reduce_sums(sums: torch.Tensor) -> LossSums:
         parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    return LossSums(*sums.tolist())
+    return sums
 
 
 def attention_is_packed(model: torch.nn.Module, has_segments: bool) -> bool:

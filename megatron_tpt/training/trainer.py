@@ -18,6 +18,7 @@ from megatron_tpt.models.gpt import build_chunks
 from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
+from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 
@@ -29,7 +30,7 @@ class StepReport:
     """What one optimizer step measured on this rank."""
 
     loss_sums: torch.Tensor
-    """This rank's document loss, document tokens, thinking loss, thinking tokens: [4]."""
+    """This rank's document loss, document tokens, thinking loss, thinking tokens by source: [num_sources, 4]."""
     grad_norm: float
     """Global gradient norm before clipping."""
     learning_rate: float
@@ -53,6 +54,13 @@ class Callback:
 
     def after_training(self, trainer: "Trainer") -> None:
         """All steps are done."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of this callback: plain values, the same on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint again, before `before_training`."""
 
 
 class Trainer:
@@ -98,7 +106,7 @@ class Trainer:
         learning_rate = current_learning_rate(self.optimizer)
         if self.recipe.training.skips(self.step + 1):
             self._advance()
-            no_loss = torch.zeros(4, device=platform.device())
+            no_loss = torch.zeros(len(self.data.source_names), 4, device=platform.device())
             return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -131,6 +139,7 @@ class Trainer:
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
             packed_attention=attention_is_packed(self.chunks[0], self.data.has_segments),
+            num_sources=len(self.data.source_names),
             forward_only=forward_only,
         )
 
@@ -144,7 +153,8 @@ class Trainer:
         batches = self.data.validation.iterate(0, steps)
         sums = [self._run(self.data.validation, batches, step, forward_only=True) for step in range(steps)]
         self._set_training(True)
-        return reduce_sums(torch.stack(sums).sum(dim=0)).means(self.data.unmarked_name)
+        total = LossSums(*reduce_sums(torch.stack(sums).sum(dim=(0, 1))).tolist())
+        return total.means(self.data.unmarked_name)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
@@ -157,11 +167,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
+        states = {type(callback).__name__: callback.state() for callback in self.callbacks}
         save_checkpoint(
             step_folder(self.checkpoints, self.step),
             self.gpts,
             self.optimizer,
-            {"step": self.step, "tokens": self.tokens, "data": self._data_identity()},
+            {"step": self.step, "tokens": self.tokens, "data": self._data_identity(), "callbacks": states},
             recipe_yaml=to_yaml(self.recipe),
             tokenizer_path=self.data.tokenizer_path,
         )
@@ -176,6 +187,9 @@ class Trainer:
             )
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.step(self.step)
+        for callback in self.callbacks:
+            if callback_state := state["callbacks"].get(type(callback).__name__):
+                callback.load_state(callback_state)
         if platform.is_first_rank():
             print(f"resumed from {folder} at step {self.step}", flush=True)
 

@@ -10,7 +10,16 @@ from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.models.gpt import build_model
-from megatron_tpt.training.metrics import LossSums, model_flops_per_token, throughput
+from megatron_tpt.training.metrics import (
+    LossSums,
+    device_peak_tflops,
+    model_flops_per_token,
+    perplexity,
+    remaining_s,
+    source_losses,
+    step_times,
+    throughput,
+)
 
 MODEL = ModelConfig(vocab_size=256, num_layers=3, hidden_size=64, ffn_hidden_size=160, num_query_groups=2)
 
@@ -40,6 +49,49 @@ def test_losses_are_means_over_their_own_tokens() -> None:
     assert LossSums(6.0, 3, 8.0, 2).means() == {"loss": 14 / 5, "loss_document": 2.0, "loss_thinking": 4.0}
     assert LossSums(6.0, 3, 0.0, 0).means("answer") == {"loss": 2.0, "loss_answer": 2.0}
     assert math.isnan(LossSums().means()["loss"])
+
+
+def test_losses_of_sources_are_told_apart_where_there_are_several() -> None:
+    sums = [LossSums(6.0, 3, 8.0, 1), LossSums(), LossSums(1.0, 2, 0.0, 0)]
+    assert source_losses(["a", "b", "c"], sums) == {"source_loss/a": 3.5, "source_loss/c": 0.5}
+    assert source_losses(["a"], sums[:1]) == {}
+    assert sums[0] + sums[2] == LossSums(7.0, 5, 8.0, 1)
+
+
+def test_step_times_are_quantiles_of_the_window() -> None:
+    times = step_times([1.0] * 19 + [11.0])
+    assert times == pytest.approx({"step_s": 1.5, "step_p50_s": 1.0, "step_p95_s": 1.5, "step_max_s": 11.0})
+    assert step_times([2.0]) == {"step_s": 2.0, "step_p50_s": 2.0, "step_p95_s": 2.0, "step_max_s": 2.0}
+
+
+def test_time_that_remains_is_at_the_pace_of_the_window() -> None:
+    assert remaining_s(100, 30.0, 10) == 300.0
+
+
+def test_perplexity_is_the_exponential_of_the_loss() -> None:
+    assert perplexity(2.0) == pytest.approx(7.389056)
+    assert perplexity(1000.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1978.9),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA GH200 480GB", "bf16", 989.4),
+        ("NVIDIA B200", "fp8", 4500.0),
+        ("NVIDIA GB200", "bf16", 2500.0),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100-SXM4-80GB", "fp8", None),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("NVIDIA GeForce RTX 4090", "bf16", None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(device: str, precision: str, peak: float | None) -> None:
+    assert device_peak_tflops(device, precision) == peak
 
 
 def test_throughput_names_its_denominators() -> None:

@@ -1,0 +1,289 @@
+"""Metrics: measured over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
+
+import hashlib
+import itertools
+import json
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.files import atomic_write
+from megatron_tpt.training import metrics
+from megatron_tpt.training.metrics import LossSums
+from megatron_tpt.training.steps import reduce_sums
+from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+GIB = 2**30
+
+
+class MetricsWriter:
+    """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases. Only the first rank writes.
+
+    After a resume, lines of steps beyond the checkpoint are removed: those steps are done again.
+    """
+
+    def __init__(self, recipe: Recipe, resumed_step: int) -> None:
+        self.enabled = platform.is_first_rank()
+        if not self.enabled:
+            return
+        path = recipe.run.output_dir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _is_until(line, resumed_step)]
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(kept))
+        self.file = path.open("a")
+        self.tensorboard: Any = None
+        if recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(recipe.run.output_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record the metrics of a step."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log({**values, "step": step})
+
+    def sync(self) -> None:
+        """Have on the disk what is written: a checkpoint must not be ahead of its metrics."""
+        if self.enabled:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.enabled:
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _start_wandb(recipe: Recipe) -> Any:
+    """The W&B run of a run folder, the same again after a resume. The key comes from W&B's own settings."""
+    import wandb
+
+    folder = recipe.run.output_dir.resolve()
+    run = wandb.init(
+        project=recipe.logging.wandb_project,
+        name=folder.name,
+        id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+        dir=folder,
+        resume="allow",
+        config=to_dict(recipe),
+    )
+    run.define_metric("*", step_metric="step")  # W&B's own steps only count upwards: a resume repeats some
+    return run
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # the line that a killed run was writing
+        return False
+
+
+def parameter_norm(chunks: Sequence[torch.nn.Module]) -> float:
+    """Euclidean norm of all weights of the model of which this rank holds `chunks`. All ranks call it.
+
+    A weight that several ranks hold counts once: norms and biases on the first tensor-parallel rank, a tied output
+    matrix on the first pipeline stage.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+            total += torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32).double() ** 2
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return float(total.sqrt())
+
+
+def _measure_memory_gib() -> dict[str, float]:
+    """Peaks since the last call (of the process: since its start), in GiB."""
+    host = {"memory_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    if not torch.cuda.is_available():
+        return host
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return {"memory_allocated_gib": allocated / GIB, "memory_reserved_gib": reserved / GIB, **host}
+
+
+def _measure_power() -> dict[str, float]:
+    """Watts that this rank's GPU draws; nothing where the driver's library cannot be asked."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        return {"gpu_power_w": torch.cuda.power_draw() / 1000}
+    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is not installed, or the driver refuses
+        return {}
+
+
+class Window:
+    """What was measured since the last report, on this rank."""
+
+    def __init__(self, num_sources: int) -> None:
+        self.loss_sums = torch.zeros(num_sources, 4, dtype=torch.float64, device=platform.device())
+        self.step_seconds: list[float] = []
+        self.data_wait_s = 0.0
+        self.num_tokens = 0
+        self.earlier_s = 0.0
+        self.began = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Count a step."""
+        self.loss_sums += report.loss_sums
+        self.step_seconds.append(report.seconds)
+        self.data_wait_s += report.data_wait_s
+        self.num_tokens += report.num_tokens
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time since the window was opened, in this process and in the ones before it."""
+        return self.earlier_s + time.perf_counter() - self.began
+
+    def state(self) -> dict[str, Any]:
+        """The window of all ranks, for a checkpoint: sums over them, times of the slowest. All ranks call it."""
+        times = _maxima([*self.step_seconds, self.data_wait_s, self.elapsed_s])
+        return {
+            "loss_sums": reduce_sums(self.loss_sums.clone()).tolist(),
+            "step_seconds": times[:-2],
+            "data_wait_s": times[-2],
+            "elapsed_s": times[-1],
+            "num_tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Window":
+        """The window that a checkpoint left open. One data-parallel rank takes the sums: they are added up again."""
+        window = cls(len(state["loss_sums"]))
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            window.loss_sums += torch.tensor(state["loss_sums"], dtype=torch.float64, device=platform.device())
+        window.step_seconds, window.data_wait_s = list(state["step_seconds"]), state["data_wait_s"]
+        window.num_tokens, window.earlier_s = state["num_tokens"], state["elapsed_s"]
+        return window
+
+
+def _maxima(values: list[float]) -> list[float]:
+    """The largest of every value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=platform.device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+class ReportMetrics(Callback):
+    """Every logging.log_interval steps: losses by kind and source, norms, speed, memory, the time that remains."""
+
+    def __init__(self) -> None:
+        self.window: Window | None = None
+
+    def before_training(self, trainer: Trainer) -> None:
+        recipe = trainer.recipe
+        self.writer = trainer.metrics = MetricsWriter(recipe, trainer.step)
+        self.num_sources = len(trainer.data.source_names)
+        self.window = self.window or Window(self.num_sources)
+        self.flops_per_token = metrics.model_flops_per_token(recipe.model, recipe.training.sequence_length)
+        self.peak_tflops = self._peak_tflops(recipe)
+
+    def _peak_tflops(self, recipe: Recipe) -> float | None:
+        """The peak that MFU is a part of: the recipe's, or that of the device. Says which it is."""
+        precision, device_name = recipe.training.dtype, "this device"
+        peak = recipe.logging.peak_tflops
+        if peak is None and torch.cuda.is_available():
+            device_name = torch.cuda.get_device_name()
+            peak = metrics.device_peak_tflops(device_name, precision)
+        if peak is not None and platform.is_first_rank():
+            print(
+                f"MFU = tokens/s x {self.flops_per_token:.4g} FLOPs per token / {torch.distributed.get_world_size()} "
+                f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})",
+                flush=True,
+            )
+        return peak
+
+    def state(self) -> dict[str, Any]:
+        assert self.window is not None
+        self.writer.sync()
+        return self.window.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.window = Window.from_state(state)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        assert self.window is not None
+        self.window.add(report)
+        if trainer.step % trainer.recipe.logging.log_interval == 0 or trainer.step == trainer.recipe.training.num_steps:
+            values = self._measure(trainer, report, self.window)
+            trainer.metrics.write(trainer.step, values)
+            if platform.is_first_rank():
+                num_steps = trainer.recipe.training.num_steps
+                print(f"step {trainer.step:>7}/{num_steps}  {console_line(values)}", flush=True)
+            self.window = Window(self.num_sources)
+
+    def _measure(self, trainer: Trainer, report: StepReport, window: Window) -> dict[str, float]:
+        elapsed_s, num_steps = window.elapsed_s, len(window.step_seconds)
+        by_source = [LossSums(*row) for row in reduce_sums(window.loss_sums).tolist()]
+        memory = _measure_memory_gib()
+        slowest = _maxima([*memory.values(), *window.step_seconds, window.data_wait_s])
+        memory = dict(zip(memory, slowest, strict=False))
+        seconds, data_wait_s = slowest[len(memory) : -1], slowest[-1]
+        values = sum(by_source, LossSums()).means(trainer.data.unmarked_name)
+        values |= {"perplexity": metrics.perplexity(values["loss"]), "tokens": trainer.tokens}
+        values |= {"learning_rate": report.learning_rate, "grad_norm": report.grad_norm}
+        values |= {"param_norm": parameter_norm(trainer.chunks)}
+        values |= metrics.step_times(seconds)
+        values |= metrics.throughput(
+            window.num_tokens,
+            sum(seconds),
+            data_wait_s,
+            flops_per_token=self.flops_per_token,
+            num_devices=torch.distributed.get_world_size(),
+            peak_tflops=self.peak_tflops,
+        )
+        steps_left = trainer.recipe.training.num_steps - trainer.step
+        values |= {"remaining_s": metrics.remaining_s(steps_left, elapsed_s, num_steps), **memory, **_measure_power()}
+        return values | metrics.source_losses(trainer.data.source_names, by_source)
+
+    def after_training(self, trainer: Trainer) -> None:
+        trainer.metrics.close()
+
+
+def console_line(values: dict[str, float]) -> str:
+    """The metrics that are worth a look, on one line."""
+    parts = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
+    parts += [f"lr {values['learning_rate']:.3e}", f"grad norm {values['grad_norm']:.3f}"]
+    parts += [f"{values['tokens_per_s']:,.0f} tokens/s", f"{values['tflops_per_device']:.3g} TFLOP/s/device"]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"data wait {values['data_wait_fraction']:.1%}")
+    if "memory_reserved_gib" in values:
+        parts.append(f"{values['memory_reserved_gib']:.1f} GiB")
+    return "  ".join([*parts, f"{duration(values['remaining_s'])} left"])
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "45 s", "12 min", "3 h 05 min", "2 d 07 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"

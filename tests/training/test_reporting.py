@@ -1,0 +1,99 @@
+"""Reports of a run: by source, over windows that kills cut in two, and traces."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Train
+
+from megatron_tpt.config.load import check, recipe_from_dict
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.training.reporting import console_line, duration
+
+EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
+
+
+def exact(rows: list[dict]) -> list[list]:
+    return [[row[name] for name in EXACT] for row in rows]
+
+
+def test_windows_of_a_run_resumed_twice_are_those_of_the_unbroken_run(train: Train, tmp_path: Path) -> None:
+    """Checkpoints lie inside of the windows that are reported: no step may be missing in a mean, or be in two."""
+    overrides = ["--training.num_steps=8", "--logging.log_interval=4", "--checkpoint.save_interval=3"]
+    unbroken = train("run", *overrides, num_processes=2)
+    assert [row["step"] for row in unbroken] == [4, 8]
+    for last_step in (6, 3):
+        for folder in (tmp_path / "run/checkpoints").glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > last_step:
+                shutil.rmtree(folder)
+        resumed = train("run", *overrides, num_processes=2)
+        # Ranks are added up at other moments.
+        assert exact(resumed) == [pytest.approx(row, rel=1e-12) for row in exact(unbroken)]
+        window = next(row for row in resumed if row["step"] > last_step)
+        assert window["tokens_per_s"] == pytest.approx(4 * 8 * 32 / (4 * window["step_s"]))
+
+
+def test_norm_of_all_weights_is_the_same_under_any_layout(train: Train, recipe: dict, tmp_path: Path) -> None:
+    """A tied matrix and the norms lie on several ranks, and count once."""
+    changes = {"model": {**recipe["model"], "tie_embeddings": True}, "training": {**recipe["training"], "num_steps": 3}}
+    layouts = {
+        "single": [],
+        "tensor": ["--parallel.tensor_parallel_size=2"],
+        "pipeline": ["--parallel.pipeline_parallel_size=2"],
+        "data": [],
+    }
+    norms = {}
+    for name, overrides in layouts.items():
+        rows = train(name, *overrides, changes=changes, num_processes=1 if name == "single" else 2)
+        norms[name] = rows[-1]["param_norm"]
+    assert norms == pytest.approx(dict.fromkeys(norms, norms["single"]), rel=1e-6)
+    # Against torch's own sum over what export reads: vectors of ones (norms) and matrices drawn around 0.
+    state = tmp_path / "single/checkpoints/latest"
+    weights = {}
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(str(state), tmp_path / "weights.pt")
+    for key, value in torch.load(tmp_path / "weights.pt", weights_only=False).items():
+        if isinstance(value, torch.Tensor) and not key.startswith("optimizer"):
+            weights[key] = value
+    assert norms["single"] == pytest.approx(sum(v.double().square().sum().item() for v in weights.values()) ** 0.5)
+
+
+def test_profile_holds_the_steps_and_ranks_asked_for(train: Train, tmp_path: Path) -> None:
+    overrides = ["--training.num_steps=4", "--profiling.first_step=2", "--profiling.num_steps=2"]
+    train("run", *overrides, "--profiling.ranks=[1]", num_processes=2)
+    (trace,) = (tmp_path / "run/profile").iterdir()
+    assert trace.name == "steps-2-3-rank-1.trace.json.gz"
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert any("aten::" in name for name in names)
+    num_updates = sum(name.startswith("Optimizer.step") for name in names)
+    assert num_updates == 2
+
+
+def test_a_wish_that_cannot_be_met_is_refused(train: Train, recipe: dict) -> None:
+    with pytest.raises(AssertionError, match="profiling.memory records a GPU's memory, and there is none"):
+        train("memory", "--profiling.first_step=2", "--profiling.memory=true")
+    with pytest.raises(AssertionError, match=r"there are no ranks \[3\] among 1"):
+        train("rank", "--profiling.first_step=2", "--profiling.ranks=[0,3]")
+    with pytest.raises(UserError, match="logging.wandb_project needs the package wandb"):
+        check(recipe_from_dict(PretrainRecipe, {**recipe, "logging": {"wandb_project": "p"}}), 1)
+
+
+def test_the_console_shows_what_is_worth_a_look() -> None:
+    values = {"loss": 1.25, "loss_thinking": 1.5, "learning_rate": 3e-4, "grad_norm": 0.5, "tokens_per_s": 12345.6}
+    values |= {"tflops_per_device": 440.4, "mfu": 0.445, "data_wait_fraction": 0.002, "remaining_s": 7 * 3600 + 300}
+    assert console_line(values | {"memory_reserved_gib": 61.23}) == (
+        "loss 1.2500  loss_thinking 1.5000  lr 3.000e-04  grad norm 0.500  12,346 tokens/s  440 TFLOP/s/device  "
+        "MFU 44.5%  data wait 0.2%  61.2 GiB  7 h 05 min left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45, "45 s"), (99.6, "100 s"), (720, "12 min"), (11100, "3 h 05 min"), (198000, "2 d 07 h")]
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
