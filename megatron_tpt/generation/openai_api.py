@@ -92,7 +92,9 @@ def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes)
         return _parse_completion(url, body)
     check_status(url, status, headers, body)
     message = _error_message(body) or f"status {status}"
-    too_long = status == 413 or re.search("context.length|model.length|max_model_len", message, re.IGNORECASE)
+    # The last is what vLLM says where the prompt leaves room for none of the tokens that were asked for.
+    signs = r"context.length|model.length|max_model_len|max_tokens must be at least 1, got (?:0|-)"
+    too_long = status == 413 or re.search(signs, message, re.IGNORECASE)
     return Failure("prompt_too_long" if too_long else "bad_request", message)
 
 
