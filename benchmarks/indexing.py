@@ -239,6 +239,7 @@ def _processor() -> str:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    options.scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="indexing-benchmark-", dir=options.scratch))
     try:
         figures = large_case(options, folder) if options.size_gb else small_case(options, folder)
