@@ -1,4 +1,7 @@
-"""Command lines from dataclasses, and the exit codes all programs share: 0 done, 2 the user can mend it, 1 a fault."""
+"""Command lines from dataclasses, and the exit codes all programs share.
+
+0 done, 2 the user can mend it, 75 stopped early in order (the same command goes on), 1 a fault.
+"""
 
 import errno
 import os
@@ -10,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import StoppedEarly, UserError
 
 _RECIPE = "--recipe"
 
@@ -73,6 +76,10 @@ def run(main: Callable[[], Any]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
             print(f"error: {error}", file=sys.stderr)
         code = 2
+    except StoppedEarly as stop:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(stop, flush=True)
+        code = 75
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `... | head` closed our output: not a fault

@@ -30,6 +30,11 @@ class RunConfig:
     for the same number."""
     distributed_timeout_s: int = 600
     """A collective that waits longer for another rank fails."""
+    time_limit_min: float | None = None
+    """Minutes from the start after which the program must have stopped; the end of the SLURM job when not given."""
+    time_limit_margin_min: float = 5.0
+    """Minutes before that limit to stop with a checkpoint (exit code 75: the same command goes on), but at most a tenth
+    of the time that there was."""
     first_step_timeout_s: int = 1800
     """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
 

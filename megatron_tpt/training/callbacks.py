@@ -7,6 +7,7 @@ from megatron_tpt.training.checkpoint import SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
 from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics
+from megatron_tpt.training.stopping import StopEarly
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
 
@@ -25,18 +26,17 @@ class Validate(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and after the last. One that cannot be written is tried again at the next
-    interval; only the last has to be."""
+    """Every checkpoint.save_interval steps, and when training is over. One that cannot be written is tried again at the
+    next interval; only the last has to be."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         settings = trainer.recipe.checkpoint
-        is_last = trainer.step == trainer.recipe.training.num_steps
-        if not is_last and (not settings.save_interval or trainer.step % settings.save_interval):
+        if not trainer.is_over and (not settings.save_interval or trainer.step % settings.save_interval):
             return
         try:
             trainer.save()
         except SaveError as error:
-            if is_last:
+            if trainer.is_over:
                 raise
             if platform.is_first_rank():
                 print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
@@ -76,4 +76,4 @@ class CollectGarbage(Callback):
 
 def default_callbacks() -> list[Callback]:
     """Those of the training programs, in the order in which they act after a step."""
-    return [Profile(), ReportMetrics(), Validate(), SaveCheckpoints(), TightenTimeout(), CollectGarbage()]
+    return [StopEarly(), Profile(), ReportMetrics(), Validate(), SaveCheckpoints(), TightenTimeout(), CollectGarbage()]

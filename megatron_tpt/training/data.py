@@ -21,6 +21,7 @@ from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe, TrainingCo
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.platform.signals import ignore_stop_signals
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import BlendIndex, SampleIndex, build_blend_index, build_sample_index
 
@@ -278,6 +279,7 @@ class Loader:
                 num_workers=self.num_workers,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self.num_workers > 0,
+                worker_init_fn=ignore_stop_signals,
                 generator=torch.Generator(),  # its workers' seeds must not come from the stream that dropout uses
             )
         )

@@ -12,7 +12,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.gpt import build_chunks
 from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -76,6 +76,7 @@ class Trainer:
         self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
         self.step = 0
         self.tokens = 0
+        self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
         platform.seed_everything(recipe.run.seed)
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
         self.checkpoints = recipe.run.output_dir / "checkpoints"
@@ -90,16 +91,23 @@ class Trainer:
         self._write_recipe()
 
     def fit(self) -> None:
-        """Train until `training.num_steps`."""
+        """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
         batches = TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
         for callback in self.callbacks:
             callback.before_training(self)
-        while self.step < self.recipe.training.num_steps:
+        while not self.is_over:
             report = self._train_step(batches)
             for callback in self.callbacks:
                 callback.after_step(self, report)
         for callback in self.callbacks:
             callback.after_training(self)
+        if self.step < self.recipe.training.num_steps:
+            raise StoppedEarly(f"stopped after step {self.step} ({self.stop_reason}): the same command goes on")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no next step: all are done, or there is a reason to stop."""
+        return self.step == self.recipe.training.num_steps or self.stop_reason is not None
 
     def _train_step(self, batches: TimedIterator) -> StepReport:
         begin, waited_before = time.perf_counter(), batches.waited_s

@@ -1,0 +1,60 @@
+"""Stopping early and in order: at a signal, or before a time limit, with a checkpoint at the end of the step.
+
+SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit, run.time_limit_min or that of the SLURM job.
+The program then ends with exit code 75 (EX_TEMPFAIL of sysexits.h: try again later), for scripts to tell from a fault
+(1) and a mistake (2); the same command goes on. torchrun turns every code but 0 into 1, so slurm/pretrain.sbatch starts
+the ranks by srun, which passes the code on.
+"""
+
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+
+from megatron_tpt import platform
+from megatron_tpt.platform.signals import STOP_SIGNALS, ignore_stop_signals
+from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+_SLURM_END_TIME = "SLURM_JOB_END_TIME"  # seconds since 1970
+_NO_REASON, _TIME_LIMIT = 0, 1000  # a signal's number lies between
+
+
+def stopping_time(limit_min: float | None, margin_min: float, now: float) -> float | None:
+    """When to stop, in seconds since 1970: `margin_min` before the limit, but not before nine tenths of the time that
+    is left now. The limit is `limit_min` from now, or else the end of the SLURM job; None without either."""
+    end = now + 60 * limit_min if limit_min is not None else float(os.environ.get(_SLURM_END_TIME, "inf"))
+    return end - min(60 * margin_min, (end - now) / 10) if end != float("inf") else None
+
+
+class StopEarly(Callback):
+    """Has all ranks stop with a checkpoint after the step in which a signal came to any, or the time limit is near."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        run = trainer.recipe.run
+        self.reason = _NO_REASON
+        self.deadline = stopping_time(run.time_limit_min, run.time_limit_margin_min, time.time())
+        self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        ignore_stop_signals()
+        get_write_results_queue()  # starts a process, which inherits that
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = number
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self.reason == _NO_REASON and self.deadline is not None and time.time() >= self.deadline:
+            self.reason = _TIME_LIMIT
+        reason = torch.tensor(self.reason, device=platform.device())
+        torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX)
+        number = int(reason.item())
+        if number != _NO_REASON:
+            trainer.stop_reason = "the time limit is near" if number == _TIME_LIMIT else signal.Signals(number).name
+
+    def after_training(self, trainer: Trainer) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
