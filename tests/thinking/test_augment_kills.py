@@ -1,0 +1,154 @@
+"""Jobs over GSM8K's questions that are killed again and again, and servers that are: nothing lost, nothing twice."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from augment_runs import command, options_for, records, rejects
+from tiny_models import make_model
+
+from megatron_tpt.records import read_records
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
+NUM_DOCUMENTS = 2000
+NUM_JOB_KILLS = 20
+NUM_SERVER_KILLS = 5
+MAX_NUM_SEQS = 32
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(not DATA.exists(), reason=f"needs GSM8K's training questions in {DATA}"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"), context=1024)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("documents") / "questions.jsonl"
+    lines = DATA.read_text().splitlines()[:NUM_DOCUMENTS]
+    path.write_text("".join(json.dumps({"text": json.loads(line)["question"]}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def server(model: str) -> Iterator[str]:
+    """A vLLM server that outlives the jobs; its base URL."""
+    port = 20000 + os.getpid() % 20000
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)),
+            *("--max-num-seqs", str(MAX_NUM_SEQS), "--enforce-eager", "--no-enable-chunked-prefill", "--max-model-len"),
+            *("1024", "--dtype", "float32", "--max-num-batched-tokens", "8192"),
+        ],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def finished_requests(server: str) -> dict[str, int]:
+    """What the engine itself has counted: requests by how they ended."""
+    metrics = urllib.request.urlopen(f"{server}/metrics").read().decode()
+    counts: dict[str, int] = {}
+    for line in metrics.splitlines():
+        if line.startswith("vllm:request_success_total{"):
+            reason = line.partition('finished_reason="')[2].partition('"')[0]
+            counts[reason] = counts.get(reason, 0) + int(float(line.rpartition(" ")[2]))
+    return counts
+
+
+def num_journaled(output: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (output / ".work" / "journal").glob("*")) + 100 * len(
+        list(output.glob("part-*"))
+    )
+
+
+def check_every_id_once(documents: Path, output: Path) -> None:
+    ids = sorted([record.id for record in records(output)] + [reject["id"] for reject in rejects(output)])
+    assert ids == sorted(record.id for record in read_records([documents]))
+    assert not list((output / ".work" / "journal").iterdir())
+
+
+def test_a_job_that_is_killed_twenty_times_asks_for_nothing_that_was_finished(
+    documents: Path, model: str, server: str, tmp_path: Path
+) -> None:
+    chance = random.Random(time.time_ns())
+    options = options_for(documents, model, tmp_path / "out", max_new_tokens=48, max_document_tokens=400)
+    job = command(
+        options, *("--engine", "endpoint", "--endpoints", f"{server}/v1", "--max-num-seqs", str(MAX_NUM_SEQS)),
+        *("--records-per-shard", "100"),
+    )  # fmt: skip
+    progress = []
+    for _ in range(NUM_JOB_KILLS):
+        process = subprocess.Popen(job, stderr=subprocess.DEVNULL)
+        before = num_journaled(options.output)
+        if chance.random() < 0.2:  # some while it starts
+            time.sleep(chance.uniform(0, 4))
+        else:
+            some = chance.randint(1, 2 * NUM_DOCUMENTS // NUM_JOB_KILLS)
+            while num_journaled(options.output) < before + some and process.poll() is None:
+                time.sleep(0.01)
+        process.kill()
+        process.wait()
+        progress.append(num_journaled(options.output))
+    assert len(set(progress)) > NUM_JOB_KILLS // 2, progress
+    assert subprocess.run(job).returncode == 0
+    check_every_id_once(documents, options.output)
+    counts = finished_requests(server)
+    finished = counts["stop"] + counts["length"]
+    print(f"{finished} requests finished at the engine for {NUM_DOCUMENTS} documents, {counts}")
+    # Between the engine and the journal lie the answers of one step or two.
+    assert NUM_DOCUMENTS <= finished <= NUM_DOCUMENTS + NUM_JOB_KILLS * MAX_NUM_SEQS // 4
+    again = subprocess.run(job, capture_output=True, text=True)
+    assert "nothing to do" in again.stderr
+    assert finished_requests(server) == counts
+
+
+def test_a_job_whose_server_is_killed_five_times_ends_with_every_document(
+    documents: Path, model: str, tmp_path: Path
+) -> None:
+    options = options_for(documents, model, tmp_path / "out", max_new_tokens=48, max_document_tokens=400)
+    job = command(
+        options, "--engine", "vllm-server", "--max-num-seqs", str(MAX_NUM_SEQS), *("--records-per-shard", "100")
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(job, stderr=log)
+        for _ in range(NUM_SERVER_KILLS):
+            before = num_journaled(options.output)
+            while num_journaled(options.output) < before + 150 and process.poll() is None:
+                time.sleep(0.05)
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "api_server" in " ".join(child.cmdline()) or "EngineCore" in child.name():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+        assert process.wait() == 0, (tmp_path / "log").read_text()
+    check_every_id_once(documents, options.output)
