@@ -30,6 +30,7 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 NUM_COPIES = 12
+NUM_FILES = 10
 PEER = """
 import json, sys, time
 import numpy
@@ -60,6 +61,8 @@ class Options:
     """GSM8K's training problems, JSONL with `question` and `answer`."""
     size_gb: float | None = None
     """Index so many gigabytes (10^9 bytes) instead of the small case; the peer is left out."""
+    kills: int = 5
+    """With `--size-gb`: kill -9 at so many random moments in a second run."""
     rounds: int = 5
     """How often each program runs; the peer, which is slow, once in two rounds."""
     megatron: Path | None = None
@@ -70,14 +73,14 @@ class Options:
     """Write the figures here as JSON."""
 
 
-def write_documents(data: Path, target: Path, num_bytes: int | None = None) -> int:
-    """Write the case, or so many bytes of varied documents, and return the number of bytes of text."""
+def write_documents(data: Path, target: Path) -> int:
+    """Write the case, and return the number of bytes of its text."""
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     texts = [f"{row['question']}\n{row['answer']}" for row in rows]
     rng = random.Random(0)
     num_text_bytes = copy = 0
     with target.open("w", encoding="utf-8") as file:
-        while file.tell() < num_bytes if num_bytes else copy < NUM_COPIES:
+        while copy < NUM_COPIES:
             digits = "".join(rng.choices("0123456789", k=1 << 16))
             for number, text in enumerate(texts):
                 offset = rng.randrange(1 << 15)
@@ -85,9 +88,20 @@ def write_documents(data: Path, target: Path, num_bytes: int | None = None) -> i
                 varied = re.sub(r"\d", lambda _: digits[next(places)], text)  # noqa: B023
                 varied = f"Problem set {copy % 100:02d}, exercise {number:05d}.\n{varied}"
                 num_text_bytes += len(varied.encode())
-                file.write(json.dumps({"text": varied}) + "\n")
+                file.write(json.dumps({"text": varied}, ensure_ascii=False) + "\n")
             copy += 1
     return num_text_bytes
+
+
+def write_large(case: Path, folder: Path, num_bytes: int) -> None:
+    """Write so many bytes in `NUM_FILES` files: the case again and again, with ever other digits."""
+    content, rng = case.read_bytes(), random.Random(0)
+    folder.mkdir()
+    for number in range(NUM_FILES):
+        with (folder / f"{number:02d}.jsonl").open("wb") as file:
+            while file.tell() < num_bytes // NUM_FILES:
+                digits = b"0123456789"
+                file.write(content.translate(bytes.maketrans(digits, bytes(rng.sample(digits, len(digits))))))
 
 
 def run(command: list[Any]) -> tuple[str, float, float]:
@@ -207,29 +221,52 @@ def small_case(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def large_case(options: Options, folder: Path) -> dict[str, Any]:
-    """Ours on so many gigabytes, between two measurements of the disk."""
-    source, tokenizer = folder / "large.jsonl", folder / "tokenizer"
-    sample = folder / "sample.jsonl"
-    write_documents(options.data, sample)
-    train_tokenizer(sample, tokenizer)
-    small = medians([run_ours(sample, tokenizer, folder / "small") for _ in range(3)])
-    num_text_bytes = write_documents(options.data, source, int(options.size_gb * 1e9))
+    """Ours on so many gigabytes, between two measurements of the disk; then once more, killed on the way."""
+    case, source, tokenizer = folder / "case.jsonl", folder / "large", folder / "tokenizer"
+    write_documents(options.data, case)
+    train_tokenizer(case, tokenizer)
+    small = medians([run_ours(case, tokenizer, folder / "small") for _ in range(3)])
+    write_large(case, source, int(options.size_gb * 1e9))
+    input_bytes = sum(path.stat().st_size for path in source.iterdir())
     load = os.getloadavg()[0]
     disk = [disk_mb_per_s(folder, 2 << 30)]
-    figures = run_ours(source, tokenizer, folder / "large")
+    figures = run_ours(source, tokenizer, folder / "whole")
     disk.append(disk_mb_per_s(folder, 2 << 30))
-    written = sum((folder / f"large.{kind}").stat().st_size for kind in ("bin", "idx"))
-    return {
-        "text_gb": num_text_bytes / 1e9,
-        "input_gb": source.stat().st_size / 1e9,
+    written = sum((folder / f"whole.{kind}").stat().st_size for kind in ("bin", "idx"))
+    result = {
+        "input_gb": input_bytes / 1e9,
         "large": figures,
-        "input_mb_per_s": source.stat().st_size / 1e6 / figures["work_s"],
+        "input_mb_per_s": input_bytes / 1e6 / figures["work_s"],
         "written_mb_per_s": written / 1e6 / figures["work_s"],
         "disk_write_mb_per_s": disk,
         "small_tokens_per_s": small["tokens_per_s"],
         "large_by_small": figures["tokens_per_s"] / small["tokens_per_s"],
         "load_average": load,
     }
+    return result | killed_on_the_way(options, folder, figures["process_s"])
+
+
+def killed_on_the_way(options: Options, folder: Path, whole_s: float) -> dict[str, Any]:
+    """Index the large case once more with kill -9 at random moments; are the checksums those of the whole run?"""
+    chance = random.Random(time.time_ns())
+    checksums = json.loads((folder / "whole.json").read_text())["checksums"]
+    for kind in ("bin", "idx", "json"):
+        (folder / f"whole.{kind}").unlink()
+    command = [sys.executable, ROOT / "tools" / "index.py", "--input", folder / "large"]
+    command += ["--tokenizer", folder / "tokenizer", "--output", folder / "killed"]
+    moments = []
+    for _ in range(options.kills):
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        moments.append(chance.uniform(1, whole_s / 2))
+        try:
+            process.wait(moments[-1])
+            break  # it was done before
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    _, seconds, _ = run(command)
+    same = json.loads((folder / "killed.json").read_text())["checksums"] == checksums
+    return {"killed_after_s": moments, "last_run_s": seconds, "same_checksums_after_kills": same}
 
 
 def _processor() -> str:

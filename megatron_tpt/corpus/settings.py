@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
-from megatron_tpt.records import Source, expand_inputs
-from megatron_tpt.thinking.settings import file_fingerprint, source_fingerprint
+from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.records import Source, expand_inputs, source_fingerprint
 
 FORMAT_VERSION = 1
 

@@ -11,7 +11,7 @@ the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.reading import DAMAGED, Progress, ReadCounts, Row, describe, read_blocks, read_records
 from megatron_tpt.records.record import Record, content_id
-from megatron_tpt.records.sources import REJECTS, SUFFIXES, Source, expand_inputs, expand_sources
+from megatron_tpt.records.sources import REJECTS, SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
 from megatron_tpt.records.writing import write_records
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "expand_sources",
     "read_blocks",
     "read_records",
+    "source_fingerprint",
     "write_records",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import file_fingerprint
 from megatron_tpt.records.hub import SCHEME, HubDataset
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -134,3 +135,8 @@ def _saved_dataset(folder: Path) -> list[Path] | None:
             f"{folder}: its description as a saved data set is broken ({error!r}); save it again"
         ) from error
     return None
+
+
+def source_fingerprint(source: Source, num_sources: int) -> str | None:
+    """As `file_fingerprint`, of less where there are thousands of files; None for what is not a file."""
+    return file_fingerprint(source.path, max_blocks=max(64 // num_sources, 2)) if source.path else None

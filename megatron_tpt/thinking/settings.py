@@ -1,6 +1,5 @@
 """The settings of an augment run, kept beside its shards so that no other run is mixed in."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
-from megatron_tpt.records import Source
+from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.records import Source, source_fingerprint
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
 
 SETTINGS_NAME = "augment.json"
 FORMAT_VERSION = 2
-
-_BLOCK_BYTES = 1 << 16
 
 
 def make_settings(options: AugmentOptions, sources: Sequence[Source], template: Template) -> dict[str, Any]:
@@ -84,28 +81,6 @@ def write_settings(output: Path, settings: dict[str, Any]) -> None:
     if not (output / SETTINGS_NAME).exists():
         with atomic_write(output / SETTINGS_NAME) as temporary:
             temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def file_fingerprint(path: Path, max_blocks: int = 64) -> str:
-    """A digest that tells a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
-
-    Files of up to `max_blocks` blocks are read whole. It finds other weights or another corpus under an old name, not a
-    changed letter somewhere in a large file.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(size.to_bytes(8))
-    last = max(-(-size // _BLOCK_BYTES) - 1, 0)
-    num_blocks = min(last + 1, max_blocks)
-    with path.open("rb") as file:
-        for i in range(num_blocks):
-            file.seek(i * last // max(num_blocks - 1, 1) * _BLOCK_BYTES)
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def source_fingerprint(source: Source, num_sources: int) -> str | None:
-    """As `file_fingerprint`, of less where there are thousands of files; None for what is not a file."""
-    return file_fingerprint(source.path, max_blocks=max(64 // num_sources, 2)) if source.path else None
 
 
 def _model_files(model: str) -> list[Path]:
