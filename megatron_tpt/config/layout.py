@@ -40,6 +40,39 @@ def _check_model(recipe: Recipe) -> None:
         _require_multiple("training.sequence_length", training.sequence_length, name, tp * cp)
 
 
+def _check_precision(recipe: Recipe) -> None:
+    """FP8 matrices have dimensions of whole blocks; Megatron Core's limits on what stays in bf16 or is offloaded."""
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    tp = parallel.tensor_parallel_size
+    if training.fp8 != "none":
+        if model.transformer_impl == "local":
+            raise UserError(f"training.fp8={training.fp8} needs Transformer Engine: leave model.transformer_impl out")
+        block = {"blockwise": 128, "mxfp8": 32}.get(training.fp8, 16)
+        name = f"training.fp8={training.fp8}: its block"
+        tokens = training.sequence_length * training.micro_batch_size // parallel.context_parallel_size
+        _require_multiple("tokens of a micro-batch", tokens, name, block)
+        _require_multiple("model.hidden_size", model.hidden_size, name, block)
+        _require_multiple("model.ffn_hidden_size / tensor_parallel_size", model.ffn_hidden_size // tp, name, block)
+    stage_layers = model.num_layers // parallel.pipeline_parallel_size
+    for name in ("bf16_layers_at_start", "bf16_layers_at_end"):
+        if getattr(training, name) > stage_layers:
+            raise UserError(
+                f"training.{name}={getattr(training, name)} is more than the {stage_layers} layers of a pipeline stage"
+            )
+    if training.cpu_offload_layers >= model.num_layers or (
+        training.cpu_offload_layers and parallel.pipeline_parallel_size > 1
+    ):
+        raise UserError(
+            f"training.cpu_offload_layers={training.cpu_offload_layers} must be below model.num_layers="
+            f"{model.num_layers}, and 0 with a pipeline: lower it"
+        )
+    if training.recompute == "block" and training.recompute_layers > max(parallel.stage_layers(model.num_layers)):
+        raise UserError(
+            f"training.recompute_layers={training.recompute_layers} is more than the layers of a pipeline stage: "
+            f"lower it, or give training.recompute=full"
+        )
+
+
 def check_layout(recipe: Recipe, world_size: int) -> None:
     """Refuse a layout that does not fit the model, the batches or `world_size` processes.
 
@@ -48,6 +81,7 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
     parallel, training = recipe.parallel, recipe.training
     pp, vp = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     _check_model(recipe)
+    _check_precision(recipe)
     for layers in parallel.stage_layers(recipe.model.num_layers):
         name = "parallel.virtual_pipeline_parallel_size"
         _require_multiple("layers of a pipeline stage", layers, name, vp)

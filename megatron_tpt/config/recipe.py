@@ -265,8 +265,29 @@ class TrainingConfig:
     """Samples in one forward pass of one process."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of the forward and backward pass; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations to compute again in the backward pass instead of keeping them: attention only, or whole layers."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Matrix products of the layers in FP8 through Transformer Engine, by how values are scaled: one factor per tensor
+    from earlier steps (delayed) or from the tensor itself (tensorwise), one per 128 x 128 weights and 128 inputs
+    (blockwise, Hopper with CUDA 12.9), one per 32 values (mxfp8, Blackwell). It is an error where it is not active."""
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    """E4M3 forward and E5M2 for gradients, or E4M3 for both."""
+    fp8_amax_history: int = 1024
+    """Steps over which delayed scaling takes the largest value."""
+    bf16_layers_at_start: int = 0
+    """First layers to leave in bf16 under fp8; not with delayed scaling."""
+    bf16_layers_at_end: int = 0
+    """Last layers to leave in bf16 under fp8; not with delayed scaling."""
+    recompute: Literal["none", "selective", "full", "block"] = "none"
+    """Activations to compute again in the backward pass instead of keeping them: those of recompute_modules, all of
+    every layer, or all of the first recompute_layers of each pipeline stage (block)."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] = field(default_factory=lambda: ["core_attn"])
+    """What selective recomputation computes again. Transformer Engine's attention keeps no scores: there core_attn
+    saves little, and mlp much."""
+    recompute_layers: int = 1
+    """Layers of each pipeline stage that block recomputation computes again."""
+    cpu_offload_layers: int = 0
+    """Layers whose activations wait in CPU memory for the backward pass; needs Transformer Engine, no pipeline, no
+    recomputation."""
     init_from: Path | None = None
     """Checkpoint folder whose weights (nothing else) the run starts from; random weights when not given."""
     validation_interval: int = 0
@@ -280,6 +301,25 @@ class TrainingConfig:
         for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
         self.skips(0)  # refuses what names no step
+        _require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
+        has_bf16_layers = self.bf16_layers_at_start > 0 or self.bf16_layers_at_end > 0
+        _require(
+            not has_bf16_layers or self.fp8 not in ("none", "delayed"),
+            f"training.bf16_layers_at_start and bf16_layers_at_end need training.fp8=tensorwise, blockwise or mxfp8, "
+            f"not {self.fp8}",
+        )
+        for name in ("bf16_layers_at_start", "bf16_layers_at_end", "cpu_offload_layers"):
+            _require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("fp8_amax_history", "recompute_layers"):
+            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+        _require(
+            self.recompute != "selective" or len(self.recompute_modules) > 0,
+            "training.recompute_modules is empty: name some, or give training.recompute=none",
+        )
+        _require(
+            self.cpu_offload_layers == 0 or self.recompute == "none",
+            f"training.cpu_offload_layers does not go with training.recompute={self.recompute}: give up one of them",
+        )
 
     def batch_size(self, step: int) -> int:
         """Samples of the optimizer step that follows `step` others, over all processes."""

@@ -1,6 +1,7 @@
 """Llama- and Qwen-family models as Megatron Core `GPTModel`s."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.models.precision import fp8_settings, fuses_gradient_accumulation, recompute_settings, require_active
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -54,21 +56,37 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
-    """Megatron Core's description of the same model, with its layout and precision."""
-    dtype = TORCH_DTYPES[training.dtype]
-    vp = parallel.virtual_pipeline_parallel_size
-    if parallel.context_parallel_size > 1 and not use_transformer_engine(model):
+    """Megatron Core's description of the same model, with its layout and precision, for this machine.
+
+    Raises UserError for kernels that are not active on it.
+    """
+    transformer_engine = use_transformer_engine(model)
+    require_active(training, transformer_engine=transformer_engine)
+    if parallel.context_parallel_size > 1 and not transformer_engine:
         raise UserError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention, "
             f"which runs on GPUs alone: set it to 1 here"
         )
-    recompute_settings: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
+    on_gpu = torch.cuda.is_available()
     return TransformerConfig(
-        transformer_impl="transformer_engine" if use_transformer_engine(model) else "local",
+        **core_settings(model, parallel, training, transformer_engine=transformer_engine, on_gpu=on_gpu),
+        gradient_accumulation_fusion=fuses_gradient_accumulation(),
+    )
+
+
+def core_settings(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    transformer_engine: bool,
+    on_gpu: bool,
+) -> dict[str, Any]:
+    """The fields of TransformerConfig, on a machine with or without these kernels."""
+    dtype = TORCH_DTYPES[training.dtype]
+    vp = parallel.virtual_pipeline_parallel_size
+    return dict(
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -87,7 +105,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         rotary_interleaved=False,
         init_method_std=model.init_std,
         perform_initialization=False,  # initialize_weights does it, alike for every layout
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=training.dtype == "bf16",
@@ -106,12 +124,28 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
         # Gradients are divided by the tokens of the global batch: every token weighs the same. The gradient buffers
         # read this when they are made, so it must be set by then.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=torch.cuda.is_available(),
-        bias_dropout_fusion=torch.cuda.is_available(),
-        masked_softmax_fusion=torch.cuda.is_available(),
-        **recompute_settings[training.recompute],
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=on_gpu,
+        cross_entropy_loss_fusion=on_gpu,
+        apply_rope_fusion=transformer_engine,
+        deallocate_pipeline_outputs=parallel.pipeline_parallel_size > 1,
+        **fp8_settings(training),
+        **recompute_settings(training),
     )
+
+
+def describe_kernels(config: TransformerConfig) -> str:
+    """One line on what a model runs through, for the log."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    kernels = "Megatron Core's own kernels"
+    if config.transformer_impl == "transformer_engine":
+        kernels = f"Transformer Engine {importlib.metadata.version('transformer-engine')}"
+    precision = "bf16" if config.bf16 else "fp32"
+    if config.fp8:
+        precision += f" with {config.fp8_recipe} FP8 ({config.fp8})"
+    fusion = "fused" if config.gradient_accumulation_fusion else "not fused (apex is not there)"
+    return f"{device}: {kernels}, {precision}, gradient accumulation {fusion}"
 
 
 def _block_spec(

@@ -50,6 +50,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
         adam_eps=settings.adam_epsilon,
         clip_grad=settings.clip_grad or math.inf,
         bf16=recipe.training.dtype == "bf16",
+        fp8_recipe=None if recipe.training.fp8 == "none" else recipe.training.fp8,
         params_dtype=TORCH_DTYPES[recipe.training.dtype],
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,

@@ -14,7 +14,7 @@ from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.models.gpt import build_chunks, describe_kernels
 from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
@@ -23,6 +23,7 @@ from megatron_tpt.training.optimizer import build_optimizer, build_schedule, cur
 from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import get_model_config
 
 
 @dataclasses.dataclass
@@ -92,6 +93,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
+        if platform.is_first_rank():
+            print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
         batches = TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
         for callback in self.callbacks:
             callback.before_training(self)

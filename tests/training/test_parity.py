@@ -128,11 +128,25 @@ def test_bf16_follows_fp32(train: Train) -> None:
     assert [m["loss"] for m in half] != [m["loss"] for m in full]
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_activations_changes_no_loss(recompute: str, train: Train) -> None:
-    kept = train("kept")
-    computed_again = train("again", f"--training.recompute={recompute}")
-    assert [m["loss"] for m in computed_again] == pytest.approx([m["loss"] for m in kept], rel=1e-6)
+RECOMPUTE = {
+    "attention": ["--training.recompute=selective"],
+    "feed-forward": ["--training.recompute=selective", "--training.recompute_modules=[core_attn, mlp]"],
+    "full": ["--training.recompute=full"],
+    "block": ["--training.recompute=block", "--training.recompute_layers=1"],
+}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputing_activations_changes_nothing(recompute: str, train: Train, single: dict, tmp_path: Path) -> None:
+    num_steps = "--training.num_steps=4"
+    if "kept" not in single:
+        single["kept"] = train("kept", num_steps, WHOLE_GRADIENTS, program=GRADIENT_WORKER)
+        single["kept gradients"] = gathered_gradients(tmp_path, "kept")
+    metrics = train("again", num_steps, WHOLE_GRADIENTS, *RECOMPUTE[recompute], program=GRADIENT_WORKER)
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in single["kept"]], rel=1e-6)
+    for key, gradient in gathered_gradients(tmp_path, "again").items():
+        expected = single["kept gradients"][key]
+        assert (gradient - expected).norm() <= 1e-6 * expected.norm(), key
 
 
 def test_tied_embeddings_are_one_matrix_on_both_ends_of_a_pipeline(train: Train, recipe: dict) -> None:

@@ -1,0 +1,70 @@
+"""Precision, recomputation and fused kernels in Megatron Core's terms.
+
+What is asked for and cannot be active on this machine is an error: a run is never slower or coarser than it says.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from megatron_tpt.config.recipe import TrainingConfig
+from megatron_tpt.errors import UserError
+
+_TE_CHECKS = {
+    "delayed": "is_fp8_available",
+    "tensorwise": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
+}
+
+
+def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig that choose the FP8 recipe; none for training without FP8."""
+    if training.fp8 == "none":
+        return {}
+    settings: dict[str, Any] = {"fp8": training.fp8_format, "fp8_recipe": training.fp8}
+    if training.fp8 == "delayed":
+        settings |= {"fp8_amax_history_len": training.fp8_amax_history, "fp8_amax_compute_algo": "max"}
+    if training.bf16_layers_at_start or training.bf16_layers_at_end:
+        settings |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": training.bf16_layers_at_start,
+            "num_layers_at_end_in_bf16": training.bf16_layers_at_end,
+        }
+    return settings
+
+
+def recompute_settings(training: TrainingConfig) -> dict[str, Any]:
+    """Fields of TransformerConfig that choose which activations are computed again, and which wait in CPU memory."""
+    if training.recompute == "none":
+        layers = training.cpu_offload_layers
+        return {"cpu_offloading": True, "cpu_offloading_num_layers": layers} if layers else {}
+    if training.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
+    method, layers = ("uniform", 1) if training.recompute == "full" else ("block", training.recompute_layers)
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+
+
+def require_active(training: TrainingConfig, *, transformer_engine: bool) -> None:
+    """Raises UserError when FP8 or CPU offload are asked for and this machine cannot do them."""
+    if training.cpu_offload_layers and not transformer_engine:
+        raise UserError("training.cpu_offload_layers needs Transformer Engine on a GPU: set it to 0 here")
+    if training.fp8 == "none":
+        return
+    if not transformer_engine:
+        raise UserError(f"training.fp8={training.fp8} needs Transformer Engine on a GPU: give --training.fp8=none here")
+    import transformer_engine.pytorch as te
+
+    is_active, reason = getattr(te, _TE_CHECKS[training.fp8])(return_reason=True)
+    if not is_active:
+        raise UserError(
+            f"training.fp8={training.fp8} is not active on {torch.cuda.get_device_name()}: {' '.join(reason.split())}; "
+            f"give another training.fp8, or none"
+        )
+
+
+def fuses_gradient_accumulation() -> bool:
+    """Whether weight gradients are added up inside their matrix products: on a GPU with apex's extension, which
+    Megatron Core's output layer needs (tensor_parallel/layers.py:1070)."""
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -1,0 +1,140 @@
+"""Memory that each rank of a layout needs, and the most tokens per second its devices could do: pure functions.
+
+Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
+2205.05198, sections 4 and 5), for a Llama block with fused attention. Temporary buffers, the padding of buffers and the
+allocator's waste are not in the numbers.
+"""
+
+import dataclasses
+
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.recipe import ParallelConfig, Recipe
+from megatron_tpt.training.metrics import device_peak_tflops, model_flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Parameters on a rank of a pipeline stage (from 0).
+
+    Matrices, their biases and the tables are split over the tensor-parallel ranks, norms are not. Tied embeddings are
+    on the first and on the last stage.
+    """
+    t, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * d
+    split = h * qkv_width + model.num_attention_heads * d * h + 3 * h * f + qkv_width * model.qkv_bias
+    layer = split // t + 2 * h + 2 * d * model.qk_norm
+    table = model.padded_vocab_size // t * h
+    num_tables = (stage == 0) + (stage == last)
+    if model.tie_embeddings and last == 0:
+        num_tables = 1
+    return parallel.stage_layers(model.num_layers)[stage] * layer + num_tables * table + h * (stage == last)
+
+
+def _layer_values(recipe: Recipe) -> dict[str, float]:
+    """Values that one layer keeps of one micro-batch for its backward pass, by what recomputes them.
+
+    The inputs of the layer's two halves and the norms' outputs ("residual", 4 s b h) are split by sequence parallelism
+    alone; queries, keys, values and the attention's output ("attention"), and the two halves of the feed-forward
+    network and their product ("mlp") by tensor parallelism. Megatron Core's own attention also keeps its scores before
+    and after the softmax ("core_attn"); Transformer Engine's none.
+    """
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    t = parallel.tensor_parallel_size
+    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+    heads = 2 * (model.num_attention_heads + model.query_groups) * model.kv_channels
+    scores = 2 * model.num_attention_heads * training.sequence_length if model.transformer_impl == "local" else 0
+    return {
+        "residual": 4 * tokens * model.hidden_size / (t if parallel.sequence_parallel else 1),
+        "attention": tokens * heads / t,
+        "core_attn": tokens * scores / t,
+        "mlp": tokens * 3 * model.ffn_hidden_size / t,
+    }
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> float:
+    """Micro-batches whose activations a pipeline stage (from 0) of p holds at most, in units of its layers.
+
+    1F1B: p - stage. Interleaved with v pieces: 2 (p - stage - 1) + (v - 1) p + 1 pieces, each 1/v of the layers.
+    """
+    p, v = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    if v == 1:
+        return min(p - stage, num_microbatches)
+    return min(2 * (p - stage - 1) + (v - 1) * p + 1, num_microbatches * v) / v
+
+
+def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> float:
+    """Bytes of activations on a rank of a pipeline stage (from 0), by what the recipe recomputes.
+
+    Layers that are recomputed keep their own input alone, and one of them at a time has all; the last stage has the
+    logits of one micro-batch too, in the training precision and in fp32.
+    """
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    value_bytes = 4 if training.dtype == "fp32" else 2
+    values = _layer_values(recipe)
+    layers = parallel.stage_layers(model.num_layers)[stage]
+    whole, own_input = sum(values.values()), values["residual"] / 4
+    kept, once = layers * whole, 0.0
+    if training.recompute == "selective":
+        left_out = sum(values[module] for module in training.recompute_modules)
+        kept, once = layers * (whole - left_out), left_out
+    elif training.recompute in ("full", "block"):
+        recomputed = layers if training.recompute == "full" else min(layers, training.recompute_layers)
+        kept, once = (layers - recomputed) * whole + recomputed * own_input, whole
+    elif training.cpu_offload_layers:
+        kept = (layers - training.cpu_offload_layers) * whole
+    result = (kept * micro_batches_in_flight(parallel, stage, num_microbatches) + once) * value_bytes
+    if stage == parallel.pipeline_parallel_size - 1:
+        tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+        result += tokens * model.padded_vocab_size / parallel.tensor_parallel_size * (value_bytes + 4)
+    return result
+
+
+def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
+    """Memory per rank of every pipeline stage.
+
+    Weights in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments in fp32 and, in
+    bf16, fp32 main weights; the last two are split over the data- and context-parallel ranks with the distributed
+    optimizer.
+    """
+    parallel, training = recipe.parallel, recipe.training
+    value_bytes, state_bytes = (4, 8) if training.dtype == "fp32" else (2, 12)
+    shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
+    num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+    result = []
+    for stage in range(parallel.pipeline_parallel_size):
+        parameters = stage_parameters(recipe.model, parallel, stage)
+        activations = stage_activations(recipe, stage, num_microbatches)
+        result.append(Memory(parameters * value_bytes, parameters * 4, parameters * state_bytes / shards, activations))
+    return result
+
+
+def peak_of(recipe: Recipe) -> tuple[float, str]:
+    """Dense peak of one device in TFLOP/s that a recipe is measured against, and what it is the peak of: what
+    logging.peak_tflops says, else an H100's."""
+    if recipe.logging.peak_tflops is not None:
+        return recipe.logging.peak_tflops, "logging.peak_tflops"
+    precision = "bf16" if recipe.training.fp8 == "none" else "fp8"
+    peak = device_peak_tflops("NVIDIA H100 80GB HBM3", precision)
+    assert peak is not None
+    return peak, f"an H100 SXM's {precision}"
+
+
+def tokens_per_s_bound(recipe: Recipe, world_size: int) -> float:
+    """Tokens per second of all devices at 100% MFU: their peak over model_flops_per_token."""
+    flops = model_flops_per_token(recipe.model, recipe.training.sequence_length)
+    return peak_of(recipe)[0] * 1e12 * world_size / flops
