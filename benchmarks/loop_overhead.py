@@ -1,0 +1,184 @@
+"""What the training loop costs beside a bare loop over the same Megatron Core calls, on the CPU.
+
+python benchmarks/loop_overhead.py [--steps 40] [--rounds 8] [--hidden-size 128] [--num-layers 4]
+
+One process, one model: pieces of the trainer's own steps with its callbacks, and of a bare loop (zero gradients, run
+the pipeline schedule over the micro-batches, step the optimizer and the schedule), in turns, on the same indexed data.
+The bare loop reads its micro-batches from memory, so the reading is part of what is measured. Seconds on the clock, and
+of this process on the cores, which other programs on the machine change less. Writes
+benchmarks/results/loop_overhead.json.
+"""
+
+import contextlib
+import io
+import json
+import platform as machine
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.indexing.index import index
+from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
+from megatron_tpt.indexing.train_tokenizer import train_tokenizer
+from megatron_tpt.records import Record, write_records
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """How much to train, and how often."""
+
+    steps: int = 40
+    """Steps of a piece."""
+    rounds: int = 8
+    """Pieces of each loop, after one of each that is not counted."""
+    hidden_size: int = 128
+    """Width of the model; the smaller, the dearer the loop beside it."""
+    num_layers: int = 4
+    """Layers of the model."""
+    sequence_length: int = 256
+    """Tokens per sample."""
+    output: Path = RESULTS / "loop_overhead.json"
+    """Where the figures go."""
+
+
+def make_index(folder: Path) -> Path:
+    """An index of random words, with thinking."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(500)]
+    records = (
+        Record(f"{i}", " ".join(draw.choices(words, k=60)), " ".join(draw.choices(words, k=60))) for i in range(500)
+    )
+    write_records(folder / "records.jsonl", records)
+    tokenizer = train_tokenizer(
+        TrainTokenizerOptions(input=[folder / "records.jsonl"], output=folder / "tokenizer", vocab_size=512)
+    )
+    index(IndexOptions(input=[folder / "records.jsonl"], tokenizer=tokenizer, output=folder / "corpus"))
+    return folder / "corpus"
+
+
+def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
+    """A run that is never over, reports every 10 steps and saves nothing."""
+    return recipe_from_dict(
+        PretrainRecipe,
+        {
+            "run": {"output_dir": str(folder / "run")},
+            "model": {
+                "num_layers": options.num_layers,
+                "hidden_size": options.hidden_size,
+                "ffn_hidden_size": 3 * options.hidden_size,
+                "vocab_size": 512,
+            },
+            "training": {
+                "num_steps": options.steps * (options.rounds + 1) + 1,
+                "dtype": "fp32",
+                "sequence_length": options.sequence_length,
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+            },
+            "optimizer": {"schedule": "constant"},
+            "logging": {"tensorboard": False},
+            "data": {"train": str(make_index(folder))},
+        },
+    )
+
+
+def bare_steps(trainer: Any, batches: Iterator[Any], num_steps: int) -> None:
+    """The least that trains: Megatron Core's calls, and a look at the gradient norm."""
+    from functools import partial
+
+    from megatron_tpt.training.steps import forward_step
+
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    training = trainer.recipe.training
+    schedule = get_forward_backward_func()
+    forward = partial(forward_step, packed_attention=False, num_sources=1)
+    for _ in range(num_steps):
+        for chunk in trainer.chunks:
+            chunk.zero_grad_buffer()
+        trainer.optimizer.zero_grad()
+        schedule(
+            forward_step_func=forward,
+            data_iterator=batches,
+            model=trainer.chunks,
+            num_microbatches=2,
+            seq_length=training.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=False,
+        )
+        trainer.optimizer.step()
+        trainer.schedule.step(1)
+
+
+def measure(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds on the clock, and of this process on the cores."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[str, list[tuple[float, float]]]:
+    """Seconds (clock, cores) of every piece of either loop."""
+    from megatron_tpt.training.callbacks import default_callbacks
+    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
+    from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.steps import TimedIterator
+    from megatron_tpt.training.trainer import Trainer
+
+    with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        batches = TimedIterator(trainer.data.train.iterate(0, recipe.training.num_steps))
+        kept = cycle(list(islice(trainer.data.train.iterate(0, options.steps), 2 * options.steps)))
+        for callback in trainer.callbacks:
+            callback.before_training(trainer)
+
+        def ours() -> None:
+            for _ in range(options.steps):
+                report = trainer._train_step(batches)
+                for callback in trainer.callbacks:
+                    callback.after_step(trainer, report)
+
+        loops = {"ours": ours, "bare": lambda: bare_steps(trainer, kept, options.steps)}
+        for work in loops.values():
+            work()
+        pieces: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+        for number in range(options.rounds):
+            for name in sorted(loops, reverse=number % 2 == 0):
+                pieces[name].append(measure(loops[name]))
+    return pieces
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    options = parse(BenchmarkOptions)
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = train_in_turns(options, make_recipe(options, Path(folder)))
+    figures: dict[str, Any] = {"steps per piece": options.steps, "pieces of each": options.rounds}
+    for place, clock in enumerate(("wall", "cpu")):
+        ratios = [ours[place] / bare[place] for ours, bare in zip(pieces["ours"], pieces["bare"], strict=True)]
+        figures[f"ratio_{clock}"] = {"median": statistics.median(ratios), "all": ratios}
+        for name, seconds in pieces.items():
+            figures[f"{name}_{clock}_ms_per_step"] = 1e3 * statistics.median(s[place] for s in seconds) / options.steps
+    figures["versions"] = {name: version(name) for name in ("torch", "megatron-core")}
+    figures["machine"] = {"processor": machine.machine(), "python": machine.python_version()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    for clock in ("wall", "cpu"):
+        ours, bare = figures[f"ours_{clock}_ms_per_step"], figures[f"bare_{clock}_ms_per_step"]
+        print(f"{clock}: {ours:.1f} ms a step, bare {bare:.1f}: {figures[f'ratio_{clock}']['median']:.3f} x")
+
+
+if __name__ == "__main__":
+    run(main)
