@@ -383,6 +383,29 @@ class CheckpointConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """What happens when training goes wrong."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """When the loss or a gradient is not finite: stop with a diagnosis, leave the update of that batch out, or go back
+    to the last checkpoint and pass over the data of the steps since."""
+    on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same for a loss above loss_spike_factor times the median loss of the last loss_spike_window good steps."""
+    loss_spike_factor: float = 2.0
+    """How much higher than usual a loss must be."""
+    loss_spike_window: int = 50
+    """Steps that say what is usual."""
+    max_skips: int = 10
+    """Batches left out in a row before the run stops."""
+    max_rollbacks: int = 3
+    """Times that a run goes back before it stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")
+        _require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
+
+
+@dataclass
 class LoggingConfig:
     """What is reported and how often."""
 
@@ -439,6 +462,8 @@ class Recipe:
     """Steps, batch, precision."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """What happens when training goes wrong."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

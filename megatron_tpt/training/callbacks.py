@@ -3,6 +3,7 @@
 import gc
 
 from megatron_tpt import platform
+from megatron_tpt.training.bad_steps import CheckNumbers
 from megatron_tpt.training.checkpoint import SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
 from megatron_tpt.training.profiling import Profile
@@ -76,4 +77,13 @@ class CollectGarbage(Callback):
 
 def default_callbacks() -> list[Callback]:
     """Those of the training programs, in the order in which they act after a step."""
-    return [StopEarly(), Profile(), ReportMetrics(), Validate(), SaveCheckpoints(), TightenTimeout(), CollectGarbage()]
+    return [
+        StopEarly(),
+        CheckNumbers(),
+        Profile(),
+        ReportMetrics(),
+        Validate(),
+        SaveCheckpoints(),
+        TightenTimeout(),
+        CollectGarbage(),
+    ]

@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit, run.time_limit_min or that of the SLURM job.
 The program then ends with exit code 75 (EX_TEMPFAIL of sysexits.h: try again later), for scripts to tell from a fault
-(1) and a mistake (2); the same command goes on. torchrun turns every code but 0 into 1, so slurm/pretrain.sbatch starts
+(1) and a mistake (2); the same command goes on. torchrun turns every code but 0 into 1; where the code matters, start
 the ranks by srun, which passes the code on.
 """
 

@@ -44,11 +44,23 @@ class StepReport:
     """Part of it spent waiting for data."""
 
 
+class RollBack(Exception):
+    """Raised by a callback on all ranks: go back to the last checkpoint."""
+
+
 class Callback:
-    """Something that happens beside the training loop. All ranks call every method, in the order of the callbacks."""
+    """Something that happens beside the training loop. All ranks call every method, in the order of the callbacks.
+
+    A roll-back ends training and begins it again: `after_training`, `load_state`, `before_training`.
+    """
 
     def before_training(self, trainer: "Trainer") -> None:
         """The model is built, and the last checkpoint, if any, is loaded."""
+
+    def before_update(self, trainer: "Trainer", loss_sums: torch.Tensor) -> bool:
+        """The gradients of the step after `trainer.step` are there, and this rank's losses as StepReport has them. An
+        answer of False leaves the update out; it must be the same on all ranks."""
+        return True
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None:
         """`trainer.step` optimizer steps are done."""
@@ -95,15 +107,16 @@ class Trainer:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
         if platform.is_first_rank():
             print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
-        batches = TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
-        for callback in self.callbacks:
-            callback.before_training(self)
+        batches = self._begin()
         while not self.is_over:
-            report = self._train_step(batches)
+            try:
+                report = self._train_step(batches)
+            except RollBack:
+                batches = self._roll_back()
+                continue
             for callback in self.callbacks:
                 callback.after_step(self, report)
-        for callback in self.callbacks:
-            callback.after_training(self)
+        self._end()
         if self.step < self.recipe.training.num_steps:
             raise StoppedEarly(f"stopped after step {self.step} ({self.stop_reason}): the same command goes on")
 
@@ -112,17 +125,36 @@ class Trainer:
         """Whether there is no next step: all are done, or there is a reason to stop."""
         return self.step == self.recipe.training.num_steps or self.stop_reason is not None
 
+    def _begin(self) -> TimedIterator:
+        for callback in self.callbacks:
+            callback.before_training(self)
+        return TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
+
+    def _end(self) -> None:
+        for callback in self.callbacks:
+            callback.after_training(self)
+
+    def _roll_back(self) -> TimedIterator:
+        self._end()
+        newest = newest_whole_checkpoint(self.checkpoints, reads_content=self.recipe.checkpoint.verify)
+        if newest is None:
+            raise UserError(
+                f"there is no checkpoint in {self.checkpoints} to go back to: give checkpoint.save_interval"
+            )
+        self._resume(newest)
+        return self._begin()
+
     def _train_step(self, batches: TimedIterator) -> StepReport:
         begin, waited_before = time.perf_counter(), batches.waited_s
         learning_rate = current_learning_rate(self.optimizer)
         if self.recipe.training.skips(self.step + 1):
-            self._advance()
-            no_loss = torch.zeros(len(self.data.source_names), 4, device=platform.device())
-            return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
+            return self._pass_over(begin)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_sums = self._run(self.data.train, batches, self.step)
+        if not all([callback.before_update(self, loss_sums) for callback in self.callbacks]):
+            return self._pass_over(begin)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
@@ -132,6 +164,13 @@ class Trainer:
         num_tokens = self._advance()
         seconds, waited_s = time.perf_counter() - begin, batches.waited_s - waited_before
         return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s)
+
+    def _pass_over(self, begin: float) -> StepReport:
+        """Count a step that began at `begin` without an update."""
+        learning_rate = current_learning_rate(self.optimizer)
+        self._advance()
+        no_loss = torch.zeros(len(self.data.source_names), 4, device=platform.device())
+        return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
 
     def _advance(self) -> int:
         """Count a step. Returns the tokens of its global batch."""
@@ -197,6 +236,7 @@ class Trainer:
                 f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
             )
         self.step, self.tokens = state["step"], state["tokens"]
+        self.schedule.num_steps = 0
         self.schedule.step(self.step)
         for callback in self.callbacks:
             if callback_state := state["callbacks"].get(type(callback).__name__):

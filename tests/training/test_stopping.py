@@ -27,7 +27,7 @@ def test_a_signal_to_all_processes_ends_the_step_with_a_checkpoint(recipe: dict,
     main = psutil.Process(process.pid)
     for one in [*main.children(recursive=True), main]:
         one.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     last = read_metrics(run_folder)[-1]["step"]
     assert f"stopped after step {last} (SIGUSR1)" in output

@@ -1,0 +1,35 @@
+"""Pre-trains as megatron_tpt.pretrain does, but one rank's losses of one step are multiplied, as a fault would have it.
+
+The argument --poison=RANK:STEP:FACTOR says which; a factor of nan makes loss and gradients NaN.
+"""
+
+import sys
+
+import torch
+
+from megatron_tpt.config.cli import run
+from megatron_tpt.config.load import load_recipe
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.training.callbacks import default_callbacks
+from megatron_tpt.training.data import build_pretrain_data, prepare_cache
+from megatron_tpt.training.launch import distributed, prepare
+from megatron_tpt.training.trainer import Trainer
+
+
+def main() -> None:
+    poison = next(argument for argument in sys.argv if argument.startswith("--poison="))
+    rank, step, factor = poison.removeprefix("--poison=").split(":")
+    recipe = prepare(*load_recipe(PretrainRecipe, [argument for argument in sys.argv[1:] if argument != poison]))
+    with distributed(recipe, before=prepare_cache):
+        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+
+        def multiply(module, inputs, losses):
+            if trainer.step + 1 == int(step) and torch.distributed.get_rank() == int(rank):
+                return losses * float(factor)
+
+        trainer.gpts[-1].register_forward_hook(multiply)
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    run(main)
