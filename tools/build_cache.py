@@ -23,7 +23,10 @@ def main() -> None:
     argv = [argument.replace("--cache-dir", "--data.cache_dir", 1) for argument in sys.argv[1:]]
     recipe, _ = load_recipe(PretrainRecipe, argv)
     check(recipe, recipe.parallel.model_parallel_size)
-    from megatron_tpt.training.data import describe_data, prepare_cache
+    from megatron_tpt.training.blend import describe_data, with_data_of_run
+    from megatron_tpt.training.data import prepare_cache
+
+    recipe = with_data_of_run(recipe)
 
     print(describe_data(recipe), flush=True)
     started = time.monotonic()

@@ -8,6 +8,7 @@ unknown keys and wrong types are refused by name. No torch is imported: a mistak
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_tpt.config.layout import check_layout
-from megatron_tpt.config.recipe import DatasetSource, FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.recipe import DataPhase, DatasetSource, FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.sources import spell_out_sources
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.presets import PRESETS
 
@@ -114,33 +116,38 @@ def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
         raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **(raw.get("model") or {})}
 
 
-def _spell_out_sources(raw: dict[str, Any]) -> None:
-    """`train: PREFIX` and `train: [PREFIX, ...]` mean sources of weight 1."""
+def _take_lists(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sources and phases of data, parsed one by one and taken out: jsonargparse needs time as the square of a
+    list's length, minutes for thousands of sources. What is no list of mappings stays, to be refused with the rest."""
+    taken: dict[str, Any] = {}
     data = raw.get("data")
-    if not isinstance(data, dict):
-        return
-    for split in ("train", "validation"):
-        if isinstance(data.get(split), str):
-            data[split] = [data[split]]
-        if isinstance(data.get(split), list):
-            data[split] = [{"path": item} if isinstance(item, str) else item for item in data[split]]
-
-
-def _take_sources(raw: dict[str, Any]) -> dict[str, list[DatasetSource]]:
-    """The sources of data, parsed one by one and taken out: jsonargparse needs time as the square of a list's length,
-    minutes for thousands of sources. What is no list of mappings stays, to be refused with the rest."""
-    data = raw.get("data")
-    taken: dict[str, list[DatasetSource]] = {}
     if not isinstance(data, dict):
         return taken
-    parser = _parser(DatasetSource)
     for split in ("train", "validation"):
-        items = data.get(split)
-        if isinstance(items, list) and all(isinstance(item, dict) for item in items):
-            parsed = (parser.instantiate(parser.parse_object(item)).as_dict() for item in items)
-            taken[split] = [DatasetSource(**fields) for fields in parsed]
-            del data[split]
+        if _is_list_of_mappings(data.get(split)):
+            taken[split] = [_parse(DatasetSource, item) for item in data.pop(split)]
+    if _is_list_of_mappings(data.get("phases")):
+        taken["phases"] = []
+        for phase in data.pop("phases"):
+            sources = phase.pop("train") if _is_list_of_mappings(phase.get("train")) else []
+            parsed = _parse(DataPhase, phase)
+            parsed.train = [_parse(DatasetSource, item) for item in sources] or parsed.train
+            taken["phases"].append(parsed)
     return taken
+
+
+def _is_list_of_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+@functools.cache
+def _cached_parser(cls: type) -> ArgumentParser:
+    return _parser(cls)
+
+
+def _parse[T](cls: type[T], raw: dict[str, Any]) -> T:
+    parser = _cached_parser(cls)
+    return cls(**parser.instantiate(parser.parse_object(raw)).as_dict())
 
 
 def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
@@ -148,20 +155,20 @@ def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
     raw = copy.deepcopy(raw)
     _fill_in_preset(raw)
     _take_shape_of_checkpoint(raw)
-    if cls is PretrainRecipe:
-        _spell_out_sources(raw)
+    if cls is PretrainRecipe and isinstance(raw.get("data"), dict):
+        spell_out_sources(raw["data"])
     elif isinstance(raw.get("data"), dict) and isinstance(raw["data"].get("train"), str):
         raw["data"]["train"] = [raw["data"]["train"]]
     parser = _parser(cls)
     try:
-        sources = _take_sources(raw) if cls is PretrainRecipe else {}
+        lists = _take_lists(raw) if cls is PretrainRecipe else {}
         sections = parser.instantiate(parser.parse_object(raw)).as_dict()
     except UserError:
         raise
     except Exception as error:  # jsonargparse's own errors have several types
         raise UserError("recipe: " + " ".join(str(error).split())) from None
-    if sources:
-        sections["data"] = dataclasses.replace(sections["data"], **sources)
+    if lists:
+        sections["data"] = dataclasses.replace(sections["data"], **lists)
     return cls(**sections)
 
 
@@ -213,5 +220,23 @@ def check(recipe: Recipe, world_size: int) -> None:
         )
     if recipe.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb_project needs the package wandb: install it, or leave the project out")
-    if isinstance(recipe, PretrainRecipe | FinetuneRecipe) and not recipe.data.train:
+    if isinstance(recipe, PretrainRecipe):
+        _check_data(recipe)
+    elif isinstance(recipe, FinetuneRecipe) and not recipe.data.train:
         raise UserError("data.train is empty: give the training data")
+
+
+def _check_data(recipe: PretrainRecipe) -> None:
+    data, training = recipe.data, recipe.training
+    if not (data.train or data.phases or data.mock):
+        raise UserError("data.train is empty: give the training data")
+    if data.mock and recipe.model.vocab_size is None:
+        raise UserError("data.mock has no tokenizer that decides it: give model.vocab_size")
+    if data.reset_at_documents and recipe.parallel.context_parallel_size > 1:
+        raise UserError("data.reset_at_documents does not go with parallel.context_parallel_size: turn one off")
+    end = data.phases[-1].end_sample(training.sequence_length) if data.phases else None
+    if end is not None and end < training.num_samples(training.num_steps):
+        raise UserError(
+            f"data.phases end after {data.phases[-1].until_tokens:,} tokens, and training.num_steps goes on for "
+            f"{training.num_samples(training.num_steps) * training.sequence_length:,}: leave out the last until_tokens"
+        )

@@ -54,23 +54,83 @@ class DatasetSource:
     """Prefix of the files PREFIX.bin, PREFIX.idx and PREFIX.json that tools/index.py wrote."""
     weight: float = 1.0
     """Share of the training samples drawn from here, relative to the other weights."""
+    name: str | None = None
+    """Name in the metrics; sources of one name are counted together. The last part of the path when not given."""
+    max_epochs: float | None = None
+    """Refuse a run that goes through this source more often; no limit when not given."""
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"data: weight {self.weight} of {self.path} must be above 0")
+        _require(
+            self.max_epochs is None or self.max_epochs > 0,
+            f"data: max_epochs {self.max_epochs} of {self.path} must be above 0",
+        )
+
+    @property
+    def shown_name(self) -> str:
+        """The name given, or the last part of the path."""
+        return self.name or self.path.name
+
+
+@dataclass
+class DataPhase:
+    """A part of a run with a blend of its own."""
+
+    train: list[DatasetSource] = field(default_factory=list)
+    """The blend to train on, as in data.train."""
+    until_tokens: float | None = None
+    """Training tokens of the run, from its start, after which the next phase begins; the last phase needs none."""
+
+    def end_sample(self, sequence_length: int) -> int | None:
+        """The number of samples after which the next phase begins: the first that reaches the tokens."""
+        return None if self.until_tokens is None else -(-int(self.until_tokens) // sequence_length)
 
 
 @dataclass
 class DataConfig:
-    """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens."""
+    """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens.
+
+    A source is a prefix, or {path, weight, ...}. A path with wildcards (data/shard-*) stands for all indices that it
+    matches, by the tokens that each has; one that ends with .yaml or .json for the list of sources in that file.
+    """
 
     train: list[DatasetSource] = field(default_factory=list)
     """The blend to train on."""
+    phases: list[DataPhase] = field(default_factory=list)
+    """Blends to train on one after the other, in place of train. A source that is in several goes on where it was."""
     validation: list[DatasetSource] = field(default_factory=list)
-    """A blend whose loss is measured every training.validation_interval steps."""
+    """Sets whose losses are measured every training.validation_interval steps, each by itself; those of one name are
+    one set, a blend."""
+    allow_change: bool = False
+    """Go on from a checkpoint with other training data than before; without, that is refused."""
+    reset_at_documents: bool = False
+    """A token attends to its own document alone, and positions count from 0 in each; without, to all before it in the
+    sample."""
+    loss_on: Literal["all", "document", "thinking"] = "all"
+    """Tokens to learn from; the others are only read."""
+    mock: bool = False
+    """Random tokens in place of files, to measure speed; needs model.vocab_size."""
     cache_dir: Path | None = None
     """Where the sample indices are kept; `cache/` beside the first training index when not given."""
     num_workers: int = 0
     """Processes per rank that read ahead; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.train) + bool(self.phases) + self.mock <= 1,
+            "data: give one of train, phases and mock: what is in train can be the first of phases",
+        )
+        ends = [phase.until_tokens for phase in self.phases[:-1]]
+        _require(
+            all(end is not None for end in ends) and sorted({0, *ends}) == [0, *ends],
+            f"data.phases: until_tokens must be there and grow in all but the last: {ends}",
+        )
+        _require(all(phase.train for phase in self.phases), "data.phases: a phase has no data: give its train")
+
+    @property
+    def all_phases(self) -> list[DataPhase]:
+        """The phases; one that never ends when there is data.train."""
+        return self.phases or [DataPhase(self.train)]
 
 
 @dataclass

@@ -18,7 +18,7 @@ class Validate(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.training.validation_interval
         is_last = trainer.step == trainer.recipe.training.num_steps
-        if not interval or trainer.data.validation is None or (trainer.step % interval and not is_last):
+        if not interval or not trainer.data.validation or (trainer.step % interval and not is_last):
             return
         metrics = {f"validation_{name}": value for name, value in trainer.validate().items()}
         trainer.metrics.write(trainer.step, metrics)

@@ -248,7 +248,7 @@ def start_saving(
     trainer_state: dict[str, Any],
     *,
     recipe_yaml: str,
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
 ) -> CheckpointSaving:
     """Lay out a checkpoint. Without an optimizer it holds weights only, to start other runs from."""
     temporary = _make_temporary(folder)
@@ -260,7 +260,8 @@ def start_saving(
     def write_small_files() -> None:
         if platform.is_first_rank():
             (temporary / "recipe.yaml").write_text(recipe_yaml)
-            copy_tokenizer(tokenizer_path, temporary / "tokenizer")
+            if tokenizer_path is not None:
+                copy_tokenizer(tokenizer_path, temporary / "tokenizer")
 
     strategy = _SaveStrategy()
     request = dist_checkpointing.save(
@@ -282,7 +283,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     *,
     recipe_yaml: str,
-    tokenizer_path: Path,
+    tokenizer_path: Path | None,
 ) -> None:
     """Write a checkpoint whole or not at all, and point `latest` beside it at it. All ranks call it.
 

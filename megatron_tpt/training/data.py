@@ -5,10 +5,13 @@ data = build_pretrain_data(recipe)
 """
 
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +25,20 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import mark_thinking
 from megatron_tpt.platform.signals import ignore_stop_signals
+from megatron_tpt.training.blend import MAX_NAMES, Blend, blends, cache_folder, check_epochs
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
-from megatron_tpt.training.sample_index import BlendIndex, SampleIndex, build_blend_index, build_sample_index
+from megatron_tpt.training.sample_index import (
+    BlendIndex,
+    SampleIndex,
+    build_phased_index,
+    build_sample_index,
+    num_epochs,
+)
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split, normalize
+from megatron.core.datasets.utils import Split
 
 _NUM_THREADS = 16
 _FILES_PER_DATASET = 8
@@ -71,36 +81,78 @@ class ThinkingGPTDataset(GPTDataset):
             return np.zeros(0, dtype=np.int64)
         return self.dataset.get(self.document_index[document_position], offset=0, length=int(offset))
 
+    def samples_by_source(self, begin: int, end: int) -> np.ndarray:
+        """How many of the samples begin ... end - 1 are from each source: int64 [1]."""
+        return np.array([end - begin])
+
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
         text = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
         before = self._begin_of_first_document(idx or 0)
         tokenizer = self.config.tokenizer
         marks = mark_thinking(np.concatenate([before, text]), tokenizer.open, tokenizer.close, tokenizer.eod)
-        sample["is_thinking"] = torch.from_numpy(marks[len(before) + 1 :])  # of the labels
-        return sample
+        is_thinking = torch.from_numpy(marks[len(before) + 1 :])  # of the labels
+        sample["is_thinking"] = is_thinking
+        if self.config.loss_on != "all":
+            sample["loss_mask"] = sample["loss_mask"] * (is_thinking == (self.config.loss_on == "thinking"))
+        return sample | segments(sample["tokens"], tokenizer.eod) if self.config.resets_at_documents else sample
+
+
+def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
+    """Which document of a sample each of its tokens [s] is of, from 1, and the token's place in it, from 0."""
+    is_begin = torch.ones_like(tokens, dtype=torch.bool)
+    is_begin[1:] = tokens[:-1] == eod
+    places = torch.arange(len(tokens))
+    begins = torch.where(is_begin, places, 0).cummax(dim=0).values
+    return {"segment_ids": is_begin.cumsum(dim=0), "position_ids": places - begins}
 
 
 @dataclasses.dataclass
 class _DatasetConfig(GPTDatasetConfig):
-    """Megatron Core's settings, and where its arrays are kept."""
+    """Megatron Core's settings, where its arrays are kept, and what a sample is to say besides."""
 
     cache: SampleCache | None = None
+    resets_at_documents: bool = False
+    loss_on: str = "all"
 
 
 class _BlendedDataset(BlendedDataset):
-    """BlendedDataset whose arrays come from our cache."""
+    """BlendedDataset whose arrays come from our cache, whose shares may change from phase to phase, and whose samples
+    say which name their source has: `source`, a place among the names of the blend."""
 
     config: _DatasetConfig
 
-    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
-        def build() -> BlendIndex:
-            return build_blend_index(self.weights, self.size, [len(dataset) for dataset in self.datasets])
+    def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: _DatasetConfig) -> None:
+        self.blend = blend
+        self._source_places = [blend.names.index(source.shown_name) for source in blend.sources]
+        shares = blend.shares
+        super().__init__(datasets, _overall_weights(blend), sum(shares), config)
 
-        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        *phases, last = self.blend.phases
+        sizes = [(phase.weights, phase.num_samples) for phase in phases]
+        sizes.append((last.weights if phases else self.weights, sum(self.blend.shares_of(last))))
+
+        def build() -> BlendIndex:
+            return build_phased_index(sizes, [len(dataset) for dataset in self.datasets])
+
+        name, description = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}", ""
+        if phases:
+            description = json.dumps(sizes)
+            name += f"-{hashlib.sha256(description.encode()).hexdigest()[:32]}"
         assert self.config.cache is not None
-        arrays = self.config.cache.arrays(name, self.unique_description, BlendIndex._fields, build, 10 * self.size)
+        description = self.unique_description + description
+        arrays = self.config.cache.arrays(name, description, BlendIndex._fields, build, 10 * self.size)
         return arrays[0], arrays[1]
+
+    def samples_by_source(self, begin: int, end: int) -> np.ndarray:
+        """How many of the samples begin ... end - 1 are from each source: int64 [num_sources]."""
+        return np.bincount(self.dataset_index[begin:end], minlength=len(self.datasets))
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        place = self._source_places[int(sample.pop("dataset_id"))]
+        return sample | {"source": torch.tensor(place)} if len(self.blend.names) <= MAX_NAMES else sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in BlendIndex._fields}
@@ -130,6 +182,8 @@ def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCac
         eod_mask_loss=False,
         create_attention_mask=False,  # plain causal attention: the kernels make the mask
         cache=cache,
+        resets_at_documents=recipe.data.reset_at_documents,
+        loss_on=recipe.data.loss_on,
     )
 
 
@@ -146,22 +200,25 @@ def _raise_open_file_limit(num_datasets: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _shares(sources: list[DatasetSource], num_samples: int) -> tuple[list[float], list[int]]:
-    """The normalised weight of each source, and its samples, rounded up."""
-    weights = normalize([source.weight for source in sources])
-    return weights, [math.ceil(num_samples * weight) for weight in weights]
+def _overall_weights(blend: Blend) -> list[float]:
+    """The share of every source in all phases together."""
+    if len(blend.phases) == 1:
+        return blend.phases[0].weights
+    shares = blend.shares
+    return [share / sum(shares) for share in shares]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Portion:
-    """What a recipe takes from the sources of one split."""
+def _samples_wanted(blend: Blend) -> list[int]:
+    """The samples to have of each source."""
+    if len(blend.sources) == 1:
+        return [sum(phase.num_samples for phase in blend.phases)]
+    # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
+    return [math.ceil(share * (1 + _DatasetConfig.mid_level_dataset_surplus)) for share in blend.shares]
 
-    split: Split
-    sources: list[DatasetSource]
-    num_samples: int
 
-
-def _open_blend(portion: _Portion, manifests: list[Manifest], config: _DatasetConfig) -> torch.utils.data.Dataset:
+def _open_blend(
+    blend: Blend, manifests: list[Manifest], split: Split, config: _DatasetConfig
+) -> ThinkingGPTDataset | _BlendedDataset:
     """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it.
 
     Sources are opened by several threads, for the sake of file systems that answer slowly.
@@ -171,59 +228,39 @@ def _open_blend(portion: _Portion, manifests: list[Manifest], config: _DatasetCo
         # An index is known by its content: elsewhere it is the same, and another in its place is not.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
-        return ThinkingGPTDataset(dataset, content, None, num_samples, portion.split, config)
+        return ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
 
-    if len(portion.sources) == 1:
-        return open_source(portion.sources[0], manifests[0], portion.num_samples)
-    weights, shares = _shares(portion.sources, portion.num_samples)
-    # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
-    wanted = [math.ceil(share * (1 + config.mid_level_dataset_surplus)) for share in shares]
+    wanted = _samples_wanted(blend)
+    if len(blend.sources) == 1:
+        return open_source(blend.sources[0], manifests[0], wanted[0])
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        datasets = list(threads.map(open_source, portion.sources, manifests, wanted))
-    return _BlendedDataset(datasets, weights, sum(shares), config)
+        datasets = list(threads.map(open_source, blend.sources, manifests, wanted))
+    return _BlendedDataset(datasets, blend, config)
 
 
-def _portions(recipe: PretrainRecipe) -> list[_Portion]:
-    """The training split and, where the recipe validates, the validation split."""
-    training, data = recipe.training, recipe.data
-    portions = [_Portion(Split.train, data.train, training.num_samples(training.num_steps))]
-    if data.validation and training.validation_interval:
-        portions.append(_Portion(Split.valid, data.validation, training.validation_steps * training.global_batch_size))
-    return portions
+def _read_manifests(recipe: PretrainRecipe, opened: list[Blend]) -> list[list[Manifest]]:
+    """The manifests of each blend. Raises UserError where they do not suit the recipe."""
+    manifests = read_manifests(source.path for blend in opened for source in blend.sources)
+    unmarked = next((manifest for manifest in manifests if not manifest.append_eos), None)
+    if recipe.data.reset_at_documents and unmarked is not None:
+        raise UserError(
+            "data.reset_at_documents needs documents that end with the end-of-sequence token: index again with it"
+        )
+    remaining = iter(manifests)
+    parts = [list(itertools.islice(remaining, len(blend.sources))) for blend in opened]
+    for blend, part in zip(opened, parts, strict=True):
+        check_epochs(blend, part, recipe.training.sequence_length)
+    return parts
 
 
-def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[torch.utils.data.Dataset]:
-    """The training dataset and, where the recipe validates, the validation dataset."""
-    portions = _portions(recipe)
-    manifests = iter(read_manifests(source.path for portion in portions for source in portion.sources))
-    datasets = []
-    _raise_open_file_limit(sum(len(portion.sources) for portion in portions))
-    for portion in portions:
-        own = list(itertools.islice(manifests, len(portion.sources)))
-        config = _dataset_config(recipe, own[0], cache)
-        datasets.append(_open_blend(portion, own, config))
-    return datasets
-
-
-def describe_data(recipe: PretrainRecipe) -> str:
-    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests alone."""
-    rows = [("source", "documents", "tokens", "samples", "epochs")]
-    for portion in _portions(recipe):
-        manifests = read_manifests(source.path for source in portion.sources)
-        _, shares = _shares(portion.sources, portion.num_samples)
-        for source, manifest, share in zip(portion.sources, manifests, shares, strict=True):
-            counts = manifest.counts
-            epochs = share * recipe.training.sequence_length / counts.tokens
-            numbers = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{share:,}", f"{epochs:.2f}")
-            rows.append((f"{portion.split.name} {source.path}", *numbers))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, f"sample indices in {cache_folder(recipe)}"])
-
-
-def cache_folder(recipe: PretrainRecipe) -> Path:
-    """Where the sample indices of a run are kept."""
-    return recipe.data.cache_dir or recipe.data.train[0].path.parent / "cache"
+def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[ThinkingGPTDataset | _BlendedDataset]:
+    """The training dataset and, where the recipe validates, the validation datasets."""
+    opened = blends(recipe)
+    manifests = _read_manifests(recipe, opened)
+    _raise_open_file_limit(sum(len(blend.sources) for blend in opened))
+    splits = [Split.train, *[Split.valid] * (len(opened) - 1)]
+    config = _dataset_config(recipe, manifests[0][0], cache)
+    return [_open_blend(*parts, config) for parts in zip(opened, manifests, splits, strict=True)]
 
 
 def prepare_cache(recipe: PretrainRecipe) -> None:
@@ -231,6 +268,8 @@ def prepare_cache(recipe: PretrainRecipe) -> None:
 
     Any number of machines may do so at once, on one folder or on one each. Needs no process group and no GPU.
     """
+    if recipe.data.mock:
+        return
     cache = SampleCache(cache_folder(recipe))
     try:
         open_splits(recipe, cache)
@@ -290,16 +329,22 @@ class TrainingData:
     """What a training program reads: a loader to train on, perhaps one to validate with, and their tokenizer."""
 
     train: Loader
-    validation: Loader | None
-    tokenizer_path: Path
+    validation: dict[str, Loader]
+    """Sets whose losses are measured apart, by name."""
+    tokenizer_path: Path | None
+    """None for random tokens."""
     unmarked_name: str = "document"
     """What the tokens outside of thinking are called in the metrics."""
     has_segments: bool = False
     """Whether rows hold several examples that must not see each other (`segment_ids` in the batches)."""
     source_names: tuple[str, ...] = ("data",)
     """What `source` in the batches counts: losses are told apart by it."""
-    identity: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the order of the samples depends on besides the recipe: a run only resumes with the same."""
+    source_tokens: "SourceTokens | None" = None
+    """What was taken from each source."""
+    identity: Callable[[int], dict[str, str]] = lambda num_samples: {}
+    """What the first so many samples depend on besides the recipe: a run only resumes with the same."""
+    may_change: bool = False
+    """Whether a run resumes with another identity all the same."""
 
 
 def make_loader(dataset: torch.utils.data.Dataset, recipe: Any, *, validates: bool = False) -> Loader:
@@ -314,12 +359,102 @@ def make_loader(dataset: torch.utils.data.Dataset, recipe: Any, *, validates: bo
     )
 
 
+class MockDataset(torch.utils.data.Dataset):
+    """Random tokens: the same sample for the same seed and place."""
+
+    def __init__(self, vocab_size: int, sequence_length: int, seed: int) -> None:
+        self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed
+
+    def samples_by_source(self, begin: int, end: int) -> np.ndarray:
+        """How many of the samples begin ... end - 1 are from each source: int64 [1]."""
+        return np.array([end - begin])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        random = np.random.default_rng([self.seed, index])
+        text = torch.from_numpy(random.integers(self.vocab_size, size=self.sequence_length + 1))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(self.sequence_length),
+            "position_ids": torch.arange(self.sequence_length),
+            "is_thinking": torch.zeros(self.sequence_length, dtype=torch.bool),
+        }
+
+
+def _build_mock_data(recipe: PretrainRecipe) -> TrainingData:
+    assert recipe.model.vocab_size is not None
+    dataset = MockDataset(recipe.model.vocab_size, recipe.training.sequence_length, recipe.run.seed)
+    return TrainingData(train=make_loader(dataset, recipe), validation={}, tokenizer_path=None)
+
+
+class SourceTokens:
+    """Tokens that a run has taken from each source name, and how often it has gone through them.
+
+    Counted from the order of the samples alone: it is the same on every rank, and after any resume.
+    """
+
+    def __init__(self, dataset: ThinkingGPTDataset | _BlendedDataset, blend: Blend, manifests: list[Manifest]) -> None:
+        self._dataset = dataset
+        self._names = [source.shown_name for source in blend.sources]
+        self._sequence_length = dataset.config.sequence_length
+        self._sizes = self._by_name([manifest.counts.tokens for manifest in manifests])
+        self._num_samples, self._counts = 0, np.zeros(len(self._names), dtype=np.int64)
+
+    def _by_name(self, values: Iterable[int]) -> dict[str, int]:
+        result = dict.fromkeys(self._names, 0)
+        for name, value in zip(self._names, values, strict=True):
+            result[name] += int(value)
+        return result
+
+    def after(self, num_samples: int) -> dict[str, int]:
+        """Tokens by name among the first samples of the run."""
+        if num_samples < self._num_samples:
+            self._num_samples, self._counts = 0, np.zeros_like(self._counts)
+        self._counts = self._counts + self._dataset.samples_by_source(self._num_samples, num_samples)
+        self._num_samples = num_samples
+        return self._by_name(self._counts * self._sequence_length)
+
+    def epochs(self, tokens: dict[str, int]) -> dict[str, float]:
+        """The same as times over the tokens that a name has."""
+        return {name: value / self._sizes[name] for name, value in tokens.items()}
+
+
+def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
+    """What decides the first `num_samples` samples: the content and share of every source in the phases until then,
+    and the epochs that its sample index holds, which are shuffled together."""
+    remaining, phases = num_samples, []
+    for phase in blend.phases:
+        own = min(remaining, phase.num_samples)
+        remaining -= own
+        if own:
+            phases.append((own, phase.weights))
+    rows = []
+    for place, (manifest, wanted) in enumerate(zip(manifests, _samples_wanted(blend), strict=True)):
+        weights = [weights[place] for _, weights in phases]
+        if any(weights):
+            epochs = num_epochs(manifest.counts.tokens, wanted, recipe.training.sequence_length)
+            rows.append((manifest.checksums["idx"], epochs, weights))
+    text = json.dumps([[own for own, _ in phases], rows])
+    return {"data.train": hashlib.sha256(text.encode()).hexdigest() if phases else "nothing"}
+
+
 def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
+    if recipe.data.mock:
+        return _build_mock_data(recipe)
     train, *validation = open_splits(recipe, SampleCache(cache_folder(recipe)))
-    tokenizer = Manifest.read(recipe.data.train[0].path).tokenizer
+    blend, *others = blends(recipe)
+    manifests = read_manifests(source.path for source in blend.sources)
     return TrainingData(
         train=make_loader(train, recipe),
-        validation=make_loader(validation[0], recipe, validates=True) if validation else None,
-        tokenizer_path=Path(tokenizer.path),
+        validation={
+            other.name: make_loader(dataset, recipe, validates=True)
+            for other, dataset in zip(others, validation, strict=True)
+        },
+        tokenizer_path=Path(manifests[0].tokenizer.path),
+        has_segments=recipe.data.reset_at_documents,
+        source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
+        source_tokens=SourceTokens(train, blend, manifests),
+        identity=functools.partial(_identity, recipe, blend, manifests),
+        may_change=recipe.data.allow_change,
     )

@@ -17,7 +17,10 @@ def _data_vocab_size(recipe: PretrainRecipe | FinetuneRecipe) -> int:
     if isinstance(recipe, PretrainRecipe):
         from megatron_tpt.indexing.manifest import read_manifests
 
-        return read_manifests([s.path for s in recipe.data.train + recipe.data.validation])[0].tokenizer.vocab_size
+        if recipe.data.mock:
+            return recipe.model.vocab_size or 0
+        sources = [source for phase in recipe.data.all_phases for source in phase.train] + recipe.data.validation
+        return read_manifests([source.path for source in sources])[0].tokenizer.vocab_size
     from megatron_tpt.indexing.tokenizer import Tokenizer
 
     return Tokenizer(recipe.tokenizer_path).vocab_size
@@ -65,6 +68,15 @@ def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_steps=num_steps))
 
 
+def _describe_data(recipe: PretrainRecipe) -> str:
+    from megatron_tpt.indexing.manifest import Manifest
+    from megatron_tpt.training.blend import blends, describe_data
+
+    paths = [] if recipe.data.mock else [source.path for blend in blends(recipe) for source in blend.sources]
+    missing = [path for path in paths if not Manifest.path(path).exists()]
+    return f"the data is not here: {missing[0]}.json ..." if missing else describe_data(recipe)
+
+
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
     """Check a recipe against its data and the number of processes before anything is started.
 
@@ -74,11 +86,17 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     if arguments.dry_run:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
     recipe = with_steps(recipe)
+    if isinstance(recipe, PretrainRecipe):
+        from megatron_tpt.training.blend import with_data_of_run
+
+        recipe = with_data_of_run(recipe)
     check(recipe, world_size)
     recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
     if not arguments.dry_run:
         return recipe
     print(describe(recipe, world_size))
+    if isinstance(recipe, PretrainRecipe):
+        print(_describe_data(recipe))
     return None
 
 

@@ -16,6 +16,7 @@ from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training import metrics
+from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.steps import reduce_sums
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
@@ -139,8 +140,9 @@ def _measure_power() -> dict[str, float]:
 class Window:
     """What was measured since the last report, on this rank."""
 
-    def __init__(self, num_sources: int) -> None:
-        self.loss_sums = torch.zeros(num_sources, 4, dtype=torch.float64, device=platform.device())
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.loss_sums = torch.zeros(len(names), 4, dtype=torch.float64, device=platform.device())
         self.step_seconds: list[float] = []
         self.data_wait_s = 0.0
         self.num_tokens = 0
@@ -163,7 +165,7 @@ class Window:
         """The window of all ranks, for a checkpoint: sums over them, times of the slowest. All ranks call it."""
         times = _maxima([*self.step_seconds, self.data_wait_s, self.elapsed_s])
         return {
-            "loss_sums": reduce_sums(self.loss_sums.clone()).tolist(),
+            "loss_sums": dict(zip(self.names, reduce_sums(self.loss_sums.clone()).tolist(), strict=True)),
             "step_seconds": times[:-2],
             "data_wait_s": times[-2],
             "elapsed_s": times[-1],
@@ -171,11 +173,16 @@ class Window:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Window":
-        """The window that a checkpoint left open. One data-parallel rank takes the sums: they are added up again."""
-        window = cls(len(state["loss_sums"]))
+    def from_state(cls, state: dict[str, Any], names: Sequence[str]) -> "Window":
+        """The window that a checkpoint left open. One data-parallel rank takes the sums: they are added up again.
+
+        The sources may have become more since; those that are no longer told apart are counted as the first.
+        """
+        window = cls(names)
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            window.loss_sums += torch.tensor(state["loss_sums"], dtype=torch.float64, device=platform.device())
+            for name, sums in state["loss_sums"].items():
+                place = window.names.index(name) if name in window.names else 0
+                window.loss_sums[place] += torch.tensor(sums, dtype=torch.float64, device=platform.device())
         window.step_seconds, window.data_wait_s = list(state["step_seconds"]), state["data_wait_s"]
         window.num_tokens, window.earlier_s = state["num_tokens"], state["elapsed_s"]
         return window
@@ -193,18 +200,20 @@ class ReportMetrics(Callback):
 
     def __init__(self) -> None:
         self.window: Window | None = None
+        self.restored: dict[str, Any] | None = None
 
     def before_training(self, trainer: Trainer) -> None:
         recipe = trainer.recipe
         self.writer = trainer.metrics = MetricsWriter(recipe, trainer.step)
-        self.num_sources = len(trainer.data.source_names)
-        self.window = self.window or Window(self.num_sources)
+        names = trainer.data.source_names
+        self.window = Window(names) if self.restored is None else Window.from_state(self.restored, names)
         self.flops_per_token = metrics.model_flops_per_token(recipe.model, recipe.training.sequence_length)
         self.peak_tflops = self._peak_tflops(recipe)
 
     def _peak_tflops(self, recipe: Recipe) -> float | None:
         """The peak that MFU is a part of: the recipe's, or that of the device. Says which it is."""
-        precision, device_name = recipe.training.dtype, "this device"
+        precision = recipe.training.dtype if recipe.training.fp8 == "none" else "fp8"
+        device_name = "this device"
         peak = recipe.logging.peak_tflops
         if peak is None and torch.cuda.is_available():
             device_name = torch.cuda.get_device_name()
@@ -223,7 +232,7 @@ class ReportMetrics(Callback):
         return self.window.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.window = Window.from_state(state)
+        self.restored = state
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         assert self.window is not None
@@ -234,7 +243,7 @@ class ReportMetrics(Callback):
             if platform.is_first_rank():
                 num_steps = trainer.recipe.training.num_steps
                 print(f"step {trainer.step:>7}/{num_steps}  {console_line(values)}", flush=True)
-            self.window = Window(self.num_sources)
+            self.window = Window(trainer.data.source_names)
 
     def _measure(self, trainer: Trainer, report: StepReport, window: Window) -> dict[str, float]:
         elapsed_s, num_steps = window.elapsed_s, len(window.step_seconds)
@@ -258,7 +267,14 @@ class ReportMetrics(Callback):
         )
         steps_left = trainer.recipe.training.num_steps - trainer.step
         values |= {"remaining_s": metrics.remaining_s(steps_left, elapsed_s, num_steps), **memory, **_measure_power()}
-        return values | metrics.source_losses(trainer.data.source_names, by_source)
+        values |= metrics.source_losses(trainer.data.source_names, by_source)
+        if trainer.data.source_tokens is not None:
+            tokens = trainer.data.source_tokens.after(trainer.recipe.training.num_samples(trainer.step))
+            if len(tokens) <= MAX_NAMES:
+                epochs = trainer.data.source_tokens.epochs(tokens)
+                values |= {f"source_tokens/{name}": value for name, value in tokens.items()}
+                values |= {f"source_epochs/{name}": value for name, value in epochs.items()}
+        return values
 
     def after_training(self, trainer: Trainer) -> None:
         trainer.metrics.close()

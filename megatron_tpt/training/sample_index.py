@@ -74,6 +74,20 @@ class BlendIndex(NamedTuple):
     """Its sample in that dataset: int64 [num_samples]."""
 
 
+def build_phased_index(phases: list[tuple[list[float], int]], dataset_sizes: list[int]) -> BlendIndex:
+    """One blend after another: (shares of all datasets, number of samples) for each. A dataset goes on in the next
+    phase after the samples it gave before. Raises UserError as build_blend_index does."""
+    used, parts = np.zeros(len(dataset_sizes), dtype=np.int64), []
+    for weights, num_samples in phases:
+        present = np.flatnonzero(weights)
+        sizes = (np.array(dataset_sizes) - used)[present].tolist()
+        part = build_blend_index([weights[number] for number in present], num_samples, sizes)
+        datasets = present[part.dataset_index]
+        parts.append(BlendIndex(datasets.astype(np.int16), part.dataset_sample_index + used[datasets]))
+        used += np.bincount(datasets, minlength=len(used))
+    return parts[0] if len(parts) == 1 else BlendIndex(*map(np.concatenate, zip(*parts, strict=True)))
+
+
 def build_blend_index(weights: list[float], num_samples: int, dataset_sizes: list[int]) -> BlendIndex:
     """The blend in which every dataset is at any point as near to its share as can be.
 

@@ -153,9 +153,9 @@ def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
     rows = open_rows(recipe.data, tokenizer, sequence_length)
     return TrainingData(
         train=make_loader(PackedExamples(rows, tokenizer, sequence_length, recipe.run.seed), recipe),
-        validation=None,
+        validation={},
         tokenizer_path=tokenizer.folder,
         unmarked_name="answer",
         has_segments=True,
-        identity={"content of data.train": rows.checksum},
+        identity=lambda num_samples: {"content of data.train": rows.checksum},
     )

@@ -196,15 +196,18 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean losses over the validation batches, always the same ones. All ranks call it."""
-        if self.data.validation is None:
+        if not self.data.validation:
             raise UserError("there is no validation data: give data.validation")
         self._set_training(False)
         steps = self.recipe.training.validation_steps
-        batches = self.data.validation.iterate(0, steps)
-        sums = [self._run(self.data.validation, batches, step, forward_only=True) for step in range(steps)]
+        sums = {}
+        for name, loader in self.data.validation.items():
+            batches = loader.iterate(0, steps)
+            parts = [self._run(loader, batches, step, forward_only=True) for step in range(steps)]
+            sums[name] = LossSums(*reduce_sums(torch.stack(parts).sum(dim=(0, 1))).tolist())
         self._set_training(True)
-        total = LossSums(*reduce_sums(torch.stack(sums).sum(dim=(0, 1))).tolist())
-        return total.means(self.data.unmarked_name)
+        own = {f"loss/{name}": one.means()["loss"] for name, one in sums.items()} if len(sums) > 1 else {}
+        return sum(sums.values(), LossSums()).means(self.data.unmarked_name) | own
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
@@ -222,18 +225,28 @@ class Trainer:
             step_folder(self.checkpoints, self.step),
             self.gpts,
             self.optimizer,
-            {"step": self.step, "tokens": self.tokens, "data": self._data_identity(), "callbacks": states},
+            {"step": self.step, "tokens": self.tokens, "data": self._data_identity(self.step), "callbacks": states}
+            | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
             tokenizer_path=self.data.tokenizer_path,
         )
 
     def _resume(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.gpts, self.optimizer)
-        changed = [name for name, value in self._data_identity().items() if state["data"].get(name) != value]
-        if changed:
+        identity = self._data_identity(state["step"])
+        changed = [name for name, value in identity.items() if state["data"].get(name) != value]
+        if changed == ["data.train"] and self.data.may_change:
+            if platform.is_first_rank():
+                print(
+                    f"WARNING: with other training data or shares (data.allow_change) than {folder} had, a source that "
+                    f"is gone through more than once may come in another order: some documents more often, some less",
+                    flush=True,
+                )
+        elif changed:
             raise UserError(
                 f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with "
                 f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
+                + ("; --data.allow_change=true goes on with other data" if changed == ["data.train"] else "")
             )
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.num_steps = 0
@@ -244,8 +257,14 @@ class Trainer:
         if platform.is_first_rank():
             print(f"resumed from {folder} at step {self.step}", flush=True)
 
-    def _data_identity(self) -> dict[str, Any]:
-        """What decides the order of the samples; resuming with another value of it would repeat or skip some."""
+    def _source_tokens(self) -> dict[str, Any]:
+        """For a checkpoint: the tokens taken from each source."""
+        taken = self.data.source_tokens
+        return {"source_tokens": taken.after(self.recipe.training.num_samples(self.step))} if taken else {}
+
+    def _data_identity(self, step: int) -> dict[str, Any]:
+        """What decides the samples of the first `step` steps; with another value of it some would be repeated or
+        skipped on resuming."""
         training = self.recipe.training
         return {
             "run.seed": self.recipe.run.seed,
@@ -253,7 +272,7 @@ class Trainer:
             "training.sequence_length": training.sequence_length,
             "training.global_batch_size": training.global_batch_size,
             "training.batch_size_ramp": to_dict(training.batch_size_ramp),
-            **self.data.identity,
+            **self.data.identity(training.num_samples(step)),
         }
 
     def _write_recipe(self) -> None:

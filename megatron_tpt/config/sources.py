@@ -1,0 +1,77 @@
+"""The short ways of naming training data in a recipe, spelled out: prefixes, wildcards, files of sources."""
+
+import glob
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tpt.errors import UserError
+
+_LIST_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def spell_out_sources(data: dict[str, Any]) -> None:
+    """Replace, in the section `data` of a recipe, every source by mappings of one prefix each."""
+    for section in [data, *(phase for phase in data.get("phases") or [] if isinstance(phase, dict))]:
+        for split in ("train", "validation"):
+            if section.get(split) is not None:
+                section[split] = _spell_out(section[split])
+
+
+def _spell_out(items: Any) -> Any:
+    """Prefixes and mappings as a list of mappings; anything else as it is, to be refused later."""
+    if isinstance(items, str):
+        items = [items]
+    if not isinstance(items, list):
+        return items
+    result: list[Any] = []
+    for item in items:
+        item = {"path": item} if isinstance(item, str) else item
+        path = str(item.get("path", "")) if isinstance(item, dict) else ""
+        if path.endswith(_LIST_SUFFIXES):
+            result += _scaled(_spell_out(_read_list(Path(path))), item)
+        elif glob.has_magic(path):
+            result += _scaled(_matches(path), item) or [item]  # without a match it is refused where data is opened
+        else:
+            result.append(item)
+    return result
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML
+    except OSError as error:
+        raise UserError(f"data: {path}: {error.strerror}: give a prefix, or a file with a list of sources") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"data: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
+        raise UserError(f"data: {path} must hold a list of sources: prefixes, or {{path: PREFIX, weight: 1.0}}")
+    return content
+
+
+def _matches(pattern: str) -> list[dict[str, Any]]:
+    """The indices whose prefix matches, each with its tokens as weight, under the name of the pattern."""
+    manifests = sorted(Path(path) for path in glob.glob(f"{pattern}.json"))
+    return [
+        {"path": str(path.with_suffix("")), "weight": tokens, "name": Path(pattern).name}
+        for path in manifests
+        if (tokens := _num_tokens(path)) is not None
+    ]
+
+
+def _num_tokens(manifest: Path) -> int | None:
+    """Tokens of an index; None for a JSON file that is no manifest."""
+    try:
+        return json.loads(manifest.read_text())["counts"]["tokens"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _scaled(sources: list[dict[str, Any]], item: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources that an item stands for: they share its weight, and take over its other settings."""
+    total = sum(source.get("weight", 1.0) for source in sources)
+    others = {key: value for key, value in item.items() if key not in ("path", "weight")}
+    weight = item.get("weight", 1.0)
+    return [{**source, "weight": weight * source.get("weight", 1.0) / total, **others} for source in sources]

@@ -1,0 +1,174 @@
+"""Which source gives which share of the samples, phase after phase. No torch: `--dry-run` describes it.
+
+for blend in blends(recipe):        # the training data, then every validation set
+    blend.sources, blend.phases, blend.shares
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tpt.config.load import read_yaml, recipe_from_dict
+from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import Manifest, read_manifests
+
+MAX_NAMES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendPhase:
+    """Some samples, and the share of every source in them (0 where a source gives none; together 1)."""
+
+    num_samples: int
+    weights: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """Where the samples of one split come from: the sources of all phases, each once, and the phases."""
+
+    name: str
+    sources: list[DatasetSource]
+    phases: list[BlendPhase]
+
+    def shares_of(self, phase: BlendPhase) -> list[int]:
+        """Samples of each source in a phase, rounded up."""
+        return [math.ceil(phase.num_samples * weight) for weight in phase.weights]
+
+    @property
+    def shares(self) -> list[int]:
+        """Samples of each source, rounded up in every phase."""
+        return [sum(column) for column in zip(*map(self.shares_of, self.phases), strict=True)]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources, each once."""
+        return list(dict.fromkeys(source.shown_name for source in self.sources))
+
+
+def _make_blend(name: str, phases: Sequence[tuple[int, list[DatasetSource]]]) -> Blend:
+    """A blend of phases, each with its number of samples and its sources. A source is known by its path."""
+    sources: dict[Path, DatasetSource] = {}
+    for source in itertools.chain.from_iterable(own for _, own in phases):
+        sources.setdefault(source.path, source)
+    places = {path: place for place, path in enumerate(sources)}
+    blend_phases = []
+    for num_samples, own in phases:
+        weights = np.zeros(len(sources))
+        for source in own:
+            weights[places[source.path]] += source.weight
+        blend_phases.append(BlendPhase(num_samples, (weights / weights.sum()).tolist()))
+    return Blend(name, list(sources.values()), blend_phases)
+
+
+def _phase_samples(phases: list[DataPhase], num_samples: int, sequence_length: int) -> list[int]:
+    """How many of a run's samples each phase gives; 0 for one that begins after the end."""
+    ends = [min(num_samples, phase.end_sample(sequence_length) or num_samples) for phase in phases]
+    return [max(0, end - begin) for begin, end in itertools.pairwise([0, *ends])]
+
+
+def blends(recipe: PretrainRecipe) -> list[Blend]:
+    """The training blend and, where the recipe validates, one blend for every name among data.validation."""
+    training, data = recipe.training, recipe.data
+    phases = data.all_phases
+    samples = _phase_samples(phases, training.num_samples(training.num_steps), training.sequence_length)
+    result = [_make_blend("train", [(n, phase.train) for n, phase in zip(samples, phases, strict=True) if n])]
+    if training.validation_interval:
+        num_samples = training.validation_steps * training.global_batch_size
+        for name in dict.fromkeys(source.shown_name for source in data.validation):
+            own = [source for source in data.validation if source.shown_name == name]
+            result.append(_make_blend(name, [(num_samples, own)]))
+    return result
+
+
+def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) -> list[float]:
+    """How often each source is gone through. Raises UserError when that is more than its max_epochs."""
+    result = []
+    for source, manifest, share in zip(blend.sources, manifests, blend.shares, strict=True):
+        epochs = share * sequence_length / manifest.counts.tokens
+        if source.max_epochs is not None and epochs > source.max_epochs:
+            raise UserError(
+                f"data: {source.path} would be gone through {epochs:.2f} times, and its max_epochs is "
+                f"{source.max_epochs:g}: lower its weight or training.num_steps, give more data, or raise max_epochs"
+            )
+        result.append(epochs)
+    return result
+
+
+def describe_data(recipe: PretrainRecipe) -> str:
+    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests alone."""
+    if recipe.data.mock:
+        return "data: random tokens (data.mock)"
+    rows = [("source", "documents", "tokens", "samples", "epochs")]
+    lines = []
+    for blend in blends(recipe):
+        manifests = read_manifests(source.path for source in blend.sources)
+        all_epochs = check_epochs(blend, manifests, recipe.training.sequence_length)
+        for source, manifest, share, epochs in zip(blend.sources, manifests, blend.shares, all_epochs, strict=True):
+            counts = manifest.counts
+            numbers = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{share:,}", f"{epochs:.2f}")
+            rows.append((f"{blend.name} {source.path}", *numbers))
+        if len(blend.phases) > 1:
+            lines.append(f"phases of {', '.join(f'{phase.num_samples:,}' for phase in blend.phases)} samples")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*table, *lines, f"sample indices in {cache_folder(recipe)}"])
+
+
+def cache_folder(recipe: PretrainRecipe) -> Path:
+    """Where the sample indices of a run are kept."""
+    return recipe.data.cache_dir or recipe.data.all_phases[0].train[0].path.parent / "cache"
+
+
+def _cut(phases: list[DataPhase], sample: int, sequence_length: int) -> tuple[list[DataPhase], list[DataPhase]]:
+    """The phases before a sample, the last of them ending there, and those after it."""
+    before: list[DataPhase] = []
+    for number, phase in enumerate(phases):
+        end = phase.end_sample(sequence_length)
+        if end is None or end >= sample:
+            rest = phases[number:] if end is None or end > sample else phases[number + 1 :]
+            return [*before, DataPhase(phase.train, sample * sequence_length)], rest
+        before.append(phase)
+    return before, []
+
+
+def continue_phases(
+    old: list[DataPhase], new: list[DataPhase], sample: int, sequence_length: int
+) -> tuple[list[DataPhase], bool]:
+    """The phases of a run that took `sample` samples as `old` says and goes on as `new` says, and whether that is a
+    change. A phase that goes on unchanged stays one."""
+    before, old_rest = _cut(old, sample, sequence_length)
+    _, new_rest = _cut(new, sample, sequence_length)
+    if old_rest == new_rest:
+        return old, False
+    if before and new_rest and before[-1].train == new_rest[0].train:
+        before.pop()
+    return [*before, *new_rest], True
+
+
+def with_data_of_run(recipe: PretrainRecipe) -> PretrainRecipe:
+    """The recipe that goes on from the newest checkpoint of its run folder with other data, where it allows that.
+
+    What the run was trained on until then becomes phases of its own, so that the order of all samples again follows
+    from the recipe alone.
+    """
+    checkpoints = sorted((recipe.run.output_dir / "checkpoints").glob("step_*/recipe.yaml"))
+    if not recipe.data.allow_change or not checkpoints:
+        return recipe
+    step = int(checkpoints[-1].parent.name.removeprefix("step_"))
+    old = recipe_from_dict(PretrainRecipe, read_yaml(checkpoints[-1])).data.all_phases
+    length = recipe.training.sequence_length
+    phases, changed = continue_phases(old, recipe.data.all_phases, recipe.training.num_samples(step), length)
+    if changed:
+        print(
+            f"WARNING: the training data changes after step {step} (data.allow_change): from there "
+            + ", ".join(f"{source.path} x {source.weight:g}" for source in phases[-1].train[:8])
+            + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else ""),
+            flush=True,
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=[], phases=phases))

@@ -1,0 +1,237 @@
+"""Blends: their sources, their phases, what was taken from each, and how they may change on the way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from training_runs import Train, Workers
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import check, recipe_from_dict, to_yaml
+from megatron_tpt.config.recipe import DataPhase, DatasetSource, ParallelConfig, PretrainRecipe, TrainingConfig
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.index import index
+from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.models.gpt import build_model
+from megatron_tpt.records import Record, write_records
+from megatron_tpt.training.blend import blends, continue_phases, describe_data
+from megatron_tpt.training.data import MockDataset, SourceTokens, open_splits, prepare_cache, segments
+from megatron_tpt.training.sample_cache import SampleCache
+from megatron_tpt.training.sample_index import build_blend_index, build_phased_index
+from megatron_tpt.training.steps import forward_step
+
+
+@pytest.fixture(scope="session")
+def two_sources(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Indices of 200 and 100 documents with other words."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, word, number in (("first", "ban ke ", 200), ("second", "lort mi ", 100)):
+        write_records(
+            folder / f"{name}.jsonl", (Record(f"{name}-{i}", word * (9 + i % 9), None) for i in range(number))
+        )
+        index(IndexOptions(input=[folder / f"{name}.jsonl"], tokenizer=tokenizer_path, output=folder / name))
+    return [folder / "first", folder / "second"]
+
+
+def make(recipe: dict, data: dict, **training) -> PretrainRecipe:
+    return recipe_from_dict(PretrainRecipe, {**recipe, "data": data, "training": {**recipe["training"], **training}})
+
+
+def test_phases_follow_each_other_and_sources_go_on_where_they_were() -> None:
+    blend = build_phased_index([([0.75, 0.25, 0.0], 100), ([0.0, 0.5, 0.5], 50)], [100, 100, 100])
+    first = build_blend_index([0.75, 0.25], 100, [100, 100])
+    np.testing.assert_array_equal(blend.dataset_index[:100], first.dataset_index)
+    assert np.bincount(blend.dataset_index[100:]).tolist() == [0, 25, 25]
+    for dataset, used in enumerate((75, 50, 25)):  # none repeated, none left out
+        assert blend.dataset_sample_index[blend.dataset_index == dataset].tolist() == list(range(used))
+
+
+def test_a_phase_ends_at_its_tokens_and_what_was_taken_is_counted(
+    recipe: dict, two_sources: list[Path], tmp_path: Path
+) -> None:
+    first, second = map(str, two_sources)
+    phases = [
+        {"until_tokens": 60 * 32 - 5, "train": first},
+        {"train": [{"path": first, "weight": 0.5}, {"path": second, "weight": 0.5}]},
+    ]
+    ours = make(recipe, {"phases": phases, "cache_dir": str(tmp_path)})
+    prepare_cache(ours)
+    (dataset,) = open_splits(ours, SampleCache(tmp_path))
+    assert dataset.samples_by_source(0, 60).tolist() == [60, 0]
+    assert dataset.samples_by_source(60, 160).tolist() == [50, 50]
+    (blend,) = blends(ours)
+    taken = SourceTokens(dataset, blend, [Manifest.read(source.path) for source in blend.sources])
+    for num_samples in (70, 160, 62):  # in any order
+        numbers = [dataset[i]["source"].item() for i in range(num_samples)]
+        expected = {"first": numbers.count(0) * 32, "second": numbers.count(1) * 32}
+        assert taken.after(num_samples) == expected
+    assert taken.epochs({"first": 0, "second": 3200})["second"] == pytest.approx(
+        3200 / Manifest.read(two_sources[1]).counts.tokens
+    )
+
+
+def test_changed_data_becomes_a_phase_and_the_same_data_none() -> None:
+    a, b, c = ([DatasetSource(Path(name))] for name in "abc")
+    assert continue_phases([DataPhase(a)], [DataPhase(b)], 10, 32) == ([DataPhase(a, 320), DataPhase(b)], True)
+    once = [DataPhase(a, 320), DataPhase(b)]
+    assert continue_phases(once, [DataPhase(b)], 20, 32) == (once, False)
+    assert continue_phases(once, [DataPhase(a)], 5, 32) == ([DataPhase(a)], True)
+    assert continue_phases(once, [DataPhase(c)], 20, 32) == ([*once[:1], DataPhase(b, 640), DataPhase(c)], True)
+    assert continue_phases(once, [DataPhase(a, 320), DataPhase(c)], 10, 32) == ([once[0], DataPhase(c)], True)
+
+
+def test_data_changes_on_resume_where_that_is_allowed_and_nowhere_else(
+    train: Train, two_sources: list[Path], tmp_path: Path, workers: Workers
+) -> None:
+    """From a checkpoint on, a run that changes is the run whose phases said so from the start."""
+    first, second = map(str, two_sources)
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    short = ["--training.num_steps=6", "--checkpoint.save_interval=3"]
+    phases = [{"until_tokens": 3 * 8 * 32, "train": first}, {"train": second}]
+    planned = train("planned", *short, changes={"data": {"phases": phases, **cache}}, num_processes=2)
+    train("changed", *short, changes={"data": {"train": first, **cache}})
+    shutil.rmtree(tmp_path / "changed/checkpoints/step_00000006")
+    other = {"data": {"train": second, **cache}}
+    with pytest.raises(AssertionError, match=r"another data\.train.*--data\.allow_change=true"):
+        train("changed", *short, changes=other)
+    for _ in range(2):  # the second time nothing changes any more
+        changed = train("changed", *short, "--data.allow_change=true", changes=other)
+        assert [row["loss"] for row in changed] == pytest.approx([row["loss"] for row in planned], rel=1e-5)
+    resolved = yaml.safe_load((tmp_path / "changed/run.yaml").read_text())["data"]["phases"]
+    assert [phase["until_tokens"] for phase in resolved] == [3 * 8 * 32, None]
+    assert changed[-1]["source_tokens/second"] == changed[-1]["source_tokens/first"] == 3 * 8 * 32
+    assert planned[2]["source_loss/first"] == planned[2]["loss"] and "source_loss/second" not in planned[2]
+
+
+def test_validation_sets_have_losses_of_their_own(train: Train, two_sources: list[Path]) -> None:
+    first, second = map(str, two_sources)
+    training = ["--training.num_steps=4", "--training.validation_interval=4", "--training.validation_steps=1"]
+    sets = {
+        "both": [first, {"path": second, "name": "other"}],
+        "first": [first],
+        "blend": [{"path": first, "name": "x"}, {"path": second, "name": "x"}],
+    }
+    last = {
+        name: train(name, *training, changes={"data": {"train": first, "validation": own}})[-1]
+        for name, own in sets.items()
+    }
+    assert last["both"]["validation_loss/first"] == last["first"]["validation_loss"]
+    halves = (last["both"]["validation_loss/first"], last["both"]["validation_loss/other"])
+    assert last["both"]["validation_loss"] == pytest.approx(sum(halves) / 2)
+    assert "validation_loss/x" not in last["blend"] and halves[0] != halves[1]
+
+
+def test_wildcards_share_their_weight_by_tokens_and_files_hold_sources(
+    recipe: dict, two_sources: list[Path], tmp_path: Path
+) -> None:
+    tokens = [Manifest.read(path).counts.tokens for path in two_sources]
+    pattern = str(two_sources[0].parent / "*")
+    ours = make(recipe, {"train": [{"path": pattern, "weight": 3.0, "name": "all", "max_epochs": 9}, "other"]})
+    shares = [(str(source.path), source.weight, source.shown_name) for source in ours.data.train]
+    assert shares == [
+        (str(two_sources[0]), pytest.approx(3 * tokens[0] / sum(tokens)), "all"),
+        (str(two_sources[1]), pytest.approx(3 * tokens[1] / sum(tokens)), "all"),
+        ("other", 1.0, "other"),
+    ]
+    assert ours.data.train[0].max_epochs == 9
+    for name, text in (("b.yaml", "[p, {path: q, weight: 3}]"), ("b.json", '["p", {"path": "q", "weight": 3}]')):
+        (tmp_path / name).write_text(text)
+        ours = make(recipe, {"train": str(tmp_path / name)})
+        assert [(str(s.path), s.weight) for s in ours.data.train] == [("p", 0.25), ("q", 0.75)]
+    (tmp_path / "b.yaml").write_text("p: 1")
+    with pytest.raises(UserError, match=r"b\.yaml must hold a list of sources"):
+        make(recipe, {"train": str(tmp_path / "b.yaml")})
+
+
+def test_a_recipe_with_phases_reads_back_as_itself(recipe: dict) -> None:
+    phases = [{"until_tokens": "6e3", "train": "a"}, {"train": [{"path": "b", "weight": 2, "max_epochs": 4}]}]
+    ours = make(recipe, {"phases": phases})
+    assert ours.data.phases[0] == DataPhase([DatasetSource(Path("a"))], 6000.0)
+    assert recipe_from_dict(PretrainRecipe, yaml.safe_load(to_yaml(ours))) == ours
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"phases": [{"train": "a"}, {"train": "b"}]}, "until_tokens must be there and grow"),
+        ({"phases": [{"train": "a", "until_tokens": 9}, {"train": "b", "until_tokens": 8}, {"train": "c"}]}, "grow"),
+        ({"phases": [{"train": "a", "until_tokens": 10}]}, "data.phases end after 10.0 tokens"),
+        ({"phases": [{"until_tokens": 10}, {"train": "a"}]}, "a phase has no data"),
+        ({"phases": [{"train": "a"}], "train": "b"}, "give one of train, phases and mock"),
+        ({"phases": [{"train": "a", "until": 3}]}, "until"),
+        ({"mock": True}, "give model.vocab_size"),
+        ({"train": [{"path": "a", "max_epochs": 0}]}, "max_epochs 0"),
+        ({"train": "missing.yaml"}, "missing.yaml: No such file"),
+    ],
+)
+def test_data_that_cannot_be_meant_is_refused(recipe: dict, data: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(make(recipe, data), 1)
+
+
+def test_more_epochs_than_allowed_are_refused_and_repetition_is_shown(recipe: dict, two_sources: list[Path]) -> None:
+    tokens = Manifest.read(two_sources[1]).counts.tokens
+    data = {"train": [str(two_sources[0]), {"path": str(two_sources[1]), "max_epochs": 2.0}]}
+    num_steps = int(2 * 2.0 * tokens / (8 * 32))
+    epochs = describe_data(make(recipe, data, num_steps=num_steps)).splitlines()[2].split()[-1]
+    assert float(epochs) == pytest.approx(2.0, abs=0.05)
+    with pytest.raises(UserError, match=r"second would be gone through 2\.\d+ times, and its max_epochs is 2"):
+        describe_data(make(recipe, data, num_steps=num_steps + 5))
+
+
+def test_documents_of_a_sample_are_told_apart() -> None:
+    tokens = torch.tensor([5, 6, 0, 7, 0, 0, 8])
+    marks = segments(tokens, 0)
+    assert marks["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 4]
+    assert marks["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 0]
+
+
+def test_a_document_is_read_as_if_it_were_alone(recipe: dict, index_prefix: Path, tmp_path: Path) -> None:
+    """Token losses of a sample of several documents are those of every document by itself."""
+    data = {"train": str(index_prefix), "cache_dir": str(tmp_path), "reset_at_documents": True}
+    ours = make(recipe, data)
+    prepare_cache(ours)
+    (dataset,) = open_splits(ours, SampleCache(tmp_path))
+    sample = next(dataset[i] for i in range(len(dataset)) if dataset[i]["segment_ids"].max() > 1)
+    model = {**recipe["model"], "vocab_size": 320}
+    config = recipe_from_dict(PretrainRecipe, {**recipe, "model": model}).model
+    with platform.process_groups(ParallelConfig()):
+        platform.seed_everything(0)
+        gpt = build_model(config, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=32), seed=0)
+
+        def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            rows = {name: value[None] for name, value in batch.items()}
+            return forward_step(iter([rows]), gpt, packed_attention=False)[0][0]
+
+        together = losses(sample)
+        for segment in sample["segment_ids"].unique():
+            place = sample["segment_ids"] == segment
+            alone = {name: value[place] for name, value in sample.items() if name != "segment_ids"}
+            torch.testing.assert_close(losses(alone), together[place], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["document", "thinking"])
+def test_loss_is_on_the_kind_of_token_asked_for(kind: str, recipe: dict, index_prefix: Path, tmp_path: Path) -> None:
+    data = {"train": str(index_prefix), "cache_dir": str(tmp_path)}
+    prepare_cache(make(recipe, data))
+    (plain,) = open_splits(make(recipe, data), SampleCache(tmp_path))
+    (masked,) = open_splits(make(recipe, {**data, "loss_on": kind}), SampleCache(tmp_path))
+    for i in range(20):
+        assert masked[i]["tokens"].equal(plain[i]["tokens"])
+        wanted = plain[i]["is_thinking"] == (kind == "thinking")
+        assert masked[i]["loss_mask"].tolist() == wanted.float().tolist()
+
+
+def test_random_tokens_train_without_files_and_are_the_same_again(train: Train, recipe: dict) -> None:
+    changes = {"data": {"mock": True}, "model": {**recipe["model"], "vocab_size": 320}}
+    rows = train("mock", "--training.num_steps=3", changes=changes)
+    assert rows[-1]["loss"] == pytest.approx(np.log(384), abs=0.5)
+    dataset = MockDataset(320, 32, seed=1)
+    assert dataset[7]["tokens"].equal(dataset[7]["tokens"]) and not dataset[7]["tokens"].equal(dataset[8]["tokens"])
+    assert dataset[7]["tokens"][1:].equal(dataset[7]["labels"][:-1])
+    assert json.dumps(rows[-1])  # plain values
