@@ -1,0 +1,77 @@
+"""Every recipe in examples/ is read and described, at the sizes its comments speak of, and holds the paper's values."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tpt.config.load import Arguments, load_recipe
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.training.launch import prepare
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TPT = sorted((EXAMPLES / "tpt").glob("*.yaml"))
+
+
+def load(path: Path) -> Recipe:
+    return load_recipe(FinetuneRecipe if path.name.startswith("sft_") else PretrainRecipe, [str(path)])[0]
+
+
+@pytest.mark.parametrize("path", TPT, ids=lambda path: path.stem)
+@pytest.mark.parametrize("num_processes", [8, 32, 256])
+def test_recipes_of_the_paper_are_described_on_clusters_of_several_sizes(
+    path: Path, num_processes: int, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = load(path)
+    if recipe.training.global_batch_size % (num_processes // recipe.parallel.model_parallel_size):
+        pytest.skip("more data-parallel ranks than samples in a batch")
+    assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=num_processes)) is None
+    output = capsys.readouterr().out
+    gib = float(output.split("memory per rank (estimate)")[1].split()[0])
+    assert gib < 76, "more than an H100 has"
+
+
+def test_the_recipe_of_one_gpu_has_125_million_parameters(capsys: pytest.CaptureFixture) -> None:
+    path = EXAMPLES / "gpu_125m.yaml"
+    recipe = load(path)
+    assert recipe.model.num_parameters() == pytest.approx(125e6, rel=0.02)
+    assert prepare(recipe, Arguments(path, [], dry_run=True)) is None
+    assert "the data is not here: data/corpus.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_step", "steps", "rate", "schedule", "clip", "decay", "warmup", "beta2"),
+    [
+        ("pretrain_8b", 4.2e6, 25000, 3e-4, "constant", 1.0, 0.1, 100, 0.95),
+        ("mid_1.5b", 8.4e6, 12500, 6e-5, "cosine", 0.3, 0.1, 100, 0.95),
+        ("mid_3b", 8.4e6, 12500, 4e-5, "cosine", 0.3, 0.1, 100, 0.95),
+        ("mid_7b", 8.4e6, 12500, 3e-5, "cosine", 0.3, 0.1, 100, 0.95),
+        ("sft_1.5b", 1.05e6, 10000, 6e-5, "cosine", 0.2, 0.0, 400, 0.999),
+        ("sft_3b", 1.05e6, 10000, 4e-5, "cosine", 0.2, 0.0, 400, 0.999),
+        ("sft_7b", 1.05e6, 10000, 3e-5, "cosine", 0.2, 0.0, 400, 0.999),
+    ],
+)
+def test_recipes_hold_the_values_of_table_5(
+    name: str, tokens_per_step: float, steps: int, rate: float, schedule: str, clip: float, decay: float, warmup: int,
+    beta2: float,
+) -> None:  # fmt: skip
+    recipe = load(EXAMPLES / "tpt" / f"{name}.yaml")
+    training, optimizer = recipe.training, recipe.optimizer
+    assert training.global_batch_size * training.sequence_length == pytest.approx(tokens_per_step, rel=0.01)
+    found = (training.num_steps, optimizer.learning_rate, optimizer.schedule, optimizer.clip_grad)
+    assert found == (steps, rate, schedule, clip)
+    assert (optimizer.weight_decay, optimizer.warmup_steps) == (decay, warmup)
+    assert (optimizer.adam_beta1, optimizer.adam_beta2) == (0.9, beta2)
+    if name.startswith("sft_"):
+        base = load(EXAMPLES / "tpt" / f"{name.replace('sft', 'mid')}.yaml").model.rotary_base
+        assert (training.sequence_length, recipe.model.rotary_base) == (32768, 16 * base)
+
+
+def test_the_arms_of_the_constrained_run_differ_in_data_alone() -> None:
+    arms = [
+        yaml.safe_load((EXAMPLES / f"tpt/constrained_10b_raw_40b_{arm}.yaml").read_text()) for arm in ("tpt", "vanilla")
+    ]
+    assert arms[0]["training"]["num_steps"] * 512 * 8192 == pytest.approx(40e9, rel=1e-3)
+    for arm in arms:
+        del arm["data"], arm["run"]["output_dir"]
+    assert arms[0] == arms[1]
