@@ -140,13 +140,11 @@ def _is_list_of_mappings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-@functools.cache
-def _cached_parser(cls: type) -> ArgumentParser:
-    return _parser(cls)
+_cached_parser = functools.cache(_parser)
 
 
 def _parse[T](cls: type[T], raw: dict[str, Any]) -> T:
-    parser = _cached_parser(cls)
+    parser = _cached_parser(cls)  # type: ignore[arg-type]  # a class is hashable
     return cls(**parser.instantiate(parser.parse_object(raw)).as_dict())
 
 

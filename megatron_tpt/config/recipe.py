@@ -4,6 +4,7 @@ A field's docstring is its documentation: it is what `--help` prints. `__post_in
 section; `megatron_tpt.config.load.check` what needs several, and the number of processes.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -120,10 +121,10 @@ class DataConfig:
             bool(self.train) + bool(self.phases) + self.mock <= 1,
             "data: give one of train, phases and mock: what is in train can be the first of phases",
         )
-        ends = [phase.until_tokens for phase in self.phases[:-1]]
+        ends = [0.0, *(phase.until_tokens or 0.0 for phase in self.phases[:-1])]
         _require(
-            all(end is not None for end in ends) and sorted({0, *ends}) == [0, *ends],
-            f"data.phases: until_tokens must be there and grow in all but the last: {ends}",
+            all(end > begin for begin, end in itertools.pairwise(ends)),
+            f"data.phases: until_tokens must be there and grow in all but the last: {ends[1:]}",
         )
         _require(all(phase.train for phase in self.phases), "data.phases: a phase has no data: give its train")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_tpt.config.load import read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe
+from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 
@@ -151,14 +151,14 @@ def continue_phases(
     return [*before, *new_rest], True
 
 
-def with_data_of_run(recipe: PretrainRecipe) -> PretrainRecipe:
+def with_data_of_run[R: Recipe](recipe: R) -> R:
     """The recipe that goes on from the newest checkpoint of its run folder with other data, where it allows that.
 
     What the run was trained on until then becomes phases of its own, so that the order of all samples again follows
     from the recipe alone.
     """
     checkpoints = sorted((recipe.run.output_dir / "checkpoints").glob("step_*/recipe.yaml"))
-    if not recipe.data.allow_change or not checkpoints:
+    if not isinstance(recipe, PretrainRecipe) or not recipe.data.allow_change or not checkpoints:
         return recipe
     step = int(checkpoints[-1].parent.name.removeprefix("step_"))
     old = recipe_from_dict(PretrainRecipe, read_yaml(checkpoints[-1])).data.all_phases

@@ -86,10 +86,9 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     if arguments.dry_run:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
     recipe = with_steps(recipe)
-    if isinstance(recipe, PretrainRecipe):
-        from megatron_tpt.training.blend import with_data_of_run
+    from megatron_tpt.training.blend import with_data_of_run
 
-        recipe = with_data_of_run(recipe)
+    recipe = with_data_of_run(recipe)
     check(recipe, world_size)
     recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
     if not arguments.dry_run:
