@@ -180,10 +180,10 @@ class _Task:
                 if (opened := self._open(generator, block, row)) is None:
                     continue
                 block.open_rows += 1
-                for request, prompt, seed in generator.worker.requests(opened):
-                    yield Request(prompt, replace(generator.sampling, seed=seed), (block, opened, request))
                 if opened.is_done:  # its last answer was the last thing an earlier run did
                     self._close(generator, block, opened)
+                for request, prompt, seed in generator.worker.requests(opened):
+                    yield Request(prompt, replace(generator.sampling, seed=seed), (block, opened, request))
             block.is_read = True
             self._finish_if_done(block)
 

@@ -76,6 +76,7 @@ class Journal:
 
     def add(self, line: Line) -> None:
         """Keep what came of a row, which is finished by that."""
+        assert line.row not in self, f"row {line.row} is finished twice"
         self._append(line._asdict())
 
     def _append(self, line: dict[str, Any]) -> None:

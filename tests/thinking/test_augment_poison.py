@@ -82,3 +82,22 @@ def test_every_row_is_accounted_for_whatever_input_and_servers_do(
     files = b"".join(path.read_bytes() for path in options.output.rglob("*") if path.is_file())
     assert KEY not in "".join(capfd.readouterr())
     assert KEY.encode() not in files
+
+
+def test_a_row_that_is_answered_before_the_next_is_read_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"ok 0 {i}"}) + "\n" for i in range(25)))
+    (tmp_path / "bare.txt").write_text("{document}")
+    with unruly_server() as server:
+        options = options_for(
+            tmp_path / "in.jsonl",
+            MODEL,
+            tmp_path / "out",
+            engine="endpoint",
+            api="chat",
+            endpoints=[server.url],
+            prompt=str(tmp_path / "bare.txt"),
+            max_num_seqs=1,
+            records_per_shard=10,
+        )
+        assert augment(options).records == 25
+    assert [record.text for record in records(options.output)] == [f"ok 0 {i}" for i in range(25)]
