@@ -8,7 +8,7 @@ import teacher
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.thinking.prompts import ThinkingPrompt, load_template
+from megatron_tpt.thinking.prompts import EXPERT, Documents, Prompt
 
 TEACHER = Path(teacher.__file__).parent / "teacher"
 PARCEL = language.Parcel((6, 2, 4, 3, 2, 7))
@@ -59,11 +59,13 @@ def test_every_word_of_the_language_is_one_token_and_any_text_can_be_encoded():
 
 
 def test_the_teacher_was_trained_on_what_augment_shows_it():
-    prompt = ThinkingPrompt(load_tokenizer(str(TEACHER)), load_template(None), 2048).encode(PARCEL.document)
+    generator = load_tokenizer(str(TEACHER))
+    documents = Documents(generator, 2048)
+    prompt = Prompt(EXPERT, documents, generator).fill(documents.first(PARCEL.document)[0], {}, 0)
     tokenizer = Tokenizer(TEACHER)
     trained = tokenizer.encode(teacher.prompt(PARCEL)) + tokenizer.encode_tagged(teacher.response(PARCEL))
-    assert trained[: len(prompt.token_ids)] == prompt.token_ids
-    assert tokenizer.decode(trained[len(prompt.token_ids) :]) == f"{PARCEL.thinking}\n</think>"
+    assert trained[: len(prompt)] == prompt
+    assert tokenizer.decode(trained[len(prompt) :]) == f"{PARCEL.thinking}\n</think>"
 
 
 def test_the_bundled_teacher_says_how_good_it_is():
