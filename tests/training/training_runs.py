@@ -55,14 +55,23 @@ def _work(connection: Connection) -> None:
         connection.send((error, output.getvalue()))
 
 
+# Gloo's threads stay when its process groups are destroyed: after some dozens of runs they starve the machine.
+_RUNS_PER_PROCESS = 12
+
+
 class Workers:
     """Processes that have imported torch and Megatron Core once, and act as the ranks of one run after another."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
+        self._num_runs = 0
 
     def _grow(self, num_processes: int) -> None:
+        self._num_runs += 1
+        if self._num_runs > _RUNS_PER_PROCESS:
+            self.close()
+            self._num_runs = 1
         while len(self.connections) < num_processes:
             ours, theirs = self.context.Pipe()
             # Not a daemon: Megatron Core's checkpoint writer starts a process. It ends when we close the pipe.
@@ -74,6 +83,7 @@ class Workers:
         """Let the processes end."""
         for connection in self.connections:
             connection.close()
+        self.connections.clear()
 
     def run(self, module: str, argv: list[str], num_processes: int, *, ranks_per_node: int | None = None) -> str:
         """Run a program on so many ranks. Returns what the first printed; fails when any rank does.
