@@ -25,6 +25,7 @@ from megatron_tpt.interop.hf_config import from_hf_config
 from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
+from megatron_tpt.training.checkpoint_files import write_checksums
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -45,6 +46,7 @@ def import_hf(options: ImportOptions) -> None:
         dist_checkpointing.save(sharded_tensors(model, tensors), str(folder))
         copy_tokenizer(options.model, folder / "tokenizer")
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
+        write_checksums(folder)
     print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
 
 

@@ -52,6 +52,12 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, list[Any]]:
         return {name: [(folder / name).stat().st_size, value] for name, value in zip(names, sums, strict=True)}
 
 
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a checkpoint that one process has made, once all its other files are there."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    (folder / CHECKSUMS).write_text(json.dumps(describe_files(folder, names), indent=1, sort_keys=True))
+
+
 def _gather[T](value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)

@@ -270,7 +270,9 @@ def test_killed_runs_leave_no_index_and_the_next_run_is_right(tokenizer_dir: Pat
         index(IndexOptions([source], tokenizer_dir, prefix))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [path.name for path in prefix.parent.iterdir()] == [".tmp-train"]
+    left = {path.name for path in prefix.parent.iterdir()}
+    assert ".tmp-train" in left
+    assert "train.json" not in left  # it may have been moving its files into place: the manifest comes last
     with pytest.raises(UserError, match="no such index"):
         Manifest.read(prefix)
     manifest = index(IndexOptions([source], tokenizer_dir, prefix))
