@@ -116,13 +116,13 @@ def make_finished(options: BenchmarkOptions, data: Path, output: Path, port: int
     """A job that lacks its last block, made by the job's own code."""
     from dataclasses import asdict
 
+    from megatron_tpt.job_settings import write_settings
     from megatron_tpt.records import Record, content_id
-    from megatron_tpt.thinking.augment import check_output
     from megatron_tpt.thinking.job import plan
     from megatron_tpt.thinking.journal import Line
     from megatron_tpt.thinking.ledger import Ledger
     from megatron_tpt.thinking.options import AugmentOptions
-    from megatron_tpt.thinking.settings import write_settings
+    from megatron_tpt.thinking.settings import SETTINGS_NAME
     from megatron_tpt.thinking.shards import Output, block_name
 
     with data.open("w") as file:
@@ -137,8 +137,7 @@ def make_finished(options: BenchmarkOptions, data: Path, output: Path, port: int
         endpoints=[f"http://127.0.0.1:{port}/v1"],
     )
     planned = plan(job)
-    check_output(output, planned.settings)
-    write_settings(output, planned.settings)
+    write_settings(output / SETTINGS_NAME, planned.settings)
     folder, ledger = Output(output), Ledger(Output(output).ledgers, 0, 0)
     with data.open() as file:
         for block in range(options.num_finished // 1000):

@@ -27,10 +27,11 @@ from megatron_tpt.corpus.deduplication import Pairs, write_clusters
 from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
-from megatron_tpt.corpus.settings import check_output, make_settings, settings_path, write_settings
+from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
 from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
+from megatron_tpt.job_settings import check_settings, write_settings
 from megatron_tpt.records import DAMAGED, expand_sources
 from megatron_tpt.scale.lock import exclusive
 
@@ -44,12 +45,12 @@ def prepare(options: PrepareOptions) -> Report:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
-            check_output(options.output, settings)
+            check_settings(settings_path(options.output), settings)
             if Report.path(options.output).exists():
                 shutil.rmtree(job.work, ignore_errors=True)
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
-            write_settings(options.output, settings)
+            write_settings(settings_path(options.output), settings)
             with Workers(options.worker_count) as workers:
                 report = _prepare(job, workers)
             report.write(options.output)

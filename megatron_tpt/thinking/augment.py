@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.job_settings import check_settings, write_settings
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
@@ -29,7 +30,7 @@ from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest, read_entries
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.progress import Progress, Reporter, show_total
 from megatron_tpt.thinking.rows import OpenRow, Outcome, make_reject
-from megatron_tpt.thinking.settings import check_output, write_settings
+from megatron_tpt.thinking.settings import SETTINGS_NAME
 from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
@@ -40,7 +41,7 @@ def augment(options: AugmentOptions) -> Progress:
     Raises UserError for what the user can mend, before anything is written.
     """
     job = plan(options)
-    check_output(options.output, job.settings)
+    check_settings(options.output / SETTINGS_NAME, job.settings)
     task = _Task(job)
     blocks = task.blocks()
     first = next(blocks, None)
@@ -50,7 +51,7 @@ def augment(options: AugmentOptions) -> Progress:
         )
     else:
         generator = job.generator()
-        write_settings(options.output, job.settings)
+        write_settings(options.output / SETTINGS_NAME, job.settings)
         with task_lock(task.output.locks, task.number):
             task.run(generator, itertools.chain([first], blocks))
     _write_card(job, task.output)
@@ -63,9 +64,9 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     Raises UserError for what the user can mend, before anything is started.
     """
     job = plan(options)
-    check_output(options.output, job.settings)
+    check_settings(options.output / SETTINGS_NAME, job.settings)
     job.generator()
-    write_settings(options.output, job.settings)
+    write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
     with show_total(output.progress):
         report = run_tasks(command, options.scale, output.logs)

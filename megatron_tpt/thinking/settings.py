@@ -1,13 +1,11 @@
-"""The settings of an augment run, kept beside its shards so that no other run is mixed in."""
+"""The settings of an augment run: what decides what its shards hold."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.files import file_fingerprint
 from megatron_tpt.records import Source, source_fingerprint
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
@@ -47,40 +45,6 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
         "truncated": options.truncated,
         "filters": asdict(options.filters),
     }
-
-
-def check_output(output: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError when `output` holds something else than a run with these settings."""
-    path = output / SETTINGS_NAME
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give a folder for the output")
-    if not path.exists():
-        if any(output.glob("part-*")):
-            raise UserError(f"{output}: has shards but no {SETTINGS_NAME}; choose another --output")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); choose another --output") from error
-    differing = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
-    if differing:
-        changes = "; ".join(
-            f"{name} was {_short(before.get(name))}, now {_short(settings.get(name))}" for name in differing
-        )
-        raise UserError(
-            f"{output}: was begun with other settings ({changes}); set them back or choose another --output"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_settings(output: Path, settings: dict[str, Any]) -> None:
-    if not (output / SETTINGS_NAME).exists():
-        with atomic_write(output / SETTINGS_NAME) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _model_files(model: str) -> list[Path]:
