@@ -265,6 +265,7 @@ def test_killed_runs_leave_no_index_and_the_next_run_is_right(tokenizer_dir: Pat
     while not (data.exists() and data.stat().st_size):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # else it might be done before the second one begins
     # A second run meanwhile is refused and does the first no harm.
     with pytest.raises(UserError, match="being written by another process"):
         index(IndexOptions([source], tokenizer_dir, prefix))
