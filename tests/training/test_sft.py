@@ -118,7 +118,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
         batch = torch.utils.data.default_collate([data[i] for i in range(3)])
         mask = _segment_mask(batch["segment_ids"])
         losses = model(batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"])
-        packed_total, packed_num_tokens, _ = _loss_function(batch, losses)
+        packed_total, packed_num_tokens, _ = _loss_function(batch, 1, losses)
         order = np.random.RandomState(0).permutation(len(rows))
         examples = [rows[int(order[i])] for i in range(3)]
         assert max(map(len, examples)) > 1
