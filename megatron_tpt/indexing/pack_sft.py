@@ -5,16 +5,13 @@ and copied row by row. Memory holds some 200 bytes per example. A killed run lea
 of the same command clears away.
 """
 
-import fcntl
 import os
-import shutil
 import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -25,6 +22,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import sync_tree
 from megatron_tpt.indexing.conversations import ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
 from megatron_tpt.indexing.packing import (
     PackCounts,
@@ -67,7 +65,7 @@ def pack_sft(options: PackOptions) -> PackManifest:
         print(f"{options.output}: already done and whole; {_summary(finished)}")
         return finished
     with (
-        _working_folder(options.output) as folder,
+        working_folder(options.output) as folder,
         _ExampleStore(folder / "examples", tokenizer.vocab_size) as store,
     ):
         reader = _Reader(options, format, store)
@@ -253,7 +251,7 @@ def _finished(prefix: Path, settings: PackSettings, files: Sequence[Path]) -> Pa
     manifest_path = PackManifest.path(prefix)
     existing = [path for kind in _KINDS if (path := Path(f"{prefix}.{kind}")).exists()]
     if not manifest_path.exists():
-        if existing and not _working_path(prefix).exists():  # else a killed run was moving them into place
+        if existing and not working_path(prefix).exists():  # else a killed run was moving them into place
             raise UserError(f"{existing[0]} exists and was not made by this program; choose another --output")
         return None
     manifest = PackManifest.read(prefix)
@@ -270,36 +268,6 @@ def _finished(prefix: Path, settings: PackSettings, files: Sequence[Path]) -> Pa
         )
     PackedIndex(prefix).verify()
     return manifest
-
-
-def _working_path(prefix: Path) -> Path:
-    return prefix.with_name(f".tmp-{prefix.name}")
-
-
-@contextmanager
-def _working_folder(prefix: Path) -> Iterator[Path]:
-    """An empty folder beside the output, for this run alone; gone at the end, with what a killed run left in it."""
-    if prefix.is_dir():
-        raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'sft'}")
-    folder = _working_path(prefix)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{prefix}: cannot be written ({error.strerror or error})") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{prefix} is being written by another process; wait for it to end") from None
-        try:
-            for leftover in folder.iterdir():
-                leftover.unlink()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _publish(folder: Path, prefix: Path, manifest: PackManifest) -> None:

@@ -26,6 +26,7 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.conversations import Example
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
 from megatron_tpt.indexing.reader import IndexReader
+from megatron_tpt.indexing.verification import check_structure
 
 FORMAT_VERSION = 1
 _MAGIC = b"SFTROWS\0"
@@ -230,7 +231,7 @@ class PackedIndex:
 
     def _check(self, path: Path) -> None:
         """Raise UserError unless rows, examples and runs cover each other and the tokens."""
-        self._index.check_structure()
+        check_structure(self._index)
         counts, lengths = self.manifest.counts, self._index.document_lengths()
         fits = (
             (counts.rows, counts.examples, counts.tokens)

@@ -1,4 +1,4 @@
-"""Reading and verifying an indexed dataset without torch: any MMIDIDX version 1, ours or Megatron's."""
+"""Reading an indexed dataset without torch: any MMIDIDX version 1, ours or Megatron's."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,9 @@ from typing import Any
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, file_checksum
 from megatron_tpt.indexing.writer import DTYPE_CODES, HEADER, MAGIC, VERSION
 
 Array = numpy.ndarray[tuple[int], Any]
-_TOKENS_PER_CHUNK = 1 << 22
 
 
 class IndexReader:
@@ -67,43 +65,5 @@ class IndexReader:
         ends = numpy.concatenate([[0], numpy.cumsum(self.sequence_lengths, dtype=numpy.int64)])
         return numpy.diff(ends[self.document_bounds])
 
-    def check_structure(self) -> None:
-        """Raise UserError unless lengths, offsets and documents agree with each other."""
-        ends = numpy.cumsum(self.sequence_lengths, dtype=numpy.int64)
-        if (self.sequence_lengths < 0).any():
-            raise self._damaged("a length is negative")
-        if not numpy.array_equal(self.sequence_offsets, (ends - self.sequence_lengths) * self.dtype.itemsize):
-            raise self._damaged("the offsets do not follow from the lengths")
-        bounds = self.document_bounds
-        if bounds[0] != 0 or bounds[-1] != self.num_sequences or (numpy.diff(bounds) < 0).any():
-            raise self._damaged("the documents do not cover the sequences")
-
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self._idx_path}: damaged: {what}; index again")
-
-
-def verify(prefix: str | Path) -> Manifest:
-    """Read the whole index and return its manifest; raise UserError at the first thing that is not as it must
-    be.
-
-    Checked: the sizes, the checksums, the structure of `.idx`, the counts, that every token is one of the
-    tokenizer's, and that every document ends with its end-of-sequence token.
-    """
-    manifest = Manifest.read(prefix)
-    manifest.check_files(prefix)
-    reader = IndexReader(prefix)
-    reader.check_structure()
-    for kind, expected in manifest.checksums.items():
-        path = Path(f"{prefix}.{kind}")
-        if file_checksum(path) != expected:
-            raise UserError(f"{path}: damaged: its checksum is not the manifest's; index again")
-    counts = manifest.counts
-    if (reader.num_documents, reader.num_tokens) != (counts.documents, counts.tokens):
-        raise UserError(f"{prefix}: its counts are not the manifest's; index again")
-    for first in range(0, reader.num_tokens, _TOKENS_PER_CHUNK):
-        if reader.tokens[first : first + _TOKENS_PER_CHUNK].max() >= manifest.tokenizer.vocab_size:
-            raise UserError(f"{prefix}: holds tokens that its tokenizer does not have; index again")
-    last_tokens = reader.tokens[numpy.cumsum(reader.document_lengths()) - 1]
-    if manifest.append_eos and (last_tokens != manifest.tokenizer.eos_id).any():
-        raise UserError(f"{prefix}: a document does not end with the end-of-sequence token; index again")
-    return manifest

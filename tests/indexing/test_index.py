@@ -20,9 +20,10 @@ from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
-from megatron_tpt.indexing.reader import IndexReader, verify
+from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.train_tokenizer import train_tokenizer
+from megatron_tpt.indexing.verification import verify
 from megatron_tpt.indexing.writer import IndexWriter
 from megatron_tpt.records import read_records
 
@@ -337,13 +338,13 @@ def test_damage_is_found_and_named(documents: Path, tokenizer_dir: Path, tmp_pat
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
     damaged("bin", good["bin"][:-2], r"x\.bin has \d+ bytes")
-    damaged("bin", flipped(good["bin"], 100), r"x\.bin: damaged: its checksum")
+    damaged("bin", flipped(good["bin"], 100), r"x\.bin: damaged: some of its bytes changed")
     damaged("idx", good["idx"][:-8], r"x\.idx has \d+ bytes")
     damaged("idx", flipped(good["idx"], 0), "does not begin like an index")
     damaged("idx", flipped(good["idx"], 18), "does not fit its counts")
     damaged("idx", flipped(good["idx"], 40), "does not fit x.idx")
-    damaged("idx", flipped(good["idx"], 34 + 4 * 2000 + 80), "offsets do not follow")
-    damaged("idx", flipped(good["idx"], len(good["idx"]) - 80), "documents do not cover|checksum")
+    damaged("idx", flipped(good["idx"], 34 + 4 * 2000 + 80), r"damaged at byte 8114: the offset of sequence 10")
+    damaged("idx", flipped(good["idx"], len(good["idx"]) - 80), r"damaged at byte \d+: (the last )?document|checksum")
     damaged("json", b"{}", "not an index manifest")
     damaged("json", b"{", "not readable")
     damaged("json", good["json"].replace(b'"format_version": 1', b'"format_version": 2'), "version 2")

@@ -23,8 +23,9 @@ from megatron_tpt.indexing.index import index, index_shards
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.options import IndexOptions
-from megatron_tpt.indexing.reader import IndexReader, verify
+from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.verification import verify
 from megatron_tpt.training.data import mark_thinking
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
