@@ -39,6 +39,9 @@ class Output:
             for place in (self.folder, self.rejects)
             for path in place.glob(f"part-*{_SUFFIX}")
         } - {name_of(path) for path in self.journals.glob("part-*")}
+        self._leftovers = [
+            path for place in (self.folder, self.rejects) for path in place.glob(f".tmp-*-part-*{_SUFFIX}")
+        ]
 
     def is_done(self, name: str) -> bool:
         """Whether the block was finished when this object was made."""
@@ -71,6 +74,9 @@ class Output:
         if statistics.records:
             write_records(self.folder / f"{name}{_SUFFIX}", _records(journal))
         ledger.add(Entry(name, end, numpy.array(digests, dtype=numpy.uint64), statistics))
+        for path in self._leftovers:  # of killed runs; those of other blocks may be being written by other tasks
+            if path.name.endswith(f"-{name}{_SUFFIX}"):
+                path.unlink(missing_ok=True)
         journal.remove()
         return statistics
 

@@ -210,10 +210,12 @@ def test_a_killed_job_asks_again_only_for_what_was_not_finished(documents: Path,
     assert 3 <= kept < NUM_DOCUMENTS
     with journal.open("ab") as file:
         file.write(b'{"row": 22, "id": "torn by the cra')
+    (options.output / ".tmp-there-1-part-00000-00000.jsonl.zst").write_bytes(b"killed while it wrote the shard")
     assert augment(options).records == NUM_DOCUMENTS - kept
     whole = options_for(documents, model, tmp_path / "whole", records_per_shard=1000, max_new_tokens=130)
     augment(whole)
     assert shards(options.output) == shards(whole.output)  # as if nothing had happened
+    assert not list(options.output.glob(".tmp-*"))
 
 
 def test_several_rollouts_are_records_of_their_own(documents: Path, model: str, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def check_every_id_once(documents: Path, output: Path) -> None:
     ids = sorted([record.id for record in records(output)] + [reject["id"] for reject in rejects(output)])
     assert ids == sorted(record.id for record in read_records([documents]))
     assert not list((output / ".work" / "journal").iterdir())
+    assert not list(output.rglob(".tmp-*part-*"))
 
 
 def test_a_job_that_is_killed_twenty_times_asks_for_nothing_that_was_finished(
