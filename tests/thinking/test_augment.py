@@ -338,16 +338,16 @@ def test_other_prompts_and_models_that_do_not_think(documents: Path, tmp_path: P
             assert record.thinking
 
 
-def test_tasks_together_do_what_one_does(
-    finished: tuple[AugmentOptions, list[Record]], model: str, tmp_path: Path
-) -> None:
-    one, _ = finished
-    options = options_for(Path(one.input[0]), model, tmp_path / "out")
-    result = run_tool(options, "--num-tasks", "2", "--num-workers", "2")
+def test_tasks_together_do_what_one_does(documents: Path, model: str, tmp_path: Path) -> None:
+    one = options_for(documents, model, tmp_path / "one", engine="transformers")
+    augment(one)
+    options = options_for(documents, model, tmp_path / "out")
+    engine = ("--engine", "transformers")
+    result = run_tool(options, *engine, "--num-tasks", "2", "--num-workers", "2")
     assert result.returncode == 0, result.stderr
     assert shards(options.output) == shards(one.output)
     assert (options.output / "README.md").exists()
-    again = run_tool(options, "--num-tasks", "2")
+    again = run_tool(options, *engine, "--num-tasks", "2")
     assert again.returncode == 0, again.stderr
     assert shards(options.output) == shards(one.output)
 
