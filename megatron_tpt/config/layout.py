@@ -73,6 +73,15 @@ def _check_precision(recipe: Recipe) -> None:
         )
 
 
+def _check_optimizer(recipe: Recipe) -> None:
+    """Megatron Core's limits on Muon."""
+    if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "fp32":
+        raise UserError(
+            "optimizer.name=muon in training.dtype=fp32 cannot be split over data-parallel processes: give "
+            "--parallel.distributed_optimizer=false, or training.dtype=bf16"
+        )
+
+
 def check_layout(recipe: Recipe, world_size: int) -> None:
     """Refuse a layout that does not fit the model, the batches or `world_size` processes.
 
@@ -82,6 +91,7 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
     pp, vp = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     _check_model(recipe)
     _check_precision(recipe)
+    _check_optimizer(recipe)
     for layers in parallel.stage_layers(recipe.model.num_layers):
         name = "parallel.virtual_pipeline_parallel_size"
         _require_multiple("layers of a pipeline stage", layers, name, vp)

@@ -91,10 +91,15 @@ def _set_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
+def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside, each with a state of its own; Muon's may be chained themselves."""
+    inner = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if inner is None else [member for one in inner for member in members(one)]
+
+
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers inside that use torch's AdamW: all in a run without Transformer Engine and apex, else none."""
-    members = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [member for member in members if isinstance(member.optimizer, torch.optim.AdamW)]
+    """Those that use torch's AdamW: all but Muon's in a run without Transformer Engine and apex, else none."""
+    return [member for member in members(optimizer) if isinstance(member.optimizer, torch.optim.AdamW)]
 
 
 def _make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
@@ -254,6 +259,7 @@ def start_saving(
     temporary = _make_temporary(folder)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
+        state["trainer"]["optimizer"] = optimizer.config.optimizer
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=OPTIMIZER_FORMAT)
         state["random_state"] = _random_state()
 
@@ -327,6 +333,12 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     """
     _require_checkpoint(folder)
     trainer_state = load_common_state_dict(str(folder))["trainer"]
+    written_by = trainer_state.get("optimizer", "adam")
+    if written_by != optimizer.config.optimizer:
+        raise UserError(
+            f"{folder} was written with optimizer.name={written_by}: go on with that, or start in another "
+            f"run.output_dir (training.init_from takes the weights)"
+        )
     _make_torch_adam_loadable(optimizer)
     weights = weights_state(model)
     state: dict[str, Any] = {

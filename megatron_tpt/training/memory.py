@@ -45,6 +45,14 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     return parallel.stage_layers(model.num_layers)[stage] * layer + num_tables * table + h * (stage == last)
 
 
+def stage_matrices(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Of stage_parameters, those in the matrices of the layers: what Muon updates."""
+    h, d = model.hidden_size, model.kv_channels
+    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * d
+    layer = h * qkv_width + model.num_attention_heads * d * h + 3 * h * model.ffn_hidden_size
+    return parallel.stage_layers(model.num_layers)[stage] * layer // parallel.tensor_parallel_size
+
+
 def _layer_values(recipe: Recipe) -> dict[str, float]:
     """Values that one layer keeps of one micro-batch for its backward pass, by what recomputes them.
 
@@ -107,9 +115,9 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> floa
 def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     """Memory per rank of every pipeline stage.
 
-    Weights in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments in fp32 and, in
-    bf16, fp32 main weights; the last two are split over the data- and context-parallel ranks with the distributed
-    optimizer.
+    Weights in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments or Muon's one in
+    fp32 and, in bf16, fp32 main weights; the last two are split over the data- and context-parallel ranks with the
+    distributed optimizer: Muon's by whole matrices, so about evenly.
     """
     parallel, training = recipe.parallel, recipe.training
     value_bytes, state_bytes = (4, 8) if training.dtype == "fp32" else (2, 12)
@@ -118,8 +126,11 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     result = []
     for stage in range(parallel.pipeline_parallel_size):
         parameters = stage_parameters(recipe.model, parallel, stage)
+        state = parameters * state_bytes
+        if recipe.optimizer.name == "muon":
+            state -= 4 * stage_matrices(recipe.model, parallel, stage)
         activations = stage_activations(recipe, stage, num_microbatches)
-        result.append(Memory(parameters * value_bytes, parameters * 4, parameters * state_bytes / shards, activations))
+        result.append(Memory(parameters * value_bytes, parameters * 4, state / shards, activations))
     return result
 
 

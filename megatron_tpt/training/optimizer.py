@@ -1,21 +1,45 @@
 """Megatron Core's optimizer, schedule and gradient buffers from a recipe."""
 
+import importlib.util
 import math
+from typing import Any
 
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
-from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.recipe import OptimizerConfig, Recipe
+from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import TORCH_DTYPES
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import ParamKey, ParamPredicate, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.layer_wise_optimizer import (
+    LayerWiseDistributedOptimizer,
+    is_managed_by_layer_wise_optimizer,
+    tag_params_for_buffer_routing,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
     ParamGroupOverride,
     get_canonical_lr_for_logging,
 )
 from megatron.core.utils import get_model_config
+
+
+def _whole_matrices_layout(
+    gpt: GPTModel, config: DistributedDataParallelConfig, *, is_first_piece: bool
+) -> FullParamLayout:
+    """Buffers in which each matrix that Muon updates lies on one data-parallel rank as a whole, in buckets as
+    DistributedDataParallel makes them otherwise (distributed_data_parallel.py:68 and :97)."""
+    num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    has_buckets = config.overlap_grad_reduce and is_first_piece and parallel_state.is_pipeline_first_stage()
+    tag_params_for_buffer_routing([gpt])
+    return LayerWiseDistributedOptimizer.compute_full_param_layout(
+        list(gpt.parameters()), max(40_000_000, 1_000_000 * num_ranks) if has_buckets else None, num_ranks, config
+    )
 
 
 def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel]:
@@ -27,21 +51,54 @@ def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataPara
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
+    splits_whole_matrices = recipe.optimizer.name == "muon" and parallel.distributed_optimizer
     # Only the gradients of the piece that ends the backward pass are waited for: the others go in one bucket.
     return [
-        DistributedDataParallel(get_model_config(gpt), config, gpt, disable_bucketing=piece > 0)
+        DistributedDataParallel(
+            get_model_config(gpt),
+            config,
+            gpt,
+            disable_bucketing=piece > 0,
+            full_param_layout=_whole_matrices_layout(gpt, config, is_first_piece=piece == 0)
+            if splits_whole_matrices
+            else None,
+        )
         for piece, gpt in enumerate(gpts)
     ]
 
 
+def _muon_settings(settings: OptimizerConfig, *, distributed: bool) -> dict[str, Any]:
+    """Fields of Megatron Core's configuration for Muon. Its momentum is a mean, as Adam's first moment."""
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        raise UserError("optimizer.name=muon needs the package emerging-optimizers: install it")
+    return dict(
+        optimizer="muon",
+        # Adam's state is split as ever; of Muon's, each data-parallel rank has whole matrices.
+        use_distributed_optimizer=False,
+        use_layer_wise_distributed_optimizer=distributed,
+        muon_momentum=settings.muon_momentum,
+        muon_nesterov=settings.muon_nesterov,
+        muon_num_ns_steps=settings.muon_newton_schulz_steps,
+        muon_coefficient_type=settings.muon_coefficients,
+        muon_scale_mode=settings.muon_scale,
+        muon_extra_scale_factor=settings.muon_scale_factor,
+        muon_split_qkv=settings.muon_split_qkv,
+        muon_tp_mode=settings.muon_tensor_parallel,
+        muon_fp32_matmul_prec=settings.muon_matmul_precision,
+    )
+
+
 def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
-    """AdamW over the pieces of a wrapped model; also tells the model's configuration how its gradients are finished.
+    """The optimizer over the pieces of a wrapped model; also tells the model's configuration how its gradients are
+    finished.
 
     A clip_grad of 0 still measures the gradient norm, it only never clips.
     """
     settings = recipe.optimizer
-    core_config = OptimizerConfig(
-        optimizer="adam",
+    kind: dict[str, Any] = {"optimizer": "adam", "use_distributed_optimizer": recipe.parallel.distributed_optimizer}
+    if settings.name == "muon":
+        kind = _muon_settings(settings, distributed=recipe.parallel.distributed_optimizer)
+    core_config = CoreOptimizerConfig(
         lr=settings.learning_rate,
         min_lr=settings.min_learning_rate,
         weight_decay=settings.weight_decay,
@@ -52,12 +109,18 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
         bf16=recipe.training.dtype == "bf16",
         fp8_recipe=None if recipe.training.fp8 == "none" else recipe.training.fp8,
         params_dtype=TORCH_DTYPES[recipe.training.dtype],
-        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
+        **kind,
     )
     groups = get_standard_config_overrides(core_config)  # no weight decay on biases and norms
     if not settings.decay_embeddings:
         groups[ParamKey(attr="is_embedding_or_output_parameter")] = ParamGroupOverride(wd_mult=0.0)
+    if settings.adam_learning_rate is not None:
+        is_adams = ParamPredicate("of_adam", lambda parameter: not is_managed_by_layer_wise_optimizer(parameter))
+        groups[ParamKey(predicate=is_adams)] = ParamGroupOverride(
+            max_lr=settings.adam_learning_rate,
+            min_lr=settings.min_learning_rate * settings.adam_learning_rate / settings.learning_rate,
+        )
     optimizer = get_megatron_optimizer(core_config, chunks, config_overrides=groups)
     for config in map(get_model_config, chunks):
         config.finalize_model_grads_func = finalize_model_grads

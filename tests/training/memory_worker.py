@@ -9,6 +9,7 @@ import torch
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.training.callbacks import default_callbacks
+from megatron_tpt.training.checkpoint import members
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.launch import distributed, prepare
 from megatron_tpt.training.trainer import Trainer
@@ -27,11 +28,10 @@ def main() -> None:
         trainer.fit()
         parameters = [parameter for gpt in trainer.gpts for parameter in gpt.parameters()]
         state = []
-        for member in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+        for member in members(trainer.optimizer):
             for group in member.optimizer.param_groups:
                 for main in group["params"]:
-                    moments = member.optimizer.state[main]
-                    state += [moments["exp_avg"], moments["exp_avg_sq"]]
+                    state += [moment for name, moment in member.optimizer.state[main].items() if name != "step"]
                     state += [main] if recipe.training.dtype == "bf16" else []
         report = {
             "stage": parallel_state.get_pipeline_model_parallel_rank(),

@@ -24,6 +24,8 @@ LAYOUTS = {
     "tensor-and-uneven-pipeline": (4, [TP2, PP2, "--parallel.first_stage_layers=1"]),
     "data": (2, []),
     "data-not-distributed": (2, ["--parallel.distributed_optimizer=false"]),
+    "data-muon": (2, ["--optimizer.name=muon"]),
+    "tensor-muon-not-distributed": (2, [TP2, "--parallel.distributed_optimizer=false", "--optimizer.name=muon"]),
     "interleaved-tied": (2, [PP2, "--parallel.virtual_pipeline_parallel_size=2", "--model.tie_embeddings=true"]),
 }
 
