@@ -1,5 +1,6 @@
 """Metrics: measured over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -43,7 +44,9 @@ class MetricsWriter:
             kept = [line for line in path.read_text().splitlines(keepends=True) if _is_until(line, resumed_step)]
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(kept))
-        self.file = path.open("a")
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""
+        self.is_full = False
         self.tensorboard: Any = None
         if recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -52,26 +55,46 @@ class MetricsWriter:
         self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step."""
+        """Record the metrics of a step. What finds no room on the disk is written by a later call."""
         if not self.enabled:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._write_lines()
         if self.tensorboard is not None:
+            self._write_events(step, values)
+        if self.wandb is not None:
+            self.wandb.log({**values, "step": step})
+
+    def _write_lines(self) -> None:
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.is_full = False
+        except OSError as error:
+            if not self.is_full:
+                print(f"WARNING: {self.file.name} cannot be written ({error.strerror}): its lines wait", flush=True)
+            self.is_full = True
+
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
+        try:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
-        if self.wandb is not None:
-            self.wandb.log({**values, "step": step})
+        except OSError as error:  # TensorBoard's writer does not recover
+            print(f"WARNING: TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl goes on", flush=True)
+            self.tensorboard = None
 
     def sync(self) -> None:
         """Have on the disk what is written: a checkpoint must not be ahead of its metrics."""
         if self.enabled:
-            os.fsync(self.file.fileno())
+            self._write_lines()
+            with contextlib.suppress(OSError):  # then the checkpoint finds no room either, and says so
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the files."""
         if self.enabled:
+            self._write_lines()
             self.file.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()

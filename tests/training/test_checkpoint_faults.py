@@ -1,12 +1,11 @@
 """Checkpoints that were damaged on the disk, or do not fit on it: what is lost is the steps since the one before."""
 
-import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 from training_runs import PRETRAIN, Train, Workers, read_metrics
 
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
@@ -54,19 +53,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     with pytest.raises(AssertionError, match=r"UserError.*is whole"):  # and it does not begin from step 0 unasked
         train("run", changes=changes)
     assert (checkpoints / "step_00000002").is_dir()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A file system of so many bytes at `folder`."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(

@@ -1,5 +1,6 @@
 """Reports of a run: by source, over windows that kills cut in two, and traces."""
 
+import contextlib
 import gzip
 import json
 import shutil
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Train
+from small_disk import small_disk
+from training_runs import Train, read_metrics
 
 from megatron_tpt.config.load import check, recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.training.reporting import console_line, duration
+from megatron_tpt.training.reporting import MetricsWriter, console_line, duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
 
@@ -97,3 +99,28 @@ def test_the_console_shows_what_is_worth_a_look() -> None:
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+def test_metrics_of_a_full_disk_are_written_once_there_is_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_from_dict(PretrainRecipe, {"run": {"output_dir": str(tmp_path / "disk" / "run")}})
+    with small_disk(tmp_path / "disk", 64 << 10):
+        recipe.run.output_dir.mkdir()
+        writer = MetricsWriter(recipe, resumed_step=0)
+        writer.write(1, {"loss": 1.0})
+        filler = tmp_path / "disk" / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        for step in range(2, 202):
+            writer.write(step, {"loss": 1.0 / step})
+        writer.sync()
+        assert (recipe.run.output_dir / "metrics.jsonl").read_bytes().count(b"\n") < 201
+        warnings = capfd.readouterr().out
+        assert warnings.count("metrics.jsonl cannot be written (No space left on device)") == 1
+        assert "TensorBoard ends at step" in warnings
+        filler.unlink()
+        writer.close()
+        assert [row["step"] for row in read_metrics(recipe.run.output_dir)] == list(range(1, 202))
