@@ -474,6 +474,9 @@ class CheckpointConfig:
     """Older checkpoints are deleted when there are more than this; all are kept when not given."""
     keep_every: int | None = None
     """Checkpoints of steps that this divides are never deleted."""
+    asynchronous: bool = False
+    """Write checkpoints beside training, which goes on after a copy of weights and optimizer to host memory: there must
+    be room for it. The last checkpoint of a run, or before a stop, is waited for."""
     verify: bool = True
     """Compare the content of a checkpoint with its checksums before going on from it; without, only the sizes of its
     files. A damaged one is set aside, and the run goes on from the one before."""

@@ -9,7 +9,7 @@ _LOG_MESSAGES = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # said on a CPU only, where it is no news
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is for hybrid models
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",  # computing it is right
-    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # we save synchronously
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its queue is not used
     "megatron.core.dist_checkpointing.strategies.base": "MCore's async save is deprecated",
 }
 

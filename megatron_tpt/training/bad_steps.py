@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.training.trainer import Callback, RollBack, Trainer
+from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
 
 _NUM_NAMED = 3
 
@@ -75,7 +74,7 @@ class CheckNumbers(Callback):
         return len(self.losses) >= 2 and loss > factor * statistics.median(self.losses)
 
     def _handle(self, trainer: Trainer, policy: str, problem: str) -> bool:
-        """Returns False, for an update that is left out; raises RollBack or UserError."""
+        """Returns False, for an update that is left out; raises RollBack or BadStep."""
         settings, step = trainer.recipe.faults, trainer.step + 1
         message = f"step {step} is bad: {problem}"
         if policy == "skip" and self.num_skipped < settings.max_skips:
@@ -88,7 +87,7 @@ class CheckNumbers(Callback):
             self.bad_step = step
             self._warn(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
             raise RollBack
-        raise UserError(
+        raise BadStep(
             f"{message}; look into it, then have its data passed over (training.skip_steps=[{step}]) or choose what "
             f"happens (section faults), and run the same command again"
         )

@@ -1,10 +1,12 @@
 """What happens beside the training loop, each a class."""
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
-from megatron_tpt.training.checkpoint import SaveError
+from megatron_tpt.training.checkpoint import CheckpointSaving, SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
 from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics
@@ -28,22 +30,64 @@ class Validate(Callback):
 
 class SaveCheckpoints(Callback):
     """Every checkpoint.save_interval steps, and when training is over. One that cannot be written is tried again at the
-    next interval; only the last has to be."""
+    next interval; only the last has to be.
+
+    Under checkpoint.asynchronous one at a time is written beside training: the next one waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.pending: CheckpointSaving | None = None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        interval = trainer.recipe.checkpoint.save_interval
+        is_due = trainer.is_over or (interval > 0 and trainer.step % interval == 0)
+        if self.pending is not None:
+            is_written = self.pending.is_written()
+            if is_due and not is_written and platform.is_first_rank():
+                print(f"WARNING: training waits until {self.pending.folder.name} is written", flush=True)
+            if is_due or is_written:
+                self._finish_pending(trainer)
+        if is_due:
+            self._save(trainer)
+
+    def after_training(self, trainer: Trainer) -> None:
+        if self.pending is not None:
+            self._finish_pending(trainer)
+
+    def after_failure(self, trainer: Trainer) -> None:
+        if self.pending is not None:
+            self.pending.abandon()
+
+    def _finish_pending(self, trainer: Trainer) -> None:
+        assert self.pending is not None
+        with _going_on_without_it():
+            self._finish(trainer, self.pending)
+        self.pending = None
+
+    def _save(self, trainer: Trainer) -> None:
+        with contextlib.nullcontext() if trainer.is_over else _going_on_without_it():
+            saving = trainer.start_saving()
+            if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
+                saving.write_in_background()
+                self.pending = saving
+            else:
+                self._finish(trainer, saving)
+
+    def _finish(self, trainer: Trainer, saving: CheckpointSaving) -> None:
         settings = trainer.recipe.checkpoint
-        if not trainer.is_over and (not settings.save_interval or trainer.step % settings.save_interval):
-            return
-        try:
-            trainer.save()
-        except SaveError as error:
-            if trainer.is_over:
-                raise
-            if platform.is_first_rank():
-                print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
-            return
+        saving.finish()
         if settings.keep_last is not None and platform.is_first_rank():
             delete_old_checkpoints(trainer.checkpoints, settings.keep_last, settings.keep_every)
+
+
+@contextlib.contextmanager
+def _going_on_without_it() -> Iterator[None]:
+    """A checkpoint that cannot be written is warned of."""
+    try:
+        yield
+    except SaveError as error:
+        if platform.is_first_rank():
+            print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
 
 
 class TightenTimeout(Callback):

@@ -7,28 +7,35 @@
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
 whatever was killed when. What was damaged since is told by the checksums (checkpoint_files.py). A checkpoint that
 cannot be written (a full disk) raises SaveError on all ranks, and leaves the ones before as they were.
+
+The writing can go on in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron Core's
+persistent worker asks for a CUDA device by its rank (async_utils.py:567) and is waited for for ever when it has died
+(async_utils.py:452).
 """
 
+import contextlib
 import json
+import queue
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
+from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -38,6 +45,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 # Optimizer state that loads under any data-parallel size; Megatron Core's default format does not save at all.
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+# What a writer says of its files goes through this queue. It stays within a process, so none has to be started for it.
+filesystem_async._results_queue = queue.SimpleQueue()
+
+# What a rank wrote: Megatron Core's account of it (None when it had nothing to write), size and checksum by file.
+_Written = tuple[Any, dict[str, list[Any]]]
 
 
 class SaveError(UserError):
@@ -176,39 +189,66 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
 
 
 class CheckpointSaving:
-    """A checkpoint being written: made by `start_saving`, it exists once `finish` has returned. All ranks call both.
+    """A checkpoint that `start_saving` has laid out: it exists once `finish` has returned. All ranks call every method.
 
-    `request` is Megatron Core's description of what this rank writes.
+    `request` is Megatron Core's description of what this rank writes: a function, and its arguments.
     """
 
     def __init__(self, folder: Path, temporary: Path, request: AsyncRequest, strategy: _SaveStrategy) -> None:
         self.folder, self.temporary = folder, temporary
         self.request, self.strategy = request, strategy
+        self._background: BackgroundWork[_Written] | None = None
 
-    def write(self) -> None:
-        """Write this rank's part."""
-        arguments = list(self.request.async_fn_args)
-        if self.request.preload_fn is not None:
-            arguments[1] = self.request.preload_fn()
-        if self.request.async_fn is not None:
-            self.request.async_fn(*arguments, **self.request.async_fn_kwargs)
+    def write_in_background(self) -> None:
+        """Begin to write the weights and states of this moment; they may change when this has returned. Raises
+        SaveError on all ranks."""
+        staged = self._stage()
+        with self._removed_on_failure():
+            self._background = _together(self.folder, lambda: BackgroundWork(lambda: self._write(staged)))
+
+    def is_written(self) -> bool:
+        """Whether `finish` has nothing to wait for on any rank, be it that the writing failed."""
+        over = torch.tensor(int(self._background is None or self._background.is_over), device=platform.device())
+        torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MIN)
+        return bool(over.item())
 
     def finish(self) -> None:
-        """Check what all ranks wrote, give it its name, and point `latest` at it. Raises SaveError on all ranks."""
-        try:
-            try:
-                self.request.finalize_fns[0]()  # gathers what was written where; the others are in _name_files
-            except CheckpointException as error:
-                ranks = ", ".join(map(str, error.failures)) or "elsewhere"  # the first rank alone is told
-                raise _save_error(self.folder, f"writing failed on rank {ranks}") from error
+        """Write, or wait until it is written; check what all ranks wrote, give it its name, and point `latest` at it.
+        Raises SaveError on all ranks."""
+        write = self._background.result if self._background is not None else lambda: self._write(self._stage())
+        with self._removed_on_failure():
+            result, own = _together(self.folder, write)
+            if result is not None:
+                self.request.async_fn_args[2].put(result)
+            self.request.finalize_fns[0]()  # gathers what was written where; the others are in _name_files
             _together(self.folder, self.strategy.raise_failure)
-            rank = torch.distributed.get_rank()
-            own = [path.name for path in self.temporary.glob(f"__{rank}_*")]
             described: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(
-                described, _together(self.folder, lambda: describe_files(self.temporary, own))
-            )
-            _together(self.folder, lambda: self._name_files(described) if rank == 0 else None)
+            torch.distributed.all_gather_object(described, own)
+            _together(self.folder, lambda: self._name_files(described) if platform.is_first_rank() else None)
+
+    def abandon(self) -> None:
+        """Give the checkpoint up; the next one that is saved removes what is there of it. A rank may do so alone."""
+        if self._background is not None:
+            self._background.kill()
+
+    def _stage(self) -> list[Any]:
+        """What this rank writes, in this machine's memory: files as Megatron Core's writer takes them."""
+        return self.request.preload_fn() if self.request.preload_fn is not None else []
+
+    def _write(self, staged: list[Any]) -> _Written:
+        if self.request.async_fn is None:
+            return None, {}
+        rank, _, results = self.request.async_fn_args
+        self.request.async_fn(rank, staged, results, **self.request.async_fn_kwargs)
+        result = results.get()
+        if isinstance(result, Exception):
+            raise OSError(str(result)) from result
+        return result, describe_files(self.temporary, [name for _, name, _ in staged])
+
+    @contextlib.contextmanager
+    def _removed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
         except SaveError:
             if platform.is_first_rank():
                 shutil.rmtree(self.temporary, ignore_errors=True)
@@ -255,7 +295,10 @@ def start_saving(
     recipe_yaml: str,
     tokenizer_path: Path | None,
 ) -> CheckpointSaving:
-    """Lay out a checkpoint. Without an optimizer it holds weights only, to start other runs from."""
+    """Lay out a checkpoint; weights and states are then written as the caller chooses. All ranks call it.
+
+    Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
+    """
     temporary = _make_temporary(folder)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
@@ -295,11 +338,9 @@ def save_checkpoint(
 
     Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """
-    saving = start_saving(
+    start_saving(
         folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, tokenizer_path=tokenizer_path
-    )
-    saving.write()
-    saving.finish()
+    ).finish()
 
 
 def _require_checkpoint(folder: Path) -> None:

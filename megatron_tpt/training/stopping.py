@@ -14,10 +14,8 @@ from types import FrameType
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.platform.signals import STOP_SIGNALS, ignore_stop_signals
+from megatron_tpt.platform.signals import STOP_SIGNALS
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
-
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 _SLURM_END_TIME = "SLURM_JOB_END_TIME"  # seconds since 1970
 _NO_REASON, _TIME_LIMIT = 0, 1000  # a signal's number lies between
@@ -38,8 +36,6 @@ class StopEarly(Callback):
         self.reason = _NO_REASON
         self.deadline = stopping_time(run.time_limit_min, run.time_limit_margin_min, time.time())
         self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        ignore_stop_signals()
-        get_write_results_queue()  # starts a process, which inherits that
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 

@@ -15,7 +15,7 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
-from megatron_tpt.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from megatron_tpt.training.checkpoint import CheckpointSaving, load_checkpoint, load_weights, start_saving
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
@@ -48,6 +48,10 @@ class RollBack(Exception):
     """Raised by a callback on all ranks: go back to the last checkpoint."""
 
 
+class BadStep(UserError):
+    """Raised by a callback on all ranks: training must not go on."""
+
+
 class Callback:
     """Something that happens beside the training loop. All ranks call every method, in the order of the callbacks.
 
@@ -66,7 +70,10 @@ class Callback:
         """`trainer.step` optimizer steps are done."""
 
     def after_training(self, trainer: "Trainer") -> None:
-        """All steps are done."""
+        """All steps are done, or all ranks stop together."""
+
+    def after_failure(self, trainer: "Trainer") -> None:
+        """Training ends with an exception, perhaps on this rank alone: the others cannot be waited for."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of this callback: plain values, the same on every rank."""
@@ -107,6 +114,16 @@ class Trainer:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
         if platform.is_first_rank():
             print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
+        try:
+            self._train()
+        except BaseException:
+            for callback in self.callbacks:
+                callback.after_failure(self)
+            raise
+        if self.step < self.recipe.training.num_steps:
+            raise StoppedEarly(f"stopped after step {self.step} ({self.stop_reason}): the same command goes on")
+
+    def _train(self) -> None:
         batches = self._begin()
         while not self.is_over:
             try:
@@ -114,11 +131,12 @@ class Trainer:
             except RollBack:
                 batches = self._roll_back()
                 continue
+            except BadStep:
+                self._end()
+                raise
             for callback in self.callbacks:
                 callback.after_step(self, report)
         self._end()
-        if self.step < self.recipe.training.num_steps:
-            raise StoppedEarly(f"stopped after step {self.step} ({self.stop_reason}): the same command goes on")
 
     @property
     def is_over(self) -> bool:
@@ -218,10 +236,10 @@ class Trainer:
         """This rank's part of the model: one piece, or several under interleaved pipeline parallelism."""
         return [chunk.module for chunk in self.chunks]
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
+    def start_saving(self) -> CheckpointSaving:
+        """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
         states = {type(callback).__name__: callback.state() for callback in self.callbacks}
-        save_checkpoint(
+        return start_saving(
             step_folder(self.checkpoints, self.step),
             self.gpts,
             self.optimizer,

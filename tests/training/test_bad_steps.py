@@ -20,7 +20,7 @@ def poisoned(train: Train, name: str, factor: str, *overrides: str) -> list[dict
 
 
 def test_a_bad_step_stops_the_run_and_is_diagnosed(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"rank 0: UserError.*step 6 is bad.*rank 1 \(samples 42 to 47 "):
+    with pytest.raises(AssertionError, match=r"rank 0: BadStep.*step 6 is bad.*rank 1 \(samples 42 to 47 "):
         poisoned(train, "run", "nan")
     guilty = json.loads((tmp_path / "run/logs/bad-step-00000006.json").read_text())
     assert [one["rank"] for one in guilty if not one["loss_is_finite"]] == [1]
@@ -45,5 +45,5 @@ def test_the_run_goes_on_as_if_the_bad_data_had_been_passed_over(
 
 
 def test_a_run_does_not_go_back_for_ever(train: Train) -> None:
-    with pytest.raises(AssertionError, match=r"UserError.*step 6 is bad"):
+    with pytest.raises(AssertionError, match=r"BadStep.*step 6 is bad"):
         poisoned(train, "run", "nan", "--faults.on_nonfinite=rollback", "--faults.max_rollbacks=0")

@@ -55,9 +55,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert (checkpoints / "step_00000002").is_dir()
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in-the-step", "beside-training"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
-    train: Train, changes: dict, tmp_path: Path, workers: Workers
+    asynchronous: bool, train: Train, changes: dict, tmp_path: Path, workers: Workers
 ) -> None:
+    changes["checkpoint"]["asynchronous"] = asynchronous
     unbroken = train("unbroken", changes=changes, num_processes=2)
     one = sum(path.stat().st_size for path in (tmp_path / "unbroken/checkpoints/step_00000004").rglob("*"))
     checkpoints = tmp_path / "run/checkpoints"

@@ -18,11 +18,15 @@ Train = Callable[..., list[dict]]
 PRETRAIN, FINETUNE = "megatron_tpt.pretrain", "megatron_tpt.finetune"
 
 
-def start_training(recipe_path: Path, *overrides: str, num_processes: int = 1) -> subprocess.Popen:
+def start_training(
+    recipe_path: Path, *overrides: str, num_processes: int = 1, program: str = PRETRAIN
+) -> subprocess.Popen:
     """Start pre-training from the command line. Its output is one text stream."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", PRETRAIN, str(recipe_path), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", program, str(recipe_path), *overrides]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen) -> str:
