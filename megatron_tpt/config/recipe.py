@@ -504,6 +504,10 @@ class FaultsConfig:
     """Batches left out in a row before the run stops."""
     max_rollbacks: int = 3
     """Times that a run goes back before it stops."""
+    rerun: Literal["off", "diagnose", "recover"] = "diagnose"
+    """Compute a bad step once more on the same batch, and say whether the result was the same (the data or the
+    software) or another (the hardware of a rank); with recover a second result that is good is taken, and training goes
+    on. Not under training.fp8=delayed, whose scales the first time has changed."""
 
     def __post_init__(self) -> None:
         _require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")

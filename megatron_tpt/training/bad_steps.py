@@ -1,11 +1,17 @@
 """Steps whose loss or gradients are not finite, or whose loss jumps: found before the update, by all ranks together.
 
+The step is first computed once more (faults.rerun): a result that does not come again is the hardware's. (Megatron
+Core's rerun state machine asks the same, of losses alone and not of gradients, and to go on it must write a checkpoint,
+end the program with a code of its own and be started on other GPUs.)
+
 What then happens is the recipe's choice (section `faults`): stop with a diagnosis, leave the update out, or roll back
 to the last checkpoint and pass over the data of the steps since.
 """
 
+import dataclasses
 import json
 import math
+import socket
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,16 +19,39 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
+from megatron_tpt.config.recipe import FaultsConfig
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
 
 _NUM_NAMED = 3
 
 
-def _gradients_are_finite(trainer: Trainer) -> torch.Tensor:
-    """Whether all gradients of this rank are, a boolean on the device: one pass over the buffers that hold them."""
+@dataclasses.dataclass
+class _Result:
+    """What forward and backward gave."""
+
+    own_losses: torch.Tensor
+    """This rank's loss sums [num_sources, 4], before any other rank had to do with them."""
+    gradient_sums: torch.Tensor
+    """Sums of the buffers that hold the gradients: [num_buffers]. Ranks that reduced them together have the same."""
+    loss: float
+    """Mean of the global batch."""
+    is_finite: bool
+    """Whether loss and gradients are, on all ranks."""
+
+
+def _measure(trainer: Trainer, loss_sums: torch.Tensor) -> _Result:
+    """One pass over the gradients, one reduction, one wait for the device."""
     buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    return torch.stack([buffer.grad_data.sum(dtype=torch.float32).isfinite() for buffer in buffers]).all()
+    gradient_sums = torch.stack([buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers])
+    document_loss, document_tokens, thinking_loss, thinking_tokens = loss_sums.double().sum(dim=0)
+    is_bad = (~gradient_sums.isfinite().all()).double()
+    # Ranks that share a batch (tensor parallelism) count it several times, in both sums.
+    totals = torch.stack([is_bad, document_loss + thinking_loss, document_tokens + thinking_tokens])
+    torch.distributed.all_reduce(totals)
+    num_bad_ranks, loss_sum, num_tokens = totals.tolist()
+    loss = loss_sum / num_tokens if num_tokens else 0.0
+    return _Result(loss_sums.clone(), gradient_sums, loss, not num_bad_ranks and math.isfinite(loss))
 
 
 class CheckNumbers(Callback):
@@ -53,25 +82,34 @@ class CheckNumbers(Callback):
         steps += [item for item in self.passed_over if item not in steps]
 
     def before_update(self, trainer: Trainer, loss_sums: torch.Tensor) -> bool:
-        document_loss, document_tokens, thinking_loss, thinking_tokens = loss_sums.double().sum(dim=0)
-        is_bad = (~_gradients_are_finite(trainer)).double()
-        # Ranks that share a batch (tensor parallelism) count it several times, in both sums.
-        totals = torch.stack([is_bad, document_loss + thinking_loss, document_tokens + thinking_tokens])
-        torch.distributed.all_reduce(totals)
-        num_bad_ranks, loss_sum, num_tokens = totals.tolist()
-        loss = loss_sum / num_tokens if num_tokens else 0.0
         settings = trainer.recipe.faults
-        if num_bad_ranks or not math.isfinite(loss):
-            return self._handle(trainer, settings.on_nonfinite, f"loss {loss:.4g}, {_diagnose(trainer, loss_sums)}")
-        if settings.on_loss_spike != "ignore" and self._is_spike(loss, settings.loss_spike_factor):
-            usual = statistics.median(self.losses)
-            return self._handle(trainer, settings.on_loss_spike, f"loss {loss:.4g} where {usual:.4g} is usual")
-        self.losses = [*self.losses, loss][-settings.loss_spike_window :]
+        result = _measure(trainer, loss_sums)
+        if not self._is_bad(result, settings):
+            return self._accept(result, settings)
+        if result.is_finite:
+            policy, problem = settings.on_loss_spike, f"where {statistics.median(self.losses):.4g} is usual"
+        else:
+            policy, problem = settings.on_nonfinite, _diagnose(trainer, loss_sums)
+        problem = f"loss {result.loss:.4g}, {problem}"
+        if settings.rerun != "off" and trainer.recipe.training.fp8 != "delayed":
+            loss_sums.copy_(trainer.run_again())
+            second = _measure(trainer, loss_sums)
+            is_good = not self._is_bad(second, settings)
+            problem += f"; {_compare(result, second, is_good)}"
+            if is_good and settings.rerun == "recover":
+                self._warn(f"step {trainer.step + 1} was bad: {problem}; training goes on with the second result")
+                return self._accept(second, settings)
+        return self._handle(trainer, policy, problem)
+
+    def _accept(self, result: _Result, settings: FaultsConfig) -> bool:
+        self.losses = [*self.losses, result.loss][-settings.loss_spike_window :]
         self.num_skipped = 0
         return True
 
-    def _is_spike(self, loss: float, factor: float) -> bool:
-        return len(self.losses) >= 2 and loss > factor * statistics.median(self.losses)
+    def _is_bad(self, result: _Result, settings: FaultsConfig) -> bool:
+        if settings.on_loss_spike == "ignore" or len(self.losses) < 2:
+            return not result.is_finite
+        return not (result.is_finite and result.loss <= settings.loss_spike_factor * statistics.median(self.losses))
 
     def _handle(self, trainer: Trainer, policy: str, problem: str) -> bool:
         """Returns False, for an update that is left out; raises RollBack or BadStep."""
@@ -95,6 +133,38 @@ class CheckNumbers(Callback):
     def _warn(self, message: str) -> None:
         if platform.is_first_rank():
             print(f"WARNING: {message}", flush=True)
+
+
+def _compare(first: _Result, second: _Result, is_good: bool) -> str:
+    """What the second result of a bad step says of the first, in one line. All ranks call it."""
+    device = f"GPU {torch.cuda.current_device()} of " if torch.cuda.is_available() else ""
+    own = {
+        "name": f"{torch.distributed.get_rank()} ({device}{socket.gethostname()})",
+        "losses": _are_equal(first.own_losses, second.own_losses),
+        "gradients": _are_equal(first.gradient_sums, second.gradient_sums),
+    }
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    # A reduction spreads the gradients of one rank to others, and ranks that share one copy of the model its losses.
+    what = "losses" if not all(one["losses"] for one in every) else "gradients"
+    ranks = ", ".join(one["name"] for one in every if not one[what])
+    if not ranks:
+        return "run again, the same batch gave the same result on all ranks: look for it in the data or the software"
+    if is_good:
+        return (
+            f"TRANSIENT: run again, the same batch gave a good result, loss {second.loss:.4g}, with other {what} on "
+            f"rank {ranks}: suspect the hardware there"
+            + (" or of a rank that they are reduced with" if what == "gradients" else "")
+        )
+    return (
+        f"run again, the same batch gave a bad result again, with other {what} on rank {ranks}: hardware that fails "
+        f"often, or kernels whose results are never quite the same"
+    )
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the bit; all NaN are one."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _diagnose(trainer: Trainer, loss_sums: torch.Tensor) -> str:

@@ -85,19 +85,25 @@ def _layout() -> list[int]:
     ]
 
 
-def _random_state() -> ShardedObject:
+def random_state() -> dict[str, Any]:
+    """The states of this rank's random streams, which `set_random_state` takes."""
     state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _sharded_random_state() -> ShardedObject:
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("random_state", state, tuple(_layout()), place)
+    return ShardedObject("random_state", random_state(), tuple(_layout()), place)
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Have this rank's random streams go on from what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -304,7 +310,7 @@ def start_saving(
     if optimizer is not None:
         state["trainer"]["optimizer"] = optimizer.config.optimizer
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=OPTIMIZER_FORMAT)
-        state["random_state"] = _random_state()
+        state["random_state"] = _sharded_random_state()
 
     def write_small_files() -> None:
         if platform.is_first_rank():
@@ -388,11 +394,11 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     }
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
-        state["random_state"] = _random_state()
+        state["random_state"] = _sharded_random_state()
     loaded = dist_checkpointing.load(state, str(folder))
     _set_weights(model, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     _give_each_parameter_its_step(optimizer)
     if same_layout:
-        _set_random_state(loaded["random_state"])
+        set_random_state(loaded["random_state"])
     return trainer_state

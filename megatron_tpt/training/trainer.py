@@ -15,7 +15,14 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
-from megatron_tpt.training.checkpoint import CheckpointSaving, load_checkpoint, load_weights, start_saving
+from megatron_tpt.training.checkpoint import (
+    CheckpointSaving,
+    load_checkpoint,
+    load_weights,
+    random_state,
+    set_random_state,
+    start_saving,
+)
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
@@ -167,10 +174,8 @@ class Trainer:
         learning_rate = current_learning_rate(self.optimizer)
         if self.recipe.training.skips(self.step + 1):
             return self._pass_over(begin)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss_sums = self._run(self.data.train, batches, self.step)
+        self._random_before = random_state()
+        loss_sums = self._forward_backward(batches)
         if not all([callback.before_update(self, loss_sums) for callback in self.callbacks]):
             return self._pass_over(begin)
         _, grad_norm, _ = self.optimizer.step()
@@ -182,6 +187,18 @@ class Trainer:
         num_tokens = self._advance()
         seconds, waited_s = time.perf_counter() - begin, batches.waited_s - waited_before
         return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s)
+
+    def _forward_backward(self, batches: Any) -> torch.Tensor:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(self.data.train, batches, self.step)
+
+    def run_again(self) -> torch.Tensor:
+        """For `before_update`: the same batch forward and backward once more, with the same random numbers. Returns the
+        loss sums; the gradients are replaced. All ranks call it."""
+        set_random_state(self._random_before)
+        return self._forward_backward(self.data.train.iterate(self.step, self.step + 1))
 
     def _pass_over(self, begin: float) -> StepReport:
         """Count a step that began at `begin` without an update."""

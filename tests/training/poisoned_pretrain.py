@@ -1,6 +1,7 @@
 """Pre-trains as megatron_tpt.pretrain does, but one rank's losses of one step are multiplied, as a fault would have it.
 
-The argument --poison=RANK:STEP:FACTOR says which; a factor of nan makes loss and gradients NaN.
+The argument --poison=RANK:STEP:FACTOR[:once][:gradients] says which; a factor of nan makes loss and gradients NaN. With
+`once` the same batch is not poisoned again; with `gradients` they alone are multiplied.
 """
 
 import sys
@@ -18,16 +19,21 @@ from megatron_tpt.training.trainer import Trainer
 
 def main() -> None:
     poison = next(argument for argument in sys.argv if argument.startswith("--poison="))
-    rank, step, factor = poison.removeprefix("--poison=").split(":")
+    rank, step, factor, *kinds = poison.removeprefix("--poison=").split(":")
     recipe = prepare(*load_recipe(PretrainRecipe, [argument for argument in sys.argv[1:] if argument != poison]))
     with distributed(recipe, before=prepare_cache):
         trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
 
         def multiply(module, inputs, losses):
-            if trainer.step + 1 == int(step) and torch.distributed.get_rank() == int(rank):
+            if trainer.step + 1 != int(step) or torch.distributed.get_rank() != int(rank):
+                return None
+            if "once" in kinds:
+                hook.remove()
+            if "gradients" not in kinds:
                 return losses * float(factor)
+            losses.register_hook(lambda gradients: gradients * float(factor))
 
-        trainer.gpts[-1].register_forward_hook(multiply)
+        hook = trainer.gpts[-1].register_forward_hook(multiply)
         trainer.fit()
 
 

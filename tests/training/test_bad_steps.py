@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_runs import Train
@@ -13,10 +14,10 @@ def exact(rows: list[dict]) -> list[list]:
     return [[row[name] for name in ("step", "loss", "grad_norm", "tokens")] for row in rows if row.get("grad_norm")]
 
 
-def poisoned(train: Train, name: str, factor: str, *overrides: str) -> list[dict]:
+def poisoned(train: Train, name: str, factor: str, *overrides: str, **changes: Any) -> list[dict]:
     """A run of two ranks in whose step 6 the second one's losses are multiplied."""
     program = "poisoned_pretrain"
-    return train(name, *STEPS, *overrides, f"--poison=1:6:{factor}", num_processes=2, program=program)
+    return train(name, *STEPS, *overrides, f"--poison=1:6:{factor}", num_processes=2, program=program, **changes)
 
 
 def test_a_bad_step_stops_the_run_and_is_diagnosed(train: Train, tmp_path: Path) -> None:
@@ -47,3 +48,27 @@ def test_the_run_goes_on_as_if_the_bad_data_had_been_passed_over(
 def test_a_run_does_not_go_back_for_ever(train: Train) -> None:
     with pytest.raises(AssertionError, match=r"BadStep.*step 6 is bad"):
         poisoned(train, "run", "nan", "--faults.on_nonfinite=rollback", "--faults.max_rollbacks=0")
+
+
+@pytest.fixture
+def dropout(recipe: dict) -> dict:
+    """Random numbers, which the second time must be those of the first."""
+    return {"model": {**recipe["model"], "hidden_dropout": 0.1, "attention_dropout": 0.1}}
+
+
+def test_what_comes_again_on_the_same_batch_is_not_laid_to_the_hardware(train: Train, dropout: dict) -> None:
+    with pytest.raises(AssertionError, match=r"step 6 is bad.*gave the same result on all ranks"):
+        poisoned(train, "run", "9", "--faults.on_loss_spike=stop", changes=dropout)
+
+
+@pytest.mark.parametrize("kind", ["losses", "gradients"])
+def test_a_rank_that_gives_another_result_on_the_same_batch_is_named_and_training_goes_on_where_asked(
+    kind: str, train: Train, dropout: dict
+) -> None:
+    unbroken = train("unbroken", *STEPS, num_processes=2, changes=dropout)
+    once = "nan:once:gradients" if kind == "gradients" else "nan:once"
+    ranks = r"0 \(.*\), 1 \(.*\)" if kind == "gradients" else r"1 \("
+    with pytest.raises(AssertionError, match=rf"TRANSIENT.*a good result.*with other {kind} on rank {ranks}"):
+        poisoned(train, "run", once, changes=dropout)
+    recovered = poisoned(train, "recovered", once, "--faults.rerun=recover", changes=dropout)
+    assert exact(recovered) == exact(unbroken)
