@@ -38,6 +38,10 @@ class RunConfig:
     of the time that there was."""
     first_step_timeout_s: int = 1800
     """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
+    hang_timeout_s: float | None = None
+    """When a rank takes no micro-batch and ends no step for so long, the rank that the others wait for is named, the
+    stacks of all go to RUN/logs/, and the run ends with code 1. Half of distributed_timeout_s when not given; 0: never.
+    A checkpoint may take as long as the first step."""
 
     def __post_init__(self) -> None:
         _require(
@@ -45,6 +49,18 @@ class RunConfig:
             f"run.distributed_timeout_s={self.distributed_timeout_s} must lie between 1 and run.first_step_timeout_s="
             f"{self.first_step_timeout_s}: raise that or lower it",
         )
+        _require(
+            self.hang_timeout_s is None or 0 <= self.hang_timeout_s < self.distributed_timeout_s,
+            f"run.hang_timeout_s={self.hang_timeout_s} must lie below run.distributed_timeout_s="
+            f"{self.distributed_timeout_s}, or collectives fail before it is known why: lower it or raise that",
+        )
+
+    @property
+    def resolved_hang_timeout_s(self) -> float:
+        """The time after which a run counts as hung; infinite for never."""
+        if self.hang_timeout_s is None:
+            return self.distributed_timeout_s / 2
+        return self.hang_timeout_s or float("inf")
 
 
 @dataclass

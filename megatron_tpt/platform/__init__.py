@@ -45,6 +45,8 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
     if torch.cuda.is_available():
         # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # NCCL's last calls are kept, for a hang to be understood (training/watchdog.py).
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:

@@ -12,6 +12,7 @@ from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics
 from megatron_tpt.training.stopping import StopEarly
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+from megatron_tpt.training.watchdog import Watchdog
 
 
 class Validate(Callback):
@@ -122,6 +123,7 @@ class CollectGarbage(Callback):
 def default_callbacks() -> list[Callback]:
     """Those of the training programs, in the order in which they act after a step."""
     return [
+        Watchdog(),
         StopEarly(),
         CheckNumbers(),
         Profile(),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
-from megatron_tpt.training.steps import TimedIterator, attention_is_packed, reduce_sums, run_microbatches
+from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import get_model_config
@@ -103,6 +103,7 @@ class Trainer:
         self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
         self.step = 0
         self.tokens = 0
+        self.num_batches = 0  # micro-batches that this process has taken, to train or to validate: a sign of life
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
         platform.seed_everything(recipe.run.seed)
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
@@ -219,7 +220,7 @@ class Trainer:
         training = self.recipe.training
         return run_microbatches(
             self.chunks,
-            batches,
+            self._counted(batches),
             num_microbatches=loader.num_microbatches(step),
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
@@ -227,6 +228,11 @@ class Trainer:
             num_sources=len(self.data.source_names),
             forward_only=forward_only,
         )
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.num_batches += 1
+            yield batch
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

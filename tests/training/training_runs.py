@@ -29,6 +29,29 @@ def start_training(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_ranks(program: str, recipe_path: Path, *overrides: str, num_processes: int) -> list[subprocess.Popen]:
+    """Start the ranks of a run as srun does: no launcher ends one when another ends."""
+    command = [sys.executable, "-m", program, str(recipe_path), *overrides]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_processes)}
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parent,
+        )
+        for rank in range(num_processes)
+    ]
+
+
 def finish(process: subprocess.Popen) -> str:
     """Wait for a program that must succeed."""
     output, _ = process.communicate()
@@ -95,9 +118,7 @@ class Workers:
         With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
         """
         self._grow(num_processes)
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
+        port = _free_port()
         for rank, connection in enumerate(self.connections[:num_processes]):
             node, local_rank = divmod(rank, ranks_per_node or num_processes)
             environment = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}

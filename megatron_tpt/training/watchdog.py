@@ -1,0 +1,231 @@
+"""Hangs: every rank says where it is; when a run stands still, the rank that the others wait for is named and all end.
+
+    RUN/heartbeat.json                     where the first rank is, for monitors; new every few seconds
+    RUN/logs/heartbeats/rank-00003.json    the same of every rank
+    RUN/logs/hang-START/rank-00003.txt     the stacks of all threads of a rank, of the start that hung
+    RUN/logs/hang-START/nccl/rank_3        torch's flight recorder, where NCCL is used; what it says of all ranks:
+                                           python -m torch.distributed.flight_recorder.fr_trace RUN/logs/hang-START/nccl
+
+A run goes on as long as its ranks take micro-batches, of training or validation, and end steps and checkpoints. A rank
+that waits in a collective looks the same from outside as one that never came to it. Two things tell them apart: the
+phases of a step come in one order on all ranks, so that those in the earliest phase are late; and of ranks in one phase
+those are late that are not waiting in a call of communication. Both are read off the stack of the thread that trains.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import inspect
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+
+from megatron_tpt.training.checkpoint import CheckpointSaving, save_checkpoint, start_saving
+from megatron_tpt.training.steps import TimedIterator, run_microbatches
+from megatron_tpt.training.trainer import Callback, Trainer
+
+from megatron.core.distributed import finalize_model_grads
+
+# The phases between two steps and within one, in their order.
+PHASES = (
+    "between steps",
+    "validation",
+    "checkpoint",
+    "waiting for data",
+    "forward and backward",
+    "gradient reduction",
+    "update",
+)
+# The first of these that is on the stack says which; "between steps" when none is.
+_PHASE_OF = {
+    inspect.unwrap(function).__code__: phase
+    for function, phase in (
+        (Trainer.validate, "validation"),
+        (save_checkpoint, "checkpoint"),
+        (start_saving, "checkpoint"),
+        (CheckpointSaving.finish, "checkpoint"),
+        (TimedIterator.__next__, "waiting for data"),
+        (finalize_model_grads, "gradient reduction"),
+        (run_microbatches, "forward and backward"),
+        (Trainer._train_step, "update"),
+    )
+}
+_COMMUNICATION = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
+_MAX_INTERVAL_S = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Heartbeat:
+    """Where a rank was at some time."""
+
+    rank: int
+    host: str
+    pid: int
+    time: float
+    """Seconds since 1970."""
+    step: int
+    """Steps done."""
+    num_steps: int
+    phase: str
+    """One of PHASES; "done" or "stopped" when training has ended."""
+    waits: bool = False
+    """Whether it is in a call of communication."""
+    where: str = ""
+    """The innermost line of Python that the thread which trains is at."""
+
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """How far the rank has come, to be compared."""
+        return self.step, PHASES.index(self.phase), self.waits
+
+
+def name_the_late(beats: Sequence[Heartbeat], num_ranks: int) -> str:
+    """Whom the others wait for, in one line, by the newest heartbeats of those ranks that are alive."""
+    silent = sorted(set(range(num_ranks)) - {beat.rank for beat in beats})
+    if silent:
+        return f"no sign of life from rank {', '.join(map(str, silent))}"
+    earliest = min(beats, key=lambda beat: beat.place)
+    late = sorted((beat for beat in beats if beat.place == earliest.place), key=lambda beat: beat.rank)
+    where = f"after step {earliest.step}: {earliest.phase}, at {late[0].where}"
+    if len(late) == num_ranks > 1:
+        return f"all ranks are at the same place {where}"
+    names = ", ".join(f"{beat.rank} ({beat.host})" for beat in late)
+    return f"{'the others wait for ' if num_ranks > 1 else ''}rank {names} {where}"
+
+
+def _stack(thread_id: int) -> list[FrameType]:
+    """The frames of a thread of this process, innermost first."""
+    frame: FrameType | None = sys._current_frames()[thread_id]
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+class Watchdog(Callback):
+    """A thread on each rank that writes heartbeats, and ends the process when the run stands still for too long: after
+    run.hang_timeout_s within a step; run.first_step_timeout_s until the first one is done, and for a checkpoint."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.first_step = trainer.step
+        self.rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.timeout_s = trainer.recipe.run.resolved_hang_timeout_s
+        self.interval_s = min(_MAX_INTERVAL_S, self.timeout_s / 10)
+        self.thread_id = threading.get_ident()
+        self.fit_frame = next(frame for frame in _stack(self.thread_id) if frame.f_code is Trainer.fit.__code__)
+        self.logs = trainer.recipe.run.output_dir / "logs"
+        (self.logs / "heartbeats").mkdir(parents=True, exist_ok=True)
+        self._write(self._beat("between steps"))
+        start = [time.strftime("%Y%m%d-%H%M%S", time.gmtime())]
+        torch.distributed.broadcast_object_list(start)  # from here on there is a heartbeat of every rank
+        self.hang_folder = self.logs / f"hang-{start[0]}"
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.thread.start()
+
+    def after_training(self, trainer: Trainer) -> None:
+        self.is_over.set()
+        self.thread.join()
+        del self.fit_frame
+        self._write(self._beat("done" if trainer.step == trainer.recipe.training.num_steps else "stopped"))
+
+    def _beat(self, phase: str, waits: bool = False, where: str = "") -> Heartbeat:
+        step, num_steps = self.trainer.step, self.trainer.recipe.training.num_steps
+        return Heartbeat(
+            self.rank, socket.gethostname(), os.getpid(), time.time(), step, num_steps, phase, waits, where
+        )
+
+    def _observe(self) -> Heartbeat | None:
+        """Where the thread that trains is; None when an exception has ended training."""
+        stack = _stack(self.thread_id)
+        if not any(frame is self.fit_frame for frame in stack):
+            return None
+        codes = {frame.f_code for frame in stack}
+        phase = next((phase for code, phase in _PHASE_OF.items() if code in codes), PHASES[0])
+        innermost = stack[0]
+        file_name = innermost.f_code.co_filename
+        return self._beat(
+            phase,
+            waits=any(part in file_name for part in _COMMUNICATION),
+            where=f"{'/'.join(Path(file_name).parts[-2:])}:{innermost.f_lineno} {innermost.f_code.co_qualname}",
+        )
+
+    def _beat_path(self, rank: int) -> Path:
+        return self.logs / "heartbeats" / f"rank-{rank:05d}.json"
+
+    def _write(self, beat: Heartbeat) -> None:
+        paths = [self._beat_path(self.rank)]
+        if self.rank == 0:
+            paths.append(self.logs.parent / "heartbeat.json")
+        for path in paths:
+            temporary = path.with_name(f".tmp-{path.name}")
+            with contextlib.suppress(OSError):  # a full disk alone ends no run
+                temporary.write_text(json.dumps(dataclasses.asdict(beat)))
+                temporary.replace(path)
+
+    def _watch(self) -> None:
+        progress, waited_s = None, 0.0
+        while not self.is_over.wait(self.interval_s):
+            beat = self._observe()
+            if beat is None:
+                return
+            self._write(beat)
+            # Only time in which this thread ran counts: a whole job may be suspended.
+            waited_s += self.interval_s
+            if (latest := (beat.step, self.trainer.num_batches, beat.phase)) != progress:
+                progress, waited_s = latest, 0.0
+            if waited_s >= self._limit_s(beat) or self.hang_folder.exists():
+                self._end(waited_s)
+
+    def _limit_s(self, beat: Heartbeat) -> float:
+        if self.timeout_s == math.inf or (beat.step > self.first_step and beat.phase != "checkpoint"):
+            return self.timeout_s
+        return max(self.timeout_s, 0.9 * self.trainer.recipe.run.first_step_timeout_s)  # before collectives fail
+
+    def _end(self, waited_s: float) -> None:
+        """Leave behind what is known, and end this process: the thread that trains will not."""
+        try:
+            self._dump()
+            time.sleep(3 * self.interval_s)  # for the other ranks to find out and do the same
+            beats = list(self._read_beats())
+            if self.rank == min((beat.rank for beat in beats), default=self.rank):
+                print(
+                    f"error: no progress for {waited_s:.0f} s (run.hang_timeout_s): "
+                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        except Exception:
+            traceback.print_exc()
+        for process in psutil.Process().children(recursive=True):
+            process.kill()  # those that read ahead and write checkpoints would outlive this one
+        os._exit(1)
+
+    def _dump(self) -> None:
+        self.hang_folder.mkdir(exist_ok=True)  # the other ranks look for it
+        with (self.hang_folder / f"rank-{self.rank:05d}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        if torch.distributed.get_backend() == "nccl":
+            trace = self.hang_folder / "nccl" / f"rank_{self.rank}"
+            trace.parent.mkdir(exist_ok=True)
+            trace.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
+
+    def _read_beats(self) -> Iterator[Heartbeat]:
+        """The newest heartbeat of every rank that is alive."""
+        alive_since = time.time() - self.timeout_s / 2
+        for path in (self._beat_path(rank) for rank in range(self.num_ranks)):
+            if path.exists() and (beat := Heartbeat(**json.loads(path.read_text()))).time >= alive_since:
+                yield beat
