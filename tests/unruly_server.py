@@ -22,8 +22,15 @@ KEY = "sk-secret-0123456789"
 class UnrulyServer:
     """Serves `MODEL` at `url` from a thread of its own, until `stop`; `start` opens the same port again."""
 
-    def __init__(self, *, owner: str = "somebody", models: tuple[str, ...] = (MODEL,), key: str | None = None) -> None:
-        self.owner, self.models, self.key = owner, models, key
+    def __init__(
+        self,
+        *,
+        owner: str = "somebody",
+        models: tuple[str, ...] = (MODEL,),
+        key: str | None = None,
+        context: int | None = None,
+    ) -> None:
+        self.owner, self.models, self.key, self.context = owner, models, key, context
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -84,7 +91,7 @@ class UnrulyServer:
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
-        listed = [{"id": name, "owned_by": self.owner} for name in self.models]
+        listed = [{"id": name, "owned_by": self.owner, "max_model_len": self.context} for name in self.models]
         return self._refusal(request) or web.json_response({"data": listed})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

@@ -11,12 +11,13 @@ the failure says of the server, and what of the request, is told apart:
 
 import asyncio
 import functools
+import math
 import queue
 import random
 import time
 from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tpt.errors import UserError
@@ -24,6 +25,7 @@ from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, 
 from megatron_tpt.generation.http_client import HttpClient
 from megatron_tpt.generation.openai_api import (
     PATHS,
+    ListedModel,
     UnusableAnswer,
     check_status,
     parse_answer,
@@ -66,7 +68,7 @@ class Server:
     in_flight: int = 0
     is_open: bool = False
     """It has listed our model since it was last out of reach."""
-    is_vllm: bool = False
+    listed: ListedModel = field(default_factory=ListedModel)
     rests_until_s: float = 0.0
     last_rest_s: float = float("-inf")
     num_failures: int = 0
@@ -218,9 +220,15 @@ class Dispatcher:
     async def _ask(self, request: Request, server: Server) -> Completion | Failure:
         options = self._options
         url = server.url + PATHS[options.api]
+        listed = server.listed
         body = request_body(
-            request, options.model, options.api, is_vllm=server.is_vllm, max_model_len=options.max_model_len
+            request, options.model, options.api, is_vllm=listed.is_vllm, max_model_len=options.max_model_len
         )
+        if options.max_model_len is None and request.sampling.max_new_tokens >= (listed.context or math.inf):
+            raise UserError(
+                f"{server.url}: its context is {listed.context} tokens, which leaves no room for a prompt beside "
+                f"{request.sampling.max_new_tokens} new ones; lower --max-new-tokens, or have a server with more"
+            )
         return parse_answer(url, *await self._client.post(url, body))
 
     def _finish(self, job: Job, outcome: Completion | Failure) -> None:
@@ -321,4 +329,4 @@ class Dispatcher:
         name = self._options.model
         if name not in models and len(models) == 1:
             raise UserError(f"{url} lists one model, {next(iter(models))!r}, and not {name!r}; ask for that one")
-        server.is_vllm = models.get(name, False)
+        server.listed = models.get(name, ListedModel())

@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
@@ -139,10 +140,23 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def parse_models(url: str, body: bytes) -> dict[str, bool]:
-    """The models that a server lists, and for each whether vLLM serves it; UnusableAnswer for what is no list."""
+@dataclass(frozen=True)
+class ListedModel:
+    """What a server says of a model that it has."""
+
+    is_vllm: bool = False
+    """Whether vLLM serves it."""
+    context: int | None = None
+    """Tokens of a prompt and its completion together, where the server tells, as vLLM does."""
+
+
+def parse_models(url: str, body: bytes) -> dict[str, ListedModel]:
+    """The models that a server lists, by name; UnusableAnswer for what is no list."""
     try:
-        return {str(entry["id"]): entry.get("owned_by") == "vllm" for entry in orjson.loads(body)["data"]}
+        return {
+            str(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", entry.get("max_model_len"))
+            for entry in orjson.loads(body)["data"]
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnusableAnswer("invalid_response", f"{url}: the list of models cannot be read", counts=False) from error
 

@@ -174,6 +174,18 @@ def test_another_model_is_named(server: UnrulyServer) -> None:
         pass
 
 
+def test_a_server_whose_context_the_new_tokens_fill_is_named(server: UnrulyServer) -> None:
+    server.context = SAMPLING.max_new_tokens
+    message = rf"{server.url}: its context is 7 tokens.*lower --max-new-tokens"
+    with open_engine(options(server)) as engine, pytest.raises(UserError, match=message):
+        ask(engine, ["ok 0"])
+    assert not server.bodies
+    server.context = SAMPLING.max_new_tokens + 1
+    with open_engine(options(server)) as engine:
+        ask(engine, ["ok 0"])
+    assert len(server.bodies) == 1
+
+
 def test_requests_are_taken_as_places_become_free(server: UnrulyServer) -> None:
     server.delay_s = 0.01
     taken = 0

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_three_documents_are_thought_about_by_any_chat_server(tmp_path: Path) -> None:
     command = re.search(r"^python (tools/augment\.py (?:.|\n)*?--api chat)$", (ROOT / "README.md").read_text(), re.M)
     assert command is not None
-    model = make_model(tmp_path / "model", context=2048, chat_template=CHAT_TEMPLATE)
+    model = make_model(tmp_path / "model", context=16384, chat_template=CHAT_TEMPLATE)
     with vllm_server(model) as url:
         words = command[1].replace("\\\n", " ").replace("NAME", model).replace("http://localhost:8000", url)
         words = words.replace("runs/three", str(tmp_path / "three"))
