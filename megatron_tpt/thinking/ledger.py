@@ -92,22 +92,28 @@ class IdSet:
     _MAX_RECENT = 1 << 16
 
     def __init__(self) -> None:
-        self._sorted = numpy.empty(0, dtype=numpy.uint64)
+        # Sorted, each more than twice as long as the next: few to search, and each digest is merged few times.
+        self._runs: list[numpy.ndarray] = []
         self._recent: set[int] = set()
 
     def __contains__(self, digest: int) -> bool:
-        if digest in self._recent:
-            return True
-        at = int(numpy.searchsorted(self._sorted, numpy.uint64(digest)))
-        return at < len(self._sorted) and int(self._sorted[at]) == digest
+        return digest in self._recent or any(_holds(run, digest) for run in self._runs)
 
     def add(self, digest: int) -> None:
         """Add one."""
         self._recent.add(digest)
-        if len(self._recent) > max(self._MAX_RECENT, len(self._sorted) // 8):
+        if len(self._recent) > self._MAX_RECENT:
             self.update(numpy.fromiter(self._recent, dtype=numpy.uint64, count=len(self._recent)))
             self._recent.clear()
 
     def update(self, digests: numpy.ndarray) -> None:
         """Add many, as uint64."""
-        self._sorted = numpy.union1d(self._sorted, digests)
+        run = numpy.sort(digests)
+        while self._runs and len(self._runs[-1]) <= 2 * len(run):
+            run = numpy.sort(numpy.concatenate([self._runs.pop(), run]), kind="stable")  # merges what is sorted
+        self._runs.append(run)
+
+
+def _holds(run: numpy.ndarray, digest: int) -> bool:
+    at = int(numpy.searchsorted(run, numpy.uint64(digest)))
+    return at < len(run) and int(run[at]) == digest
