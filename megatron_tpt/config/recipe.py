@@ -541,11 +541,14 @@ class LoggingConfig:
     peak_tflops: float | None = None
     """Dense peak of one accelerator in TFLOP/s, of which MFU is a part; from a table of NVIDIA's A100, H100, H200 and
     B200 when not given. There is no MFU on devices that are not in it."""
+    straggler_factor: float = 1.5
+    """Name the ranks that take more than this many times as long as the median rank for data, forward and backward."""
     wandb_project: str | None = None
     """Also report to this project of Weights & Biases (package wandb; its key is read from its own settings)."""
 
     def __post_init__(self) -> None:
         _require(self.log_interval >= 1, f"logging.log_interval={self.log_interval} must be 1 or more")
+        _require(self.straggler_factor > 1, f"logging.straggler_factor={self.straggler_factor} must be above 1")
 
 
 @dataclass

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import math
 import os
+import socket
 from collections.abc import Iterator
 
 import torch
@@ -94,3 +95,9 @@ def seed_everything(seed: int) -> None:
 def is_first_rank() -> bool:
     """Whether this process is the one that reports (global rank 0)."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def rank_name() -> str:
+    """This process for people to find: its rank, its GPU and the machine."""
+    gpu = f"GPU {torch.cuda.current_device()} of " if torch.cuda.is_available() else ""
+    return f"{torch.distributed.get_rank()} ({gpu}{socket.gethostname()})"

@@ -11,7 +11,6 @@ to the last checkpoint and pass over the data of the steps since.
 import dataclasses
 import json
 import math
-import socket
 import statistics
 from pathlib import Path
 from typing import Any
@@ -137,9 +136,8 @@ class CheckNumbers(Callback):
 
 def _compare(first: _Result, second: _Result, is_good: bool) -> str:
     """What the second result of a bad step says of the first, in one line. All ranks call it."""
-    device = f"GPU {torch.cuda.current_device()} of " if torch.cuda.is_available() else ""
     own = {
-        "name": f"{torch.distributed.get_rank()} ({device}{socket.gethostname()})",
+        "name": platform.rank_name(),
         "losses": _are_equal(first.own_losses, second.own_losses),
         "gradients": _are_equal(first.gradient_sums, second.gradient_sums),
     }

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.steps import reduce_sums
+from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
 from megatron.core import parallel_state
@@ -168,6 +170,7 @@ class Window:
         self.loss_sums = torch.zeros(len(names), 4, dtype=torch.float64, device=platform.device())
         self.step_seconds: list[float] = []
         self.data_wait_s = 0.0
+        self.own_work_s: list[float] = []  # of the steps that this process has done and not skipped
         self.num_tokens = 0
         self.earlier_s = 0.0
         self.began = time.perf_counter()
@@ -177,6 +180,8 @@ class Window:
         self.loss_sums += report.loss_sums
         self.step_seconds.append(report.seconds)
         self.data_wait_s += report.data_wait_s
+        if report.num_tokens:
+            self.own_work_s.append(report.own_work_s)
         self.num_tokens += report.num_tokens
 
     @property
@@ -232,6 +237,7 @@ class ReportMetrics(Callback):
         self.window = Window(names) if self.restored is None else Window.from_state(self.restored, names)
         self.flops_per_token = metrics.model_flops_per_token(recipe.model, recipe.training.sequence_length)
         self.peak_tflops = self._peak_tflops(recipe)
+        self.stragglers = Stragglers()
 
     def _peak_tflops(self, recipe: Recipe) -> float | None:
         """The peak that MFU is a part of: the recipe's, or that of the device. Says which it is."""
@@ -262,10 +268,14 @@ class ReportMetrics(Callback):
         self.window.add(report)
         if trainer.step % trainer.recipe.logging.log_interval == 0 or trainer.step == trainer.recipe.training.num_steps:
             values = self._measure(trainer, report, self.window)
+            slowdowns = self.stragglers.compare(statistics.mean(self.window.own_work_s or [0.0]))
+            slowest = max(slowdowns, key=lambda one: one.ratio)
+            values |= {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
             trainer.metrics.write(trainer.step, values)
             if platform.is_first_rank():
                 num_steps = trainer.recipe.training.num_steps
                 print(f"step {trainer.step:>7}/{num_steps}  {console_line(values)}", flush=True)
+            self.stragglers.warn(slowdowns, trainer.recipe.logging.straggler_factor)
             self.window = Window(trainer.data.source_names)
 
     def _measure(self, trainer: Trainer, report: StepReport, window: Window) -> dict[str, float]:

@@ -28,6 +28,7 @@ from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
+from megatron_tpt.training.stragglers import OwnWork
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import get_model_config
@@ -49,6 +50,8 @@ class StepReport:
     """Wall time of the step, data included."""
     data_wait_s: float
     """Part of it spent waiting for data."""
+    own_work_s: float
+    """Part of it until this rank's own gradients were there (see stragglers.py), data_wait_s included."""
 
 
 class RollBack(Exception):
@@ -113,6 +116,7 @@ class Trainer:
             load_weights(recipe.training.init_from, gpts)
         self.chunks = wrap_model(gpts, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
+        self.own_work = OwnWork(self.chunks)
         self.schedule = build_schedule(self.optimizer, recipe)
         if newest is not None:
             self._resume(newest)
@@ -172,6 +176,7 @@ class Trainer:
 
     def _train_step(self, batches: TimedIterator) -> StepReport:
         begin, waited_before = time.perf_counter(), batches.waited_s
+        self.own_work.start()
         learning_rate = current_learning_rate(self.optimizer)
         if self.recipe.training.skips(self.step + 1):
             return self._pass_over(begin)
@@ -187,7 +192,7 @@ class Trainer:
             )
         num_tokens = self._advance()
         seconds, waited_s = time.perf_counter() - begin, batches.waited_s - waited_before
-        return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s)
+        return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s, self.own_work.seconds)
 
     def _forward_backward(self, batches: Any) -> torch.Tensor:
         for chunk in self.chunks:
@@ -206,7 +211,7 @@ class Trainer:
         learning_rate = current_learning_rate(self.optimizer)
         self._advance()
         no_loss = torch.zeros(len(self.data.source_names), 4, device=platform.device())
-        return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0)
+        return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0, 0.0)
 
     def _advance(self) -> int:
         """Count a step. Returns the tokens of its global batch."""
