@@ -13,24 +13,21 @@ import contextlib
 import io
 import json
 import platform as machine
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from random_corpus import VOCAB_SIZE, make_indices
+
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
-from megatron_tpt.indexing.index import index
-from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
-from megatron_tpt.indexing.train_tokenizer import train_tokenizer
-from megatron_tpt.records import Record, write_records
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,23 +50,8 @@ class BenchmarkOptions:
     """Where the figures go."""
 
 
-def make_index(folder: Path) -> Path:
-    """An index of random words, with thinking."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(500)]
-    records = (
-        Record(f"{i}", " ".join(draw.choices(words, k=60)), " ".join(draw.choices(words, k=60))) for i in range(500)
-    )
-    write_records(folder / "records.jsonl", records)
-    tokenizer = train_tokenizer(
-        TrainTokenizerOptions(input=[folder / "records.jsonl"], output=folder / "tokenizer", vocab_size=512)
-    )
-    index(IndexOptions(input=[folder / "records.jsonl"], tokenizer=tokenizer, output=folder / "corpus"))
-    return folder / "corpus"
-
-
 def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
-    """A run that is never over, reports every 10 steps and saves nothing."""
+    """A run that reports every 10 steps, and is over (and saves) after the last piece."""
     return recipe_from_dict(
         PretrainRecipe,
         {
@@ -78,7 +60,7 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
                 "num_layers": options.num_layers,
                 "hidden_size": options.hidden_size,
                 "ffn_hidden_size": 3 * options.hidden_size,
-                "vocab_size": 512,
+                "vocab_size": VOCAB_SIZE,
             },
             "training": {
                 "num_steps": options.steps * (options.rounds + 1) + 1,
@@ -89,7 +71,7 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
             },
             "optimizer": {"schedule": "constant"},
             "logging": {"tensorboard": False},
-            "data": {"train": str(make_index(folder))},
+            "data": {"train": make_indices(folder, 1, num_documents=500)},
         },
     )
 
@@ -122,42 +104,45 @@ def bare_steps(trainer: Any, batches: Iterator[Any], num_steps: int) -> None:
         trainer.schedule.step(1)
 
 
-def measure(work: Callable[[], None]) -> tuple[float, float]:
+def clocks() -> tuple[float, float]:
     """Seconds on the clock, and of this process on the cores."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter(), time.process_time()
+
+
+def since(begin: tuple[float, float]) -> tuple[float, float]:
+    """Seconds since then, of either clock."""
+    wall, cpu = clocks()
+    return wall - begin[0], cpu - begin[1]
 
 
 def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[str, list[tuple[float, float]]]:
-    """Seconds (clock, cores) of every piece of either loop."""
+    """Seconds (clock, cores) of every piece of either loop, the first of each left out."""
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
-    from megatron_tpt.training.steps import TimedIterator
-    from megatron_tpt.training.trainer import Trainer
+    from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+
+    pieces: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+
+    class TakeTurns(Callback):
+        """Lets the bare loop have a piece after every piece of the trainer's."""
+
+        def before_training(self, trainer: Trainer) -> None:
+            self.batches = cycle(list(islice(trainer.data.train.iterate(0, options.steps), 2 * options.steps)))
+            self.begin = clocks()
+
+        def after_step(self, trainer: Trainer, report: StepReport) -> None:
+            if trainer.step % options.steps:
+                return
+            pieces["ours"].append(since(self.begin))
+            begin = clocks()
+            bare_steps(trainer, self.batches, options.steps)
+            pieces["bare"].append(since(begin))
+            self.begin = clocks()
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
-        batches = TimedIterator(trainer.data.train.iterate(0, recipe.training.num_steps))
-        kept = cycle(list(islice(trainer.data.train.iterate(0, options.steps), 2 * options.steps)))
-        for callback in trainer.callbacks:
-            callback.before_training(trainer)
-
-        def ours() -> None:
-            for _ in range(options.steps):
-                report = trainer._train_step(batches)
-                for callback in trainer.callbacks:
-                    callback.after_step(trainer, report)
-
-        loops = {"ours": ours, "bare": lambda: bare_steps(trainer, kept, options.steps)}
-        for work in loops.values():
-            work()
-        pieces: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
-        for number in range(options.rounds):
-            for name in sorted(loops, reverse=number % 2 == 0):
-                pieces[name].append(measure(loops[name]))
-    return pieces
+        Trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), TakeTurns()]).fit()
+    return {name: seconds[1:] for name, seconds in pieces.items()}
 
 
 def main() -> None:
