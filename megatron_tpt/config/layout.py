@@ -75,6 +75,8 @@ def _check_precision(recipe: Recipe) -> None:
 
 def _check_optimizer(recipe: Recipe) -> None:
     """Megatron Core's limits on Muon."""
+    if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
+        raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")
     if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "fp32":
         raise UserError(
             "optimizer.name=muon in training.dtype=fp32 cannot be split over data-parallel processes: give "

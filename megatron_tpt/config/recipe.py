@@ -196,6 +196,9 @@ class ParallelConfig:
     """Also split norms and dropout along the sequence over the tensor-parallel group, which must be more than one."""
     distributed_optimizer: bool = True
     """Split the optimizer state over the data-parallel group (ZeRO 1)."""
+    fsdp: Literal["none", "optim", "optim_grads", "optim_grads_params"] = "none"
+    """Megatron FSDP in place of the buffers of distributed_optimizer: what is split over the data-parallel group. The
+    optimizer state (ZeRO 1), gradients too (ZeRO 2), parameters too (ZeRO 3), which are gathered layer by layer."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -222,6 +225,17 @@ class ParallelConfig:
         _require(
             not self.overlap_param_gather or (self.distributed_optimizer and self.overlap_grad_reduce),
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce",
+        )
+        _require(
+            self.fsdp == "none"
+            or (self.distributed_optimizer and self.tensor_parallel_size == self.pipeline_parallel_size == 1),
+            f"parallel.fsdp={self.fsdp} needs parallel.distributed_optimizer, and tensor_parallel_size and "
+            f"pipeline_parallel_size of 1",
+        )
+        # Megatron Core 0.19.2 does not reduce the gradients otherwise: they are each rank's own.
+        _require(
+            self.fsdp != "optim" or self.overlap_grad_reduce,
+            "parallel.fsdp=optim needs parallel.overlap_grad_reduce",
         )
 
     @property
@@ -300,8 +314,8 @@ class OptimizerConfig:
     """Factor of an orthogonalised update of a matrix: the root of max(rows, columns), of rows / columns, or of
     max(1, rows / columns)."""
     muon_scale_factor: float = 0.2
-    """A further factor of it. 0.2 with spectral scaling gives the updates the size of AdamW's, so that one learning rate
-    and weight decay serve both (arXiv 2502.16982, section 2.2); 1.0 suits the other scales."""
+    """A further factor of it. 0.2 with spectral scaling gives the updates the size of AdamW's, so that one learning
+    rate and weight decay serve both (arXiv 2502.16982, section 2.2); 1.0 suits the other scales."""
     muon_split_qkv: bool = True
     """Orthogonalise the projections to queries, keys and values each by itself, though they are stored as one matrix;
     those of the gated feed-forward network are always one."""

@@ -70,7 +70,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
         **core_settings(model, parallel, training, transformer_engine=transformer_engine, on_gpu=on_gpu),
-        gradient_accumulation_fusion=fuses_gradient_accumulation(),
+        gradient_accumulation_fusion=fuses_gradient_accumulation() and parallel.fsdp == "none",
     )
 
 

@@ -44,8 +44,10 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
     parallel.data_parallel_size(world_size_from_environment())  # refuses a layout that does not fit
     timeout = datetime.timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
-        # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them;
+        # its FSDP wants them side by side.
+        if parallel.fsdp == "none":
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # NCCL's last calls are kept, for a hang to be understood (training/watchdog.py).
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -90,6 +92,15 @@ def seed_everything(seed: int) -> None:
     place = 100 * parallel_state.get_pipeline_model_parallel_rank() + 10 * data_rank
     torch.manual_seed(seed + place)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + place)
+
+
+def fsdp_construction() -> contextlib.AbstractContextManager[None]:
+    """What Megatron FSDP is built in on this machine."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    from megatron_tpt.platform.cpu import fsdp_construction_on_cpu
+
+    return fsdp_construction_on_cpu()
 
 
 def is_first_rank() -> bool:

@@ -7,8 +7,10 @@ nothing else. It is called where torch has no CUDA device, never otherwise.
 Line numbers are those of megatron-core 0.19.2.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +40,25 @@ class _NoStream:
 
     def wait_stream(self, *args: Any) -> None: ...
 
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> "_NoEvent":
+        return _NoEvent()
+
     def synchronize(self) -> None: ...
+
+
+class _NoEvent:
+    """A CUDA event that has happened."""
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -91,6 +111,36 @@ def patch_device_calls() -> None:
     torch.cuda.current_stream = _NoStream  # type: ignore[assignment, misc]
 
 
+def patch_fsdp() -> None:
+    """Megatron FSDP works on streams of its own (distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py:406,
+    param_and_grad_buffer.py:3969) and over a mesh of CUDA devices (distributed/fsdp/mcore_fsdp_adapter.py:437)."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    torch.cuda.Stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment, misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, misc]
+    from_group = DeviceMesh.from_group
+
+    def from_group_on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, "cpu" if _is_cuda(device_type) else device_type, *args, **kwargs)
+
+    DeviceMesh.from_group = from_group_on_cpu  # type: ignore[method-assign, assignment]
+
+
+@contextlib.contextmanager
+def fsdp_construction_on_cpu() -> Iterator[None]:
+    """While Megatron FSDP is built, the current device has a number: it compares its device with f"cuda:{number}"
+    (megatron_fsdp.py:234), and warns that they differ, as they should here."""
+    log = logging.getLogger("megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp")
+    current_device, level = torch.cuda.current_device, log.level
+    torch.cuda.current_device = lambda: 0
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = current_device
+        log.setLevel(level)
+
+
 def patch_random_state() -> None:
     """CUDA's random state becomes the CPU's: tensor_parallel/random.py:104-175 and :303-308; :446 seeds it."""
     from megatron.core.tensor_parallel import random
@@ -121,5 +171,6 @@ def adapt_megatron_to_cpu() -> None:
     patch_tensor_moves()
     patch_tensor_type_names()
     patch_device_calls()
+    patch_fsdp()
     patch_random_state()
     _adapted = True

@@ -20,6 +20,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.recipe import FaultsConfig
 from megatron_tpt.files import atomic_write
+from megatron_tpt.training.optimizer import local_gradient
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
 
 _NUM_NAMED = 3
@@ -32,7 +33,7 @@ class _Result:
     own_losses: torch.Tensor
     """This rank's loss sums [num_sources, 4], before any other rank had to do with them."""
     gradient_sums: torch.Tensor
-    """Sums of the buffers that hold the gradients: [num_buffers]. Ranks that reduced them together have the same."""
+    """Sums of the buffers that hold the gradients, or of their shards: [num_buffers]. Ranks that reduced them together have the same."""
     loss: float
     """Mean of the global batch."""
     is_finite: bool
@@ -41,8 +42,12 @@ class _Result:
 
 def _measure(trainer: Trainer, loss_sums: torch.Tensor) -> _Result:
     """One pass over the gradients, one reduction, one wait for the device."""
-    buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    gradient_sums = torch.stack([buffer.grad_data.sum(dtype=torch.float32) for buffer in buffers])
+    if trainer.recipe.parallel.fsdp != "none":
+        gradients = [local_gradient(value) for gpt in trainer.gpts for value in gpt.parameters()]
+    else:
+        buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        gradients = [buffer.grad_data for buffer in buffers]
+    gradient_sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
     document_loss, document_tokens, thinking_loss, thinking_tokens = loss_sums.double().sum(dim=0)
     is_bad = (~gradient_sums.isfinite().all()).double()
     # Ranks that share a batch (tensor parallelism) count it several times, in both sums.
@@ -172,7 +177,7 @@ def _diagnose(trainer: Trainer, loss_sums: torch.Tensor) -> str:
     own = {
         "rank": torch.distributed.get_rank(),
         "loss_is_finite": bool(loss_sums.isfinite().all()),
-        "parameters": [name for name, value in named if not value.main_grad.isfinite().all()],
+        "parameters": [name for name, value in named if not local_gradient(value).isfinite().all()],
         "samples": [i for part in range(loader.num_microbatches(step)) for i in loader.sample_indices(step, part)],
     }
     every: list[Any] = [None] * torch.distributed.get_world_size()

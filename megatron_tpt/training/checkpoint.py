@@ -29,6 +29,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
 from megatron_tpt.platform.background import BackgroundWork
+from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -60,12 +61,15 @@ class SaveError(UserError):
 def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
     """The weights of each piece of the model as sharded tensors, without the `_extra_state` entries, in which
     Transformer Engine keeps FP8 statistics and everything else nothing."""
+    pieces = {f"piece_{i}": (gpt, _entries(gpt)) for i, gpt in enumerate(_pieces(model))}
     return {
-        f"piece_{i}": {
-            key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith("_extra_state")
-        }
-        for i, gpt in enumerate(_pieces(model))
+        name: fsdp_checkpoint.whole_weights(entries, gpt) if fsdp_checkpoint.is_sharded(gpt) else entries
+        for name, (gpt, entries) in pieces.items()
     }
+
+
+def _entries(gpt: GPTModel) -> dict[str, Any]:
+    return {key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith("_extra_state")}
 
 
 def _pieces(model: GPTModel | Sequence[GPTModel]) -> Sequence[GPTModel]:
@@ -309,7 +313,12 @@ def start_saving(
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
         state["trainer"]["optimizer"] = optimizer.config.optimizer
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=OPTIMIZER_FORMAT)
+        (first, *_), weights = _pieces(model), state["model"]
+        if fsdp_checkpoint.is_sharded(first):
+            (own,) = members(optimizer)
+            state["optimizer"] = fsdp_checkpoint.optimizer_state(first, weights["piece_0"], own, is_loading=False)
+        else:
+            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_FORMAT)
         state["random_state"] = _sharded_random_state()
 
     def write_small_files() -> None:
@@ -386,19 +395,25 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
             f"{folder} was written with optimizer.name={written_by}: go on with that, or start in another "
             f"run.output_dir (training.init_from takes the weights)"
         )
-    _make_torch_adam_loadable(optimizer)
-    weights = weights_state(model)
-    state: dict[str, Any] = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=OPTIMIZER_FORMAT),
-    }
+    (first, *_), state = _pieces(model), dict[str, Any]()
+    under_fsdp = fsdp_checkpoint.is_sharded(first)
+    if under_fsdp:
+        (own,) = members(optimizer)
+        state["optimizer"] = fsdp_checkpoint.optimizer_state(first, _entries(first), own, is_loading=True)
+    else:
+        _make_torch_adam_loadable(optimizer)
+        state["model"] = weights_state(model)
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=OPTIMIZER_FORMAT)
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
         state["random_state"] = _sharded_random_state()
     loaded = dist_checkpointing.load(state, str(folder))
-    _set_weights(model, loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    _give_each_parameter_its_step(optimizer)
+    if under_fsdp:
+        fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
+    else:
+        _set_weights(model, loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])
     return trainer_state

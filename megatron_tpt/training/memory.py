@@ -117,7 +117,8 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
 
     Weights in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments or Muon's one in
     fp32 and, in bf16, fp32 main weights; the last two are split over the data- and context-parallel ranks with the
-    distributed optimizer: Muon's by whole matrices, so about evenly.
+    distributed optimizer: Muon's by whole matrices, so about evenly. FSDP also splits gradients, and weights, of which
+    the gathered layer at work is not counted.
     """
     parallel, training = recipe.parallel, recipe.training
     value_bytes, state_bytes = (4, 8) if training.dtype == "fp32" else (2, 12)
@@ -129,8 +130,10 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
         state = parameters * state_bytes
         if recipe.optimizer.name == "muon":
             state -= 4 * stage_matrices(recipe.model, parallel, stage)
+        weights = parameters * value_bytes / (shards if parallel.fsdp == "optim_grads_params" else 1)
+        gradients = parameters * 4 / (shards if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1)
         activations = stage_activations(recipe, stage, num_microbatches)
-        result.append(Memory(parameters * value_bytes, parameters * 4, state / shards, activations))
+        result.append(Memory(weights, gradients, state / shards, activations))
     return result
 
 

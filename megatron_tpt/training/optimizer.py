@@ -4,13 +4,17 @@ import importlib.util
 import math
 from typing import Any
 
-from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
+import torch
+from torch.distributed.tensor import DTensor
+
+from megatron_tpt import platform
 from megatron_tpt.config.recipe import OptimizerConfig, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import TORCH_DTYPES
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import ParamKey, ParamPredicate, get_megatron_optimizer, get_standard_config_overrides
@@ -42,9 +46,26 @@ def _whole_matrices_layout(
     )
 
 
-def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel]:
+def _shard_model(gpt: GPTModel, recipe: Recipe) -> FullyShardedDataParallel:
+    parallel = recipe.parallel
+    config = DistributedDataParallelConfig(
+        use_megatron_fsdp=True,
+        use_distributed_optimizer=True,
+        data_parallel_sharding_strategy=parallel.fsdp,
+        megatron_fsdp_main_params_dtype=torch.float32,
+        megatron_fsdp_main_grads_dtype=torch.float32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    with platform.fsdp_construction():
+        return FullyShardedDataParallel(get_model_config(gpt), config, gpt, device=platform.device())
+
+
+def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel | FullyShardedDataParallel]:
     """The pieces of the model with gradient buffers that are reduced over the data-parallel group, in fp32."""
     parallel = recipe.parallel
+    if parallel.fsdp != "none":
+        return [_shard_model(gpt, recipe) for gpt in gpts]
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -88,7 +109,9 @@ def _muon_settings(settings: OptimizerConfig, *, distributed: bool) -> dict[str,
     )
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: list[DistributedDataParallel | FullyShardedDataParallel], recipe: Recipe
+) -> MegatronOptimizer:
     """The optimizer over the pieces of a wrapped model; also tells the model's configuration how its gradients are
     finished.
 
@@ -125,7 +148,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], recipe: Recipe) -> Me
     for config in map(get_model_config, chunks):
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
-        if recipe.parallel.overlap_grad_reduce:
+        # FSDP reduces gradients after every micro-batch unless it is told which is the last.
+        if recipe.parallel.overlap_grad_reduce or recipe.parallel.fsdp != "none":
             no_sync = [chunk.no_sync for chunk in chunks]
             config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return optimizer
@@ -150,6 +174,14 @@ def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPar
         wsd_decay_steps=settings.wsd_decay_steps or max(1, decay_steps // 10),
         lr_wsd_decay_style=settings.wsd_decay_shape,
     )
+
+
+def local_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter's gradient after the backward pass: all of it, or a shard under FSDP (which may
+    be empty)."""
+    if isinstance(parameter, DTensor):
+        return parameter.grad.to_local() if parameter.grad is not None else torch.zeros(0, device=parameter.device)
+    return parameter.main_grad
 
 
 def current_learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict
@@ -135,10 +136,13 @@ def parameter_norm(chunks: Sequence[torch.nn.Module]) -> float:
     matrix on the first pipeline stage.
     """
     total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    group = parallel_state.get_model_parallel_group()
     for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
+        if isinstance(parameter, DTensor):  # Megatron FSDP's
+            parameter, group = parameter.to_local(), parallel_state.get_data_parallel_group(with_context_parallel=True)
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
             total += torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32).double() ** 2
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    torch.distributed.all_reduce(total, group=group)
     return float(total.sqrt())
 
 

@@ -262,7 +262,7 @@ class Trainer:
     @property
     def gpts(self) -> list[GPTModel]:
         """This rank's part of the model: one piece, or several under interleaved pipeline parallelism."""
-        return [chunk.module for chunk in self.chunks]
+        return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
 
     def start_saving(self) -> CheckpointSaving:
         """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""

@@ -58,7 +58,9 @@ def main() -> None:
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=folder),
         model=ModelConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
-        parallel=ParallelConfig(pipeline_parallel_size=world_size),
+        parallel=ParallelConfig(
+            pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out == "patch_fsdp" else "none"
+        ),
         training=TrainingConfig(dtype="bf16", sequence_length=16, micro_batch_size=2, recompute="full"),
         optimizer=OptimizerConfig(clip_grad=0.1),
     )

@@ -11,6 +11,7 @@ from training_runs import Train
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
 from megatron_tpt.training.memory import (
+    Memory,
     estimate_memory,
     micro_batches_in_flight,
     stage_activations,
@@ -123,3 +124,12 @@ def test_the_bound_on_speed_is_the_peak_over_the_flops() -> None:
     weights = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
     flops = 6 * weights + 6 * 32 * 8192 * 4096
     assert tokens_per_s_bound(recipe, 8) == pytest.approx(8 * 989.4e12 / flops)
+
+
+def test_fsdp_splits_what_its_strategy_names() -> None:
+    def of(**parallel: object) -> Memory:
+        return estimate_memory(a_recipe(**parallel), data_parallel_size=4)[0]
+
+    plain, grads, params = of(), of(fsdp="optim_grads"), of(fsdp="optim_grads_params")
+    assert (grads.weights, grads.gradients, grads.optimizer) == (plain.weights, plain.gradients / 4, plain.optimizer)
+    assert (params.weights, params.gradients) == (plain.weights / 4, plain.gradients / 4)

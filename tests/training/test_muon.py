@@ -71,7 +71,7 @@ def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit(
 
     (tmp_path / "run/checkpoints/latest").unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000008")
-    with pytest.raises(AssertionError, match="was written with optimizer[.]name=muon"):
+    with pytest.raises(AssertionError, match=r"was written with optimizer\.name=muon"):
         train("run", "--optimizer.name=adam", "--optimizer.adam_learning_rate=null", changes=muon)
 
 

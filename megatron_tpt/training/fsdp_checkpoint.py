@@ -1,0 +1,115 @@
+"""Checkpoints under Megatron FSDP: what its shards are parts of, in the format of the distributed optimizer.
+
+So the files are the same with and without FSDP: either goes on from the other's, and weights are exported from both.
+Each tensor is put together from the shards of all data-parallel ranks, one after the other, and kept in the memory of
+the first of them until it is written; loading, every rank reads whole tensors into its machine's memory (12 bytes per
+parameter) and keeps its shards.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_sharded(gpt: GPTModel) -> bool:
+    """Whether Megatron FSDP holds this model's parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in gpt.parameters())
+
+
+def _place(parameter: DTensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole parameter. All data-parallel ranks call it."""
+    if not hasattr(parameter._local_tensor, "__create_chunk_list__"):
+        update_uneven_dtensor_chunk_metadata(parameter)
+    (chunk,) = parameter._local_tensor.__create_chunk_list__()
+    return tuple(slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def _put_together(parameter: DTensor, shard: torch.Tensor) -> torch.Tensor:
+    """The whole of which every rank has a shard, in CPU memory; on all but the first rank a tensor without memory of
+    its own, since only the first writes it."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    whole = torch.zeros(parameter.shape, dtype=shard.dtype, device=shard.device)
+    whole[_place(parameter)] = shard
+    torch.distributed.all_reduce(whole, group=group)
+    return whole.cpu() if group.rank() == 0 else torch.zeros((), dtype=shard.dtype).expand(whole.shape)
+
+
+@torch.no_grad()
+def whole_weights(entries: dict[str, Any], gpt: GPTModel) -> dict[str, Any]:
+    """The entries of a sharded state dict, by parameter name, with whole weights in the precision of training."""
+    dtype = gpt.config.params_dtype
+    parameters = dict(gpt.named_parameters())
+    result = {}
+    for name, entry in entries.items():
+        whole = _put_together(parameters[name], parameters[name].to_local()).to(dtype)
+        of_type = {"dtype": dtype} if isinstance(entry, ShardedTensor) else {}
+        result[name] = replace(entry, data=whole, **of_type)
+    return result
+
+
+def _shards(parameter: DTensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's part of a parameter and of its moments, which a rank without a part may lack."""
+    state = optimizer.state.get(parameter, {})
+    local = parameter.to_local()
+    moments = {name: state[name].to_local() if name in state else torch.zeros_like(local) for name in _MOMENTS}
+    return {"param": local, **moments}
+
+
+@torch.no_grad()
+def optimizer_state(
+    gpt: GPTModel, entries: dict[str, Any], optimizer: DistributedOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    """The optimizer's part of a sharded state dict, laid out as DistributedOptimizer does (distrib_optimizer.py:1690).
+
+    `entries` describe the weights by parameter name; to load, their tensors are empty ones to be filled.
+    """
+    param_state = {}
+    for index, (name, parameter) in enumerate(gpt.named_parameters()):
+        param_state[index] = {
+            key: make_sharded_optimizer_tensor(
+                entries[name],
+                torch.empty(parameter.shape, dtype=shard.dtype) if is_loading else _put_together(parameter, shard),
+                f"optimizer.state.{key}",
+            )
+            for key, shard in _shards(parameter, optimizer.optimizer).items()
+        }
+    steps = {float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state}
+    groups = [{"step": next(iter(steps), 0.0), **group} for group in optimizer.param_groups]
+    return {
+        "optimizer": {"param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]},
+        "param_state": param_state,
+        "param_state_sharding_type": "fully_reshardable",
+    }
+
+
+@torch.no_grad()
+def set_optimizer_state(gpt: GPTModel, optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """Keep this rank's shards of what was loaded into the tensors of `optimizer_state`, weights included."""
+    step = loaded["optimizer"]["param_groups"][0]["step"]
+    inner = optimizer.optimizer
+    for whole, parameter in zip(loaded["param_state"].values(), gpt.parameters(), strict=True):
+        place = _place(parameter)
+        parameter.to_local().copy_(whole["param"][place])
+        moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+        for name, moment in moments.items():
+            moment.to_local().copy_(whole[name][place])
+        inner.state[parameter] = moments
+        if isinstance(inner, torch.optim.AdamW):
+            inner.state[parameter]["step"] = torch.tensor(float(step))
+    if not isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            group["step"] = int(step)
+    optimizer._copy_main_params_to_model_params()
+    for chunk in optimizer.model_chunks:
+        chunk.start_param_sync()
