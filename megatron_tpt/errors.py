@@ -1,4 +1,4 @@
-"""The one exception that means "you can mend this"."""
+"""What ends a program with one line in place of a traceback."""
 
 
 class UserError(Exception):
@@ -13,4 +13,11 @@ class StoppedEarly(Exception):
     """The work was stopped in order before its end, and the same command goes on with it.
 
     The command-line programs print it and exit with code 75, "try again later".
+    """
+
+
+class Fault(Exception):
+    """Something went wrong that is not the user's doing, and its text is one line that says what.
+
+    The command-line programs print it and exit with code 1; the same command may succeed.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from megatron_tpt.errors import StoppedEarly, UserError
+from megatron_tpt.errors import Fault, StoppedEarly, UserError
 
 _RECIPE = "--recipe"
 
@@ -72,10 +72,10 @@ def run(main: Callable[[], Any]) -> None:
     """Call `main` and leave the process with the shared exit codes. Never returns."""
     try:
         main()
-    except UserError as error:
+    except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
             print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except StoppedEarly as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(stop, flush=True)

@@ -534,6 +534,9 @@ class FaultsConfig:
     """Batches left out in a row before the run stops."""
     max_rollbacks: int = 3
     """Times that a run goes back before it stops."""
+    desync_interval: int = 100
+    """Steps between comparisons of the weights of all ranks that hold a copy of them, by checksums; where they differ
+    the run ends with code 1 and names the ranks. 0: never."""
     rerun: Literal["off", "diagnose", "recover"] = "diagnose"
     """Compute a bad step once more on the same batch, and say whether the result was the same (the data or the
     software) or another (the hardware of a rank); with recover a second result that is good is taken, and training goes
@@ -541,6 +544,7 @@ class FaultsConfig:
 
     def __post_init__(self) -> None:
         _require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")
+        _require(self.desync_interval >= 0, f"faults.desync_interval={self.desync_interval} must be 0 or more")
         _require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
 
 

@@ -8,6 +8,7 @@ from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
 from megatron_tpt.training.checkpoint import CheckpointSaving, SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
+from megatron_tpt.training.desync import CheckCopies
 from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics
 from megatron_tpt.training.stopping import StopEarly
@@ -126,6 +127,7 @@ def default_callbacks() -> list[Callback]:
         Watchdog(),
         StopEarly(),
         CheckNumbers(),
+        CheckCopies(),
         Profile(),
         ReportMetrics(),
         Validate(),

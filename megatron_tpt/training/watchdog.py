@@ -31,7 +31,7 @@ from types import FrameType
 import psutil
 import torch
 
-from megatron_tpt.training.checkpoint import CheckpointSaving, save_checkpoint, start_saving
+from megatron_tpt.training.checkpoint import CheckpointSaving, start_saving
 from megatron_tpt.training.steps import TimedIterator, run_microbatches
 from megatron_tpt.training.trainer import Callback, Trainer
 
@@ -52,7 +52,6 @@ _PHASE_OF = {
     inspect.unwrap(function).__code__: phase
     for function, phase in (
         (Trainer.validate, "validation"),
-        (save_checkpoint, "checkpoint"),
         (start_saving, "checkpoint"),
         (CheckpointSaving.finish, "checkpoint"),
         (TimedIterator.__next__, "waiting for data"),
@@ -118,6 +117,9 @@ class Watchdog(Callback):
     """A thread on each rank that writes heartbeats, and ends the process when the run stands still for too long: after
     run.hang_timeout_s within a step; run.first_step_timeout_s until the first one is done, and for a checkpoint."""
 
+    def __init__(self) -> None:
+        self.is_over = threading.Event()
+
     def before_training(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.first_step = trainer.step
@@ -125,22 +127,23 @@ class Watchdog(Callback):
         self.timeout_s = trainer.recipe.run.resolved_hang_timeout_s
         self.interval_s = min(_MAX_INTERVAL_S, self.timeout_s / 10)
         self.thread_id = threading.get_ident()
-        self.fit_frame = next(frame for frame in _stack(self.thread_id) if frame.f_code is Trainer.fit.__code__)
         self.logs = trainer.recipe.run.output_dir / "logs"
         (self.logs / "heartbeats").mkdir(parents=True, exist_ok=True)
         self._write(self._beat("between steps"))
         start = [time.strftime("%Y%m%d-%H%M%S", time.gmtime())]
         torch.distributed.broadcast_object_list(start)  # from here on there is a heartbeat of every rank
         self.hang_folder = self.logs / f"hang-{start[0]}"
-        self.is_over = threading.Event()
+        self.is_over.clear()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
 
     def after_training(self, trainer: Trainer) -> None:
         self.is_over.set()
         self.thread.join()
-        del self.fit_frame
         self._write(self._beat("done" if trainer.step == trainer.recipe.training.num_steps else "stopped"))
+
+    def after_failure(self, trainer: Trainer) -> None:
+        self.is_over.set()
 
     def _beat(self, phase: str, waits: bool = False, where: str = "") -> Heartbeat:
         step, num_steps = self.trainer.step, self.trainer.recipe.training.num_steps
@@ -148,11 +151,9 @@ class Watchdog(Callback):
             self.rank, socket.gethostname(), os.getpid(), time.time(), step, num_steps, phase, waits, where
         )
 
-    def _observe(self) -> Heartbeat | None:
-        """Where the thread that trains is; None when an exception has ended training."""
+    def _observe(self) -> Heartbeat:
+        """Where the thread that trains is."""
         stack = _stack(self.thread_id)
-        if not any(frame is self.fit_frame for frame in stack):
-            return None
         codes = {frame.f_code for frame in stack}
         phase = next((phase for code, phase in _PHASE_OF.items() if code in codes), PHASES[0])
         innermost = stack[0]
@@ -180,8 +181,6 @@ class Watchdog(Callback):
         progress, waited_s = None, 0.0
         while not self.is_over.wait(self.interval_s):
             beat = self._observe()
-            if beat is None:
-                return
             self._write(beat)
             # Only time in which this thread ran counts: a whole job may be suspended.
             waited_s += self.interval_s
@@ -211,7 +210,7 @@ class Watchdog(Callback):
         except Exception:
             traceback.print_exc()
         for process in psutil.Process().children(recursive=True):
-            process.kill()  # those that read ahead and write checkpoints would outlive this one
+            process.kill()  # one that hangs in reading ahead outlives its parent
         os._exit(1)
 
     def _dump(self) -> None:

@@ -1,8 +1,11 @@
 """A run that is killed, at any moment and however often, ends as if it had not been."""
 
+import json
 import os
 import random
 import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,16 +21,21 @@ def exact(metrics: list[dict]) -> list[list]:
     return [[m[name] for name in EXACT] for m in metrics]
 
 
-def kill_at_step(process, run_folder: Path, step: int) -> None:
-    """Kill -9 every process of a run when it has reported `step`."""
+def kill_at_step(process: subprocess.Popen, run_folder: Path, step: int, *, rank: int | None = None) -> None:
+    """Kill -9 every process of a run when it has reported `step`; or only a rank of it, which must end all."""
     metrics = run_folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
         time.sleep(0.005)
     assert process.poll() is None, "the run ended before it could be killed: " + process.communicate()[0]
-    launcher = psutil.Process(process.pid)
-    for one in [launcher, *launcher.children(recursive=True)]:  # torchrun starts its ranks in sessions of their own
-        one.kill()
-    process.communicate()
+    if rank is not None:
+        beat = json.loads((run_folder / f"logs/heartbeats/rank-{rank:05d}.json").read_text())
+        os.kill(beat["pid"], signal.SIGKILL)
+    else:
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:  # torchrun starts its ranks in sessions of their own
+            one.kill()
+    process.communicate()  # until no process is left that could write
+    assert process.returncode != 0
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +49,18 @@ def dropout(recipe: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["--parallel.tensor_parallel_size=2"], []], ids=["tensor-parallel", "data-parallel"]
+    ("overrides", "rank"),
+    [(["--parallel.tensor_parallel_size=2"], None), ([], 1)],
+    ids=["tensor-parallel, all", "data-parallel, one rank"],
 )
 def test_killed_run_goes_on_to_the_same_losses_to_the_bit(
-    overrides: list[str], train: Train, recipe: dict, dropout: dict, tmp_path: Path
+    overrides: list[str], rank: int | None, train: Train, recipe: dict, dropout: dict, tmp_path: Path
 ) -> None:
     unbroken = train("unbroken", *overrides, num_processes=2, changes=dropout)
     run_folder, path = tmp_path / "killed", tmp_path / "killed.yaml"
     path.write_text(yaml.safe_dump({**recipe, **dropout, "run": {"output_dir": str(run_folder)}}))
     process = start_training(path, *overrides, num_processes=2)
-    kill_at_step(process, run_folder, random.randint(7, 24))
+    kill_at_step(process, run_folder, random.randint(7, 24), rank=rank)
     resumed = finish(start_training(path, *overrides, num_processes=2))
 
     assert "resumed from" in resumed

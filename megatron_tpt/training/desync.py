@@ -1,0 +1,87 @@
+"""Copies of weights that should be equal and are not: a fault of a machine, or of communication, that no loss shows.
+
+Every data-parallel rank holds a copy of its weights, and every tensor-parallel rank one of those that are not split
+(norms). Compared are checksums of the bits, before an update: then all gathering of the weights is over.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_tpt import platform
+from megatron_tpt.errors import Fault
+from megatron_tpt.training.trainer import Callback, Trainer
+
+from megatron.core import parallel_state
+
+_NUM_NAMED = 3
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the bits of each tensor, read as integers of its element size: int64 [n]. One flipped bit changes it."""
+    return torch.stack([value.detach().view(_INTEGERS[value.element_size()]).sum() for value in parameters])
+
+
+def find_odd_copies(names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]) -> dict[int, list[str]]:
+    """Which parameters of which ranks differ from what most ranks have; of all ranks where there is no such majority.
+
+    `sums` are the checksums of every rank, [num_ranks][num_parameters].
+    """
+    odd: dict[int, list[str]] = collections.defaultdict(list)
+    for name, values in zip(names, zip(*sums, strict=True), strict=True):
+        frequent = collections.Counter(values).most_common(2)
+        has_majority = len(frequent) == 1 or frequent[0][1] > frequent[1][1]
+        usual = frequent[0][0] if has_majority else None
+        for rank, value in zip(ranks, values, strict=True):
+            if value != usual:
+                odd[rank].append(name)
+    return dict(odd)
+
+
+def describe(odd: dict[int, list[str]]) -> str:
+    """What find_odd_copies found, in one line."""
+    names = list(dict.fromkeys(name for own in odd.values() for name in own))
+    shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
+    return f"rank {', '.join(map(str, sorted(odd)))}, {len(names)} parameters ({shown})"
+
+
+class CheckCopies(Callback):
+    """Every faults.desync_interval steps: ends the run when copies of the weights differ, and says whose."""
+
+    def before_update(self, trainer: Trainer, loss_sums: torch.Tensor) -> bool:
+        interval = trainer.recipe.faults.desync_interval
+        if interval and trainer.step % interval == 0:
+            self._compare(trainer)
+        return True
+
+    def _compare(self, trainer: Trainer) -> None:
+        named = dict(item for gpt in trainer.gpts for item in gpt.named_parameters())
+        whole = {name: value for name, value in named.items() if not getattr(value, "tensor_model_parallel", False)}
+        compared = [
+            (list(named), *_gather(named, parallel_state.get_data_parallel_group(with_context_parallel=True))),
+            (list(whole), *_gather(whole, parallel_state.get_tensor_model_parallel_group())),
+        ]
+        differ = torch.stack([(sums != sums[0]).any() for _, _, sums in compared]).any().int()
+        torch.distributed.all_reduce(differ, torch.distributed.ReduceOp.MAX)
+        if not differ.item():
+            return
+        own = [find_odd_copies(names, ranks, sums.tolist()) for names, ranks, sums in compared]
+        every: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, own)
+        odd = {rank: names for found in every for one in found for rank, names in one.items()}
+        raise Fault(
+            f"the weights after step {trainer.step} are not the same on all ranks that hold a copy: {describe(odd)}. The "
+            f"same command goes on from the last checkpoint; leave the machine out when it happens again"
+        )
+
+
+def _gather(named: dict[str, torch.Tensor], group: Any) -> tuple[list[int], torch.Tensor]:
+    """The ranks of a group, and their checksums [num_ranks, num_parameters]."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    own = checksums(list(named.values())) if named else torch.zeros(0, dtype=torch.int64, device=platform.device())
+    sums = own.new_empty(len(ranks), len(named))
+    torch.distributed.all_gather(list(sums.unbind()), own, group=group)
+    return ranks, sums

@@ -1,0 +1,44 @@
+"""Copies of weights that differ by one bit are found, and their ranks named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Train
+
+from megatron_tpt.training.desync import checksums, describe, find_odd_copies
+
+NORM = "decoder.layers.1.pre_mlp_layernorm.weight"
+MATRIX = "decoder.layers.0.mlp.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [(MATRIX, []), (NORM, ["--parallel.tensor_parallel_size=2"])],
+    ids=["data-parallel", "tensor-parallel"],
+)
+def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Train, tmp_path: Path) -> None:
+    options = [*overrides, "--faults.desync_interval=3", "--training.num_steps=8"]
+    with pytest.raises(AssertionError) as caught:
+        train("run", *options, f"--flip=1:6:{name}", num_processes=2, program="flipped_pretrain")
+    for rank in (0, 1):  # of two, none can be told to be right
+        assert f"rank {rank}: Fault('the weights after step 6 are not the same" in str(caught.value)
+    assert f"hold a copy: rank 0, 1, 1 parameters ({name})" in str(caught.value)
+    assert not (tmp_path / "run/checkpoints/step_00000008").exists()
+
+
+def test_the_minority_is_named() -> None:
+    names, right, wrong = ["a", "b", "c", "d"], [1, 2, 3, 4], [1, 0, 0, 4]
+    assert find_odd_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
+    assert find_odd_copies(names, [0, 2], [right, right]) == {}
+    assert describe(find_odd_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    weights = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
+    for bit in range(8 * weights.element_size() - 1):
+        flipped = weights.clone()
+        flipped.view(integers)[3, 4] ^= 1 << bit
+        assert checksums([flipped])[0] != checksums([weights])[0]
