@@ -5,6 +5,7 @@ Every data-parallel rank holds a copy of its weights, and every tensor-parallel 
 """
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the bits of each tensor, read as integers of its element size: int64 [n]. One flipped bit changes it."""
+    """The sum of each tensor with its bits read as integers: int64 [n]. A flipped bit changes it."""
     return torch.stack([value.detach().view(_INTEGERS[value.element_size()]).sum() for value in parameters])
 
 
@@ -71,10 +72,13 @@ class CheckCopies(Callback):
         own = [find_odd_copies(names, ranks, sums.tolist()) for names, ranks, sums in compared]
         every: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(every, own)
-        odd = {rank: names for found in every for one in found for rank, names in one.items()}
+        odd: dict[int, list[str]] = collections.defaultdict(list)
+        for found in itertools.chain.from_iterable(every):
+            for rank, names in found.items():
+                odd[rank] += names
         raise Fault(
-            f"the weights after step {trainer.step} are not the same on all ranks that hold a copy: {describe(odd)}. The "
-            f"same command goes on from the last checkpoint; leave the machine out when it happens again"
+            f"the weights after step {trainer.step} are not the same on all ranks that hold a copy: {describe(odd)}. "
+            f"The same command goes on from the last checkpoint; leave the machine out when it happens again"
         )
 
 

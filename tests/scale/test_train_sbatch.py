@@ -1,0 +1,78 @@
+"""slurm/train.sbatch on a real SLURM of one node, with two ranks on its cores."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_runs import wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def submit(folder: Path, *overrides: str, num_steps: int = 150) -> str:
+    """Submit pre-training on random tokens, in two processes. Returns the job's number."""
+    recipe = {
+        "run": {"output_dir": str(folder / "run")},
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 256},
+        "data": {"mock": True},
+        "training": {"num_steps": num_steps, "dtype": "fp32", "sequence_length": 32, "global_batch_size": 4},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "logging": {"log_interval": 1, "tensorboard": False},
+        "checkpoint": {"save_interval": 50},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--parsable", "--ntasks-per-node=2", f"--output={folder}/log.txt"]
+    command = ["sbatch", *options, "slurm/train.sbatch", "pretrain", str(folder / "recipe.yaml"), *overrides]
+    environment = {**os.environ, "PYTHON": sys.executable, "MAX_FAULTS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def read_job(job: str) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+
+
+def wait_for_end(job: str) -> dict[str, str]:
+    wait_until(lambda: read_job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), timeout_s=300)
+    return read_job(job)
+
+
+def wait_for_step(folder: Path, step: int) -> dict:
+    """Wait until so many steps are reported; returns the heartbeat of the second rank."""
+    metrics = folder / "run/metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= step, timeout_s=300)
+    return json.loads((folder / "run/logs/heartbeats/rank-00001.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_is_queued_again_when_told_to_stop_and_tried_again_after_a_fault(cluster: Path, tmp_path: Path) -> None:
+    job = submit(tmp_path)
+    wait_for_step(tmp_path, 3)
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    log = tmp_path / "log.txt"
+    wait_until(lambda: "resumed from" in log.read_text(), timeout_s=300)
+    stopped_at = int(log.read_text().partition("stopped after step ")[2].split()[0])
+    beat = wait_for_step(tmp_path, stopped_at + 3)
+    os.kill(beat["pid"], signal.SIGKILL)
+    state = wait_for_end(job)
+    text = log.read_text()
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), text
+    assert "stopped in order; the job is queued again" in text and f"job {job}, start 1" in text
+    assert text.count("the run ended with code 137") == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 151))
+
+
+def test_a_mistake_in_the_recipe_ends_the_job(cluster: Path, tmp_path: Path) -> None:
+    job = submit(tmp_path, "--training.global_batch_size=3")
+    state = wait_for_end(job)
+    text = (tmp_path / "log.txt").read_text()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), text
+    assert text.count("error: training.global_batch_size=3 ") == 1 and "ended with code" not in text
