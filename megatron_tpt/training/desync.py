@@ -1,7 +1,8 @@
 """Copies of weights that should be equal and are not: a fault of a machine, or of communication, that no loss shows.
 
 Every data-parallel rank holds a copy of its weights, and every tensor-parallel rank one of those that are not split
-(norms). Compared are checksums of the bits, before an update: then all gathering of the weights is over.
+(norms). Compared are checksums of the bits, before an update: then all gathering of the weights is over. Megatron FSDP
+keeps one copy, of which it gathers the weights of every step.
 """
 
 import collections
@@ -54,7 +55,7 @@ class CheckCopies(Callback):
 
     def before_update(self, trainer: Trainer, loss_sums: torch.Tensor) -> bool:
         interval = trainer.recipe.faults.desync_interval
-        if interval and trainer.step % interval == 0:
+        if interval and trainer.step % interval == 0 and trainer.recipe.parallel.fsdp == "none":
             self._compare(trainer)
         return True
 
