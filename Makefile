@@ -2,6 +2,8 @@
 PY := .venv/bin/python
 # Two cores are enough for everything here; torch's threads would only fight the processes for them.
 export OMP_NUM_THREADS ?= 1
+# Files of tests that run at once.
+TEST_PROCESSES ?= 2
 
 .PHONY: setup demo teacher study test test-slow check
 
@@ -18,7 +20,7 @@ study: setup
 	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
 
 test: setup
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(PY) -m pytest -m slow
