@@ -18,6 +18,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_tpt import preflight
 from megatron_tpt.errors import UserError
 
 DISTRIBUTION = "megatron-tpt"
@@ -30,6 +31,9 @@ class CheckOptions:
 
     json: bool = False
     """Print JSON instead of a table."""
+    gpus: bool = False
+    """Also measure all GPUs of this machine, for about a minute, with nothing else running on them; one that is slow,
+    broken or wrong is an error."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,36 @@ class Part:
 
 
 def check_environment(options: CheckOptions) -> None:
-    """Print every part. Raises UserError when a required one is missing, broken or of an unsupported version."""
+    """Print every part, and what was measured of the GPUs where asked for. Raises UserError when a required part is
+    missing, broken or of an unsupported version, or a GPU is not fit."""
     parts = list(find_parts())
-    if options.json:
-        print(json.dumps([asdict(part) for part in parts], indent=1))
-    else:
+    if not options.json:
         _print_table(parts)
+    elif not options.gpus:
+        print(json.dumps([asdict(part) for part in parts], indent=1))
     if wrong := [f"{part.name} {part.state} ({part.found})" for part in parts if part.stops_us]:
         raise UserError(f"{'; '.join(wrong)}: run `make setup`")
+    if options.gpus:
+        _check_gpus(parts, as_json=options.json)
+
+
+def _check_gpus(parts: list[Part], *, as_json: bool) -> None:
+    measured, all_reduce, problems = preflight.check_gpus()
+    if as_json:
+        gpus = {gpu: asdict(one) for gpu, one in measured.items()}
+        report = {
+            "parts": [asdict(part) for part in parts],
+            "gpus": gpus,
+            "all_reduce": all_reduce and asdict(all_reduce),
+            "problems": problems,
+        }
+        print(json.dumps(report, indent=1))
+    else:
+        print("\n".join(preflight.table(measured, all_reduce)))
+    if problems:
+        raise UserError(
+            f"{platform.node()} is not fit to train on; leave it out and have it mended: {'; '.join(problems)}"
+        )
 
 
 def find_parts() -> Iterator[Part]:

@@ -1,6 +1,6 @@
 """Show which parts are installed and active here, and what each missing part costs.
 
-python tools/check_env.py
+python tools/check_env.py [--gpus]
 """
 
 import sys
