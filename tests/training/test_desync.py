@@ -27,6 +27,12 @@ def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Tr
     assert not (tmp_path / "run/checkpoints/step_00000008").exists()
 
 
+def test_weights_that_are_gathered_during_the_next_step_are_no_fault(train: Train) -> None:
+    overlap = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true", "--training.dtype=bf16"]
+    metrics = train("run", *overlap, "--faults.desync_interval=1", "--training.num_steps=4", num_processes=2)
+    assert len(metrics) == 4
+
+
 def test_the_minority_is_named() -> None:
     names, right, wrong = ["a", "b", "c", "d"], [1, 2, 3, 4], [1, 0, 0, 4]
     assert find_odd_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
