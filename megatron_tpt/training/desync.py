@@ -19,12 +19,21 @@ from megatron_tpt.training.trainer import Callback, Trainer
 from megatron.core import parallel_state
 
 _NUM_NAMED = 3
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor as integers, as wide as its size allows: those of 64 bits are summed without being cast."""
+    flat = value.detach().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % max(_INTEGERS):  # torch wants views to be aligned
+        flat = flat.clone()
+    size = flat.numel() * flat.element_size()
+    return flat.view(next(dtype for width, dtype in _INTEGERS.items() if size % width == 0))
 
 
 def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of each tensor with its bits read as integers: int64 [n]. A flipped bit changes it."""
-    return torch.stack([value.detach().view(_INTEGERS[value.element_size()]).sum() for value in parameters])
+    return torch.stack([_bits(value).sum() for value in parameters])
 
 
 def find_odd_copies(names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]) -> dict[int, list[str]]:

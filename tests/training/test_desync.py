@@ -41,10 +41,13 @@ def test_the_minority_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_any_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
-    weights = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+@pytest.mark.parametrize("rows", [8, 5])
+def test_any_flipped_bit_changes_the_checksum(rows: int, dtype: torch.dtype) -> None:
+    weights = torch.randn(rows, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
     for bit in range(8 * weights.element_size() - 1):
         flipped = weights.clone()
         flipped.view(integers)[3, 4] ^= 1 << bit
         assert checksums([flipped])[0] != checksums([weights])[0]
+        assert checksums([flipped[1:]])[0] != checksums([weights[1:].clone()])[0]  # wherever it lies in a buffer
+    assert checksums([weights[1:]])[0] == checksums([weights[1:].clone()])[0]
