@@ -74,7 +74,14 @@ def _check_precision(recipe: Recipe) -> None:
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Megatron Core's limits on Muon."""
+    """Megatron Core's limits on Muon and on parameters in FP8."""
+    if recipe.training.fp8_param_gather and (
+        recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
+    ):
+        raise UserError(
+            "training.fp8_param_gather needs optimizer.name=adam and parallel.distributed_optimizer, without "
+            "parallel.fsdp: change them, or leave it out"
+        )
     if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
         raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")
     if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "fp32":

@@ -405,6 +405,9 @@ class TrainingConfig:
     """E4M3 forward and E5M2 for gradients, or E4M3 for both."""
     fp8_amax_history: int = 1024
     """Steps over which delayed scaling takes the largest value."""
+    fp8_param_gather: bool = False
+    """Keep the matrices of the layers in FP8 alone and gather them so after an update: half the memory and traffic of
+    bf16. The optimizer's fp32 main weights stay. Not with mxfp8."""
     bf16_layers_at_start: int = 0
     """First layers to leave in bf16 under fp8; not with delayed scaling."""
     bf16_layers_at_end: int = 0
@@ -434,6 +437,10 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
         self.skips(0)  # refuses what names no step
         _require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
+        _require(
+            not self.fp8_param_gather or self.fp8 in ("delayed", "tensorwise", "blockwise"),
+            f"training.fp8_param_gather needs training.fp8=delayed, tensorwise or blockwise, not {self.fp8}",
+        )
         has_bf16_layers = self.bf16_layers_at_start > 0 or self.bf16_layers_at_end > 0
         _require(
             not has_bf16_layers or self.fp8 not in ("none", "delayed"),

@@ -13,7 +13,13 @@ from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.precision import fp8_settings, fuses_gradient_accumulation, recompute_settings, require_active
+from megatron_tpt.models.precision import (
+    fp8_settings,
+    fuses_gradient_accumulation,
+    recompute_settings,
+    require_active,
+    unrounded_values,
+)
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -204,6 +210,8 @@ def build_model(
 
 def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
     state = gpt.sharded_state_dict()
+    for name, value in unrounded_values(gpt).items():
+        state[name].data = value
     apply_factories(state)  # splits the gated projections into their two halves
     for value in nested_values(state):
         if isinstance(value, ShardedTensor) and value.data is not None:
@@ -239,3 +247,5 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
             )
         )
         shard.data.copy_(whole[place].view(shard.data.shape))
+    for name, value in unrounded_values(gpt).items():
+        gpt.get_parameter(name).copy_(value)

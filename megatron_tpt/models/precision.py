@@ -23,7 +23,11 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
     """Fields of TransformerConfig that choose the FP8 recipe; none for training without FP8."""
     if training.fp8 == "none":
         return {}
-    settings: dict[str, Any] = {"fp8": training.fp8_format, "fp8_recipe": training.fp8}
+    settings: dict[str, Any] = {
+        "fp8": training.fp8_format,
+        "fp8_recipe": training.fp8,
+        "fp8_param": training.fp8_param_gather,
+    }
     if training.fp8 == "delayed":
         settings |= {"fp8_amax_history_len": training.fp8_amax_history, "fp8_amax_compute_algo": "max"}
     if training.bf16_layers_at_start or training.bf16_layers_at_end:
@@ -33,6 +37,18 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
             "num_layers_at_end_in_bf16": training.bf16_layers_at_end,
         }
     return settings
+
+
+def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine has them beside
+    the parameters until the optimizer makes its main weights from them (distrib_optimizer.py:428). Who sets such
+    parameters must set both."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: parameter.get_high_precision_init_val()
+        for name, parameter in parameters.items()
+        if hasattr(parameter, "get_high_precision_init_val")
+    }
 
 
 def recompute_settings(training: TrainingConfig) -> dict[str, Any]:

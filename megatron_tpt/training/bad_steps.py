@@ -33,7 +33,8 @@ class _Result:
     own_losses: torch.Tensor
     """This rank's loss sums [num_sources, 4], before any other rank had to do with them."""
     gradient_sums: torch.Tensor
-    """Sums of the buffers that hold the gradients, or of their shards: [num_buffers]. Ranks that reduced them together have the same."""
+    """Sums of the buffers that hold the gradients, [num_buffers], or of their shards. Ranks that reduced them together
+    have the same."""
     loss: float
     """Mean of the global batch."""
     is_finite: bool

@@ -28,6 +28,7 @@ from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
+from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
@@ -79,6 +80,20 @@ def _pieces(model: GPTModel | Sequence[GPTModel]) -> Sequence[GPTModel]:
 def _set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str, Any]]) -> None:
     for i, gpt in enumerate(_pieces(model)):
         gpt.load_state_dict(state[f"piece_{i}"], strict=False)
+        for name, value in unrounded_values(gpt).items():
+            value.copy_(state[f"piece_{i}"][name])
+
+
+def _fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
+    """What delayed scaling remembers of the largest values of the last steps, by piece; nothing under other recipes.
+
+    Each rank has its own: they are loaded where the layout is the same, and begin anew elsewhere.
+    """
+    return {
+        f"piece_{i}": {key: value for key, value in gpt.sharded_state_dict().items() if key.endswith("_extra_state")}
+        for i, gpt in enumerate(_pieces(model))
+        if gpt.config.fp8 and gpt.config.fp8_recipe == "delayed"
+    }
 
 
 def _layout() -> list[int]:
@@ -320,6 +335,9 @@ def start_saving(
         else:
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_FORMAT)
         state["random_state"] = _sharded_random_state()
+        if statistics := _fp8_statistics(model):
+            state["trainer"]["has_fp8_statistics"] = True
+            state["fp8_statistics"] = statistics
 
     def write_small_files() -> None:
         if platform.is_first_rank():
@@ -407,6 +425,8 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
         state["random_state"] = _sharded_random_state()
+        if trainer_state.get("has_fp8_statistics"):
+            state["fp8_statistics"] = _fp8_statistics(model)
     loaded = dist_checkpointing.load(state, str(folder))
     if under_fsdp:
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
@@ -416,4 +436,6 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])
+    for gpt, statistics in zip(_pieces(model), loaded.get("fp8_statistics", {}).values(), strict=False):
+        gpt.load_state_dict(statistics, strict=False)
     return trainer_state

@@ -61,17 +61,23 @@ def _shard_model(gpt: GPTModel, recipe: Recipe) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(get_model_config(gpt), config, gpt, device=platform.device())
 
 
+def buffer_settings(recipe: Recipe) -> DistributedDataParallelConfig:
+    """What Megatron Core is told of the buffers of gradients and parameters."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        fp8_param_gather=recipe.training.fp8_param_gather,
+    )
+
+
 def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel | FullyShardedDataParallel]:
     """The pieces of the model with gradient buffers that are reduced over the data-parallel group, in fp32."""
     parallel = recipe.parallel
     if parallel.fsdp != "none":
         return [_shard_model(gpt, recipe) for gpt in gpts]
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-    )
+    config = buffer_settings(recipe)
     splits_whole_matrices = recipe.optimizer.name == "muon" and parallel.distributed_optimizer
     # Only the gradients of the piece that ends the backward pass are waited for: the others go in one bucket.
     return [

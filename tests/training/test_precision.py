@@ -11,6 +11,7 @@ from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import core_settings, describe_kernels, transformer_config
 from megatron_tpt.models.precision import fuses_gradient_accumulation
+from megatron_tpt.training.optimizer import buffer_settings
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -46,6 +47,13 @@ def test_every_fp8_recipe_is_one_of_megatron_core(name: str) -> None:
         config = config_on_gpu({"fp8": name, "bf16_layers_at_start": 2, "bf16_layers_at_end": 1})
         layers = (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16)
         assert (config.fp8, config.first_last_layers_bf16, layers) == ("hybrid", True, (2, 1))
+
+
+@pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
+def test_parameters_are_gathered_in_fp8_where_asked(name: str) -> None:
+    training = {"fp8": name, "fp8_param_gather": True}
+    assert config_on_gpu(training).fp8_param and buffer_settings(recipe(training)).fp8_param_gather
+    assert not config_on_gpu({"fp8": name}).fp8_param and not buffer_settings(recipe({"fp8": name})).fp8_param_gather
 
 
 def test_without_fp8_there_is_none() -> None:
@@ -87,6 +95,8 @@ def test_offloaded_layers_and_parallel_sizes_reach_megatron_core() -> None:
     [
         ({"fp8": "tensorwise", "dtype": "fp32"}, "needs training.dtype=bf16"),
         ({"fp8": "delayed", "bf16_layers_at_start": 1}, "not delayed"),
+        ({"fp8_param_gather": True}, "training.fp8_param_gather needs training.fp8=delayed, tensorwise or blockwise"),
+        ({"fp8": "mxfp8", "fp8_param_gather": True}, "or blockwise, not mxfp8"),
         ({"bf16_layers_at_end": 1}, "not none"),
         ({"fp8": "tensorwise", "sequence_length": 100}, "tokens of a micro-batch=100 is not a multiple of"),
         ({"fp8": "blockwise", "sequence_length": 64}, "tokens of a micro-batch=64 is not a multiple of"),
@@ -103,11 +113,17 @@ def test_what_does_not_go_together_is_refused(training: dict, words: str) -> Non
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("parallel", [{"distributed_optimizer": False}, {"fsdp": "optim_grads_params"}])
+def test_parameters_in_fp8_need_the_distributed_optimizer(parallel: dict) -> None:
+    with pytest.raises(UserError, match=r"fp8_param_gather needs optimizer\.name=adam and"):
+        check(recipe({"fp8": "delayed", "fp8_param_gather": True}, **parallel), 1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is active")
 @pytest.mark.parametrize(
     ("training", "parallel", "words"),
     [
-        ({"fp8": "delayed"}, {}, "training.fp8=delayed needs Transformer Engine on a GPU"),
+        ({"fp8": "delayed", "fp8_param_gather": True}, {}, "training.fp8=delayed needs Transformer Engine on a GPU"),
         ({"cpu_offload_layers": 1}, {}, "training.cpu_offload_layers needs Transformer Engine"),
         ({}, {"context_parallel_size": 2}, "needs Transformer Engine's attention"),
     ],
