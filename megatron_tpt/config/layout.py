@@ -74,7 +74,13 @@ def _check_precision(recipe: Recipe) -> None:
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Megatron Core's limits on Muon and on parameters in FP8."""
+    """Megatron Core's limits on schedules, on Muon and on parameters in FP8."""
+    decay_steps = recipe.optimizer.decay_steps or recipe.training.num_steps
+    if recipe.optimizer.warmup_steps >= decay_steps:
+        raise UserError(
+            f"optimizer.warmup_steps={recipe.optimizer.warmup_steps} must be below optimizer.decay_steps (or "
+            f"training.num_steps)={decay_steps}: lower it, or train longer"
+        )
     if recipe.training.fp8_param_gather and (
         recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
     ):

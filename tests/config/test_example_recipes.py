@@ -75,3 +75,17 @@ def test_the_arms_of_the_constrained_run_differ_in_data_alone() -> None:
     for arm in arms:
         del arm["data"], arm["run"]["output_dir"]
     assert arms[0] == arms[1]
+
+
+def test_commands_of_the_page_on_recipes_are_described(capsys: pytest.CaptureFixture) -> None:
+    commands = [
+        line.split() for line in (EXAMPLES / "README.md").read_text().splitlines() if line.startswith("python -m")
+    ]
+    assert {word for words in commands for word in words} >= {"--training.fp8=blockwise", "--optimizer.name=muon"}
+    for words in commands:
+        path, *overrides = words[3:]
+        recipe, _ = load_recipe(PretrainRecipe, [str(EXAMPLES.parent / path), *overrides])
+        assert recipe != load(EXAMPLES.parent / path)
+        assert prepare(recipe, Arguments(Path(path), [], dry_run=True, num_processes=32)) is None
+        gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
+        assert gib < 76, "more than an H100 has"

@@ -51,6 +51,12 @@ def test_the_ramp_of_batch_sizes_must_fit_too() -> None:
         check(recipe_from_dict(PretrainRecipe, {**raw, "model": MODEL, "data": {"train": "prefix"}}), 4)
 
 
+def test_the_warm_up_ends_before_the_decay() -> None:
+    raw = {"model": MODEL, "training": TRAINING, "data": {"train": "prefix"}, "optimizer": {"warmup_steps": 100}}
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps=100 must be below"):
+        check(recipe_from_dict(PretrainRecipe, raw), 1)
+
+
 def test_packed_examples_are_not_split_over_processes() -> None:
     with pytest.raises(UserError, match="cannot split packed examples"):
         checked(2, FinetuneRecipe, context_parallel_size=2)
