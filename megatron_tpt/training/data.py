@@ -124,7 +124,9 @@ class _BlendedDataset(BlendedDataset):
 
     def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: _DatasetConfig) -> None:
         self.blend = blend
-        self._source_places = [blend.names.index(source.shown_name) for source in blend.sources]
+        places = {name: place for place, name in enumerate(blend.names)}
+        self._names_sources = len(places) <= MAX_NAMES
+        self._source_places = [places[source.shown_name] for source in blend.sources]
         shares = blend.shares
         super().__init__(datasets, _overall_weights(blend), sum(shares), config)
 
@@ -152,7 +154,7 @@ class _BlendedDataset(BlendedDataset):
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
         place = self._source_places[int(sample.pop("dataset_id"))]
-        return sample | {"source": torch.tensor(place)} if len(self.blend.names) <= MAX_NAMES else sample
+        return sample | {"source": torch.tensor(place)} if self._names_sources else sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in BlendIndex._fields}

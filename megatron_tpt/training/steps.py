@@ -45,13 +45,17 @@ def _segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
-    """Where each example of a batch [b, s], laid end to end, begins: what Transformer Engine's attention takes."""
+    """Where each example of a batch [b, s], laid end to end, begins: what Transformer Engine's attention takes.
+
+    The batch is still in host memory: on a GPU, counting would wait for all that is queued there.
+    """
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     begins = torch.nonzero(starts.flatten()).flatten()
     ends = torch.tensor([segment_ids.numel()], device=begins.device)
-    cu_seqlens = torch.cat([begins, ends]).to(torch.int32)
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    borders = torch.cat([begins, ends]).to(torch.int32)
+    longest = int((borders[1:] - borders[:-1]).max())
+    cu_seqlens = borders.to(platform.device())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -109,12 +113,12 @@ def forward_step(
     Engine's packed attention (`packed_attention`), or through a mask.
     """
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    batch = part_of_sequence(next(batches), rank, size)
-    batch = {name: value.to(platform.device(), non_blocking=True) for name, value in batch.items()}
+    on_host = part_of_sequence(next(batches), rank, size)
+    batch = {name: value.to(platform.device(), non_blocking=True) for name, value in on_host.items()}
     tokens, labels, position_ids = batch["tokens"], batch["labels"], batch["position_ids"]
     attention: dict[str, Any] = {"attention_mask": None}
     if "segment_ids" in batch and packed_attention:
-        attention["packed_seq_params"] = _packed_sequences(batch["segment_ids"])
+        attention["packed_seq_params"] = _packed_sequences(on_host["segment_ids"])
         tokens, labels, position_ids = (tensor.reshape(1, -1) for tensor in (tokens, labels, position_ids))
     elif "segment_ids" in batch:
         attention["attention_mask"] = _segment_mask(batch["segment_ids"])
