@@ -26,7 +26,8 @@ def describe(recipe: Recipe, world_size: int) -> str:
     bound = tokens_per_s_bound(recipe, world_size)
     rows = {
         "layout": f"{world_size} processes = tensor {t} x pipeline {p} x {f'context {c} x ' if c > 1 else ''}data {dp}"
-        + (", sequence parallel" if parallel.sequence_parallel else ""),
+        + (", sequence parallel" if parallel.sequence_parallel else "")
+        + (f", FSDP ({parallel.fsdp})" if parallel.fsdp != "none" else ""),
         "layers per pipeline stage": ", ".join(map(str, parallel.stage_layers(model.num_layers)))
         + (f", in {vp} pieces each" if vp > 1 else ""),
         "micro-batches per step and rank": f"{training.global_batch_size // (training.micro_batch_size * dp)}",

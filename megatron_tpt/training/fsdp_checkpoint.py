@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import to_local_if_dtensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -62,7 +63,9 @@ def _shards(parameter: DTensor, optimizer: torch.optim.Optimizer) -> dict[str, t
     """This rank's part of a parameter and of its moments, which a rank without a part may lack."""
     state = optimizer.state.get(parameter, {})
     local = parameter.to_local()
-    moments = {name: state[name].to_local() if name in state else torch.zeros_like(local) for name in _MOMENTS}
+    moments = {
+        name: to_local_if_dtensor(state[name]) if name in state else torch.zeros_like(local) for name in _MOMENTS
+    }
     return {"param": local, **moments}
 
 
@@ -84,8 +87,9 @@ def optimizer_state(
             )
             for key, shard in _shards(parameter, optimizer.optimizer).items()
         }
-    steps = {float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state}
-    groups = [{"step": next(iter(steps), 0.0), **group} for group in optimizer.param_groups]
+    # torch's AdamW counts steps by parameter, and not where this rank's shard is empty; others by group.
+    step = max([float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state], default=0.0)
+    groups = [{"step": step, **group} for group in optimizer.param_groups]
     return {
         "optimizer": {"param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]},
         "param_state": param_state,

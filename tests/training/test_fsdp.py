@@ -20,8 +20,17 @@ STRATEGIES = {
 
 
 @pytest.fixture(scope="module")
-def short(recipe: dict) -> dict:
-    return {"training": {**recipe["training"], "num_steps": 6}}
+def short(recipe: dict, index_prefix: Path) -> dict:
+    training = {"num_steps": 6, "validation_interval": 3, "validation_steps": 1}
+    return {
+        "training": {**recipe["training"], **training},
+        "data": {"train": str(index_prefix), "validation": str(index_prefix)},
+    }
+
+
+def values(metrics: list[dict], name: str) -> list[float]:
+    """Of the lines that have it: validation has lines of its own."""
+    return [line[name] for line in metrics if name in line]
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +43,33 @@ def test_losses_equal_those_without_it(strategy: str, train: Train, single: dict
     if not single:
         single["metrics"] = train("single", changes=short)
     metrics = train(strategy, *STRATEGIES[strategy], changes=short, num_processes=2)
-    for name in ("loss", "grad_norm", "param_norm"):
-        assert [m[name] for m in metrics] == pytest.approx([m[name] for m in single["metrics"]], rel=1e-5), name
+    for name in ("loss", "grad_norm", "param_norm", "validation_loss"):
+        assert values(metrics, name) == pytest.approx(values(single["metrics"], name), rel=1e-5), name
+    assert len(values(metrics, "validation_loss")) == 2
 
 
-FSDP = STRATEGIES["optim_grads_params"]
+FSDP, BF16 = STRATEGIES["optim_grads_params"], "--training.dtype=bf16"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit_with_and_without_it(
-    dtype: str, train: Train, short: dict, tmp_path: Path
+def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit_and_goes_on_without_it(
+    train: Train, recipe: dict, short: dict, tmp_path: Path
 ) -> None:
-    changes = {**short, "checkpoint": {"save_interval": 3}}
-    settings = [*FSDP, f"--training.dtype={dtype}"]
+    model = {**recipe["model"], "tie_embeddings": True}
+    changes = {**short, "model": model, "checkpoint": {"save_interval": 3}}
+    settings = [*FSDP, BF16]
     unbroken = train("run", *settings, changes=changes, num_processes=2)
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
     resumed = train("run", *settings, changes=changes, num_processes=2)
-    for name in ("step", "loss", "grad_norm", "learning_rate"):
-        assert [m[name] for m in resumed] == [m[name] for m in unbroken], name
+    for name in ("step", "loss", "grad_norm", "learning_rate", "validation_loss"):
+        assert values(resumed, name) == values(unbroken, name), name
 
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
-    without = train("run", f"--training.dtype={dtype}", changes=changes)
-    assert [m["loss"] for m in without] == pytest.approx([m["loss"] for m in unbroken], rel=1e-3)
+    without = train("run", BF16, changes=changes)
+    assert values(without, "loss") == pytest.approx(values(unbroken, "loss"), rel=1e-3)
 
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
-    with_others = train("run", *STRATEGIES["optim"], f"--training.dtype={dtype}", changes=changes)
-    assert [m["loss"] for m in with_others] == pytest.approx([m["loss"] for m in unbroken], rel=1e-3)
+    with_others = train("run", *STRATEGIES["optim"], BF16, changes=changes)
+    assert values(with_others, "loss") == pytest.approx(values(unbroken, "loss"), rel=1e-3)
 
 
 @pytest.mark.parametrize(
