@@ -135,6 +135,14 @@ def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [optimizer] if inner is None else [member for one in inner for member in members(one)]
 
 
+def _settings_of(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What in a recipe decides the names of the optimizer's tensors in a checkpoint."""
+    return {
+        "optimizer.name": optimizer.config.optimizer,
+        "parallel.distributed_optimizer": any(isinstance(one, DistributedOptimizer) for one in members(optimizer)),
+    }
+
+
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that use torch's AdamW: all but Muon's in a run without Transformer Engine and apex, else none."""
     return [member for member in members(optimizer) if isinstance(member.optimizer, torch.optim.AdamW)]
@@ -327,7 +335,7 @@ def start_saving(
     temporary = _make_temporary(folder)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
-        state["trainer"]["optimizer"] = optimizer.config.optimizer
+        state["trainer"]["optimizer"] = _settings_of(optimizer)
         (first, *_), weights = _pieces(model), state["model"]
         if fsdp_checkpoint.is_sharded(first):
             (own,) = members(optimizer)
@@ -407,12 +415,13 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     """
     _require_checkpoint(folder)
     trainer_state = load_common_state_dict(str(folder))["trainer"]
-    written_by = trainer_state.get("optimizer", "adam")
-    if written_by != optimizer.config.optimizer:
-        raise UserError(
-            f"{folder} was written with optimizer.name={written_by}: go on with that, or start in another "
-            f"run.output_dir (training.init_from takes the weights)"
-        )
+    settings = _settings_of(optimizer)
+    for name, value in trainer_state.get("optimizer", {}).items():
+        if settings[name] != value:
+            raise UserError(
+                f"{folder} was written with {name}={str(value).lower()}: go on with that, or start in another "
+                f"run.output_dir (training.init_from takes the weights)"
+            )
     (first, *_), state = _pieces(model), dict[str, Any]()
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
