@@ -1,6 +1,6 @@
 """How tools/augment.py behaves on a large input: memory of the driver, and how soon it goes on with a nearly done job.
 
-python benchmarks/augment_scale.py --folder SCRATCH [--input-gb 5] [--num-finished 1000000]
+python benchmarks/augment_scale.py --folder SCRATCH [--input-gb 5] [--num-finished 1000000] [--parts memory]
 
 Memory: the whole job over `--input-gb` of documents (50 KB each, one in a thousand of 1 MB), asked of a local server
 that answers at once, so that the driver and not a model is what is measured. Peak resident memory of the driver.
@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_tpt.config.cli import parse, run
 
@@ -37,6 +37,8 @@ class BenchmarkOptions:
     """A folder for scratch files; it needs twice the input's size."""
     input_gb: float = 5.0
     num_finished: int = 1_000_000
+    parts: tuple[Literal["resuming", "memory"], ...] = ("resuming", "memory")
+    """What to measure; the figures of the other part stay as they are."""
 
 
 async def serve(port: int) -> None:
@@ -179,19 +181,19 @@ def start_server(port: int) -> subprocess.Popen[str]:
 def main() -> None:
     options = parse(BenchmarkOptions, description=__doc__)
     options.folder.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"load": os.getloadavg()[0]}
-    for port, name in ((18421, "resuming"), (18422, "memory")):
+    output = RESULTS / "augment_scale.json"
+    summary: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    for port, name in enumerate(options.parts, start=18421):
         server = start_server(port)
+        load = os.getloadavg()[0]
         try:
-            if name == "memory":
-                summary[name] = measure_memory(options, port)
-            else:
-                summary[name] = measure_resuming(options, port, server)
+            figures = measure_memory(options, port) if name == "memory" else measure_resuming(options, port, server)
         finally:
             server.kill()
+        summary[name] = figures | {"load": round(load, 2)}
         print(json.dumps({name: summary[name]}), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "augment_scale.json").write_text(json.dumps(summary, indent=1) + "\n")
+        RESULTS.mkdir(exist_ok=True)
+        output.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":
