@@ -76,3 +76,12 @@ def test_a_mistake_in_the_recipe_ends_the_job(cluster: Path, tmp_path: Path) -> 
     text = (tmp_path / "log.txt").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), text
     assert text.count("error: training.global_batch_size=3 ") == 1 and "ended with code" not in text
+
+
+@pytest.mark.slow
+def test_a_fault_that_stays_is_tried_again_a_limited_number_of_times(cluster: Path, tmp_path: Path) -> None:
+    job = submit(tmp_path, "--run.output_dir=/proc/nowhere")
+    state = wait_for_end(job)
+    text = (tmp_path / "log.txt").read_text()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0"), text
+    assert text.count("the run ended with code 1") == 2
