@@ -12,13 +12,14 @@ import dataclasses
 import multiprocessing
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
@@ -260,7 +261,7 @@ def _measure_all_reduce(device: Any, load: Load) -> AllReduce:
     return AllReduce(2 * (num_ranks - 1) / num_ranks * load.reduce_bytes / seconds / 1e9, is_right)
 
 
-def _work(rank: int, num_devices: int, port: int, device_type: str, load: Load, connection: Connection) -> None:
+def _work(rank: int, num_devices: int, store: Path, device_type: str, load: Load, connection: Connection) -> None:
     import datetime
 
     import torch
@@ -273,7 +274,7 @@ def _work(rank: int, num_devices: int, port: int, device_type: str, load: Load, 
         if num_devices > 1:
             torch.distributed.init_process_group(
                 "nccl" if device_type == "cuda" else "gloo",
-                init_method=f"tcp://127.0.0.1:{port}",
+                init_method=f"file://{store}",
                 rank=rank,
                 world_size=num_devices,
                 timeout=datetime.timedelta(seconds=_TIMEOUT_S / 2),
@@ -292,14 +293,13 @@ def measure_node(
     Returns what was measured of every device, what each measured of all_reduce, and what failed.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     waiting: dict[Any, int] = {}
     processes = []
+    meeting_place = Path(tempfile.mkdtemp(prefix="preflight-"))
     for rank in range(num_devices):
         ours, theirs = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_work, args=(rank, num_devices, port, device_type, load, theirs)))
+        arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs)
+        processes.append(context.Process(target=_work, args=arguments))
         processes[-1].start()
         theirs.close()
         waiting[ours] = rank
@@ -324,6 +324,7 @@ def measure_node(
     for process in processes:
         process.kill()
         process.join()
+    shutil.rmtree(meeting_place)
     failures += [f"GPU {rank}: no answer in {_TIMEOUT_S} s" for rank in waiting.values()]
     silent = set(range(num_devices)) - measured.keys() - set(waiting.values())
     if not failures:

@@ -29,16 +29,21 @@ def start_training(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def _free_port(first: int = 0) -> int:
+    """A port that nothing uses now: any, or one from `first` on. Those below 32768 are given out to no connection in
+    the time until it is used."""
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", first))
+            return sock.getsockname()[1]
+        first += 1
 
 
 def start_ranks(program: str, recipe_path: Path, *overrides: str, num_processes: int) -> list[subprocess.Popen]:
     """Start the ranks of a run as srun does: no launcher ends one when another ends."""
     command = [sys.executable, "-m", program, str(recipe_path), *overrides]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_processes)}
+    port = _free_port(20_000 + os.getpid() % 10_000)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
     return [
         subprocess.Popen(
             command,
