@@ -88,6 +88,13 @@ def _check_optimizer(recipe: Recipe) -> None:
             "training.fp8_param_gather needs optimizer.name=adam and parallel.distributed_optimizer, without "
             "parallel.fsdp: change them, or leave it out"
         )
+    if recipe.checkpoint.optimizer_sharding == "dp_reshardable" and (
+        recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
+    ):
+        raise UserError(
+            "checkpoint.optimizer_sharding=dp_reshardable needs optimizer.name=adam and parallel.distributed_optimizer "
+            "without parallel.fsdp: change them, or leave it out"
+        )
     if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
         raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")
     if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "fp32":

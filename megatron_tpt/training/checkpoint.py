@@ -45,9 +45,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-# Optimizer state that loads under any data-parallel size; Megatron Core's default format does not save at all.
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-
 # What a writer says of its files goes through this queue. It stays within a process, so none has to be started for it.
 filesystem_async._results_queue = queue.SimpleQueue()
 
@@ -94,6 +91,11 @@ def _fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str,
         for i, gpt in enumerate(_pieces(model))
         if gpt.config.fp8 and gpt.config.fp8_recipe == "delayed"
     }
+
+
+def _optimizer_format(sharding: str) -> dict[str, str]:
+    """Megatron Core's name for checkpoint.optimizer_sharding. What it takes without one does not save at all."""
+    return {"distrib_optim_sharding_type": sharding}
 
 
 def _layout() -> list[int]:
@@ -327,21 +329,27 @@ def start_saving(
     *,
     recipe_yaml: str,
     tokenizer_path: Path | None,
+    optimizer_sharding: str = "fully_reshardable",
 ) -> CheckpointSaving:
     """Lay out a checkpoint; weights and states are then written as the caller chooses. All ranks call it.
 
     Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """
     temporary = _make_temporary(folder)
+    optimizer_format = _optimizer_format(optimizer_sharding)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
-        state["trainer"]["optimizer"] = _settings_of(optimizer)
+        state["trainer"] |= {
+            "optimizer": _settings_of(optimizer),
+            "optimizer_sharding": optimizer_sharding,
+            "num_pieces": len(_pieces(model)),
+        }
         (first, *_), weights = _pieces(model), state["model"]
         if fsdp_checkpoint.is_sharded(first):
             (own,) = members(optimizer)
             state["optimizer"] = fsdp_checkpoint.optimizer_state(first, weights["piece_0"], own, is_loading=False)
         else:
-            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_FORMAT)
+            state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=optimizer_format)
         state["random_state"] = _sharded_random_state()
         if statistics := _fp8_statistics(model):
             state["trainer"]["has_fp8_statistics"] = True
@@ -360,7 +368,7 @@ def start_saving(
         strategy,
         async_sharded_save=True,
         async_strategy="mcore",
-        content_metadata=OPTIMIZER_FORMAT,
+        content_metadata=optimizer_format,
     )
     _together(folder, write_small_files)
     return CheckpointSaving(folder, temporary, request, strategy)
@@ -422,6 +430,14 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
                 f"{folder} was written with {name}={str(value).lower()}: go on with that, or start in another "
                 f"run.output_dir (training.init_from takes the weights)"
             )
+    sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
+    *sizes, _ = trainer_state["layout"]
+    if sharding == "dp_reshardable" and [*sizes, trainer_state["num_pieces"]] != [*_layout()[:2], len(_pieces(model))]:
+        raise UserError(
+            f"{folder} was written with checkpoint.optimizer_sharding=dp_reshardable: go on with its parallel."
+            f"pipeline_parallel_size={sizes[0]}, tensor_parallel_size={sizes[1]} and virtual_pipeline_parallel_size="
+            f"{trainer_state['num_pieces']}; fully_reshardable ones, from a start at that layout, load under any"
+        )
     (first, *_), state = _pieces(model), dict[str, Any]()
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
@@ -430,7 +446,9 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     else:
         _make_torch_adam_loadable(optimizer)
         state["model"] = weights_state(model)
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True, metadata=OPTIMIZER_FORMAT)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=True, metadata=_optimizer_format(sharding)
+        )
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
         state["random_state"] = _sharded_random_state()
@@ -441,7 +459,8 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
     else:
         _set_weights(model, loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        with torch.no_grad():  # Megatron Core's loading of dp_reshardable leaves it to the caller
+            optimizer.load_state_dict(loaded["optimizer"])
         _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])

@@ -275,6 +275,7 @@ class Trainer:
             | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
             tokenizer_path=self.data.tokenizer_path,
+            optimizer_sharding=self.recipe.checkpoint.optimizer_sharding,
         )
 
     def _resume(self, folder: Path) -> None:

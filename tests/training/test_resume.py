@@ -78,6 +78,28 @@ def test_checkpoint_of_one_layout_resumes_under_another(train: Train, tmp_path: 
     assert [m["grad_norm"] for m in moved] == pytest.approx([m["grad_norm"] for m in unbroken], rel=1e-4)
 
 
+def test_optimizer_state_written_by_all_ranks_goes_on_at_another_data_parallel_size(
+    train: Train, dropout: dict, tmp_path: Path
+) -> None:
+    changes = dropout | {"checkpoint": {"save_interval": 10, "optimizer_sharding": "dp_reshardable"}}
+    changes["training"] = {**dropout["training"], "num_steps": 20}
+    unbroken = train("unbroken", num_processes=2, changes=changes)
+    sizes = [path.stat().st_size for path in (tmp_path / "unbroken/checkpoints/latest").glob("__1_*")]
+    assert sum(sizes) > 0.3 * sum(
+        path.stat().st_size for path in (tmp_path / "unbroken/checkpoints/latest").glob("__0_*")
+    )
+    shutil.rmtree(tmp_path / "unbroken/checkpoints/step_00000020")
+    with pytest.raises(AssertionError, match="optimizer_sharding=dp_reshardable: go on with its parallel"):
+        train("unbroken", "--parallel.tensor_parallel_size=2", num_processes=2, changes=changes)
+    assert exact(train("unbroken", num_processes=2, changes=changes)) == exact(unbroken)
+    still = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # another rank draws it
+    changes["model"] = {**dropout["model"], **still}
+    reference = train("reference", num_processes=2, changes=changes)
+    shutil.rmtree(tmp_path / "reference/checkpoints/step_00000020")
+    alone = train("reference", changes=changes)
+    assert [m["loss"] for m in alone] == pytest.approx([m["loss"] for m in reference], rel=1e-5)
+
+
 def test_half_written_checkpoint_is_not_taken(train: Train, tmp_path: Path) -> None:
     save = {"checkpoint": {"save_interval": 10}}
     unbroken = train("run", changes=save)
