@@ -38,6 +38,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 class _NoStream:
     """A CUDA stream where everything is done at once: waiting for it is over before it begins."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def wait_stream(self, *args: Any) -> None: ...
 
     def wait_event(self, *args: Any) -> None: ...
@@ -116,7 +118,7 @@ def patch_fsdp() -> None:
     param_and_grad_buffer.py:3969) and over a mesh of CUDA devices (distributed/fsdp/mcore_fsdp_adapter.py:437)."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    torch.cuda.Stream = lambda *args, **kwargs: _NoStream()  # type: ignore[assignment, misc]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, misc]
     from_group = DeviceMesh.from_group
 
