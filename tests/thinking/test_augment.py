@@ -229,6 +229,7 @@ def test_several_rollouts_are_records_of_their_own(documents: Path, model: str, 
     assert len({record.thinking for record in done}) == 12
 
 
+@pytest.mark.slow
 def test_answers_of_a_row_in_the_middle_of_its_rollouts_are_kept(documents: Path, model: str, tmp_path: Path) -> None:
     options = options_for(documents, model, tmp_path / "out", rollouts=40, limit=1, max_num_seqs=1, max_new_tokens=60)
     journal = options.output / ".work" / "journal" / "part-00000-00000.jsonl"
@@ -338,6 +339,7 @@ def test_other_prompts_and_models_that_do_not_think(documents: Path, tmp_path: P
             assert record.thinking
 
 
+@pytest.mark.slow
 def test_tasks_together_do_what_one_does(documents: Path, model: str, tmp_path: Path) -> None:
     one = options_for(documents, model, tmp_path / "one", engine="transformers")
     augment(one)

@@ -31,7 +31,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if size > 2 else name for name, (size, _) in LAYOUTS.items()]
+)
 def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
     layout: str, train: Train, recipe: dict, tmp_path: Path
 ) -> None:

@@ -55,7 +55,9 @@ def test_whole_matrices_on_different_ranks_change_nothing(train: Train, muon: di
     assert [m["loss"] for m in split] == pytest.approx([m["loss"] for m in plain], rel=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [FP32, BF16], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(FP32, id="whole"), pytest.param(BF16, id="split", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit(
     overrides: list[str], train: Train, muon: dict, tmp_path: Path
 ) -> None:

@@ -50,8 +50,10 @@ def dropout(recipe: dict) -> dict:
 
 @pytest.mark.parametrize(
     ("overrides", "rank"),
-    [(["--parallel.tensor_parallel_size=2"], None), ([], 1)],
-    ids=["tensor-parallel, all", "data-parallel, one rank"],
+    [
+        pytest.param(["--parallel.tensor_parallel_size=2"], None, id="tensor-parallel, all", marks=pytest.mark.slow),
+        pytest.param([], 1, id="data-parallel, one rank"),
+    ],
 )
 def test_killed_run_goes_on_to_the_same_losses_to_the_bit(
     overrides: list[str], rank: int | None, train: Train, recipe: dict, dropout: dict, tmp_path: Path

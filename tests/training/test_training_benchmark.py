@@ -26,6 +26,7 @@ def benchmark() -> ModuleType:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model is for a CPU")
+@pytest.mark.slow
 def test_every_part_runs_tiny_and_adds_to_the_results(
     benchmark: ModuleType, index_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_rank_that_stands_still_is_named(recipe: dict, tmp_path: Path) -> None
     assert beat.waits and beat.pid == first.pid
 
 
+@pytest.mark.slow
 def test_a_rank_whose_data_does_not_come_is_named(recipe: dict, tmp_path: Path) -> None:
     path = write_recipe(recipe, tmp_path, num_steps=20)
     processes = start_ranks("stalling_pretrain", path, *PATIENCE, "--stall=read:0:6", num_processes=2)
