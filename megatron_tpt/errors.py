@@ -21,3 +21,9 @@ class Fault(Exception):
 
     The command-line programs print it and exit with code 1; the same command may succeed.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.majority import odd_ones
 
 # What a fit GPU reaches at least of the peak in its data sheet, of the median of the node, and of its links' speed.
 _MATMUL_FLOOR, _MEMORY_FLOOR, _MEDIAN_FLOOR, _LINK_FLOOR = 0.5, 0.7, 0.9, 0.4
@@ -138,13 +139,6 @@ def _own_problems(one: Measurement) -> Iterator[str]:
         yield f"NVLink {', '.join(map(str, down))} of {len(one.links_gb_per_s)} is down"
 
 
-def _odd_ones(values: Mapping[int, object]) -> list[int]:
-    """The devices whose value most others do not have; all of them where there is no such majority."""
-    counts = collections.Counter(values.values()).most_common(2)
-    has_majority = len(counts) == 1 or counts[0][1] > counts[1][1]
-    return [gpu for gpu, value in values.items() if not has_majority or value != counts[0][0]]
-
-
 def _problems_among_equals(device: str, equals: Mapping[int, Measurement]) -> Iterator[tuple[int, str]]:
     """What is wrong with devices of one name beside each other."""
     from megatron_tpt.training.metrics import device_peak_tflops
@@ -155,9 +149,9 @@ def _problems_among_equals(device: str, equals: Mapping[int, Measurement]) -> It
     speeds = {gpu: one.memory_gb_per_s for gpu, one in equals.items()}
     peak = next((peak for name, peak in _PEAK_MEMORY_GB_PER_S.items() if name in device), None)
     yield from _speed_problems("memory at", "GB/s", speeds, peak, _MEMORY_FLOOR)
-    for gpu in _odd_ones({gpu: one.digest for gpu, one in equals.items()}):
+    for gpu in odd_ones({gpu: one.digest for gpu, one in equals.items()}):
         yield gpu, "a product of matrices has other bits than on most GPUs of its kind"
-    for gpu in _odd_ones({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
+    for gpu in odd_ones({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
         yield gpu, "another number of NVLinks than most GPUs of its kind"
 
 

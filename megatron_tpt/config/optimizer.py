@@ -3,12 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tpt.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from megatron_tpt.errors import require
 
 
 @dataclass
@@ -72,25 +67,25 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be above 0")
-        _require(
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be above 0")
+        require(
             0 <= self.min_learning_rate <= self.learning_rate,
             f"optimizer.min_learning_rate={self.min_learning_rate} must lie between 0 and optimizer.learning_rate",
         )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
-        _require(
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must be 0 or more")
+        require(
             self.adam_learning_rate is None or self.name == "muon",
             "optimizer.adam_learning_rate is for optimizer.name=muon: give learning_rate",
         )
-        _require(
+        require(
             self.adam_learning_rate is None or self.adam_learning_rate > 0,
             f"optimizer.adam_learning_rate={self.adam_learning_rate} must be above 0",
         )
-        _require(0 <= self.muon_momentum < 1, f"optimizer.muon_momentum={self.muon_momentum} must lie in 0 to 1")
-        _require(
+        require(0 <= self.muon_momentum < 1, f"optimizer.muon_momentum={self.muon_momentum} must lie in 0 to 1")
+        require(
             self.muon_newton_schulz_steps >= 1,
             f"optimizer.muon_newton_schulz_steps={self.muon_newton_schulz_steps} must be 1 or more",
         )
         for name in ("decay_steps", "wsd_decay_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"optimizer.{name}={value} must be 1 or more")
+            require(value is None or value >= 1, f"optimizer.{name}={value} must be 1 or more")

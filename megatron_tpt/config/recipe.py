@@ -11,12 +11,7 @@ from typing import Literal
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from megatron_tpt.errors import UserError, require
 
 
 @dataclass
@@ -45,12 +40,12 @@ class RunConfig:
     A checkpoint may take as long as the first step."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.distributed_timeout_s <= self.first_step_timeout_s,
             f"run.distributed_timeout_s={self.distributed_timeout_s} must lie between 1 and run.first_step_timeout_s="
             f"{self.first_step_timeout_s}: raise that or lower it",
         )
-        _require(
+        require(
             self.hang_timeout_s is None or 0 <= self.hang_timeout_s < self.distributed_timeout_s,
             f"run.hang_timeout_s={self.hang_timeout_s} must lie below run.distributed_timeout_s="
             f"{self.distributed_timeout_s}, or collectives fail before it is known why: lower it or raise that",
@@ -78,8 +73,8 @@ class DatasetSource:
     """Refuse a run that goes through this source more often; no limit when not given."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"data: weight {self.weight} of {self.path} must be above 0")
-        _require(
+        require(self.weight > 0, f"data: weight {self.weight} of {self.path} must be above 0")
+        require(
             self.max_epochs is None or self.max_epochs > 0,
             f"data: max_epochs {self.max_epochs} of {self.path} must be above 0",
         )
@@ -134,16 +129,16 @@ class DataConfig:
     """Processes per rank that read ahead; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.train) + bool(self.phases) + self.mock <= 1,
             "data: give one of train, phases and mock: what is in train can be the first of phases",
         )
         ends = [0.0, *(phase.until_tokens or 0.0 for phase in self.phases[:-1])]
-        _require(
+        require(
             all(end > begin for begin, end in itertools.pairwise(ends)),
             f"data.phases: until_tokens must be there and grow in all but the last: {ends[1:]}",
         )
-        _require(all(phase.train for phase in self.phases), "data.phases: a phase has no data: give its train")
+        require(all(phase.train for phase in self.phases), "data.phases: a phase has no data: give its train")
 
     @property
     def all_phases(self) -> list[DataPhase]:
@@ -209,32 +204,32 @@ class ParallelConfig:
         sizes = ("tensor", "pipeline", "virtual_pipeline", "context")
         for name in [f"{size}_parallel_size" for size in sizes] + ["first_stage_layers", "last_stage_layers"]:
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"parallel.{name}={value} must be 1 or more")
+            require(value is None or value >= 1, f"parallel.{name}={value} must be 1 or more")
         for name, default in (
             ("virtual_pipeline_parallel_size", 1),
             ("first_stage_layers", None),
             ("last_stage_layers", None),
         ):
-            _require(
+            require(
                 getattr(self, name) == default or self.pipeline_parallel_size > 1,
                 f"parallel.{name} needs parallel.pipeline_parallel_size > 1: leave it out or raise the size",
             )
-        _require(
+        require(
             not self.sequence_parallel or self.tensor_parallel_size > 1,
             "parallel.sequence_parallel needs parallel.tensor_parallel_size > 1: turn it off or raise the size",
         )
-        _require(
+        require(
             not self.overlap_param_gather or (self.distributed_optimizer and self.overlap_grad_reduce),
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce",
         )
-        _require(
+        require(
             self.fsdp == "none"
             or (self.distributed_optimizer and self.tensor_parallel_size == self.pipeline_parallel_size == 1),
             f"parallel.fsdp={self.fsdp} needs parallel.distributed_optimizer, and tensor_parallel_size and "
             f"pipeline_parallel_size of 1",
         )
         # Megatron Core 0.19.2 does not reduce the gradients otherwise: they are each rank's own.
-        _require(
+        require(
             self.fsdp != "optim" or self.overlap_grad_reduce,
             "parallel.fsdp=optim needs parallel.overlap_grad_reduce",
         )
@@ -249,7 +244,7 @@ class ParallelConfig:
         given = [self.first_stage_layers, *[None] * (self.pipeline_parallel_size - 2), self.last_stage_layers]
         stages = given if self.pipeline_parallel_size > 1 else [None]
         rest, num_open = num_layers - sum(filter(None, stages)), stages.count(None)
-        _require(
+        require(
             rest % num_open == 0 and rest > 0 if num_open else rest == 0,
             f"model.num_layers={num_layers} cannot be shared by parallel.pipeline_parallel_size="
             f"{self.pipeline_parallel_size} stages with first_stage_layers={self.first_stage_layers} and "
@@ -259,7 +254,7 @@ class ParallelConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model that `world_size` processes hold. Raises UserError when that is no whole number."""
-        _require(
+        require(
             world_size % self.model_parallel_size == 0,
             f"{world_size} processes cannot hold parallel.tensor_parallel_size={self.tensor_parallel_size} x "
             f"pipeline_parallel_size={self.pipeline_parallel_size} x context_parallel_size={self.context_parallel_size}"
@@ -279,7 +274,7 @@ class BatchSizeStage:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size"):
-            _require(
+            require(
                 getattr(self, name) >= 1, f"training.batch_size_ramp: {name}={getattr(self, name)} must be 1 or more"
             )
 
@@ -290,7 +285,7 @@ def _step_range(text: int | str) -> range:
     if not (first.strip().isdecimal() and (last or first).strip().isdecimal()):
         raise UserError(f"training.skip_steps: {text!r} is no step: give numbers (1200) or ranges (1200-1250)")
     steps = range(int(first), int(last or first) + 1)
-    _require(len(steps) > 0 and steps[0] >= 1, f"training.skip_steps: {text!r} must count upwards from 1")
+    require(len(steps) > 0 and steps[0] >= 1, f"training.skip_steps: {text!r} must count upwards from 1")
     return steps
 
 
@@ -350,28 +345,28 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
-            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
         self.skips(0)  # refuses what names no step
-        _require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
-        _require(
+        require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
+        require(
             not self.fp8_param_gather or self.fp8 in ("delayed", "tensorwise", "blockwise"),
             f"training.fp8_param_gather needs training.fp8=delayed, tensorwise or blockwise, not {self.fp8}",
         )
         has_bf16_layers = self.bf16_layers_at_start > 0 or self.bf16_layers_at_end > 0
-        _require(
+        require(
             not has_bf16_layers or self.fp8 not in ("none", "delayed"),
             f"training.bf16_layers_at_start and bf16_layers_at_end need training.fp8=tensorwise, blockwise or mxfp8, "
             f"not {self.fp8}",
         )
         for name in ("bf16_layers_at_start", "bf16_layers_at_end", "cpu_offload_layers"):
-            _require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be 0 or more")
+            require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be 0 or more")
         for name in ("fp8_amax_history", "recompute_layers"):
-            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
-        _require(
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+        require(
             self.recompute != "selective" or len(self.recompute_modules) > 0,
             "training.recompute_modules is empty: name some, or give training.recompute=none",
         )
-        _require(
+        require(
             self.cpu_offload_layers == 0 or self.recompute == "none",
             f"training.cpu_offload_layers does not go with training.recompute={self.recompute}: give up one of them",
         )
@@ -411,7 +406,7 @@ class SftTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             self.num_epochs is None or self.num_epochs > 0,
             f"training.num_epochs={self.num_epochs} must be above 0",
         )
@@ -441,7 +436,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"checkpoint.{name}={value} must be 1 or more")
+            require(value is None or value >= 1, f"checkpoint.{name}={value} must be 1 or more")
 
 
 @dataclass
@@ -470,9 +465,9 @@ class FaultsConfig:
     on. Not under training.fp8=delayed, whose scales the first time has changed."""
 
     def __post_init__(self) -> None:
-        _require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")
-        _require(self.desync_interval >= 0, f"faults.desync_interval={self.desync_interval} must be 0 or more")
-        _require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
+        require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")
+        require(self.desync_interval >= 0, f"faults.desync_interval={self.desync_interval} must be 0 or more")
+        require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
 
 
 @dataclass
@@ -492,8 +487,8 @@ class LoggingConfig:
     """Also report to this project of Weights & Biases (package wandb; its key is read from its own settings)."""
 
     def __post_init__(self) -> None:
-        _require(self.log_interval >= 1, f"logging.log_interval={self.log_interval} must be 1 or more")
-        _require(self.straggler_factor > 1, f"logging.straggler_factor={self.straggler_factor} must be above 1")
+        require(self.log_interval >= 1, f"logging.log_interval={self.log_interval} must be 1 or more")
+        require(self.straggler_factor > 1, f"logging.straggler_factor={self.straggler_factor} must be above 1")
 
 
 @dataclass
@@ -516,7 +511,7 @@ class ProfilingConfig:
     def __post_init__(self) -> None:
         for name in ("first_step", "num_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"profiling.{name}={value} must be 1 or more")
+            require(value is None or value >= 1, f"profiling.{name}={value} must be 1 or more")
 
 
 @dataclass

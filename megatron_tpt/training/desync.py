@@ -14,6 +14,7 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import Fault
+from megatron_tpt.majority import odd_ones
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
@@ -43,12 +44,8 @@ def find_odd_copies(names: Sequence[str], ranks: Sequence[int], sums: Sequence[S
     """
     odd: dict[int, list[str]] = collections.defaultdict(list)
     for name, values in zip(names, zip(*sums, strict=True), strict=True):
-        frequent = collections.Counter(values).most_common(2)
-        has_majority = len(frequent) == 1 or frequent[0][1] > frequent[1][1]
-        usual = frequent[0][0] if has_majority else None
-        for rank, value in zip(ranks, values, strict=True):
-            if value != usual:
-                odd[rank].append(name)
+        for rank in odd_ones(dict(zip(ranks, values, strict=True))):
+            odd[rank].append(name)
     return dict(odd)
 
 
