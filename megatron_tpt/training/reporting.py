@@ -1,6 +1,7 @@
 """Metrics: measured over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -156,13 +157,19 @@ def _measure_memory_gib() -> dict[str, float]:
     return {"memory_allocated_gib": allocated / GIB, "memory_reserved_gib": reserved / GIB, **host}
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    print(f"WARNING: {message}", flush=True)
+
+
 def _measure_power() -> dict[str, float]:
-    """Watts that this rank's GPU draws; nothing where the driver's library cannot be asked."""
-    if not torch.cuda.is_available():
+    """Watts that the first rank's GPU draws; nothing where the driver's library does not say it, which is told once."""
+    if not torch.cuda.is_available() or not platform.is_first_rank():
         return {}
     try:
         return {"gpu_power_w": torch.cuda.power_draw() / 1000}
-    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is not installed, or the driver refuses
+    except Exception as error:  # NVML's own derive from it alone: no sensor, no permission, no library
+        _warn_once(f"gpu_power_w is left out of the metrics: {error}")
         return {}
 
 

@@ -14,7 +14,7 @@ from training_runs import Train, read_metrics
 from megatron_tpt.config.load import check, recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.training.reporting import MetricsWriter, console_line, duration
+from megatron_tpt.training.reporting import MetricsWriter, _measure_power, console_line, duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
 
@@ -124,3 +124,18 @@ def test_metrics_of_a_full_disk_are_written_once_there_is_room(
         filler.unlink()
         writer.close()
         assert [row["step"] for row in read_metrics(recipe.run.output_dir)] == list(range(1, 202))
+
+
+def test_power_that_cannot_be_read_costs_a_metric_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class NVMLError(Exception):
+        """As nvidia-ml-py has it: of a part of a GPU (MIG), for one."""
+
+    def refuse() -> int:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "power_draw", refuse)
+    assert _measure_power() == _measure_power() == {}
+    assert capfd.readouterr().out == "WARNING: gpu_power_w is left out of the metrics: Not Supported\n"
