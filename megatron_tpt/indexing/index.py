@@ -5,6 +5,7 @@ Only a few blocks are on their way at a time, so memory does not grow with the i
 job goes on, is in `output.py` and `journal.py`.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -131,15 +132,13 @@ class _Job:
     def finished(self) -> list[Manifest] | None:
         """The manifests of this very index when it exists. Raises UserError when something else is in its place."""
         prefix = self.options.output
-        if Journal.read(working_path(prefix), self._settings()).is_complete:
+        if Journal.read(working_path(prefix)).is_complete:
             return None  # it remains to be moved to its name
         found = self._existing_prefixes()
         if not found:
             return None
         advice = f"choose another --output or remove {prefix}*.{{bin,idx,json}}"
         if not all(Manifest.path(existing).exists() for existing in found):
-            if working_path(prefix).exists():
-                return None  # what a killed run was moving into place
             raise UserError(f"{found[0]}.bin or .idx exists and was not made by this program; {advice}")
         manifests = [Manifest.read(existing) for existing in found]
         if differences := self._differences(manifests):
@@ -158,52 +157,56 @@ class _Job:
 
     def _differences(self, manifests: Sequence[Manifest]) -> list[str]:
         """What of existing indices is not as this job would make it."""
-        first, template = manifests[0], self.template
+        first, wanted = manifests[0], self._settings()
+        found = {
+            "tokenizer": first.tokenizer.fingerprint,
+            "end-of-sequence token": first.tokenizer.eos_id,
+            "join": first.join,
+            "text column": first.text_column,
+            "choice of --append-eos": first.append_eos,
+            "choice of --sentences": first.counts.sequences is not None,
+            "choice of --parse-special-tokens": first.parse_special_tokens,
+        }
         sources = {source.path: source for manifest in manifests for source in manifest.sources}
-        differences = [
-            name
-            for name, found, wanted in (
-                ("tokenizer", first.tokenizer.fingerprint, template.tokenizer.fingerprint),
-                ("end-of-sequence token", first.tokenizer.eos_id, template.tokenizer.eos_id),
-                ("join", first.join, template.join),
-                ("text column", first.text_column, template.text_column),
-                ("choice of --append-eos", first.append_eos, template.append_eos),
-                ("choice of --sentences", first.counts.sequences is not None, self.options.sentences),
-                ("choice of --parse-special-tokens", first.parse_special_tokens, template.parse_special_tokens),
-                ("list of input files", list(sources), [_name(input) for input in self.inputs]),
-            )
-            if found != wanted
-        ]
-        if not differences and not all(map(_is_still, sources.values(), self.inputs)):
-            differences = ["content of the input files"]
-        return differences
+        return _changes(found, {name: wanted[name] for name in found}) or _changed_inputs(
+            [*sources.values()], self.inputs
+        )
 
     def _settings(self) -> dict[str, Any]:
-        """What the output depends on: the work of a run with other settings is not gone on with."""
+        """What the output depends on besides the inputs, by the names that messages give it."""
         options = self.options
         return {
-            "tokenizer": [self.template.tokenizer.fingerprint, self.template.tokenizer.eos_id],
-            "columns": [options.text_column, options.id_column],
+            "tokenizer": self.template.tokenizer.fingerprint,
+            "end-of-sequence token": self.template.tokenizer.eos_id,
             "join": options.join.value,
-            "on_bad_record": options.on_bad_record,
-            "switches": [options.append_eos, options.sentences, options.parse_special_tokens],
-            "shard_bytes": self.shard_bytes,
-            "inputs": [_name(input) for input in self.inputs],
+            "text column": options.text_column,
+            "id column": options.id_column,
+            "choice of --append-eos": options.append_eos,
+            "choice of --sentences": options.sentences,
+            "choice of --parse-special-tokens": options.parse_special_tokens,
+            "--shard-size in bytes": self.shard_bytes,
         }
 
     def journal(self, folder: Path) -> Journal:
-        """The journal to go on with; what else was left behind is cleared away."""
-        journal = Journal.read(folder, self._settings())
-        if journal.is_complete:
-            return journal
+        """The journal to go on with. Raises UserError when it is that of other settings or inputs.
+
+        Without a finished input there is nothing to go on with: what was left behind is cleared away.
+        """
+        journal, settings = Journal.read(folder), self._settings()
         done = [entry.source for entry in journal.sources]
-        if done and all(map(_is_still, done, self.inputs)):
-            print(f"going on after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
-            return journal
-        if any(folder.iterdir()):
+        if not done:
             for leftover in folder.iterdir():
                 leftover.unlink()
-        return Journal.read(folder, self._settings())
+            return Journal(journal.path, settings)
+        inputs = self.inputs if journal.is_complete else self.inputs[: len(done)]
+        if differences := _changes(journal.settings, settings) or _changed_inputs(done, inputs):
+            raise UserError(
+                f"{self.options.output}: a run that did not end has indexed {len(done)} input files with another "
+                f"{', '.join(differences)}; run with that to go on, or choose another --output, or remove {folder}"
+            )
+        if not journal.is_complete:
+            print(f"going on after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
+        return journal
 
     def build(self, folder: Path, journal: Journal) -> None:
         """Write all that is not yet written, and complete it."""
@@ -231,7 +234,7 @@ class _Job:
 
     def publish(self, folder: Path) -> list[Manifest]:
         """Move what is complete to its names."""
-        num_shards = len(Journal.read(folder, self._settings()).shards)
+        num_shards = len(Journal.read(folder).shards)
         prefix = self.options.output
         prefixes = [prefix]
         if self.shard_bytes is not None:
@@ -325,6 +328,27 @@ def _manifest_source(input: Input, checksum: str) -> Source:
         return Source(input.name, 0, 0, 0, "")
     status = input.path.stat()
     return Source(_name(input), 0, status.st_size, status.st_mtime_ns, checksum)
+
+
+def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The settings that differ, with their values where these are short."""
+    changes = []
+    for name in found | wanted:
+        before, now = found.get(name), wanted.get(name)
+        if before != now:
+            values = f" ({before} before, {now} now)"
+            changes.append(name + values * (len(values) < 80))
+    return changes
+
+
+def _changed_inputs(done: Sequence[Source], inputs: Sequence[Input]) -> list[str]:
+    """How the inputs differ from those that were indexed, if they do."""
+    names = [source.path for source in done]
+    for before, now in itertools.zip_longest(names, map(_name, inputs), fillvalue="none"):
+        if before != now:
+            return [f"list of input files ({before} before, {now} now)"]
+    changed = (source.path for source, input in zip(done, inputs, strict=True) if not _is_still(source, input))
+    return [f"content of the input files ({path})" for path in itertools.islice(changed, 1)]
 
 
 def _is_still(source: Source, input: Input) -> bool:

@@ -87,6 +87,7 @@ class Journal:
 
     path: Path
     settings: dict[str, Any]
+    """What the data depends on besides the sources."""
     shards: list[ClosedShard] = field(default_factory=list)
     sources: list[SourceDone] = field(default_factory=list)
     is_complete: bool = False
@@ -95,19 +96,18 @@ class Journal:
     """Length of the part of the file that holds."""
 
     @classmethod
-    def read(cls, folder: Path, settings: dict[str, Any]) -> "Journal":
-        """The journal in `folder`; an empty one when there is none, or one of other settings."""
-        path = folder / _NAME
-        journal = cls(path, settings)
-        for number, (entry, num_bytes) in enumerate(_entries(path)):
-            if number == 0 and entry != {"settings": settings}:
-                return journal
+    def read(cls, folder: Path) -> "Journal":
+        """The journal in `folder`; an empty one, without settings, when there is none."""
+        journal = cls(folder / _NAME, {})
+        for entry, num_bytes in _entries(journal.path):
             journal._take(entry)
             journal.num_bytes = num_bytes
         return journal
 
     def _take(self, entry: dict[str, Any]) -> None:
-        if "shard" in entry:
+        if "settings" in entry:
+            self.settings = entry["settings"]
+        elif "shard" in entry:
             fields = entry["shard"]
             del self.shards[fields["number"] :]  # a run that was killed closed them, its successor did it again
             extent, counts = Extent(*fields["extent"]), Counts(**fields["counts"])

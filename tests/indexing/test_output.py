@@ -97,7 +97,11 @@ def test_a_job_goes_on_behind_the_last_finished_file(
     assert index_shards(options) == resumed and opened == ["006.jsonl"]
 
 
-def test_work_of_other_settings_or_on_changed_files_is_not_gone_on_with(
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_unfinished_work_of_other_settings_or_inputs_is_named_and_kept(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write_files(tmp_path / "in", 3, 20)
@@ -105,20 +109,59 @@ def test_work_of_other_settings_or_on_changed_files_is_not_gone_on_with(
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, 2)
         index(options)
-    with monkeypatch.context() as patch:
-        opened = stop_after(patch, 100)
-        index(replace(options, append_eos=False))
-        assert len(opened) == 3
-    assert verify(tmp_path / "x").append_eos is False
-    for kind in ("bin", "idx", "json"):
-        Path(f"{tmp_path / 'x'}.{kind}").unlink()
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 2)
-        index(options)
-    paths[0].write_text('{"text": "another"}\n')
+    kept = files_in(tmp_path / ".tmp-x")
+    content = paths[0].read_bytes()
+    for changed, difference in [
+        (replace(options, append_eos=False), r"choice of --append-eos \(True before, False now\)"),
+        (replace(options, join=Join.document_only), r"join \(document_thinking before, document_only now\)"),
+        (replace(options, input=paths[1:]), "list of input files .*000.jsonl before, .*001.jsonl.gz now"),
+        (replace(options, shard_size="5KB"), r"--shard-size in bytes \(None before, 5000 now\)"),
+        (options, r"content of the input files \(.*000.jsonl\)"),
+    ]:
+        if changed is options:
+            paths[0].write_text('{"text": "another"}\n')
+        with pytest.raises(UserError, match=f"2 input files with another {difference}.* or remove .*/.tmp-x$"):
+            index_shards(changed)
+        assert files_in(tmp_path / ".tmp-x") == kept
+    paths[0].write_bytes(content)
     opened = stop_after(monkeypatch, 100)
-    assert index(options).sources[0].documents == 1
-    assert len(opened) == 3
+    assert index(options).counts.documents == 60
+    assert opened == ["002.parquet"]
+
+
+def test_other_settings_while_a_complete_index_is_moved_into_place_are_refused(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_files(tmp_path / "in", 2, 20)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "x")
+
+    def die(*_: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(indexing, "publish", die)
+        index(options)
+    for changed in (replace(options, join=Join.document_only), replace(options, input=paths[:1])):
+        with pytest.raises(UserError, match=r"2 input files with another (join|list of input files)"):
+            index(changed)
+    assert index(options) == verify(tmp_path / "x")
+
+
+def test_more_inputs_and_the_way_with_bad_records_may_change_on_the_way(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """What a message advises, and what turns up late, must not cost the work that is done."""
+    first, second, third = write_files(tmp_path / "in", 3, 20)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\nbad\n')
+    options = IndexOptions([first, second, bad], tokenizer_dir, tmp_path / "x")
+    with pytest.raises(UserError, match=r"bad.jsonl:2: not JSON.*--on-bad-record skip"):
+        index(options)
+    with pytest.MonkeyPatch.context() as patch:
+        opened = stop_after(patch, 100)
+        going_on = replace(options, input=[first, second, bad, third], on_bad_record="skip")
+        manifest = index(going_on)
+    assert opened == ["bad.jsonl", "002.parquet"]
+    assert manifest.counts.skipped == {"not JSON": 1}
+    assert index(replace(going_on, output=tmp_path / "unbroken")).checksums == manifest.checksums
 
 
 def test_a_bad_record_leaves_the_finished_files_to_go_on_from(tokenizer_dir: Path, tmp_path: Path) -> None:
