@@ -127,6 +127,7 @@ class _Job:
             command=sys.argv,
             append_eos=options.append_eos,
             parse_special_tokens=options.parse_special_tokens,
+            shard_bytes=self.shard_bytes,
         )
 
     def finished(self) -> list[Manifest] | None:
@@ -138,8 +139,8 @@ class _Job:
         if not found:
             return None
         advice = f"choose another --output or remove {prefix}*.{{bin,idx,json}}"
-        if not all(Manifest.path(existing).exists() for existing in found):
-            raise UserError(f"{found[0]}.bin or .idx exists and was not made by this program; {advice}")
+        if foreign := [existing for existing in found if not Manifest.path(existing).exists()]:
+            raise UserError(f"{foreign[0]}.bin or .idx exists and was not made by this program; {advice}")
         manifests = [Manifest.read(existing) for existing in found]
         if differences := self._differences(manifests):
             raise UserError(f"{prefix} was indexed before with another {', '.join(differences)}; {advice}")
@@ -148,12 +149,21 @@ class _Job:
         return manifests
 
     def _existing_prefixes(self) -> list[Path]:
+        """Of the index, or of the shards of the set, that is there. Raises UserError for a set that is not whole."""
         prefix = self.options.output
         if self.shard_bytes is None:
             return [prefix] if any(Path(f"{prefix}.{kind}").exists() for kind in ("json", "bin", "idx")) else []
         pattern = f"{prefix.name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].*"
-        names = {path.name.rpartition(".")[0] for path in prefix.parent.glob(pattern)}
-        return [prefix.with_name(name) for name in sorted(names)]
+        found = sorted({path.with_suffix("") for path in prefix.parent.glob(pattern)})
+        num_shards = int(found[-1].name[-5:]) if found else 0
+        expected = [shard_prefix(prefix, shard, num_shards) for shard in range(num_shards)]
+        if odd := sorted({*found} ^ {*expected}):
+            state = "is of another set" if odd[0] in found else "is missing"
+            raise UserError(
+                f"{prefix} is no whole set of {num_shards} shards: {odd[0]} {state}; "
+                f"choose another --output or remove {prefix}-*-of-*.{{bin,idx,json}}"
+            )
+        return found
 
     def _differences(self, manifests: Sequence[Manifest]) -> list[str]:
         """What of existing indices is not as this job would make it."""
@@ -166,6 +176,8 @@ class _Job:
             "choice of --append-eos": first.append_eos,
             "choice of --sentences": first.counts.sequences is not None,
             "choice of --parse-special-tokens": first.parse_special_tokens,
+            # Manifests of earlier versions do not say.
+            _SHARD_SIZE: self.shard_bytes if first.shard_bytes is None else first.shard_bytes,
         }
         sources = {source.path: source for manifest in manifests for source in manifest.sources}
         return _changes(found, {name: wanted[name] for name in found}) or _changed_inputs(
@@ -184,7 +196,7 @@ class _Job:
             "choice of --append-eos": options.append_eos,
             "choice of --sentences": options.sentences,
             "choice of --parse-special-tokens": options.parse_special_tokens,
-            "--shard-size in bytes": self.shard_bytes,
+            _SHARD_SIZE: self.shard_bytes,
         }
 
     def journal(self, folder: Path) -> Journal:
@@ -306,6 +318,7 @@ class _Job:
 
 
 _NO_TOKENS = "no tokens"
+_SHARD_SIZE = "--shard-size in bytes"
 
 
 def _without_empty(pieces: Pieces, encoded: Encoded) -> tuple[Pieces, Encoded, int]:

@@ -101,6 +101,8 @@ class Manifest:
     """Whether documents end with the end-of-sequence token."""
     parse_special_tokens: bool = False
     """Whether special tokens that stand in the raw text became these tokens."""
+    shard_bytes: int | None = None
+    """Of a shard: what the `.bin` files of its set were to keep to."""
 
     @staticmethod
     def path(prefix: str | Path) -> Path:

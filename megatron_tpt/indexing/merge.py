@@ -137,7 +137,7 @@ def _settings(shard: Shard) -> dict[str, Any]:
     settings: dict[str, Any] = {"token type": shard.dtype}
     if shard.manifest is not None:
         for field in dataclasses.fields(Manifest):
-            if field.name not in ("dtype", "sources", "counts", "checksums", "command", "text_column"):
+            if field.name not in ("dtype", "sources", "counts", "checksums", "command", "text_column", "shard_bytes"):
                 settings[field.name.replace("_", " ")] = getattr(shard.manifest, field.name)
         # The same tokenizer may lie in several places.
         settings["tokenizer"] = dataclasses.replace(shard.manifest.tokenizer, path="")
@@ -168,6 +168,7 @@ def _merged_manifest(shards: list[Shard]) -> Manifest | None:
         counts=_sum_counts([manifest.counts for manifest in manifests]),
         checksums={},
         command=sys.argv,
+        shard_bytes=None,
     )
 
 

@@ -229,11 +229,33 @@ def test_shards_hold_the_documents_in_order_and_keep_to_their_size(tokenizer_dir
     assert max(sizes) <= 10_000 and min(sizes[:-1]) > 9_000
     assert sum(manifest.counts.documents for manifest in manifests) == whole.counts.documents
     assert sum(source.documents for manifest in manifests for source in manifest.sources) == 300
+    assert index_shards(options) == manifests
     with pytest.raises(UserError, match="another join"):
         index_shards(replace(options, join=Join.document_only))
+    with pytest.raises(UserError, match=r"another --shard-size in bytes \(10000 before, 11000 now\)"):
+        index_shards(replace(options, shard_size="11KB"))
     # A document larger than a shard has one to itself.
     tiny = index_shards(replace(options, output=tmp_path / "tiny", shard_size="2B"))
     assert len(tiny) == 300
+
+
+def test_a_set_of_shards_that_is_not_whole_is_not_done(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "in", 1, 100)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "x", shard_size="5KB")
+    num_shards = len(index_shards(options))
+    for shard in (num_shards - 1, 1, 0):
+        prefix = tmp_path / f"x-{shard:05d}-of-{num_shards:05d}"
+        (tmp_path / "aside").mkdir()
+        for path in tmp_path.glob(f"{prefix.name}.*"):
+            path.rename(tmp_path / "aside" / path.name)
+        with pytest.raises(UserError, match=f"no whole set of {num_shards} shards: {prefix} is missing; .*remove"):
+            index_shards(options)
+        for path in (tmp_path / "aside").iterdir():
+            path.rename(tmp_path / path.name)
+        (tmp_path / "aside").rmdir()
+    (tmp_path / "x-00000-of-00001.bin").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/x-00000-of-00001 is of another set"):
+        index_shards(options)
 
 
 def test_sentences_are_sequences_and_documents_keep_their_bounds(tokenizer_dir: Path, tmp_path: Path) -> None:
