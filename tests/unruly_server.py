@@ -37,6 +37,8 @@ class UnrulyServer:
         self.status: int | None = None
         """When set, the answer to everything."""
         self.usage = True
+        self.reasoning: str | None = "hm"
+        """What chats hand out apart from the text."""
         self.delay_s = 0.0
         self.in_flight = self.max_in_flight = 0
         self._asked: Counter[str] = Counter()
@@ -119,7 +121,7 @@ class UnrulyServer:
 
     def _choice(self, text: str, is_chat: bool) -> dict[str, Any]:
         if is_chat:
-            message = {"role": "assistant", "content": text, "reasoning_content": "hm"}
+            message = {"role": "assistant", "content": text, "reasoning_content": self.reasoning}
             return {"message": message, "finish_reason": "stop"}
         return {"text": text, "finish_reason": "length"}
 

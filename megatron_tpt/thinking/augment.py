@@ -12,6 +12,7 @@ of a block finish. A job of several tasks divides the sources among them, or the
 than tasks; tasks share nothing but the folder.
 """
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,19 +42,19 @@ def augment(options: AugmentOptions) -> Progress:
     Raises UserError for what the user can mend, before anything is written.
     """
     job = plan(options)
-    check_settings(options.output / SETTINGS_NAME, job.settings)
-    task = _Task(job)
-    blocks = task.blocks()
-    first = next(blocks, None)
-    if first is None:
-        print(
-            f"{options.output}: all {task.progress.shards_skipped:,} shards are there; nothing to do", file=sys.stderr
-        )
-    else:
-        generator = job.generator()
-        write_settings(options.output / SETTINGS_NAME, job.settings)
-        with task_lock(task.output.locks, task.number):
-            task.run(generator, itertools.chain([first], blocks))
+    settings_path = options.output / SETTINGS_NAME
+    check_settings(settings_path, job.settings)
+    generator = None if settings_path.exists() else job.generator()
+    write_settings(settings_path, job.settings)
+    with task_lock(Output(options.output).locks, options.task or 0):
+        task = _Task(job)  # not before: what another process had in hand is done by now
+        blocks = task.blocks()
+        first = next(blocks, None)
+        if first is None:
+            shards = f"all {task.progress.shards_skipped:,} shards are there"
+            print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
+        else:
+            task.run(generator or job.generator(), itertools.chain([first], blocks))
     _write_card(job, task.output)
     return task.progress
 
@@ -92,6 +93,7 @@ class _Block:
     ledger: Ledger
     rows: Iterator[Row]
     journal: Journal = field(init=False)
+    """Of a block whose rows are being read."""
     open_rows: int = 0
     """Rows that are being thought about."""
     is_read: bool = False
@@ -160,7 +162,7 @@ class _Task:
 
     def run(self, generator: Generator, blocks: Iterator[_Block]) -> None:
         """Think about all rows of `blocks`."""
-        with open_engine(generator.engine_options) as engine:
+        with contextlib.closing(self.output), open_engine(generator.engine_options) as engine:
             self.progress.input_bytes_skipped = self._input_bytes_read()
             path = self.output.progress / f"task-{self.number:05d}.json"
             reporter = Reporter(self.progress, path, self._input_bytes_read)
@@ -175,7 +177,11 @@ class _Task:
 
     def _requests(self, generator: Generator, blocks: Iterator[_Block]) -> Iterator[Request]:
         for block in blocks:
-            block.journal = self.output.journal(block.name)
+            journal = self.output.journal(block.name)
+            if journal is None:
+                self.progress.shards_skipped += 1
+                continue
+            block.journal = journal
             for row in block.rows:
                 self._end = row.number + 1
                 if (opened := self._open(generator, block, row)) is None:

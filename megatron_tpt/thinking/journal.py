@@ -6,6 +6,8 @@ A block is some consecutive rows of a source; it becomes one shard. While it is 
 of its journal, written with one system call: kill -9 loses only what was still being thought about. When all rows are
 there, the shard is made from the journal and the journal is removed; so a block is done when its shard (or, if every
 row was rejected, its rejects) is there and its journal is not.
+
+One process has a journal at a time: it is locked while it is open (see `task_lock` on the locks of file systems).
 """
 
 import errno
@@ -15,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tpt.scale import TaskLocked, locked
+
+_LOCK_TIMEOUT_S = 10.0
 _SUFFIX = ".jsonl"
 
 
@@ -32,12 +37,13 @@ class Journal:
     """The journal of one block, begun or gone on with."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError when `path` cannot be made or written."""
+        """Raises OSError when `path` cannot be made or written, TaskLocked when another process has it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = _open_locked(path)
+        # Where in the file the rows are, and the answers of rows that are not finished: begin and length.
         self._rows: dict[int, tuple[int, int]] = {}
-        self._answers: dict[tuple[int, int], dict[str, Any]] = {}
+        self._answers: dict[int, dict[int, tuple[int, int]]] = {}
         self._end = 0
         for begin, line in self._lines():
             self._note(line, begin, self._end - begin)
@@ -58,17 +64,27 @@ class Journal:
 
     def _note(self, line: dict[str, Any], begin: int, length: int) -> None:
         if "request" in line:
-            self._answers[line["row"], line["request"]] = line["answer"]
+            self._answers.setdefault(line["row"], {})[line["request"]] = begin, length
         else:
             self._rows[line["row"]] = begin, length
+            self._answers.pop(line["row"], None)
+
+    def _read(self, begin: int, length: int) -> dict[str, Any]:
+        return json.loads(os.pread(self._file, length, begin))
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is in it."""
+        return self._end == 0
 
     def __contains__(self, row: int) -> bool:
         """Whether row number `row` is finished."""
         return row in self._rows
 
     def answer(self, row: int, request: int) -> dict[str, Any] | None:
-        """What `add_answer` was given for this request."""
-        return self._answers.get((row, request))
+        """What `add_answer` was given for this request of a row that is not finished."""
+        place = self._answers.get(row, {}).get(request)
+        return self._read(*place)["answer"] if place else None
 
     def add_answer(self, row: int, request: int, answer: dict[str, Any]) -> None:
         """Keep the answer to one of the several requests of a row that is not finished."""
@@ -89,8 +105,7 @@ class Journal:
     def lines(self) -> Iterator[Line]:
         """All finished rows, in the order of the input."""
         for row in sorted(self._rows):
-            begin, length = self._rows[row]
-            yield Line(**json.loads(os.pread(self._file, length, begin)))
+            yield Line(**self._read(*self._rows[row]))
 
     def close(self) -> None:
         """Leave the file for the next run."""
@@ -100,6 +115,20 @@ class Journal:
         """The block is written out."""
         self.path.unlink()
         self.close()
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        if not locked(file, path, timeout_s=_LOCK_TIMEOUT_S):
+            os.close(file)
+            raise TaskLocked(
+                f"{path}: another process is at work on these rows, as of a run of the same job with another "
+                "--num-tasks; wait for it, or stop it"
+            )
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)  # finished and removed by its holder, while we waited
 
 
 def name_of(path: Path) -> str:

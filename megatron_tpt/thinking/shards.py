@@ -39,6 +39,7 @@ class Output:
             for place in (self.folder, self.rejects)
             for path in place.glob(f"part-*{_SUFFIX}")
         } - {name_of(path) for path in self.journals.glob("part-*")}
+        self._open: set[Journal] = set()
         self._leftovers = [
             path for place in (self.folder, self.rejects) for path in place.glob(f".tmp-*-part-*{_SUFFIX}")
         ]
@@ -47,9 +48,20 @@ class Output:
         """Whether the block was finished when this object was made."""
         return name in self._done
 
-    def journal(self, name: str) -> Journal:
-        """The journal of a block that is not done."""
-        return Journal(path_of(self.journals, name))
+    def journal(self, name: str) -> Journal | None:
+        """The journal of a block that was not done; None when another process has finished it since."""
+        journal = Journal(path_of(self.journals, name))
+        if journal.is_new and any((place / f"{name}{_SUFFIX}").exists() for place in (self.folder, self.rejects)):
+            journal.remove()
+            return None
+        self._open.add(journal)
+        return journal
+
+    def close(self) -> None:
+        """Leave the blocks that are under way for the next run."""
+        for journal in self._open:
+            journal.close()
+        self._open.clear()
 
     def is_complete(self) -> bool:
         """Whether nothing is under way, here or in another task."""
@@ -78,6 +90,7 @@ class Output:
             if path.name.endswith(f"-{name}{_SUFFIX}"):
                 path.unlink(missing_ok=True)
         journal.remove()
+        self._open.discard(journal)
         return statistics
 
     def _write_rejects(self, path: Path, journal: Journal) -> None:

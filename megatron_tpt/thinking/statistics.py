@@ -116,7 +116,7 @@ class ThinkingStatistics:
         self.prompt_tokens += meta.get("prompt_tokens") or 0
         for lengths, name in ((self.document_tokens, "document_tokens"), (self.thinking_tokens, "thinking_tokens")):
             if (length := meta.get(name)) is not None:
-                lengths.add(length)
+                lengths.add(max(length, 0))  # -1 was written once where a server told no lengths
 
     def add_reject(self, reason: str) -> None:
         """Count a record whose thinking was rejected."""

@@ -79,7 +79,7 @@ class ThoughtReader:
         return thinking.removeprefix(self._open_tag).strip(), at_limit and not closed
 
     def _num_tokens(self, text: str, completion: Completion) -> int:
-        if text == completion.text.strip():
+        if text == completion.text.strip() and completion.num_tokens > 0:  # 0: a server that does not tell
             # What ended the thinking is no part of it.
             return completion.num_tokens - (completion.finish_reason == "stop")
         return self._count_tokens(text)

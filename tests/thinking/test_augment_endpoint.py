@@ -1,0 +1,126 @@
+"""Jobs on a small server of our own: what they do about each other, and about servers that tell little."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from augment_runs import options_for, records, write_documents
+from unruly_server import MODEL, UnrulyServer, unruly_server
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.scale import TaskLocked
+from megatron_tpt.thinking.augment import augment
+from megatron_tpt.thinking.journal import Journal, Line
+from megatron_tpt.thinking.options import AugmentOptions
+from megatron_tpt.thinking.shards import Output
+
+
+@pytest.fixture
+def server() -> Iterator[UnrulyServer]:
+    with unruly_server() as running:
+        yield running
+
+
+def job(folder: Path, server: UnrulyServer, texts: list[str], **changes: Any) -> AugmentOptions:
+    """A job over `texts` whose prompts are the texts alone."""
+    write_documents(folder / "in.jsonl", ({"text": text} for text in texts))
+    (folder / "bare.txt").write_text("{document}")
+    settings = {"engine": "endpoint", "api": "chat", "endpoints": [server.url], "prompt": str(folder / "bare.txt")}
+    return options_for(folder / "in.jsonl", MODEL, folder / "out", **settings | changes)
+
+
+def good_texts(number: int) -> list[str]:
+    return [f"ok 0 {i}" for i in range(number)]
+
+
+def test_a_server_that_does_not_tell_lengths_has_them_counted_here(server: UnrulyServer, tmp_path: Path) -> None:
+    server.usage, server.reasoning = False, None
+    options = job(tmp_path, server, good_texts(3))
+    with pytest.warns(UserWarning, match="does not tell how many tokens"):
+        assert augment(options).records == 3
+    for record in records(options.output):
+        assert record.meta["thinking_tokens"] == -(-len(record.thinking or "") // 4)  # four characters are a token
+
+
+def test_a_journal_with_lengths_below_zero_is_written_out(server: UnrulyServer, tmp_path: Path) -> None:
+    options = job(tmp_path, server, good_texts(3))
+    augment(options)
+    whole = [vars(record) for record in records(options.output)]
+    for path in options.output.glob("part-*"):
+        path.unlink()
+    journal = Journal(options.output / ".work" / "journal" / "part-00000-00000.jsonl")
+    for row, record in enumerate(whole):
+        record["meta"] |= {"thinking_tokens": -1}
+        journal.add(Line(row, record["id"], [record], []))
+    journal.close()
+    asked = len(server.bodies)
+    augment(options)
+    assert len(records(options.output)) == 3 and len(server.bodies) == asked
+
+
+def test_a_task_that_waited_for_another_run_of_it_asks_nothing_again(server: UnrulyServer, tmp_path: Path) -> None:
+    server.delay_s = 0.5
+    options = job(tmp_path, server, good_texts(8), max_num_seqs=1, records_per_shard=2)
+    ends: list[Any] = []
+    runs = [threading.Thread(target=lambda: ends.append(augment(options))) for _ in range(2)]
+    runs[0].start()
+    while not server.bodies:
+        time.sleep(0.01)
+    runs[1].start()
+    for run in runs:
+        run.join()
+    assert sorted(progress.records for progress in ends) == [0, 8]
+    assert len(server.bodies) == 8 == len(records(options.output))
+
+
+def test_another_split_of_a_job_does_not_write_where_one_is_at_work(
+    server: UnrulyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = job(tmp_path, server, good_texts(8), records_per_shard=2)
+    path = options.output / ".work" / "journal" / "part-00000-00001.jsonl"
+    monkeypatch.setattr("megatron_tpt.thinking.journal._LOCK_TIMEOUT_S", 0.5)
+    other = Journal(path)
+    other.add_answer(2, 0, {"text": "of the other"})
+    with pytest.raises(TaskLocked, match=r"part-00000-00001.*--num-tasks"):
+        augment(options)
+    assert json.loads(path.read_text())["answer"] == {"text": "of the other"}
+    other.remove()
+    assert augment(options).shards_skipped <= 1  # the first block may be done
+    assert len(records(options.output)) == 8
+
+
+def test_what_another_run_has_finished_meanwhile_is_not_begun_again(server: UnrulyServer, tmp_path: Path) -> None:
+    options = job(tmp_path, server, good_texts(8), records_per_shard=2)
+    before = Output(options.output)
+    augment(options)
+    assert not before.is_done("part-00000-00001")
+    assert before.journal("part-00000-00001") is None
+    assert not list(before.journals.iterdir())
+    (options.output / "part-00000-00001.jsonl.zst").unlink()
+    assert before.journal("part-00000-00001") is not None
+    before.close()
+
+
+def test_the_journal_keeps_answers_on_the_disk_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    for row in range(2):
+        for request in range(3):
+            journal.add_answer(row, request, {"text": f"{row} {request}" + "x" * 100_000})
+    journal.add(Line(0, "a", [], []))
+    journal.close()
+    again = Journal(tmp_path / "journal.jsonl")
+    assert again.answer(1, 2) == {"text": "1 2" + "x" * 100_000}
+    assert again.answer(0, 2) is None and again.answer(1, 3) is None
+    held = [value for value in vars(again).values() if isinstance(value, dict)]
+    assert len(repr(held)) < 1000 and sum(map(len, held)) == 2
+
+
+def test_no_mistake_of_the_user_is_found_after_something_was_written(server: UnrulyServer, tmp_path: Path) -> None:
+    options = job(tmp_path, server, good_texts(2), tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError):
+        augment(options)
+    assert not options.output.exists()
