@@ -107,6 +107,9 @@ class EngineStats:
 class Engine(Protocol):
     """A model that completes prompts."""
 
+    num_devices: int
+    """GPUs (or CPUs) that it computes on; a server elsewhere counts as one."""
+
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """End each of `requests` exactly once, in the order in which they finish.
 

@@ -29,6 +29,7 @@ class EndpointEngine:
 
     def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
         key = local_key or _read_key(options.api_key_env)
+        self.num_devices = len(options.endpoints)
         self._stats = EngineStats()
         self._told_of_usage = False
         self._loop = asyncio.new_event_loop()

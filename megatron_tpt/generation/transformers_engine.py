@@ -33,6 +33,8 @@ class _Row:
 class TransformersEngine:
     """AutoModelForCausalLM on one GPU, or on the CPU. Raises UserError for a model that cannot be loaded."""
 
+    num_devices = 1
+
     def __init__(self, options: EngineOptions) -> None:
         import torch
         from transformers import AutoModelForCausalLM

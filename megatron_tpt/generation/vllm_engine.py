@@ -61,6 +61,7 @@ class VLLMEngine:
         self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
         config = self._llm.llm_engine.vllm_config
         self._max_model_len: int = config.model_config.max_model_len
+        self.num_devices = options.tensor_parallel_size
         self._stats = EngineStats()
         # As many again wait at the engine, so that a place set free is filled in the same step.
         self._max_in_flight = 2 * config.scheduler_config.max_num_seqs

@@ -78,6 +78,7 @@ class VLLMServerEngine:
         log_dir.mkdir(parents=True, exist_ok=True)
         self._temporary_logs = log_dir if options.log_dir is None else None
         groups = _device_groups(options)
+        self.num_devices = len(groups) * options.tensor_parallel_size
         self._ports = [_reserve_port() for _ in groups]
         self._servers = [
             _plan(options, i, port.getsockname()[1], devices, key, log_dir)

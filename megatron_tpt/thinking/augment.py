@@ -3,8 +3,9 @@
     OUTPUT/augment.json                        the settings, written first; a run with other settings is refused
     OUTPUT/part-00003-00017.jsonl.zst          the records of block 17 (some consecutive rows) of source number 3
     OUTPUT/rejects/part-00003-00017.jsonl.zst  what came to nothing in that block, and why
-    OUTPUT/README.md                           the data set card, when all is done
+    OUTPUT/README.md                           the data set card; it says so while tasks have not finished
     OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py
+    OUTPUT/.work/finished/task-00003-of-00064  that a task has come to the end of its share
 
 A shard appears whole or not at all, and never changes. The same command run again after a crash asks only for what was
 not finished. Requests of several blocks are under way at once, so that the engine stays full while the last documents
@@ -15,6 +16,7 @@ than tasks; tasks share nothing but the folder.
 import contextlib
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,13 +29,12 @@ from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
 from megatron_tpt.thinking.job import Generator, Job, plan
 from megatron_tpt.thinking.journal import Journal, Line
-from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest, read_entries
+from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.progress import Progress, Reporter, show_total
 from megatron_tpt.thinking.rows import OpenRow, Outcome, make_reject
 from megatron_tpt.thinking.settings import SETTINGS_NAME
 from megatron_tpt.thinking.shards import Output, block_name
-from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -55,7 +56,9 @@ def augment(options: AugmentOptions) -> Progress:
             print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
         else:
             task.run(generator or job.generator(), itertools.chain([first], blocks))
-    _write_card(job, task.output)
+        task.output.note_finished(task.number, options.scale.num_tasks)
+    if not task.output.unfinished_tasks(options.scale.num_tasks):
+        _write_card(job, task.output)
     return task.progress
 
 
@@ -76,12 +79,11 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
 
 
 def _write_card(job: Job, output: Output) -> None:
-    """Write the data set card, unless another task is still at work."""
-    if output.is_complete():
-        total = ThinkingStatistics()
-        for entry in read_entries(output.ledgers.glob("*.jsonl")):
-            total.merge(entry.statistics)
-        write_card(output.folder, job.settings, total)
+    total, num_gone = output.totals()
+    unfinished = output.unfinished_tasks(job.options.scale.num_tasks)
+    missing = [f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished"] if unfinished else []
+    missing += [f"{num_gone:,} finished shards were taken away"] if num_gone else []
+    write_card(output.folder, job.settings, total, missing)
 
 
 @dataclass
@@ -113,6 +115,9 @@ class _Task:
         self._finished_bytes = 0
         self._read = ReadProgress()
         self._end = 0
+        self._num_devices = 1
+        self._last_finish_s = 0.0
+        """When a block was finished last, or the engine was ready."""
 
     def _owns(self, source: int, block: int) -> bool:
         """Whole sources where there are enough of them: then a task reads nothing that another reads."""
@@ -163,6 +168,7 @@ class _Task:
     def run(self, generator: Generator, blocks: Iterator[_Block]) -> None:
         """Think about all rows of `blocks`."""
         with contextlib.closing(self.output), open_engine(generator.engine_options) as engine:
+            self._num_devices, self._last_finish_s = engine.num_devices, time.monotonic()
             self.progress.input_bytes_skipped = self._input_bytes_read()
             path = self.output.progress / f"task-{self.number:05d}.json"
             reporter = Reporter(self.progress, path, self._input_bytes_read)
@@ -234,5 +240,8 @@ class _Task:
 
     def _finish_if_done(self, block: _Block) -> None:
         if block.is_read and not block.open_rows:
-            self.output.finish(block.name, block.journal, block.ledger)
+            now_s = time.monotonic()
+            generator_s = (now_s - self._last_finish_s) * self._num_devices
+            self._last_finish_s = now_s
+            self.output.finish(block.name, block.journal, block.ledger, generator_s)
             self.progress.shards += 1

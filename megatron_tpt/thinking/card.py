@@ -6,6 +6,7 @@ Its YAML header names the shards, so that `datasets.load_dataset(FOLDER)` reads 
 import json
 import math
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,16 @@ from datasets import load_dataset  # 4.7 or later, which reads `meta` as JSON
 records = load_dataset("PATH_OF_THIS_FOLDER", split="train")"""
 
 
-def write_card(output: Path, settings: dict[str, Any], statistics: ThinkingStatistics) -> None:
-    """Write OUTPUT/README.md: counts, rejects by reason, lengths, the settings of the run, and how to load the data."""
+def write_card(
+    output: Path, settings: dict[str, Any], statistics: ThinkingStatistics, missing: Sequence[str] = ()
+) -> None:
+    """Write OUTPUT/README.md: counts, rejects by reason, lengths, the settings of the run, how to load the data, and
+    what is missing where the job has not come to its end."""
     with atomic_write(output / CARD_NAME) as temporary:
-        temporary.write_text(card(settings, statistics), encoding="utf-8")
+        temporary.write_text(card(settings, statistics, missing), encoding="utf-8")
 
 
-def card(settings: dict[str, Any], statistics: ThinkingStatistics) -> str:
+def card(settings: dict[str, Any], statistics: ThinkingStatistics, missing: Sequence[str] = ()) -> str:
     """The card as Markdown with a YAML header."""
     header = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": SHARDS}]}],
@@ -56,9 +60,12 @@ def card(settings: dict[str, Any], statistics: ThinkingStatistics) -> str:
         "tags": ["synthetic", "thinking-augmented"],
         "task_categories": ["text-generation"],
     }
+    if missing:
+        del header["size_categories"]
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        "# Documents with thinking",
+        "# Documents with thinking" + (" (incomplete)" if missing else ""),
+        *([_incomplete(missing)] if missing else []),
         f"Each record is a document and the thinking about it that {_generator(settings)} wrote.",
         _COLUMNS.rstrip(),
         f"```python\n{_LOAD}\n```",
@@ -71,6 +78,14 @@ def card(settings: dict[str, Any], statistics: ThinkingStatistics) -> str:
         f"```json\n{json.dumps(_shortened(settings), indent=2, ensure_ascii=False)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _incomplete(missing: Sequence[str]) -> str:
+    now = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
+    return (
+        f"**Incomplete** on {now}: {'; '.join(missing)}. The counts are those of the shards that were there by then; "
+        "the command that began this folder goes on with it, and writes this page anew at its end."
+    )
 
 
 def _generator(settings: dict[str, Any]) -> str:
@@ -93,7 +108,12 @@ def _counts(statistics: ThinkingStatistics) -> str:
         ("tokens in prompts", f"{statistics.prompt_tokens:,}"),
     ]
     if statistics.generator_s:
-        rows.append(("hours of the generator", f"{statistics.generator_s / 3600:,.2f}"))
+        rows.append(
+            (
+                "device hours of the generator (a server elsewhere is one device)",
+                f"{statistics.generator_s / 3600:,.2f}",
+            )
+        )
     return table(("", "number"), rows)
 
 

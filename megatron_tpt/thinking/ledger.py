@@ -7,6 +7,7 @@ The line is on the disk before the block's journal goes, so that a block that co
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -76,6 +77,13 @@ def read_entries(paths: Iterable[Path]) -> Iterator[Entry]:
                     yield Entry.from_json(line)
                 except (ValueError, KeyError, TypeError):
                     continue
+
+
+def latest_entries(folder: Path) -> Iterator[Entry]:
+    """What the ledgers in `folder` say of every finished block, once: one that was killed at its end has two lines."""
+    paths = sorted(folder.glob("*-task-*.jsonl"))
+    for _, of_source in itertools.groupby(paths, key=lambda path: path.name.partition("-")[0]):
+        yield from {entry.block: entry for entry in read_entries(of_source)}.values()
 
 
 def id_digest(record_id: str) -> int:

@@ -10,7 +10,7 @@ import zstandard
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import REJECTS, Record, write_records
 from megatron_tpt.thinking.journal import Journal, name_of, path_of
-from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest
+from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 WORK = ".work"
@@ -32,6 +32,7 @@ class Output:
         self.journals = folder / WORK / "journal"
         self.ledgers = folder / WORK / "ledger"
         self.progress = folder / WORK / "progress"
+        self.finished = folder / WORK / "finished"
         self.locks = folder / WORK / "locks"
         self.logs = folder / "logs"
         self._done = {
@@ -63,16 +64,36 @@ class Output:
             journal.close()
         self._open.clear()
 
-    def is_complete(self) -> bool:
-        """Whether nothing is under way, here or in another task."""
-        return not any(self.journals.glob("part-*"))
+    def note_finished(self, task: int, num_tasks: int) -> None:
+        """Note that task `task` has come to the end of its share."""
+        self.finished.mkdir(parents=True, exist_ok=True)
+        (self.finished / _task_name(task, num_tasks)).touch()
 
-    def finish(self, name: str, journal: Journal, ledger: Ledger) -> ThinkingStatistics:
-        """Write out a block whose rows are all in its journal, and return what it holds.
+    def unfinished_tasks(self, num_tasks: int) -> list[int]:
+        """The tasks of `num_tasks` that never came to their end; none when the tasks of another split all did."""
+        names = {path.name for path in self.finished.glob("*-of-*")}
+        splits = {int(name.rpartition("-")[2]) for name in names}
+        if any(all(_task_name(task, split) in names for task in range(split)) for split in splits):
+            return []
+        return [task for task in range(num_tasks) if _task_name(task, num_tasks) not in names]
+
+    def totals(self) -> tuple[ThinkingStatistics, int]:
+        """What all finished blocks hold, and how many of them are not there any more."""
+        total, num_gone = ThinkingStatistics(), 0
+        present = {path.name for place in (self.folder, self.rejects) for path in place.glob(f"part-*{_SUFFIX}")}
+        for entry in latest_entries(self.ledgers):
+            if f"{entry.block}{_SUFFIX}" in present:
+                total.merge(entry.statistics)
+            else:  # all its rows may have been blank
+                num_gone += bool(entry.statistics.records or entry.statistics.rejects)
+        return total, num_gone
+
+    def finish(self, name: str, journal: Journal, ledger: Ledger, generator_s: float) -> ThinkingStatistics:
+        """Write out a block whose rows are all in its journal and took `generator_s`, and return what it holds.
 
         The journal goes last: until then the block counts as unfinished, and is written out again.
         """
-        statistics, digests, end = ThinkingStatistics(), [], 0
+        statistics, digests, end = ThinkingStatistics(generator_s=generator_s), [], 0
         for line in journal.lines():
             for fields in line.records:
                 statistics.add_record(Record(**fields))
@@ -102,6 +123,10 @@ class Output:
             for line in journal.lines():
                 for reject in line.rejects:
                     packed.write(json.dumps(reject).encode() + b"\n")
+
+
+def _task_name(task: int, num_tasks: int) -> str:
+    return f"task-{task:05d}-of-{num_tasks:05d}"
 
 
 def _records(journal: Journal) -> Iterator[Record]:

@@ -106,7 +106,8 @@ class ThinkingStatistics:
     thinking_tokens: LengthStatistics = field(default_factory=LengthStatistics)
     """Lengths of the written records' thoughts."""
     generator_s: float = 0.0
-    """Seconds of the generator; whoever runs it adds them."""
+    """Seconds between the end of these records and of those before them, times the devices of the generator: the sum
+    over shards is what the generator took, but for what killed runs had not finished."""
 
     def add_record(self, record: Record) -> None:
         """Count a written record by its `meta`: document_tokens, thinking_tokens, truncated, prompt_tokens."""

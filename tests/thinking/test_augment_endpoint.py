@@ -1,6 +1,8 @@
 """Jobs on a small server of our own: what they do about each other, and about servers that tell little."""
 
+import dataclasses
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,8 @@ from augment_runs import options_for, records, write_documents
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import TaskLocked
-from megatron_tpt.thinking.augment import augment
+from megatron_tpt.scale import ScaleOptions, TaskLocked
+from megatron_tpt.thinking.augment import augment, launch
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.shards import Output
@@ -124,3 +126,44 @@ def test_no_mistake_of_the_user_is_found_after_something_was_written(server: Unr
     with pytest.raises(UserError):
         augment(options)
     assert not options.output.exists()
+
+
+def card(options: AugmentOptions) -> str:
+    return (options.output / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_block_that_was_killed_at_its_very_end_is_counted_once(
+    server: UnrulyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(journal: Journal) -> None:
+        raise Killed
+
+    options = job(tmp_path, server, [*good_texts(9), " "])
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Journal, "remove", kill)
+        augment(options)
+    assert not (options.output / "README.md").exists()
+    augment(options)
+    assert "| records | 9 |" in card(options) and "| thinking that was rejected | 1 (10.0%) |" in card(options)
+    assert "| device hours of the generator" in card(options) and "ncomplete" not in card(options)
+
+
+def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: UnrulyServer, tmp_path: Path) -> None:
+    options = job(tmp_path, server, good_texts(9), records_per_shard=2, scale=ScaleOptions(num_tasks=2))
+    launch(options, [sys.executable, "-c", "'a task that is submitted, and has not begun'"])
+    assert "# Documents with thinking (incomplete)" in card(options) and "2 of 2 tasks have not finished" in card(
+        options
+    )
+    assert "size_categories" not in card(options)
+    augment(dataclasses.replace(options, task=1))
+    assert "2 of 2 tasks have not finished" in card(options)  # as of the submission: tasks do not read all ledgers
+    augment(dataclasses.replace(options, task=0))
+    assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
+    (options.output / "part-00000-00003.jsonl.zst").unlink()
+    launch(options, [sys.executable, "-c", ""])
+    assert "1 finished shards were taken away" in card(options) and "| records | 7 |" in card(options)
+    augment(dataclasses.replace(options, scale=ScaleOptions()))  # in another split
+    assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)

@@ -62,7 +62,7 @@ def test_the_card_says_what_was_counted_and_how_it_came_about(tmp_path: Path):
         "| thinking that was cut at the limit | 3 (25.0%) |",
         "| tokens of thinking | 3,000 |",
         "| document and thinking together, per document token | 22.74 |",
-        "| hours of the generator | 2.00 |",
+        "| device hours of the generator (a server elsewhere is one device) | 2.00 |",
         "| loop | 1 (7.7%) |",
     ]:
         assert line in text.splitlines()
