@@ -6,6 +6,7 @@ compares one more text (`check`).
 """
 
 import json
+import random
 import sys
 import threading
 from collections.abc import Sequence
@@ -45,7 +46,9 @@ NASTY_TEXTS = (
     "<<48/2=24>>24 #### 24",
     "ALLCAPS CamelCase snake_case kebab-case x2y3 3rd ２０２４",
 )
-_CHECKED_TEXT_BYTES = 20_000
+_CHECKED_CHARACTERS = 20_000
+_STRETCH_CHARACTERS = 10_000
+_MAX_CHECKED_CHARACTERS = 1 << 18
 
 
 class Encoded(NamedTuple):
@@ -193,28 +196,45 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-class SpotCheck:
-    """Compares one text in each batch with the reference, while the job runs."""
+class DisagreementError(UserError):
+    """gigatoken has encoded a text of the input wrongly."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+
+class SpotCheck:
+    """Compares one text in each batch with the reference, while the job runs.
+
+    Each batch pays for so many characters, and what is left is saved for longer texts. Of one that is too long for what
+    is there, both encode a shorter stretch from a random place.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
         self._tokenizer = tokenizer
+        self._encoder = encoder
         self._count = 0
+        self._saved = 0
+        self._random = random.Random(0)
         self._lock = threading.Lock()
 
     def check(self, texts: pyarrow.LargeStringArray, encoded: Encoded) -> None:
-        """Raise UserError when the text whose turn it is was encoded otherwise than the reference does."""
+        """Raise DisagreementError when the text whose turn it is was encoded otherwise than the reference does."""
         if not len(texts):
             return
         with self._lock:
             self._count += 1
             place = self._count * 7919 % len(texts)
-        text = texts[place].as_py()
-        if len(text) > _CHECKED_TEXT_BYTES:
-            return
-        end = int(encoded.lengths[: place + 1].sum())
-        found = encoded.tokens[end - int(encoded.lengths[place]) : end]
+            text = texts[place].as_py()
+            self._saved += _CHECKED_CHARACTERS
+            is_whole = len(text) <= min(self._saved, _MAX_CHECKED_CHARACTERS)
+            self._saved -= len(text) if is_whole else _STRETCH_CHARACTERS
+            begin = 0 if is_whole else self._random.randrange(len(text) - _STRETCH_CHARACTERS + 1)
+        if is_whole:
+            end = int(encoded.lengths[: place + 1].sum())
+            found = encoded.tokens[end - int(encoded.lengths[place]) : end]
+        else:
+            text = text[begin : begin + _STRETCH_CHARACTERS]
+            found = self._encoder.encode(pyarrow.array([text], pyarrow.large_string())).tokens
         if not numpy.array_equal(found, self._tokenizer.encode_batch([text])[0]):
-            raise UserError(
-                f"gigatoken and Hugging Face tokenizers disagree on {_shown(text)}; "
-                "index with --tokenizer-backend reference"
+            raise DisagreementError(
+                f"gigatoken and Hugging Face tokenizers disagree on {_shown(text)}: nothing is kept of what gigatoken "
+                "encoded; index with --tokenizer-backend reference"
             )

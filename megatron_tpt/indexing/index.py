@@ -5,6 +5,7 @@ Only a few blocks are on their way at a time, so memory does not grow with the i
 job goes on, is in `output.py` and `journal.py`.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -24,7 +25,14 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing import sentences
 from megatron_tpt.indexing.assemble import Assembler, Documents
 from megatron_tpt.indexing.blocks import Block, End, read_source
-from megatron_tpt.indexing.encoders import Encoded, ReferenceEncoder, SpotCheck, choose_encoder
+from megatron_tpt.indexing.encoders import (
+    DisagreementError,
+    Encoded,
+    Encoder,
+    ReferenceEncoder,
+    SpotCheck,
+    choose_encoder,
+)
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
 from megatron_tpt.indexing.options import IndexOptions, num_bytes
@@ -180,9 +188,8 @@ class _Job:
             _SHARD_SIZE: self.shard_bytes if first.shard_bytes is None else first.shard_bytes,
         }
         sources = {source.path: source for manifest in manifests for source in manifest.sources}
-        return _changes(found, {name: wanted[name] for name in found}) or _changed_inputs(
-            [*sources.values()], self.inputs
-        )
+        wanted = {name: wanted[name] for name in found}
+        return _changes(found, wanted) or _changed_inputs([*sources.values()], self.inputs)
 
     def _settings(self) -> dict[str, Any]:
         """What the output depends on besides the inputs, by the names that messages give it."""
@@ -204,13 +211,15 @@ class _Job:
 
         Without a finished input there is nothing to go on with: what was left behind is cleared away.
         """
-        journal, settings = Journal.read(folder), self._settings()
+        journal, settings, inputs = Journal.read(folder), self._settings(), self.inputs
         done = [entry.source for entry in journal.sources]
+        if not journal.is_complete:
+            settings["--tokenizer-backend"] = self._encoder.name
+            inputs = inputs[: len(done)]
         if not done:
             for leftover in folder.iterdir():
                 leftover.unlink()
             return Journal(journal.path, settings)
-        inputs = self.inputs if journal.is_complete else self.inputs[: len(done)]
         if differences := _changes(journal.settings, settings) or _changed_inputs(done, inputs):
             raise UserError(
                 f"{self.options.output}: a run that did not end has indexed {len(done)} input files with another "
@@ -224,7 +233,6 @@ class _Job:
         """Write all that is not yet written, and complete it."""
         itemsize = numpy.dtype(self.template.dtype).itemsize
         inputs = self.inputs[len(journal.sources) :]
-        encode = self._encode_function(inputs) if inputs else None
         output = Output(
             folder,
             journal,
@@ -235,8 +243,12 @@ class _Job:
         )
         with output:
             self.started, num_tokens_before = time.monotonic(), output.num_tokens
-            if encode is not None:
-                self._write(inputs, encode, output)
+            if inputs:
+                try:
+                    self._write(inputs, output)
+                except DisagreementError:
+                    output.discard()  # of what is written, samples were compared
+                    raise
             self.num_tokens = output.num_tokens - num_tokens_before
             if output.num_documents == 0:
                 output.discard()
@@ -254,11 +266,15 @@ class _Job:
         publish(folder, prefixes)
         return [Manifest.read(published) for published in prefixes]
 
-    def _encode_function(self, inputs: Sequence[Input]) -> Callable[["Block | End"], "list[_Result] | End"]:
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
         options = self.options
-        sample = sample_texts(inputs, self.columns) if options.tokenizer_backend != "reference" else []
-        encoder = choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
-        check = None if isinstance(encoder, ReferenceEncoder) else SpotCheck(self.tokenizer).check
+        sample = sample_texts(self.inputs, self.columns) if options.tokenizer_backend != "reference" else []
+        return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
+
+    def _encode_function(self) -> Callable[["Block | End"], "list[_Result] | End"]:
+        options, encoder = self.options, self._encoder
+        check = None if isinstance(encoder, ReferenceEncoder) else SpotCheck(self.tokenizer, encoder).check
         end_ids = [self.tokenizer.eos_id] if options.append_eos else []
         dtype = numpy.dtype(self.template.dtype)
         assembler = Assembler(self.tokenizer.open_ids, self.tokenizer.close_ids, end_ids, dtype)
@@ -286,9 +302,7 @@ class _Job:
         number = self.maker.row_number(rows, int(pieces.document_numbers[empty]))
         return Row(number, None, _NO_TOKENS, "(the tokenizer knows no character of it)")
 
-    def _write(
-        self, inputs: Sequence[Input], encode: Callable[[Block | End], "list[_Result] | End"], output: Output
-    ) -> None:
+    def _write(self, inputs: Sequence[Input], output: Output) -> None:
         """Read, encode and write the inputs, all at the same time."""
         workers = self.options.workers
         memory = num_bytes("--max-memory", self.options.max_memory) - _BASE_BYTES
@@ -300,7 +314,7 @@ class _Job:
         progress = _Progress(output)
         with (
             closing(_ahead(blocks, 2)) as read,
-            closing(_in_order(encode, read, workers)) as results,
+            closing(_in_order(self._encode_function(), read, workers)) as results,
         ):
             for result in results:
                 if isinstance(result, End):
@@ -346,8 +360,8 @@ def _manifest_source(input: Input, checksum: str) -> Source:
 def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The settings that differ, with their values where these are short."""
     changes = []
-    for name in found | wanted:
-        before, now = found.get(name), wanted.get(name)
+    for name, now in wanted.items():
+        before = found.get(name)
         if before != now:
             values = f" ({before} before, {now} now)"
             changes.append(name + values * (len(values) < 80))

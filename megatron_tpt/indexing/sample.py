@@ -18,10 +18,13 @@ def sample_texts(sources: Sequence[Source], columns: Columns) -> list[str]:
     Bad records are passed over: what is wrong with them is said when their turn comes.
     """
     chosen = {0, len(sources) // 2, len(sources) - 1}
-    texts = []
+    texts: list[str] = []
     for number in sorted(chosen):
         for record in _records(sources[number], columns):
-            texts += [text[:_MAX_CHARACTERS] for text in (record.text, record.thinking) if text]
+            for text in filter(None, (record.text, record.thinking)):
+                # Of long texts the beginning, the middle and the end by turns.
+                begin = max(0, len(text) - _MAX_CHARACTERS) * (len(texts) % 3) // 2
+                texts.append(text[begin : begin + _MAX_CHARACTERS])
     return texts
 
 

@@ -1,6 +1,7 @@
 """gigatoken gives the tokens of Hugging Face tokenizers, or is not used."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -11,13 +12,21 @@ from hypothesis import strategies as st
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing import encoders
-from megatron_tpt.indexing.encoders import Encoder, GigatokenEncoder, ReferenceEncoder, SpotCheck, choose_encoder
+from megatron_tpt.indexing.encoders import (
+    Encoded,
+    Encoder,
+    GigatokenEncoder,
+    ReferenceEncoder,
+    SpotCheck,
+    choose_encoder,
+)
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
 from megatron_tpt.indexing.reader import IndexReader
+from megatron_tpt.indexing.sample import sample_texts
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.train_tokenizer import train_tokenizer
-from megatron_tpt.records import read_records
+from megatron_tpt.records import Columns, expand_sources, read_records
 
 SPECIAL = ["<think>", "</think>", "<|endoftext|>", "<|pad|>", "<", "|>", "think"]
 TEXTS = st.lists(
@@ -112,13 +121,87 @@ def test_the_spot_check_takes_every_text_in_its_turn(tokenizer_dir: Path) -> Non
     tokenizer = Tokenizer(tokenizer_dir)
     texts = pyarrow.array([f"text {i}" for i in range(10)], pyarrow.large_string())
     encoded = GigatokenEncoder(tokenizer).encode(texts)
-    check = SpotCheck(tokenizer)
+    check = SpotCheck(tokenizer, GigatokenEncoder(tokenizer))
     for _ in range(10):
         check.check(texts, encoded)
     encoded.tokens[-1] += 1
     with pytest.raises(UserError, match="'text 9'"):
         for _ in range(10):
             check.check(texts, encoded)
+
+
+def test_the_sample_has_beginnings_middles_and_ends_of_long_texts(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"b{'x' * 19_999}m{'x' * 19_999}e"}) + "\n"] * 4
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    texts = sample_texts(expand_sources([tmp_path / "d.jsonl"]), Columns())
+    assert {len(text) for text in texts} == {10_000}
+    assert {"".join(text.split("x")) for text in texts} == {"b", "m", "e"}
+
+
+class WrongOnSnowmen(GigatokenEncoder):
+    """Goes wrong on a rare text."""
+
+    def encode(self, texts: pyarrow.LargeStringArray) -> Encoded:
+        encoded = super().encode(texts)
+        for i, end in enumerate(numpy.cumsum(encoded.lengths)):
+            if "\u2603" in texts[i].as_py():
+                encoded.tokens[end - 1] ^= 1
+        return encoded
+
+
+def test_the_spot_check_takes_long_texts_whole_as_it_can_afford_and_else_a_stretch(tokenizer_dir: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_dir)
+    encoder = WrongOnSnowmen(tokenizer)
+
+    def checks_until_found(text: str) -> int:
+        texts = pyarrow.array([text], pyarrow.large_string())
+        encoded, check = encoder.encode(texts), SpotCheck(tokenizer, encoder)
+        for number in range(1, 40):
+            try:
+                check.check(texts, encoded)
+            except UserError:
+                return number
+        return 0
+
+    seldom = "\u2603" + "plain text " * 3000  # 33,000 characters: too many for the first check
+    assert checks_until_found(seldom) == 3
+    assert (
+        checks_until_found("\u2603" + "plain text " * 30_000) == 0
+    )  # too long to be compared as a whole: it takes memory
+    often = "plain \u2603 text " * 40_000
+    assert checks_until_found(often) == 1
+    # Short texts save for a long one.
+    texts = [pyarrow.array([text], pyarrow.large_string()) for text in ("short", seldom)]
+    check = SpotCheck(tokenizer, encoder)
+    check.check(texts[0], encoder.encode(texts[0]))
+    with pytest.raises(UserError, match="\u2603plain text"):
+        check.check(texts[1], encoder.encode(texts[1]))
+
+
+def test_nothing_is_kept_of_what_gigatoken_encoded_once_it_is_found_wrong(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The first file holds a wrong text that is not compared, the second one that is."""
+    lines = [json.dumps({"text": text}) for text in ("\u2603", *map(str, range(49)))]
+    (tmp_path / "0.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.jsonl").write_text(lines[0])
+    inputs: list[Path | str] = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    options = IndexOptions(inputs, tokenizer_dir, tmp_path / "x", tokenizer_backend="reference")
+    expected = index(replace(options, output=tmp_path / "expected")).checksums
+    monkeypatch.setattr(encoders, "GigatokenEncoder", WrongOnSnowmen)
+    monkeypatch.setattr(encoders, "_disagreement", lambda *_: None)
+    with monkeypatch.context() as patch:  # killed before it could clear away
+        patch.setattr("megatron_tpt.indexing.output.Output.discard", lambda _: None)
+        with pytest.raises(UserError, match="--tokenizer-backend reference"):
+            index(replace(options, tokenizer_backend="auto"))
+    assert (tmp_path / ".tmp-x" / "journal").exists()
+    with pytest.raises(UserError, match=r"another --tokenizer-backend \(gigatoken before, reference now\)"):
+        index(options)
+    with pytest.raises(UserError, match="nothing is kept of what gigatoken encoded"):
+        index(replace(options, tokenizer_backend="auto"))
+    assert not (tmp_path / ".tmp-x").exists()
+    assert index(options).checksums == expected
+    assert "going on" in capsys.readouterr().err  # the second run, not the last
 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "reference"])
