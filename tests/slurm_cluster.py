@@ -53,6 +53,8 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
 MaxArraySize={max_array_size}
+# slurm/train.sbatch makes a port of a job's number, and another test's cluster may run on this machine.
+FirstJobId={first_job}
 KillWait=2
 MinJobAge=300
 ReturnToService=2
@@ -106,6 +108,7 @@ def _configure(folder: Path, num_cpus: int, max_array_size: int) -> Path:
             node_port=free_port(),
             num_cpus=num_cpus,
             max_array_size=max_array_size,
+            first_job=1 + secrets.randbelow(9000),
         )
     )
     return configuration

@@ -99,18 +99,40 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     return None
 
 
+def _refusal[R](before: Callable[[R], None], recipe: R) -> str | None:
+    """What `before` says that the user must mend; None where nothing is wrong."""
+    try:
+        before(recipe)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _refuse_together(refusal: str | None) -> None:
+    """Raise UserError on all ranks when one has a refusal: they then end alike, and none waits for the others."""
+    import torch
+
+    refusals: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(refusals, refusal)
+    for text in filter(None, refusals):
+        raise UserError(text)
+
+
 @contextlib.contextmanager
 def distributed[R: PretrainRecipe | FinetuneRecipe](
     recipe: R, *, before: Callable[[R], None] | None = None
 ) -> Iterator[None]:
-    """The process groups of a recipe, for one `with` block. One process of every machine first calls `before`."""
+    """The process groups of a recipe, for one `with` block. One process of every machine first calls `before`; what it
+    refuses, all refuse."""
     import torch
 
     from megatron_tpt import platform
 
     if recipe.run.threads_per_process is not None:
         torch.set_num_threads(recipe.run.threads_per_process)
+    refusal = None
     if before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        before(recipe)
+        refusal = _refusal(before, recipe)
     with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
+        _refuse_together(refusal)
         yield

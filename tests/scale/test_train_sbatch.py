@@ -11,6 +11,11 @@ import pytest
 import yaml
 from toy_runs import wait_until
 
+from megatron_tpt.indexing.index import index
+from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
+from megatron_tpt.indexing.train_tokenizer import train_tokenizer
+from megatron_tpt.records import Record, write_records
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -70,12 +75,30 @@ def test_a_run_is_queued_again_when_told_to_stop_and_tried_again_after_a_fault(c
     assert steps == list(range(1, 151))
 
 
-def test_a_mistake_in_the_recipe_ends_the_job(cluster: Path, tmp_path: Path) -> None:
-    job = submit(tmp_path, "--training.global_batch_size=3")
+@pytest.fixture
+def index_prefix(tmp_path: Path) -> Path:
+    """Documents of 2,400 tokens in all."""
+    write_records(tmp_path / "records.jsonl", (Record(f"doc-{i}", "a b " * 12) for i in range(100)))
+    tokenizer = train_tokenizer(
+        TrainTokenizerOptions(input=[tmp_path / "records.jsonl"], output=tmp_path / "tokenizer", vocab_size=270)
+    )
+    index(IndexOptions(input=[tmp_path / "records.jsonl"], tokenizer=tokenizer, output=tmp_path / "corpus"))
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize("finder", ["every rank", "the first rank"])
+def test_a_mistake_in_the_recipe_ends_the_job(finder: str, cluster: Path, tmp_path: Path, index_prefix: Path) -> None:
+    """Also one that only the rank finds that opens the data for the others of its machine."""
+    mistake, told = ["--training.global_batch_size=3"], "error: training.global_batch_size=3 "
+    if finder == "the first rank":
+        source = f"{{path: {index_prefix}, max_epochs: 2}}"
+        mistake = ["--data.mock=false", f"--data.train=[{source}]", "--model.vocab_size=270"]
+        told = f"error: data: {index_prefix} would be gone through "
+    job = submit(tmp_path, *mistake)
     state = wait_for_end(job)
     text = (tmp_path / "log.txt").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), text
-    assert text.count("error: training.global_batch_size=3 ") == 1 and "ended with code" not in text
+    assert text.count(told) == 1 and "ended with code" not in text
 
 
 @pytest.mark.slow

@@ -184,6 +184,16 @@ def test_more_epochs_than_allowed_are_refused_and_repetition_is_shown(recipe: di
         describe_data(make(recipe, data, num_steps=num_steps + 5))
 
 
+def test_what_one_rank_refuses_all_refuse(train: Train, two_sources: list[Path]) -> None:
+    """The first of a machine opens the data before the others: they must not wait for it in vain."""
+    changes = {"data": {"train": [{"path": str(two_sources[1]), "max_epochs": 0.1}]}}
+    timeouts = ["--run.first_step_timeout_s=60", "--run.distributed_timeout_s=60"]
+    with pytest.raises(AssertionError) as caught:
+        train("run", *timeouts, changes=changes, num_processes=2)
+    for rank in (0, 1):
+        assert f"rank {rank}: UserError('data: {two_sources[1]} would be gone through" in str(caught.value)
+
+
 def test_documents_of_a_sample_are_told_apart() -> None:
     tokens = torch.tensor([5, 6, 0, 7, 0, 0, 8])
     marks = segments(tokens, 0)
