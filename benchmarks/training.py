@@ -81,7 +81,7 @@ class BenchmarkOptions:
 
 def recipe_of(model: dict, training: dict, folder: Path, index: Path | None) -> PretrainRecipe:
     """A run on one device that saves and reports nothing by itself; random tokens without an index."""
-    from megatron_tpt.training.launch import with_vocabulary
+    from megatron_tpt.training.launch import data_tokenizer, with_vocabulary
 
     raw = {
         "run": {"output_dir": str(folder)},
@@ -90,7 +90,8 @@ def recipe_of(model: dict, training: dict, folder: Path, index: Path | None) -> 
         "optimizer": {"learning_rate": 3e-4, "warmup_steps": 20, "schedule": "constant"},
         "data": {"mock": True} if index is None else {"train": str(index)},
     }
-    return with_vocabulary(recipe_from_dict(PretrainRecipe, raw))
+    recipe = recipe_from_dict(PretrainRecipe, raw)
+    return with_vocabulary(recipe, data_tokenizer(recipe))
 
 
 @contextlib.contextmanager

@@ -114,6 +114,8 @@ class DataConfig:
     validation: list[DatasetSource] = field(default_factory=list)
     """Sets whose losses are measured every training.validation_interval steps, each by itself; those of one name are
     one set, a blend."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer that the data was indexed with, for the checkpoints; where it was then when not given."""
     allow_change: bool = False
     """Go on from a checkpoint with other training data than before; without, that is refused."""
     reset_at_documents: bool = False

@@ -119,12 +119,7 @@ class _Job:
         self.num_tokens = 0
         """Tokens that this run has written since `started`."""
         self.template = Manifest(
-            tokenizer=TokenizerInfo(
-                str(self.tokenizer.folder.resolve()),
-                self.tokenizer.fingerprint,
-                self.tokenizer.vocab_size,
-                self.tokenizer.eos_id,
-            ),
+            tokenizer=TokenizerInfo.of(self.tokenizer),
             think=ThinkTokens(self.tokenizer.open_ids, self.tokenizer.close_ids),
             join=options.join.value,
             text_column=options.text_column,

@@ -10,13 +10,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.writer import idx_bytes
+
+if TYPE_CHECKING:
+    from megatron_tpt.indexing.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 
@@ -37,6 +40,11 @@ class TokenizerInfo:
     vocab_size: int
     """The largest token id + 1."""
     eos_id: int
+
+    @classmethod
+    def of(cls, tokenizer: "Tokenizer") -> "TokenizerInfo":
+        """What is to be known of a tokenizer."""
+        return cls(str(tokenizer.folder.resolve()), tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
 
 
 @dataclass(frozen=True)

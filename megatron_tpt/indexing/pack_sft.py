@@ -76,9 +76,7 @@ def pack_sft(options: PackOptions) -> PackManifest:
         counts = reader.counts(packing)
         manifest = PackManifest(
             settings=settings,
-            tokenizer=TokenizerInfo(
-                str(tokenizer.folder.resolve()), tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id
-            ),
+            tokenizer=TokenizerInfo.of(tokenizer),
             sources=sources,
             counts=counts,
             efficiency=counts.efficiency(options.sequence_length),

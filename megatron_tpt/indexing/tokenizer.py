@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,16 +199,17 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files of `source`, and nothing else that is there, into `target`, made when it is missing.
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The tokenizer files of a folder, and nothing else that is there, by name. Raises UserError when tokenizer.json is
+    not among them."""
+    _tokenizer_file(folder)
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
-    Raises UserError when `source` has no tokenizer.json.
-    """
-    if not (source / "tokenizer.json").is_file():
-        raise UserError(
-            f"{source}: no tokenizer.json; make one: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
-        )
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer files of `source` into `target`, made when it is missing. Raises UserError when `source` has
+    no tokenizer.json."""
+    files = read_tokenizer_files(source)
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for name, content in files.items():
+        (target / name).write_bytes(content)

@@ -18,7 +18,7 @@ import json
 import queue
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, sync_tree
-from megatron_tpt.indexing.tokenizer import copy_tokenizer
+from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
@@ -177,26 +177,25 @@ def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
 
 
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
-    """Do something on every rank. Raises SaveError on all of them when any met an OSError: a rank that went on alone
-    would wait for the others for ever."""
+    """Do something on every rank. Raises SaveError on all of them when any met an OSError or a UserError: a rank that
+    went on alone would wait for the others for ever."""
     result, error = None, None
     try:
         result = action()
-    except OSError as caught:
-        error = f"rank {torch.distributed.get_rank()}: {caught}"
+    except (OSError, UserError) as caught:
+        error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
+        if isinstance(caught, OSError):
+            error += f": make room, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
     errors: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(errors, error)
     if any(errors):
-        raise _save_error(folder, next(filter(None, errors)))
+        raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
     return result
 
 
-def _save_error(folder: Path, reason: object) -> SaveError:
+def _free_bytes(folder: Path) -> int:
     place = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
-    return SaveError(
-        f"the checkpoint {folder} could not be written ({' '.join(str(reason).split())[:300]}): make room, "
-        f"{shutil.disk_usage(place).free / 2**30:.1f} GiB are free there"
-    )
+    return shutil.disk_usage(place).free
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
@@ -328,7 +327,7 @@ def start_saving(
     trainer_state: dict[str, Any],
     *,
     recipe_yaml: str,
-    tokenizer_path: Path | None,
+    tokenizer_files: Mapping[str, bytes],
     optimizer_sharding: str = "fully_reshardable",
 ) -> CheckpointSaving:
     """Lay out a checkpoint; weights and states are then written as the caller chooses. All ranks call it.
@@ -358,8 +357,9 @@ def start_saving(
     def write_small_files() -> None:
         if platform.is_first_rank():
             (temporary / "recipe.yaml").write_text(recipe_yaml)
-            if tokenizer_path is not None:
-                copy_tokenizer(tokenizer_path, temporary / "tokenizer")
+            for name, content in tokenizer_files.items():
+                (temporary / "tokenizer").mkdir(exist_ok=True)
+                (temporary / "tokenizer" / name).write_bytes(content)
 
     strategy = _SaveStrategy()
     request = dist_checkpointing.save(
@@ -387,8 +387,9 @@ def save_checkpoint(
 
     Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """
+    tokenizer_files = read_tokenizer_files(tokenizer_path) if tokenizer_path else {}
     start_saving(
-        folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, tokenizer_path=tokenizer_path
+        folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, tokenizer_files=tokenizer_files
     ).finish()
 
 

@@ -453,7 +453,7 @@ def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
             other.name: make_loader(dataset, recipe, validates=True)
             for other, dataset in zip(others, validation, strict=True)
         },
-        tokenizer_path=Path(manifests[0].tokenizer.path),
+        tokenizer_path=recipe.data.tokenizer or Path(manifests[0].tokenizer.path),
         has_segments=recipe.data.reset_at_documents,
         source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
         source_tokens=SourceTokens(train, blend, manifests),

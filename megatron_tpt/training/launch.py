@@ -6,47 +6,76 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from megatron_tpt.config.load import Arguments, check
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import TokenizerInfo, read_manifests
 from megatron_tpt.training.describe import describe
 
 
-def _data_vocab_size(recipe: PretrainRecipe | FinetuneRecipe) -> int:
-    if isinstance(recipe, PretrainRecipe):
-        from megatron_tpt.indexing.manifest import read_manifests
-
-        if recipe.data.mock:
-            return recipe.model.vocab_size or 0
-        sources = [source for phase in recipe.data.all_phases for source in phase.train] + recipe.data.validation
-        return read_manifests([source.path for source in sources])[0].tokenizer.vocab_size
+def _read_tokenizer(folder: Path) -> TokenizerInfo:
     from megatron_tpt.indexing.tokenizer import Tokenizer
 
-    return Tokenizer(recipe.tokenizer_path).vocab_size
+    return TokenizerInfo.of(Tokenizer(folder))
 
 
-def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, *, needs_data: bool = True) -> R:
+def data_tokenizer(recipe: PretrainRecipe | FinetuneRecipe, *, needs_data: bool = True) -> TokenizerInfo | None:
+    """The tokenizer of a recipe's data; none for random tokens.
+
+    Raises UserError when the data or the tokenizer is missing. Without `needs_data` that is fine, and there is none,
+    when the recipe gives the size of the vocabulary.
+    """
+    try:
+        if isinstance(recipe, FinetuneRecipe):
+            return _read_tokenizer(recipe.tokenizer_path)
+        if recipe.data.mock:
+            return None
+        sources = [source for phase in recipe.data.all_phases for source in phase.train] + recipe.data.validation
+        return read_manifests([source.path for source in sources])[0].tokenizer
+    except UserError:
+        if needs_data or recipe.model.vocab_size is None:
+            raise
+        return None
+
+
+def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: TokenizerInfo | None) -> R:
     """The recipe with the vocabulary size of its data's tokenizer, where it gives none.
 
-    Raises UserError when the data or the tokenizer is missing, or has more tokens than the model. Without `needs_data`
-    missing data is fine when the recipe gives a size.
+    Raises UserError when the tokenizer has more tokens than the model.
     """
     model = recipe.model
-    try:
-        vocab_size = _data_vocab_size(recipe)
-    except UserError:
-        if needs_data or model.vocab_size is None:
-            raise
+    if tokenizer is None:
         return recipe
     if model.vocab_size is None:
-        return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=vocab_size))
-    if model.vocab_size < vocab_size:
+        return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=tokenizer.vocab_size))
+    if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({vocab_size} tokens): "
-            f"raise it, or leave it out"
+            f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({tokenizer.vocab_size} tokens):"
+            f" raise it, or leave it out"
         )
     return recipe
+
+
+def _require_folder(recipe: PretrainRecipe, tokenizer: TokenizerInfo) -> None:
+    """Raise UserError unless the tokenizer that checkpoints will keep is there, and is the data's."""
+    folder = recipe.data.tokenizer or Path(tokenizer.path)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: the tokenizer of the data is not there, and checkpoints keep it: give its folder "
+            f"(--data.tokenizer=FOLDER)"
+        )
+    found = _read_tokenizer(folder)
+    for what, ours, theirs in (
+        ("tokenizer.json", found.fingerprint, tokenizer.fingerprint),
+        ("end-of-sequence token", found.eos_id, tokenizer.eos_id),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{folder}: this is not the tokenizer of the data: its {what} is another. Give the folder of the one "
+                f"that the data was indexed with (--data.tokenizer=FOLDER), or index again"
+            )
 
 
 def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
@@ -90,7 +119,10 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
 
     recipe = with_data_of_run(recipe)
     check(recipe, world_size)
-    recipe = with_vocabulary(recipe, needs_data=not arguments.dry_run)
+    tokenizer = data_tokenizer(recipe, needs_data=not arguments.dry_run)
+    if tokenizer is not None and isinstance(recipe, PretrainRecipe):
+        _require_folder(recipe, tokenizer)
+    recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
         return recipe
     print(describe(recipe, world_size))

@@ -14,6 +14,7 @@ from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
 from megatron_tpt.training.checkpoint import (
     CheckpointSaving,
@@ -107,6 +108,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.num_batches = 0  # micro-batches that this process has taken, to train or to validate: a sign of life
+        self._tokenizer_files: dict[str, bytes] = {}  # for checkpoints
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
         platform.seed_everything(recipe.run.seed)
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
@@ -126,6 +128,9 @@ class Trainer:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
         if platform.is_first_rank():
             print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
+        # As they are now: the folder may be gone, or hold something else, when a checkpoint is due.
+        if self.data.tokenizer_path is not None:
+            self._tokenizer_files = read_tokenizer_files(self.data.tokenizer_path)
         try:
             self._train()
         except BaseException:
@@ -274,7 +279,7 @@ class Trainer:
             {"step": self.step, "tokens": self.tokens, "data": self._data_identity(self.step), "callbacks": states}
             | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
-            tokenizer_path=self.data.tokenizer_path,
+            tokenizer_files=self._tokenizer_files,
             optimizer_sharding=self.recipe.checkpoint.optimizer_sharding,
         )
 
