@@ -338,6 +338,8 @@ class TrainingConfig:
     recomputation."""
     init_from: Path | None = None
     """Checkpoint folder whose weights (nothing else) the run starts from; random weights when not given."""
+    allow_other_tokenizer: bool = False
+    """Start from init_from although its tokenizer is not the data's; without, that is refused."""
     validation_interval: int = 0
     """Steps between validations; 0 never validates."""
     validation_steps: int = 8

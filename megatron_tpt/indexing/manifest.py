@@ -180,15 +180,40 @@ class Manifest:
 
 
 def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
-    """The manifests of indices that are used together.
+    """The manifests of indices to train on together.
 
-    Raises UserError when one is missing or damaged, or when they were made with different tokenizers.
+    Raises UserError when one is missing or damaged, when its documents are cut into sentences, or when they were made
+    with different tokenizers, end-of-sequence tokens or think tags.
     """
     manifests: list[Manifest] = []
     for prefix in prefixes:
         manifest = Manifest.read(prefix)
         manifest.check_files(prefix)
+        _require_whole_documents(prefix, manifest.counts)
         if manifests:
             manifest.require_tokenizer(prefix, manifests[0].tokenizer.fingerprint)
+            _require_same_ids(prefix, manifest, manifests[0])
         manifests.append(manifest)
     return manifests
+
+
+def _require_whole_documents(prefix: str | Path, counts: IndexCounts) -> None:
+    # Megatron Core's GPTDataset takes every sequence for a document, and shuffles them.
+    if counts.sequences not in (None, counts.documents):
+        raise UserError(
+            f"{prefix}: its documents are cut into sentences, which training would shuffle: index again without "
+            f"--sentences"
+        )
+
+
+def _require_same_ids(prefix: str | Path, manifest: Manifest, first: Manifest) -> None:
+    for what, ours, theirs in (
+        ("end-of-sequence token", manifest.tokenizer.eos_id, first.tokenizer.eos_id),
+        ("think tags", manifest.think, first.think),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{prefix}: its {what} ({ours}) is not that of the other data ({theirs}), although tokenizer.json is: "
+                f"index one of them again with the other's tokenizer folder ({manifest.tokenizer.path}, "
+                f"{first.tokenizer.path})"
+            )

@@ -35,7 +35,8 @@ class IndexOptions:
     append_eos: bool = True
     """End every document with the end-of-sequence token."""
     sentences: bool = False
-    """Make each sentence a sequence of its own; documents keep their bounds. Slow: sentences are found in Python."""
+    """Make each sentence a sequence of its own; documents keep their bounds. For other programs: pre-training
+    here takes whole documents and refuses such an index. Slow: sentences are found in Python."""
     parse_special_tokens: bool = False
     """Let special tokens and think tags that stand in the raw text become these tokens."""
     shard_size: str | None = None

@@ -199,6 +199,12 @@ TOKENIZER_FILES = (
 )
 
 
+def is_of_other_tokenizer(checkpoint: Path, fingerprint: str) -> bool:
+    """Whether a checkpoint keeps a tokenizer and it is not the one of this fingerprint."""
+    folder = checkpoint / "tokenizer"
+    return (folder / "tokenizer.json").is_file() and tokenizer_fingerprint(folder) != fingerprint
+
+
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of a folder, and nothing else that is there, by name. Raises UserError when tokenizer.json is
     not among them."""

@@ -335,6 +335,8 @@ class TrainingData:
     """Sets whose losses are measured apart, by name."""
     tokenizer_path: Path | None
     """None for random tokens."""
+    tokenizer_fingerprint: str | None = None
+    """Of the data: a run does not go on with another."""
     unmarked_name: str = "document"
     """What the tokens outside of thinking are called in the metrics."""
     has_segments: bool = False
@@ -454,6 +456,7 @@ def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
             for other, dataset in zip(others, validation, strict=True)
         },
         tokenizer_path=recipe.data.tokenizer or Path(manifests[0].tokenizer.path),
+        tokenizer_fingerprint=manifests[0].tokenizer.fingerprint,
         has_segments=recipe.data.reset_at_documents,
         source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
         source_tokens=SourceTokens(train, blend, manifests),

@@ -78,6 +78,21 @@ def _require_folder(recipe: PretrainRecipe, tokenizer: TokenizerInfo) -> None:
             )
 
 
+def _require_tokenizer_of_weights(recipe: PretrainRecipe | FinetuneRecipe, tokenizer: TokenizerInfo) -> None:
+    """Raise UserError when the weights to start from know other tokens than the data has."""
+    from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
+
+    folder = recipe.training.init_from
+    if folder is None or recipe.training.allow_other_tokenizer:
+        return
+    if is_of_other_tokenizer(folder, tokenizer.fingerprint):
+        raise UserError(
+            f"training.init_from={folder} was trained with another tokenizer than that of the data ({tokenizer.path}): "
+            f"make the data with {folder / 'tokenizer'}; or, where the tokens mean the same, give "
+            f"--training.allow_other_tokenizer=true"
+        )
+
+
 def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
     """The recipe with the number of steps that `training.num_epochs` asks for, where it does.
 
@@ -122,6 +137,8 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     tokenizer = data_tokenizer(recipe, needs_data=not arguments.dry_run)
     if tokenizer is not None and isinstance(recipe, PretrainRecipe):
         _require_folder(recipe, tokenizer)
+    if tokenizer is not None:
+        _require_tokenizer_of_weights(recipe, tokenizer)
     recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
         return recipe

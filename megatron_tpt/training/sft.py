@@ -155,6 +155,7 @@ def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
         train=make_loader(PackedExamples(rows, tokenizer, sequence_length, recipe.run.seed), recipe),
         validation={},
         tokenizer_path=tokenizer.folder,
+        tokenizer_fingerprint=tokenizer.fingerprint,
         unmarked_name="answer",
         has_segments=True,
         identity=lambda num_samples: {"content of data.train": rows.checksum},

@@ -14,7 +14,7 @@ from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.indexing.tokenizer import read_tokenizer_files
+from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer, read_tokenizer_files
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
 from megatron_tpt.training.checkpoint import (
     CheckpointSaving,
@@ -284,6 +284,11 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
+        if self.data.tokenizer_fingerprint and is_of_other_tokenizer(folder, self.data.tokenizer_fingerprint):
+            raise UserError(
+                f"{folder} was written by a run with another tokenizer: put back the data of that one, or start in "
+                f"another run.output_dir"
+            )
         state = load_checkpoint(folder, self.gpts, self.optimizer)
         identity = self._data_identity(state["step"])
         changed = [name for name, value in identity.items() if state["data"].get(name) != value]

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training_runs import Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.index import index
+from megatron_tpt.indexing.manifest import Manifest, ThinkTokens
+from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.training.callbacks import SaveCheckpoints
 from megatron_tpt.training.checkpoint import SaveError, _together
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
@@ -85,3 +88,77 @@ def test_all_ranks_hear_of_a_checkpoint_that_one_cannot_write(error: Exception, 
         assert _together(tmp_path, lambda: 3) == 3
         with pytest.raises(SaveError, match=r"could not be written \(rank 0: mend it\)"):
             _together(tmp_path, fail)
+
+
+def _renamed(tokenizer: Path, target: Path, first: str, second: str) -> Path:
+    """The tokenizer with the ids of two tokens exchanged: as many tokens, others."""
+    shutil.copytree(tokenizer, target)
+    content = json.loads((target / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return target
+
+
+@pytest.fixture
+def others_index(records_path: Path, tokenizer_path: Path, tmp_path: Path) -> Path:
+    """The same documents, indexed with a tokenizer of the same size."""
+    index(
+        IndexOptions(
+            input=[records_path],
+            tokenizer=_renamed(tokenizer_path, tmp_path / "other", "a", "b"),
+            output=tmp_path / "others",
+        )
+    )
+    return tmp_path / "others"
+
+
+def test_weights_and_runs_of_another_tokenizer_are_refused(
+    train: Train, others_index: Path, recipe: dict, tmp_path: Path
+) -> None:
+    save = {"checkpoint": {"save_interval": 2}, "training": recipe["training"] | {"num_steps": 3}}
+    train("base", changes=save)
+    checkpoint = tmp_path / "base/checkpoints/latest"
+    path = tmp_path / "next.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    other = [f"--training.init_from={checkpoint}", f"--data.train={others_index}"]
+    for dry_run in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="trained with another tokenizer"):
+            prepared(path, *other, *dry_run)
+    prepared(path, *other, "--training.allow_other_tokenizer=true")
+    prepared(path, other[0])
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"prompt": "ban", "response": "ke"}\n')
+    path.write_text(yaml.safe_dump({"data": {"train": str(examples), "tokenizer": str(tmp_path / "other")}}))
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        prepare(*load_recipe(FinetuneRecipe, [str(path), other[0]]))
+    # The lengths of these documents are the same, so only the tokenizer tells that the data is another.
+    with pytest.raises(AssertionError, match=r"UserError.*written by a run with another tokenizer"):
+        train("base", f"--data.train={others_index}", changes=save)
+
+
+def test_indices_that_do_not_go_together_or_hold_sentences_are_refused(
+    recipe: dict, records_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    options = IndexOptions(input=[records_path], tokenizer=tokenizer_path, output=tmp_path / "base")
+    index(options)
+    instruct = tmp_path / "instruct"
+    shutil.copytree(tokenizer_path, instruct)
+    settings = json.loads((instruct / "tokenizer_config.json").read_text())
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|pad|>"}))
+    index(dataclasses.replace(options, tokenizer=instruct, output=tmp_path / "instruct-data"))
+    index(dataclasses.replace(options, sentences=True, output=tmp_path / "sentences"))
+    think = dataclasses.replace(Manifest.read(tmp_path / "base"), think=ThinkTokens([2], [4]))
+    for kind in ("bin", "idx"):
+        shutil.copyfile(tmp_path / f"base.{kind}", tmp_path / f"tags.{kind}")
+    think.write(tmp_path / "tags")
+    path = tmp_path / "recipe.yaml"
+    for name, words in (
+        ("instruct-data", r"end-of-sequence token \(1\) is not that of the other data \(0\)"),
+        ("tags", "its think tags"),
+        ("sentences", "cut into sentences"),
+    ):
+        path.write_text(yaml.safe_dump(recipe | {"data": {"train": [str(tmp_path / "base"), str(tmp_path / name)]}}))
+        for dry_run in ([], ["--dry-run"]):
+            with pytest.raises(UserError, match=words):
+                prepared(path, *dry_run)
