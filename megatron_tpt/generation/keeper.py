@@ -15,7 +15,9 @@ import time
 
 import psutil
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+from megatron_tpt.processes import end_with_parent
+
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 _POLL_S = 0.5
 _GRACE_S = 10.0
 
@@ -23,14 +25,9 @@ _GRACE_S = 10.0
 def main() -> int:
     """Returns the command's exit code; 143 when it was asked to stop, or the parent is gone."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
-    )
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
     try:
         while os.getppid() == parent:
             code = child.poll()

@@ -14,6 +14,7 @@ from typing import Any, Self
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
 from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, one_line, quiet
+from megatron_tpt.processes import children_end_with_us
 
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node for every process that shares a model."""
@@ -27,7 +28,9 @@ class VLLMEngine:
     """vLLM in this process (CPU), or driven from this process (GPU).
 
     On CPUs the engine runs in-process and eager: for the small models one runs there, a second process and
-    compilation cost more than they bring. Raises UserError for a model that vLLM cannot load.
+    compilation cost more than they bring. The processes that vLLM starts end at the latest with the thread that opened
+    the engine; by itself vLLM leaves one behind, with the GPU's memory, when this process is killed. Raises UserError
+    for a model that vLLM cannot load.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -45,7 +48,7 @@ class VLLMEngine:
         # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
         gc.freeze()
         try:
-            with quiet():
+            with quiet(), children_end_with_us():
                 self._llm: Any = vllm.LLM(
                     model=options.model,
                     dtype=dtype_name(options),

@@ -11,7 +11,6 @@ python -m megatron_tpt.scale --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND .
 """
 
 import argparse
-import ctypes
 import os
 import shlex
 import signal
@@ -26,6 +25,7 @@ from typing import BinaryIO
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.processes import end_with_parent
 from megatron_tpt.scale.lock import TaskLocked, task_lock
 from megatron_tpt.scale.report import TaskFiles, log_mark
 
@@ -35,7 +35,6 @@ LOCKED_EXIT_CODE = 75
 """Another process runs the task (EX_TEMPFAIL of sysexits.h)."""
 _LOCK_TIMEOUT_S = 120.0  # a run that lost its parent takes GRACE_S to end, the lock of a lost NFS client 90 s to expire
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def supervised_command(command: Sequence[str], num_tasks: int, log_dir: Path, *which: str) -> list[str]:
@@ -110,12 +109,7 @@ def _remaining(deadline: float) -> float:
 
 def _prepare_child() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    _end_with_parent(signal.SIGKILL)
-
-
-def _end_with_parent(signum: signal.Signals) -> None:
-    """Have the kernel send us `signum` when the thread that started this process is gone."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum))
+    end_with_parent(signal.SIGKILL)
 
 
 def _tell_slurm(code: int, stopped_by: signal.Signals | None, max_requeues: int) -> None:
@@ -155,7 +149,7 @@ def main() -> int:
     """Run the task of the command line; returns the exit code of the process."""
     arguments = _parser().parse_args()
     if arguments.parent is not None:
-        _end_with_parent(signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if os.getppid() != arguments.parent:  # it was gone before we asked
             return 128 + signal.SIGTERM
     task, in_slurm = arguments.task, arguments.slurm_array_offset is not None

@@ -1,0 +1,54 @@
+"""Processes that do not outlive the one that started them, however that ends (Linux)."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.context import ForkProcess, SpawnProcess
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent(signum: signal.Signals) -> None:
+    """Have the kernel send us `signum` when the thread that started this process is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+@contextlib.contextmanager
+def children_end_with_us() -> Iterator[None]:
+    """What is started meanwhile by `multiprocessing` (contexts "fork" and "spawn"), and what that starts in turn, is
+    killed when the thread that started it is gone. So it is for libraries that leave their processes behind when ours
+    is killed; call it in a thread that lives as long as they are needed.
+    """
+    bound: dict[str, Any] = {"fork": _Forked, "spawn": _Spawned}
+    contexts: dict[str, Any] = {method: multiprocessing.get_context(method) for method in bound}
+    before = {method: context.Process for method, context in contexts.items()}
+    try:
+        for method, context in contexts.items():
+            context.Process = bound[method]
+        yield
+    finally:
+        for method, context in contexts.items():
+            context.Process = before[method]
+
+
+class _EndsWithParent(BaseProcess):
+    def run(self) -> None:
+        end_with_parent(signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it was gone before we asked
+            os.kill(os.getpid(), signal.SIGKILL)
+        with children_end_with_us():
+            super().run()
+
+
+class _Forked(_EndsWithParent, ForkProcess):
+    pass
+
+
+class _Spawned(_EndsWithParent, SpawnProcess):
+    pass
