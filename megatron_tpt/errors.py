@@ -1,5 +1,12 @@
 """What ends a program with one line in place of a traceback."""
 
+import errno
+
+# What is wrong with the name or the rights of a file, and not with the disk or the network.
+_USERS_ERRNOS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP
+}  # fmt: skip
+
 
 class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what to change.
@@ -21,6 +28,29 @@ class Fault(Exception):
 
     The command-line programs print it and exit with code 1; the same command may succeed.
     """
+
+
+def failure(message: str, error: BaseException) -> UserError | Fault:
+    """What to raise, with `message`, when reading a file or asking the Hub has ended in `error`.
+
+    A Fault where the disk or the network failed, on this machine and now; a UserError for a name that is missing or
+    may not be read, and for what was read and is not fit.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return (Fault if any(map(_is_of_disk_or_network, causes)) else UserError)(message)
+
+
+def _is_of_disk_or_network(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:  # the Hub's answer
+        return status in (408, 425, 429) or status >= 500
+    if "TransportError" in [kind.__name__ for kind in type(error).__mro__]:  # httpx's, whichever of its versions
+        return True
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _USERS_ERRNOS
 
 
 def require(condition: bool, message: str) -> None:

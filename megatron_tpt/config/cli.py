@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from megatron_tpt.errors import Fault, StoppedEarly, UserError
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure
 
 _RECIPE = "--recipe"
 
@@ -47,7 +47,7 @@ def _recipe_options(path: Path) -> Iterator[str]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{_RECIPE} {path}: cannot be read ({error.strerror})") from error
+        raise failure(f"{_RECIPE} {path}: cannot be read ({error.strerror})", error) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 
 
 class Workers:
@@ -33,8 +33,8 @@ class Workers:
         """Do `work(task)` for every task, and yield what the tasks yield as it comes.
 
         `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it
-        has done. A UserError or OSError of a task is raised here; a worker that dies is a RuntimeError that names its
-        task and how it ended. With one worker or one task everything is done in this process.
+        has done. A UserError, Fault or OSError of a task is raised here; a worker that dies is a RuntimeError that
+        names its task and how it ended. With one worker or one task everything is done in this process.
         """
         if self._num_workers == 1 or len(tasks) <= 1:
             for task in tasks:
@@ -92,7 +92,7 @@ def _serve(connection: Connection) -> None:
         try:
             for progress in work(task):
                 connection.send(("progress", progress))
-        except (UserError, OSError) as error:
+        except (UserError, Fault, OSError) as error:
             connection.send(("error", error))
         else:
             connection.send(("done", None))

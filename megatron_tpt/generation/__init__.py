@@ -65,7 +65,8 @@ __all__ = [
 
 @contextlib.contextmanager
 def open_engine(options: EngineOptions) -> Iterator[Engine]:
-    """The engine that `options` describe, closed at the end of the block. Raises UserError when it cannot start."""
+    """The engine that `options` describe, closed at the end of the block. Raises UserError or
+    EngineError when it cannot start."""
     engine = _start(options)
     try:
         yield engine

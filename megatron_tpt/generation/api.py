@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
-class EngineError(UserError):
+class EngineError(Fault):
     """The engine as a whole cannot go on: no server answers, or its process died and does not start again."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation.api import Failure, Prompt
 
 
@@ -50,7 +50,7 @@ def load_tokenizer(model: str) -> Any:
 
             tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model}: its tokenizer cannot be loaded ({one_line(error)})") from error
+        raise failure(f"{model}: its tokenizer cannot be loaded ({one_line(error)})", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f'{model}: its tokenizer names no EOS token; set "eos_token" in tokenizer_config.json')
     return tokenizer
@@ -95,7 +95,7 @@ def load_model_config(model: str) -> Any:
 
             return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
-        raise UserError(f"{model}: its config.json cannot be loaded ({one_line(error)})") from error
+        raise failure(f"{model}: its config.json cannot be loaded ({one_line(error)})", error) from error
 
 
 def check_context(model: str, num_prompt_tokens: int, max_new_tokens: int) -> int:

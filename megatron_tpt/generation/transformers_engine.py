@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, FinishReason, Request
 from megatron_tpt.generation.models import check_prompt, encode_prompt, load_tokenizer, one_line, quiet
 from megatron_tpt.generation.vllm_engine import max_model_len
@@ -50,7 +50,7 @@ class TransformersEngine:
             with quiet():
                 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         except (OSError, ValueError) as error:
-            raise UserError(f"{options.model}: this model cannot be loaded ({one_line(error)})") from error
+            raise failure(f"{options.model}: this model cannot be loaded ({one_line(error)})", error) from error
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         eos = self._model.generation_config.eos_token_id
         self._eos_ids = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}

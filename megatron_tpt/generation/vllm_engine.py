@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
 from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, one_line, quiet
 from megatron_tpt.processes import children_end_with_us
@@ -59,7 +59,7 @@ class VLLMEngine:
                     **arguments,
                 )
         except (OSError, ValueError) as error:
-            raise UserError(f"{options.model}: vLLM cannot load this model ({one_line(error)})") from error
+            raise failure(f"{options.model}: vLLM cannot load this model ({one_line(error)})", error) from error
         self._params = vllm.SamplingParams
         self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
         config = self._llm.llm_engine.vllm_config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError, failure
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import DamagedSource
 from megatron_tpt.records.tables import Piece, columns_of_table, loaded_piece
@@ -50,10 +50,10 @@ class HubDataset:
         return _stream(self).num_shards
 
     def pieces(self, source_name: str, index: int, columns: Columns) -> Iterator[Piece]:
-        """The rows of shard `index`. Raises UserError when the Hub cannot be reached."""
+        """The rows of shard `index`. Raises Fault when the Hub cannot be reached."""
         import datasets
-        import httpx
         import pyarrow
+        from huggingface_hub.utils import httpx  # its successor, by now: what the Hub's own library speaks with
 
         stream = _stream(self)
         shard = stream.shard(stream.num_shards, index).with_format("arrow")
@@ -64,20 +64,20 @@ class HubDataset:
         except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, EOFError, zlib.error) as error:
             raise DamagedSource(f"not readable ({_one_line(error)})") from error
         except (OSError, httpx.HTTPError) as error:
-            raise UserError(f"{source_name}: cannot be read ({_one_line(error)}); run again to go on") from error
+            raise Fault(f"{source_name}: cannot be read ({_one_line(error)}); run again to go on") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _stream(dataset: HubDataset) -> Any:
     import datasets
-    import httpx
+    from huggingface_hub.utils import httpx
 
     try:
         return datasets.load_dataset(
             dataset.path, dataset.config, split=dataset.split, revision=dataset.revision, streaming=True
         )
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)})") from error
+        raise failure(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)})", error) from error
 
 
 def _one_line(error: BaseException) -> str:

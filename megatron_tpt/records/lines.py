@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import failure
 from megatron_tpt.records.record import BadRecord, DamagedSource
 
 MAX_LINE_BYTES = 64 << 20
@@ -18,7 +18,7 @@ _ZSTANDARD_BYTES = 512
 
 def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[bytes]:
     """The unpacked bytes of a file in chunks of about 1 MiB. Raises DamagedSource where it is broken or cut,
-    UserError where it cannot be read.
+    UserError or Fault where it cannot be read.
 
     `report_position` is called with the number of bytes read from the file so far.
     """
@@ -28,7 +28,7 @@ def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[
                 report_position(file.tell())
                 yield chunk
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise failure(f"{path}: cannot be read ({error.strerror or error})", error) from error
 
 
 def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:

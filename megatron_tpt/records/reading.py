@@ -70,7 +70,8 @@ def read_blocks(
 
     Bad data never raises: it is a row with a `problem`. Where a file is cut or broken, the last row has the problem
     DAMAGED (it is left out when its block is not wanted; of a broken Parquet file later row groups are then still
-    read). Raises UserError for a source that cannot be opened or has no text column, or whose storage fails.
+    read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage or
+    the network fails.
     """
     reader, parse = _open(source, columns, progress or Progress())
     for block in itertools.count():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.records.hub import SCHEME, HubDataset
 
@@ -70,7 +70,7 @@ def _file_source(path: Path) -> Source:
     try:
         return Source(str(path), path.stat().st_size, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise failure(f"{path}: cannot be read ({error.strerror})", error) from error
 
 
 def _hub_sources(url: str) -> Iterator[Source]:

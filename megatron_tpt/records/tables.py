@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import BadRecord, DamagedSource
 
@@ -114,7 +114,7 @@ class TableReader:
             return item
         except (pyarrow.ArrowException, DamagedSource, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # without number it is pyarrow's: broken data
-                raise UserError(f"{self._name}: cannot be read ({error.strerror})") from error
+                raise failure(f"{self._name}: cannot be read ({error.strerror})", error) from error
             text = str(error) if isinstance(error, DamagedSource) else f"damaged or cut short ({_first_line(error)})"
             self._damage = DamagedSource(text)
             self._pieces, self._batches, self._rows = iter(()), iter(()), []

@@ -17,10 +17,10 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Request, open_engine
 from megatron_tpt.job_settings import check_settings, write_settings
 from megatron_tpt.records import Progress as ReadProgress
@@ -40,9 +40,10 @@ from megatron_tpt.thinking.shards import Output, block_name
 def augment(options: AugmentOptions) -> Progress:
     """Do the job that `options` describe, or the one task of it that they name.
 
-    Raises UserError for what the user can mend, before anything is written.
+    Raises UserError for what the user can mend, before anything is written; Fault where one machine of a job of many
+    tasks lacks what the others have.
     """
-    job = plan(options)
+    job = _looked_over(options, lambda: plan(options))
     settings_path = options.output / SETTINGS_NAME
     check_settings(settings_path, job.settings)
     generator = None if settings_path.exists() else job.generator()
@@ -55,11 +56,22 @@ def augment(options: AugmentOptions) -> Progress:
             shards = f"all {task.progress.shards_skipped:,} shards are there"
             print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
         else:
-            task.run(generator or job.generator(), itertools.chain([first], blocks))
+            task.run(generator or _looked_over(options, job.generator), itertools.chain([first], blocks))
         task.output.note_finished(task.number, options.scale.num_tasks)
     if not task.output.unfinished_tasks(options.scale.num_tasks):
         _write_card(job, task.output)
     return task.progress
+
+
+def _looked_over[T](options: AugmentOptions, look: Callable[[], T]) -> T:
+    """What `look` finds. What is wrong now in a task, and was in order when the job began, is wrong with this machine
+    (a file system that is not there, say): a Fault, which stops no other task."""
+    try:
+        return look()
+    except UserError as error:
+        if options.task is None or not (options.output / SETTINGS_NAME).exists():
+            raise
+        raise Fault(f"{error} (when the job began this was in order)") from error
 
 
 def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import begin_ids
 
 DOCUMENT = "document"
@@ -127,9 +127,10 @@ def _read_template(path: Path) -> Template:
     try:
         return Template(path.name, path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
+        raise failure(
             f"{path}: the prompt template cannot be read ({error.strerror}); "
-            f"the templates known by name are {', '.join(TEMPLATES)}"
+            f"the templates known by name are {', '.join(TEMPLATES)}",
+            error,
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the prompt template is not UTF-8 text") from error
