@@ -9,7 +9,17 @@ the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not
 """
 
 from megatron_tpt.records.parsing import Columns
-from megatron_tpt.records.reading import DAMAGED, Progress, ReadCounts, Row, describe, read_blocks, read_records
+from megatron_tpt.records.reading import (
+    DAMAGED,
+    Progress,
+    ReadCounts,
+    Row,
+    can_start_inside,
+    describe,
+    read_between,
+    read_blocks,
+    read_records,
+)
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.sources import REJECTS, SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
 from megatron_tpt.records.writing import write_records
@@ -24,10 +34,12 @@ __all__ = [
     "Record",
     "Row",
     "Source",
+    "can_start_inside",
     "content_id",
     "describe",
     "expand_inputs",
     "expand_sources",
+    "read_between",
     "read_blocks",
     "read_records",
     "source_fingerprint",

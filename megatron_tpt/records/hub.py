@@ -49,6 +49,11 @@ class HubDataset:
         """How many files or parts the data set itself is made of."""
         return _stream(self).num_shards
 
+    def num_rows(self) -> int | None:
+        """How many rows the data set says it has; None where it does not."""
+        split = (_stream(self).info.splits or {}).get(self.split)
+        return (split.num_examples or None) if split is not None else None
+
     def pieces(self, source_name: str, index: int, columns: Columns) -> Iterator[Piece]:
         """The rows of shard `index`. Raises Fault when the Hub cannot be reached."""
         import datasets

@@ -16,14 +16,15 @@ _GZIP_BYTES = 16 << 10
 _ZSTANDARD_BYTES = 512
 
 
-def read_chunks(path: Path, report_position: Callable[[int], None]) -> Iterator[bytes]:
-    """The unpacked bytes of a file in chunks of about 1 MiB. Raises DamagedSource where it is broken or cut,
-    UserError or Fault where it cannot be read.
+def read_chunks(path: Path, report_position: Callable[[int], None], begin: int = 0) -> Iterator[bytes]:
+    """The unpacked bytes of a file in chunks of about 1 MiB; of a plain one, from byte `begin` on. Raises DamagedSource
+    where it is broken or cut, UserError or Fault where it cannot be read.
 
-    `report_position` is called with the number of bytes read from the file so far.
+    `report_position` is called with the place in the file to which it has been read.
     """
     try:
         with path.open("rb", buffering=_CHUNK_BYTES) as file:
+            file.seek(begin)
             for chunk in _joined(_pieces(path, file)):
                 report_position(file.tell())
                 yield chunk

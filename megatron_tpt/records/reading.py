@@ -1,5 +1,6 @@
 """Reading any source, in blocks of rows that a job can do, skip and come back to, or record by record."""
 
+import contextlib
 import itertools
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from megatron_tpt.records.lines import LineReader, read_chunks
 from megatron_tpt.records.parsing import Columns, parse_line, parse_row
 from megatron_tpt.records.record import BadRecord, DamagedSource, Record
 from megatron_tpt.records.sources import Source, expand_sources
-from megatron_tpt.records.tables import TableReader, arrow_pieces, parquet_pieces
+from megatron_tpt.records.tables import TableReader, arrow_pieces, num_parquet_rows, parquet_pieces
 
 DAMAGED = "damaged file"
 """The problem of the last row of a source that cannot be read any further."""
@@ -88,6 +89,34 @@ def read_blocks(
             return
         if reader.row < end:
             return
+
+
+def can_start_inside(source: Source) -> bool:
+    """Whether `read_between` reads this source: plain lines, and Parquet."""
+    return source.path is not None and source.path.name.endswith((".jsonl", ".json", ".parquet"))
+
+
+def read_between(source: Source, columns: Columns, begin: int, end: int) -> Iterator[Row]:
+    """The rows that begin in bytes `begin` to `end` of a file that `can_start_inside`, so that stretches side by side
+    have each row once. The rows of Parquet count as equally long. In other files rows are numbered from `begin` on.
+
+    Bad data and errors are as in `read_blocks`.
+    """
+    assert source.path is not None and source.num_bytes is not None
+    if source.path.name.endswith(".parquet"):
+        reader, parse = _open(source, columns, Progress())
+        first, last = (-(-place * num_parquet_rows(source.path) // source.num_bytes) for place in (begin, end))
+        reader.skip_to(first)
+        yield from _rows(reader, parse, columns, last)
+        return
+    lines = LineReader(read_chunks(source.path, lambda _: None, max(begin - 1, 0)))
+    if begin:  # past the end of the line before, of which a newline just before `begin` is all
+        with contextlib.suppress(BadRecord):
+            lines.take()
+        begin += lines.row_bytes
+    while begin < end and lines.has_rows():
+        yield from _rows(lines, parse_line, columns, lines.row + 1)
+        begin += lines.row_bytes + 1
 
 
 type _Parse = Callable[[Any, Columns], Record | None]

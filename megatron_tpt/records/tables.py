@@ -154,6 +154,16 @@ def columns_of_table(source_name: str, names: list[str], columns: Columns) -> li
     return [name for name in columns.used if name in names]
 
 
+def num_parquet_rows(path: Path) -> int:
+    """Rows of a Parquet file; 1 of one that is damaged, for the row that says so."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except (pyarrow.ArrowException, OSError):
+        return 1
+
+
 def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
     """The row groups of a Parquet file. `report` is called with about the number of bytes that were passed."""
     import pyarrow.parquet
@@ -165,9 +175,25 @@ def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) 
             group = file.metadata.row_group(i)
             rows_per_batch = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
             rows_per_batch = max(1, min(rows_per_batch, _ROWS_PER_BATCH))
-            yield Piece(group.num_rows, partial(file.iter_batches, rows_per_batch, [i], names))
+            place = partial(_report_place, report, file_bytes, max(file.metadata.num_rows, 1))
+            batches = partial(file.iter_batches, rows_per_batch, [i], names)
+            yield Piece(group.num_rows, partial(_reporting, batches, num_rows, place))
             num_rows += group.num_rows
-            report(file_bytes * num_rows // max(file.metadata.num_rows, 1))
+            place(num_rows)
+
+
+def _report_place(report: Callable[[int], None], file_bytes: int, file_rows: int, num_rows: int) -> None:
+    report(file_bytes * num_rows // file_rows)
+
+
+def _reporting(
+    batches: "Callable[[], Iterable[pyarrow.RecordBatch]]", num_rows: int, place: Callable[[int], None]
+) -> "Iterator[pyarrow.RecordBatch]":
+    """`batches`, telling `place` of the rows that were passed when the next one is asked for."""
+    for batch in batches():
+        yield batch
+        num_rows += batch.num_rows
+        place(num_rows)
 
 
 def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
