@@ -296,7 +296,10 @@ class TrainingConfig:
     """How long, in what portions and in which precision."""
 
     num_steps: int = 100
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A run goes on from its checkpoints with more of them than it was begun with,
+    unless pre-training data is then gone through more often than planned: its epochs are shuffled together. A schedule
+    that decays until num_steps is stretched, and the rate jumps: go on from before the decay (constant, wsd), or give
+    optimizer.decay_steps."""
     sequence_length: int = 128
     """Tokens per sample."""
     global_batch_size: int = 8

@@ -32,7 +32,7 @@ from megatron_tpt.training.sample_index import (
     SampleIndex,
     build_phased_index,
     build_sample_index,
-    num_epochs,
+    epochs_of,
 )
 
 from megatron.core import parallel_state
@@ -424,22 +424,26 @@ class SourceTokens:
 
 
 def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
-    """What decides the first `num_samples` samples: the content and share of every source in the phases until then,
-    and the epochs that its sample index holds, which are shuffled together."""
+    """What decides the first `num_samples` samples: the content and share of every source in the phases until then;
+    and the epochs of each in the whole run, which are shuffled together."""
     remaining, phases = num_samples, []
     for phase in blend.phases:
         own = min(remaining, phase.num_samples)
         remaining -= own
         if own:
             phases.append((own, phase.weights))
-    rows = []
+    rows, epochs = [], []
     for place, (manifest, wanted) in enumerate(zip(manifests, _samples_wanted(blend), strict=True)):
         weights = [weights[place] for _, weights in phases]
         if any(weights):
-            epochs = num_epochs(manifest.counts.tokens, wanted, recipe.training.sequence_length)
-            rows.append((manifest.checksums["idx"], epochs, weights))
-    text = json.dumps([[own for own, _ in phases], rows])
-    return {"data.train": hashlib.sha256(text.encode()).hexdigest() if phases else "nothing"}
+            rows.append((manifest.checksums["idx"], weights))
+            epochs.append(epochs_of(manifest.counts.tokens, wanted, recipe.training.sequence_length))
+    sources = [[own for own, _ in phases], rows]
+    return {"data.train": _digest(sources), "number of times through data.train (training.num_steps)": _digest(epochs)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:

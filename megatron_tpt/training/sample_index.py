@@ -30,9 +30,26 @@ class SampleIndex(NamedTuple):
     """The order of the samples: uint32 [num_samples]."""
 
 
-def num_epochs(num_tokens: int, num_samples: int, sequence_length: int) -> int:
-    """How often a dataset of `num_tokens` tokens is begun for so many samples, which overlap by one token."""
-    return max(1, -(-(num_samples * sequence_length + 1) // num_tokens))
+class Epochs(NamedTuple):
+    """The epochs of a sample index. For one dataset, sequence length and seed they decide it, and so the order of its
+    samples: where a longer run has the same, it begins with the samples of the shorter one."""
+
+    number: int
+    """How often the dataset is begun."""
+    last_is_separate: bool
+    """Whether the last is shuffled by itself."""
+
+
+def epochs_of(num_tokens: int, num_samples: int, sequence_length: int) -> Epochs:
+    """The epochs of a dataset of `num_tokens` tokens for so many samples, which overlap by one token."""
+    number = max(1, -(-(num_samples * sequence_length + 1) // num_tokens))
+    per_epoch = (num_tokens - 1) // sequence_length
+    in_last_epoch = num_samples - _samples_before_last(num_tokens, number, sequence_length)
+    return Epochs(number, number > 1 and in_last_epoch < int(_SEPARATE_BELOW * per_epoch))
+
+
+def _samples_before_last(num_tokens: int, num_epochs: int, sequence_length: int) -> int:
+    return ((num_epochs - 1) * num_tokens - 1) // sequence_length
 
 
 def build_sample_index(sequence_lengths: np.ndarray, num_samples: int, sequence_length: int, seed: int) -> SampleIndex:
@@ -43,18 +60,16 @@ def build_sample_index(sequence_lengths: np.ndarray, num_samples: int, sequence_
     """
     lengths = np.array(sequence_lengths, dtype=np.int32)  # in memory: they are read in random order
     num_tokens = int(lengths.sum(dtype=np.int64))
-    epochs = num_epochs(num_tokens, num_samples, sequence_length)
-    per_epoch = (num_tokens - 1) // sequence_length
-    before_last_epoch = ((epochs - 1) * num_tokens - 1) // sequence_length
-    separate = epochs > 1 and num_samples - before_last_epoch < int(_SEPARATE_BELOW * per_epoch)
+    epochs, last_is_separate = epochs_of(num_tokens, num_samples, sequence_length)
 
     random = np.random.RandomState(seed)
     documents = np.tile(np.arange(len(lengths), dtype=np.int32), epochs)
-    _shuffle_parts(random, documents, (epochs - 1) * len(lengths) if separate else len(documents))
+    _shuffle_parts(random, documents, (epochs - 1) * len(lengths) if last_is_separate else len(documents))
     samples = helpers.build_sample_idx(lengths, documents, sequence_length, epochs, num_tokens)
     total = len(samples) - 1
     order = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
-    _shuffle_parts(random, order, before_last_epoch if separate else total)
+    before_last_epoch = _samples_before_last(num_tokens, epochs, sequence_length)
+    _shuffle_parts(random, order, before_last_epoch if last_is_separate else total)
     return SampleIndex(documents, samples, order)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict, to_yaml
-from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.recipe import PretrainRecipe, Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer, read_tokenizer_files
@@ -277,6 +277,7 @@ class Trainer:
             self.gpts,
             self.optimizer,
             {"step": self.step, "tokens": self.tokens, "data": self._data_identity(self.step), "callbacks": states}
+            | {"learning_rate": current_learning_rate(self.optimizer)}
             | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
             tokenizer_files=self._tokenizer_files,
@@ -290,29 +291,51 @@ class Trainer:
                 f"another run.output_dir"
             )
         state = load_checkpoint(folder, self.gpts, self.optimizer)
+        self._require_same_data(folder, state)
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.schedule.num_steps = 0
+        self.schedule.step(self.step)
+        self._warn_of_other_rate(folder, state)
+        for callback in self.callbacks:
+            if callback_state := state["callbacks"].get(type(callback).__name__):
+                callback.load_state(callback_state)
+        if platform.is_first_rank():
+            print(f"resumed from {folder} at step {self.step}", flush=True)
+
+    def _require_same_data(self, folder: Path, state: dict[str, Any]) -> None:
+        """Raise UserError when this recipe's data does not go on where the checkpoint's ended."""
+        if state["step"] > self.recipe.training.num_steps:
+            raise UserError(
+                f"{folder} is beyond training.num_steps={self.recipe.training.num_steps}: raise it, or start in another "
+                f"run.output_dir"
+            )
         identity = self._data_identity(state["step"])
         changed = [name for name, value in identity.items() if state["data"].get(name) != value]
-        if changed == ["data.train"] and self.data.may_change:
+        is_of_data = isinstance(self.recipe, PretrainRecipe) and set(changed) <= self.data.identity(0).keys()
+        if changed and is_of_data and self.data.may_change:
             if platform.is_first_rank():
                 print(
-                    f"WARNING: with other training data or shares (data.allow_change) than {folder} had, a source that "
-                    f"is gone through more than once may come in another order: some documents more often, some less",
+                    f"WARNING: with other training data, shares or steps (data.allow_change) than {folder} had, a "
+                    f"source that is gone through more than once may come in another order: some documents more often, "
+                    f"some less",
                     flush=True,
                 )
         elif changed:
             raise UserError(
                 f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with "
                 f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
-                + ("; --data.allow_change=true goes on with other data" if changed == ["data.train"] else "")
+                + ("; --data.allow_change=true goes on all the same" if is_of_data else "")
             )
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.schedule.num_steps = 0
-        self.schedule.step(self.step)
-        for callback in self.callbacks:
-            if callback_state := state["callbacks"].get(type(callback).__name__):
-                callback.load_state(callback_state)
-        if platform.is_first_rank():
-            print(f"resumed from {folder} at step {self.step}", flush=True)
+
+    def _warn_of_other_rate(self, folder: Path, state: dict[str, Any]) -> None:
+        before, now = state.get("learning_rate"), current_learning_rate(self.optimizer)
+        if before is not None and not math.isclose(before, now) and platform.is_first_rank():
+            print(
+                f"WARNING: the learning rate goes on at {now:.4g}, and {folder} would have gone on at {before:.4g}: the "
+                f"schedule is that of this recipe (section optimizer; training.num_steps, where decay_steps is not "
+                f"given)",
+                flush=True,
+            )
 
     def _source_tokens(self) -> dict[str, Any]:
         """For a checkpoint: the tokens taken from each source."""
@@ -325,7 +348,6 @@ class Trainer:
         training = self.recipe.training
         return {
             "run.seed": self.recipe.run.seed,
-            "training.num_steps": training.num_steps,
             "training.sequence_length": training.sequence_length,
             "training.global_batch_size": training.global_batch_size,
             "training.batch_size_ramp": to_dict(training.batch_size_ramp),

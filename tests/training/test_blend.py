@@ -1,5 +1,6 @@
 """Blends: their sources, their phases, what was taken from each, and how they may change on the way."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from training_runs import Train, Workers
+from training_runs import PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import check, recipe_from_dict, to_yaml
@@ -20,7 +21,14 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.models.gpt import build_model
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
-from megatron_tpt.training.data import MockDataset, SourceTokens, open_splits, prepare_cache, segments
+from megatron_tpt.training.data import (
+    MockDataset,
+    SourceTokens,
+    build_pretrain_data,
+    open_splits,
+    prepare_cache,
+    segments,
+)
 from megatron_tpt.training.sample_cache import SampleCache
 from megatron_tpt.training.sample_index import build_blend_index, build_phased_index
 from megatron_tpt.training.steps import forward_step
@@ -106,6 +114,60 @@ def test_data_changes_on_resume_where_that_is_allowed_and_nowhere_else(
     assert [phase["until_tokens"] for phase in resolved] == [3 * 8 * 32, None]
     assert changed[-1]["source_tokens/second"] == changed[-1]["source_tokens/first"] == 3 * 8 * 32
     assert planned[2]["source_loss/first"] == planned[2]["loss"] and "source_loss/second" not in planned[2]
+
+
+def test_a_longer_run_begins_with_the_samples_of_a_shorter_one_wherever_it_may_go_on_from_it(
+    recipe: dict, two_sources: list[Path], tmp_path: Path
+) -> None:
+    """Runs of up to several epochs: from the middle of the first, over ends of epochs, where the last epoch begins to
+    be shuffled with the others, into the second phase."""
+    first, second = map(str, two_sources)
+    both = [{"path": first, "weight": 0.7}, {"path": second, "weight": 0.3}]
+    kinds = {
+        "single": {"train": first},
+        "blend": {"train": both},
+        "phases": {"phases": [{"until_tokens": 50 * 8 * 32, "train": both}, {"train": second}]},
+    }
+    lengths = [2, 15, 30, 40, 49, 51]
+    for kind, data in kinds.items():
+        runs = [make(recipe, {**data, "cache_dir": str(tmp_path / kind)}, num_steps=length) for length in lengths]
+        for run in runs:
+            prepare_cache(run)
+        with platform.process_groups(ParallelConfig()):
+            opened = [build_pretrain_data(run) for run in runs]
+        samples = [
+            [one.train.dataset[i]["tokens"].tolist() for i in range(0, 8 * length, 4)]
+            for length, one in zip(lengths, opened, strict=True)
+        ]
+        found = set()
+        for shorter, longer in itertools.combinations(range(len(runs)), 2):
+            may_go_on = opened[shorter].identity(8 * lengths[shorter]) == opened[longer].identity(8 * lengths[shorter])
+            is_same = samples[shorter] == samples[longer][: len(samples[shorter])]
+            assert is_same or not may_go_on, (kind, lengths[shorter], lengths[longer])
+            found.add((may_go_on, is_same))
+        assert found >= {(True, True), (False, False)}, kind
+
+
+def test_a_run_is_prolonged_where_its_data_is_not_gone_through_more_often(
+    train: Train, two_sources: list[Path], recipe: dict, workers: Workers, tmp_path: Path
+) -> None:
+    changes = {"data": {"train": str(two_sources[0])}, "optimizer": {**recipe["optimizer"], "schedule": "constant"}}
+    whole = train("whole", "--training.num_steps=9", changes=changes)
+    train("run", "--training.num_steps=5", changes=changes)
+    prolonged = train("run", "--training.num_steps=9", changes=changes)
+    exact = ("step", "loss", "grad_norm", "learning_rate", "tokens")
+    assert [[row[name] for name in exact] for row in prolonged] == [[row[name] for name in exact] for row in whole]
+
+    def goes_on(*overrides: str) -> str:
+        return workers.run(PRETRAIN, [str(tmp_path / "run.yaml"), *overrides], 1)
+
+    with pytest.raises(AssertionError, match=r"another number of times through data\.train.*allow_change=true"):
+        goes_on("--training.num_steps=100")
+    with pytest.raises(AssertionError, match=r"step_00000009 is beyond training\.num_steps=8: raise it"):
+        goes_on("--training.num_steps=8")
+    rate = "WARNING: the learning rate goes on at"
+    assert rate not in goes_on("--training.num_steps=10")
+    assert f"{rate} 0.000954" in goes_on("--training.num_steps=12", "--optimizer.schedule=cosine")
 
 
 def test_validation_sets_have_losses_of_their_own(train: Train, two_sources: list[Path]) -> None:
