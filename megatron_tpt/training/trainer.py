@@ -306,8 +306,8 @@ class Trainer:
         """Raise UserError when this recipe's data does not go on where the checkpoint's ended."""
         if state["step"] > self.recipe.training.num_steps:
             raise UserError(
-                f"{folder} is beyond training.num_steps={self.recipe.training.num_steps}: raise it, or start in another "
-                f"run.output_dir"
+                f"{folder} is beyond training.num_steps={self.recipe.training.num_steps}: raise it, or start in "
+                f"another run.output_dir"
             )
         identity = self._data_identity(state["step"])
         changed = [name for name, value in identity.items() if state["data"].get(name) != value]
@@ -331,8 +331,8 @@ class Trainer:
         before, now = state.get("learning_rate"), current_learning_rate(self.optimizer)
         if before is not None and not math.isclose(before, now) and platform.is_first_rank():
             print(
-                f"WARNING: the learning rate goes on at {now:.4g}, and {folder} would have gone on at {before:.4g}: the "
-                f"schedule is that of this recipe (section optimizer; training.num_steps, where decay_steps is not "
+                f"WARNING: the learning rate goes on at {now:.4g}, and {folder} would have gone on at {before:.4g}: "
+                f"the schedule is that of this recipe (section optimizer; training.num_steps, where decay_steps is not "
                 f"given)",
                 flush=True,
             )
