@@ -148,6 +148,9 @@ class UnrulyServer:
                 return web.json_response({"choices": [{"text": "", "finish_reason": "content_filter"}]})
             case "429":
                 return web.json_response({"error": "slow down"}, status=429, headers={"Retry-After": "0.2"})
+            case "big":
+                message = "Request too large for unruly on tokens per min (TPM): Limit 8, Requested 9."
+                return web.json_response({"error": {"message": message}}, status=429)
             case "long":
                 error = {"message": "This model's maximum context length is 8 tokens", "code": 400}
                 return web.json_response({"error": error}, status=400)

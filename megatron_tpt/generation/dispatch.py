@@ -5,8 +5,9 @@ the failure says of the server, and what of the request, is told apart:
 
 - A server that cannot be reached, or cuts a connection, is closed until it lists its models again; one that is
   overloaded (429, 503) rests for as long as it asks, and gets less at once; one that keeps failing rests for a while.
-- A request is given up after `max_retries` failures that may be its own fault, if others were completed meanwhile.
-  So one bad request cannot hold up the run, and an outage cannot turn a whole data set into failures.
+- A request is given up after `max_retries` failures that may be its own fault, if others were completed between them.
+  So one bad request cannot hold up the run, and neither an outage nor a quota that is used up, however long it lasts,
+  can turn a data set into failures.
 """
 
 import asyncio
@@ -51,7 +52,9 @@ class Job:
     results: Results
     num_failures: int = 0
     """Those that may be the request's own fault."""
-    first_failure_s: float | None = None
+    num_lonely_failures: int = 0
+    """Those of them before which others were completed since the last one: the servers did their work."""
+    last_failure_s: float = float("-inf")
     last_server: "Server | None" = None
     """The one that failed last."""
     task: "asyncio.Task[None] | None" = None
@@ -257,32 +260,34 @@ class Dispatcher:
         self._check_patience(str(answer))
 
     def _try_again(self, job: Job, server: Server, answer: UnusableAnswer) -> None:
-        """Give `job` up, or put it back into the queue, before those that were not sent yet."""
+        """Give `job` up, or put it back into the queue: before those that were not sent yet, if they wait for it."""
         if job not in self._jobs:
             return
-        now_s = time.monotonic()
         job.last_server = server
-        job.num_failures += answer.counts
-        if job.first_failure_s is None:
-            job.first_failure_s = now_s
-        if self._is_hopeless(job, now_s):
-            self._finish(job, Failure(answer.reason, str(answer)))
-            return
+        if answer.counts:
+            job.num_failures += 1
+            job.num_lonely_failures += self._last_success_s > job.last_failure_s
+            job.last_failure_s = time.monotonic()
+            if self._is_hopeless(job):
+                self._finish(job, Failure(answer.reason, str(answer)))
+                return
         self._stats.num_retried += 1
-        wait_s = self._wait_s(job.num_failures, answer) if answer.counts else 0.0
-        asyncio.get_running_loop().call_later(wait_s, self._requeue, job)
+        if answer.counts:
+            asyncio.get_running_loop().call_later(self._wait_s(job.num_failures, answer), self._requeue, job)
+        else:
+            self._waiting.append(job)  # should it be refused for ever, the others come to their turn
+            self._dispatch()
 
     def _requeue(self, job: Job) -> None:
         if job in self._jobs:
             self._waiting.appendleft(job)
             self._dispatch()
 
-    def _is_hopeless(self, job: Job, now_s: float) -> bool:
-        assert job.first_failure_s is not None
+    def _is_hopeless(self, job: Job) -> bool:
         max_failures = self._options.max_retries
-        if self._last_success_s > job.first_failure_s:  # the servers do their work
-            return job.num_failures > max_failures or now_s - job.first_failure_s > self._options.endpoint_patience_s
-        # At the end there may be no others that could show it.
+        if job.num_lonely_failures > max_failures:
+            return True
+        # At the end there may be no others that could show that the servers do their work.
         only_such_left = id(job.results) in self._draining and all(
             other.num_failures > max_failures for other in self._jobs
         )

@@ -91,11 +91,14 @@ def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes)
     """
     if status == 200:
         return _parse_completion(url, body)
-    check_status(url, status, headers, body)
     message = _error_message(body) or f"status {status}"
+    # Some refuse with 429 what is more than a minute's quota by itself, as they do what is to wait for the next minute.
+    over_quota = status == 429 and re.search(r"request too large|tokens must be reduced", message, re.IGNORECASE)
+    if not over_quota:
+        check_status(url, status, headers, body)
     # The last is what vLLM says where the prompt leaves room for none of the tokens that were asked for.
     signs = r"context.length|model.length|max_model_len|max_tokens must be at least 1, got (?:0|-)"
-    too_long = status == 413 or re.search(signs, message, re.IGNORECASE)
+    too_long = over_quota or status == 413 or re.search(signs, message, re.IGNORECASE)
     return Failure("prompt_too_long" if too_long else "bad_request", message)
 
 

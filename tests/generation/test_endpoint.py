@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ FAULTS = [
 
 def test_every_request_ends_once_whatever_the_servers_do(server: UnrulyServer) -> None:
     prompts = [f"{fault} 1 {i}" for fault in FAULTS for i in range(2)]
-    prompts += [f"ok 0 {i}" for i in range(50)] + ["400 9 a", "422 9 b", "long 9 c", "filtered 9 d"]
+    prompts += [f"ok 0 {i}" for i in range(50)] + ["400 9 a", "422 9 b", "long 9 c", "filtered 9 d", "big 9 e"]
     with unruly_server() as other, open_engine(options(server, other, max_num_seqs=8, max_retries=5)) as engine:
         outcomes = ask(engine, prompts)
         stats = engine.stats()
@@ -75,9 +76,10 @@ def test_every_request_ends_once_whatever_the_servers_do(server: UnrulyServer) -
         "422 9 b": "bad_request",
         "long 9 c": "prompt_too_long",
         "filtered 9 d": "content_filter",
+        "big 9 e": "prompt_too_long",
     }
     assert all(o.text == f"answer to {p}" for p, o in outcomes.items() if isinstance(o, Completion))
-    assert (stats.num_finished, stats.num_failed) == (len(prompts) - 4, 4)
+    assert (stats.num_finished, stats.num_failed) == (len(prompts) - 5, 5)
     assert stats.num_retried >= 2 * len(FAULTS)
     assert stats.num_sent == len(prompts) + stats.num_retried
     assert (stats.prompt_tokens, stats.completion_tokens) == (3 * stats.num_finished, 5 * stats.num_finished)
@@ -112,6 +114,31 @@ def test_an_overloaded_server_is_waited_for(server: UnrulyServer) -> None:
         server.status = 503
         threading.Timer(1.5, lambda: setattr(server, "status", None)).start()
         assert all(isinstance(outcome, Completion) for outcome in ask(engine, ["ok 0 a", "ok 0 b"]).values())
+
+
+def test_what_is_refused_for_long_while_others_are_answered_is_waited_for(server: UnrulyServer) -> None:
+    with open_engine(options(server, max_retries=0, max_num_seqs=2, endpoint_patience_s=1.5)) as engine:
+        outcomes = ask(engine, ["429 8 a", *(f"ok 0 {i}" for i in range(60))])  # eight times 0.2 s and more
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+
+
+def test_an_outage_after_a_first_failure_is_no_fault_of_the_request(server: UnrulyServer) -> None:
+    def mend() -> None:
+        num_asked = len(server.headers)
+        while len(server.headers) < num_asked + 6:
+            time.sleep(0.01)
+        server.status = None
+
+    requests = (Request(prompt, SAMPLING) for prompt in ["500 1 a", *(f"ok 0 {i}" for i in range(30))])
+    outcomes = []
+    with open_engine(options(server, max_retries=1, max_num_seqs=2)) as engine:
+        for _, outcome in engine.generate(requests):
+            outcomes.append(outcome)
+            if len(outcomes) == 1:  # the first request has failed once by now, and for a while everything does
+                server.status = 500
+                threading.Thread(target=mend, daemon=True).start()
+    assert len(outcomes) == 31
+    assert all(isinstance(outcome, Completion) for outcome in outcomes)
 
 
 def test_a_server_that_dies_leaves_its_requests_to_the_others(server: UnrulyServer) -> None:
