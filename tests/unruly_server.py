@@ -39,6 +39,8 @@ class UnrulyServer:
         self.usage = True
         self.reasoning: str | None = "hm"
         """What chats hand out apart from the text."""
+        self.answers: dict[str, str] = {}
+        """What it answers to some prompts."""
         self.delay_s = 0.0
         self.in_flight = self.max_in_flight = 0
         self._asked: Counter[str] = Counter()
@@ -114,10 +116,13 @@ class UnrulyServer:
             self._asked[prompt] += 1
             if self._asked[prompt] <= int(times):
                 return await self._misbehave(fault, request)
-        content: dict[str, Any] = {"choices": [self._choice(f"answer to {prompt}", is_chat)]}
+        content: dict[str, Any] = {"choices": [self._choice(self._text(prompt), is_chat)]}
         if self.usage:
             content["usage"] = {"prompt_tokens": 3, "completion_tokens": 5}
         return web.json_response(content)
+
+    def _text(self, prompt: Any) -> str:
+        return self.answers.get(str(prompt), f"answer to {prompt}")
 
     def _choice(self, text: str, is_chat: bool) -> dict[str, Any]:
         if is_chat:

@@ -32,7 +32,7 @@ from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.progress import Progress, Reporter, show_total
-from megatron_tpt.thinking.rows import OpenRow, Outcome, make_reject
+from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_reject
 from megatron_tpt.thinking.settings import SETTINGS_NAME
 from megatron_tpt.thinking.shards import Output, block_name
 
@@ -247,7 +247,9 @@ class _Task:
         block.open_rows -= 1
         self.progress.records += len(line.records)
         self.progress.truncated += sum(record["meta"]["truncated"] for record in line.records)
-        self.progress.rejects.update(reject["reason"] for reject in line.rejects)
+        rejects, chunk_rejects = count_rejects(line.rejects)
+        self.progress.rejects.update(rejects)
+        self.progress.chunk_rejects.update(chunk_rejects)
         self._finish_if_done(block)
 
     def _finish_if_done(self, block: _Block) -> None:

@@ -118,10 +118,15 @@ def _counts(statistics: ThinkingStatistics) -> str:
 
 
 def _rejects(statistics: ThinkingStatistics) -> list[str]:
-    if not statistics.rejects:
-        return []
-    rows = [(reason, _with_share(number, _judged(statistics))) for reason, number in statistics.rejects.most_common()]
-    return ["## Rejected thinking by reason", table(("reason", "number"), rows)]
+    parts = []
+    if statistics.rejects:
+        judged = _judged(statistics)
+        rows = [(reason, _with_share(number, judged)) for reason, number in statistics.rejects.most_common()]
+        parts += ["## Rejected thinking by reason", table(("reason", "number"), rows)]
+    if statistics.chunk_rejects:
+        rows = [(reason, f"{number:,}") for reason, number in statistics.chunk_rejects.most_common()]
+        parts += ["## Rejected thinking about chunks of documents by reason", table(("reason", "number"), rows)]
+    return parts
 
 
 def _judged(statistics: ThinkingStatistics) -> int:

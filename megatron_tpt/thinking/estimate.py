@@ -14,7 +14,8 @@ from megatron_tpt.generation import Completion, Request, open_engine
 from megatron_tpt.thinking.input_sample import Drawn, draw_rows
 from megatron_tpt.thinking.job import Generator, plan
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import duration
+from megatron_tpt.thinking.progress import counts, duration
+from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import LengthStatistics
 
 _Z_95 = 1.96
@@ -38,6 +39,7 @@ class Estimate:
     """Per document, all that is generated; rejected thoughts too."""
     num_records: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    chunk_rejects: Counter[str] = field(default_factory=Counter)
     generation_s: float = 0.0
     device: str = "device"
     """What is counted as one: a device (GPU or CPU), or a server whose devices are not known."""
@@ -64,7 +66,8 @@ class Estimate:
     def summary(self) -> str:
         """Some lines for the terminal."""
         accepted = self.num_records / max(self.num_records + self.rejects.total(), 1)
-        rejects = ", ".join(f"{reason} {count}" for reason, count in self.rejects.most_common())
+        rejects = f" (rejected: {counts(self.rejects)})" if self.rejects else ""
+        rejects += f"; chunks rejected: {counts(self.chunk_rejects)}" if self.chunk_rejects else ""
         lines = [
             f"{'counted' if self.is_counted else 'estimated'}: {self.documents:,.0f} documents",
             f"from {self.num_sampled:,} of them (drawn from {self.looked_at}), with 95% intervals:",
@@ -76,7 +79,7 @@ class Estimate:
                     ("thinking tokens", self.thinking_tokens),
                 )
             ),
-            f"  accepted         {accepted:.1%}" + (f" (rejected: {rejects})" if rejects else ""),
+            f"  accepted         {accepted:.1%}{rejects}",
             f"  speed            {self.thinking_tokens.total / self.generation_s:,.0f} tokens/s "
             f"on {self.num_devices} {self.device}{'s' if self.num_devices > 1 else ''}" + self._caveat(),
             f"  cost             {self.device_hours:,.2f} {self.device} hours, "
@@ -134,7 +137,9 @@ def _think(generator: Generator, rows: list[Drawn], result: Estimate) -> None:
     for row in opened:
         line = worker.close(row)
         result.num_records += len(line.records)
-        result.rejects.update(reject["reason"] for reject in line.rejects)
+        rejects, chunk_rejects = count_rejects(line.rejects)
+        result.rejects.update(rejects)
+        result.chunk_rejects.update(chunk_rejects)
         completions = [outcome for outcome in row.outcomes.values() if isinstance(outcome, Completion)]
         result.document_tokens.add(row.num_document_tokens)
         result.prompt_tokens.add(sum(completion.num_prompt_tokens for completion in completions))

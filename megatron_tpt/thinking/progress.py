@@ -25,6 +25,8 @@ class Progress:
     """Records written, or ready to be."""
     rejects: Counter[str] = field(default_factory=Counter)
     """Rows of the input, or rollouts, that came to nothing, by reason."""
+    chunk_rejects: Counter[str] = field(default_factory=Counter)
+    """Chunks that came to nothing, by reason."""
     shards: int = 0
     shards_skipped: int = 0
     """Shards that were there already."""
@@ -58,8 +60,10 @@ class Progress:
         """One line for the terminal."""
         seconds = self.generation_s or float("inf")
         eta_s = self.eta_s
+        chunks = f", {self.chunk_rejects.total():,} chunks rejected" if self.chunk_rejects else ""
         return (
-            f"{self.records:,} records ({self.accepted:.1%} accepted, {self.truncated:,} cut), {self.shards:,} shards; "
+            f"{self.records:,} records ({self.accepted:.1%} accepted, {self.truncated:,} cut{chunks}), "
+            f"{self.shards:,} shards; "
             f"{self.prompt_tokens / seconds:,.0f} tokens/s in, {self.thinking_tokens / seconds:,.0f} out"
             + (f"; {self.input_bytes_read / self.input_bytes:.0%} of the input" if self.input_bytes else "")
             + (f", {duration(eta_s)} left" if eta_s else "")
@@ -68,12 +72,17 @@ class Progress:
     def merge(self, other: "Progress") -> None:
         """Add what another task has done at the same time."""
         for name, value in vars(other).items():
-            if name == "rejects":
-                self.rejects.update(value)
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
             elif name == "generation_s":
                 self.generation_s = max(self.generation_s, value)
             else:
                 setattr(self, name, getattr(self, name) + value)
+
+
+def counts(by_reason: Counter[str]) -> str:
+    """As in "loop 12, too_short 3", the most frequent first."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.most_common())
 
 
 def duration(seconds: float) -> str:
@@ -141,5 +150,5 @@ def read_progress(paths: Iterable[Path]) -> Progress:
     total = Progress()
     for path in paths:
         fields = json.loads(path.read_text())
-        total.merge(Progress(**fields | {"rejects": Counter(fields["rejects"])}))
+        total.merge(Progress(**fields | {name: Counter(fields[name]) for name in ("rejects", "chunk_rejects")}))
     return total

@@ -1,6 +1,7 @@
 """One row of the input: what to ask the generator about it, and the records that come of the answers."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,22 +85,23 @@ class RowWorker:
         line = Line(row.number, row.record.id, [], [])
         num_chunks = len(row.stretches)
         for rollout in range(self._options.rollouts):
-            outcomes = [row.outcomes[rollout * num_chunks + chunk] for chunk in range(num_chunks)]
-            failure = next((outcome for outcome in outcomes if isinstance(outcome, Failure)), None)
-            if failure is not None:
-                line.rejects.append(self._reject(row, rollout, f"engine_{failure.reason}", failure.message))
-                continue
             thoughts = [
-                self._reader.read(part.text, outcome)
-                for (part, _), outcome in zip(row.stretches, outcomes, strict=True)
-                if isinstance(outcome, Completion)
+                self._thought(part.text, row.outcomes[rollout * num_chunks + chunk])
+                for chunk, (part, _) in enumerate(row.stretches)
             ]
             if all(thought.reason for thought in thoughts):
-                first = thoughts[0]
-                line.rejects.append(self._reject(row, rollout, first.reason or "", thinking=first.rejected_text))
+                line.rejects.append(self._reject(row, rollout, thoughts[0]))
             else:
                 line.records.append(asdict(self._record(row, rollout, thoughts)))
+            if num_chunks > 1:
+                dropped = [(chunk, thought) for chunk, thought in enumerate(thoughts) if thought.reason]
+                line.rejects.extend(self._reject(row, rollout, thought, chunk) for chunk, thought in dropped)
         return line
+
+    def _thought(self, document: str, outcome: Outcome) -> Thought:
+        if isinstance(outcome, Completion):
+            return self._reader.read(document, outcome)
+        return Thought("", 0, False, "failed", 0, 0, f"engine_{outcome.reason}", None, outcome.message)
 
     def _record(self, row: OpenRow, rollout: int, thoughts: list[Thought]) -> Record:
         thinking, chunks = "", []
@@ -140,17 +142,26 @@ class RowWorker:
     def _id(self, row: OpenRow, rollout: int) -> str:
         return row.record.id if self._options.rollouts == 1 else f"{row.record.id}#{rollout}"
 
-    def _reject(
-        self, row: OpenRow, rollout: int, reason: str, detail: str = "", thinking: str | None = None
-    ) -> dict[str, Any]:
-        return make_reject(self._id(row, rollout), row.source, row.number, reason, detail, thinking)
+    def _reject(self, row: OpenRow, rollout: int, thought: Thought, chunk: int | None = None) -> dict[str, Any]:
+        reject = make_reject(self._id(row, rollout), row.source, row.number, thought.reason or "", thought.detail)
+        if chunk is not None or len(row.stretches) == 1:  # else the texts are with the chunks
+            reject["thinking"] = thought.rejected_text
+        return reject | {"chunk": chunk}
 
 
-def make_reject(
-    record_id: str | None, source: str, row: int, reason: str, detail: str = "", thinking: str | None = None
-) -> dict[str, Any]:
-    """A line of the rejects: which row of the input was left out, and why."""
-    return {"id": record_id, "source": source, "row": row, "reason": reason, "detail": detail, "thinking": thinking}
+def make_reject(record_id: str | None, source: str, row: int, reason: str, detail: str = "") -> dict[str, Any]:
+    """A line of the rejects: which row of the input was left out, and why. Of a row with several chunks there is a line
+    for each that was left out, with its number, besides the one for the row where all were."""
+    place = {"id": record_id, "source": source, "row": row, "chunk": None}
+    return place | {"reason": reason, "detail": detail, "thinking": None}
+
+
+def count_rejects(rejects: Iterable[dict[str, Any]]) -> tuple[Counter[str], Counter[str]]:
+    """How many rows (or rollouts), and how many chunks, were left out for which reason."""
+    of_rows, of_chunks = Counter[str](), Counter[str]()
+    for reject in rejects:
+        (of_rows if reject.get("chunk") is None else of_chunks)[reject["reason"]] += 1
+    return of_rows, of_chunks
 
 
 def _answer(outcome: Outcome) -> dict[str, Any]:

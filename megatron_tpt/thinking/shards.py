@@ -11,6 +11,7 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.records import REJECTS, Record, write_records
 from megatron_tpt.thinking.journal import Journal, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
+from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 WORK = ".work"
@@ -97,12 +98,13 @@ class Output:
         for line in journal.lines():
             for fields in line.records:
                 statistics.add_record(Record(**fields))
-            for reject in line.rejects:
-                statistics.add_reject(reject["reason"])
+            rejects, chunk_rejects = count_rejects(line.rejects)
+            statistics.rejects.update(rejects)
+            statistics.chunk_rejects.update(chunk_rejects)
             if line.id is not None:
                 digests.append(id_digest(line.id))
             end = line.row + 1
-        if statistics.rejects:
+        if statistics.rejects or statistics.chunk_rejects:
             self._write_rejects(self.rejects / f"{name}{_SUFFIX}", journal)
         if statistics.records:
             write_records(self.folder / f"{name}{_SUFFIX}", _records(journal))

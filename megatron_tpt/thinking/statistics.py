@@ -97,6 +97,8 @@ class ThinkingStatistics:
     """Records written."""
     rejects: Counter[str] = field(default_factory=Counter)
     """Records whose thinking was rejected, by reason."""
+    chunk_rejects: Counter[str] = field(default_factory=Counter)
+    """Chunks whose thinking was rejected, by reason; of records and of rejected ones."""
     truncated: int = 0
     """Written records whose thinking was cut at the limit of new tokens."""
     prompt_tokens: int = 0
@@ -119,14 +121,11 @@ class ThinkingStatistics:
             if (length := meta.get(name)) is not None:
                 lengths.add(max(length, 0))  # -1 was written once where a server told no lengths
 
-    def add_reject(self, reason: str) -> None:
-        """Count a record whose thinking was rejected."""
-        self.rejects[reason] += 1
-
     def merge(self, other: "ThinkingStatistics") -> None:
         """Count all that `other` has counted."""
         self.records += other.records
         self.rejects.update(other.rejects)
+        self.chunk_rejects.update(other.chunk_rejects)
         self.truncated += other.truncated
         self.prompt_tokens += other.prompt_tokens
         self.document_tokens.merge(other.document_tokens)
@@ -137,6 +136,7 @@ class ThinkingStatistics:
         """As JSON values, for `json.dumps`."""
         return vars(self) | {
             "rejects": dict(sorted(self.rejects.items())),
+            "chunk_rejects": dict(sorted(self.chunk_rejects.items())),
             "document_tokens": self.document_tokens.to_json(),
             "thinking_tokens": self.thinking_tokens.to_json(),
         }
@@ -148,6 +148,7 @@ class ThinkingStatistics:
             **content
             | {
                 "rejects": Counter(content["rejects"]),
+                "chunk_rejects": Counter(content.get("chunk_rejects", {})),
                 "document_tokens": LengthStatistics.from_json(content["document_tokens"]),
                 "thinking_tokens": LengthStatistics.from_json(content["thinking_tokens"]),
             }

@@ -27,7 +27,10 @@ class Thought:
     num_generated_tokens: int
     reason: str | None = None
     """Why it was rejected."""
-    rejected_text: str = ""
+    rejected_text: str | None = None
+    """What was rejected; None also where the engine wrote nothing."""
+    detail: str = ""
+    """What more can be said of the reason."""
 
 
 class ThoughtReader:
@@ -64,7 +67,7 @@ class ThoughtReader:
             num_prompt_tokens=completion.num_prompt_tokens,
             num_generated_tokens=completion.num_tokens,
             reason=reason,
-            rejected_text=text if reason else "",
+            rejected_text=text if reason else None,
         )
 
     def _wanted(self, completion: Completion) -> tuple[str, bool]:

@@ -27,7 +27,7 @@ def make_output(folder: Path, num_shards: int = 3) -> ThinkingStatistics:
             records.append(Record(f"{shard}-{row}", f"Document {row}.", f"Thinking about {row}.", meta))
             statistics.add_record(records[-1])
         write_records(folder / f"part-{shard:05d}.jsonl.zst", records)
-    statistics.add_reject("loop")
+    statistics.rejects["loop"] += 1
     write_records(folder / "rejects/part-00000.jsonl.zst", [Record("bad", "Document.", "Loop.")])
     (folder / "augment.json").write_text(json.dumps(SETTINGS))
     (folder / ".work/progress").mkdir(parents=True)

@@ -50,13 +50,13 @@ def test_records_and_rejects_are_counted_per_shard_and_merged():
     first.add_record(Record("a", "d", "t", meta))
     second.add_record(Record("b", "d", "t", {"document_tokens": 20, "thinking_tokens": 0, "truncated": False}))
     second.add_record(Record("c", "d"))  # a record from elsewhere, which says nothing
-    second.add_reject("loop")
-    first.add_reject("loop")
-    first.add_reject("copy")
+    second.rejects["loop"] += 1
+    second.chunk_rejects["copy"] += 1
+    first.rejects.update(["loop", "copy"])
     merged = ThinkingStatistics.from_json(json.loads(json.dumps(second.to_json())))
     assert merged == second
     merged.merge(first)
     assert (merged.records, merged.truncated, merged.prompt_tokens, merged.generator_s) == (3, 1, 25, 3.5)
-    assert merged.rejects == {"loop": 2, "copy": 1}
+    assert (merged.rejects, merged.chunk_rejects) == ({"loop": 2, "copy": 1}, {"copy": 1})
     assert (merged.document_tokens.total, merged.thinking_tokens.count, merged.thinking_tokens.mean) == (30, 2, 15)
     assert second.rejects == {"loop": 1}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from augment_runs import options_for, records, write_documents
+from augment_runs import NO_FILTERS, options_for, records, rejects, write_documents
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
@@ -167,3 +167,41 @@ def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: Unru
     assert "1 finished shards were taken away" in card(options) and "| records | 7 |" in card(options)
     augment(dataclasses.replace(options, scale=ScaleOptions()))  # in another split
     assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
+
+
+def test_a_chunk_that_comes_to_nothing_is_a_reject_of_its_own_and_the_others_stay(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    # 20 characters are a chunk, and what a chunk begins with tells the server how to misbehave.
+    chunks = {"good": "ok 0 abcdefghijklmn\n", "failing": "400 9 bcdefghijklmn\n", "short": "ok 0 x y z x y z w\n\n"}
+    documents = [["good", "failing", "short", "good"], ["failing", "short"], ["good", "good"], ["failing"]]
+    filters = dataclasses.replace(NO_FILTERS, min_words=5)
+    texts = ["".join(chunks[name] for name in names) for names in documents]
+    server.reasoning, server.answers = None, {chunks["short"]: "few words"}
+    options = job(
+        tmp_path,
+        server,
+        texts,
+        long_documents="chunk",
+        max_document_tokens=5,
+        filters=filters,
+    )
+    progress = augment(options)
+    first, second = records(options.output)
+    assert [chunk["reason"] for chunk in first.meta["chunks"]] == [None, "engine_bad_request", "too_short", None]
+    assert (first.thinking or "").count("answer to") == 2 and first.meta["finish_reason"] == "stop"
+    lost = rejects(options.output)
+    assert [(reject["row"], reject["chunk"], reject["reason"], reject["thinking"]) for reject in lost] == [
+        (0, 1, "engine_bad_request", None),
+        (0, 2, "too_short", "few words"),
+        (1, None, "engine_bad_request", None),
+        (1, 0, "engine_bad_request", None),
+        (1, 1, "too_short", "few words"),
+        (3, None, "engine_bad_request", None),
+    ]
+    assert lost[0]["detail"] and second.meta["chunks"][0]["reason"] is None
+    of_rows = [reject for reject in lost if reject["chunk"] is None]
+    assert progress.records + progress.rejects.total() == len(records(options.output)) + len(of_rows) == len(documents)
+    assert progress.chunk_rejects == {"engine_bad_request": 2, "too_short": 2}
+    assert "| records | 2 |" in card(options) and "| thinking that was rejected | 2 (50.0%) |" in card(options)
+    assert "chunks of documents by reason" in card(options) and "| too_short | 2 |" in card(options)
