@@ -60,7 +60,8 @@ _PHASE_OF = {
         (Trainer._train_step, "update"),
     )
 }
-_COMMUNICATION = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
+_COLLECTIVES = "/torch/distributed/"
+_BETWEEN_STAGES = "/megatron/core/pipeline_parallel/p2p_communication.py"
 _MAX_INTERVAL_S = 15.0
 
 
@@ -103,7 +104,7 @@ def name_the_late(beats: Sequence[Heartbeat], num_ranks: int) -> str:
     return f"{'the others wait for ' if num_ranks > 1 else ''}rank {names} {where}"
 
 
-def _stack(thread_id: int) -> list[FrameType]:
+def stack_of(thread_id: int) -> list[FrameType]:
     """The frames of a thread of this process, innermost first."""
     frame: FrameType | None = sys._current_frames()[thread_id]
     frames = []
@@ -111,6 +112,13 @@ def _stack(thread_id: int) -> list[FrameType]:
         frames.append(frame)
         frame = frame.f_back
     return frames
+
+
+def is_waiting(stack: Sequence[FrameType]) -> bool:
+    """Whether a thread with these frames, innermost first, is in a call of communication. On GPUs pipeline stages wait
+    for each other further in: in torch.cuda.synchronize."""
+    names = [frame.f_code.co_filename for frame in stack]
+    return _COLLECTIVES in names[0] or any(name.endswith(_BETWEEN_STAGES) for name in names)
 
 
 class Watchdog(Callback):
@@ -153,16 +161,13 @@ class Watchdog(Callback):
 
     def _observe(self) -> Heartbeat:
         """Where the thread that trains is."""
-        stack = _stack(self.thread_id)
+        stack = stack_of(self.thread_id)
         codes = {frame.f_code for frame in stack}
         phase = next((phase for code, phase in _PHASE_OF.items() if code in codes), PHASES[0])
         innermost = stack[0]
-        file_name = innermost.f_code.co_filename
-        return self._beat(
-            phase,
-            waits=any(part in file_name for part in _COMMUNICATION),
-            where=f"{'/'.join(Path(file_name).parts[-2:])}:{innermost.f_lineno} {innermost.f_code.co_qualname}",
-        )
+        file_name = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
+        where = f"{file_name}:{innermost.f_lineno} {innermost.f_code.co_qualname}"
+        return self._beat(phase, is_waiting(stack), where)
 
     def _beat_path(self, rank: int) -> Path:
         return self.logs / "heartbeats" / f"rank-{rank:05d}.json"

@@ -3,16 +3,22 @@
 import json
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from training_runs import PRETRAIN, Train, read_metrics, start_ranks
 
-from megatron_tpt.config.recipe import RunConfig
+from megatron_tpt import platform
+from megatron_tpt.config.recipe import ParallelConfig, RunConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.training.watchdog import Heartbeat, name_the_late
+from megatron_tpt.training.watchdog import Heartbeat, is_waiting, name_the_late, stack_of
+
+from megatron.core import ModelParallelConfig, parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 PATIENCE = ["--run.hang_timeout_s=5", "--run.first_step_timeout_s=600"]
 
@@ -65,6 +71,42 @@ def test_a_rank_whose_data_does_not_come_is_named(recipe: dict, tmp_path: Path) 
     stacks = {path.name: path.read_text() for path in (tmp_path / "run").glob("logs/hang-*/*")}
     assert stacks.keys() == {"rank-00000.txt", "rank-00001.txt"}
     assert "stalling_pretrain.py" in stacks["rank-00000.txt"] and "SlowDataset" not in stacks["rank-00001.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_pipeline_stage_that_stands_still_is_named(late: int, recipe: dict, tmp_path: Path) -> None:
+    """On GPUs all stages stand in forward and backward, those that wait in torch.cuda.synchronize."""
+    path = write_recipe(recipe, tmp_path, num_steps=20)
+    options = [*PATIENCE, f"--stall=forward:{late}:6", "--parallel.pipeline_parallel_size=2"]
+    processes = start_ranks("stalling_pretrain", path, *options, num_processes=2)
+    output = finish_all(processes)
+    assert [process.returncode for process in processes] == [1, 1], output
+    assert f"the others wait for rank {late} (" in output and output.count("no progress for") == 1
+    assert "after step 5: forward and backward, at training/stalling_pretrain.py:" in output
+    assert "wait_for_ever" in output
+
+
+def test_a_stage_is_seen_to_wait_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Megatron Core's own stack, wherever in it a GPU is waited for."""
+    began, is_over = threading.Event(), threading.Event()
+
+    def synchronize() -> None:
+        began.set()
+        is_over.wait(60)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with platform.process_groups(ParallelConfig()):
+        config = ModelParallelConfig(pipeline_dtype=torch.float32)
+        stage = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), config)
+        nothing = {"tensor_send_next": None, "tensor_send_prev": None, "recv_prev": False, "recv_next": False}
+        thread = threading.Thread(target=stage._communicate, kwargs={**nothing, "tensor_shape": (1,)})
+        thread.start()
+        assert began.wait(60) and thread.ident is not None
+        assert is_waiting(stack_of(thread.ident))
+        is_over.set()
+        thread.join()
+    assert not is_waiting(stack_of(threading.get_ident()))
 
 
 def test_slow_validation_and_checkpoints_are_no_hang(train: Train, recipe: dict, tmp_path: Path) -> None:
