@@ -18,6 +18,7 @@ from megatron_tpt.majority import odd_ones
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 
 _NUM_NAMED = 3
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes
@@ -32,9 +33,20 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     return flat.view(next(dtype for width, dtype in _INTEGERS.items() if size % width == 0))
 
 
+def _stored(value: torch.Tensor) -> torch.Tensor:
+    """What holds the bits of a weight: itself, or the bytes of one that is kept in FP8 (training.fp8_param_gather), the
+    same that ranks gather (Transformer Engine's tensor/utils.py, replace_raw_data). Read as a tensor, such a weight is
+    what its bytes stand for."""
+    if not is_float8tensor(value):
+        return value
+    raw = value._rowwise_data if hasattr(value, "_rowwise_data") else value._data
+    assert isinstance(raw, torch.Tensor)
+    return raw
+
+
 def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of each tensor with its bits read as integers: int64 [n]. A flipped bit changes it."""
-    return torch.stack([_bits(value).sum() for value in parameters])
+    return torch.stack([_bits(_stored(value)).sum() for value in parameters])
 
 
 def find_odd_copies(names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]) -> dict[int, list[str]]:

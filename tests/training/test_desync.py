@@ -8,6 +8,8 @@ from training_runs import Train
 
 from megatron_tpt.training.desync import checksums, describe, find_odd_copies
 
+from megatron.core import fp8_utils
+
 NORM = "decoder.layers.1.pre_mlp_layernorm.weight"
 MATRIX = "decoder.layers.0.mlp.linear_fc1.weight"
 
@@ -51,3 +53,42 @@ def test_any_flipped_bit_changes_the_checksum(rows: int, dtype: torch.dtype) -> 
         assert checksums([flipped])[0] != checksums([weights])[0]
         assert checksums([flipped[1:]])[0] != checksums([weights[1:].clone()])[0]  # wherever it lies in a buffer
     assert checksums([weights[1:]])[0] == checksums([weights[1:].clone()])[0]
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight in FP8 as Transformer Engine's classes have it: bytes, and scales that give them a value. To torch it is
+    a bf16 tensor that has its shape and no memory; whatever is computed of it is computed of the values."""
+
+    @staticmethod
+    def __new__(cls, name: str, raw: torch.Tensor, scale: float) -> "QuantizedTensor":
+        tensor = torch.Tensor._make_wrapper_subclass(cls, raw.shape, dtype=torch.bfloat16)
+        setattr(tensor, name, raw)
+        tensor.raw_name, tensor.scale = name, scale
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].raw_name, getattr(args[0], args[0].raw_name), args[0].scale)
+        values = [
+            (getattr(value, value.raw_name).view(torch.float8_e4m3fn).float() * value.scale).bfloat16()
+            if isinstance(value, cls)
+            else value
+            for value in args
+        ]
+        return function(*values, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["_data", "_rowwise_data"])
+def test_weights_kept_in_fp8_are_compared_by_their_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_utils, "HAVE_TE_FP8_TENSOR_CLASS", True)
+    monkeypatch.setattr(fp8_utils, "FP8_TENSOR_CLASS", QuantizedTensor)
+    values = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn).view(torch.uint8)
+    weight, copy = (torch.nn.Parameter(QuantizedTensor(name, raw, 0.5)) for raw in (values, values.clone()))
+    assert weight.detach().sum().dtype == torch.bfloat16  # what its bytes stand for
+    expected = values.view(torch.int64).sum()
+    for bit in range(8):
+        getattr(copy, name)[3, 4] ^= 1 << bit
+        assert checksums([weight])[0] == expected != checksums([copy])[0]
+        getattr(copy, name)[3, 4] ^= 1 << bit
+    assert checksums([copy])[0] == expected
