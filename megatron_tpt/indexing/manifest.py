@@ -112,6 +112,11 @@ class Manifest:
     shard_bytes: int | None = None
     """Of a shard: what the `.bin` files of its set were to keep to."""
 
+    @property
+    def may_have_thinking(self) -> bool:
+        """Whether think tags can be among the tokens."""
+        return self.counts.documents_with_thinking > 0 or self.parse_special_tokens
+
     @staticmethod
     def path(prefix: str | Path) -> Path:
         """Where the manifest of the index `prefix` is."""

@@ -23,7 +23,7 @@ import torch
 from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
-from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
 from megatron_tpt.platform.signals import ignore_stop_signals
 from megatron_tpt.training.blend import MAX_NAMES, Blend, blends, cache_folder, check_epochs
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
@@ -48,11 +48,13 @@ _OTHER_FILES = 512
 class ThinkingGPTDataset(GPTDataset):
     """GPTDataset whose samples say which labels are thinking: `is_thinking` bool [s] beside tokens, labels, loss_mask.
 
-    A sample may begin in the middle of a thought; the beginning of its first document is then read too, so that the
-    marks are exact wherever a sample is cut.
+    A sample may begin in the middle of a thought: its first document is then read back to where the thought begins, so
+    that the marks are exact wherever a sample is cut.
     """
 
     config: "_DatasetConfig"
+    has_thinking = True
+    """Whether to look for it."""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config, lengths = self.config, self.dataset.sequence_lengths
@@ -74,12 +76,18 @@ class ThinkingGPTDataset(GPTDataset):
         self.__dict__.update(state)
         self.__dict__.update(zip(SampleIndex._fields, self._build_document_sample_shuffle_indices(), strict=True))
 
-    def _begin_of_first_document(self, idx: int) -> np.ndarray:
-        sample = self.shuffle_index[idx]
-        document_position, offset = self.sample_index[sample]
-        if offset == 0:
-            return np.zeros(0, dtype=np.int64)
-        return self.dataset.get(self.document_index[document_position], offset=0, length=int(offset))
+    def _is_thinking(self, idx: int, text: np.ndarray) -> np.ndarray:
+        """Which tokens of a sample are thinking: bool [s + 1]."""
+        position, offset = map(int, self.sample_index[self.shuffle_index[idx]])
+        document, tokenizer = self.document_index[position], self.config.tokenizer
+
+        def read(begin: int, end: int) -> np.ndarray:
+            return self.dataset.get(document, offset=begin, length=end - begin)
+
+        begin, starts_inside = begin_of_marking(read, offset, tokenizer.open, tokenizer.close, tokenizer.eod)
+        text = np.concatenate([read(begin, offset), text])
+        marks = mark_thinking(text, tokenizer.open, tokenizer.close, tokenizer.eod, starts_inside=starts_inside)
+        return marks[offset - begin :]
 
     def samples_by_source(self, begin: int, end: int) -> np.ndarray:
         """How many of the samples begin ... end - 1 are from each source: int64 [1]."""
@@ -87,15 +95,16 @@ class ThinkingGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
-        text = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
-        before = self._begin_of_first_document(idx or 0)
-        tokenizer = self.config.tokenizer
-        marks = mark_thinking(np.concatenate([before, text]), tokenizer.open, tokenizer.close, tokenizer.eod)
-        is_thinking = torch.from_numpy(marks[len(before) + 1 :])  # of the labels
+        is_thinking = torch.zeros(len(sample["labels"]), dtype=torch.bool)
+        if self.has_thinking:
+            text = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+            is_thinking = torch.from_numpy(self._is_thinking(idx or 0, text)[1:])
         sample["is_thinking"] = is_thinking
         if self.config.loss_on != "all":
             sample["loss_mask"] = sample["loss_mask"] * (is_thinking == (self.config.loss_on == "thinking"))
-        return sample | segments(sample["tokens"], tokenizer.eod) if self.config.resets_at_documents else sample
+        if self.config.resets_at_documents:
+            sample |= segments(sample["tokens"], self.config.tokenizer.eod)
+        return sample
 
 
 def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
@@ -230,7 +239,9 @@ def _open_blend(
         # An index is known by its content: elsewhere it is the same, and another in its place is not.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
-        return ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
+        result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
+        result.has_thinking = manifest.may_have_thinking
+        return result
 
     wanted = _samples_wanted(blend)
     if len(blend.sources) == 1:
