@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
 
 Message = dict[str, str]
@@ -66,6 +67,7 @@ class ChatTemplate:
         from transformers import PreTrainedTokenizerFast
 
         self._tokenizer = tokenizer
+        self._raw_tags = RawTags(tokenizer.tag_spellings())
         reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
         self._template = _read_template(reference, tokenizer.folder, path)
         self._variables: dict[str, Any] = dict(reference.special_tokens_map)
@@ -152,7 +154,7 @@ class ChatTemplate:
             parts = []
             for piece in one:
                 if piece.is_raw:
-                    tokens = next(raw)
+                    tokens = self._raw_tags.spell_out_text(next(raw))
                     offsets = numpy.tile([0, len(piece.text)], (len(tokens), 1))
                 else:
                     encoding = next(encodings)

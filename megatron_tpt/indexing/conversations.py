@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy
 
 from megatron_tpt.indexing.chat_template import MARKS, ChatTemplate, Encoded, Message, Rendered, TemplateError
+from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -70,6 +71,7 @@ class PairFormat:
     def __init__(self, tokenizer: Tokenizer, prompt_column: str, response_column: str) -> None:
         self.columns = (prompt_column, response_column)
         self._tokenizer = tokenizer
+        self._raw_tags = RawTags(tokenizer.tag_spellings())
 
     def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
         """An example of every record, or what is wrong with it."""
@@ -80,7 +82,7 @@ class PairFormat:
             prompt, response = (_text(record.get(name), name) for name in self.columns)
         except _Unusable as error:
             return error.bad
-        ids = self._tokenizer.encode(prompt)
+        ids = self._raw_tags.spell_out_text(self._tokenizer.encode_batch([prompt])[0])
         tokens = numpy.array([*ids, *self._tokenizer.encode_tagged(response), self._tokenizer.eos_id])
         return _example(tokens, numpy.arange(len(tokens)) >= len(ids))
 

@@ -33,11 +33,13 @@ from megatron_tpt.indexing.encoders import (
     SpotCheck,
     choose_encoder,
 )
+from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
 from megatron_tpt.indexing.options import IndexOptions, num_bytes
 from megatron_tpt.indexing.output import Output, publish, shard_prefix
-from megatron_tpt.indexing.pieces import PieceMaker, Pieces, Rows
+from megatron_tpt.indexing.pieces import Flags, PieceMaker, Pieces, Rows
+from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.sample import sample_texts
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import token_dtype
@@ -273,18 +275,21 @@ class _Job:
         end_ids = [self.tokenizer.eos_id] if options.append_eos else []
         dtype = numpy.dtype(self.template.dtype)
         assembler = Assembler(self.tokenizer.open_ids, self.tokenizer.close_ids, end_ids, dtype)
+        raw_tags = RawTags([] if options.join is Join.document_only else self.tokenizer.tag_spellings())
 
         def encode_pieces(rows: Rows, pieces: Pieces) -> _Result:
             encoded = encoder.encode(pieces.texts)
             if check is not None:
                 check(pieces.texts, encoded)
             skipped, problem = pieces.skipped, pieces.problem
-            if not encoded.lengths.all():
-                if options.on_bad_record == "stop":
-                    return _Result(assembler.nothing(), skipped, 0, self._no_tokens(rows, pieces, encoded))
-                pieces, encoded, num_dropped = _without_empty(pieces, encoded)
-                skipped = skipped + Counter({_NO_TOKENS: num_dropped})
-            documents = assembler.assemble(encoded, pieces.flags)
+            for reason, find_bad in ((_NO_TOKENS, _are_empty), (_FIXED_TAG, raw_tags.find_fixed)):
+                is_bad = find_bad(encoded, pieces.flags)
+                if is_bad.any():
+                    if options.on_bad_record == "stop":
+                        return _Result(assembler.nothing(), skipped, 0, self._bad_row(rows, pieces, is_bad, reason))
+                    pieces, encoded, num_dropped = _without(is_bad, pieces, encoded)
+                    skipped = skipped + Counter({reason: num_dropped})
+            documents = assembler.assemble(raw_tags.spell_out(encoded, pieces.flags), pieces.flags)
             return _Result(documents, skipped, pieces.num_rows, problem)
 
         def encode(block: Block | End) -> list[_Result] | End:
@@ -292,10 +297,9 @@ class _Job:
 
         return encode
 
-    def _no_tokens(self, rows: Rows, pieces: Pieces, encoded: Encoded) -> Row:
-        empty = numpy.flatnonzero(encoded.lengths == 0)[0]
-        number = self.maker.row_number(rows, int(pieces.document_numbers[empty]))
-        return Row(number, None, _NO_TOKENS, "(the tokenizer knows no character of it)")
+    def _bad_row(self, rows: Rows, pieces: Pieces, is_bad: numpy.ndarray, reason: str) -> Row:
+        number = self.maker.row_number(rows, int(pieces.document_numbers[numpy.argmax(is_bad)]))
+        return Row(number, None, reason, _DETAILS[reason])
 
     def _write(self, inputs: Sequence[Input], output: Output) -> None:
         """Read, encode and write the inputs, all at the same time."""
@@ -326,14 +330,23 @@ class _Job:
                 progress.report()
 
 
-_NO_TOKENS = "no tokens"
+_NO_TOKENS, _FIXED_TAG = "no tokens", "a think tag in raw text"
+_DETAILS = {
+    _NO_TOKENS: "(the tokenizer knows no character of it)",
+    _FIXED_TAG: "(the tokenizer has no think tokens, and one way to spell the tag: add them to it, or give --join "
+    "document_only)",
+}
 _SHARD_SIZE = "--shard-size in bytes"
 
 
-def _without_empty(pieces: Pieces, encoded: Encoded) -> tuple[Pieces, Encoded, int]:
-    """Without the documents of which a piece has no tokens, and how many these are."""
+def _are_empty(encoded: Encoded, _: Flags) -> numpy.ndarray:
+    return encoded.lengths == 0
+
+
+def _without(is_bad: numpy.ndarray, pieces: Pieces, encoded: Encoded) -> tuple[Pieces, Encoded, int]:
+    """Without the documents of which a piece is bad, and how many these are."""
     numbers = pieces.document_numbers
-    dropped = numpy.unique(numbers[encoded.lengths == 0])
+    dropped = numpy.unique(numbers[is_bad])
     keep = ~numpy.isin(numbers, dropped)
     kept = replace(pieces, texts=pieces.texts.filter(pyarrow.array(keep)), flags=pieces.flags[keep])
     tokens = encoded.tokens[numpy.repeat(keep, encoded.lengths)]

@@ -41,7 +41,7 @@ def begin_of_marking(
 
 def _changes(tokens: np.ndarray, opening: list[int], closing: list[int], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """The places in tokens [n] at which thinking begins or ends, in order, and whether it begins there."""
-    ends = [np.flatnonzero(tokens == eos_id) + 1, find(tokens, closing) + len(closing)]
+    ends = [find(tokens, [eos_id]) + 1, find(tokens, closing) + len(closing)]
     parts = [*ends, find(tokens, opening)]
     places = np.concatenate(parts)
     order = np.argsort(places, kind="stable")  # a tag that opens where another closes comes after it
@@ -50,7 +50,9 @@ def _changes(tokens: np.ndarray, opening: list[int], closing: list[int], eos_id:
 
 def find(tokens: np.ndarray, pattern: list[int]) -> np.ndarray:
     """Positions in tokens [n] at which `pattern` begins, in order."""
-    places = np.flatnonzero(tokens[: max(0, len(tokens) - len(pattern) + 1)] == pattern[0])
+    num_places = max(0, len(tokens) - len(pattern) + 1)
+    found = tokens[:num_places] == pattern[0]
     for offset, token in enumerate(pattern[1:], start=1):
-        places = places[tokens[places + offset] == token]
-    return places
+        if found.any():
+            found &= tokens[offset : offset + num_places] == token
+    return np.flatnonzero(found) if found.any() else np.zeros(0, np.int64)  # any takes a tenth of the time

@@ -29,7 +29,8 @@ class IndexOptions:
     id_column: str = "id"
     """The column with the record's name, for messages."""
     join: Join = Join.document_thinking
-    """How document and thinking make one sample."""
+    """How document and thinking make one sample. In all but document_only, raw text that holds a think tag never makes
+    the tokens that mark thinking, whether the tokenizer has think tokens or not."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at a record without usable text, or leave it out and count it."""
     append_eos: bool = True

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import tokenizers
@@ -22,6 +22,16 @@ OPEN_TAG = "<think>"
 CLOSE_TAG = "</think>"
 
 Tokens = numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]]
+
+
+class Spelling(NamedTuple):
+    """The tokens of a tag that is no token, and how the same text can be made of others."""
+
+    ids: list[int]
+    place: int
+    """Which of `ids` becomes two."""
+    parts: tuple[int, int] | None
+    """The two; none where there is no other way."""
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
@@ -111,6 +121,25 @@ class Tokenizer:
         if not ids:
             raise UserError(f"{self.folder}: this tokenizer cannot encode {tag!r}; add it as a special token")
         return ids
+
+    def tag_spellings(self) -> list[Spelling]:
+        """Those of the think tags that raw text can make: none with think tokens, nor where it is to make them."""
+        tags = {OPEN_TAG: self.open_ids, CLOSE_TAG: self.close_ids}
+        if self.parse_special_tokens:
+            return []
+        return [self._spelling(ids) for tag, ids in tags.items() if self._backend.token_to_id(tag) is None]
+
+    def _spelling(self, ids: list[int]) -> Spelling:
+        text = self.decode(3 * ids)
+        for place, id in enumerate(ids):
+            name = self._backend.id_to_token(id) or ""
+            for cut in range(1, len(name)):
+                first, second = map(self._backend.token_to_id, (name[:cut], name[cut:]))
+                if first is None or second is None or self.is_special[[first, second]].any():
+                    continue
+                if self.decode([*ids, *ids[:place], first, second, *ids[place + 1 :], *ids]) == text:
+                    return Spelling(ids, place, (first, second))
+        return Spelling(ids, 0, None)
 
     def _encode_spelt_out(self, text: str) -> Tokens:
         """Encode `text` with every special token's name in it cut after its first character."""
