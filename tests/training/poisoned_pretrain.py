@@ -1,7 +1,9 @@
 """Pre-trains as megatron_tpt.pretrain does, but one rank's losses of one step are multiplied, as a fault would have it.
 
-The argument --poison=RANK:STEP:FACTOR[:once][:gradients] says which; a factor of nan makes loss and gradients NaN. With
-`once` the same batch is not poisoned again; with `gradients` they alone are multiplied.
+The argument --poison=RANK:STEP:FACTOR[:once][:gradients][:noise][:delayed] says which; a factor of nan makes loss and
+gradients NaN. With `once` the same batch is not poisoned again; with `gradients` they alone are multiplied; with
+`noise` they are a little different every time, as on GPUs; with `delayed` the recipe says that FP8 is scaled from
+earlier steps.
 """
 
 import sys
@@ -24,11 +26,18 @@ def main() -> None:
     with distributed(recipe, before=prepare_cache):
         trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
 
+        noise: list[float] = []
+        if "delayed" in kinds:
+            recipe.training.fp8 = "delayed"
+
         def multiply(module, inputs, losses):
             if trainer.step + 1 != int(step) or torch.distributed.get_rank() != int(rank):
                 return None
             if "once" in kinds:
                 hook.remove()
+            if "noise" in kinds:
+                noise.append(1 + 1e-5 * len(noise))
+                losses.register_hook(lambda gradients: gradients * noise[-1])
             if "gradients" not in kinds:
                 return losses * float(factor)
             losses.register_hook(lambda gradients: gradients * float(factor))

@@ -56,9 +56,18 @@ def dropout(recipe: dict) -> dict:
     return {"model": {**recipe["model"], "hidden_dropout": 0.1, "attention_dropout": 0.1}}
 
 
-def test_what_comes_again_on_the_same_batch_is_not_laid_to_the_hardware(train: Train, dropout: dict) -> None:
+@pytest.mark.parametrize("factor", ["9", "9:noise"], ids=["to the bit", "but for rounding"])
+def test_what_comes_again_on_the_same_batch_is_not_laid_to_the_hardware(
+    factor: str, train: Train, dropout: dict
+) -> None:
     with pytest.raises(AssertionError, match=r"step 6 is bad.*gave the same result on all ranks"):
-        poisoned(train, "run", "9", "--faults.on_loss_spike=stop", changes=dropout)
+        poisoned(train, "run", factor, "--faults.on_loss_spike=stop", changes=dropout)
+
+
+def test_a_bad_step_that_cannot_be_computed_once_more_says_so(train: Train) -> None:
+    with pytest.raises(AssertionError, match=r"step 6 is bad.*not computed once more.*fp8=delayed") as caught:
+        poisoned(train, "run", "nan:once:delayed")
+    assert "TRANSIENT" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["losses", "gradients"])
