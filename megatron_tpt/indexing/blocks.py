@@ -46,7 +46,7 @@ def read_source(source: Source, columns: Columns, block_bytes: int) -> Iterator[
     with closing(hashing):
         try:
             if source.path is None or source.path.name.endswith((".parquet", ".arrow")):
-                yield from _table_blocks(source, columns)
+                yield from _table_blocks(source, columns, block_bytes)
             else:
                 chunks = hashing.read(source.path) if isinstance(hashing, _InlineHash) else _unpacked(source.path)
                 yield from _line_blocks(chunks, block_bytes)
@@ -125,17 +125,29 @@ def _line_blocks(chunks: Iterator[bytes], block_bytes: int) -> Iterator[Block]:
         raise damage
 
 
-def _table_blocks(source: Source, columns: Columns) -> Iterator[Block]:
+def _table_blocks(source: Source, columns: Columns, block_bytes: int) -> Iterator[Block]:
     import pyarrow
 
     try:
         for piece in _pieces(source, columns):
             for batch in piece.batches():
-                yield from map(Block, batch.to_batches() if isinstance(batch, pyarrow.Table) else [batch])
+                for part in batch.to_batches() if isinstance(batch, pyarrow.Table) else [batch]:
+                    yield from map(Block, _cut(part, max(block_bytes, _READ_BYTES)))
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # without number it is pyarrow's: broken data
             raise UserError(f"{source.name}: cannot be read ({error.strerror})") from error
         raise DamagedSource(f"damaged or cut short ({(str(error).splitlines() or ['no more is known'])[0]})") from error
+
+
+def _cut(batch: "pyarrow.RecordBatch", max_bytes: int) -> "Iterator[pyarrow.RecordBatch]":
+    """The rows in batches of no more than so many bytes, but for a row that is larger."""
+    num_parts = -(-batch.nbytes // max_bytes)
+    if batch.num_rows < 2 or num_parts < 2:
+        yield batch
+        return
+    rows_per_part = -(-batch.num_rows // num_parts)
+    for start in range(0, batch.num_rows, rows_per_part):
+        yield from _cut(batch.slice(start, rows_per_part), max_bytes)
 
 
 def _pieces(source: Source, columns: Columns) -> Iterator[Piece]:

@@ -168,7 +168,9 @@ def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) 
     """The row groups of a Parquet file. `report` is called with about the number of bytes that were passed."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True) as file:
+    # A row group, which pyarrow would read ahead as a whole, may be larger than the memory.
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    with file:
         names = columns_of_table(str(path), file.schema_arrow.names, columns)
         file_bytes, num_rows = path.stat().st_size, 0
         for i in range(file.metadata.num_row_groups):

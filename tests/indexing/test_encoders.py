@@ -1,6 +1,7 @@
 """gigatoken gives the tokens of Hugging Face tokenizers, or is not used."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,33 +150,43 @@ class WrongOnSnowmen(GigatokenEncoder):
         return encoded
 
 
-def test_the_spot_check_takes_long_texts_whole_as_it_can_afford_and_else_a_stretch(tokenizer_dir: Path) -> None:
+def test_the_spot_check_takes_long_texts_whole_and_of_the_longest_a_stretch(tokenizer_dir: Path) -> None:
     tokenizer = Tokenizer(tokenizer_dir)
     encoder = WrongOnSnowmen(tokenizer)
 
-    def checks_until_found(text: str) -> int:
+    def is_found(text: str) -> bool:
         texts = pyarrow.array([text], pyarrow.large_string())
         encoded, check = encoder.encode(texts), SpotCheck(tokenizer, encoder)
-        for number in range(1, 40):
-            try:
+        try:
+            for _ in range(10):
                 check.check(texts, encoded)
-            except UserError:
-                return number
-        return 0
+        except UserError:
+            return True
+        return False
 
-    seldom = "\u2603" + "plain text " * 3000  # 33,000 characters: too many for the first check
-    assert checks_until_found(seldom) == 3
-    assert (
-        checks_until_found("\u2603" + "plain text " * 30_000) == 0
-    )  # too long to be compared as a whole: it takes memory
-    often = "plain \u2603 text " * 40_000
-    assert checks_until_found(often) == 1
-    # Short texts save for a long one.
-    texts = [pyarrow.array([text], pyarrow.large_string()) for text in ("short", seldom)]
-    check = SpotCheck(tokenizer, encoder)
-    check.check(texts[0], encoder.encode(texts[0]))
-    with pytest.raises(UserError, match="\u2603plain text"):
-        check.check(texts[1], encoder.encode(texts[1]))
+    assert is_found("\u2603" + "plain text " * 20_000)
+    assert not is_found("\u2603" + "plain text " * 30_000)
+    assert is_found("plain \u2603 text " * 30_000)
+
+
+def test_the_spot_check_costs_little(tokenizer_dir: Path) -> None:
+    class CountingTokenizer(Tokenizer):
+        num_characters = 0
+
+        def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+            self.num_characters += sum(map(len, texts))
+            return super().encode_batch(texts)
+
+    tokenizer = CountingTokenizer(tokenizer_dir)
+    encoder = GigatokenEncoder(tokenizer)
+    for text in ("plain text " * 5_000, "plain text " * 30_000):
+        texts = pyarrow.array([text], pyarrow.large_string())
+        encoded, check = encoder.encode(texts), SpotCheck(tokenizer, encoder)
+        tokenizer.num_characters, num_bytes = 0, 0
+        while num_bytes < 2e9:
+            check.check(texts, encoded)
+            num_bytes += len(text)
+        assert 0.9 * num_bytes / 1000 < tokenizer.num_characters < num_bytes / 1000 + 300_000
 
 
 def test_nothing_is_kept_of_what_gigatoken_encoded_once_it_is_found_wrong(

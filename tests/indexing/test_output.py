@@ -26,6 +26,7 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import verify
+from megatron_tpt.records import Columns, expand_sources
 from megatron_tpt.training.data import mark_thinking
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -215,6 +216,36 @@ def test_small_blocks_many_workers_and_kinds_of_files_change_nothing(
     for backend in ("gigatoken", "reference"):
         output = tmp_path / backend
         assert index(replace(options, output=output, workers=7, tokenizer_backend=backend)).checksums == expected
+
+
+def test_blocks_of_tables_keep_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_READ_BYTES", 777)
+    texts = ["x" * (5000 if number % 50 == 0 else number) for number in range(1000)]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("d.parquet", "d.arrow"):
+        (source,) = expand_sources([tmp_path / name])
+        *parts, end = blocks.read_source(source, Columns(), 3000)
+        assert isinstance(end, blocks.End) and end.damage is None
+        assert [text for part in parts for text in part.rows.column("text").to_pylist()] == texts
+        assert max(part.rows.nbytes for part in parts if part.rows.num_rows > 1) <= 3000
+        assert sum(part.rows.nbytes for part in parts) / len(parts) > 1000
+
+
+def test_memory_keeps_to_its_bound_whatever_the_number_of_workers(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """140 MB in one row group."""
+    texts = [generated_text(seed, 3000) for seed in range(30)]
+    texts = [f"{number} {texts[number % 30][number // 30 :]}" for number in range(6000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+    arguments = ["--input", tmp_path / "d.parquet", "--tokenizer", tokenizer_dir, "--output", tmp_path / "x"]
+    command = [TOOL, *arguments, "--workers", "64", "--max-memory", "512MiB"]
+    peak = "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True);"
+    peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"  # in KiB
+    result = subprocess.run([sys.executable, "-c", peak, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.splitlines()[-1]) < 512 << 10
 
 
 def test_shards_hold_the_documents_in_order_and_keep_to_their_size(tokenizer_dir: Path, tmp_path: Path) -> None:
