@@ -3,6 +3,7 @@
 python tools/augment.py --input documents.jsonl --output data/thinking --model MODEL_DIR
 python tools/augment.py --recipe augment.yaml --estimate 200                     # what would it cost?
 python tools/augment.py --recipe augment.yaml --executor slurm --num-tasks 64    # the same, as a job array
+python tools/augment.py --recipe augment.yaml --status                           # how far is it?
 """
 
 import sys
@@ -13,7 +14,11 @@ from megatron_tpt.thinking.options import AugmentOptions
 
 def main() -> None:
     options = parse(AugmentOptions, description=__doc__)
-    if options.estimate is not None:
+    if options.status:
+        from megatron_tpt.thinking.status import status
+
+        print(status(options).screen())
+    elif options.estimate is not None:
         from megatron_tpt.thinking.estimate import estimate
 
         print(estimate(options).summary())

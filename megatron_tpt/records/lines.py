@@ -93,6 +93,10 @@ class LineReader:
         self._position = 0
         self._damage: DamagedSource | None = None
 
+    def share_taken(self) -> float:
+        """How much of the chunk that was loaded last has been taken or skipped."""
+        return min(self._position / len(self._chunk), 1.0) if self._chunk else 0.0
+
     def has_rows(self) -> bool:
         """Whether there is something to take: a line, or the DamagedSource that ends a damaged file."""
         return self._load() or self._damage is not None

@@ -38,12 +38,24 @@ class Row(NamedTuple):
 class Progress:
     """How far `read_blocks` is in its source."""
 
-    num_bytes: int = 0
-    """Bytes of the file that were read or passed over; to be compared with `Source.num_bytes`."""
+    _begin: int = 0
+    _end: int = 0
+    _share: Callable[[], float] = lambda: 1.0
+    """How much of the bytes from `_begin` to `_end`, which are loaded, was taken."""
 
-    def report(self, num_bytes: int) -> None:
-        """Take note of a new position."""
-        self.num_bytes = num_bytes
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file that were taken or passed over (of packed files and tables, about); to be compared with
+        `Source.num_bytes`."""
+        return self._begin + round((self._end - self._begin) * self._share())
+
+    def report(self, end: int) -> None:
+        """Take note that the file is loaded up to `end`."""
+        self._begin, self._end = self._end, end
+
+    def follow(self, share: Callable[[], float]) -> None:
+        """Ask `share` how much of what was loaded last has been taken."""
+        self._share = share
 
 
 @dataclass
@@ -143,8 +155,11 @@ def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader
         pieces = arrow_pieces(source.path, columns, progress.report)
     else:
         lines = LineReader(read_chunks(source.path, progress.report))
+        progress.follow(lines.share_taken)
         return lines, parse_line
-    return TableReader(source.name, pieces), parse_row
+    table = TableReader(source.name, pieces)
+    progress.follow(table.share_taken)
+    return table, parse_row
 
 
 def _rows(reader: _Reader, parse: _Parse, columns: Columns, end: int) -> Generator[Row]:

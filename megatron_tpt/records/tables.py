@@ -48,6 +48,10 @@ class TableReader:
         self._position = 0
         self._damage: DamagedSource | None = None
 
+    def share_taken(self) -> float:
+        """How much of the rows that were loaded last has been taken."""
+        return self._position / len(self._rows) if self._rows else 1.0
+
     def has_rows(self) -> bool:
         """Whether there is something to take: a row, or the DamagedSource that ends a damaged file."""
         has_row = (self._num_owed == 0 and self._position < len(self._rows)) or self._load()
@@ -165,7 +169,8 @@ def num_parquet_rows(path: Path) -> int:
 
 
 def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
-    """The row groups of a Parquet file. `report` is called with about the number of bytes that were passed."""
+    """The row groups of a Parquet file. `report` is called with about the place in the file where the next rows end, or
+    to which they were passed over."""
     import pyarrow.parquet
 
     # A row group, which pyarrow would read ahead as a whole, may be larger than the memory.
@@ -191,15 +196,16 @@ def _report_place(report: Callable[[int], None], file_bytes: int, file_rows: int
 def _reporting(
     batches: "Callable[[], Iterable[pyarrow.RecordBatch]]", num_rows: int, place: Callable[[int], None]
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """`batches`, telling `place` of the rows that were passed when the next one is asked for."""
+    """`batches`, telling `place` how many rows there are up to the end of each."""
     for batch in batches():
-        yield batch
         num_rows += batch.num_rows
         place(num_rows)
+        yield batch
 
 
 def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
-    """The record batches of an Arrow file (of either kind), as `datasets` keeps and saves them."""
+    """The record batches of an Arrow file (of either kind), as `datasets` keeps and saves them. `report` is called
+    with about the place in the file where the next piece ends."""
     import pyarrow.ipc
 
     with pyarrow.memory_map(str(path)) as file:
@@ -207,9 +213,13 @@ def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) ->
         file.seek(0)
         reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
         names = columns_of_table(str(path), reader.schema.names, columns)
+        end = 0
         for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
             batch = batch.select(names)
             batch.validate(full=True)  # offsets of a broken file would lead anywhere in memory
+            begin, num_bytes = end, file.tell() - end
             for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-                yield loaded_piece(batch.slice(start, _ROWS_PER_BATCH))
-            report(file.tell())
+                piece = batch.slice(start, _ROWS_PER_BATCH)
+                end = begin + num_bytes * (start + piece.num_rows) // batch.num_rows
+                report(end)
+                yield loaded_piece(piece)

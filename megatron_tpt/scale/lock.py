@@ -33,8 +33,21 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterat
     options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A
     file system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 says that they can be done without.
     """
-    with exclusive(Path(folder) / f".task_{task:05d}.lock", f"task {task}", timeout_s=timeout_s):
+    with exclusive(_task_lock_path(folder, task), f"task {task}", timeout_s=timeout_s):
         yield
+
+
+def is_task_locked(folder: str | Path, task: int) -> bool:
+    """Whether a process holds the `task_lock`, here or on another machine; False without locks."""
+    path = _task_lock_path(folder, task)
+    if os.environ.get(_NO_LOCKS) == "1" or not path.exists():
+        return False
+    with open(path, "a+") as file:
+        return not _try_lock(file.fileno(), path)  # closed at once: who begins the task now waits that long
+
+
+def _task_lock_path(folder: str | Path, task: int) -> Path:
+    return Path(folder) / f".task_{task:05d}.lock"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
     OUTPUT/part-00003-00017.jsonl.zst          the records of block 17 (some consecutive rows) of source number 3
     OUTPUT/rejects/part-00003-00017.jsonl.zst  what came to nothing in that block, and why
     OUTPUT/README.md                           the data set card; it says so while tasks have not finished
-    OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py
+    OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py, status.py
     OUTPUT/.work/finished/task-00003-of-00064  that a task has come to the end of its share
 
 A shard appears whole or not at all, and never changes. The same command run again after a crash asks only for what was
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Request, open_engine
@@ -29,12 +30,13 @@ from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
 from megatron_tpt.thinking.job import Generator, Job, plan
 from megatron_tpt.thinking.journal import Journal, Line
-from megatron_tpt.thinking.ledger import IdSet, Ledger, id_digest
+from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import Progress, Reporter, show_total
+from megatron_tpt.thinking.progress import Progress, Reporter, progress_path, write_progress
 from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_reject
 from megatron_tpt.thinking.settings import SETTINGS_NAME
 from megatron_tpt.thinking.shards import Output, block_name
+from megatron_tpt.thinking.status import show_status, total_input_bytes
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -55,6 +57,7 @@ def augment(options: AugmentOptions) -> Progress:
         if first is None:
             shards = f"all {task.progress.shards_skipped:,} shards are there"
             print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
+            task.note_progress()
         else:
             task.run(generator or _looked_over(options, job.generator), itertools.chain([first], blocks))
         task.output.note_finished(task.number, options.scale.num_tasks)
@@ -84,7 +87,8 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     job.generator()
     write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
-    with show_total(output.progress):
+    num_tasks = options.scale.num_tasks
+    with show_status(output, num_tasks, total_input_bytes(job.sources, num_tasks)):
         report = run_tasks(command, options.scale, output.logs)
     _write_card(job, output)
     return report
@@ -125,6 +129,8 @@ class _Task:
         self._num_tasks = job.options.scale.num_tasks
         self._ids = IdSet()
         self._finished_bytes = 0
+        self._open_bytes = 0
+        """Of the rows that are being thought about."""
         self._read = ReadProgress()
         self._end = 0
         self._num_devices = 1
@@ -142,15 +148,16 @@ class _Task:
         sources = list(enumerate(self._job.sources))
         if len(sources) >= self._num_tasks:
             sources = sources[self.number :: self._num_tasks]
-        self.progress.input_bytes = sum(source.num_bytes or 0 for _, source in sources)
+        if rows_left is None:  # else it is not known how much will be looked at
+            self.progress.input_bytes = sum(source.num_bytes or 0 for _, source in sources)
         for number, source in sources:
             if rows_left is not None and rows_left <= 0:
                 return
             ledger = Ledger(self.output.ledgers, number, self.number)
-            self._read, self._end = ReadProgress(), 0
+            self._end = 0
             yield from self._source_blocks(number, source, ledger, rows_left)
             self._finished_bytes += source.num_bytes or 0
-            self._read.num_bytes = 0
+            self._read = ReadProgress()
             if rows_left is not None:
                 rows_left -= max([self._end, *(entry.end for entry in ledger.entries.values())])
 
@@ -167,7 +174,9 @@ class _Task:
             if self.output.is_done(name):
                 if name in ledger.entries:
                     self._ids.update(ledger.entries[name].digests)
-                self.progress.shards_skipped += self._owns(number, block)
+                if self._owns(number, block):
+                    self.progress.shards_skipped += 1
+                    self._count_before(ledger.entries.get(name))
                 return False
             return self._owns(number, block)
 
@@ -181,17 +190,33 @@ class _Task:
         """Think about all rows of `blocks`."""
         with contextlib.closing(self.output), open_engine(generator.engine_options) as engine:
             self._num_devices, self._last_finish_s = engine.num_devices, time.monotonic()
-            self.progress.input_bytes_skipped = self._input_bytes_read()
-            path = self.output.progress / f"task-{self.number:05d}.json"
-            reporter = Reporter(self.progress, path, self._input_bytes_read)
-            for request, outcome in engine.generate(self._requests(generator, blocks)):
-                block, row, number = request.key
-                self._answered(generator, block, row, number, outcome)
-                reporter.show()
-            reporter.show(last=True)
+            reporter = Reporter(self.progress, self._progress_path, self._input_bytes_done)
+            try:
+                for request, outcome in engine.generate(self._requests(generator, blocks)):
+                    block, row, number = request.key
+                    self._answered(generator, block, row, number, outcome)
+                    reporter.show()
+            finally:
+                reporter.show(last=True)
 
-    def _input_bytes_read(self) -> int:
-        return self._finished_bytes + self._read.num_bytes
+    def note_progress(self) -> None:
+        """Say how far the task is where there is nothing to run."""
+        self.progress.input_bytes_done = self._input_bytes_done()
+        write_progress(self.progress, self._progress_path)
+
+    @property
+    def _progress_path(self) -> Path:
+        return progress_path(self.output.progress, self.number, self._num_tasks)
+
+    def _input_bytes_done(self) -> int:
+        return min(self._finished_bytes + self._read.num_bytes - self._open_bytes, self.progress.input_bytes)
+
+    def _count_before(self, entry: Entry | None) -> None:
+        """Count what an earlier run has done."""
+        if entry is not None:
+            self.progress.records_before += entry.statistics.records
+            self.progress.rejects_before.update(entry.statistics.rejects)
+            self.progress.chunk_rejects_before.update(entry.statistics.chunk_rejects)
 
     def _requests(self, generator: Generator, blocks: Iterator[_Block]) -> Iterator[Request]:
         for block in blocks:
@@ -200,10 +225,14 @@ class _Task:
                 self.progress.shards_skipped += 1
                 continue
             block.journal = journal
+            place = self._read.num_bytes
             for row in block.rows:
                 self._end = row.number + 1
+                num_bytes, place = self._read.num_bytes - place, self._read.num_bytes
                 if (opened := self._open(generator, block, row)) is None:
                     continue
+                opened.num_bytes = num_bytes
+                self._open_bytes += num_bytes
                 block.open_rows += 1
                 if opened.is_done:  # its last answer was the last thing an earlier run did
                     self._close(generator, block, opened)
@@ -220,7 +249,13 @@ class _Task:
                 self._ids.add(digest)
                 return generator.worker.open(row, block.source.name, block.journal)
             self._reject(block, row)
-        elif digest is not None:
+            return None
+        line = block.journal.line(row.number)
+        rejects, chunk_rejects = count_rejects(line.rejects)
+        self.progress.records_before += len(line.records)
+        self.progress.rejects_before.update(rejects)
+        self.progress.chunk_rejects_before.update(chunk_rejects)
+        if digest is not None:
             self._ids.add(digest)
         return None
 
@@ -245,6 +280,8 @@ class _Task:
         line = generator.worker.close(row)
         block.journal.add(line)
         block.open_rows -= 1
+        self._open_bytes -= row.num_bytes
+        self.progress.input_bytes_answered += row.num_bytes
         self.progress.records += len(line.records)
         self.progress.truncated += sum(record["meta"]["truncated"] for record in line.records)
         rejects, chunk_rejects = count_rejects(line.rejects)

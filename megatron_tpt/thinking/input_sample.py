@@ -151,7 +151,7 @@ def _of_packed_files(job: Job, sources: Sequence[Source], reservoir: _Reservoir)
     documents, allotted, num_cut = 0.0, 0, 0
     for source, stretches in by_source.items():
         length, num_good = sum(end - begin for begin, end in stretches), reservoir.num_good
-        num_bytes = _show_beginning(job, source, length, reservoir)  # more than `length`: files are read in chunks
+        num_bytes = _show_beginning(job, source, length, reservoir)
         documents += (reservoir.num_good - num_good) * length / num_bytes
         allotted += length
         num_cut += num_bytes < (source.num_bytes or 0)
@@ -180,13 +180,11 @@ def _spread(sources: Sequence[Source], total: int, chance: random.Random) -> dic
 
 def _show_beginning(job: Job, source: Source, length: int, reservoir: _Reservoir) -> int:
     """Show the rows in about the first `length` bytes of a file; returns the bytes that they take."""
-    position, passed = Progress(), 0
+    position = Progress()
     for row in _rows(job, source, position):
         reservoir.show(source, row)
-        # Files are read in chunks. A row after which the next one is loaded is the last that begins in the one before.
-        if position.num_bytes > passed >= length:
-            return passed
-        passed = position.num_bytes
+        if position.num_bytes >= length:
+            return position.num_bytes
     return source.num_bytes or 0
 
 

@@ -102,10 +102,13 @@ class Journal:
         self._note(line, self._end, len(raw))
         self._end += len(raw)
 
+    def line(self, row: int) -> Line:
+        """What came of a finished row."""
+        return Line(**self._read(*self._rows[row]))
+
     def lines(self) -> Iterator[Line]:
         """All finished rows, in the order of the input."""
-        for row in sorted(self._rows):
-            yield Line(**self._read(*self._rows[row]))
+        return map(self.line, sorted(self._rows))
 
     def close(self) -> None:
         """Leave the file for the next run."""

@@ -76,6 +76,9 @@ class AugmentOptions:
     estimate: int | None = None
     """Write nothing: think about so many documents drawn from the input, and say what all of them would cost."""
 
+    status: bool = False
+    """Say how far the job in the output folder is, and do nothing: on any machine that sees the folder."""
+
     engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
     """vllm: in this process. vllm-server: servers that this job starts and watches, one per GPU (or group of
     `tensor_parallel_size`). endpoint: OpenAI-compatible servers by URL. transformers: where vLLM cannot be installed.

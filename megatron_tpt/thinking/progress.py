@@ -1,16 +1,16 @@
-"""How far an augment run is: a line on the terminal, and a small file that others can read.
+"""How far a task of an augment run is: a line on the terminal, and a small file that others can read (`status.py`).
 
-OUTPUT/.work/progress/task-00000.json
+OUTPUT/.work/progress/task-00003-of-00064.json
 """
 
-import contextlib
 import json
+import math
 import os
+import socket
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,12 @@ class Progress:
     shards: int = 0
     shards_skipped: int = 0
     """Shards that were there already."""
+    records_before: int = 0
+    """Records in them, and in what an earlier run had begun."""
+    rejects_before: Counter[str] = field(default_factory=Counter)
+    """As `rejects`, of the same."""
+    chunk_rejects_before: Counter[str] = field(default_factory=Counter)
+    """As `chunk_rejects`, of the same."""
     truncated: int = 0
     """Records whose thinking was cut at the limit."""
     prompt_tokens: int = 0
@@ -38,10 +44,11 @@ class Progress:
     generation_s: float = 0.0
     """Seconds since the engine was ready."""
     input_bytes: int = 0
-    """Size of this task's input, as far as it is known."""
-    input_bytes_read: int = 0
-    input_bytes_skipped: int = 0
-    """Of these, what belonged to shards that were there when the task began."""
+    """Size of what this task goes through, as far as it is known."""
+    input_bytes_done: int = 0
+    """Of these, what was passed, but for rows that are being thought about."""
+    input_bytes_answered: int = 0
+    """Of these, what this run has thought about."""
 
     @property
     def accepted(self) -> float:
@@ -50,34 +57,28 @@ class Progress:
         return self.records / ends if ends else 1.0
 
     @property
-    def eta_s(self) -> float | None:
-        """Seconds to the end of the input at the speed so far; None while nothing is known."""
-        done = self.input_bytes_read - self.input_bytes_skipped
-        left = self.input_bytes - self.input_bytes_read
-        return left * self.generation_s / done if done > 0 and self.input_bytes and left >= 0 else None
+    def bytes_per_s(self) -> float:
+        """Input that is thought about in a second."""
+        return self.input_bytes_answered / self.generation_s if self.generation_s else 0.0
 
     def summary(self) -> str:
         """One line for the terminal."""
         seconds = self.generation_s or float("inf")
-        eta_s = self.eta_s
         chunks = f", {self.chunk_rejects.total():,} chunks rejected" if self.chunk_rejects else ""
         return (
             f"{self.records:,} records ({self.accepted:.1%} accepted, {self.truncated:,} cut{chunks}), "
             f"{self.shards:,} shards; "
             f"{self.prompt_tokens / seconds:,.0f} tokens/s in, {self.thinking_tokens / seconds:,.0f} out"
-            + (f"; {self.input_bytes_read / self.input_bytes:.0%} of the input" if self.input_bytes else "")
-            + (f", {duration(eta_s)} left" if eta_s else "")
+            + share_and_eta(self.input_bytes_done, self.input_bytes, self.bytes_per_s)
         )
 
-    def merge(self, other: "Progress") -> None:
-        """Add what another task has done at the same time."""
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            elif name == "generation_s":
-                self.generation_s = max(self.generation_s, value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+
+def share_and_eta(done: float, whole: float, per_s: float) -> str:
+    """As in "; 12% of the input, 3 h 05 min left"; nothing where the size is not known."""
+    if not whole:
+        return ""
+    eta = f", {duration((whole - done) / per_s)} left" if per_s and done < whole else ""
+    return f"; {math.floor(100 * done / whole)}% of the input{eta}"
 
 
 def counts(by_reason: Counter[str]) -> str:
@@ -95,10 +96,10 @@ def duration(seconds: float) -> str:
 class Reporter:
     """Shows a Progress every second on a terminal, every half minute in a log, and in its file."""
 
-    def __init__(self, progress: Progress, path: Path, input_bytes_read: Callable[[], int]) -> None:
+    def __init__(self, progress: Progress, path: Path, input_bytes_done: Callable[[], int]) -> None:
         self._progress = progress
         self._path = path
-        self._input_bytes_read = input_bytes_read
+        self._input_bytes_done = input_bytes_done
         self._start = time.monotonic()
         self._on_terminal = sys.stderr.isatty()
         self._interval_s = 1.0 if self._on_terminal else 30.0
@@ -108,47 +109,35 @@ class Reporter:
     def show(self, *, last: bool = False) -> None:
         """To be called often; does something only when it is time."""
         elapsed_s = self._progress.generation_s = time.monotonic() - self._start
+        if elapsed_s >= self._next_file_s or elapsed_s >= self._next_line_s or last:
+            self._progress.input_bytes_done = self._input_bytes_done()
         if elapsed_s >= self._next_file_s or last:
             self._next_file_s = elapsed_s + _FILE_EVERY_S
-            self._progress.input_bytes_read = self._input_bytes_read()
-            self._write()
+            write_progress(self._progress, self._path)
         if elapsed_s >= self._next_line_s or last:
             self._next_line_s = elapsed_s + self._interval_s
             end = "\r" if self._on_terminal and not last else "\n"
             print(self._progress.summary(), end=end, file=sys.stderr, flush=True)
 
-    def _write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".tmp-{os.getpid()}-{self._path.name}")
-        temporary.write_text(json.dumps(vars(self._progress)))
-        temporary.replace(self._path)  # never a part of it; that it survives a power cut is of no use to anyone
+
+def progress_path(folder: Path, task: int, num_tasks: int) -> Path:
+    """Where task `task` of `num_tasks` says how far it is."""
+    return folder / f"task-{task:05d}-of-{num_tasks:05d}.json"
 
 
-@contextlib.contextmanager
-def show_total(folder: Path) -> Iterator[None]:
-    """Meanwhile show every half minute what all tasks with a file in `folder` have done together."""
-    ended = threading.Event()
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("task-*.json")}
+def write_progress(progress: Progress, path: Path) -> None:
+    """Put `progress` where `read_progress` finds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    temporary.write_text(json.dumps(vars(progress)))
+    temporary.replace(path)  # never a part of it; that it survives a power cut is of no use to anyone
 
-    def show() -> None:
-        while not ended.wait(30.0):
-            # Files that have not changed are of an earlier run.
-            paths = [path for path in folder.glob("task-*.json") if path.stat().st_mtime_ns != before.get(path)]
-            print(read_progress(paths).summary(), file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
+def read_progress(path: Path) -> Progress | None:
+    """What a task has said last, None before it has."""
     try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def read_progress(paths: Iterable[Path]) -> Progress:
-    """What the tasks with these files have done together."""
-    total = Progress()
-    for path in paths:
         fields = json.loads(path.read_text())
-        total.merge(Progress(**fields | {name: Counter(fields[name]) for name in ("rejects", "chunk_rejects")}))
-    return total
+    except (FileNotFoundError, ValueError):  # the latter after a power cut
+        return None
+    counters = {name: Counter(value) for name, value in fields.items() if isinstance(value, dict)}
+    return Progress(**fields | counters)

@@ -27,6 +27,8 @@ class OpenRow:
     num_document_tokens: int
     num_requests: int
     outcomes: dict[int, Outcome] = field(default_factory=dict)
+    num_bytes: int = 0
+    """Its part of the input file, packed as it is there."""
 
     @property
     def is_done(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
+from unruly_server import MODEL, UnrulyServer
 
 from megatron_tpt.records import Record, read_records
 from megatron_tpt.thinking.filter_options import FilterOptions
@@ -37,6 +38,19 @@ def options_for(documents: Path, model: str, output: Path, **changes: Any) -> Au
         "filters": NO_FILTERS,
     }
     return AugmentOptions(**settings | changes)
+
+
+def job(folder: Path, server: UnrulyServer, texts: list[str], **changes: Any) -> AugmentOptions:
+    """A job over `texts` on `server`, whose prompts are the texts alone."""
+    write_documents(folder / "in.jsonl", ({"text": text} for text in texts))
+    (folder / "bare.txt").write_text("{document}")
+    settings = {"engine": "endpoint", "api": "chat", "endpoints": [server.url], "prompt": str(folder / "bare.txt")}
+    return options_for(folder / "in.jsonl", MODEL, folder / "out", **settings | changes)
+
+
+def good_texts(number: int) -> list[str]:
+    """Documents that the server answers at once."""
+    return [f"ok 0 {i}" for i in range(number)]
 
 
 def command(options: AugmentOptions, *more: str) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from augment_runs import NO_FILTERS, options_for, records, rejects, write_documents
-from unruly_server import MODEL, UnrulyServer, unruly_server
+from augment_runs import NO_FILTERS, good_texts, job, records, rejects
+from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.scale import ScaleOptions, TaskLocked
@@ -25,18 +25,6 @@ from megatron_tpt.thinking.shards import Output
 def server() -> Iterator[UnrulyServer]:
     with unruly_server() as running:
         yield running
-
-
-def job(folder: Path, server: UnrulyServer, texts: list[str], **changes: Any) -> AugmentOptions:
-    """A job over `texts` whose prompts are the texts alone."""
-    write_documents(folder / "in.jsonl", ({"text": text} for text in texts))
-    (folder / "bare.txt").write_text("{document}")
-    settings = {"engine": "endpoint", "api": "chat", "endpoints": [server.url], "prompt": str(folder / "bare.txt")}
-    return options_for(folder / "in.jsonl", MODEL, folder / "out", **settings | changes)
-
-
-def good_texts(number: int) -> list[str]:
-    return [f"ok 0 {i}" for i in range(number)]
 
 
 def test_a_server_that_does_not_tell_lengths_has_them_counted_here(server: UnrulyServer, tmp_path: Path) -> None:
