@@ -1,4 +1,4 @@
-"""Files of examples, read field by field: JSON lines (plain, gzip, Zstandard) and Parquet. Everything streams."""
+"""Files of examples, read field by field: JSON lines (plain, gzip, Zstandard), Parquet, Arrow. Everything streams."""
 
 import io
 import json
@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
+from megatron_tpt.records import Columns
+from megatron_tpt.records.tables import arrow_pieces, parquet_pieces
 
 _ROWS_PER_BATCH = 256
 _BYTES_PER_BATCH = 4 << 20
@@ -36,8 +38,8 @@ def _encode(
 
 def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
     """Number, fields and size in bytes of every line or row."""
-    if path.name.endswith(".parquet"):
-        for number, row in enumerate(_parquet_rows(path, columns), start=1):
+    if path.name.endswith((".parquet", ".arrow")):
+        for number, row in enumerate(_table_rows(path, columns), start=1):
             yield number, row, 0
         return
     import pyarrow
@@ -64,16 +66,15 @@ def _json_object(line: bytes) -> dict[str, Any] | BadExample:
     return fields if isinstance(fields, dict) else BadExample("no JSON object", f"it is a {type(fields).__name__}")
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     import pyarrow
-    import pyarrow.parquet
 
+    is_parquet = path.name.endswith(".parquet")
+    pieces = (parquet_pieces if is_parquet else arrow_pieces)(path, Columns(",".join(columns)), lambda _: None)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in columns if name not in names]:
-                raise UserError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(names)}")
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=list(columns)):
-                yield from batch.to_pylist()
+        for piece in pieces:
+            for batch in piece.batches():
+                yield from batch.select(list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        kind = "Parquet" if is_parquet else "Arrow"
+        raise UserError(f"{path}: not readable as {kind} ({str(error).splitlines()[0]})") from None

@@ -16,6 +16,7 @@ from megatron_tpt.indexing.comparison import first_difference
 from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.indexing.packing import PackedIndex, PackManifest, is_packed
 from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import check_structure, verify
@@ -27,29 +28,37 @@ _PERCENTILES = (0, 10, 50, 90, 99, 100)
 def inspect_index(options: InspectOptions) -> bool:
     """Print the counts and lengths of an index, or one document, or the first difference from another index.
 
-    An index without manifest, such as Megatron's own tools make, is shown too. Returns False when a comparison found a
-    difference. Raises UserError for a damaged index.
+    The documents of a packed index are its rows. An index without manifest, such as Megatron's own tools make, is shown
+    too. Returns False when a comparison found a difference. Raises UserError for a damaged index.
     """
-    manifest = Manifest.read(options.prefix) if Manifest.path(options.prefix).exists() else None
+    packed = PackedIndex(options.prefix) if is_packed([options.prefix]) else None
+    manifest = packed.manifest if packed is not None else _read_manifest(options.prefix)
     reader = IndexReader(options.prefix)
     check_structure(reader)
     if options.compare is not None:
         return _compare(options, options.compare)
     if options.document is not None:
-        report = document_report(reader, options.document, _tokenizer(reader, options, manifest))
+        report = document_report(reader, options.document, _tokenizer(options, manifest))
         _print_json(report) if options.json else _print_document(report)
         return True
     report = index_report(reader, manifest)
     if options.verify:
-        if manifest is not None:
+        report["verified"] = ["sizes", "structure"]
+        if packed is not None:
+            packed.verify()
+            report["verified"] += ["counts", "checksums", "bounds of examples"]
+        elif manifest is not None:
             verify(options.prefix)
-        checked = "sizes, structure, counts, checksums, tokens, ends of documents" if manifest else "sizes, structure"
-        report["verified"] = checked.split(", ")
+            report["verified"] += ["counts", "checksums", "tokens", "ends of documents"]
     _print_json(report) if options.json else _print_report(report)
     return True
 
 
-def index_report(reader: IndexReader, manifest: Manifest | None) -> dict[str, Any]:
+def _read_manifest(prefix: Path) -> Manifest | None:
+    return Manifest.read(prefix) if Manifest.path(prefix).exists() else None
+
+
+def index_report(reader: IndexReader, manifest: Manifest | PackManifest | None) -> dict[str, Any]:
     """The counts, the spread of lengths and the manifest (None without one), as JSON has them."""
     lengths = reader.document_lengths()
     report: dict[str, Any] = {
@@ -102,12 +111,14 @@ def document_report(reader: IndexReader, number: int, tokenizer: Tokenizer) -> d
     return {"document": number, "num_tokens": len(tokens), "thinking_tokens": int(marks.sum()), "parts": parts}
 
 
-def _tokenizer(reader: IndexReader, options: InspectOptions, manifest: Manifest | None) -> Tokenizer:
+def _tokenizer(options: InspectOptions, manifest: Manifest | PackManifest | None) -> Tokenizer:
     folder = options.tokenizer or (Path(manifest.tokenizer.path) if manifest else None)
     if folder is None:
         raise UserError(f"{options.prefix} has no manifest that names its tokenizer; give --tokenizer DIR")
     tokenizer = Tokenizer(folder)
-    if manifest is not None:
+    if isinstance(manifest, PackManifest):
+        manifest.require(options.prefix, tokenizer.fingerprint, manifest.settings.sequence_length)
+    elif manifest is not None:
         manifest.require_tokenizer(options.prefix, tokenizer.fingerprint)
     return tokenizer
 
@@ -149,14 +160,23 @@ def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
         table.add_row("manifest", "none: not made by this program")
         return
     counts, tokenizer, sources = manifest["counts"], manifest["tokenizer"], manifest["sources"]
-    table.add_row("  of documents", f"{counts['document_tokens']:,}")
-    with_thinking = f"in {counts['documents_with_thinking']:,} documents, join {manifest['join']}"
-    table.add_row("  of thinking", f"{counts['thinking_tokens']:,} ({with_thinking})")
+    has_examples = "loss_mask" in manifest
+    if has_examples:
+        rows = f"rows for sequences of {manifest['settings']['sequence_length']:,}, {manifest['efficiency']:.2%} full"
+        table.add_row("  learned", f"{counts['loss_tokens']:,} (mask from {manifest['loss_mask']})")
+        table.add_row(
+            "packed", f"{counts['examples']:,} examples, {counts['truncated']:,} of them truncated, in {rows}"
+        )
+    else:
+        with_thinking = f"in {counts['documents_with_thinking']:,} documents, join {manifest['join']}"
+        table.add_row("  of documents", f"{counts['document_tokens']:,}")
+        table.add_row("  of thinking", f"{counts['thinking_tokens']:,} ({with_thinking})")
     for reason, count in counts["skipped"].items():
         table.add_row("skipped", f"{count:,} ({reason})")
     table.add_row("tokenizer", f"{tokenizer['path']} ({tokenizer['vocab_size']:,} tokens, EOS {tokenizer['eos_id']})")
     for source in sources[:10]:
-        table.add_row("source", f"{source['path']} ({source['documents']:,} documents)")
+        kind = "examples" if has_examples else "documents"
+        table.add_row("source", f"{source['path']} ({source['documents']:,} {kind})")
     if len(sources) > 10:
         table.add_row("", f"and {len(sources) - 10:,} more sources")
 

@@ -11,7 +11,7 @@ class InspectOptions:
     """What to look at in an index."""
 
     prefix: tyro.conf.Positional[Path]
-    """The index: PREFIX.bin, PREFIX.idx and, where it is ours, PREFIX.json."""
+    """The index: PREFIX.bin, PREFIX.idx and, where it is ours, PREFIX.json, or PREFIX.sft.json of a packed one."""
     document: int | None = None
     """Show this document, counted from 0, as text and tokens, thinking apart."""
     verify: bool = False

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -25,6 +26,8 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import ConversationFormat, Example
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.inspection import inspect_index
+from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackedIndex, PackManifest, pack
 from megatron_tpt.indexing.packing_options import PackOptions
@@ -139,8 +142,9 @@ def test_every_kind_of_file_gives_the_same_bytes(options: dict, chats: Path, con
     (folder / "a.jsonl.zst").write_bytes(zstandard.compress(raw[:half]) + zstandard.compress(raw[half:]))
     pyarrow.parquet.write_table(pyarrow.table({"messages": conversations}), folder / "a.parquet")
     pack_sft(PackOptions(**options))
-    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
-        output = folder / name.replace(".", "-")
+    datasets.Dataset.from_dict({"id": range(300), "messages": conversations}).save_to_disk(folder / "saved")
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved"):
+        output = folder / f"packed-{name.replace('.', '-')}"
         pack_sft(PackOptions(**options | {"input": [folder / name], "output": output}))
         assert content(output) == content(options["output"])
 
@@ -197,6 +201,49 @@ def test_flipped_and_missing_bytes_are_found(kind: str, options: dict) -> None:
     path.write_bytes(flipped)
     with pytest.raises(UserError, match=r"damaged"):
         pack_sft(PackOptions(**options))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_without_the_column_or_damaged_is_named(kind: str, options: dict, conversations: list) -> None:
+    path = options["output"].with_name(f"a.{kind}")
+    table = pyarrow.table({"messages": conversations})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    options |= {"input": [path]}
+    with pytest.raises(UserError, match=rf"a\.{kind}: no column 'chat'; its columns are messages"):
+        pack_sft(PackOptions(**options, messages_column="chat"))
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=rf"a\.{kind}: not readable as {kind.capitalize()}"):
+        pack_sft(PackOptions(**options))
+
+
+def test_a_packed_index_is_shown_and_verified_as_one(options: dict, capsys: pytest.CaptureFixture) -> None:
+    prefix = options["output"]
+    counts = pack_sft(PackOptions(**options)).counts
+    capsys.readouterr()
+    assert inspect_index(InspectOptions(prefix, verify=True))
+    shown = capsys.readouterr().out
+    for expected in (
+        f"{counts.examples:,} examples",
+        f"{counts.loss_tokens:,} (mask",
+        "too long",
+        "bounds of examples",
+    ):
+        assert expected in shown
+    inspect_index(InspectOptions(prefix, document=0))
+    assert Tokenizer(options["tokenizer"]).decode(PackedIndex(prefix)[0][0].tokens) in capsys.readouterr().out
+    inspect_index(InspectOptions(prefix, json=True))
+    assert json.loads(capsys.readouterr().out)["manifest"]["counts"]["examples"] == counts.examples
+    for kind in KINDS:
+        path = Path(f"{prefix}.{kind}")
+        good = path.read_bytes()
+        path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+        with pytest.raises(UserError, match="damaged"):
+            inspect_index(InspectOptions(prefix, verify=True))
+        path.write_bytes(good)
 
 
 def test_an_example_too_long_is_skipped_truncated_or_named(options: dict, tokenizer_path: Path) -> None:
