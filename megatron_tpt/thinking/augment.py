@@ -88,7 +88,7 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
     num_tasks = options.scale.num_tasks
-    with show_status(output, num_tasks, total_input_bytes(job.sources, num_tasks)):
+    with show_status(output, num_tasks, total_input_bytes(job.sources)):
         report = run_tasks(command, options.scale, output.logs)
     _write_card(job, output)
     return report
@@ -127,6 +127,8 @@ class _Task:
         self.progress = Progress()
         self._job = job
         self._num_tasks = job.options.scale.num_tasks
+        self._share = 1.0 if len(job.sources) >= self._num_tasks else 1 / self._num_tasks
+        """Of what it goes through, what is its own."""
         self._ids = IdSet()
         self._finished_bytes = 0
         self._open_bytes = 0
@@ -149,7 +151,7 @@ class _Task:
         if len(sources) >= self._num_tasks:
             sources = sources[self.number :: self._num_tasks]
         if rows_left is None:  # else it is not known how much will be looked at
-            self.progress.input_bytes = sum(source.num_bytes or 0 for _, source in sources)
+            self.progress.input_bytes = round(self._share * sum(source.num_bytes or 0 for _, source in sources))
         for number, source in sources:
             if rows_left is not None and rows_left <= 0:
                 return
@@ -209,7 +211,8 @@ class _Task:
         return progress_path(self.output.progress, self.number, self._num_tasks)
 
     def _input_bytes_done(self) -> int:
-        return min(self._finished_bytes + self._read.num_bytes - self._open_bytes, self.progress.input_bytes)
+        passed = round(self._share * (self._finished_bytes + self._read.num_bytes))
+        return min(max(passed - self._open_bytes, 0), self.progress.input_bytes)
 
     def _count_before(self, entry: Entry | None) -> None:
         """Count what an earlier run has done."""

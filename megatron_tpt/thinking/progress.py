@@ -44,7 +44,7 @@ class Progress:
     generation_s: float = 0.0
     """Seconds since the engine was ready."""
     input_bytes: int = 0
-    """Size of what this task goes through, as far as it is known."""
+    """Size of this task's part of the input, as far as it is known."""
     input_bytes_done: int = 0
     """Of these, what was passed, but for rows that are being thought about."""
     input_bytes_answered: int = 0

@@ -1,7 +1,8 @@
 """How far a whole job is, read from its folder: by whoever wants to know, on any machine that sees the folder.
 
 A task is running while it holds its lock, finished when it came to the end of its share, failed when its last run ended
-with an exit code, stopped when it was killed or cut off; the others wait, in SLURM's queue or to be started.
+with an exit code, stopped when it was killed or cut off (or runs without locks, see `task_lock`); the others wait, in
+SLURM's queue or to be started.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ class Status:
     states: list[TaskState]
     """By task."""
     input_bytes: int
-    """What all tasks go through, those that wait included; 0 where it is not known."""
+    """Size of the input, as far as it is known."""
     logs: Path
     records: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
@@ -89,7 +90,7 @@ def status(options: AugmentOptions) -> Status:
     output = Output(options.output)
     num_tasks = options.scale.num_tasks if options.scale.num_tasks > 1 else _latest_split(output.progress)
     sources = expand_sources(options.input) if options.limit is None else []
-    return read_status(output, num_tasks, total_input_bytes(sources, num_tasks))
+    return read_status(output, num_tasks, total_input_bytes(sources))
 
 
 def read_status(output: Output, num_tasks: int, input_bytes: int) -> Status:
@@ -109,9 +110,9 @@ def read_status(output: Output, num_tasks: int, input_bytes: int) -> Status:
     return result
 
 
-def total_input_bytes(sources: list[Source], num_tasks: int) -> int:
-    """What all tasks together go through: where there are fewer sources than tasks, each reads them all."""
-    return sum(source.num_bytes or 0 for source in sources) * (1 if len(sources) >= num_tasks else num_tasks)
+def total_input_bytes(sources: list[Source]) -> int:
+    """The size of an input, as far as it is known."""
+    return sum(source.num_bytes or 0 for source in sources)
 
 
 def _latest_split(folder: Path) -> int:

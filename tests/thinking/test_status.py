@@ -14,12 +14,12 @@ from augment_runs import TOOL, good_texts, job, write_documents
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.records import Record, Source, write_records
+from megatron_tpt.records import Record, write_records
 from megatron_tpt.scale import ScaleOptions
 from megatron_tpt.thinking import progress as progress_module
 from megatron_tpt.thinking.augment import augment, launch
-from megatron_tpt.thinking.progress import Progress, write_progress
-from megatron_tpt.thinking.status import Status, status, total_input_bytes
+from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, write_progress
+from megatron_tpt.thinking.status import Status, status
 
 
 @pytest.fixture
@@ -94,8 +94,16 @@ def test_the_time_left_is_that_of_all_tasks_at_the_speed_of_those_that_run(tmp_p
         )
         now.add(half, is_running=True)
     assert "6% of the input, 25 min 00 s left" in now.line()
-    source = Source("a", 10)
-    assert total_input_bytes([source] * 4, 2) == 40 == total_input_bytes([source], 4)  # each of four reads it all
+
+
+def test_tasks_that_share_a_file_have_each_a_part_of_it(server: UnrulyServer, tmp_path: Path) -> None:
+    whole = job(tmp_path, server, good_texts(40), records_per_shard=2, scale=ScaleOptions(num_tasks=4))
+    size = (tmp_path / "in.jsonl").stat().st_size
+    augment(dataclasses.replace(whole, task=2))
+    now, own = status(whole), read_progress(progress_path(whole.output / ".work" / "progress", 2, 4))
+    assert own is not None and own.input_bytes == own.input_bytes_done == now.input_bytes_done == round(size / 4)
+    assert own.input_bytes_answered == pytest.approx(size / 4, rel=0.05)  # so that the time left fits
+    assert (now.input_bytes, now.states) == (size, ["waiting", "waiting", "finished", "waiting"])
 
 
 def test_what_earlier_runs_have_done_is_counted_once(server: UnrulyServer, tmp_path: Path) -> None:
