@@ -433,9 +433,10 @@ class CheckpointConfig:
     """Write checkpoints beside training, which goes on after a copy of weights and optimizer to host memory: there must
     be room for it. The last checkpoint of a run, or before a stop, is waited for."""
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """Form of the distributed optimizer's state. The first goes on under any layout, but one rank of every
-    data-parallel group gathers it all; the second is written by all ranks at once as they have it, which large models
-    need, and goes on under the same tensor- and pipeline-parallel sizes alone, at any data-parallel size."""
+    """Form of the distributed optimizer's state. The first goes on under any layout, but every rank gathers all that
+    its data-parallel group has into its machine's memory, 12 bytes for each of the parameters that a rank computes
+    with; the second is written as the ranks have it, which large models need, and goes on under the same tensor- and
+    pipeline-parallel sizes alone, at any data-parallel size."""
     verify: bool = True
     """Compare the content of a checkpoint with its checksums before going on from it; without, only the sizes of its
     files. A damaged one is set aside, and the run goes on from the one before."""

@@ -171,7 +171,7 @@ def _block_spec(
 
 
 def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int
+    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int | None
 ) -> list[GPTModel]:
     """This rank's part of the model: one piece, or parallel.virtual_pipeline_parallel_size of them."""
     vp = parallel.virtual_pipeline_parallel_size
@@ -180,9 +180,15 @@ def build_chunks(
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int, vp_stage: int | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    seed: int | None,
+    vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` alike for every layout.
+    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` alike for every layout; without
+    one they are whatever was in memory, for weights to be loaded, as drawing billions of them takes minutes.
 
     Needs initialised process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s]
     to losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
@@ -202,7 +208,8 @@ def build_model(
         rope_scaling=model.rope_scaling_factor is not None,
         rope_scaling_factor=model.rope_scaling_factor or 1.0,
     )
-    initialize_weights(gpt, model, seed)
+    if seed is not None:
+        initialize_weights(gpt, model, seed)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     return gpt.bfloat16() if training.dtype == "bf16" else gpt

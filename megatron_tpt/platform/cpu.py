@@ -71,12 +71,12 @@ def patch_tensor_factories() -> None:
     """Factories with device="cuda".
 
     optimizer/clip_grads.py:96 and :108, optimizer/optimizer.py:690, pipeline_parallel/schedules.py:749 and :2292,
-    transformer/utils.py:39.
+    transformer/utils.py:39, dist_checkpointing/exchange_utils.py:109.
     """
     # `with torch.device(...)` looks a factory's original up in a set that torch fills at its first use: fill it now.
     # Otherwise transformers, for one, loads models with parts of them left uninitialised.
     torch.utils._device._device_constructors()
-    for name in ("tensor", "zeros", "ones"):
+    for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 

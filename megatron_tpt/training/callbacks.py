@@ -62,12 +62,12 @@ class SaveCheckpoints(Callback):
 
     def _finish_pending(self, trainer: Trainer) -> None:
         assert self.pending is not None
-        with _going_on_without_it():
+        with _going_on_without_it(), _patient(trainer):
             self._finish(trainer, self.pending)
         self.pending = None
 
     def _save(self, trainer: Trainer) -> None:
-        with contextlib.nullcontext() if trainer.is_over else _going_on_without_it():
+        with contextlib.nullcontext() if trainer.is_over else _going_on_without_it(), _patient(trainer):
             saving = trainer.start_saving()
             if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
                 saving.write_in_background()
@@ -92,6 +92,19 @@ def _going_on_without_it() -> Iterator[None]:
             print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
 
 
+@contextlib.contextmanager
+def _patient(trainer: Trainer) -> Iterator[None]:
+    """Ranks that have less to write wait for the others longer than within a step."""
+    run = trainer.recipe.run
+    platform.set_timeout(run.first_step_timeout_s)
+    try:
+        yield
+    except SaveError:  # on all ranks; after what one alone meets, they could not be waited for
+        platform.set_timeout(run.distributed_timeout_s)
+        raise
+    platform.set_timeout(run.distributed_timeout_s)
+
+
 class TightenTimeout(Callback):
     """After the first step of this start, collectives wait for run.distributed_timeout_s, no longer for the time that
     starting may take."""
@@ -103,6 +116,9 @@ class TightenTimeout(Callback):
         if self.is_first_step:
             platform.set_timeout(trainer.recipe.run.distributed_timeout_s)
         self.is_first_step = False
+
+    def after_training(self, trainer: Trainer) -> None:
+        platform.set_timeout(trainer.recipe.run.first_step_timeout_s)  # a roll-back begins with loading
 
 
 class CollectGarbage(Callback):

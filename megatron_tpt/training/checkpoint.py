@@ -35,11 +35,16 @@ from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, fi
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_tensors_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -98,8 +103,10 @@ def _optimizer_format(sharding: str) -> dict[str, str]:
     return {"distrib_optim_sharding_type": sharding}
 
 
-def _layout() -> list[int]:
+def _layout() -> list[Any]:
+    """What must be the same for every rank to find its own random state and statistics."""
     return [
+        platform.device().type,
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(with_context_parallel=True),
@@ -120,7 +127,8 @@ def _sharded_random_state() -> ShardedObject:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("random_state", random_state(), tuple(_layout()), place)
+    _, *sizes = _layout()
+    return ShardedObject("random_state", random_state(), tuple(sizes), place)
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -362,10 +370,12 @@ def start_saving(
                 (temporary / "tokenizer" / name).write_bytes(content)
 
     strategy = _SaveStrategy()
+    # Copies of one tensor are shared among the ranks that hold one; under FSDP only the first has it (_put_together).
+    is_sharded = fsdp_checkpoint.is_sharded(_pieces(model)[0])
     request = dist_checkpointing.save(
         state,
         str(temporary),
-        strategy,
+        strategy if is_sharded else FullyParallelSaveStrategyWrapper(strategy, _group_of_copies()),
         async_sharded_save=True,
         async_strategy="mcore",
         content_metadata=optimizer_format,
@@ -393,6 +403,60 @@ def save_checkpoint(
     ).finish()
 
 
+@torch.no_grad()
+def _round_weights_anew(optimizer: MegatronOptimizer) -> None:
+    """Set weights that are kept in FP8 from the optimizer's, as after a step: those just loaded were rounded with
+    whatever scale each had before."""
+    for member in members(optimizer):
+        if isinstance(member, DistributedOptimizer) and member.ddp_config.fp8_param_gather:
+            member._copy_main_params_to_model_params()
+            for chunk in member.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+
+def _group_of_copies() -> torch.distributed.ProcessGroup:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from _sharded_tensors(value.build())
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def _require_fit(state: dict[str, Any], folder: Path) -> None:
+    """Raises UserError on all ranks when the checkpoint lacks a tensor that one of them asks for, or has it in another
+    shape: in loading a rank alone would fail."""
+    known = load_tensors_metadata(str(folder))
+    wrong = next(
+        (
+            f"{tensor.key} is {tuple(known[tensor.key].global_shape) if tensor.key in known else 'not'} there, "
+            f"{tuple(tensor.global_shape)} here"
+            for tensor in _sharded_tensors(state)
+            if tensor.key not in known
+            or not (tensor.allow_shape_mismatch or tensor.global_shape == known[tensor.key].global_shape)
+        ),
+        None,
+    )
+    every: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, wrong)
+    if any(every):
+        raise UserError(
+            f"the tensors in {folder} do not fit the model of this recipe (compare it with the recipe.yaml there): "
+            f"{next(filter(None, every))}"
+        )
+
+
+def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill a sharded state dict: every rank reads a share of what several need, and hands it on."""
+    _require_fit(state, folder)
+    # Streaming would leave in `state` what the model's FP8 tensors make of it, rounded.
+    strategy = TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)
+    return dist_checkpointing.load(state, str(folder), FullyParallelLoadStrategyWrapper(strategy, _group_of_copies()))
+
+
 def _require_checkpoint(folder: Path) -> None:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise UserError(f"{folder} is no checkpoint: give a folder like RUN/checkpoints/latest")
@@ -406,21 +470,14 @@ def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:
     _require_checkpoint(folder)
     if damage := find_damage(folder):
         raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
-    try:
-        state = dist_checkpointing.load({"model": weights_state(model)}, str(folder))
-    except Exception as error:  # Megatron Core and torch raise various ones for shapes and keys that do not fit
-        raise UserError(
-            f"the weights in {folder} do not fit the model of this recipe (compare it with the recipe.yaml there): "
-            + " ".join(str(error).split())[:400]
-        ) from error
-    _set_weights(model, state["model"])
+    _set_weights(model, _load({"model": weights_state(model)}, folder)["model"])
 
 
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load everything a run needs to go on, under any layout. Returns the trainer state that was saved.
 
-    The random state is that of the same rank when the layout is the same; otherwise it stays as it was seeded, which
-    only dropout notices.
+    The random state is that of the same rank when layout and kind of device are the same; otherwise it stays as it was
+    seeded, which only dropout notices.
     """
     _require_checkpoint(folder)
     trainer_state = load_common_state_dict(str(folder))["trainer"]
@@ -432,8 +489,8 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
                 f"run.output_dir (training.init_from takes the weights)"
             )
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
-    *sizes, _ = trainer_state["layout"]
-    if sharding == "dp_reshardable" and [*sizes, trainer_state["num_pieces"]] != [*_layout()[:2], len(_pieces(model))]:
+    _, *sizes, _ = trainer_state["layout"]
+    if sharding == "dp_reshardable" and [*sizes, trainer_state["num_pieces"]] != [*_layout()[1:3], len(_pieces(model))]:
         raise UserError(
             f"{folder} was written with checkpoint.optimizer_sharding=dp_reshardable: go on with its parallel."
             f"pipeline_parallel_size={sizes[0]}, tensor_parallel_size={sizes[1]} and virtual_pipeline_parallel_size="
@@ -455,7 +512,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         state["random_state"] = _sharded_random_state()
         if trainer_state.get("has_fp8_statistics"):
             state["fp8_statistics"] = _fp8_statistics(model)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = _load(state, folder)
     if under_fsdp:
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
     else:
@@ -467,4 +524,5 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         set_random_state(loaded["random_state"])
     for gpt, statistics in zip(_pieces(model), loaded.get("fp8_statistics", {}).values(), strict=False):
         gpt.load_state_dict(statistics, strict=False)
+    _round_weights_anew(optimizer)
     return trainer_state

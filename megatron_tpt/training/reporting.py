@@ -299,6 +299,7 @@ class ReportMetrics(Callback):
         values = sum(by_source, LossSums()).means(trainer.data.unmarked_name)
         values |= {"perplexity": metrics.perplexity(values["loss"]), "tokens": trainer.tokens}
         values |= {"learning_rate": report.learning_rate, "grad_norm": report.grad_norm}
+        trainer.gather_weights()
         values |= {"param_norm": parameter_norm(trainer.chunks)}
         values |= metrics.step_times(seconds)
         values |= metrics.throughput(

@@ -111,9 +111,11 @@ class Trainer:
         self._tokenizer_files: dict[str, bytes] = {}  # for checkpoints
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
         platform.seed_everything(recipe.run.seed)
-        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=recipe.run.seed)
         self.checkpoints = recipe.run.output_dir / "checkpoints"
         newest = newest_whole_checkpoint(self.checkpoints, reads_content=recipe.checkpoint.verify)
+        begins = newest is None and recipe.training.init_from is None
+        seed = recipe.run.seed if begins else None
+        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
         if newest is None and recipe.training.init_from is not None:
             load_weights(recipe.training.init_from, gpts)
         self.chunks = wrap_model(gpts, recipe)
@@ -249,6 +251,7 @@ class Trainer:
         """Mean losses over the validation batches, always the same ones. All ranks call it."""
         if not self.data.validation:
             raise UserError("there is no validation data: give data.validation")
+        self.gather_weights()
         self._set_training(False)
         steps = self.recipe.training.validation_steps
         sums = {}
@@ -269,8 +272,17 @@ class Trainer:
         """This rank's part of the model: one piece, or several under interleaved pipeline parallelism."""
         return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
 
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        """For who reads the weights between steps: with parallel.overlap_param_gather the next training step would
+        gather what other data-parallel ranks have updated. All ranks call it."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
+                chunk.start_param_sync(force_sync=True)
+
     def start_saving(self) -> CheckpointSaving:
         """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
+        self.gather_weights()
         states = {type(callback).__name__: callback.state() for callback in self.callbacks}
         return start_saving(
             step_folder(self.checkpoints, self.step),

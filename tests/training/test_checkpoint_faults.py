@@ -1,6 +1,8 @@
 """Checkpoints that were damaged on the disk, or do not fit on it: what is lost is the steps since the one before."""
 
+import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from small_disk import small_disk
 from training_runs import PRETRAIN, Train, Workers, read_metrics
 
-from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
+from megatron_tpt.training.checkpoint_files import delete_old_checkpoints, finished_checkpoints
 
 EXACT = ("step", "loss", "grad_norm")
 
@@ -79,3 +81,17 @@ def test_every_nth_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     delete_old_checkpoints(tmp_path, keep_last=2, keep_every=300)
     kept = sorted(int(path.name.removeprefix("step_")) for path in tmp_path.iterdir())
     assert kept == [300, 600, 800, 900]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    delete_old_checkpoints(tmp_path, keep_last=1, keep_every=None)
+    assert capsys.readouterr().out.count("could not be deleted: [Errno 39] Directory not empty") == 2
+    assert finished_checkpoints(tmp_path) == [tmp_path / "step_00000003"]

@@ -11,8 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from training_runs import Train, finish, read_metrics, start_training
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.training import checkpoint
+from megatron_tpt.training.optimizer import build_optimizer, wrap_model
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "grad_norm", "learning_rate", "tokens")
 
@@ -102,6 +110,27 @@ def test_optimizer_state_written_by_all_ranks_goes_on_at_another_data_parallel_s
     assert [m["loss"] for m in alone] == pytest.approx([m["loss"] for m in reference], rel=1e-5)
 
 
+def test_a_checkpoint_of_another_kind_of_device_loads_without_its_random_state(
+    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_from_dict(PretrainRecipe, {**recipe, "run": {"output_dir": str(tmp_path)}})
+    recipe.model.vocab_size = 320
+    with platform.process_groups(ParallelConfig()):
+        platform.seed_everything(1)
+        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=1)
+        optimizer = build_optimizer(wrap_model(gpts, recipe), recipe)
+        optimizer.step()
+        own_layout = checkpoint._layout
+        for device in ("cpu", "cuda"):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "_layout", lambda device=device: [device, *own_layout()[1:]])
+                checkpoint.save_checkpoint(tmp_path / device, gpts, optimizer, {}, recipe_yaml="", tokenizer_path=None)
+            saved, drawn = torch.get_rng_state(), torch.rand(3)
+            checkpoint.load_checkpoint(tmp_path / device, gpts, optimizer)
+            assert torch.equal(torch.get_rng_state(), saved) == (device == "cpu")
+            assert device != "cpu" or torch.equal(torch.rand(3), drawn)
+
+
 def test_half_written_checkpoint_is_not_taken(train: Train, tmp_path: Path) -> None:
     save = {"checkpoint": {"save_interval": 10}}
     unbroken = train("run", changes=save)
@@ -132,3 +161,32 @@ def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> N
     train("run", "--checkpoint.save_interval=5", "--checkpoint.keep_last=2")
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert folders == ["latest", "step_00000015", "step_00000020"]
+
+
+def test_overlapped_gathering_leaves_nothing_old_in_metrics_and_checkpoints(
+    train: Train, index_prefix: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "data": {"train": str(index_prefix), "validation": str(index_prefix)},
+        "checkpoint": {"save_interval": 10},
+    }
+    options = ["--training.dtype=bf16", "--training.validation_interval=5", "--training.validation_steps=2"]
+    overlap = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true"]
+
+    def figures(name: str, *overrides: str) -> list[list]:
+        metrics = train(name, *options, *overrides, num_processes=2, changes=changes)
+        return [[m.get(name) for name in (*EXACT, "param_norm", "validation_loss")] for m in metrics]
+
+    plain = figures("plain")
+    assert figures("overlapped", *overlap) == plain
+    shutil.rmtree(tmp_path / "overlapped/checkpoints/step_00000020")
+    assert figures("overlapped", *overlap) == plain
+
+
+def test_copies_are_written_by_the_ranks_that_hold_them_in_shares(train: Train, tmp_path: Path) -> None:
+    train("run", num_processes=2)
+    first, second = (
+        sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/latest").glob(f"__{rank}_*"))
+        for rank in range(2)
+    )
+    assert 0.5 < first / second < 2
