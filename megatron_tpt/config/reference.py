@@ -1,0 +1,84 @@
+"""All fields of recipes as Markdown: python -m megatron_tpt.config.reference > docs/recipe.md"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse_from_object
+
+from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+
+_INTRODUCTION = """# Recipes
+
+All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
+option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.config.reference`.
+"""
+
+
+def _name_of(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{to_dict(value)}`" for value in get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return f"[{hint.__name__}](#{hint.__name__.lower()})"
+    arguments = [_name_of(one) for one in get_args(hint) if one is not type(None) and one is not Ellipsis]
+    if get_origin(hint) in (list, tuple):
+        return f"list of {arguments[0]}"
+    if get_origin(hint) is dict:
+        return f"mapping of {arguments[0]} to {arguments[1]}"
+    if arguments:
+        return " or ".join(arguments)
+    return {Path: "path", str: "text", float: "number", int: "whole number", bool: "true, false"}.get(hint, str(hint))
+
+
+def _default_of(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is None or dataclasses.is_dataclass(value):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else to_dict(value)}`"
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    if dataclasses.is_dataclass(hint):
+        yield hint  # type: ignore[misc]
+    for one in get_args(hint):
+        yield from _dataclasses_in(one)
+
+
+def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
+    """The section of a dataclass; of one that extends a section described before, only what it adds."""
+    documentation = parse_from_object(cls)
+    meanings = {one.arg_name: " ".join((one.description or "").split()) for one in documentation.params}
+    hints = get_type_hints(cls)
+    base = next((base for base in cls.__mro__[1:] if base in described), None)
+    known = {field.name: _default_of(field) for field in dataclasses.fields(base)} if base else {}
+    yield f"\n## {title}\n"
+    yield " ".join(filter(None, [documentation.short_description, documentation.long_description])) + "\n"
+    if base:
+        yield f"The fields of [{described[base]}](#{described[base]}), and these.\n"
+    yield "| field | values | default | meaning |\n|---|---|---|---|"
+    for field in dataclasses.fields(cls):
+        cells = (f"`{field.name}`", _name_of(hints[field.name]), _default_of(field), meanings.get(field.name, ""))
+        if known.get(field.name) != _default_of(field):
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    described[cls] = title
+    for inner in [one for hint in hints.values() for one in _dataclasses_in(hint)]:
+        if inner not in described:
+            yield from _table(inner, inner.__name__, described)
+
+
+def reference() -> str:
+    """Every section of the recipes as a table, and the dataclasses in them; what both kinds share is there once."""
+    lines, described = [_INTRODUCTION], dict[type, str]()
+    for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
+        for name, cls in get_type_hints(recipe).items():
+            if cls not in described:
+                lines += _table(cls, name + suffix, described)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
