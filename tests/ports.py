@@ -5,9 +5,9 @@ import os
 import socket
 
 # Below 32768, where the system gives no port to a connection between the choice here and the server's start; every
-# process of the suite has a thousand of its own, taken in turn.
+# process of the suite has a thousand of its own, taken in turn; another suite on the machine begins elsewhere.
 _FIRST = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_CANDIDATES = itertools.cycle(range(_FIRST, _FIRST + 1_000))
+_CANDIDATES = (_FIRST + number % 1_000 for number in itertools.count(os.getpid()))
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python
 def _name_of(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{to_dict(value)}`" for value in get_args(hint))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
     arguments = [_name_of(one) for one in get_args(hint) if one is not type(None) and one is not Ellipsis]
     if get_origin(hint) in (list, tuple):
@@ -42,8 +42,8 @@ def _default_of(field: dataclasses.Field) -> str:
 
 
 def _dataclasses_in(hint: Any) -> Iterator[type]:
-    if dataclasses.is_dataclass(hint):
-        yield hint  # type: ignore[misc]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
     for one in get_args(hint):
         yield from _dataclasses_in(one)
 
