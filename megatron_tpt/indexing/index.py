@@ -37,6 +37,7 @@ from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
 from megatron_tpt.indexing.options import IndexOptions, num_bytes
+from megatron_tpt.indexing.originals import check_against_original, has_original
 from megatron_tpt.indexing.output import Output, publish, shard_prefix
 from megatron_tpt.indexing.pieces import Flags, PieceMaker, Pieces, Rows
 from megatron_tpt.indexing.raw_tags import RawTags
@@ -266,7 +267,11 @@ class _Job:
     @functools.cached_property
     def _encoder(self) -> Encoder:
         options = self.options
-        sample = sample_texts(self.inputs, self.columns) if options.tokenizer_backend != "reference" else []
+        original = has_original(self.tokenizer.folder)
+        needs_sample = original or options.tokenizer_backend != "reference"
+        sample = sample_texts(self.inputs, self.columns) if needs_sample else []
+        if original:
+            check_against_original(self.tokenizer, sample)
         return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
 
     def _encode_function(self) -> Callable[["Block | End"], "list[_Result] | End"]:

@@ -75,6 +75,25 @@ def num_bytes(option: str, text: str) -> int:
 
 
 @dataclass(frozen=True)
+class ConvertTokenizerOptions:
+    """What to convert, and where to."""
+
+    input: Path
+    """A SentencePiece model, a tiktoken file, or the folder of one (*.model, *.tiktoken); the tokenizer's other files
+    beside it come along."""
+    output: Path
+    """The folder to make: a Hugging Face tokenizer. It must not exist."""
+    eos_token: str | None = None
+    """The end-of-sequence token; what tokenizer_config.json or the SentencePiece model names when not given."""
+    special_tokens: list[str] = field(default_factory=list)
+    """Special tokens of a tiktoken tokenizer, in the order of their ids, which follow the last rank."""
+    pattern: str | None = None
+    """The regular expression by which a tiktoken tokenizer parts text into words; that of Llama 3 when not given."""
+    sample: list[Path] = field(default_factory=list)
+    """Documents (.jsonl, .parquet ...) to compare the two on; of all together the first thousand."""
+
+
+@dataclass(frozen=True)
 class TrainTokenizerOptions:
     """What to train a tokenizer on, and what it is to be."""
 

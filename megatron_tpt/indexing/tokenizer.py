@@ -155,10 +155,15 @@ def _tokenizer_file(folder: Path) -> Path:
         raise UserError(f"{folder}: no such tokenizer folder")
     if not path.is_file():
         kinds = {".model": "a SentencePiece or tiktoken model", ".tiktoken": "a tiktoken file"}
-        found = [f"{file.name} is {kinds[file.suffix]}: " for file in sorted(folder.iterdir()) if file.suffix in kinds]
+        for file in sorted(folder.iterdir()):
+            if file.suffix in kinds:
+                raise UserError(
+                    f"{folder}: no tokenizer.json; {file.name} is {kinds[file.suffix]}: convert it: "
+                    f"tools/convert_tokenizer.py --input {file} --output FOLDER"
+                )
         raise UserError(
-            f"{folder}: no tokenizer.json; {found[0] if found else ''}make one: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+            f"{folder}: no tokenizer.json; make one: AutoTokenizer.from_pretrained({str(folder)!r})"
+            f".save_pretrained(FOLDER)"
         )
     return path
 

@@ -239,5 +239,5 @@ def test_special_tokens_in_raw_text_are_parsed_only_when_asked(
 
 def test_a_folder_without_tokenizer_json_says_how_to_make_one(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(UserError, match=r"tokenizer.model is a SentencePiece or tiktoken model: make one: AutoTok"):
+    with pytest.raises(UserError, match=r"tokenizer.model is a SentencePiece or tiktoken model: convert it: tools/"):
         Tokenizer(tmp_path)
