@@ -35,7 +35,7 @@ class Source:
 
 
 def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """The sources behind `inputs`, each once, in the order in which they are named first.
+    """The sources behind `inputs`, each once, whatever its names (links too), in the order in which they are named first.
 
     - A file is itself.
     - A folder is the record files in it at any depth, sorted; hidden names are left out (unfinished files have such
@@ -50,7 +50,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     sources: dict[str, Source] = {}
     for text in map(str, inputs):
         for source in _hub_sources(text) if text.startswith(SCHEME) else map(_file_source, _files(text)):
-            sources.setdefault(source.name, source)
+            sources.setdefault(str(source.path.resolve()) if source.path else source.name, source)
     if not sources:
         raise UserError("no input files were given")
     return list(sources.values())

@@ -71,9 +71,14 @@ def test_what_a_job_left_out_is_read_only_when_it_is_named(tmp_path: Path) -> No
         assert names([str(text)], folder) == ["rejects/b.jsonl"]
 
 
-def test_what_is_named_twice_is_read_once(tmp_path: Path) -> None:
+def test_what_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lay_out(tmp_path / "d", "a.jsonl", "b.jsonl")
     assert names([f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)], folder) == ["b.jsonl", "a.jsonl"]
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "c.jsonl").symlink_to("a.jsonl")
+    spellings = ["a.jsonl", str(folder), f"{tmp_path}/link/*", "../d/b.jsonl", "."]
+    assert [source.name for source in expand_sources(spellings)] == ["a.jsonl", f"{folder}/b.jsonl"]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
