@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy
 
-from megatron_tpt.errors import UserError
 from megatron_tpt.indexing import writer
 from megatron_tpt.indexing.encoders import Encoded
 from megatron_tpt.indexing.pieces import CLOSE, DOCUMENT_END, OPEN, SEQUENCE_END, THINKING, Flags
@@ -53,12 +52,22 @@ class Assembler:
     """What a document ends with: the end-of-sequence token, or nothing."""
     dtype: numpy.dtype
 
-    def assemble(self, encoded: Encoded, flags: Flags) -> Documents:
-        """The documents of pieces, whose flags are [num_pieces]. Raises UserError for a sequence that is too long."""
+    def lengths(self, encoded: Encoded, flags: Flags) -> numpy.ndarray:
+        """Tokens of each piece with what is put around it, [num_pieces]."""
         opens, closes, ends = ((flags & flag) > 0 for flag in (OPEN, CLOSE, DOCUMENT_END))
-        lengths = encoded.lengths + len(self.open_ids) * opens + len(self.close_ids) * closes
-        thinking_lengths = lengths * ((flags & THINKING) > 0)
-        lengths += len(self.end_ids) * ends
+        return encoded.lengths + len(self.open_ids) * opens + len(self.close_ids) * closes + len(self.end_ids) * ends
+
+    def are_too_long(self, encoded: Encoded, flags: Flags) -> numpy.ndarray:
+        """Whether each piece is of a sequence that is too long for the format, [num_pieces]."""
+        sequence_ends = (flags & SEQUENCE_END) > 0
+        sequence_lengths = numpy.diff(numpy.cumsum(self.lengths(encoded, flags))[sequence_ends], prepend=0)
+        return (sequence_lengths > writer.MAX_DOCUMENT_TOKENS)[numpy.cumsum(sequence_ends) - sequence_ends]
+
+    def assemble(self, encoded: Encoded, flags: Flags) -> Documents:
+        """The documents of pieces, whose flags are [num_pieces] and of which none is too long."""
+        opens, closes, ends = ((flags & flag) > 0 for flag in (OPEN, CLOSE, DOCUMENT_END))
+        lengths = self.lengths(encoded, flags)
+        thinking_lengths = (lengths - len(self.end_ids) * ends) * ((flags & THINKING) > 0)
         piece_ends = numpy.cumsum(lengths)
         tokens = numpy.empty(int(piece_ends[-1]) if len(piece_ends) else 0, self.dtype)
         is_text = numpy.ones(len(tokens), bool)
@@ -74,11 +83,7 @@ class Assembler:
         tokens[is_text] = encoded.tokens
         sequence_ends = (flags & SEQUENCE_END) > 0
         sequence_lengths = numpy.diff(piece_ends[sequence_ends], prepend=0)
-        if (sequence_lengths > writer.MAX_DOCUMENT_TOKENS).any():
-            longest = int(sequence_lengths.max())
-            raise UserError(
-                f"a document of {longest} tokens is too long, the format holds {writer.MAX_DOCUMENT_TOKENS}: split it"
-            )
+        assert sequence_lengths.max(initial=0) <= writer.MAX_DOCUMENT_TOKENS
         return Documents(
             tokens,
             sequence_lengths.astype(numpy.int32),

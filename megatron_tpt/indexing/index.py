@@ -43,7 +43,7 @@ from megatron_tpt.indexing.pieces import Flags, PieceMaker, Pieces, Rows
 from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.sample import sample_texts
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.indexing.writer import token_dtype
+from megatron_tpt.indexing.writer import MAX_DOCUMENT_TOKENS, token_dtype
 from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources
 from megatron_tpt.records import Source as Input
 
@@ -286,15 +286,20 @@ class _Job:
             encoded = encoder.encode(pieces.texts)
             if check is not None:
                 check(pieces.texts, encoded)
+            encoded = raw_tags.spell_out(encoded, pieces.flags)
             skipped, problem = pieces.skipped, pieces.problem
-            for reason, find_bad in ((_NO_TOKENS, _are_empty), (_FIXED_TAG, raw_tags.find_fixed)):
+            for reason, find_bad in (
+                (_NO_TOKENS, _are_empty),
+                (_FIXED_TAG, raw_tags.find_fixed),
+                (_TOO_LONG, assembler.are_too_long),
+            ):
                 is_bad = find_bad(encoded, pieces.flags)
                 if is_bad.any():
                     if options.on_bad_record == "stop":
                         return _Result(assembler.nothing(), skipped, 0, self._bad_row(rows, pieces, is_bad, reason))
                     pieces, encoded, num_dropped = _without(is_bad, pieces, encoded)
                     skipped = skipped + Counter({reason: num_dropped})
-            documents = assembler.assemble(raw_tags.spell_out(encoded, pieces.flags), pieces.flags)
+            documents = assembler.assemble(encoded, pieces.flags)
             return _Result(documents, skipped, pieces.num_rows, problem)
 
         def encode(block: Block | End) -> list[_Result] | End:
@@ -335,11 +340,12 @@ class _Job:
                 progress.report()
 
 
-_NO_TOKENS, _FIXED_TAG = "no tokens", "a think tag in raw text"
+_NO_TOKENS, _TOO_LONG, _FIXED_TAG = "no tokens", "too long", "a think tag in raw text"
 _DETAILS = {
     _NO_TOKENS: "(the tokenizer knows no character of it)",
     _FIXED_TAG: "(the tokenizer has no think tokens, and one way to spell the tag: add them to it, or give --join "
     "document_only)",
+    _TOO_LONG: f"(a sequence of the format holds {MAX_DOCUMENT_TOKENS:,} tokens)",
 }
 _SHARD_SIZE = "--shard-size in bytes"
 

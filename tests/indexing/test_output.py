@@ -345,13 +345,22 @@ def test_documents_may_end_without_a_token(tokenizer_dir: Path, tmp_path: Path) 
     assert IndexReader(tmp_path / "x").tokens.tolist() == encode("one") + encode("two")
 
 
-def test_documents_too_long_for_the_format_are_refused(
+def test_documents_too_long_for_the_format_are_bad_records(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "a b c d e f g"}))
-    monkeypatch.setattr(writer, "MAX_DOCUMENT_TOKENS", 5)
-    with pytest.raises(UserError, match="too long, the format holds 5: split it"):
-        index(IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "x"))
+    # "7<think>\\n4\\n</think>" and the end of the sequence are seven tokens.
+    lines = ['{"text": "7"}', "", '{"text": "7", "thinking": "4"}', '{"text": "72", "thinking": "4"}', '{"text": "2"}']
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(writer, "MAX_DOCUMENT_TOKENS", 7)
+    options = IndexOptions([tmp_path / "d.jsonl"], tokenizer_dir, tmp_path / "x")
+    with pytest.raises(
+        UserError, match=r"d.jsonl:4: too long \(.* holds 2,147,483,647 tokens\); .*--on-bad-record skip"
+    ):
+        index(options)
+    counts = index(replace(options, on_bad_record="skip")).counts
+    assert (counts.documents, counts.skipped) == (3, {"too long": 1})
+    reader = IndexReader(tmp_path / "x")
+    assert [len(reader.document(number)) for number in range(3)] == [2, 7, 2]
 
 
 def test_an_index_without_documents_is_refused(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
