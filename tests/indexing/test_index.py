@@ -6,16 +6,23 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from indexing_inputs import edit_tokenizer, generated_text
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.encoders import NASTY_TEXTS
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.manifest import Manifest
@@ -87,6 +94,51 @@ def test_5000_real_documents_are_indexed_as_megatron_does(tmp_path: Path) -> Non
     build_with_megatron(tmp_path / "theirs", ([*tokens, 0] for tokens in ids), len(reference))
     assert_same_bytes(tmp_path / "ours", tmp_path / "theirs")
     verify(tmp_path / "ours")
+
+
+ODD_TEXTS = st.lists(
+    st.text()
+    | st.sampled_from([*NASTY_TEXTS, "<think>", "</think>", "<|endoftext|>", "<|pad|>", "\u2028", "\x00"])
+    | st.builds(lambda text, times: text * times, st.text(max_size=5), st.integers(1, 20_000)),
+    max_size=4,
+).map("".join)
+
+
+def test_any_document_is_decoded_from_its_index_as_it_was(tokenizer_dir: Path) -> None:
+    whole = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text()) | {"added_tokens": []}
+    raw = tokenizers.Tokenizer.from_str(json.dumps(content))  # knows no tags and special tokens
+
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(st.tuples(ODD_TEXTS, st.none() | ODD_TEXTS), max_size=6),
+        st.sampled_from(["lines", "escaped", "table"]),
+    )
+    def check(drawn: list[tuple[str, str | None]], kind: str) -> None:
+        rows = [{"text": text, "thinking": thinking} for text, thinking in [("first", None), *drawn]]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ("d.parquet" if kind == "table" else "d.jsonl")
+            if kind == "table":
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+            else:
+                path.write_text("".join(json.dumps(row, ensure_ascii=kind == "escaped") + "\n" for row in rows))
+            prefix = Path(folder) / "x"
+            manifest = index(IndexOptions([path], tokenizer_dir, prefix, on_bad_record="skip"))
+            reader = IndexReader(prefix)
+            found = [reader.document(number).tolist() for number in range(reader.num_documents)]
+        expected, texts = [], []
+        for row in (row for row in rows if row["text"].strip()):
+            thinking = (row["thinking"] or "").strip()
+            tokens = raw.encode(row["text"]).ids
+            if thinking:
+                tokens += [2, *raw.encode(f"\n{thinking}\n").ids, 3]
+            expected.append([*tokens, 0])
+            texts.append(row["text"] + (f"<think>\n{thinking}\n</think>" if thinking else "") + "<|endoftext|>")
+        assert found == expected
+        assert whole.decode_batch(found, skip_special_tokens=False) == texts
+        assert manifest.counts.skipped == ({"empty text": num} if (num := len(rows) - len(texts)) else {})
+
+    check()
 
 
 def test_large_vocabularies_take_four_bytes(word_tokenizer_dir: Path, tmp_path: Path) -> None:
