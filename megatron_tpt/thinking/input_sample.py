@@ -180,12 +180,12 @@ def _spread(sources: Sequence[Source], total: int, chance: random.Random) -> dic
 
 def _show_beginning(job: Job, source: Source, length: int, reservoir: _Reservoir) -> int:
     """Show the rows in about the first `length` bytes of a file; returns the bytes that they take."""
-    position = Progress()
+    position, num_bytes = Progress(), source.num_bytes or 0
     for row in _rows(job, source, position):
         reservoir.show(source, row)
-        if position.num_bytes >= length:
+        if length <= position.num_bytes < num_bytes:  # at the last byte there may be rows left: it stands for many
             return position.num_bytes
-    return source.num_bytes or 0
+    return num_bytes
 
 
 def _rows(job: Job, source: Source, position: Progress | None = None) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from augment_runs import options_for, write_documents
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
@@ -88,6 +89,13 @@ def test_documents_of_one_length_are_estimated_almost_exactly(
     guess = estimate(options_of(tmp_path / "in"))
     assert not guess.is_counted
     assert guess.documents == pytest.approx(6000, rel=0.02)
+
+
+def test_a_packed_file_that_is_read_whole_is_counted_to_its_last_row(options_of: Options, tmp_path: Path) -> None:
+    line = b'{"text": "ok 0 the same"}\n'
+    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(line * 30_000))  # some hundred rows in a packed byte
+    guess = estimate(options_of(tmp_path / "in.jsonl.zst", estimate=5))
+    assert (guess.documents, guess.is_counted) == (30_000, True)
 
 
 def test_a_row_of_any_place_can_be_drawn(options_of: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
