@@ -163,6 +163,8 @@ class EngineOptions:
     """
     endpoint_patience_s: float = 600.0
     """When no endpoint has answered for so long, generation ends with an error."""
+    hang_timeout_s: float = 600.0
+    """A server of "vllm-server" that has requests, and has written no token for so long, is ended and started again."""
     log_dir: Path | None = None
     """The folder for the logs of the servers that "vllm-server" starts; by default a temporary one."""
 
@@ -173,7 +175,7 @@ class EngineOptions:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.max_retries < 0:
             raise UserError(f"--max-retries {self.max_retries}: must be 0 or more")
-        for name in ("request_timeout_s", "endpoint_patience_s"):
+        for name in ("request_timeout_s", "endpoint_patience_s", "hang_timeout_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         if self.kind == "endpoint" and not self.endpoints:

@@ -89,6 +89,10 @@ class EndpointEngine:
         """How many requests the server at `url` has answered."""
         return self._dispatcher.server(url).num_answers
 
+    def num_in_flight(self, url: str) -> int:
+        """How many requests the server at `url` has now."""
+        return self._dispatcher.server(url).in_flight
+
     def was_open(self, url: str) -> bool:
         """Whether the server at `url` could ever be asked."""
         return self._dispatcher.server(url).was_open

@@ -3,11 +3,13 @@
     LOG_DIR/server-0.log   what server 0 says
     LOG_DIR/server-1.log   ...
 
-A server that dies is started again, and its requests are asked elsewhere meanwhile. Every server runs under a keeper
+A server that dies is started again, and its requests are asked elsewhere meanwhile; one that hangs is ended, and then
+the same. Every server runs under a keeper
 (`keeper.py`), so that none outlives this process.
 """
 
 import contextlib
+import http.client
 import importlib.metadata
 import os
 import re
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +40,10 @@ from megatron_tpt.generation.vllm_engine import (
 )
 
 _POLL_S = 0.5
-_STOP_TIMEOUT_S = 30.0
 _MAX_DEATHS_IN_A_ROW = 3
+_LOOKS_PER_HANG = 20
+_METRICS_TIMEOUT_S = 5.0
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _GPU_MAX_NUM_SEQS = 512
 
 
@@ -55,6 +61,11 @@ class _Server:
     """In a row, without a completion between them."""
     num_answers: int = 0
     """As of its last death."""
+    num_tokens: float | None = None
+    """Those that it had worked off when it was last looked at."""
+    next_look_s: float = 0.0
+    last_progress_s: float = 0.0
+    """When it last had worked off some, or had no requests (time.monotonic())."""
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -89,6 +100,7 @@ class VLLMServerEngine:
         urls = tuple(server.url for server in self._servers)
         client = replace(options, kind="endpoint", endpoints=urls, max_num_seqs=max_in_flight)
         self._closing = threading.Event()
+        self._hang_timeout_s = options.hang_timeout_s
         self._engine = EndpointEngine(client, local_key=key)
         self._watcher = threading.Thread(target=self._watch, name="vllm-servers", daemon=True)
         try:
@@ -130,8 +142,33 @@ class VLLMServerEngine:
                 for server in self._servers:
                     if server.keeper is not None and server.keeper.poll() is not None:
                         self._revive(server)
+                    elif self._hangs(server):
+                        self._end(server)
         except Exception as error:
             self._engine.fail(error)
+
+    def _hangs(self, server: _Server) -> bool:
+        """Whether `server` has had requests for `hang_timeout_s`, and done nothing about any of them."""
+        now_s = time.monotonic()
+        if not self._engine.num_in_flight(server.url):  # as while it starts
+            server.last_progress_s = now_s
+        elif now_s >= server.next_look_s:
+            server.next_look_s = now_s + self._hang_timeout_s / _LOOKS_PER_HANG
+            num_tokens = _num_tokens(server.url)
+            if num_tokens is not None and num_tokens != server.num_tokens:
+                server.num_tokens, server.last_progress_s = num_tokens, now_s
+        return now_s - server.last_progress_s > self._hang_timeout_s
+
+    def _end(self, server: _Server) -> None:
+        assert server.keeper is not None
+        num_requests = self._engine.num_in_flight(server.url)
+        print(
+            f"vLLM server {server.number} has written no token for {self._hang_timeout_s:g} s, with {num_requests} "
+            "requests; it is ended",
+            file=sys.stderr,
+        )
+        server.keeper.terminate()
+        server.last_progress_s = time.monotonic()
 
     def _revive(self, server: _Server) -> None:
         """Start a dead server again. Raises EngineError when it never came up, or does nothing but die."""
@@ -150,6 +187,21 @@ class VLLMServerEngine:
     def _death(self, server: _Server, what: str) -> EngineError:
         self._temporary_logs = None  # someone will want to read them
         return EngineError(f"{what}: {_last_error(server.log)} (its log: {server.log})")
+
+
+def _num_tokens(url: str) -> float | None:
+    """How many tokens of prompts and completions the server at `url` has worked off; None when it does not answer."""
+    try:
+        with _NO_PROXY.open(url.removesuffix("/v1") + "/metrics", timeout=_METRICS_TIMEOUT_S) as page:
+            text = page.read().decode()
+    except (OSError, http.client.HTTPException):
+        return None
+    counts = re.findall(r"^vllm:(?:prompt|generation)_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+    if not counts:
+        raise EngineError(
+            f"{url}: its metrics do not tell how many tokens it has generated; use another version of vLLM"
+        )
+    return sum(map(float, counts))
 
 
 def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str, log_dir: Path) -> _Server:

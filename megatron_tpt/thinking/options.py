@@ -91,6 +91,8 @@ class AugmentOptions:
     """The environment variable with the key for the endpoints."""
     request_timeout_s: float = 3600
     """Longest wait for one answer of a server."""
+    hang_timeout_s: float = 600
+    """vllm-server: a server that has requests, and has written no token for so long, is ended and started again."""
     tokenizer: str | None = None
     """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may be
     left out; then four characters count as a token.
@@ -154,5 +156,6 @@ class AugmentOptions:
             api=self.api,
             api_key_env=self.api_key_env,
             request_timeout_s=self.request_timeout_s,
+            hang_timeout_s=self.hang_timeout_s,
             log_dir=log_dir,
         )

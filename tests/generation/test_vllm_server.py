@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,8 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"), chat_template=CHAT_TEMPLATE)
 
 
-def server_options(model: str, log_dir: Path) -> EngineOptions:
-    return EngineOptions(model, 256, max_num_seqs=4, kind="vllm-server", log_dir=log_dir)
+def server_options(model: str, log_dir: Path, **changes: Any) -> EngineOptions:
+    return EngineOptions(model, 256, max_num_seqs=4, kind="vllm-server", log_dir=log_dir, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +87,28 @@ def newest_server() -> psutil.Process:
 
 
 @pytest.mark.slow
-def test_a_killed_server_is_started_again_and_nothing_is_lost(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["killed", "hangs"])
+def test_a_server_that_fails_is_started_again_and_nothing_is_lost(
+    model: str, tmp_path: Path, fault: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     sampling = Sampling(temperature=0, max_new_tokens=200)
-    with open_engine(server_options(model, tmp_path / "logs")) as engine:
+    with open_engine(server_options(model, tmp_path / "logs", hang_timeout_s=20)) as engine:
         expected = complete(engine, PROMPTS, sampling)
         server = newest_server()
         family = [server, *server.children(recursive=True)]
+        [engine_core] = [process for process in family if "EngineCore" in process.name()]
         done = {}
         for request, outcome in engine.generate(Request(p, sampling, key=i) for i, p in enumerate(PROMPTS)):
             if not done:
-                os.kill(server.pid, signal.SIGKILL)
+                if fault == "killed":
+                    os.kill(server.pid, signal.SIGKILL)
+                else:
+                    os.kill(engine_core.pid, signal.SIGSTOP)  # the server itself answers as before
             assert request.key not in done
             done[request.key] = outcome
         assert [done[i] for i in range(len(PROMPTS))] == expected
         assert engine.stats().num_retried > 0
+        assert ("has written no token for 20 s" in capfd.readouterr().err) == (fault == "hangs")
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive
 
