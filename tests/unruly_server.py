@@ -10,7 +10,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 from ports import free_port
@@ -37,6 +37,9 @@ class UnrulyServer:
         self.status: int | None = None
         """When set, the answer to everything."""
         self.usage = True
+        self.thinks: Literal["", "aloud", "apart"] = ""
+        """Whether its model thinks before it answers a chat; "apart": told by a server that takes the tags out."""
+        self.takes_stop = True
         self.reasoning: str | None = "hm"
         """What chats hand out apart from the text."""
         self.answers: dict[str, str] = {}
@@ -116,6 +119,10 @@ class UnrulyServer:
             self._asked[prompt] += 1
             if self._asked[prompt] <= int(times):
                 return await self._misbehave(fault, request)
+        if "stop" in body and not self.takes_stop:
+            return web.json_response({"error": "Argument not supported on this model: stop"}, status=400)
+        if self.thinks:
+            return web.json_response(self._thoughtful(body.get("stop", [])))
         content: dict[str, Any] = {"choices": [self._choice(self._text(prompt), is_chat)]}
         if self.usage:
             content["usage"] = {"prompt_tokens": 3, "completion_tokens": 5}
@@ -123,6 +130,18 @@ class UnrulyServer:
 
     def _text(self, prompt: Any) -> str:
         return self.answers.get(str(prompt), f"answer to {prompt}")
+
+    def _thoughtful(self, stop: list[str]) -> dict[str, Any]:
+        """A chat's answer by a model whose prompt ends in "<think>"; every word is a token."""
+        raw = "why heat flows </think> it just does"
+        for text in stop:
+            raw = raw.partition(text)[0]
+        message: dict[str, Any] = {"role": "assistant", "content": raw}
+        if self.thinks == "apart":
+            thinking, closed, answer = raw.partition("</think>")
+            message |= {"content": answer if closed else None, "reasoning_content": thinking}
+        usage = {"prompt_tokens": 3, "completion_tokens": len(raw.split())}
+        return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
 
     def _choice(self, text: str, is_chat: bool) -> dict[str, Any]:
         if is_chat:

@@ -15,6 +15,7 @@ import functools
 import math
 import queue
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -23,7 +24,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
-from megatron_tpt.generation.http_client import HttpClient
+from megatron_tpt.generation.http_client import HttpAnswer, HttpClient
 from megatron_tpt.generation.openai_api import (
     PATHS,
     ListedModel,
@@ -31,7 +32,9 @@ from megatron_tpt.generation.openai_api import (
     check_status,
     parse_answer,
     parse_models,
+    refuses_stop,
     request_body,
+    without_stop,
 )
 
 _DEFAULT_MAX_IN_FLIGHT = 64
@@ -77,6 +80,8 @@ class Server:
     num_failures: int = 0
     """In a row; those of requests sent before its last rest count as one."""
     failing_since_s: float | None = None
+    takes_stop: bool = True
+    """Whether it takes texts that end a completion; some refuse them for models that think."""
     was_open: bool = False
     num_answers: int = 0
 
@@ -224,15 +229,29 @@ class Dispatcher:
         options = self._options
         url = server.url + PATHS[options.api]
         listed = server.listed
-        body = request_body(
-            request, options.model, options.api, is_vllm=listed.is_vllm, max_model_len=options.max_model_len
-        )
         if options.max_model_len is None and request.sampling.max_new_tokens >= (listed.context or math.inf):
             raise UserError(
                 f"{server.url}: its context is {listed.context} tokens, which leaves no room for a prompt beside "
                 f"{request.sampling.max_new_tokens} new ones; lower --max-new-tokens, or have a server with more"
             )
-        return parse_answer(url, *await self._client.post(url, body))
+        if not server.takes_stop:
+            return parse_answer(url, *await self._post(url, without_stop(request), listed))
+        answer = await self._post(url, request, listed)
+        if request.sampling.stop and refuses_stop(answer.status, answer.body):
+            unstopped = await self._post(url, without_stop(request), listed)
+            if unstopped.status == 200:
+                server.takes_stop, answer = False, unstopped
+                print(
+                    f"{url} takes no stop texts: what comes after {request.sampling.stop} is paid for", file=sys.stderr
+                )
+        return parse_answer(url, *answer)
+
+    async def _post(self, url: str, request: Request, listed: ListedModel) -> HttpAnswer:
+        options = self._options
+        body = request_body(
+            request, options.model, options.api, is_vllm=listed.is_vllm, max_model_len=options.max_model_len
+        )
+        return await self._client.post(url, body)
 
     def _finish(self, job: Job, outcome: Completion | Failure) -> None:
         if job in self._jobs:

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
@@ -82,6 +82,16 @@ def _prompt_field(request: Request, api: Api) -> dict[str, Any]:
             else 'the API "chat" takes messages, not a prompt as text or token ids; choose --api completions'
         )
     return {"messages": list(prompt)} if is_chat else {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+
+
+def without_stop(request: Request) -> Request:
+    """`request` with a completion that goes on to its end."""
+    return request._replace(sampling=replace(request.sampling, stop=()))
+
+
+def refuses_stop(status: int, body: bytes) -> bool:
+    """Whether this answer blames the request, and may do so for its stop texts."""
+    return status in (400, 422) and re.search(r"\bstop\b", _error_message(body), re.IGNORECASE) is not None
 
 
 def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Completion | Failure:

@@ -8,7 +8,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling, check_context, check_model, load_tokenizer
 from megatron_tpt.records import Columns, Source, expand_sources, read_blocks
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.prompts import Documents, Prompt, Template, load_template
+from megatron_tpt.thinking.prompts import Documents, Prompt, Template, ends_in, load_template, render
 from megatron_tpt.thinking.rows import RowWorker
 from megatron_tpt.thinking.settings import make_settings
 from megatron_tpt.thinking.thoughts import ThoughtReader
@@ -56,6 +56,8 @@ class Job:
             thinking_block=options.thinking_block,
             open_tag=options.open_tag,
         )
+        tag = options.open_tag if prompt.opens_thinking else None
+        begins_thinking = tokenizer is not None and ends_in(options.open_tag, render(self.template, tokenizer, tag))
         reader = ThoughtReader(
             self.template.wants,
             options.open_tag,
@@ -63,11 +65,14 @@ class Job:
             options.truncated,
             options.filters,
             documents.count,
+            begins_thinking=begins_thinking,
         )
         context = None
         if options.engine != "endpoint":
             context = check_context(options.model, prompt.max_tokens, options.max_new_tokens)
-        stop = (options.close_tag,) if prompt.opens_thinking and self.template.wants == "thinking" else ()
+        # What a chat server's own template opens is not known here; to a model that does not think it is no matter.
+        may_think = begins_thinking or (as_messages and options.thinking_block != "none")
+        stop = (options.close_tag,) if may_think and self.template.wants == "thinking" else ()
         return Generator(
             RowWorker(options, self.template, documents, prompt, reader),
             options.engine_options(context, options.output / "logs"),

@@ -287,6 +287,11 @@ def _marked(template: Template) -> str:
     return "".join(parts)
 
 
+def ends_in(open_tag: str, between: Sequence[str]) -> bool:
+    """Whether the prompt that `render` gave leaves the model in its thinking; some chat templates always do."""
+    return re.search(rf"{re.escape(open_tag)}\s*\Z", between[-1]) is not None
+
+
 def render(template: Template, tokenizer: Any, open_tag: str | None) -> list[str]:
     """The texts before, between and after the placeholders, with the chat template (where there is one) around them.
 
@@ -304,6 +309,6 @@ def render(template: Template, tokenizer: Any, open_tag: str | None) -> list[str
         if _ANY_MARK.findall(content) != marks:
             raise UserError("the model's chat template does not show the user's message once; use another model")
     between: list[str] = re.split(_ANY_MARK, content)[::2]
-    if open_tag is not None and not re.search(rf"{re.escape(open_tag)}\s*\Z", between[-1]):
+    if open_tag is not None and not ends_in(open_tag, between):
         between[-1] += ("" if between[-1].endswith("\n") else "\n") + f"{open_tag}\n"
     return between

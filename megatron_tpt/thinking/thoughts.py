@@ -44,7 +44,11 @@ class ThoughtReader:
         truncated: Truncated,
         filters: FilterOptions,
         count_tokens: Callable[[str], int],
+        *,
+        begins_thinking: bool = False,
     ) -> None:
+        """`begins_thinking`: the prompt ends in `open_tag`, so that a completion begins with thinking."""
+        self._begins_thinking = begins_thinking
         self._wants = wants
         self._open_tag = open_tag
         self._close_tag = close_tag
@@ -75,8 +79,8 @@ class ThoughtReader:
         at_limit = completion.finish_reason == "length"
         thinking, closed, answer = completion.text.partition(self._close_tag)
         if self._wants == "answer":
-            begun = closed or self._open_tag not in completion.text
-            return (answer if closed else thinking if begun else "").strip(), at_limit
+            still_thinking = not closed and (self._begins_thinking or self._open_tag in completion.text)
+            return ("" if still_thinking else answer if closed else thinking).strip(), at_limit
         if completion.reasoning is not None:
             return completion.reasoning.strip(), at_limit and not completion.text.strip()
         return thinking.removeprefix(self._open_tag).strip(), at_limit and not closed

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from augment_runs import options_for, records, write_documents
+from augment_runs import options_for, records, rejects, write_documents
+from tiny_models import CHAT_TEMPLATE, make_model
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import Fault, UserError
@@ -44,3 +46,41 @@ def test_a_machine_that_lacks_what_the_others_have_is_a_fault(server: UnrulyServ
     (tmp_path / "away").rename(tmp_path / "in")
     augment(tasks[1])
     assert len(records(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("thinks,num_tokens", [("aloud", 3), ("apart", 3), ("", 5)])
+def test_a_chat_model_is_stopped_at_the_end_of_its_thinking(
+    server: UnrulyServer, tmp_path: Path, thinks: Any, num_tokens: int
+) -> None:
+    server.thinks = thinks
+    documents = write_documents(tmp_path / "documents.jsonl", ({"id": f"d{i}", "text": f"ok 0 {i}"} for i in range(4)))
+    progress = augment(chat_options(server, documents, tmp_path / "out"))
+    assert all(body["stop"] == ["</think>"] for body in server.bodies)
+    done = records(tmp_path / "out")
+    assert [record.thinking for record in done] == ["why heat flows" if thinks else "hm"] * 4
+    assert {record.meta["truncated"] for record in done} == {False}
+    assert progress.thinking_tokens == 4 * num_tokens
+
+
+def test_a_server_that_takes_no_stop_texts_is_asked_without(
+    server: UnrulyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.thinks, server.takes_stop = "aloud", False
+    documents = write_documents(tmp_path / "documents.jsonl", ({"id": f"d{i}", "text": f"ok 0 {i}"} for i in range(40)))
+    progress = augment(chat_options(server, documents, tmp_path / "out", max_num_seqs=2))
+    assert [record.thinking for record in records(tmp_path / "out")] == ["why heat flows"] * 40
+    assert progress.thinking_tokens == 40 * 7
+    assert len(server.bodies) <= 42  # the first at each of two places were asked twice
+    assert "takes no stop texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_thoughts_that_were_cut_are_no_rephrased_text(server: UnrulyServer, tmp_path: Path, opens: bool) -> None:
+    """Some chat templates open the thinking whether or not it is wanted."""
+    template = CHAT_TEMPLATE.replace("<|assistant|>\n", "<|assistant|>\n<think>\n" if opens else "<|assistant|>\n")
+    model = make_model(tmp_path / "model", context=1024, chat_template=template)
+    documents = write_documents(tmp_path / "documents.jsonl", [{"id": "d", "text": "Heat flows."}])
+    cut: dict[str, Any] = {"api": "completions", "prompt": "rephrase", "tokenizer": model}
+    progress = augment(chat_options(server, documents, tmp_path / "out", **cut))
+    assert progress.records == (not opens)  # the server ends every completion at the limit, without a tag
+    assert len(rejects(tmp_path / "out")) == opens
