@@ -3,9 +3,8 @@
     LOG_DIR/server-0.log   what server 0 says
     LOG_DIR/server-1.log   ...
 
-A server that dies is started again, and its requests are asked elsewhere meanwhile; one that hangs is ended, and then
-the same. Every server runs under a keeper
-(`keeper.py`), so that none outlives this process.
+A server that dies is started again, and its requests are asked elsewhere meanwhile; one that hangs is ended, and so
+dies. Every server runs under a keeper (`keeper.py`), so that none outlives this process.
 """
 
 import contextlib
