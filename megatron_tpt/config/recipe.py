@@ -117,7 +117,8 @@ class DataConfig:
     tokenizer: Path | None = None
     """Folder of the tokenizer that the data was indexed with, for the checkpoints; where it was then when not given."""
     allow_change: bool = False
-    """Go on from a checkpoint with other training data than before; without, that is refused."""
+    """Go on from a checkpoint with other training data than before, or more times through it; without, that is
+    refused."""
     reset_at_documents: bool = False
     """A token attends to its own document alone, and positions count from 0 in each; without, to all before it in the
     sample."""
