@@ -47,7 +47,10 @@ class IndexOptions:
     stop where it does not. reference: Hugging Face tokenizers.
     """
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Threads that parse and encode; by default as many as there are cores."""
+    """Threads that parse and encode; by default as many as there are cores. One thread reads and unpacks, file after
+    file; from .gz come some 200 MB/s, which two or three workers use up. For more, run a job for each part of the input
+    and merge (tools/merge_index.py).
+    """
     max_memory: str = "1GiB"
     """Bound of the memory in use, but for a single record larger than that allows."""
 
