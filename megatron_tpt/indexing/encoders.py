@@ -140,10 +140,9 @@ def _as_awkward(texts: pyarrow.LargeStringArray) -> Any:
     import awkward
 
     bounds, data = text_buffers(texts)
-    data = data[bounds[0] : bounds[-1]]  # gigatoken reads all that it is given, and texts may be part of a table
     characters = awkward.contents.NumpyArray(data, parameters={"__array__": "char"})
     strings = awkward.contents.ListOffsetArray(
-        awkward.index.Index64(bounds - bounds[0]), characters, parameters={"__array__": "string"}
+        awkward.index.Index64(bounds), characters, parameters={"__array__": "string"}
     )
     return awkward.Array(strings)
 
