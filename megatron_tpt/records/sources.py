@@ -35,7 +35,7 @@ class Source:
 
 
 def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """The sources behind `inputs`, each once, whatever its names (links too), in the order in which they are first named.
+    """The sources behind `inputs`, each once, whatever its names (links too), in the order of their first names.
 
     - A file is itself.
     - A folder is the record files in it at any depth, sorted; hidden names are left out (unfinished files have such
