@@ -10,6 +10,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -76,6 +77,13 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
 def _virtual_size(parallel: ParallelConfig) -> int | None:
     """As Megatron Core wants it: None is the plain schedule."""
     return parallel.virtual_pipeline_parallel_size if parallel.virtual_pipeline_parallel_size > 1 else None
+
+
+def gather_objects[T](value: T) -> list[T]:
+    """The value of every rank, in the order of the ranks. All ranks call it; values are pickled."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def set_timeout(timeout_s: int) -> None:

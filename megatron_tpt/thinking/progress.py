@@ -120,9 +120,14 @@ class Reporter:
             print(self._progress.summary(), end=end, file=sys.stderr, flush=True)
 
 
+def task_name(task: int, num_tasks: int) -> str:
+    """What the files of task `task` of `num_tasks` are called."""
+    return f"task-{task:05d}-of-{num_tasks:05d}"
+
+
 def progress_path(folder: Path, task: int, num_tasks: int) -> Path:
     """Where task `task` of `num_tasks` says how far it is."""
-    return folder / f"task-{task:05d}-of-{num_tasks:05d}.json"
+    return folder / f"{task_name(task, num_tasks)}.json"
 
 
 def write_progress(progress: Progress, path: Path) -> None:

@@ -11,6 +11,7 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.records import REJECTS, Record, write_records
 from megatron_tpt.thinking.journal import Journal, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
+from megatron_tpt.thinking.progress import task_name
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
@@ -68,15 +69,15 @@ class Output:
     def note_finished(self, task: int, num_tasks: int) -> None:
         """Note that task `task` has come to the end of its share."""
         self.finished.mkdir(parents=True, exist_ok=True)
-        (self.finished / _task_name(task, num_tasks)).touch()
+        (self.finished / task_name(task, num_tasks)).touch()
 
     def unfinished_tasks(self, num_tasks: int) -> list[int]:
         """The tasks of `num_tasks` that never came to their end; none when the tasks of another split all did."""
         names = {path.name for path in self.finished.glob("*-of-*")}
         splits = {int(name.rpartition("-")[2]) for name in names}
-        if any(all(_task_name(task, split) in names for task in range(split)) for split in splits):
+        if any(all(task_name(task, split) in names for task in range(split)) for split in splits):
             return []
-        return [task for task in range(num_tasks) if _task_name(task, num_tasks) not in names]
+        return [task for task in range(num_tasks) if task_name(task, num_tasks) not in names]
 
     def totals(self) -> tuple[ThinkingStatistics, int]:
         """What all finished blocks hold, and how many of them are not there any more."""
@@ -125,10 +126,6 @@ class Output:
             for line in journal.lines():
                 for reject in line.rejects:
                     packed.write(json.dumps(reject).encode() + b"\n")
-
-
-def _task_name(task: int, num_tasks: int) -> str:
-    return f"task-{task:05d}-of-{num_tasks:05d}"
 
 
 def _records(journal: Journal) -> Iterator[Record]:

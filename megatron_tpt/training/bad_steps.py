@@ -146,13 +146,12 @@ class CheckNumbers(Callback):
 
 def _compare(first: _Result, second: _Result, is_good: bool) -> str:
     """What the second result of a bad step says of the first, in one line. All ranks call it."""
-    own = {
+    own: dict[str, Any] = {
         "name": platform.rank_name(),
         "losses": _are_alike(first.own_losses, second.own_losses),
         "gradients": _are_alike(first.gradient_norms, second.gradient_norms),
     }
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
+    every = platform.gather_objects(own)
     # A reduction spreads the gradients of one rank to others, and ranks that share one copy of the model its losses.
     what = "losses" if not all(one["losses"] for one in every) else "gradients"
     ranks = ", ".join(one["name"] for one in every if not one[what])
@@ -180,14 +179,13 @@ def _diagnose(trainer: Trainer, loss_sums: torch.Tensor) -> str:
     """Who has what that is not finite, in one line; in full in RUN/logs/bad-step-*.json. All ranks call it."""
     loader, step = trainer.data.train, trainer.step
     named = [item for gpt in trainer.gpts for item in gpt.named_parameters()]
-    own = {
+    own: dict[str, Any] = {
         "rank": torch.distributed.get_rank(),
         "loss_is_finite": bool(loss_sums.isfinite().all()),
         "parameters": [name for name, value in named if not local_gradient(value).isfinite().all()],
         "samples": [i for part in range(loader.num_microbatches(step)) for i in loader.sample_indices(step, part)],
     }
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, own)
+    every = platform.gather_objects(own)
     guilty = [one for one in every if one["parameters"] or not one["loss_is_finite"]]
     path: Path = trainer.recipe.run.output_dir / "logs" / f"bad-step-{step + 1:08d}.json"
     if platform.is_first_rank():

@@ -194,8 +194,7 @@ def _together(folder: Path, action: Callable[[], Any]) -> Any:
         error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
         if isinstance(caught, OSError):
             error += f": make room, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
-    errors: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
+    errors = platform.gather_objects(error)
     if any(errors):
         raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
     return result
@@ -264,8 +263,7 @@ class CheckpointSaving:
                 self.request.async_fn_args[2].put(result)
             self.request.finalize_fns[0]()  # gathers what was written where; the others are in _name_files
             _together(self.folder, self.strategy.raise_failure)
-            described: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(described, own)
+            described = platform.gather_objects(own)
             _together(self.folder, lambda: self._name_files(described) if platform.is_first_rank() else None)
 
     def abandon(self) -> None:
@@ -440,8 +438,7 @@ def _require_fit(state: dict[str, Any], folder: Path) -> None:
         ),
         None,
     )
-    every: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, wrong)
+    every = platform.gather_objects(wrong)
     if any(every):
         raise UserError(
             f"the tensors in {folder} do not fit the model of this recipe (compare it with the recipe.yaml there): "

@@ -58,12 +58,6 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(describe_files(folder, names), indent=1, sort_keys=True))
 
 
-def _gather[T](value: T) -> list[T]:
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> list[str]:
     """What is wrong with a rank's share of a checkpoint's files, one line each. Sizes first: they cost nothing."""
     try:
@@ -97,7 +91,7 @@ def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
     Without `reads_content` only the files' sizes are compared.
     """
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = _gather(_damage(folder, reads_content=reads_content, rank=rank, num_ranks=num_ranks))
+    shares = platform.gather_objects(_damage(folder, reads_content=reads_content, rank=rank, num_ranks=num_ranks))
     return sorted({line for share in shares for line in share})
 
 
@@ -107,7 +101,7 @@ def newest_whole_checkpoint(checkpoints: Path, *, reads_content: bool = True) ->
     Damaged ones are announced and set aside, so that their steps can be written again. Raises UserError when there are
     checkpoints and all are damaged.
     """
-    names = _gather([folder.name for folder in finished_checkpoints(checkpoints)])[0]
+    names = platform.gather_objects([folder.name for folder in finished_checkpoints(checkpoints)])[0]
     for name in reversed(names):
         folder = checkpoints / name
         damage = find_damage(folder, reads_content=reads_content)

@@ -89,8 +89,7 @@ class CheckCopies(Callback):
         if not differ.item():
             return
         own = [find_odd_copies(names, ranks, sums.tolist()) for names, ranks, sums in compared]
-        every: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, own)
+        every = platform.gather_objects(own)
         odd: dict[int, list[str]] = collections.defaultdict(list)
         for found in itertools.chain.from_iterable(every):
             for rank, names in found.items():

@@ -159,11 +159,9 @@ def _refusal[R](before: Callable[[R], None], recipe: R) -> str | None:
 
 def _refuse_together(refusal: str | None) -> None:
     """Raise UserError on all ranks when one has a refusal: they then end alike, and none waits for the others."""
-    import torch
+    from megatron_tpt import platform
 
-    refusals: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(refusals, refusal)
-    for text in filter(None, refusals):
+    for text in filter(None, platform.gather_objects(refusal)):
         raise UserError(text)
 
 

@@ -84,8 +84,7 @@ class Stragglers:
     """Compares the ranks; made, and called, on all of them together."""
 
     def __init__(self) -> None:
-        self.names: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(self.names, platform.rank_name())
+        self.names = platform.gather_objects(platform.rank_name())
 
     def compare(self, seconds: float) -> list[Slowdown]:
         """The slowdown of every rank, from this rank's own work of one step."""
