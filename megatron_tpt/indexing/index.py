@@ -38,10 +38,11 @@ from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
 from megatron_tpt.indexing.options import IndexOptions, num_bytes
 from megatron_tpt.indexing.originals import check_against_original, has_original
-from megatron_tpt.indexing.output import Output, publish, shard_prefix
+from megatron_tpt.indexing.output import Output, publish
 from megatron_tpt.indexing.pieces import Flags, PieceMaker, Pieces, Rows
 from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.sample import sample_texts
+from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import MAX_DOCUMENT_TOKENS, token_dtype
 from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources

@@ -25,6 +25,7 @@ from megatron_tpt.indexing.manifest import IndexCounts, Manifest, file_checksum
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.output import publish
 from megatron_tpt.indexing.reader import IndexReader
+from megatron_tpt.indexing.shard_sets import require_whole_sets
 from megatron_tpt.indexing.verification import check_structure, row_chunks
 from megatron_tpt.indexing.writer import DTYPE_CODES, HEADER, MAGIC, VERSION
 
@@ -113,6 +114,7 @@ def _expand(name: str, output: Path) -> list[Path]:
     if not files:
         raise UserError(f"{name}: no index found (PREFIX.idx)")
     found = [file.with_suffix("") for file in sorted(files)]
+    require_whole_sets(found, name, ".idx")
     return [prefix for prefix in found if prefix.absolute() != output.absolute()]
 
 

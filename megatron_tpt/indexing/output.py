@@ -205,11 +205,6 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def shard_prefix(prefix: Path, shard: int, num_shards: int) -> Path:
-    """Where a shard of a set goes."""
-    return prefix.with_name(f"{prefix.name}-{shard:05d}-of-{num_shards:05d}")
-
-
 def publish(folder: Path, prefixes: list[Path]) -> None:
     """Move complete files from the working folder to their names, the manifests last. Can be done again."""
     for kind in _KINDS:

@@ -147,6 +147,19 @@ def test_shards_are_named_by_prefix_file_glob_folder_and_list(shards: list[Path]
             expand_prefixes(inputs, None, output)
 
 
+def test_a_glob_over_a_set_of_shards_with_a_hole_is_refused_and_a_part_asked_for_by_name_is_not(
+    shards: list[Path], tmp_path: Path
+) -> None:
+    whole = [copy(shards[0], tmp_path / f"train-{number:05d}-of-00003") for number in range(3)]
+    for inputs in (f"{tmp_path}/train-*", str(tmp_path)):
+        assert expand_prefixes([inputs], None, tmp_path / "merged") == whole
+    Path(f"{whole[1]}.idx").unlink()
+    for inputs in (f"{tmp_path}/train-*", str(tmp_path)):
+        with pytest.raises(UserError, match=r"1 of the 3 shards are not there: .*-00001-of-00003\.idx is"):
+            expand_prefixes([inputs], None, tmp_path / "merged")
+    assert expand_prefixes([str(whole[0]), str(whole[2])], None, tmp_path / "merged") == [whole[0], whole[2]]
+
+
 def test_the_same_merger_again_is_left_alone_and_another_refused(
     shards: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
