@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_tpt.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
 
 
 class Commands:

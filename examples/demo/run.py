@@ -10,12 +10,12 @@ same held-out problems. The last table and picture are in OUTPUT/report. Run aga
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import TORCHRUN, Commands
+from commands import Commands
 from language import DAYS, Parcel, read_rows
 from teacher import measure
 
@@ -70,15 +70,17 @@ class Demo:
         # Two processes at a time: one for each of the two cores that the demo is made for.
         pool = ThreadPoolExecutor(max_workers=2)
         try:
-            steps, others = pool.map(self.train_arm, (THINKING, DOCUMENTS))
-            assert steps == others, "the arms have checkpoints after different numbers of tokens"
-            jobs = [(arm, step, "sft") for step in steps for arm in FOLDERS]
-            jobs.append((DOCUMENTS, steps[-1], "sft_direct"))
-            models = list(pool.map(lambda job: self.finetune(*job), jobs))
+            arms = {arm: pool.submit(self.train_arm, arm) for arm in (THINKING, DOCUMENTS)}
+            jobs: dict[tuple[str, int, str], Future[Path]] = {}
+            for arm in FOLDERS:  # documents alone are done first; their fine-tuning does not wait for the thinking
+                steps = arms[arm].result()
+                jobs |= {(arm, step, "sft"): pool.submit(self.finetune, arm, step, "sft") for step in steps}
+            jobs[DOCUMENTS, steps[-1], "sft_direct"] = pool.submit(self.finetune, DOCUMENTS, steps[-1], "sft_direct")
+            models = [model.result() for model in jobs.values()]
         finally:
             pool.shutdown(cancel_futures=True)
         self.evaluate(models)
-        self.report(jobs)
+        self.report(list(jobs))
 
     def write_documents(self) -> None:
         """Documents, fine-tuning examples and held-out problems; language.py checks that none is in two of them."""
@@ -110,7 +112,7 @@ class Demo:
         )
         self.commands.python(
             f"pretrain_{name}",
-            *TORCHRUN, "megatron_tpt.pretrain", HERE / "pretrain.yaml",
+            "-m", "megatron_tpt.pretrain", HERE / "pretrain.yaml",
             f"--run.output_dir={self.output / 'pretrain' / name}", f"--run.seed={self.options.seed}",
             f"--data.train=[{{path: {index}}}]",
         )  # fmt: skip
@@ -122,7 +124,7 @@ class Demo:
         name = f"{FOLDERS[arm]}_{step}_{examples}"
         self.commands.python(
             f"finetune_{name}",
-            *TORCHRUN, "megatron_tpt.finetune", HERE / "finetune.yaml",
+            "-m", "megatron_tpt.finetune", HERE / "finetune.yaml",
             f"--run.output_dir={self.output / 'finetune' / name}", f"--run.seed={self.options.seed}",
             f"--training.init_from={self.output / 'pretrain' / FOLDERS[arm] / 'checkpoints' / f'step_{step:08d}'}",
             f"--data.train=[{self.output / 'data' / f'{examples}.jsonl'}]",

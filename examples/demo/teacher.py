@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands import TORCHRUN, Commands
+from commands import Commands
 from language import TEACHERS_PARCELS, Parcel, sample_parcels
 from tokenizer import make_tokenizer
 
@@ -61,7 +61,7 @@ def train_teacher(options: TeacherOptions) -> None:
     _write(output / "checks.jsonl", ({"text": p.document} for p in checks))
     commands.python(
         "train",
-        *TORCHRUN, "megatron_tpt.finetune", HERE / "teacher.yaml", f"--run.output_dir={output / 'run'}",
+        "-m", "megatron_tpt.finetune", HERE / "teacher.yaml", f"--run.output_dir={output / 'run'}",
         f"--data.train=[{output / 'train.jsonl'}]", f"--data.tokenizer={output / 'tokenizer'}",
     )  # fmt: skip
     commands.python(
