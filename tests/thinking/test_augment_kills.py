@@ -139,8 +139,8 @@ def test_a_job_whose_server_is_killed_five_times_ends_with_every_document(
                 time.sleep(0.05)
             assert process.poll() is None, (tmp_path / "log").read_text()
             for child in psutil.Process(process.pid).children(recursive=True):
-                if "api_server" in " ".join(child.cmdline()) or "EngineCore" in child.name():
-                    with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.NoSuchProcess):  # one that ended because another was killed
+                    if "api_server" in " ".join(child.cmdline()) or "EngineCore" in child.name():
                         child.kill()
         assert process.wait() == 0, (tmp_path / "log").read_text()
     check_every_id_once(documents, options.output)
