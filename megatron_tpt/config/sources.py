@@ -55,7 +55,7 @@ def _read_list(path: Path) -> list[Any]:
 def _matches(pattern: str) -> list[dict[str, Any]]:
     """The indices whose prefix matches, each with its tokens as weight, under the name of the pattern."""
     manifests = sorted(Path(path) for path in glob.glob(f"{pattern}.json"))
-    require_whole_sets((path.with_suffix("") for path in manifests), pattern, ".json")
+    require_whole_sets([path.with_suffix("") for path in manifests], pattern, ".json")
     return [
         {"path": str(path.with_suffix("")), "weight": tokens, "name": Path(pattern).name}
         for path in manifests
