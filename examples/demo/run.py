@@ -164,6 +164,11 @@ class Demo:
         title = f"Accuracy on {self.options.num_problems} held-out problems, seed {self.options.seed}"
         write_report(report, summarize(points), title, chance=1 / len(DAYS))
         self.commands.say(f"the teacher's thoughts: {teacher['right']:.1%} right in every step")
+        self.commands.say(
+            f"this is one run, of seed {self.options.seed}. The table in README.md has the means of five other seeds: "
+            f"early checkpoints differ from seed to seed, because the skill appears at different steps; the last ones "
+            f"should agree. `make study` runs those five"
+        )
         self.commands.say(f"done: {report / 'table.md'}, {report / 'accuracy.png'}")
 
     def _measure_teacher(self) -> dict[str, float]:
