@@ -5,6 +5,7 @@
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,13 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     file in its place, `text_column: VALUE`; options after it win. An unknown option or a value of the wrong type ends
     the program with exit code 2; a `UserError` raised in `__post_init__` passes through.
     """
-    return tyro.cli(cls, args=_with_recipes(sys.argv[1:] if argv is None else argv), description=description)
+    arguments = _with_recipes(sys.argv[1:] if argv is None else argv)
+    return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(description))
+
+
+def _one_command_a_line(description: str) -> str:
+    """The examples of a tool's description as paragraphs: tyro joins the lines of a paragraph."""
+    return re.sub(r"\n+(?=(?:python|torchrun) )", "\n\n", description)
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:

@@ -117,8 +117,8 @@ def test_a_fine_tuned_model_answers_and_stops_in_vllm(models: dict[str, Path], t
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"prompt": q, "answer": f"Answer: {a}"}) + "\n" for q, a in ANSWERS.items()))
     _run(
-        "tools/evaluate.py", "--model", *models.values(), "--data", problems, "--output", tmp_path / "results", "--chat",
-        "--answer-type", "exact", "--max-new-tokens", 24,
+        "tools/evaluate.py", "--model", *models.values(), "--data", problems, "--output", tmp_path / "results",
+        "--chat", "--answer-type", "exact", "--max-new-tokens", 24,
     )  # fmt: skip
     for result in json.loads((tmp_path / "results/results.json").read_text())["models"]:
         assert result["accuracy"] == 1.0, result
