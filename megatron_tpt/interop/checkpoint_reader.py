@@ -1,6 +1,5 @@
 """Reads single tensors, whole, from a checkpoint that any parallel layout wrote: one process, no process groups."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.training.checkpoint_trust import require_data_only
 
 
 class _IntoOneTensor(DefaultLoadPlanner):
@@ -30,11 +30,9 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        require_data_only(folder)
         self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError):
-            raise UserError(f"{folder} is no checkpoint: give a folder like RUN/checkpoints/latest") from None
+        self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def _entry(self, key: str) -> TensorStorageMetadata:

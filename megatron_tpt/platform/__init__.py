@@ -17,6 +17,8 @@ import torch
 from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.platform.noise import silence_known_messages
 
+# Checkpoints may be foreign: torch.load builds tensors and plain containers only, also where a library asks for more.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 silence_known_messages(on_cpu=not torch.cuda.is_available())
 if not torch.cuda.is_available():
     from megatron_tpt.platform.cpu import adapt_megatron_to_cpu

@@ -32,6 +32,7 @@ from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
+from megatron_tpt.training.checkpoint_trust import require_data_only
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -455,8 +456,9 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _require_checkpoint(folder: Path) -> None:
+    require_data_only(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise UserError(f"{folder} is no checkpoint: give a folder like RUN/checkpoints/latest")
+        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest")
 
 
 def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:

@@ -201,7 +201,7 @@ def test_finished_folders_are_not_replaced(imported: Callable[[str], Path], mode
 
 def test_other_folders_are_not_exported(imported: Callable[[str], Path], model_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    assert_refused(lambda: export_hf(ExportOptions(model_folder, output)), output, "is no checkpoint")
+    assert_refused(lambda: export_hf(ExportOptions(model_folder, output)), output, "is not a checkpoint")
     checkpoint = Path(shutil.copytree(imported("llama"), tmp_path / "checkpoint"))
     recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text())
     recipe["model"]["ffn_hidden_size"] = 90

@@ -1,0 +1,76 @@
+"""A checkpoint is data, whoever wrote it: nothing in it may run code when it is opened.
+
+torch.distributed.checkpoint keeps a checkpoint's description as a pickle (`.metadata`), and a pickle may call any
+function when it is loaded. So it is read first by an unpickler that knows the few types that such a description is made
+of. The objects in the other files are read by torch's restricted unpickler (`weights_only`), which `platform` turns on
+for the whole process.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tpt.errors import UserError
+
+METADATA = ".metadata"
+
+_TYPES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class _Forbidden(Exception):
+    """The name of what a pickle asks for and must not have."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _TYPES.get(module, ()):
+            return super().find_class(module, name)
+        raise _Forbidden(f"{module}.{name}")
+
+
+def require_data_only(folder: Path) -> None:
+    """Raises UserError when the description of a checkpoint cannot be read, or asks for more than data.
+
+    To be called before anything else opens the folder.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except OSError:
+        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest") from None
+    except _Forbidden as error:
+        raise UserError(
+            f"{path} asks for {error}, which no checkpoint consists of: it could run code, and is refused. Get the "
+            f"checkpoint from its author again, or its weights as safetensors (tools/import_hf.py)"
+        ) from None
+    # A damaged pickle can raise nearly anything; none of it has run code from outside the types above.
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): give another checkpoint") from None
