@@ -7,6 +7,7 @@ folder is atomic on POSIX: a reader (or a process killed at any moment) sees the
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -32,24 +33,30 @@ def sync_tree(folder: str | Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
+    """A name that nobody can have guessed and put something under, in a folder that others may write to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its own on every machine that shares the folder. The suffixes stay last: writers choose the format by them.
-    return path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    # Host and process say whose leftover it is. The suffixes stay last: writers choose the format by them.
+    return path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends without an exception it becomes `path`.
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield the path of a new, empty temporary file; when the block ends without an exception it becomes `path`.
 
     The block must close what it wrote there. After an exception the temporary file is removed and `path` is untouched.
+    Without `durable` the content is not flushed to the disk first: for progress reports that a power cut may take.
     """
     path = Path(path)
     temporary = _temporary_beside(path)
+    # O_EXCL: never through a link, and never into a file that was there before.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        _fsync(temporary)
+        if durable:
+            _fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        if durable:
+            _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -62,7 +69,6 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = _temporary_beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -80,7 +86,6 @@ def atomic_symlink(target: str, link: str | Path) -> None:
     """Point `link` at `target` (a path relative to the link's folder), replacing a link that is there."""
     link = Path(link)
     temporary = _temporary_beside(link)
-    temporary.unlink(missing_ok=True)
     os.symlink(target, temporary)
     os.replace(temporary, link)
     _fsync(link.parent)

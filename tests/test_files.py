@@ -1,7 +1,9 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,22 @@ def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
         (tmp_path / target).mkdir()
         atomic_symlink(target, tmp_path / "latest")
         assert os.readlink(tmp_path / "latest") == target
+
+
+def test_links_planted_under_the_names_of_temporary_files_are_not_followed(tmp_path: Path, monkeypatch: Any) -> None:
+    """Even where the random part of the name is known: a link, or a foreign file, in its place is an error."""
+    monkeypatch.setattr("megatron_tpt.files.secrets.token_hex", lambda _: "0")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    planted = folder / f".tmp-{socket.gethostname()}-{os.getpid()}-0-report.md"
+    for plant in (lambda: planted.symlink_to(victim), lambda: planted.write_text("foreign")):
+        plant()
+        with pytest.raises(FileExistsError), atomic_write(folder / "report.md") as temporary:
+            temporary.write_text("ours")
+        with pytest.raises(FileExistsError), atomic_directory(folder / "report.md"):
+            pass
+        planted.unlink()
+    assert victim.read_text() == "precious"
+    assert not os.listdir(folder)

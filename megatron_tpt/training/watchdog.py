@@ -31,6 +31,7 @@ from types import FrameType
 import psutil
 import torch
 
+from megatron_tpt.files import atomic_write
 from megatron_tpt.training.checkpoint import CheckpointSaving, start_saving
 from megatron_tpt.training.steps import TimedIterator, run_microbatches
 from megatron_tpt.training.trainer import Callback, Trainer
@@ -177,10 +178,11 @@ class Watchdog(Callback):
         if self.rank == 0:
             paths.append(self.logs.parent / "heartbeat.json")
         for path in paths:
-            temporary = path.with_name(f".tmp-{path.name}")
-            with contextlib.suppress(OSError):  # a full disk alone ends no run
+            with (
+                contextlib.suppress(OSError),
+                atomic_write(path, durable=False) as temporary,
+            ):  # a full disk ends no run
                 temporary.write_text(json.dumps(dataclasses.asdict(beat)))
-                temporary.replace(path)
 
     def _watch(self) -> None:
         progress, waited_s = None, 0.0
