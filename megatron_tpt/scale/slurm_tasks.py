@@ -52,6 +52,7 @@ def run_slurm(
     """Submit the tasks that are neither finished nor in the queue; returns all results as far as they are known."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
+    _require_one_line([*command, str(log_dir), *_sbatch_arguments(options, log_dir, "", "")])
     name = _job_name(command, log_dir)
     with exclusive(log_dir / "slurm" / ".submit.lock", f"a submission from {log_dir}", timeout_s=60):
         # In this order: a task that ends in between is seen as finished, and not as lost.
@@ -72,6 +73,16 @@ def run_slurm(
         else finished_before(task, log_dir)
         for task in range(options.num_tasks)
     ]
+
+
+def _require_one_line(words: Sequence[str]) -> None:
+    """Raises UserError for a word that would end the line of the job script that it stands in."""
+    for word in words:
+        if any(character < " " or character == "\x7f" for character in word):
+            raise UserError(
+                f"{word!r}: a line break or another control character cannot be part of a SLURM job's command, paths "
+                f"or options: rename the file, or correct the option"
+            )
 
 
 def _job_name(command: Sequence[str], log_dir: Path) -> str:
@@ -149,7 +160,8 @@ def _sbatch_arguments(options: ScaleOptions, log_dir: Path, name: str, indices: 
     values: dict[str, str | int | None] = {
         "job-name": name,
         "array": indices + (f"%{options.num_workers}" if options.num_workers else ""),
-        "output": str(log_dir / "slurm" / "%A_%a.out"),
+        # SLURM expands a single % in the folder's name too.
+        "output": str(log_dir / "slurm").replace("%", "%%") + "/%A_%a.out",
         "open-mode": "append",
         "export": "ALL",
         "nodes": 1,

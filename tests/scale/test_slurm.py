@@ -5,7 +5,8 @@ import subprocess
 import pytest
 from toy_runs import Toy, all_parts, wait_until
 
-from megatron_tpt.scale.slurm_tasks import _ranges
+from megatron_tpt.errors import UserError
+from megatron_tpt.scale.slurm_tasks import _ranges, _require_one_line
 
 
 @pytest.fixture
@@ -131,6 +132,29 @@ def test_options_reach_sbatch_and_the_shell_line_runs_before_each_task(toy):
     assert toy.notes()[0]["gpus"] == "7"
     subprocess.run(["scancel", queue("%i").strip()], check=True)
     wait_until(queue_is_empty)
+
+
+@pytest.mark.parametrize("word", ["a\ntouch x\n#", "--partition=x\r", "tab\there", "\x1b]0;title\x07", "\x7f"])
+def test_words_that_would_end_a_line_of_the_job_script_are_refused(word):
+    _require_one_line(["a b $(x) 'q' \"d\"", "Straße"])
+    with pytest.raises(UserError, match="line break or another control character"):
+        _require_one_line(["python", word])
+
+
+def test_a_job_in_a_folder_with_a_line_break_in_its_name_is_not_submitted(tmp_path, cluster):
+    toy = Toy(tmp_path / "n\ntouch PWN\n#")
+    exit_code, printed = toy.run(**slurm(num_tasks=1))
+    assert exit_code == 2 and "line break" in printed
+    assert not list(tmp_path.rglob("tasks_*.sh"))
+
+
+def test_a_folder_with_a_percent_sign_gets_its_logs(tmp_path, cluster):
+    folder = tmp_path / "50%a 'b' $(c)"
+    folder.mkdir()
+    toy = Toy(folder)
+    exit_code, printed = toy.run(**slurm(num_tasks=1, wait=True))
+    assert exit_code == 0, printed
+    assert list(folder.rglob("slurm/*_0.out"))
 
 
 def test_indices_are_written_as_ranges():
