@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
@@ -17,12 +18,26 @@ def shown(path: str | os.PathLike[str]) -> str:
 def require_usable(path: Path, real_path: Path) -> None:
     """Raise UserError when a path, or what it leads to, cannot be written into manifests and messages."""
     for name in (str(path), str(real_path)):
-        if name.isascii() and name.isprintable():
-            continue
-        kinds = set(map(unicodedata.category, name))
-        if kinds & _UNUSABLE:
-            problem = "is not UTF-8" if "Cs" in kinds else "holds control characters"
-            raise UserError(f"{shown(name)}: the name {problem}: rename the file or folder (mv)")
+        if problem := _problem(name):
+            raise UserError(f"{shown(name)}: the name {problem}; rename the file or folder (mv)")
+
+
+def require_utf8(arguments: Iterable[str]) -> None:
+    """Raise UserError for an argument of the command line that is not UTF-8: no manifest could hold it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{shown(argument)}: not UTF-8; give another name") from None
+
+
+def _problem(name: str) -> str | None:
+    if name.isascii() and name.isprintable():
+        return None
+    kinds = set(map(unicodedata.category, name)) & _UNUSABLE
+    if not kinds:
+        return None
+    return "is not UTF-8" if "Cs" in kinds else "holds control characters"
 
 
 def _shown_character(character: str) -> str:
