@@ -90,8 +90,8 @@ BAD_LINES = [
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\\ud800"}', "column 'text' holds half a surrogate pair"),
     (b'{"text": "x", "thinking": ["y"]}', "column 'thinking' is not a string"),
-    (b'{"text": "x", "id": {}}', "id is neither string nor integer"),
-    (b'{"text": "x", "id": true}', "id is neither string nor integer"),
+    (b'{"text": "x", "id": {}}', "id is neither string nor number"),
+    (b'{"text": "x", "id": true}', "id is neither string nor number"),
 ]
 
 
@@ -167,7 +167,7 @@ def test_folders_are_expanded_and_wrong_inputs_refused(tmp_path: Path) -> None:
         "summary.json",
     ]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_text('{"loss": 1}\n' if name == "summary.json" else "")
     names = [str(path.relative_to(folder)) for path in expand_inputs([folder])]
     assert names == ["a.parquet", "b.jsonl", "sub/c.jsonl.gz"]
     with pytest.raises(UserError, match="no such file"):

@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure
+from megatron_tpt.names import require_utf8
 
 _RECIPE = "--recipe"
 
@@ -78,6 +79,7 @@ def _options(recipe: Mapping[str, Any], prefix: str) -> Iterator[str]:
 def run(main: Callable[[], Any]) -> None:
     """Call `main` and leave the process with the shared exit codes. Never returns."""
     try:
+        require_utf8(sys.argv)
         main()
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake

@@ -154,8 +154,8 @@ class SftDataConfig:
     """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""
 
     train: list[Path] = field(default_factory=list)
-    """Prefixes of indices that tools/pack_sft.py has packed; or files of JSON lines with the fields `prompt` and
-    `response`, which are tokenised and packed at the start of every run."""
+    """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
+    with the fields `prompt` and `response`, which are tokenised and packed at the start of every run."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder; the one of training.init_from when not given."""
     prompt_field: str = "prompt"

@@ -17,8 +17,9 @@ class EvaluateOptions:
 
     model: list[str]
     """Hugging Face model folders or Hub ids; several are evaluated one after another."""
-    data: Path
-    """The problems: a JSONL file, one problem per line."""
+    data: str | Path
+    """The problems, one a row: a file (.jsonl, .json, packed or not, .parquet, .arrow), a folder, a pattern, or a data
+    set of the Hub (hf://owner/name?split=test)."""
     output: Path
     """The folder for results.json and, in a folder per model, samples.jsonl."""
     prompt_column: str = "prompt"
@@ -26,7 +27,7 @@ class EvaluateOptions:
     answer_column: str = "answer"
     """The column with the reference answer."""
     id_column: str = "id"
-    """The column with the problem's id; without it, the line number."""
+    """The column with the problem's id; without it, the line's number (of several files, "file:line")."""
     prompt_template: str | None = None
     """Build the prompt from columns: "Question: {question}\\nAnswer:" (\\n is a line break), or a file with such a
     text.

@@ -1,22 +1,22 @@
 """The options of the indexing tools. Light to import: the help of a command line needs nothing else."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
+from megatron_tpt.sizes import num_bytes
 
 
 @dataclass(frozen=True)
 class IndexOptions:
     """What to index, and how."""
 
-    input: list[Path | str]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow), folders of them such as the output of tools/augment.py,
-    patterns ("data/**/*.jsonl"), or data sets of the Hub (hf://owner/name?split=train).
+    input: list[str | Path]
+    """Files (.jsonl, .ndjson, .json, each plain or as .gz, .zst, .bz2, .xz; .parquet; .arrow), folders of them such as
+    the output of tools/augment.py, patterns ("data/**/*.jsonl"), or data sets of the Hub (hf://owner/name?split=train).
     """
     tokenizer: Path
     """A Hugging Face tokenizer folder (tokenizer.json, tokenizer_config.json); it must name an
@@ -25,7 +25,8 @@ class IndexOptions:
     output: Path
     """The prefix of the output: PREFIX.bin, PREFIX.idx and PREFIX.json."""
     text_column: str = "text"
-    """The column with the document; several, as in "question,answer", are joined by a newline."""
+    """The column with the document; several, as in "question,answer", are joined by a newline. "a.b" is the field b of
+    the objects in column a."""
     id_column: str = "id"
     """The column with the record's name, for messages."""
     join: Join = Join.document_thinking
@@ -52,7 +53,8 @@ class IndexOptions:
     and merge (tools/merge_index.py).
     """
     max_memory: str = "1GiB"
-    """Bound of the memory in use, but for a single record larger than that allows."""
+    """Bound of the memory in use, but for a single record larger than that allows. (Records of more than 256 MiB are
+    bad records; the environment variable MEGATRON_TPT_MAX_RECORD_SIZE sets another limit.)"""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -64,17 +66,6 @@ class IndexOptions:
 
 
 MIN_MEMORY_BYTES = 512 << 20
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-def num_bytes(option: str, text: str) -> int:
-    """The number of bytes that "1GiB", "500 MB" or "4096" stand for. Raises UserError naming `option`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or not (size := int(float(match[1]) * unit)):
-        raise UserError(f"{option} {text!r}: give a size such as 500MB or 2GiB")
-    return size
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class ConvertTokenizerOptions:
     """Special tokens of a tiktoken tokenizer, in the order of their ids, which follow the last rank."""
     pattern: str | None = None
     """The regular expression by which a tiktoken tokenizer parts text into words; that of Llama 3 when not given."""
-    sample: list[Path] = field(default_factory=list)
+    sample: list[str | Path] = field(default_factory=list)
     """Documents (.jsonl, .parquet ...) to compare the two on; of all together the first thousand."""
 
 
@@ -100,8 +91,8 @@ class ConvertTokenizerOptions:
 class TrainTokenizerOptions:
     """What to train a tokenizer on, and what it is to be."""
 
-    input: list[Path]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them."""
+    input: list[str | Path]
+    """Files (.jsonl, .json, packed or not, .parquet, .arrow), folders of them, patterns, or data sets of the Hub."""
     output: Path
     """The folder to make: a Hugging Face tokenizer. It must not exist."""
     text_column: str = "text"

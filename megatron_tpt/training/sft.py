@@ -1,6 +1,6 @@
 """Fine-tuning samples: examples packed into rows, each seeing only itself, with the loss on what the assistant says.
 
-The examples come from JSON lines of prompts and responses, tokenised and packed at the start, or from indices that
+The examples come from files of prompts and responses, tokenised and packed at the start, or from indices that
 tools/pack_sft.py has packed.
 """
 
@@ -19,6 +19,7 @@ from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.data import TrainingData, make_loader, mark_thinking
 
 
@@ -115,13 +116,13 @@ class PackedExamples(torch.utils.data.Dataset):
 
 
 def _read_pairs(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> ExampleRows:
-    """Tokenise and pack JSON lines. Raises UserError that names the file and line of one that makes no example."""
+    """Tokenise and pack rows of files. Raises UserError that names the file and line of one that makes no example."""
     examples: list[Example] = []
-    for path in config.train:
+    for path in expand_inputs(config.train):
         for number, example in read_examples(path, PairFormat(tokenizer, config.prompt_field, config.response_field)):
             if not isinstance(example, Example):
                 raise UserError(
-                    f"{path}:{number}: {example}: mend the line, or name other fields (data.prompt_field, "
+                    f"{path}:{number}: {example}: fix the line, or name other fields (data.prompt_field, "
                     f"data.response_field)"
                 )
             examples.append(example)

@@ -1,0 +1,49 @@
+"""Names of files as messages show them, and the names that cannot be used."""
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+
+_UNUSABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are no UTF-8, separators of lines
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path on one line, with bytes that are no UTF-8 and control characters as \\\\x.. escapes."""
+    return "".join(map(_shown_character, os.fspath(path)))
+
+
+def require_usable(path: Path, real_path: Path) -> None:
+    """Raise UserError when a path, or what it leads to, cannot be written into manifests and messages."""
+    for name in (str(path), str(real_path)):
+        if problem := _problem(name):
+            raise UserError(f"{shown(name)}: the name {problem}; rename the file or folder (mv)")
+
+
+def require_utf8(arguments: Iterable[str]) -> None:
+    """Raise UserError for an argument of the command line that is not UTF-8: no manifest could hold it."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{shown(argument)}: not UTF-8; give another name") from None
+
+
+def _problem(name: str) -> str | None:
+    if name.isascii() and name.isprintable():
+        return None
+    kinds = set(map(unicodedata.category, name)) & _UNUSABLE
+    if not kinds:
+        return None
+    return "is not UTF-8" if "Cs" in kinds else "holds control characters"
+
+
+def _shown_character(character: str) -> str:
+    if unicodedata.category(character) not in _UNUSABLE:
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
