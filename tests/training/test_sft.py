@@ -254,5 +254,5 @@ def test_a_bad_line_is_named(line: str, tokenizer_path: Path, tmp_path: Path) ->
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "p", "response": "r"}\n' + line + "\n")
     recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: .*: mend the line"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: .*: fix the line"):
         build_sft_data(recipe)
