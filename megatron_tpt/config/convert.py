@@ -127,13 +127,14 @@ def _scalar(hint: Any, value: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
+        notes = ""
         for one in get_args(hint):
             try:
                 if one is not type(None):
                     return _scalar(one, value)
-            except ValueError:
-                continue
-        raise ValueError("")
+            except ValueError as error:
+                notes = notes or str(error)
+        raise ValueError(notes)
     if get_origin(hint) is Literal:
         value = "off" if value is False else value  # YAML takes the word for a truth value
         if value not in get_args(hint):

@@ -56,9 +56,11 @@ def suggest(cls: type, key: Key) -> str:
         return f"; did you mean {close[0]}?"
     if len(key) == 1 and (close := difflib.get_close_matches(str(key[0]), _OPTIONS, n=1, cutoff=0.7)):
         return f"; did you mean --{close[0]}?"
-    last_parts = {dotted.rpartition(".")[2]: dotted for dotted in _all_names(cls)}
-    if close := difflib.get_close_matches(name, last_parts, n=1, cutoff=0.8):
-        return f"; did you mean {last_parts[close[0]]}?"
+    elsewhere: dict[str, list[str]] = {}
+    for dotted in _all_names(cls):
+        elsewhere.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {' or '.join(elsewhere[close[0]])}?"
     if close := difflib.get_close_matches(own, _all_names(cls), n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"
     listed = ", ".join(siblings[:_MOST_LISTED]) + (", ..." if len(siblings) > _MOST_LISTED else "")
