@@ -18,6 +18,7 @@ import json
 import queue
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -474,7 +475,9 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint, without weights. Needs no process group. Raises UserError when the folder is
     no checkpoint."""
     _require_checkpoint(folder)
-    return load_common_state_dict(str(folder))["trainer"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
+        return load_common_state_dict(str(folder))["trainer"]
 
 
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:

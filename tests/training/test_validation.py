@@ -200,7 +200,7 @@ def test_packed_data_without_a_learned_token_is_refused_at_the_start(
 def test_examples_that_are_skipped_are_counted_and_none_left_is_refused(
     pairs_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = sft_recipe(pairs_path, tokenizer_path, sequence_length=18)
+    changes = sft_recipe(pairs_path, tokenizer_path, sequence_length=12)
     changes["data"] |= {"on_too_long": "skip"}
     ours = recipe_from_dict(FinetuneRecipe, {"model": {"vocab_size": 320}, **changes})
     tokenizer = Tokenizer(tokenizer_path)
