@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m megatron_tpt.pretrain RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]]
 
-Run the same command again to go on after an interruption.
+Run the same command again to resume after an interruption. docs/training.md says what a run checks and tells.
 """
 
 import sys
@@ -19,12 +19,17 @@ def main() -> None:
     if recipe is None:  # a dry run
         return
 
+    from megatron_tpt.platform import is_first_rank
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.data import build_pretrain_data, prepare_cache
+    from megatron_tpt.training.outcome import next_steps
     from megatron_tpt.training.trainer import Trainer
 
     with distributed(recipe, before=prepare_cache):
-        Trainer(recipe, build_pretrain_data(recipe), default_callbacks()).fit()
+        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        trainer.fit()
+        if is_first_rank():
+            print(next_steps(recipe, trainer.tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,60 +2,67 @@
 
     recipe, arguments = load_recipe(PretrainRecipe, ["recipe.yaml", "--training.num_steps=50", "--dry-run"])
 
-The YAML is read, dotted overrides are written into it, a model preset is filled in, and the result becomes dataclasses;
-unknown keys and wrong types are refused by name. No torch is imported: a mistake is reported within a second.
+The YAML is read, dotted overrides are written into it, a model preset is filled in, and the result becomes dataclasses.
+Unknown keys and wrong types are refused, all of them at once, each with its file and line. No torch is imported: a
+mistake is reported within a second.
 """
 
 import copy
 import dataclasses
-import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
+from megatron_tpt.config.convert import Converter, expand_path
 from megatron_tpt.config.layout import check_layout
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.config.sources import spell_out_sources
+from megatron_tpt.config.suggestions import suggest
+from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.presets import PRESETS
 
-USAGE = "RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]] [--help]"
-
-
-def _parser(cls: type) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, usage=f"%(prog)s {USAGE}", description=cls.__doc__)
-    parser.add_class_arguments(cls)
-    return parser
+USAGE = (
+    "RECIPE.yaml [--section.key=value ...] [--help]\n"
+    "       [--dry-run[=PROCESSES] [--device=cpu|a100|h100|h200|b200|gb200] [--mfu=0.4]]"
+)
+_COMMAND_LINE = "command line"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError when there is no file, no YAML or no mapping."""
+    return read_yaml_file(path).content
+
+
+def _apply_override(file: YamlFile, key: str, value: str) -> None:
+    """Write what the command line gives into what the file gives. A mapping is merged into the section, key by key."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}: give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {path} must be a mapping of sections (model:, training:, ...)")
-    return content
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        parsed = value
+    _write(file, tuple(key.split(".")), parsed)
 
 
-def _apply_override(raw: dict[str, Any], key: str, value: str) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
+def _write(file: YamlFile, key: tuple[str, ...], value: Any) -> None:
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            _write(file, (*key, str(name)), item)
+        return
+    raw = file.content
+    for end, section in enumerate(key[:-1], start=1):
+        if raw.get(section) is None:
+            raw[section] = {}
+        raw = raw[section]
         if not isinstance(raw, dict):
-            raise UserError(f"--{key}: {section} is not a section of the recipe")
-    try:
-        raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raw[last] = value
+            raise UserError(f"--{'.'.join(key)}: {'.'.join(key[:end])} is not a section of the recipe")
+    raw[key[-1]] = value
+    for known in [known for known in file.places if known[: len(key)] == key]:
+        del file.places[known]
+    file.places[key] = _COMMAND_LINE
 
 
 @dataclasses.dataclass
@@ -70,6 +77,28 @@ class Arguments:
     """Describe the run and start nothing."""
     num_processes: int | None = None
     """Processes the dry run is to assume; as few as the layout allows when not given."""
+    device: str | None = None
+    """Device the dry run is to assume, such as h100; that of this machine when not given."""
+    mfu: float | None = None
+    """Share of the device's peak that the dry run is to assume."""
+
+
+def _read_option(arguments: Arguments, name: str, value: str) -> None:
+    """Take `--name=value`, which is no field of a recipe, into the arguments."""
+    if name == "dry-run":
+        arguments.dry_run = True
+        if value and not (value.isdecimal() and int(value) >= 1):
+            raise UserError(f"--dry-run={value}: the number of processes must be a whole number from 1")
+        arguments.num_processes = int(value) if value else None
+    elif name == "device":
+        arguments.device = value.lower()
+    else:
+        try:
+            arguments.mfu = float(value)
+        except ValueError:
+            arguments.mfu = 0.0
+        if not 0 < arguments.mfu <= 1:
+            raise UserError(f"--mfu={value}: must be a share of the peak, above 0 and at most 1, as in --mfu=0.4")
 
 
 def _read_arguments(argv: Sequence[str]) -> Arguments:
@@ -77,23 +106,26 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
     paths, rest = [], list(argv)
     while rest:
         argument = rest.pop(0)
-        key, has_value, value = argument[2:].partition("=")
-        if not argument.startswith("--"):
+        name, has_value, value = argument[2:].partition("=")
+        if not argument.startswith("-"):
             paths.append(argument)
-        elif key == "dry-run":
-            arguments.dry_run = True
-            if has_value and not value.isdecimal():
-                raise UserError(f"{argument}: the number of processes must be a whole number")
-            arguments.num_processes = int(value) if has_value else None
-        elif has_value:
-            arguments.overrides.append((key, value))
-        elif rest:
-            arguments.overrides.append((key, rest.pop(0)))
+            continue
+        if not argument.startswith("--") or not name:
+            raise UserError(f"{argument}: unknown; options begin with two dashes: usage: {' '.join(USAGE.split())}")
+        if not has_value and name != "dry-run":
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{argument} lacks its value: write {argument}=VALUE")
+            value = rest.pop(0)
+        if name in ("dry-run", "device", "mfu"):
+            _read_option(arguments, name, value)
         else:
-            raise UserError(f"{argument} lacks its value: write {argument}=VALUE")
+            arguments.overrides.append((name, value))
     if len(paths) != 1:
-        raise UserError(f"expected one recipe file, got {len(paths)}: usage: {USAGE}")
-    arguments.path = Path(paths[0])
+        found = f"{len(paths)} ({', '.join(paths)})" if paths else "none"
+        raise UserError(f"expected one recipe file, got {found}: usage: {' '.join(USAGE.split())}")
+    if not arguments.dry_run and (arguments.device is not None or arguments.mfu is not None):
+        raise UserError("--device and --mfu say what --dry-run is to assume: give it too, or leave them out")
+    arguments.path = expand_path(paths[0])
     return arguments
 
 
@@ -108,66 +140,40 @@ def _fill_in_preset(raw: dict[str, Any]) -> None:
 
 def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
     """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives."""
-    training = raw.get("training")
-    if isinstance(training, dict) and training.get("init_from") is not None:
-        folder = Path(str(training["init_from"]))
+    training, model = raw.get("training"), raw.get("model") or {}
+    if isinstance(training, dict) and training.get("init_from") is not None and isinstance(model, dict):
+        folder = expand_path(str(training["init_from"]))
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
-        raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **(raw.get("model") or {})}
+        raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **model}
 
 
-def _take_lists(raw: dict[str, Any]) -> dict[str, Any]:
-    """The sources and phases of data, parsed one by one and taken out: jsonargparse needs time as the square of a
-    list's length, minutes for thousands of sources. What is no list of mappings stays, to be refused with the rest."""
-    taken: dict[str, Any] = {}
-    data = raw.get("data")
-    if not isinstance(data, dict):
-        return taken
-    for split in ("train", "validation"):
-        if _is_list_of_mappings(data.get(split)):
-            taken[split] = [_parse(DatasetSource, item) for item in data.pop(split)]
-    if _is_list_of_mappings(data.get("phases")):
-        taken["phases"] = []
-        for phase in data.pop("phases"):
-            sources = phase.pop("train") if _is_list_of_mappings(phase.get("train")) else []
-            parsed = _parse(DataPhase, phase)
-            parsed.train = [_parse(DatasetSource, item) for item in sources] or parsed.train
-            taken["phases"].append(parsed)
-    return taken
+def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str]) -> R:
+    """Raises UserError with all that is wrong, one line each."""
+
+    def where(key: Key) -> str:
+        place = place_of(places, key)
+        return f"{place}: " if place else ""
+
+    converter = Converter(where, lambda key: suggest(cls, key))
+    recipe = converter.section(cls, raw, ())
+    if converter.problems:
+        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    return recipe
 
 
-def _is_list_of_mappings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-_cached_parser = functools.cache(_parser)
-
-
-def _parse[T](cls: type[T], raw: dict[str, Any]) -> T:
-    parser = _cached_parser(cls)  # type: ignore[arg-type]  # a class is hashable
-    return cls(**parser.instantiate(parser.parse_object(raw)).as_dict())
-
-
-def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any]) -> R:
-    """Dataclasses from nested mappings. Raises UserError that names an unknown key or a wrong type."""
-    raw = copy.deepcopy(raw)
+def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str] | None = None) -> R:
+    """Dataclasses from nested mappings. Raises UserError that names every unknown key and wrong type, with its place in
+    `places` where it is known."""
+    raw, places = copy.deepcopy(raw), places or {}
     _fill_in_preset(raw)
     _take_shape_of_checkpoint(raw)
-    if cls is PretrainRecipe and isinstance(raw.get("data"), dict):
-        spell_out_sources(raw["data"])
-    elif isinstance(raw.get("data"), dict) and isinstance(raw["data"].get("train"), str):
-        raw["data"]["train"] = [raw["data"]["train"]]
-    parser = _parser(cls)
-    try:
-        lists = _take_lists(raw) if cls is PretrainRecipe else {}
-        sections = parser.instantiate(parser.parse_object(raw)).as_dict()
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse's own errors have several types
-        raise UserError("recipe: " + " ".join(str(error).split())) from None
-    if lists:
-        sections["data"] = dataclasses.replace(sections["data"], **lists)
-    return cls(**sections)
+    recipe = _build(cls, raw, places)
+    if cls is not PretrainRecipe or not isinstance(raw.get("data"), dict):
+        return recipe
+    spell_out_sources(raw["data"])
+    # The items of its lists are others now: what is wrong with those that files hold is told by the list.
+    return _build(cls, raw, {key: place for key, place in places.items() if not any(isinstance(k, int) for k in key)})
 
 
 def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Arguments]:
@@ -176,13 +182,19 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
     `--help` prints every field with its documentation and leaves with code 0.
     """
     if "--help" in argv or "-h" in argv:
-        _parser(cls).print_help()
+        from megatron_tpt.config.reference import help_text
+
+        print(help_text(cls, USAGE))
         raise SystemExit(0)
     arguments = _read_arguments(argv)
-    raw = read_yaml(arguments.path)
+    file = read_yaml_file(arguments.path)
+    given: dict[str, str] = {}
     for key, value in arguments.overrides:
-        _apply_override(raw, key, value)
-    return recipe_from_dict(cls, raw), arguments
+        if given.get(key, value) != value and os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: --{key} is given twice: {value} counts, and {given[key]} does not", flush=True)
+        given[key] = value
+        _apply_override(file, key, value)
+    return recipe_from_dict(cls, file.content, file.places), arguments
 
 
 def to_dict(value: Any) -> Any:
@@ -211,7 +223,7 @@ def check(recipe: Recipe, world_size: int) -> None:
         raise UserError(
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be below the {decay_steps} steps of the schedule"
         )
-    if (optimizer.wsd_decay_steps or 0) > decay_steps - optimizer.warmup_steps:
+    if optimizer.schedule == "wsd" and (optimizer.wsd_decay_steps or 0) > decay_steps - optimizer.warmup_steps:
         raise UserError(
             f"optimizer.wsd_decay_steps={optimizer.wsd_decay_steps} do not fit between the warm-up and the end of the "
             f"schedule ({decay_steps - optimizer.warmup_steps} steps): lower it"
@@ -222,6 +234,28 @@ def check(recipe: Recipe, world_size: int) -> None:
         _check_data(recipe)
     elif isinstance(recipe, FinetuneRecipe) and not recipe.data.train:
         raise UserError("data.train is empty: give the training data")
+    _check_validation(recipe)
+
+
+def _check_validation(recipe: Recipe) -> None:
+    """Refuse an interval without data, and data that no interval asks for."""
+    if not isinstance(recipe, PretrainRecipe | FinetuneRecipe):
+        return
+    interval, sets = recipe.training.validation_interval, recipe.data.validation
+    if isinstance(recipe, PretrainRecipe) and recipe.data.mock and (interval or sets):
+        raise UserError(
+            "data.mock has nothing to validate with: remove training.validation_interval and data.validation"
+        )
+    if interval and not sets:
+        raise UserError(
+            f"training.validation_interval={interval} has nothing to validate with: give data.validation, or "
+            f"--training.validation_interval=0"
+        )
+    if sets and not interval:
+        raise UserError(
+            f"data.validation ({sets[0].path}) is never read: give training.validation_interval (the steps between "
+            f"validations), or --data.validation=[]"
+        )
 
 
 def _check_data(recipe: PretrainRecipe) -> None:

@@ -112,8 +112,8 @@ class DataConfig:
     phases: list[DataPhase] = field(default_factory=list)
     """Blends to train on one after the other, in place of train. A source that is in several goes on where it was."""
     validation: list[DatasetSource] = field(default_factory=list)
-    """Sets whose losses are measured every training.validation_interval steps, each by itself; those of one name are
-    one set, a blend."""
+    """Sets whose losses are measured every training.validation_interval steps and at the end: over all of their tokens
+    and, where there are several, each by itself. Those of one name are one set, a blend."""
     tokenizer: Path | None = None
     """Folder of the tokenizer that the data was indexed with, for the checkpoints; where it was then when not given."""
     allow_change: bool = False
@@ -150,12 +150,30 @@ class DataConfig:
 
 
 @dataclass
+class ExampleSet:
+    """Examples to validate with."""
+
+    path: Path
+    """Prefix of a packed index, or a file of JSON lines, as in data.train."""
+    name: str | None = None
+    """Name in the metrics; those of one name are one set. The last part of the path when not given."""
+
+    @property
+    def shown_name(self) -> str:
+        """The name given, or the last part of the path."""
+        return self.name or self.path.name
+
+
+@dataclass
 class SftDataConfig:
     """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""
 
     train: list[Path] = field(default_factory=list)
     """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
     with the fields `prompt` and `response`, which are tokenised and packed at the start of every run."""
+    validation: list[ExampleSet] = field(default_factory=list)
+    """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
+    over all of them and, where there are several, each by itself. A path, or {path, name}."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder; the one of training.init_from when not given."""
     prompt_field: str = "prompt"
@@ -345,9 +363,9 @@ class TrainingConfig:
     allow_other_tokenizer: bool = False
     """Start from init_from although its tokenizer is not the data's; without, that is refused."""
     validation_interval: int = 0
-    """Steps between validations; 0 never validates."""
-    validation_steps: int = 8
-    """Global batches per validation."""
+    """Steps between validations on data.validation, with one more after the last step; 0 never validates."""
+    validation_steps: int | Literal["all"] = 8
+    """Global batches per validation and set, the same every time; or all: every sample of a set exactly once."""
     manual_gc_interval: int = 0
     """Collect Python garbage every so many steps on all ranks at once instead of whenever; 0 leaves it to Python."""
 
@@ -366,7 +384,17 @@ class TrainingConfig:
             f"training.bf16_layers_at_start and bf16_layers_at_end need training.fp8=tensorwise, blockwise or mxfp8, "
             f"not {self.fp8}",
         )
-        for name in ("bf16_layers_at_start", "bf16_layers_at_end", "cpu_offload_layers"):
+        require(
+            self.validation_steps == "all" or self.validation_steps >= 1,
+            f"training.validation_steps={self.validation_steps} must be 1 or more, or all",
+        )
+        for name in (
+            "bf16_layers_at_start",
+            "bf16_layers_at_end",
+            "cpu_offload_layers",
+            "validation_interval",
+            "manual_gc_interval",
+        ):
             require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be 0 or more")
         for name in ("fp8_amax_history", "recompute_layers"):
             require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
@@ -411,6 +439,8 @@ class SftTrainingConfig(TrainingConfig):
 
     num_epochs: float | None = None
     """Times over the data, in place of num_steps, which follows from it; for packed indices (tools/pack_sft.py)."""
+    validation_steps: int | Literal["all"] = "all"
+    """Global batches per validation and set, the same every time and no example twice; or all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,8 @@
 """All fields of recipes as Markdown: python -m megatron_tpt.config.reference > docs/recipe.md"""
 
 import dataclasses
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -48,10 +50,14 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
         yield from _dataclasses_in(one)
 
 
+def _meanings_of(cls: type) -> dict[str, str]:
+    return {one.arg_name: " ".join((one.description or "").split()) for one in parse_from_object(cls).params}
+
+
 def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
     """The section of a dataclass; of one that extends a section described before, only what it adds."""
     documentation = parse_from_object(cls)
-    meanings = {one.arg_name: " ".join((one.description or "").split()) for one in documentation.params}
+    meanings = _meanings_of(cls)
     hints = get_type_hints(cls)
     base = next((base for base in cls.__mro__[1:] if base in described), None)
     known = {field.name: _default_of(field) for field in dataclasses.fields(base)} if base else {}
@@ -78,6 +84,22 @@ def reference() -> str:
             if cls not in described:
                 lines += _table(cls, name + suffix, described)
     return "\n".join(lines) + "\n"
+
+
+def help_text(cls: type, usage: str) -> str:
+    """What `--help` prints for a recipe of type `cls`: every field that the command line takes, with its meaning."""
+    lines = [f"usage: {usage}", "", str(cls.__doc__), ""]
+    for name, section in get_type_hints(cls).items():
+        meanings = _meanings_of(section)
+        lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]
+        for field in dataclasses.fields(section):
+            default = _default_of(field).strip("`")
+            values = _name_of(get_type_hints(section)[field.name]).replace("`", "")
+            values = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", values)
+            lines.append(f"  --{name}.{field.name}  ({values}{f'; default: {default}' if default else ''})")
+            lines += textwrap.wrap(meanings.get(field.name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":

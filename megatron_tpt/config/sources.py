@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megatron_tpt.config.convert import expand_path
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 
@@ -30,6 +31,8 @@ def _spell_out(items: Any) -> Any:
     result: list[Any] = []
     for item in items:
         item = {"path": item} if isinstance(item, str) else item
+        if isinstance(item, dict) and isinstance(item.get("path"), str):
+            item = item | {"path": str(expand_path(item["path"]))}
         path = str(item.get("path", "")) if isinstance(item, dict) else ""
         if path.endswith(_LIST_SUFFIXES):
             result += _scaled(_spell_out(_read_list(Path(path))), item)

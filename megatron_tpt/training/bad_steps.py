@@ -41,6 +41,8 @@ class _Result:
     """Mean of the global batch."""
     is_finite: bool
     """Whether loss and gradients are, on all ranks."""
+    has_tokens: bool = True
+    """Whether there was a token to learn from: the loss of none is no measure of what is usual."""
 
 
 def _measure(trainer: Trainer, loss_sums: torch.Tensor) -> _Result:
@@ -58,7 +60,8 @@ def _measure(trainer: Trainer, loss_sums: torch.Tensor) -> _Result:
     torch.distributed.all_reduce(totals)
     num_bad_ranks, loss_sum, num_tokens = totals.tolist()
     loss = loss_sum / num_tokens if num_tokens else 0.0
-    return _Result(loss_sums.clone(), gradient_norms, loss, not num_bad_ranks and math.isfinite(loss))
+    is_finite = not num_bad_ranks and math.isfinite(loss)
+    return _Result(loss_sums.clone(), gradient_norms, loss, is_finite, has_tokens=num_tokens > 0)
 
 
 class CheckNumbers(Callback):
@@ -111,7 +114,8 @@ class CheckNumbers(Callback):
         return self._handle(trainer, policy, problem)
 
     def _accept(self, result: _Result, settings: FaultsConfig) -> bool:
-        self.losses = [*self.losses, result.loss][-settings.loss_spike_window :]
+        if result.has_tokens:
+            self.losses = [*self.losses, result.loss][-settings.loss_spike_window :]
         self.num_skipped = 0
         return True
 

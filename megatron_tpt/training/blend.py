@@ -20,6 +20,11 @@ from megatron_tpt.indexing.manifest import Manifest, read_manifests
 MAX_NAMES = 64
 
 
+def num_whole_samples(num_tokens: int, sequence_length: int) -> int:
+    """Samples that hold every token of a dataset once as a label (but the first), the last sample perhaps in part."""
+    return max(0, -(-(num_tokens - 1) // sequence_length))
+
+
 @dataclasses.dataclass(frozen=True)
 class BlendPhase:
     """Some samples, and the share of every source in them (0 where a source gives none; together 1)."""
@@ -35,6 +40,14 @@ class Blend:
     name: str
     sources: list[DatasetSource]
     phases: list[BlendPhase]
+    is_whole: bool = False
+    """Whether every sample of every source is read exactly once; the phases then do not matter."""
+
+    def samples(self, manifests: Sequence[Manifest], sequence_length: int) -> list[int]:
+        """Samples of each source, by the manifests of the sources."""
+        if not self.is_whole:
+            return self.shares
+        return [num_whole_samples(manifest.counts.tokens, sequence_length) for manifest in manifests]
 
     def shares_of(self, phase: BlendPhase) -> list[int]:
         """Samples of each source in a phase, rounded up."""
@@ -79,18 +92,22 @@ def blends(recipe: PretrainRecipe) -> list[Blend]:
     samples = _phase_samples(phases, training.num_samples(training.num_steps), training.sequence_length)
     result = [_make_blend("train", [(n, phase.train) for n, phase in zip(samples, phases, strict=True) if n])]
     if training.validation_interval:
-        num_samples = training.validation_steps * training.global_batch_size
+        is_whole = training.validation_steps == "all"
+        num_steps = 0 if training.validation_steps == "all" else training.validation_steps
+        num_samples = num_steps * training.global_batch_size
         for name in dict.fromkeys(source.shown_name for source in data.validation):
             own = [source for source in data.validation if source.shown_name == name]
-            result.append(_make_blend(name, [(num_samples, own)]))
+            result.append(dataclasses.replace(_make_blend(name, [(num_samples, own)]), is_whole=is_whole))
     return result
 
 
 def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) -> list[float]:
     """How often each source is gone through. Raises UserError when that is more than its max_epochs."""
     result = []
-    for source, manifest, share in zip(blend.sources, manifests, blend.shares, strict=True):
-        epochs = share * sequence_length / manifest.counts.tokens
+    for source, manifest, share in zip(
+        blend.sources, manifests, blend.samples(manifests, sequence_length), strict=True
+    ):
+        epochs = 1.0 if blend.is_whole else share * sequence_length / manifest.counts.tokens
         if source.max_epochs is not None and epochs > source.max_epochs:
             raise UserError(
                 f"data: {source.path} would be gone through {epochs:.2f} times, and its max_epochs is "
@@ -109,15 +126,20 @@ def describe_data(recipe: PretrainRecipe) -> str:
     for blend in blends(recipe):
         manifests = read_manifests(source.path for source in blend.sources)
         all_epochs = check_epochs(blend, manifests, recipe.training.sequence_length)
-        for source, manifest, share, epochs in zip(blend.sources, manifests, blend.shares, all_epochs, strict=True):
+        samples = blend.samples(manifests, recipe.training.sequence_length)
+        for source, manifest, share, epochs in zip(blend.sources, manifests, samples, all_epochs, strict=True):
             counts = manifest.counts
             numbers = (f"{counts.documents:,}", f"{counts.tokens:,}", f"{share:,}", f"{epochs:.2f}")
             rows.append((f"{blend.name} {source.path}", *numbers))
         if len(blend.phases) > 1:
             lines.append(f"phases of {', '.join(f'{phase.num_samples:,}' for phase in blend.phases)} samples")
+    return "\n".join([format_table(rows), *lines, f"sample indices in {cache_folder(recipe)}"])
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, every column flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*table, *lines, f"sample indices in {cache_folder(recipe)}"])
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def cache_folder(recipe: PretrainRecipe) -> Path:

@@ -25,9 +25,11 @@ class Validate(Callback):
         if not interval or not trainer.data.validation or (trainer.step % interval and not is_last):
             return
         metrics = {f"validation_{name}": value for name, value in trainer.validate().items()}
-        trainer.metrics.write(trainer.step, metrics)
+        if metrics:
+            trainer.metrics.write(trainer.step, metrics)
         if platform.is_first_rank():
-            print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(losses or "validation: no token to learn from", flush=True)
 
 
 class SaveCheckpoints(Callback):

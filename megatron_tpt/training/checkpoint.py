@@ -18,6 +18,7 @@ import json
 import queue
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -472,14 +473,22 @@ def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:
     _set_weights(model, _load({"model": weights_state(model)}, folder)["model"])
 
 
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint, without weights. Needs no process group. Raises UserError when the folder is
+    no checkpoint."""
+    _require_checkpoint(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
+        return load_common_state_dict(str(folder))["trainer"]
+
+
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load everything a run needs to go on, under any layout. Returns the trainer state that was saved.
 
     The random state is that of the same rank when layout and kind of device are the same; otherwise it stays as it was
     seeded, which only dropout notices.
     """
-    _require_checkpoint(folder)
-    trainer_state = load_common_state_dict(str(folder))["trainer"]
+    trainer_state = read_trainer_state(folder)
     settings = _settings_of(optimizer)
     for name, value in trainer_state.get("optimizer", {}).items():
         if settings[name] != value:

@@ -85,6 +85,11 @@ def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> 
     return [f"{name} has other content than was written" for name in own if found[name] != files[name]]
 
 
+def damage_of_files(folder: Path) -> list[str]:
+    """What is wrong with the presence and the sizes of a checkpoint's files, one line each. Needs no process group."""
+    return _damage(folder, reads_content=False, rank=0, num_ranks=1)
+
+
 def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files, one line each, the same on all ranks. All ranks call it.
 

@@ -32,6 +32,7 @@ from megatron_tpt.training.sample_index import (
     SampleIndex,
     build_phased_index,
     build_sample_index,
+    build_whole_index,
     epochs_of,
 )
 
@@ -47,6 +48,7 @@ _OTHER_FILES = 512
 
 class ThinkingGPTDataset(GPTDataset):
     """GPTDataset whose samples say which labels are thinking: `is_thinking` bool [s] beside tokens, labels, loss_mask.
+    Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no loss.
 
     A sample may begin in the middle of a thought: its first document is then read back to where the thought begins, so
     that the marks are exact wherever a sample is cut.
@@ -60,10 +62,12 @@ class ThinkingGPTDataset(GPTDataset):
         config, lengths = self.config, self.dataset.sequence_lengths
 
         def build() -> SampleIndex:
+            if self.num_samples is None:
+                return build_whole_index(lengths, config.sequence_length)
             return build_sample_index(lengths, self.num_samples, config.sequence_length, config.random_seed)
 
         name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        num_bytes = 4 * len(lengths) + 12 * self.num_samples
+        num_bytes = 4 * len(lengths) + 12 * (self.num_samples or len(lengths))
         assert config.cache is not None
         arrays = config.cache.arrays(name, self.unique_description, SampleIndex._fields, build, num_bytes)
         return arrays[0], arrays[1], arrays[2]
@@ -229,13 +233,14 @@ def _samples_wanted(blend: Blend) -> list[int]:
 
 def _open_blend(
     blend: Blend, manifests: list[Manifest], split: Split, config: _DatasetConfig
-) -> ThinkingGPTDataset | _BlendedDataset:
-    """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it.
+) -> torch.utils.data.Dataset:
+    """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it;
+    for a set that is read once, its sources one after the other.
 
     Sources are opened by several threads, for the sake of file systems that answer slowly.
     """
 
-    def open_source(source: DatasetSource, manifest: Manifest, num_samples: int) -> ThinkingGPTDataset:
+    def open_source(source: DatasetSource, manifest: Manifest, num_samples: int | None) -> ThinkingGPTDataset:
         # An index is known by its content: elsewhere it is the same, and another in its place is not.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
@@ -243,12 +248,12 @@ def _open_blend(
         result.has_thinking = manifest.may_have_thinking
         return result
 
-    wanted = _samples_wanted(blend)
+    wanted = [None] * len(blend.sources) if blend.is_whole else _samples_wanted(blend)
     if len(blend.sources) == 1:
         return open_source(blend.sources[0], manifests[0], wanted[0])
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         datasets = list(threads.map(open_source, blend.sources, manifests, wanted))
-    return _BlendedDataset(datasets, blend, config)
+    return torch.utils.data.ConcatDataset(datasets) if blend.is_whole else _BlendedDataset(datasets, blend, config)
 
 
 def _read_manifests(recipe: PretrainRecipe, opened: list[Blend]) -> list[list[Manifest]]:
@@ -266,7 +271,7 @@ def _read_manifests(recipe: PretrainRecipe, opened: list[Blend]) -> list[list[Ma
     return parts
 
 
-def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[ThinkingGPTDataset | _BlendedDataset]:
+def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[Any]:
     """The training dataset and, where the recipe validates, the validation datasets."""
     opened = blends(recipe)
     manifests = _read_manifests(recipe, opened)
@@ -337,12 +342,44 @@ class Loader:
         )
 
 
+class _PaddedDataset(torch.utils.data.Dataset):
+    """A dataset, and after its end samples without loss, as many as the last batch of a validation asks for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = self.dataset[0]
+        return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
+
+
+@dataclasses.dataclass
+class ValidationLoader(Loader):
+    """The micro-batches of one validation, the same every time. All ranks take equally many of them."""
+
+    num_steps: int = 0
+    """Global batches."""
+    num_samples: int | None = None
+    """Size of a set that is read at most once: the last batch is as small as it can be, and has no sample twice."""
+    microbatch_multiple: int = 1
+    """Micro-batches per step and rank are a multiple of this."""
+
+    def num_microbatches(self, step: int) -> int:
+        if self.num_samples is None:
+            return super().num_microbatches(step)
+        remaining = min(self.training.batch_size(step), self.num_samples - self.training.num_samples(step))
+        per_rank = -(-remaining // (self.training.micro_batch_size * self.data_parallel_size))
+        return -(-per_rank // self.microbatch_multiple) * self.microbatch_multiple
+
+
 @dataclasses.dataclass
 class TrainingData:
     """What a training program reads: a loader to train on, perhaps one to validate with, and their tokenizer."""
 
     train: Loader
-    validation: dict[str, Loader]
+    validation: dict[str, ValidationLoader]
     """Sets whose losses are measured apart, by name."""
     tokenizer_path: Path | None
     """None for random tokens."""
@@ -358,19 +395,38 @@ class TrainingData:
     """What was taken from each source."""
     identity: Callable[[int], dict[str, str]] = lambda num_samples: {}
     """What the first so many samples depend on besides the recipe: a run only resumes with the same."""
-    may_change: bool = False
-    """Whether a run resumes with another identity all the same."""
 
 
-def make_loader(dataset: torch.utils.data.Dataset, recipe: Any, *, validates: bool = False) -> Loader:
-    """The loader of this rank. Needs process groups. Validation knows no smaller batches and skips none."""
-    training = dataclasses.replace(recipe.training, batch_size_ramp=[], skip_steps=[]) if validates else recipe.training
+def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
+    """The loader of this rank. Needs process groups."""
     return Loader(
         dataset,
+        recipe.training,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        recipe.data.num_workers,
+    )
+
+
+def make_validation_loader(dataset: Any, recipe: Any, *, repeats: bool = False) -> ValidationLoader:
+    """The validation loader of this rank, over training.validation_steps batches or all of the dataset. Needs process
+    groups. No batch is smaller for batch_size_ramp and none is skipped; the dataset is read at most once, unless
+    it `repeats` itself without end."""
+    training, parallel = dataclasses.replace(recipe.training, batch_size_ramp=[], skip_steps=[]), recipe.parallel
+    num_samples = None if repeats else len(dataset)
+    num_steps = training.validation_steps
+    if num_samples is not None:
+        whole = -(-num_samples // training.global_batch_size)
+        num_steps = whole if num_steps == "all" else min(num_steps, whole)
+    return ValidationLoader(
+        dataset if repeats else _PaddedDataset(dataset),
         training,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
         recipe.data.num_workers,
+        num_steps,
+        num_samples,
+        parallel.pipeline_parallel_size if parallel.virtual_pipeline_parallel_size > 1 else 1,
     )
 
 
@@ -408,7 +464,7 @@ class SourceTokens:
     Counted from the order of the samples alone: it is the same on every rank, and after any resume.
     """
 
-    def __init__(self, dataset: ThinkingGPTDataset | _BlendedDataset, blend: Blend, manifests: list[Manifest]) -> None:
+    def __init__(self, dataset: Any, blend: Blend, manifests: list[Manifest]) -> None:
         self._dataset = dataset
         self._names = [source.shown_name for source in blend.sources]
         self._sequence_length = dataset.config.sequence_length
@@ -453,6 +509,15 @@ def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], n
     return {"data.train": _digest(sources), "number of times through data.train (training.num_steps)": _digest(epochs)}
 
 
+def pretrain_identity(recipe: PretrainRecipe) -> Callable[[int], dict[str, str]]:
+    """What the first so many samples of a recipe depend on besides its settings. Reads manifests alone."""
+    if recipe.data.mock:
+        return lambda num_samples: {}
+    blend = blends(recipe)[0]
+    manifests = read_manifests(source.path for source in blend.sources)
+    return functools.partial(_identity, recipe, blend, manifests)
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -467,7 +532,7 @@ def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
     return TrainingData(
         train=make_loader(train, recipe),
         validation={
-            other.name: make_loader(dataset, recipe, validates=True)
+            other.name: make_validation_loader(dataset, recipe, repeats=not other.is_whole)
             for other, dataset in zip(others, validation, strict=True)
         },
         tokenizer_path=recipe.data.tokenizer or Path(manifests[0].tokenizer.path),
@@ -475,6 +540,5 @@ def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
         has_segments=recipe.data.reset_at_documents,
         source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
         source_tokens=SourceTokens(train, blend, manifests),
-        identity=functools.partial(_identity, recipe, blend, manifests),
-        may_change=recipe.data.allow_change,
+        identity=pretrain_identity(recipe),
     )

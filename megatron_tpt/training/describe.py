@@ -1,30 +1,41 @@
 """What a recipe amounts to, before anything is started: the report of `--dry-run`."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.training.memory import estimate_memory, peak_of, tokens_per_s_bound
-from megatron_tpt.training.metrics import model_flops_per_token
+from megatron_tpt.training.devices import GIB, Device
+from megatron_tpt.training.memory import (
+    checkpoint_bytes,
+    estimate_memory,
+    host_bytes_to_save,
+    num_checkpoints,
+    peak_of,
+    tokens_per_s_bound,
+)
+from megatron_tpt.training.metrics import duration, model_flops_per_token
 
-GIB = 2**30
+ASSUMED_MFU = 0.4
+"""What a dry run assumes unless it is told: about what well-tuned runs of dense models report on H100s."""
+# Of a device's memory: temporary buffers, padding and the allocator's waste are not in the estimate.
+_COMFORTABLE = 0.85
 
 
-def describe(recipe: Recipe, world_size: int) -> str:
+def describe(recipe: Recipe, world_size: int, device: Device, mfu: float | None = None) -> str:
     """The resolved recipe, the layout over `world_size` processes, sizes and speeds that follow from them, as text."""
+    rows = _layout_rows(recipe, world_size) | _memory_rows(recipe, world_size, device)
+    rows |= _work_rows(recipe, world_size, device, mfu) | _saving_rows(recipe, world_size)
+    width = max(map(len, rows))
+    return to_yaml(recipe) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     t, p, c = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
-    vp = parallel.virtual_pipeline_parallel_size
-    dp = parallel.data_parallel_size(world_size)
-    stages = estimate_memory(recipe, dp)
-    memory = max(stages, key=lambda stage: stage.total)
-    tokens_per_step = training.global_batch_size * training.sequence_length
-    num_tokens = training.num_samples(training.num_steps) * training.sequence_length
-    flops = model_flops_per_token(model, training.sequence_length)
-    parts = ", ".join(f"{f.name} {getattr(memory, f.name) / GIB:.2f}" for f in dataclasses.fields(memory))
-    peak, peak_name = peak_of(recipe)
-    bound = tokens_per_s_bound(recipe, world_size)
-    rows = {
+    vp, dp = parallel.virtual_pipeline_parallel_size, parallel.data_parallel_size(world_size)
+    return {
         "layout": f"{world_size} processes = tensor {t} x pipeline {p} x {f'context {c} x ' if c > 1 else ''}data {dp}"
         + (", sequence parallel" if parallel.sequence_parallel else "")
         + (f", FSDP ({parallel.fsdp})" if parallel.fsdp != "none" else ""),
@@ -32,14 +43,66 @@ def describe(recipe: Recipe, world_size: int) -> str:
         + (f", in {vp} pieces each" if vp > 1 else ""),
         "micro-batches per step and rank": f"{training.global_batch_size // (training.micro_batch_size * dp)}",
         "parameters": f"{model.num_parameters():,}",
-        "memory per rank (estimate)": f"{memory.total / GIB:.2f} GiB ({parts})",
+    }
+
+
+def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, str]:
+    stages = estimate_memory(recipe, recipe.parallel.data_parallel_size(world_size))
+    largest = max(stages, key=lambda stage: stage.total)
+    parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
+    # The processes on a CPU share its memory, and every pipeline stage has as many of them.
+    needed = largest.total
+    if not device.is_gpu:
+        needed = world_size * sum(stage.total for stage in stages) / len(stages)
+    share = needed / device.memory_bytes
+    verdict = "fits" if share <= _COMFORTABLE else "is tight: buffers come on top" if share <= 1 else "DOES NOT FIT"
+    return {
+        "memory per rank (estimate)": f"{largest.total / GIB:.2f} GiB ({parts})",
         "the same by pipeline stage": ", ".join(f"{stage.total / GIB:.2f}" for stage in stages) + " GiB",
-        "tokens per step": f"{tokens_per_step:,}",
+        "device": f"{device.name}: {needed / GIB:.2f} of {device.memory_bytes / GIB:.1f} GiB, {verdict}",
+    }
+
+
+def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | None) -> dict[str, str]:
+    training = recipe.training
+    num_tokens = training.num_samples(training.num_steps) * training.sequence_length
+    flops = model_flops_per_token(recipe.model, training.sequence_length)
+    rows = {
+        "tokens per step": f"{training.global_batch_size * training.sequence_length:,}",
         "tokens of the run": f"{num_tokens:,}",
-        "training FLOPs per token": f"{flops:.4g}",
-        "tokens/s at 100% MFU": f"{bound:,.0f} ({peak:,.0f} TFLOP/s each: {peak_name}; "
-        f"FLOPs per token: 6 per matrix weight, 6 x layers x sequence x heads x head size for causal attention)",
+        "training FLOPs per token": f"{flops:.4g} (6 per matrix weight, 6 x layers x sequence x heads x head size for "
+        f"causal attention)",
         "training FLOPs of the run": f"{flops * num_tokens:.4g}",
     }
-    width = max(map(len, rows))
-    return to_yaml(recipe) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    if (known := peak_of(recipe, device)) is None:
+        which = "--device=h100 describes the run on that GPU" if not device.is_gpu else "give logging.peak_tflops"
+        return rows | {"time": f"not estimated: no peak is known of {device.name}; {which}"}
+    peak, peak_name = known
+    bound, assumed = tokens_per_s_bound(recipe, world_size, peak), mfu or ASSUMED_MFU
+    hours = num_tokens / (bound * assumed) / 3600
+    unit = "GPU-hours" if device.is_gpu else "device-hours"
+    return rows | {
+        "tokens/s at 100% MFU": f"{bound:,.0f} ({peak:,.0f} TFLOP/s each: {peak_name})",
+        f"time at {assumed:.0%} MFU": f"{duration(3600 * hours)}, {hours * world_size:,.1f} {unit}, validation and "
+        f"checkpoints apart ({'--mfu' if mfu else 'an assumption: --mfu=SHARE gives another'})",
+    }
+
+
+def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
+    one, most = checkpoint_bytes(recipe), num_checkpoints(recipe)
+    host = host_bytes_to_save(recipe, world_size)
+    place, free = _free_bytes(recipe.run.output_dir)
+    verdict = "" if one * most <= free else ": NOT ENOUGH; see checkpoint.keep_last, save_interval"
+    beside = ", which a checkpoint that is written beside training keeps" if recipe.checkpoint.asynchronous else ""
+    return {
+        "checkpoints": f"{most} x {one / GIB:.2f} = {most * one / GIB:.2f} GiB at most at once; {free / GIB:.1f} GiB "
+        f"are free at {place}{verdict}",
+        "host memory to save": f"{host / GIB:.2f} GiB per rank, beside the program itself{beside}",
+    }
+
+
+def _free_bytes(folder: Path) -> tuple[Path, int]:
+    """The nearest folder that is there, and what is free on its disk."""
+    absolute = folder.absolute()
+    place = next(path for path in (absolute, *absolute.parents) if path.is_dir())
+    return place, shutil.disk_usage(place).free

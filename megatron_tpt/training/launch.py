@@ -8,11 +8,17 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.load import Arguments, check
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import TokenizerInfo, read_manifests
+from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
+from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.training.blend import blends, describe_data, with_data_of_run
+from megatron_tpt.training.data_checks import data_warnings, is_all_packed
 from megatron_tpt.training.describe import describe
+from megatron_tpt.training.devices import find_device
+from megatron_tpt.training.resume import describe_start
 
 
 def _read_tokenizer(folder: Path) -> TokenizerInfo:
@@ -100,8 +106,6 @@ def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
     """
     if not isinstance(recipe, FinetuneRecipe) or recipe.training.num_epochs is None:
         return recipe
-    from megatron_tpt.indexing.packing import PackManifest, is_packed
-
     if not is_packed(recipe.data.train):
         raise UserError(
             "training.num_epochs needs packed indices: pack data.train (tools/pack_sft.py), or give training.num_steps"
@@ -109,30 +113,70 @@ def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
     num_rows = sum(PackManifest.read(prefix).counts.rows for prefix in recipe.data.train)
     num_samples = math.ceil(num_rows * recipe.training.num_epochs)
     num_steps = bisect.bisect_left(range(num_samples), num_samples, key=recipe.training.num_samples)
+    if recipe.training.num_steps not in (num_steps, type(recipe.training)().num_steps):
+        raise UserError(
+            f"training.num_steps={recipe.training.num_steps} and training.num_epochs={recipe.training.num_epochs:g} "
+            f"(which takes {num_steps} steps) were both given: give one of them"
+        )
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_steps=num_steps))
 
 
-def _describe_data(recipe: PretrainRecipe) -> str:
-    from megatron_tpt.indexing.manifest import Manifest
-    from megatron_tpt.training.blend import blends, describe_data
+def _missing_data(recipe: PretrainRecipe | FinetuneRecipe) -> list[Path]:
+    """What a recipe reads and is not here."""
+    if isinstance(recipe, FinetuneRecipe):
+        paths = [*recipe.data.train, *(one.path for one in recipe.data.validation)]
+        return [path for path in paths if not (path.exists() or PackManifest.path(path).exists())]
+    sources = [] if recipe.data.mock else [source for blend in blends(recipe) for source in blend.sources]
+    return [path for path in (Manifest.path(source.path) for source in sources) if not path.exists()]
 
-    paths = [] if recipe.data.mock else [source.path for blend in blends(recipe) for source in blend.sources]
-    missing = [path for path in paths if not Manifest.path(path).exists()]
-    return f"the data is not here: {missing[0]}.json ..." if missing else describe_data(recipe)
+
+def _describe(recipe: PretrainRecipe | FinetuneRecipe, tokenizer: TokenizerInfo | None) -> None:
+    """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
+    identity: Callable[[int], dict[str, str]] | None = None
+    if missing := _missing_data(recipe):
+        print(f"the data is not here: {missing[0]} ...")
+    elif isinstance(recipe, PretrainRecipe):
+        print(describe_data(recipe))
+        identity = _identity_when_asked(recipe)
+    else:
+        from megatron_tpt.training.sft import describe_examples
+
+        text, identity = describe_examples(recipe)
+        print(text)
+    for line in describe_start(recipe, tokenizer, identity):
+        print(line)
+
+
+def _identity_when_asked(recipe: PretrainRecipe) -> Callable[[int], dict[str, str]]:
+    """TrainingData.identity; Megatron Core, which takes seconds, is imported only to resume."""
+
+    def identity(num_samples: int) -> dict[str, str]:
+        from megatron_tpt.training.data import pretrain_identity
+
+        return pretrain_identity(recipe)(num_samples)
+
+    return identity
+
+
+def _warn(recipe: PretrainRecipe | FinetuneRecipe) -> None:
+    """Say what has no effect, and what is odd about the data. Raises UserError where there is nothing to learn from."""
+    packed = isinstance(recipe, FinetuneRecipe) and is_all_packed(recipe)
+    lines = [*without_effect(recipe, all_packed=packed), *([] if _missing_data(recipe) else data_warnings(recipe))]
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(f"WARNING: {line}", flush=True)
 
 
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
     """Check a recipe against its data and the number of processes before anything is started.
 
-    Returns it with everything resolved, or None after printing the description that --dry-run asks for.
+    Returns it with everything resolved, or None after printing the description that --dry-run asks for. Raises
+    UserError with what is refused; of a dry run, behind the description.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
-    recipe = with_steps(recipe)
-    from megatron_tpt.training.blend import with_data_of_run
-
-    recipe = with_data_of_run(recipe)
+    recipe = with_data_of_run(with_steps(recipe))
     check(recipe, world_size)
     tokenizer = data_tokenizer(recipe, needs_data=not arguments.dry_run)
     if tokenizer is not None and isinstance(recipe, PretrainRecipe):
@@ -141,10 +185,11 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
         _require_tokenizer_of_weights(recipe, tokenizer)
     recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
+        _warn(recipe)
         return recipe
-    print(describe(recipe, world_size))
-    if isinstance(recipe, PretrainRecipe):
-        print(_describe_data(recipe))
+    print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
+    _warn(recipe)
+    _describe(recipe, tokenizer)
     return None
 
 

@@ -9,6 +9,7 @@ import dataclasses
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, Recipe
+from megatron_tpt.training.devices import Device
 from megatron_tpt.training.metrics import device_peak_tflops, model_flops_per_token
 
 
@@ -137,18 +138,54 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     return result
 
 
-def peak_of(recipe: Recipe) -> tuple[float, str]:
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of a checkpoint: weights in the training precision and the optimizer's state, whatever the layout.
+
+    The distributed optimizer keeps the fp32 weights too, as every one does in bf16; Muon has one moment for the
+    matrices of the layers. Small files (recipe, tokenizer, random states) are not counted.
+    """
+    model, training = recipe.model, recipe.training
+    keeps_weights = training.dtype != "fp32" or recipe.parallel.distributed_optimizer
+    num_bytes = model.num_parameters() * ((4 if training.dtype == "fp32" else 2) + (12 if keeps_weights else 8))
+    if recipe.optimizer.name == "muon":
+        num_bytes -= 4 * stage_matrices(model, ParallelConfig(), stage=0)
+    return num_bytes
+
+
+def num_checkpoints(recipe: Recipe) -> int:
+    """Most checkpoints that a run has on the disk at once: the one being written is there beside those kept."""
+    checkpoint, num_steps = recipe.checkpoint, recipe.training.num_steps
+    interval = checkpoint.save_interval or num_steps
+    steps = sorted({*range(interval, num_steps + 1, interval), num_steps})
+    if checkpoint.keep_last is None:
+        return len(steps)
+    older = steps[: -checkpoint.keep_last]
+    kept = sum(1 for step in older if checkpoint.keep_every is not None and step % checkpoint.keep_every == 0)
+    return min(len(steps), checkpoint.keep_last + kept + 1)
+
+
+def host_bytes_to_save(recipe: Recipe, world_size: int) -> float:
+    """Host memory that a rank needs to save a checkpoint: a copy of its share and, for checkpoint.optimizer_sharding=
+    fully_reshardable, the optimizer's state of its data-parallel group."""
+    parallel = recipe.parallel
+    gathered = 0
+    if parallel.distributed_optimizer and recipe.checkpoint.optimizer_sharding == "fully_reshardable":
+        stages = range(parallel.pipeline_parallel_size)
+        gathered = 12 * max(stage_parameters(recipe.model, parallel, stage) for stage in stages)
+    return gathered + checkpoint_bytes(recipe) / world_size
+
+
+def peak_of(recipe: Recipe, device: Device) -> tuple[float, str] | None:
     """Dense peak of one device in TFLOP/s that a recipe is measured against, and what it is the peak of: what
-    logging.peak_tflops says, else an H100's."""
+    logging.peak_tflops says, else the device's; None where neither is known."""
     if recipe.logging.peak_tflops is not None:
         return recipe.logging.peak_tflops, "logging.peak_tflops"
-    precision = "bf16" if recipe.training.fp8 == "none" else "fp8"
-    peak = device_peak_tflops("NVIDIA H100 80GB HBM3", precision)
-    assert peak is not None
-    return peak, f"an H100 SXM's {precision}"
+    precision = "fp8" if recipe.training.fp8 != "none" else recipe.training.dtype
+    peak = device_peak_tflops(device.name, precision)
+    return None if peak is None else (peak, f"dense {precision} of {device.name}")
 
 
-def tokens_per_s_bound(recipe: Recipe, world_size: int) -> float:
+def tokens_per_s_bound(recipe: Recipe, world_size: int, peak_tflops: float) -> float:
     """Tokens per second of all devices at 100% MFU: their peak over model_flops_per_token."""
     flops = model_flops_per_token(recipe.model, recipe.training.sequence_length)
-    return peak_of(recipe)[0] * 1e12 * world_size / flops
+    return peak_tflops * 1e12 * world_size / flops

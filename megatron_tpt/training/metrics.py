@@ -62,9 +62,10 @@ class LossSums:
         return self.document_tokens + self.thinking_tokens
 
     def means(self, document_name: str = "document") -> dict[str, float]:
-        """Mean loss over all tokens, and over each kind of which there are tokens."""
-        loss = (self.document_loss + self.thinking_loss) / self.tokens if self.tokens else math.nan
-        result = {"loss": loss}
+        """Mean loss over all tokens and over each kind of which there are tokens; nothing where there are none."""
+        if not self.tokens:
+            return {}
+        result = {"loss": (self.document_loss + self.thinking_loss) / self.tokens}
         if self.document_tokens:
             result[f"loss_{document_name}"] = self.document_loss / self.document_tokens
         if self.thinking_tokens:
@@ -127,3 +128,15 @@ def throughput(
     if peak_tflops is not None:
         result["mfu"] = tflops / peak_tflops
     return result
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "45 s", "12 min", "3 h 05 min", "2 d 07 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import resource
 import statistics
@@ -21,7 +22,7 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
-from megatron_tpt.training.metrics import LossSums
+from megatron_tpt.training.metrics import LossSums, duration
 from megatron_tpt.training.steps import reduce_sums
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
@@ -59,15 +60,20 @@ class MetricsWriter:
         self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step. What finds no room on the disk is written by a later call."""
+        """Record the metrics of a step. What finds no room on the disk is written by a later call.
+
+        JSON knows no NaN and no infinity: such a value is `null` in metrics.jsonl and in no other place.
+        """
         if not self.enabled:
             return
-        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, **{name: finite.get(name) for name in values}}
+        self.unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
         self._write_lines()
         if self.tensorboard is not None:
-            self._write_events(step, values)
+            self._write_events(step, finite)
         if self.wandb is not None:
-            self.wandb.log({**values, "step": step})
+            self.wandb.log({**finite, "step": step})
 
     def _write_lines(self) -> None:
         try:
@@ -297,7 +303,9 @@ class ReportMetrics(Callback):
         memory = dict(zip(memory, slowest, strict=False))
         seconds, data_wait_s = slowest[len(memory) : -1], slowest[-1]
         values = sum(by_source, LossSums()).means(trainer.data.unmarked_name)
-        values |= {"perplexity": metrics.perplexity(values["loss"]), "tokens": trainer.tokens}
+        if "loss" in values:  # there was a token to learn from
+            values["perplexity"] = metrics.perplexity(values["loss"])
+        values["tokens"] = trainer.tokens
         values |= {"learning_rate": report.learning_rate, "grad_norm": report.grad_norm}
         trainer.gather_weights()
         values |= {"param_norm": parameter_norm(trainer.chunks)}
@@ -328,6 +336,7 @@ class ReportMetrics(Callback):
 def console_line(values: dict[str, float]) -> str:
     """The metrics that are worth a look, on one line."""
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
+    parts = parts or ["no token to learn from"]
     parts += [f"lr {values['learning_rate']:.3e}", f"grad norm {values['grad_norm']:.3f}"]
     parts += [f"{values['tokens_per_s']:,.0f} tokens/s", f"{values['tflops_per_device']:.3g} TFLOP/s/device"]
     if "mfu" in values:
@@ -336,15 +345,3 @@ def console_line(values: dict[str, float]) -> str:
     if "memory_reserved_gib" in values:
         parts.append(f"{values['memory_reserved_gib']:.1f} GiB")
     return "  ".join([*parts, f"{duration(values['remaining_s'])} left"])
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "45 s", "12 min", "3 h 05 min", "2 d 07 h"."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"

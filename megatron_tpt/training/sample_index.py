@@ -73,6 +73,15 @@ def build_sample_index(sequence_lengths: np.ndarray, num_samples: int, sequence_
     return SampleIndex(documents, samples, order)
 
 
+def build_whole_index(sequence_lengths: np.ndarray, sequence_length: int) -> SampleIndex:
+    """The sample index of a dataset that is read exactly once, in its own order; its last sample may be partial."""
+    lengths = np.array(sequence_lengths, dtype=np.int32)
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    documents = np.arange(len(lengths), dtype=np.int32)
+    samples = helpers.build_sample_idx(lengths, documents, sequence_length, 1, num_tokens, False)
+    return SampleIndex(documents, samples, np.arange(len(samples) - 1, dtype=np.uint32))
+
+
 def _shuffle_parts(random: np.random.RandomState, array: np.ndarray, boundary: int) -> None:
     """Shuffle array[:boundary], then array[boundary:], in place."""
     random.shuffle(array[:boundary])

@@ -7,12 +7,14 @@ tools/pack_sft.py has packed.
 import bisect
 import hashlib
 import itertools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from megatron_tpt import platform
 from megatron_tpt.config.recipe import FinetuneRecipe, SftDataConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
@@ -20,7 +22,18 @@ from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.records import expand_inputs
-from megatron_tpt.training.data import TrainingData, make_loader, mark_thinking
+from megatron_tpt.training.blend import format_table
+from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader, mark_thinking
+from megatron_tpt.training.data_checks import epoch_warnings
+
+
+class RowCounts(NamedTuple):
+    """What rows hold."""
+
+    rows: int
+    examples: int
+    tokens: int
+    learned_tokens: int
 
 
 class Rows(Protocol):
@@ -28,6 +41,7 @@ class Rows(Protocol):
 
     checksum: str
     """The same for the same rows."""
+    counts: RowCounts
 
     def __len__(self) -> int: ...
 
@@ -44,6 +58,9 @@ class ExampleRows:
         for example in examples:
             digest.update(example.tokens.tobytes() + example.has_loss.tobytes())
         self.checksum = f"sha256:{digest.hexdigest()}"
+        num_tokens = sum(len(example.tokens) for example in examples)
+        num_learned = sum(int(example.has_loss[1:].sum()) for example in examples)
+        self.counts = RowCounts(len(self), len(examples), num_tokens, num_learned)
 
     def __len__(self) -> int:
         return self._packing.num_rows
@@ -52,12 +69,29 @@ class ExampleRows:
         return [self._examples[number] for number in self._packing.row(row)]
 
 
-class JoinedRows:
-    """The rows of several packed indices, one index after the other."""
+class PackedRows:
+    """The rows of a packed index."""
 
-    def __init__(self, parts: Sequence[PackedIndex]) -> None:
+    def __init__(self, index: PackedIndex) -> None:
+        self._index = index
+        counts = index.manifest.counts
+        self.checksum = ",".join(index.manifest.checksums.values())
+        self.counts = RowCounts(len(index), counts.examples, counts.tokens, counts.loss_tokens)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> list[Example]:
+        return self._index[row]
+
+
+class JoinedRows:
+    """The rows of several sets, one set after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
-        self.checksum = ",".join(checksum for part in parts for checksum in part.manifest.checksums.values())
+        self.checksum = ",".join(part.checksum for part in parts)
+        self.counts = RowCounts(*map(sum, zip(*(part.counts for part in parts), strict=True)))
         self._ends = list(itertools.accumulate(map(len, parts)))
 
     def __len__(self) -> int:
@@ -82,6 +116,10 @@ class PackedExamples(torch.utils.data.Dataset):
         self.seed = seed
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch read last
 
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        return len(self.rows)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(index, len(self.rows))
         if self._order is None or self._order[0] != epoch:
@@ -101,6 +139,7 @@ class PackedExamples(torch.utils.data.Dataset):
             segments[place] = segment
             positions[place] = np.arange(len(example.tokens))
             loss_mask[place] = example.has_loss
+            loss_mask[begin] = 0.0  # what comes before it is of another example, which it must not see
             thinking[place] = mark_thinking(
                 text[place], self.tokenizer.open_ids, self.tokenizer.close_ids, self.tokenizer.eos_id
             )
@@ -115,10 +154,12 @@ class PackedExamples(torch.utils.data.Dataset):
         }
 
 
-def _read_pairs(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> ExampleRows:
+def _read_pairs(
+    paths: Sequence[Path], config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int
+) -> ExampleRows:
     """Tokenise and pack rows of files. Raises UserError that names the file and line of one that makes no example."""
     examples: list[Example] = []
-    for path in expand_inputs(config.train):
+    for path in expand_inputs(paths):
         for number, example in read_examples(path, PairFormat(tokenizer, config.prompt_field, config.response_field)):
             if not isinstance(example, Example):
                 raise UserError(
@@ -134,30 +175,82 @@ def _read_pairs(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: in
             f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length={sequence_length} "
             f"(the longest has {longest} tokens): raise it, or give --data.on_too_long=skip"
         )
+    if num_too_long and platform.is_first_rank():
+        print(
+            f"WARNING: {num_too_long} of {len(examples)} examples are longer than training.sequence_length="
+            f"{sequence_length} and are skipped (data.on_too_long): {', '.join(map(str, paths))}",
+            flush=True,
+        )
     if not fitting:
-        raise UserError(f"data.train holds no example: {', '.join(map(str, config.train))}")
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no example to learn from ({len(examples)} were read): give other data, or "
+            f"raise training.sequence_length where they are too long"
+        )
     return ExampleRows(fitting, sequence_length + 1)
 
 
-def _open_packed(config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> JoinedRows:
-    indices = [PackedIndex(prefix) for prefix in config.train]
-    for index in indices:
-        index.manifest.require(index.prefix, tokenizer.fingerprint, sequence_length)
-    return JoinedRows(indices)
+def _open_packed(prefix: Path, tokenizer: Tokenizer, sequence_length: int) -> PackedRows:
+    index = PackedIndex(prefix)
+    index.manifest.require(prefix, tokenizer.fingerprint, sequence_length)
+    return PackedRows(index)
+
+
+def _open_rows(paths: Sequence[Path], config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int) -> Rows:
+    """The rows of packed indices, or of files of examples."""
+    if not is_packed(paths):
+        return _read_pairs(paths, config, tokenizer, sequence_length)
+    return JoinedRows([_open_packed(prefix, tokenizer, sequence_length) for prefix in paths])
+
+
+def _open_validation(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> dict[str, Rows]:
+    """The rows of each validation set, where the recipe validates."""
+    data, sets = recipe.data, dict[str, list[Rows]]()
+    for one in data.validation if recipe.training.validation_interval else []:
+        rows = _open_rows([one.path], data, tokenizer, recipe.training.sequence_length)
+        sets.setdefault(one.shown_name, []).append(rows)
+    return {name: JoinedRows(parts) for name, parts in sets.items()}
+
+
+def open_sets(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
+    """The training rows, and those of every validation set by name. Raises UserError for a set without a token to learn
+    from."""
+    train = _open_rows(recipe.data.train, recipe.data, tokenizer, recipe.training.sequence_length)
+    validation = _open_validation(recipe, tokenizer)
+    named = {f"data.validation ({name})": rows for name, rows in validation.items()}
+    for name, rows in ({"data.train": train} | named).items():
+        if not rows.counts.learned_tokens:
+            raise UserError(f"{name} has no token to learn from: give examples in which the assistant says something")
+    return train, validation
+
+
+def describe_examples(recipe: FinetuneRecipe) -> tuple[str, Callable[[int], dict[str, str]]]:
+    """What is in the sets of a recipe, as text, and what a run that resumes must find the same."""
+    train, validation = open_sets(recipe, Tokenizer(recipe.tokenizer_path))
+    epochs = recipe.training.num_samples(recipe.training.num_steps) / len(train)
+    table = [["set", *RowCounts._fields], *([name, *map(str, rows.counts)] for name, rows in validation.items())]
+    table.insert(1, ["data.train", *map(str, train.counts)])
+    warnings = [f"WARNING: {line}" for line in epoch_warnings("data.train", epochs)]
+    return "\n".join([format_table(table), f"data.train is read {epochs:.2f} times", *warnings]), _identity_of(train)
+
+
+def _identity_of(rows: Rows) -> Callable[[int], dict[str, str]]:
+    return lambda num_samples: {"content of data.train": rows.checksum}
 
 
 def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
     """Read the examples of a recipe, or open its packed indices. Needs process groups."""
     tokenizer = Tokenizer(recipe.tokenizer_path)
-    sequence_length = recipe.training.sequence_length
-    open_rows = _open_packed if is_packed(recipe.data.train) else _read_pairs
-    rows = open_rows(recipe.data, tokenizer, sequence_length)
+    sequence_length, seed = recipe.training.sequence_length, recipe.run.seed
+    rows, validation = open_sets(recipe, tokenizer)
     return TrainingData(
-        train=make_loader(PackedExamples(rows, tokenizer, sequence_length, recipe.run.seed), recipe),
-        validation={},
+        train=make_loader(PackedExamples(rows, tokenizer, sequence_length, seed), recipe),
+        validation={
+            name: make_validation_loader(PackedExamples(own, tokenizer, sequence_length, seed), recipe)
+            for name, own in validation.items()
+        },
         tokenizer_path=tokenizer.folder,
         tokenizer_fingerprint=tokenizer.fingerprint,
         unmarked_name="answer",
         has_segments=True,
-        identity=lambda num_samples: {"content of data.train": rows.checksum},
+        identity=_identity_of(rows),
     )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.config.load import to_dict, to_yaml
-from megatron_tpt.config.recipe import PretrainRecipe, Recipe
+from megatron_tpt.config.load import to_yaml
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer, read_tokenizer_files
@@ -28,6 +28,7 @@ from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
+from megatron_tpt.training.resume import model_changes, require_same_data, run_identity
 from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 from megatron_tpt.training.stragglers import OwnWork
 
@@ -248,20 +249,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses over the validation batches, always the same ones. All ranks call it."""
+        """Mean losses over the tokens of the validation batches, always the same ones: of all sets together and, where
+        there are several, of each. A mean over no token is omitted. All ranks call it."""
         if not self.data.validation:
             raise UserError("there is no validation data: give data.validation")
         self.gather_weights()
         self._set_training(False)
-        steps = self.recipe.training.validation_steps
         sums = {}
         for name, loader in self.data.validation.items():
-            batches = loader.iterate(0, steps)
-            parts = [self._run(loader, batches, step, forward_only=True) for step in range(steps)]
+            batches = loader.iterate(0, loader.num_steps)
+            parts = [self._run(loader, batches, step, forward_only=True) for step in range(loader.num_steps)]
             sums[name] = LossSums(*reduce_sums(torch.stack(parts).sum(dim=(0, 1))).tolist())
         self._set_training(True)
-        own = {f"loss/{name}": one.means()["loss"] for name, one in sums.items()} if len(sums) > 1 else {}
-        return sum(sums.values(), LossSums()).means(self.data.unmarked_name) | own
+        own = {f"loss/{name}": one.means()["loss"] for name, one in sums.items() if one.tokens}
+        return sum(sums.values(), LossSums()).means(self.data.unmarked_name) | (own if len(sums) > 1 else {})
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:
@@ -303,7 +304,13 @@ class Trainer:
                 f"another run.output_dir"
             )
         state = load_checkpoint(folder, self.gpts, self.optimizer)
-        self._require_same_data(folder, state)
+        of_data = self.data.identity(self.recipe.training.num_samples(state["step"]))
+        warnings = [require_same_data(self.recipe, folder, state, of_data)]
+        if changes := model_changes(self.recipe.model, folder):
+            warnings.append(f"the model is not that of {folder}: {', '.join(changes)}; training goes on with this one")
+        if platform.is_first_rank():
+            for warning in filter(None, warnings):
+                print(f"WARNING: {warning}", flush=True)
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.num_steps = 0
         self.schedule.step(self.step)
@@ -313,31 +320,6 @@ class Trainer:
                 callback.load_state(callback_state)
         if platform.is_first_rank():
             print(f"resumed from {folder} at step {self.step}", flush=True)
-
-    def _require_same_data(self, folder: Path, state: dict[str, Any]) -> None:
-        """Raise UserError when this recipe's data does not go on where the checkpoint's ended."""
-        if state["step"] > self.recipe.training.num_steps:
-            raise UserError(
-                f"{folder} is beyond training.num_steps={self.recipe.training.num_steps}: raise it, or start in "
-                f"another run.output_dir"
-            )
-        identity = self._data_identity(state["step"])
-        changed = [name for name, value in identity.items() if state["data"].get(name) != value]
-        is_of_data = isinstance(self.recipe, PretrainRecipe) and set(changed) <= self.data.identity(0).keys()
-        if changed and is_of_data and self.data.may_change:
-            if platform.is_first_rank():
-                print(
-                    f"WARNING: with other training data, shares or steps (data.allow_change) than {folder} had, a "
-                    f"source that is gone through more than once may come in another order: some documents more often, "
-                    f"some less",
-                    flush=True,
-                )
-        elif changed:
-            raise UserError(
-                f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot go on with "
-                f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
-                + ("; --data.allow_change=true goes on all the same" if is_of_data else "")
-            )
 
     def _warn_of_other_rate(self, folder: Path, state: dict[str, Any]) -> None:
         before, now = state.get("learning_rate"), current_learning_rate(self.optimizer)
@@ -355,16 +337,8 @@ class Trainer:
         return {"source_tokens": taken.after(self.recipe.training.num_samples(self.step))} if taken else {}
 
     def _data_identity(self, step: int) -> dict[str, Any]:
-        """What decides the samples of the first `step` steps; with another value of it some would be repeated or
-        skipped on resuming."""
-        training = self.recipe.training
-        return {
-            "run.seed": self.recipe.run.seed,
-            "training.sequence_length": training.sequence_length,
-            "training.global_batch_size": training.global_batch_size,
-            "training.batch_size_ramp": to_dict(training.batch_size_ramp),
-            **self.data.identity(training.num_samples(step)),
-        }
+        """What decides the samples of the first `step` steps."""
+        return run_identity(self.recipe, self.data.identity(self.recipe.training.num_samples(step)))
 
     def _write_recipe(self) -> None:
         if platform.is_first_rank():

@@ -10,10 +10,12 @@ from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.memory import (
     Memory,
     estimate_memory,
     micro_batches_in_flight,
+    peak_of,
     stage_activations,
     stage_parameters,
     tokens_per_s_bound,
@@ -125,7 +127,10 @@ def test_the_bound_on_speed_is_the_peak_over_the_flops() -> None:
     recipe = recipe_from_dict(PretrainRecipe, {"model": {"preset": "llama3-8b"}, "training": {"sequence_length": 8192}})
     weights = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096
     flops = 6 * weights + 6 * 32 * 8192 * 4096
-    assert tokens_per_s_bound(recipe, 8) == pytest.approx(8 * 989.4e12 / flops)
+    peak, name = peak_of(recipe, find_device("h100"))
+    assert name == "dense bf16 of NVIDIA H100 80GB HBM3"
+    assert tokens_per_s_bound(recipe, 8, peak) == pytest.approx(8 * 989.4e12 / flops)
+    assert peak_of(recipe, find_device("cpu")) is None, "a CPU has no H100's peak"
 
 
 def test_fsdp_splits_what_its_strategy_names() -> None:

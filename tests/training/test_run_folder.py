@@ -41,7 +41,7 @@ def test_metrics_tensorboard_and_recipe_say_the_same(train: Train, changes: dict
 
 def test_validation_leaves_training_as_it_is(train: Train, changes: dict) -> None:
     with_validation = [row for row in train("with", changes=changes) if "loss" in row]
-    without = train("without", "--training.validation_interval=0", changes=changes)
+    without = train("without", "--training.validation_interval=0", "--data.validation=[]", changes=changes)
     assert [row["loss"] for row in with_validation] == [row["loss"] for row in without]
 
 

@@ -26,7 +26,7 @@ from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt import build_model
 from megatron_tpt.training.launch import prepare
-from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, build_sft_data
+from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data
 from megatron_tpt.training.steps import _loss_function, _segment_mask
 
 
@@ -94,7 +94,7 @@ def test_every_epoch_holds_every_row_once_in_another_order(pairs: ExampleRows, t
 
 def test_rows_of_several_indices_follow_each_other(pairs: ExampleRows, chats_prefix: Path) -> None:
     chats = PackedIndex(chats_prefix)
-    joined = JoinedRows([chats, chats])
+    joined = JoinedRows([PackedRows(chats), PackedRows(chats)])
     assert len(joined) == 2 * len(chats)
     for row in range(len(joined)):
         for found, expected in zip(joined[row], chats[row % len(chats)], strict=True):

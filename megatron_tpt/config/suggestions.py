@@ -1,0 +1,67 @@
+"""What an unknown key of a recipe may have been meant to be."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
+from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.yaml_file import Key
+
+_OPTIONS = ("dry-run", "device", "mfu", "help")
+_PROGRAMS = {
+    PretrainRecipe: "pre-training (megatron_tpt.pretrain)",
+    FinetuneRecipe: "fine-tuning (megatron_tpt.finetune)",
+}
+_MOST_LISTED = 12
+
+
+def _section_in(hint: Any) -> Any:
+    """The dataclass that a field holds, by itself or in a list; None for another type."""
+    return hint if is_section(hint) else next((one for one in get_args(hint) if is_section(one)), None)
+
+
+def _names_in(cls: Any, key: Key) -> list[str]:
+    """The fields of the section at `key`, in which places in lists do not count."""
+    for name in [part for part in key if isinstance(part, str)]:
+        cls = _section_in(get_type_hints(cls).get(name)) if cls is not None else None
+    return [field.name for field in dataclasses.fields(cls)] if cls is not None else []
+
+
+@functools.cache
+def _all_names(cls: type) -> tuple[str, ...]:
+    """Every dotted name that the command line takes."""
+
+    def walk(cls: Any, prefix: str) -> Iterator[str]:
+        for name, hint in get_type_hints(cls).items():
+            if is_section(hint):
+                yield from walk(hint, f"{prefix}{name}.")
+            else:
+                yield prefix + name
+
+    return tuple(walk(cls, ""))
+
+
+def suggest(cls: type, key: Key) -> str:
+    """What to write behind "unknown" for a key that a recipe of type `cls` does not have."""
+    name = str(key[-1]).replace("-", "_")
+    siblings = _names_in(cls, key[:-1])
+    own = ".".join(part for part in key if isinstance(part, str))
+    for other, program in _PROGRAMS.items():
+        if other is not cls and own in _all_names(other):
+            return f"; it is a setting of {program}"
+    if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
+        return f"; did you mean {close[0]}?"
+    if len(key) == 1 and (close := difflib.get_close_matches(str(key[0]), _OPTIONS, n=1, cutoff=0.7)):
+        return f"; did you mean --{close[0]}?"
+    elsewhere: dict[str, list[str]] = {}
+    for dotted in _all_names(cls):
+        elsewhere.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {' or '.join(elsewhere[close[0]])}?"
+    if close := difflib.get_close_matches(own, _all_names(cls), n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    listed = ", ".join(siblings[:_MOST_LISTED]) + (", ..." if len(siblings) > _MOST_LISTED else "")
+    return f"; known there: {listed} (docs/recipe.md)" if siblings else ""

@@ -1,0 +1,100 @@
+"""YAML files whose every key is known by its line, so that a mistake can be shown where it is.
+
+file = read_yaml_file(Path("recipe.yaml"))
+file.content                                  # nested mappings and lists
+file.places["training", "num_steps"]          # "recipe.yaml:7"
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tpt.errors import UserError
+
+Key = tuple[str | int, ...]
+"""A place in nested mappings and lists: ("data", "train", 0, "weight")."""
+
+
+@dataclass
+class YamlFile:
+    """What a YAML file holds, and where."""
+
+    content: dict[str, Any]
+    places: dict[Key, str] = field(default_factory=dict)
+    """FILE:LINE of every key of a mapping and every item of a list."""
+
+
+def read_yaml_file(path: Path) -> YamlFile:
+    """Read a file that holds one mapping. Raises UserError when there is none, for what is not YAML, for two equal keys
+    in one mapping, each with its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}: give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"recipe {path} is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file"
+        ) from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"recipe {path} must be a mapping of sections (model:, training:, ...)")
+        reader = _PlaceReader(path)
+        reader.visit(node, ())
+        if reader.duplicates:
+            raise UserError("\n".join(reader.duplicates))
+        return YamlFile(loader.construct_document(node), reader.places)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise UserError(f"recipe {place} is not YAML: {' '.join(str(error).split())}") from None
+    except (RecursionError, ValueError) as error:  # an alias within itself; a date that is none
+        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+
+
+class _PlaceReader:
+    """Notes the line of every key, and keys that a mapping has twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[Key, str] = {}
+        self.duplicates: list[str] = []
+
+    def visit(self, node: yaml.Node, key: Key) -> None:
+        """Note what is below a node."""
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[Any, int] = {}
+            for name_node, value in node.value:
+                name, line = name_node.value, name_node.start_mark.line + 1
+                own = (*key, name) if isinstance(name, str) else key
+                if isinstance(name, str) and name in lines and name_node.tag != "tag:yaml.org,2002:merge":
+                    self.duplicates.append(
+                        f"{self.path}:{line}: {dotted(own)} is there twice (line {lines[name]} has the first): put all "
+                        f"of it into one"
+                    )
+                lines[name if isinstance(name, str) else id(name_node)] = line
+                self.places[own] = f"{self.path}:{line}"
+                self.visit(value, own)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, item in enumerate(node.value):
+                self.places[*key, place] = f"{self.path}:{item.start_mark.line + 1}"
+                self.visit(item, (*key, place))
+
+
+def dotted(key: Key) -> str:
+    """A key as it is written on the command line and in messages: data.train[0].weight."""
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def place_of(places: Mapping[Key, str], key: Key) -> str:
+    """The place of a key or, where it is not known, of what it is in; "" for none."""
+    return next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), "")

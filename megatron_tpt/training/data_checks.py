@@ -1,0 +1,86 @@
+"""What can be seen of a recipe's data from its manifests alone, before anything is started. No torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.packing import PackManifest
+from megatron_tpt.training.blend import Blend, blends, check_epochs
+
+# Beyond these somebody has most likely mistaken a set or a number: repeating data pays for some 16 epochs at most
+# (arXiv 2305.16264), and a source of which a hundredth is read could as well be a hundredth of its size.
+_MANY_EPOCHS, _FEW_EPOCHS = 100.0, 0.01
+
+
+def _num_learned(recipe: PretrainRecipe, manifest: Manifest) -> float:
+    """Tokens of an index that the loss is on; infinite where the manifest does not tell."""
+    counts, loss_on = manifest.counts, recipe.data.loss_on
+    if loss_on == "all":
+        return max(0, counts.tokens - 1)  # the first is nobody's label
+    if manifest.parse_special_tokens:  # tags in raw text are not counted
+        return math.inf
+    return counts.thinking_tokens if loss_on == "thinking" else counts.document_tokens
+
+
+def _blend_warnings(recipe: PretrainRecipe, blend: Blend, manifests: Sequence[Manifest]) -> Iterator[str]:
+    """What is odd about the sources of a blend. Raises UserError when there is nothing to learn from in any."""
+    learned = [_num_learned(recipe, manifest) for manifest in manifests]
+    name = "data.train" if blend.name == "train" else f"data.validation ({blend.name})"
+    if not any(learned):
+        raise UserError(
+            f"{name} has no token to learn from with data.loss_on={recipe.data.loss_on}: give other data, or another "
+            f"data.loss_on"
+        )
+    all_epochs = check_epochs(blend, list(manifests), recipe.training.sequence_length)
+    for source, own, epochs in zip(blend.sources, learned, all_epochs, strict=True):
+        if not own:
+            yield f"{name}: {source.path} has no token to learn from with data.loss_on={recipe.data.loss_on}"
+        yield from epoch_warnings(f"{name}: {source.path}", epochs)
+    weights = [source.weight for source in blend.sources]
+    by_tokens = [
+        source.weight / manifest.counts.tokens for source, manifest in zip(blend.sources, manifests, strict=True)
+    ]
+    if blend.is_whole and not any(max(ratios) <= 1.01 * min(ratios) for ratios in (weights, by_tokens)):
+        yield f"{name}: weights have no effect with training.validation_steps=all, which reads every source once"
+
+
+def epoch_warnings(name: str, epochs: float) -> Iterator[str]:
+    """A line when a set is read absurdly often, or absurdly little of it."""
+    if epochs > _MANY_EPOCHS:
+        yield f"{name} is read {epochs:,.0f} times: give more data, or fewer training.num_steps"
+    elif epochs < _FEW_EPOCHS:
+        yield f"of {name} only {epochs:.2g} of the tokens are read: raise training.num_steps or its weight if not meant"
+
+
+def _packed_warnings(recipe: FinetuneRecipe) -> Iterator[str]:
+    sets = {"data.train": list(recipe.data.train)}
+    for one in recipe.data.validation:
+        sets.setdefault(f"data.validation ({one.shown_name})", []).append(one.path)
+    for name, paths in sets.items():
+        packed = [path for path in paths if PackManifest.path(path).exists()]
+        learned = {path: PackManifest.read(path).counts.loss_tokens for path in packed}
+        if packed == paths and not any(learned.values()):
+            raise UserError(
+                f"{name} has no token to learn from ({', '.join(map(str, paths))}): pack data in which the assistant "
+                f"says something (tools/pack_sft.py)"
+            )
+        yield from (f"{name}: {path} has no token to learn from" for path, number in learned.items() if not number)
+
+
+def data_warnings(recipe: PretrainRecipe | FinetuneRecipe) -> Iterator[str]:
+    """What is odd about a recipe's data, one line each. Raises UserError when a set has no token to learn from, or
+    when its manifests cannot be read."""
+    if isinstance(recipe, FinetuneRecipe):
+        yield from _packed_warnings(recipe)
+    elif not recipe.data.mock:
+        for blend in blends(recipe):
+            manifests = read_manifests(source.path for source in blend.sources)
+            yield from _blend_warnings(recipe, blend, manifests)
+
+
+def is_all_packed(recipe: FinetuneRecipe) -> bool:
+    """Whether everything that a fine-tuning run reads is packed."""
+    paths = [*recipe.data.train, *(one.path for one in recipe.data.validation)]
+    return all(PackManifest.path(path).exists() for path in paths)

@@ -1,0 +1,62 @@
+"""What a finished run leaves the user with: its checkpoint, and the commands that come next."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import megatron_tpt
+from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.training.checkpoint_files import step_folder
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed in the current folder."""
+    inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+
+
+def _python() -> str:
+    """The interpreter of this process, as it is typed."""
+    found = shutil.which("python")
+    # Not resolved: an environment's interpreter is a link to another's, by whose name the environment is found.
+    if found is not None and os.path.abspath(found) == os.path.abspath(sys.executable):
+        return "python"
+    return _shown(Path(sys.executable))
+
+
+def _tool(name: str) -> str:
+    return f"{_python()} {_shown(Path(megatron_tpt.__file__).parents[1] / 'tools' / name)}"
+
+
+def _has_chat_template(checkpoint: Path) -> bool:
+    folder = checkpoint / "tokenizer"
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+
+
+def next_steps(recipe: Recipe, num_tokens: int) -> str:
+    """The checkpoint of a run that has done all its steps, and what to do with it: commands to copy. Words in capitals
+    stand for what only the user knows."""
+    step = recipe.training.num_steps
+    checkpoint = step_folder(recipe.run.output_dir / "checkpoints", step)
+    exported = recipe.run.output_dir / f"hf_{checkpoint.name}"
+    export = f"{_tool('export_hf.py')} --checkpoint {_shown(checkpoint)} --output {_shown(exported)}"
+    lines = [f"finished: {step} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}", f"next, to export: {export}"]
+    if isinstance(recipe, FinetuneRecipe):
+        chat = " --chat" if _has_chat_template(checkpoint) else ""
+        results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
+        lines.append(
+            f"then, to evaluate: {_tool('evaluate.py')} --model {_shown(exported)} --data PROBLEMS.jsonl "
+            f"--output {results}{chat}"
+        )
+    else:
+        lines.append(
+            f"or, to fine-tune: {_python()} -m megatron_tpt.finetune FINETUNE.yaml "
+            f"--training.init_from={_shown(checkpoint)}"
+        )
+    return "\n".join(lines)
