@@ -40,6 +40,8 @@ from megatron_tpt.thinking.settings import SETTINGS_NAME, check_job
 from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
 
+_REJECTS_UNTIL_WARNING = 100
+
 
 def augment(options: AugmentOptions) -> Progress:
     """Do the job that `options` describe, or the one task of it that they name.
@@ -67,9 +69,9 @@ def augment(options: AugmentOptions) -> Progress:
         else:
             task.run(generator or _looked_over(options, job.generator), itertools.chain([first], blocks))
         task.output.note_finished(task.number, num_tasks)
-        retry.end()
         if not task.output.unfinished_tasks(num_tasks):
             _write_card(job, task.output)
+        retry.end()
     _say(task.progress.reject_report())
     conclude(options)
     return task.progress
@@ -199,6 +201,7 @@ class _Task:
         self._open_bytes = 0
         """Of the rows that are being thought about."""
         self._read = ReadProgress()
+        self._is_warned = False
         self._end = 0
         self._num_devices = 1
         self._last_finish_s = 0.0
@@ -361,7 +364,16 @@ class _Task:
         self.progress.note_rejects(line.rejects)
         self.progress.rejects.update(rejects)
         self.progress.chunk_rejects.update(chunk_rejects)
+        self._warn_once_of_rejects()
         self._finish_if_done(block)
+
+    def _warn_once_of_rejects(self) -> None:
+        """Tell early of filters, or a model, of which nothing comes: a long job would end without a record."""
+        done = self.progress
+        if self._is_warned or done.records + done.records_before or done.rejects.total() < _REJECTS_UNTIL_WARNING:
+            return
+        self._is_warned = True
+        _say(["warning: not one record so far:", *(f"warning: {line}" for line in done.reject_report())])
 
     def _finish_if_done(self, block: _Block) -> None:
         if block.is_read and not block.open_rows:

@@ -68,12 +68,6 @@ class Progress:
         return reject_lines(rows, chunks, judged, self.examples)
 
     @property
-    def accepted(self) -> float:
-        """Share of the documents that became records."""
-        ends = self.records + self.rejects.total()
-        return self.records / ends if ends else 1.0
-
-    @property
     def bytes_per_s(self) -> float:
         """Input that is thought about in a second."""
         return self.input_bytes_answered / self.generation_s if self.generation_s else 0.0
@@ -82,8 +76,10 @@ class Progress:
         """One line for the terminal."""
         seconds = self.generation_s or float("inf")
         chunks = f", {self.chunk_rejects.total():,} chunks rejected" if self.chunk_rejects else ""
+        judged = self.records + self.rejects.total()
+        accepted = f"{self.records / judged:.1%} accepted, " if judged else ""
         return (
-            f"{self.records:,} records ({self.accepted:.1%} accepted, {self.truncated:,} cut{chunks}), "
+            f"{self.records:,} records ({accepted}{self.truncated:,} truncated{chunks}), "
             f"{self.shards:,} shards; "
             f"{self.prompt_tokens / seconds:,.0f} tokens/s in, {self.thinking_tokens / seconds:,.0f} out"
             + share_and_eta(self.input_bytes_done, self.input_bytes, self.bytes_per_s)

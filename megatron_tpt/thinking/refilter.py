@@ -11,7 +11,6 @@ other run is let into the folder. The settings change with it, so that they are 
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -86,41 +85,28 @@ def _refilter_source(
 
     for block, rows in read_blocks(source, job.columns, job.options.records_per_shard, is_wanted):
         name = block_name(number, block)
+        answers: list[Answer] = []
         if name in done:
             lines = BlockLines(job.options, *output.read_block(name))
-            found = ((row, line) for row in rows if (line := lines.line(row)) is not None)
-            _write(job, output, worker, name, source, found, [], progress)
-            output.finish(name, Journal(path_of(output.journals, name)), ledger, 0.0)
+            found = [(row, lines.line(row)) for row in rows]
         else:
             with Journal(path_of(output.journals, name)) as journal:
-                found = ((row, journal.line(row.number)) for row in rows if row.number in journal)
-                _write(job, output, worker, name, source, found, list(journal.answers()), progress)
+                found = [(row, journal.line(row.number) if row.number in journal else None) for row in rows]
+                answers = list(journal.answers())
+        judged = [_judge(job, worker, source, row, line) for row, line in found if line is not None]
+        _count(judged, progress)
+        write_journal(path_of(output.journals, name), [*judged, *answers])
+        if len(judged) == len(found):  # else it is a block that is under way
+            output.finish(name, Journal(path_of(output.journals, name)), ledger, 0.0)
 
 
-def _write(
-    job: Job,
-    output: Output,
-    worker: RowWorker,
-    name: str,
-    source: Source,
-    found: Iterator[tuple[Row, Line]],
-    answers: list[Answer],
-    progress: Progress,
-) -> None:
-    """Put the journal of a block in its place, with rows judged anew and the answers of others as they are."""
-
-    def judged() -> Iterator[Line | Answer]:
-        for row, line in found:
-            new = _judge(job, worker, source, row, line)
-            progress.records_before += len(new.records)
-            rejects, chunk_rejects = count_rejects(new.rejects)
-            progress.rejects_before.update(rejects)
-            progress.chunk_rejects_before.update(chunk_rejects)
-            progress.note_rejects(new.rejects)
-            yield new
-        yield from answers
-
-    write_journal(path_of(output.journals, name), judged())
+def _count(lines: list[Line], progress: Progress) -> None:
+    for line in lines:
+        progress.records_before += len(line.records)
+        rejects, chunk_rejects = count_rejects(line.rejects)
+        progress.rejects_before.update(rejects)
+        progress.chunk_rejects_before.update(chunk_rejects)
+        progress.note_rejects(line.rejects)
 
 
 def _judge(job: Job, worker: RowWorker, source: Source, row: Row, line: Line) -> Line:

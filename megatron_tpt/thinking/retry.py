@@ -1,10 +1,11 @@
 """Asking again about documents that were rejected: blocks that are done are opened again.
 
-    OUTPUT/.work/retries/task-00003-of-00064.json    for which reasons, and whether all blocks are open by now
+    OUTPUT/.work/retries/task-00003-of-00064.json    for which reasons, and how far the round is
 
 A block is opened by putting a journal beside its shard: whole or not at all, with everything that is kept of the block.
 From then on it is a block that is under way, like any other; its shard and its rejects are there until new ones take
-their place. Where a run is killed, the same command goes on with the round: nothing is asked twice for it.
+their place. Where a run is killed, the same command resumes the round: no task asks twice for it. The round is over when
+all tasks are at its end.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
@@ -27,6 +29,7 @@ from megatron_tpt.thinking.rows import ENGINE, RowWorker, answer_fields
 from megatron_tpt.thinking.shards import Output, block_name
 
 _ALL = "all"
+_OPENING, _OPEN, _DONE = "opening", "open", "done"
 
 
 class Retry:
@@ -45,30 +48,36 @@ class Retry:
     def begin(self, worker: RowWorker, sources: Iterable[tuple[int, Source]], owns: Callable[[int, int], bool]) -> None:
         """Open the blocks of `sources` that the task owns and that have such rejects, unless an earlier run has done so
         and was killed. Raises UserError where there are none."""
-        state = self._state()
+        state = _read(self._path)
         if state is not None and state["reasons"] != self._reasons:
             raise UserError(
                 f"{self._output.folder}: --retry-rejects {' '.join(state['reasons'])} was interrupted here; run it "
                 "again, or run the job without --retry-rejects, to its end first"
             )
-        if state is not None and state["is_open"]:
+        if state is not None and state["stage"] != _OPENING:
+            print(f"{self._output.folder}: an interrupted round of --retry-rejects is resumed", file=sys.stderr)
             return
-        self._note(is_open=False)
+        self._note(_OPENING)
         for number, source in sources:
             self._open_blocks(worker, number, source, owns)
-        self._note(is_open=True)
+        self._note(_OPEN)
         print(self._summary(), file=sys.stderr)
 
     def end(self) -> None:
-        """The task has come to its end."""
-        self._path.unlink(missing_ok=True)
+        """The task has come to its end, whether or not it was started with --retry-rejects."""
+        state, num_tasks = _read(self._path), self._job.options.scale.num_tasks
+        if state is None:
+            return
+        self._reasons = state["reasons"]
+        self._note(_DONE)
+        states = [_read(self._output.retries / f"{task_name(task, num_tasks)}.json") for task in range(num_tasks)]
+        if all(state is not None and state["stage"] == _DONE for state in states):
+            for path in self._output.retries.glob("task-*"):
+                path.unlink(missing_ok=True)
 
-    def _state(self) -> dict[str, Any] | None:
-        return json.loads(self._path.read_text()) if self._path.exists() else None
-
-    def _note(self, *, is_open: bool) -> None:
+    def _note(self, stage: str) -> None:
         with atomic_write(self._path) as temporary:
-            temporary.write_text(json.dumps({"reasons": self._reasons, "is_open": is_open}))
+            temporary.write_text(json.dumps({"reasons": self._reasons, "stage": stage}))
 
     def _open_blocks(self, worker: RowWorker, number: int, source: Source, owns: Callable[[int, int], bool]) -> None:
         ledger = Ledger(self._output.ledgers, number, self._task)
@@ -128,6 +137,13 @@ class Retry:
         if self._num_of_input:
             said += f"; rows of the input that are no documents of their own stay ({counts(self._num_of_input)})"
         return said
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
 
 
 def check_retry(options: AugmentOptions, output: Output) -> None:
