@@ -181,16 +181,18 @@ class EngineOptions:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.max_retries < 0:
-            raise UserError(f"--max-retries {self.max_retries}: must be 0 or more")
+            raise UserError(f"max_retries {self.max_retries}: must be 0 or more")
         for name in ("request_timeout_s", "endpoint_patience_s", "hang_timeout_s"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+                raise UserError(f"{name} {getattr(self, name)}: must be above 0")
         if self.kind == "endpoint" and not self.endpoints:
             raise UserError("no endpoint was given; name one or more, such as --endpoints http://host:8000/v1")
         if self.kind != "endpoint" and self.endpoints:
             raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or leave them out')
         for url in self.endpoints:
             _check_url(url)
+        if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
+            raise UserError(f'request fields can be chosen for the engine "endpoint", not for "{self.kind}"')
         check_request_fields(self.request_fields, is_chat=self.api == "chat")
 
 

@@ -212,8 +212,8 @@ class AugmentOptions:
             notes.append(f"--top-p {self.top_p} has no effect with --temperature 0")
         if self.temperature == 0 and self.rollouts > 1:
             notes.append(f"--rollouts {self.rollouts} with --temperature 0 gives the same thought again and again")
-        if self.limit is not None and self.estimate is not None and self.estimate > self.limit:
-            notes.append(f"--estimate {self.estimate} looks at the {self.limit} rows of --limit")
+        if self.estimate is not None and self.scale.executor != "local":
+            notes.append(f"--executor {self.scale.executor} has no effect with --estimate, which runs on this machine")
         return notes
 
     def request_fields(self) -> dict[str, Any]:

@@ -66,12 +66,11 @@ def _check(job: Job, output: Output, path: Path) -> None:
             f"in {path.name}; set them back"
         )
     for name in output.names():
-        records, rejects = output.read_block(name)
-        check_lengths(job.options, map(asdict, records), rejects)
+        check_lengths(job.options, output.read_block(name)[1])
     for name in output.open_names():
         with Journal(path_of(output.journals, name)) as journal:
             for line in journal.lines():
-                check_lengths(job.options, line.records, line.rejects)
+                check_lengths(job.options, line.rejects)
 
 
 def _refilter_source(
@@ -113,7 +112,7 @@ def _judge(job: Job, worker: RowWorker, source: Source, row: Row, line: Line) ->
     if line.id is None:
         return line
     opened = worker.open(row, source.name)
-    opened.outcomes.update(revive(job.options, opened, line))
+    opened.outcomes.update(revive(job.options, opened, line, worker.count_tokens))
     if not opened.is_done:
         raise UserError(f"{source.name}:{row.number + 1}: what was generated about this document is not all there")
     worker.judge_again(opened)

@@ -4,8 +4,8 @@
 
 A block is opened by putting a journal beside its shard: whole or not at all, with everything that is kept of the block.
 From then on it is a block that is under way, like any other; its shard and its rejects are there until new ones take
-their place. Where a run is killed, the same command resumes the round: no task asks twice for it. The round is over when
-all tasks are at its end.
+their place. Where a run is killed, the same command resumes the round: no task asks twice for it. The round is over
+when all tasks are at its end.
 """
 
 import json
@@ -114,7 +114,7 @@ class Retry:
                 yield line
                 continue
             opened = worker.open(row, source.name)
-            thoughts = revive(self._job.options, opened, line)
+            thoughts = revive(self._job.options, opened, line, worker.count_tokens)
             self._num_rows += 1
             for request in range(opened.num_requests):
                 thought = thoughts.get(request)

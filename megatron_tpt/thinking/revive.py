@@ -1,6 +1,6 @@
 """What was made of documents, as thoughts again: to ask for some of them anew, or to judge all by other filters."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron_tpt.records import Record, Row
 from megatron_tpt.thinking.journal import Line
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.rows import OpenRow, failed_thought
-from megatron_tpt.thinking.thoughts import Thought
+from megatron_tpt.thinking.thoughts import UNKNOWN, Thought
 
 DUPLICATE = "duplicate_id"
 
@@ -35,10 +35,11 @@ class BlockLines:
         return Line(row.number, row.record.id, records, rejects) if records or rejects else None
 
 
-def revive(options: AugmentOptions, row: OpenRow, line: Line) -> dict[int, Thought]:
+def revive(options: AugmentOptions, row: OpenRow, line: Line, count_tokens: Callable[[str], int]) -> dict[int, Thought]:
     """The thoughts that became `line`, by the number of their request; those that cannot be found are not among them.
 
     Of a record with several thoughts the first that was accepted has the sums (`prompt_tokens`) and the flags of all.
+    `count_tokens` is for chunks of records that were written before their lengths were kept.
     """
     num_chunks = len(row.stretches)
     rejects = {_place(options, reject, num_chunks): reject for reject in line.rejects}
@@ -50,22 +51,15 @@ def revive(options: AugmentOptions, row: OpenRow, line: Line) -> dict[int, Thoug
             for chunk in range(num_chunks)
             if (rollout, chunk) in rejects
         }
-        of_record = _of_record(options, records[rollout]) if rollout in records else {}
+        of_record = _of_record(options, records[rollout], count_tokens) if rollout in records else {}
         for chunk, thought in (of_rejects | of_record).items():
             thoughts[rollout * num_chunks + chunk] = thought
     return thoughts
 
 
-def check_lengths(
-    options: AugmentOptions, records: Iterable[Mapping[str, Any]], rejects: Iterable[Mapping[str, Any]]
-) -> None:
-    """Raise UserError for what earlier versions wrote without the lengths that a thought needs to become a record."""
-    without = any(reject.get("thinking") is not None and "generation" not in reject for reject in rejects)
-    if options.long_documents == "chunk":
-        without = without or any(
-            "thinking_tokens" not in chunk for record in records for chunk in record["meta"]["chunks"]
-        )
-    if without:
+def check_lengths(options: AugmentOptions, rejects: Iterable[Mapping[str, Any]]) -> None:
+    """Raise UserError for rejects that earlier versions wrote without what a thought needs to become a record."""
+    if any(reject.get("thinking") is not None and "generation" not in reject for reject in rejects):
         raise UserError(
             f"{options.output}: an earlier version generated this and kept no lengths of rejected thoughts, so that "
             "--refilter cannot make records of them; --retry-rejects all asks again about them"
@@ -86,7 +80,7 @@ def _of_reject(reject: Mapping[str, Any], *, is_alone: bool) -> Thought:
         return failed_thought(reject["reason"], detail, attempt)
     return Thought(
         text="",
-        num_tokens=generation.get("thinking_tokens", 0),
+        num_tokens=generation.get("thinking_tokens", UNKNOWN),
         truncated=is_alone and generation.get("truncated", False),
         finish_reason=generation.get("finish_reason", "stop") if is_alone else "stop",
         num_prompt_tokens=generation.get("prompt_tokens", 0) if is_alone else 0,
@@ -97,7 +91,9 @@ def _of_reject(reject: Mapping[str, Any], *, is_alone: bool) -> Thought:
     )
 
 
-def _of_record(options: AugmentOptions, record: Mapping[str, Any]) -> dict[int, Thought]:
+def _of_record(
+    options: AugmentOptions, record: Mapping[str, Any], count_tokens: Callable[[str], int]
+) -> dict[int, Thought]:
     """The accepted thoughts of a record by chunk."""
     meta, thinking = record["meta"], record["thinking"] or ""
     whole = {"text_end": len(record["text"]), "thinking_end": len(thinking), "reason": None}
@@ -109,12 +105,11 @@ def _of_record(options: AugmentOptions, record: Mapping[str, Any]) -> dict[int, 
         text, begin = thinking[begin : chunk["thinking_end"]], chunk["thinking_end"]
         if chunk["reason"]:
             continue
-        is_first = not thoughts
-        # Records of earlier versions have no lengths of single chunks; with one chunk it is that of the record.
-        num_tokens = chunk.get("thinking_tokens", meta["thinking_tokens"] if is_first else 0)
+        is_first, text = not thoughts, text.removeprefix("\n\n") if number else text
+        num_tokens = chunk.get("thinking_tokens")
         thoughts[number] = Thought(
-            text=text.removeprefix("\n\n") if number else text,
-            num_tokens=num_tokens,
+            text=text,
+            num_tokens=num_tokens if num_tokens is not None else count_tokens(text),
             truncated=is_first and meta["truncated"],
             finish_reason=meta["finish_reason"] if is_first else "stop",
             num_prompt_tokens=(meta.get("prompt_tokens") or 0) if is_first else 0,

@@ -10,7 +10,7 @@ from megatron_tpt.records import Record, Row
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Part, Prompt, Template
-from megatron_tpt.thinking.thoughts import Thought, ThoughtReader
+from megatron_tpt.thinking.thoughts import UNKNOWN, Thought, ThoughtReader
 
 ENGINE = "engine_"
 """What reasons begin with that are the engine's."""
@@ -105,6 +105,10 @@ class RowWorker:
                 line.rejects.extend(self._reject(row, rollout, thought, chunk) for chunk, thought in dropped)
         return line
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` in the generator's vocabulary."""
+        return self._documents.count(text)
+
     def judge_again(self, row: OpenRow) -> None:
         """Judge the thoughts of a row by the filters of this worker, whatever other ones said of them."""
         for request, outcome in row.outcomes.items():
@@ -174,14 +178,20 @@ class RowWorker:
         reject = make_reject(self._id(row, rollout), row.source, row.number, thought.reason or "", thought.detail)
         if chunk is not None or len(row.stretches) == 1:  # else the texts are with the chunks
             reject["thinking"] = thought.rejected_text
-            reject["generation"] = {
-                "finish_reason": thought.finish_reason,
-                "truncated": thought.truncated,
-                "thinking_tokens": thought.num_tokens,
-                "prompt_tokens": thought.num_prompt_tokens,
-                "attempt": thought.attempt,
-            }
+            if thought.num_tokens != UNKNOWN:
+                reject["generation"] = _generation(thought)
         return reject | {"chunk": chunk}
+
+
+def _generation(thought: Thought) -> dict[str, Any]:
+    """What a rejected thought needs beside its text to become a record by other filters."""
+    return {
+        "finish_reason": thought.finish_reason,
+        "truncated": thought.truncated,
+        "thinking_tokens": thought.num_tokens,
+        "prompt_tokens": thought.num_prompt_tokens,
+        "attempt": thought.attempt,
+    }
 
 
 def make_reject(record_id: str | None, source: str, row: int, reason: str, detail: str = "") -> dict[str, Any]:

@@ -11,6 +11,9 @@ from megatron_tpt.thinking.filters import cut_to_sentence, judge
 Truncated = Literal["keep", "drop", "sentence"]
 Wants = Literal["thinking", "answer"]
 
+UNKNOWN = -1
+"""In place of the length of a thought that an earlier version rejected."""
+
 
 @dataclass(frozen=True)
 class Thought:
@@ -19,7 +22,7 @@ class Thought:
     text: str
     """Without tags; empty where it was rejected."""
     num_tokens: int
-    """Tokens of `text`, or of `rejected_text`, in the generator's vocabulary."""
+    """Tokens of `text`, or of `rejected_text`, in the generator's vocabulary; `UNKNOWN` for some rejected ones."""
     truncated: bool
     """Cut at `max_new_tokens`, whatever was done about it."""
     finish_reason: str

@@ -13,6 +13,7 @@ import zstandard
 from augment_runs import NO_FILTERS, job, records, rejects
 from unruly_server import UnrulyServer
 
+from megatron_tpt.records import read_records, write_records
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.shards import read_rejects
 
@@ -70,7 +71,13 @@ def killed_at(call: int, run: Callable[[], Any], tmp: Path) -> bool:
 
 
 def as_earlier_version(output: Path) -> None:
-    """Take away what earlier versions did not write: lengths of rejected thoughts, revisions of blocks."""
+    """Take away what earlier versions did not write: lengths of rejects and of chunks, revisions of blocks."""
+    for path in output.glob("part-*"):
+        whole = list(read_records([path]))
+        for record in whole:
+            for chunk in record.meta.get("chunks", []):
+                del chunk["thinking_tokens"]
+        write_records(path, whole)
     for path in (output / "rejects").glob("part-*"):
         lines = [{key: value for key, value in reject.items() if key != "generation"} for reject in read_rejects(path)]
         path.write_bytes(zstandard.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines)))
