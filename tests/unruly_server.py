@@ -7,9 +7,10 @@ times. What follows the number only tells prompts apart.
 import asyncio
 import contextlib
 import json
+import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from aiohttp import web
@@ -42,8 +43,12 @@ class UnrulyServer:
         self.takes_stop = True
         self.reasoning: str | None = "hm"
         """What chats hand out apart from the text."""
-        self.answers: dict[str, str] = {}
-        """What it answers to some prompts."""
+        self.answers: dict[str, str | dict[str, Any]] = {}
+        """What it answers to some prompts: a text, or the whole body."""
+        self.refuses: Callable[[dict[str, Any]], str | tuple[int, str] | None] = lambda body: None
+        """With which sentence (and status, 400 if not told) it refuses a request; None serves it."""
+        self.message: dict[str, Any] = {}
+        """What chats hand out in place of the text and the reasoning."""
         self.delay_s = 0.0
         self.in_flight = self.max_in_flight = 0
         self._asked: Counter[str] = Counter()
@@ -114,13 +119,18 @@ class UnrulyServer:
         self.paths.append(request.path)
         is_chat = "messages" in body
         prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]
-        if isinstance(prompt, str):
-            fault, times, *_ = prompt.split()
+        if (refusal := self.refuses(body)) is not None:
+            status, sentence = refusal if isinstance(refusal, tuple) else (400, refusal)
+            return web.json_response({"error": {"message": sentence}}, status=status)
+        if isinstance(prompt, str) and (order := re.match(r"(\S+) (\d+)", prompt)):
+            fault, times = order.groups()
             self._asked[prompt] += 1
             if self._asked[prompt] <= int(times):
                 return await self._misbehave(fault, request)
         if "stop" in body and not self.takes_stop:
             return web.json_response({"error": "Argument not supported on this model: stop"}, status=400)
+        if isinstance(whole := self.answers.get(str(prompt)), dict):
+            return web.json_response(whole)
         if self.thinks:
             return web.json_response(self._thoughtful(body.get("stop", [])))
         content: dict[str, Any] = {"choices": [self._choice(self._text(prompt), is_chat)]}
@@ -129,7 +139,7 @@ class UnrulyServer:
         return web.json_response(content)
 
     def _text(self, prompt: Any) -> str:
-        return self.answers.get(str(prompt), f"answer to {prompt}")
+        return str(self.answers.get(str(prompt), f"answer to {prompt}"))
 
     def _thoughtful(self, stop: list[str]) -> dict[str, Any]:
         """A chat's answer by a model whose prompt ends in "<think>"; every word is a token."""
@@ -145,7 +155,7 @@ class UnrulyServer:
 
     def _choice(self, text: str, is_chat: bool) -> dict[str, Any]:
         if is_chat:
-            message = {"role": "assistant", "content": text, "reasoning_content": self.reasoning}
+            message = {"role": "assistant", "content": text, "reasoning_content": self.reasoning} | self.message
             return {"message": message, "finish_reason": "stop"}
         return {"text": text, "finish_reason": "length"}
 

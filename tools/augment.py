@@ -4,6 +4,8 @@ python tools/augment.py --input documents.jsonl --output data/thinking --model M
 python tools/augment.py --recipe augment.yaml --estimate 200                     # what would it cost?
 python tools/augment.py --recipe augment.yaml --executor slurm --num-tasks 64    # the same, as a job array
 python tools/augment.py --recipe augment.yaml --status                           # how far is it?
+python tools/augment.py --recipe augment.yaml --retry-rejects "engine_*"         # ask again about some rejects
+python tools/augment.py --recipe augment.yaml --refilter --filters.min-words 4   # other filters, nothing generated
 """
 
 import sys
@@ -18,16 +20,22 @@ def main() -> None:
         from megatron_tpt.thinking.status import status
 
         print(status(options).screen())
+    elif options.refilter:
+        from megatron_tpt.thinking.augment import apply_filters
+
+        apply_filters(options)
     elif options.estimate is not None:
         from megatron_tpt.thinking.estimate import estimate
 
         print(estimate(options).summary())
     elif options.task is None and (options.scale.num_tasks > 1 or options.scale.executor != "local"):
-        from megatron_tpt.thinking.augment import launch
+        from megatron_tpt.thinking.augment import conclude, launch
 
         report = launch(options, [sys.executable, *sys.argv])
         print(report.summary(), file=sys.stderr)
-        sys.exit(report.exit_code)
+        if report.exit_code:  # 2 where the user can fix it, as of a single task
+            sys.exit(2 if any(result.exit_code == 2 for result in report.failed) else report.exit_code)
+        conclude(options)
     else:
         from megatron_tpt.thinking.augment import augment
 

@@ -3,12 +3,13 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
 
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
@@ -155,6 +156,12 @@ class EngineOptions:
     """What servers are asked: "completions" takes prompts as text or token ids, "chat" takes messages."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key for the endpoints; without it no key is sent."""
+    request_fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the caller's own in every request to an endpoint; they win over what is sent to vLLM by default."""
+    length_field: LengthField = "max_tokens"
+    """The name under which endpoints are told `Sampling.max_new_tokens`."""
+    omit_fields: tuple[OmittableField, ...] = ()
+    """Fields of a request that endpoints are not sent, as some models refuse them."""
     request_timeout_s: float = 1800.0
     """A request that takes longer is given up and asked again."""
     max_retries: int = 5
@@ -174,16 +181,19 @@ class EngineOptions:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.max_retries < 0:
-            raise UserError(f"--max-retries {self.max_retries}: must be 0 or more")
+            raise UserError(f"max_retries {self.max_retries}: must be 0 or more")
         for name in ("request_timeout_s", "endpoint_patience_s", "hang_timeout_s"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+                raise UserError(f"{name} {getattr(self, name)}: must be above 0")
         if self.kind == "endpoint" and not self.endpoints:
             raise UserError("no endpoint was given; name one or more, such as --endpoints http://host:8000/v1")
         if self.kind != "endpoint" and self.endpoints:
             raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or leave them out')
         for url in self.endpoints:
             _check_url(url)
+        if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
+            raise UserError(f'request fields can be chosen for the engine "endpoint", not for "{self.kind}"')
+        check_request_fields(self.request_fields, is_chat=self.api == "chat")
 
 
 def _check_url(url: str) -> None:

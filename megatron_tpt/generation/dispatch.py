@@ -8,6 +8,10 @@ the failure says of the server, and what of the request, is told apart:
 - A request is given up after `max_retries` failures that may be its own fault, if others were completed between them.
   So one bad request cannot hold up the run, and neither an outage nor a quota that is used up, however long it lasts,
   can turn a data set into failures.
+- A request that a server refuses (400 and the like) is held until the same server has completed one that was sent
+  later: then it is the request's own fault, and a Failure. Where none is completed, the server is asked something
+  short and harmless; if it refuses that too, it refuses every request (a field that the model does not take, a model
+  that is gone), and generation ends with the server's own sentence.
 """
 
 import asyncio
@@ -20,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
@@ -28,14 +32,17 @@ from megatron_tpt.generation.http_client import HttpAnswer, HttpClient
 from megatron_tpt.generation.openai_api import (
     PATHS,
     ListedModel,
+    Refused,
     UnusableAnswer,
     check_status,
     parse_answer,
     parse_models,
+    probe,
     refuses_stop,
     request_body,
     without_stop,
 )
+from megatron_tpt.generation.request_fields import advice_on_refusal
 
 _DEFAULT_MAX_IN_FLIGHT = 64
 _FIRST_WAIT_S = 0.5
@@ -43,6 +50,7 @@ _MAX_WAIT_S = 30.0
 _MAX_LOCAL_WAIT_S = 1.0
 _MODELS_TIMEOUT_S = 30.0
 _FAILURES_UNTIL_REST = 3
+_REFUSALS_UNTIL_PROBE = 8
 
 Results = queue.SimpleQueue["tuple[Job, Completion | Failure] | Exception"]
 
@@ -61,6 +69,16 @@ class Job:
     last_server: "Server | None" = None
     """The one that failed last."""
     task: "asyncio.Task[None] | None" = None
+    is_held: bool = False
+    """Refused by a server of which it is not known yet whether it serves others."""
+
+
+class Refusal(NamedTuple):
+    """A request that a server refused."""
+
+    job: Job
+    failure: Failure
+    sent_s: float
 
 
 @dataclass(eq=False)
@@ -84,6 +102,9 @@ class Server:
     """Whether it takes texts that end a completion; some refuse them for models that think."""
     was_open: bool = False
     num_answers: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    """Those of requests that are held."""
+    is_probed: bool = False
 
     def is_free(self, now_s: float) -> bool:
         return self.is_open and self.in_flight < self.limit and now_s >= self.rests_until_s
@@ -158,6 +179,8 @@ class Dispatcher:
         for job in [job for job in self._jobs if job.results is results]:
             self._drop(job)
         self._waiting = deque(job for job in self._waiting if job in self._jobs)
+        for server in self._servers:
+            server.refusals = [refusal for refusal in server.refusals if refusal.job in self._jobs]
 
     def fail(self, error: BaseException) -> None:
         """End everything with `error`."""
@@ -220,10 +243,64 @@ class Dispatcher:
         except UnusableAnswer as answer:
             self._learn_of_failure(server, answer, sent_s)
             self._try_again(job, server, answer)
+        except Refused as refused:
+            if job in self._jobs:
+                job.is_held = True
+                server.refusals.append(Refusal(job, refused.failure, sent_s))
         else:
             self._last_success_s = time.monotonic()
             server.succeeded()
             self._finish(job, outcome)
+            self._end_refused(server, sent_s)
+        self._probe_where_needed()
+
+    def _end_refused(self, server: Server, before_s: float) -> None:
+        """Give up what `server` refused before it was sent something that it then completed."""
+        earlier = [refusal for refusal in server.refusals if refusal.sent_s <= before_s]
+        server.refusals = [refusal for refusal in server.refusals if refusal.sent_s > before_s]
+        for refusal in earlier:
+            self._finish(refusal.job, refusal.failure)
+
+    def _probe_where_needed(self) -> None:
+        """Ask servers that have refused many requests, or all that are left, whether they serve any."""
+        for server in self._servers:
+            if not server.refusals or server.is_probed:
+                continue
+            if len(server.refusals) >= _REFUSALS_UNTIL_PROBE or all(
+                job.is_held or job.num_failures for job in self._jobs
+            ):
+                server.is_probed = True
+                self._spawn(self._probe(server))
+
+    async def _probe(self, server: Server) -> None:
+        """Ask `server` something short. Raises UserError when it refuses that too."""
+        sent_s = time.monotonic()
+        try:
+            await self._ask(probe(server.refusals[-1].job.request), server)
+        except Refused as refused:
+            raise UserError(self._refuses_all(server, refused.failure.message)) from refused
+        except (
+            UnusableAnswer
+        ) as answer:  # nothing is learnt of the refused: they are asked again, elsewhere if possible
+            self._learn_of_failure(server, answer, sent_s)
+            held, server.refusals = server.refusals, []
+            for job in [refusal.job for refusal in held if refusal.job in self._jobs]:
+                job.is_held, job.last_server = False, server
+                self._stats.num_retried += 1
+                asyncio.get_running_loop().call_later(self._wait_s(server.num_failures, answer), self._requeue, job)
+        else:
+            server.succeeded()
+            self._end_refused(server, sent_s)
+        finally:
+            server.is_probed = False
+        self._probe_where_needed()
+
+    def _refuses_all(self, server: Server, sentence: str) -> str:
+        url = server.url + PATHS[self._options.api]
+        what = f"has completed {server.num_answers:,} requests and now refuses" if server.num_answers else "refuses"
+        return f"{url} {what} every request, a short test included: {sentence}" + advice_on_refusal(
+            sentence, self._options.length_field
+        )
 
     async def _ask(self, request: Request, server: Server) -> Completion | Failure:
         options = self._options
@@ -248,10 +325,7 @@ class Dispatcher:
 
     async def _post(self, url: str, request: Request, listed: ListedModel) -> HttpAnswer:
         options = self._options
-        body = request_body(
-            request, options.model, options.api, is_vllm=listed.is_vllm, max_model_len=options.max_model_len
-        )
-        return await self._client.post(url, body)
+        return await self._client.post(url, request_body(request, options, is_vllm=listed.is_vllm))
 
     def _finish(self, job: Job, outcome: Completion | Failure) -> None:
         if job in self._jobs:
@@ -308,7 +382,7 @@ class Dispatcher:
             return True
         # At the end there may be no others that could show that the servers do their work.
         only_such_left = id(job.results) in self._draining and all(
-            other.num_failures > max_failures for other in self._jobs
+            other.num_failures > max_failures for other in self._jobs if not other.is_held
         )
         return only_such_left and self._last_success_s > float("-inf")
 

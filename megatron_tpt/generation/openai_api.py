@@ -15,7 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, Failure, FinishReason, Request
+from megatron_tpt.generation.api import Completion, EngineOptions, Failure, FinishReason, Request
 
 Api = Literal["completions", "chat"]
 
@@ -36,6 +36,7 @@ _VLLM_FIELDS = {
 }
 _MASK_31_BITS = (1 << 31) - 1
 _MAX_MESSAGE = 300
+_PROBE = "Hello."
 
 
 class UnusableAnswer(Exception):
@@ -51,14 +52,22 @@ class UnusableAnswer(Exception):
         self.retry_after_s = retry_after_s
 
 
-def request_body(request: Request, model: str, api: Api, *, is_vllm: bool, max_model_len: int | None = None) -> bytes:
-    """The JSON body that asks for `request`. Raises UserError for a kind of prompt that `api` does not take."""
+class Refused(Exception):
+    """A server answered that it will not do this request. Asking again does not help; other requests may be served."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def request_body(request: Request, options: EngineOptions, *, is_vllm: bool) -> bytes:
+    """The JSON body that asks for `request`. Raises UserError for a kind of prompt that `options.api` does not take."""
     sampling = request.sampling
     greedy = sampling.temperature == 0
     body: dict[str, Any] = {
-        "model": model,
-        **_prompt_field(request, api),
-        "max_tokens": min(sampling.max_new_tokens, max_model_len or sampling.max_new_tokens),
+        "model": options.model,
+        **_prompt_field(request, options.api),
+        options.length_field: min(sampling.max_new_tokens, options.max_model_len or sampling.max_new_tokens),
         "temperature": sampling.temperature,
         "top_p": 1.0 if greedy else sampling.top_p,
     }
@@ -69,7 +78,21 @@ def request_body(request: Request, model: str, api: Api, *, is_vllm: bool, max_m
         body["seed"] = sampling.seed if is_vllm else sampling.seed & _MASK_31_BITS
     if is_vllm:
         body |= _VLLM_FIELDS
-    return orjson.dumps(body)
+    for name in options.omit_fields:
+        body.pop(name, None)
+    return orjson.dumps(body | dict(options.request_fields))
+
+
+def probe(request: Request) -> Request:
+    """A short, harmless request of the same form as `request`: a server that refuses it blames what all requests
+    have in common, not a prompt."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return request._replace(prompt=_PROBE)
+    if prompt and isinstance(prompt[0], Mapping):
+        messages = [{"role": str(message["role"]), "content": _PROBE} for message in prompt]  # type: ignore[index,call-overload]
+        return request._replace(prompt=messages)
+    return request._replace(prompt=list(prompt[:1]))  # type: ignore[arg-type]
 
 
 def _prompt_field(request: Request, api: Api) -> dict[str, Any]:
@@ -97,8 +120,11 @@ def refuses_stop(status: int, body: bytes) -> bool:
 def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Completion | Failure:
     """What the server at `url` made of a request.
 
-    Raises UnusableAnswer for what may be better when asked again, and UserError for what no other request could mend.
+    Raises UnusableAnswer for what may be better when asked again, Refused for what blames the request, and UserError
+    for what no other request could fix.
     """
+    if status == 200:
+        status = _status_in(body)
     if status == 200:
         return _parse_completion(url, body)
     message = _error_message(body) or f"status {status}"
@@ -109,7 +135,24 @@ def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes)
     # The last is what vLLM says where the prompt leaves room for none of the tokens that were asked for.
     signs = r"context.length|model.length|max_model_len|max_tokens must be at least 1, got (?:0|-)"
     too_long = over_quota or status == 413 or re.search(signs, message, re.IGNORECASE)
-    return Failure("prompt_too_long" if too_long else "bad_request", message)
+    filtered = message.startswith("content_filter ")
+    reason = "content_filter" if filtered else "prompt_too_long" if too_long else "bad_request"
+    raise Refused(Failure(reason, message))
+
+
+def _status_in(body: bytes) -> int:
+    """The status of an answer that came with status 200: some gateways pass on another server's error in its place."""
+    if b'"error"' not in body:
+        return 200
+    try:
+        answer = orjson.loads(body)
+    except ValueError:
+        return 200
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not error or answer.get("choices"):
+        return 200
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 502
 
 
 def check_status(url: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -203,11 +246,22 @@ def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:
     message = choice.get("message")
     if message is None:
         return choice["text"], None
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or None
     text = message["content"]
-    if text is None and reasoning is not None:  # cut while it was still reasoning
-        text = ""
+    if isinstance(text, list):  # parts, those of the reasoning among them
+        thoughts = "".join(_part_text(part["thinking"]) for part in text if part.get("type") == "thinking")
+        text = "".join(_part_text(part) for part in text if part.get("type") != "thinking")
+        reasoning = reasoning or thoughts or None
+    if text is None:  # truncated while it was still reasoning, declined, or nothing to say: an answer all the same
+        text = message.get("refusal") or ""
     return text, reasoning
+
+
+def _part_text(part: Any) -> str:
+    """The text of a part of a message's content, which may be a string, an object with a text, or a list of those."""
+    if isinstance(part, list):
+        return "".join(map(_part_text, part))
+    return part if isinstance(part, str) else part["text"]
 
 
 def _invalid(url: str, message: str) -> UnusableAnswer:

@@ -17,13 +17,13 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Request, open_engine
-from megatron_tpt.job_settings import check_settings, write_settings
+from megatron_tpt.job_settings import write_settings
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
@@ -32,11 +32,15 @@ from megatron_tpt.thinking.job import Generator, Job, plan
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import Progress, Reporter, progress_path, write_progress
+from megatron_tpt.thinking.progress import Progress, Reporter, counts, progress_path, read_progress, write_progress
+from megatron_tpt.thinking.refilter import end_refilter, refilter
+from megatron_tpt.thinking.retry import Retry, check_retry
 from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_reject
-from megatron_tpt.thinking.settings import SETTINGS_NAME
+from megatron_tpt.thinking.settings import SETTINGS_NAME, check_job
 from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
+
+_REJECTS_UNTIL_WARNING = 100
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -45,12 +49,16 @@ def augment(options: AugmentOptions) -> Progress:
     Raises UserError for what the user can mend, before anything is written; Fault where one machine of a job of many
     tasks lacks what the others have.
     """
-    job = _looked_over(options, lambda: plan(options))
+    job = _looked_over(options, lambda: _begin(options))
     settings_path = options.output / SETTINGS_NAME
-    check_settings(settings_path, job.settings)
     generator = None if settings_path.exists() else job.generator()
     write_settings(settings_path, job.settings)
+    num_tasks = options.scale.num_tasks
     with task_lock(Output(options.output).locks, options.task or 0):
+        retry = Retry(job, Output(options.output), options.task or 0)
+        if options.retry_rejects:
+            generator = generator or _looked_over(options, job.generator)
+            _reopen(job, retry, generator)
         task = _Task(job)  # not before: what another process had in hand is done by now
         blocks = task.blocks()
         first = next(blocks, None)
@@ -60,10 +68,67 @@ def augment(options: AugmentOptions) -> Progress:
             task.note_progress()
         else:
             task.run(generator or _looked_over(options, job.generator), itertools.chain([first], blocks))
-        task.output.note_finished(task.number, options.scale.num_tasks)
-    if not task.output.unfinished_tasks(options.scale.num_tasks):
-        _write_card(job, task.output)
+        task.output.note_finished(task.number, num_tasks)
+        if not task.output.unfinished_tasks(num_tasks):
+            _write_card(job, task.output)
+        retry.end()
+    _say(task.progress.reject_report())
+    conclude(options)
     return task.progress
+
+
+def _begin(options: AugmentOptions) -> Job:
+    """Look over the options, and whether the folder is that of such a job."""
+    job, output = plan(options), Output(options.output)
+    _say(f"note: {note}" for note in options.notes())
+    check_job(output, job.settings)
+    check_retry(options, output)
+    return job
+
+
+def _reopen(job: Job, retry: Retry, generator: Generator) -> None:
+    task = _Task(job)
+    retry.begin(generator.worker, task.sources(), task.owns)
+    if task.output.unfinished_tasks(job.options.scale.num_tasks):
+        _write_card(job, task.output)  # which says so while it lasts
+
+
+def apply_filters(options: AugmentOptions) -> Progress:
+    """Apply the filters in `options` to all that the job has generated, see `refilter`."""
+    job, output = plan(options), Output(options.output)
+    progress = refilter(job, output)
+    _write_card(job, output)
+    end_refilter(output)
+    _say(progress.reject_report())
+    conclude(options)
+    return progress
+
+
+def conclude(options: AugmentOptions) -> None:
+    """Where all tasks of a job have come to their end, say what to do next.
+
+    Raises UserError where not a single document has become a record.
+    """
+    output = Output(options.output)
+    if output.unfinished_tasks(options.scale.num_tasks):
+        return
+    total, _ = output.totals()
+    if not total.records and total.rejects:
+        raise UserError(
+            f"{output.folder}: the job has come to its end without a single record: all {total.rejects.total():,} "
+            f"documents were rejected ({counts(total.rejects)}; the texts are in {output.rejects}); apply other "
+            "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
+        )
+    print(
+        f"{output.folder}: {total.records:,} records. Next: python tools/index.py --input {output.folder} "
+        "--tokenizer TOKENIZER_DIR --output PREFIX",
+        file=sys.stderr,
+    )
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _looked_over[T](options: AugmentOptions, look: Callable[[], T]) -> T:
@@ -82,8 +147,7 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
 
     Raises UserError for what the user can mend, before anything is started.
     """
-    job = plan(options)
-    check_settings(options.output / SETTINGS_NAME, job.settings)
+    job = _begin(options)
     job.generator()
     write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
@@ -129,17 +193,26 @@ class _Task:
         self._num_tasks = job.options.scale.num_tasks
         self._share = 1.0 if len(job.sources) >= self._num_tasks else 1 / self._num_tasks
         """Of what it goes through, what is its own."""
+        previous = read_progress(self._progress_path)
+        if previous is not None:
+            self.progress.examples = previous.examples
         self._ids = IdSet()
         self._finished_bytes = 0
         self._open_bytes = 0
         """Of the rows that are being thought about."""
         self._read = ReadProgress()
+        self._is_warned = False
         self._end = 0
         self._num_devices = 1
         self._last_finish_s = 0.0
         """When a block was finished last, or the engine was ready."""
 
-    def _owns(self, source: int, block: int) -> bool:
+    def sources(self) -> list[tuple[int, Source]]:
+        """The sources of which the task has a share, by their numbers."""
+        sources = list(enumerate(self._job.sources))
+        return sources[self.number :: self._num_tasks] if len(sources) >= self._num_tasks else sources
+
+    def owns(self, source: int, block: int) -> bool:
         """Whole sources where there are enough of them: then a task reads nothing that another reads."""
         turn = source if len(self._job.sources) >= self._num_tasks else source + block
         return turn % self._num_tasks == self.number
@@ -147,9 +220,7 @@ class _Task:
     def blocks(self) -> Iterator[_Block]:
         """The blocks of this task that are not done, each to be read to its end before the next is taken."""
         rows_left = self._job.options.limit
-        sources = list(enumerate(self._job.sources))
-        if len(sources) >= self._num_tasks:
-            sources = sources[self.number :: self._num_tasks]
+        sources = self.sources()
         if rows_left is None:  # else it is not known how much will be looked at
             self.progress.input_bytes = round(self._share * sum(source.num_bytes or 0 for _, source in sources))
         for number, source in sources:
@@ -176,11 +247,11 @@ class _Task:
             if self.output.is_done(name):
                 if name in ledger.entries:
                     self._ids.update(ledger.entries[name].digests)
-                if self._owns(number, block):
+                if self.owns(number, block):
                     self.progress.shards_skipped += 1
                     self._count_before(ledger.entries.get(name))
                 return False
-            return self._owns(number, block)
+            return self.owns(number, block)
 
         for block, rows in read_blocks(source, self._job.columns, rows_per_block, is_wanted, self._read):
             if is_beyond(block * rows_per_block):
@@ -255,6 +326,7 @@ class _Task:
             return None
         line = block.journal.line(row.number)
         rejects, chunk_rejects = count_rejects(line.rejects)
+        self.progress.note_rejects(line.rejects)
         self.progress.records_before += len(line.records)
         self.progress.rejects_before.update(rejects)
         self.progress.chunk_rejects_before.update(chunk_rejects)
@@ -270,6 +342,7 @@ class _Task:
         reject = make_reject(record_id, block.source.name, row.number, reason, row.detail)
         block.journal.add(Line(row.number, None, [], [reject]))
         self.progress.rejects[reason] += 1
+        self.progress.note_rejects([reject])
 
     def _answered(self, generator: Generator, block: _Block, row: OpenRow, request: int, outcome: Outcome) -> None:
         if isinstance(outcome, Completion):
@@ -288,9 +361,19 @@ class _Task:
         self.progress.records += len(line.records)
         self.progress.truncated += sum(record["meta"]["truncated"] for record in line.records)
         rejects, chunk_rejects = count_rejects(line.rejects)
+        self.progress.note_rejects(line.rejects)
         self.progress.rejects.update(rejects)
         self.progress.chunk_rejects.update(chunk_rejects)
+        self._warn_once_of_rejects()
         self._finish_if_done(block)
+
+    def _warn_once_of_rejects(self) -> None:
+        """Tell early of filters, or a model, of which nothing comes: a long job would end without a record."""
+        done = self.progress
+        if self._is_warned or done.records + done.records_before or done.rejects.total() < _REJECTS_UNTIL_WARNING:
+            return
+        self._is_warned = True
+        _say(["warning: not one record so far:", *(f"warning: {line}" for line in done.reject_report())])
 
     def _finish_if_done(self, block: _Block) -> None:
         if block.is_read and not block.open_rows:

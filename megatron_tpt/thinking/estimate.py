@@ -5,6 +5,7 @@ follow from the sample, seconds from the time that the engine took for it.
 """
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -104,6 +105,8 @@ def estimate(options: AugmentOptions) -> Estimate:
 
     Raises UserError for what the user can mend.
     """
+    for note in options.notes():
+        print(f"note: {note}", file=sys.stderr)
     job = plan(options)
     sample = draw_rows(job, options.estimate or 1)
     result = Estimate(len(sample.rows), sample.documents, sample.is_counted, sample.looked_at)

@@ -55,9 +55,12 @@ class Job:
             None if as_messages else tokenizer,
             thinking_block=options.thinking_block,
             open_tag=options.open_tag,
+            chat_template_kwargs=options.chat_template_kwargs(),
         )
         tag = options.open_tag if prompt.opens_thinking else None
-        begins_thinking = tokenizer is not None and ends_in(options.open_tag, render(self.template, tokenizer, tag))
+        begins_thinking = tokenizer is not None and ends_in(
+            options.open_tag, render(self.template, tokenizer, tag, options.chat_template_kwargs())
+        )
         reader = ThoughtReader(
             self.template.wants,
             options.open_tag,

@@ -13,10 +13,11 @@ One process has a journal at a time: it is locked while it is open (see `task_lo
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from megatron_tpt.files import atomic_write
 from megatron_tpt.scale import TaskLocked, locked
 
 _LOCK_TIMEOUT_S = 10.0
@@ -31,6 +32,14 @@ class Line(NamedTuple):
     """The record's id; None where there is no record, or where the id was another row's before."""
     records: list[dict[str, Any]]
     rejects: list[dict[str, Any]]
+
+
+class Answer(NamedTuple):
+    """The answer to one of the several requests of a row that is not finished."""
+
+    row: int
+    request: int
+    answer: dict[str, Any]
 
 
 class Journal:
@@ -88,7 +97,12 @@ class Journal:
 
     def add_answer(self, row: int, request: int, answer: dict[str, Any]) -> None:
         """Keep the answer to one of the several requests of a row that is not finished."""
-        self._append({"row": row, "request": request, "answer": answer})
+        self._append(Answer(row, request, answer)._asdict())
+
+    def answers(self) -> Iterator["Answer"]:
+        """All answers of rows that are not finished."""
+        for row, requests in self._answers.items():
+            yield from (Answer(row, request, self._read(*place)["answer"]) for request, place in requests.items())
 
     def add(self, line: Line) -> None:
         """Keep what came of a row, which is finished by that."""
@@ -96,7 +110,7 @@ class Journal:
         self._append(line._asdict())
 
     def _append(self, line: dict[str, Any]) -> None:
-        raw = json.dumps(line).encode() + b"\n"  # escaped, so that whatever a `meta` holds comes back as it was
+        raw = _encode(line)
         if os.write(self._file, raw) != len(raw):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._note(line, self._end, len(raw))
@@ -110,6 +124,12 @@ class Journal:
         """All finished rows, in the order of the input."""
         return map(self.line, sorted(self._rows))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Leave the file for the next run."""
         os.close(self._file)
@@ -118,6 +138,26 @@ class Journal:
         """The block is written out."""
         self.path.unlink()
         self.close()
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a journal holds more than rows of the input that are no documents."""
+    with path.open("rb") as file:
+        return any(b'"request": ' in raw or b'"id": null, "records"' not in raw for raw in file)
+
+
+def write_journal(path: Path, lines: Iterable[Line | Answer]) -> None:
+    """A journal in place of the one at `path`, or where there is none: whole or not at all, so that its block is open
+    from then on with all that is kept of it."""
+    for leftover in path.parent.glob(f".tmp-*-{path.name}"):  # of a run that was killed here
+        leftover.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        for line in lines:
+            file.write(_encode(line._asdict()))
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"  # escaped, so that whatever a `meta` holds comes back as it was
 
 
 def _open_locked(path: Path) -> int:

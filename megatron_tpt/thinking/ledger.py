@@ -29,6 +29,8 @@ class Entry:
     digests: numpy.ndarray
     """Digests of the ids in it, uint64; see `IdSet`."""
     statistics: ThinkingStatistics
+    revision: int = 0
+    """How often the block was written out anew, as when its rejects were asked again: the highest one holds."""
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -38,6 +40,7 @@ class Entry:
                 "end": self.end,
                 "ids": base64.b64encode(self.digests.tobytes()).decode(),
                 "statistics": self.statistics.to_json(),
+                "revision": self.revision,
             }
         )
 
@@ -46,7 +49,8 @@ class Entry:
         """The entry in a line. Raises ValueError or KeyError for what is none."""
         fields = json.loads(line)
         digests = numpy.frombuffer(base64.b64decode(fields["ids"]), dtype=numpy.uint64)
-        return cls(fields["block"], fields["end"], digests, ThinkingStatistics.from_json(fields["statistics"]))
+        statistics = ThinkingStatistics.from_json(fields["statistics"])
+        return cls(fields["block"], fields["end"], digests, statistics, fields.get("revision", 0))
 
 
 class Ledger:
@@ -54,7 +58,7 @@ class Ledger:
 
     def __init__(self, folder: Path, source: int, task: int) -> None:
         self._path = folder / f"{source:05d}-task-{task:05d}.jsonl"
-        self.entries = {entry.block: entry for entry in read_entries(folder.glob(f"{source:05d}-task-*.jsonl"))}
+        self.entries = _latest(read_entries(folder.glob(f"{source:05d}-task-*.jsonl")))
 
     def add(self, entry: Entry) -> None:
         """Note a finished block."""
@@ -83,7 +87,16 @@ def latest_entries(folder: Path) -> Iterator[Entry]:
     """What the ledgers in `folder` say of every finished block, once: one that was killed at its end has two lines."""
     paths = sorted(folder.glob("*-task-*.jsonl"))
     for _, of_source in itertools.groupby(paths, key=lambda path: path.name.partition("-")[0]):
-        yield from {entry.block: entry for entry in read_entries(of_source)}.values()
+        yield from _latest(read_entries(of_source)).values()
+
+
+def _latest(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """The entries that hold, by their blocks."""
+    latest: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.block not in latest or entry.revision >= latest[entry.block].revision:
+            latest[entry.block] = entry
+    return latest
 
 
 def id_digest(record_id: str) -> int:

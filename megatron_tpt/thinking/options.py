@@ -1,15 +1,35 @@
 """The options of `tools/augment.py`. Light to import: the help of the command line needs nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling
+from megatron_tpt.generation.request_fields import (
+    CHAT_TEMPLATE_KWARGS,
+    LengthField,
+    OmittableField,
+    parse_request_fields,
+)
 from megatron_tpt.scale import ScaleOptions
 from megatron_tpt.thinking.filter_options import FilterOptions
+
+type Repeated[T] = Annotated[list[list[T]], tyro.conf.UseAppendAction]
+"""Values of an option that can be given several times, each time with one or more."""
+
+# Options that would be ignored with other engines. None of them is among the job's settings.
+_ENGINES_OF = {
+    "length_field": ("endpoint",),
+    "omit_fields": ("endpoint",),
+    "api_key_env": ("endpoint",),
+    "request_timeout_s": ("endpoint", "vllm-server"),
+    "hang_timeout_s": ("vllm-server",),
+    "num_engines": ("vllm-server",),
+    "tensor_parallel_size": ("vllm", "vllm-server"),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,10 @@ class AugmentOptions:
 
     status: bool = False
     """Say how far the job in the output folder is, and do nothing: on any machine that sees the folder."""
+    retry_rejects: list[str] = field(default_factory=list)
+    """Ask again about documents that were rejected for these reasons, as in engine_timeout loop, "engine_*", or all."""
+    refilter: bool = False
+    """Apply other --filters to all that was generated, without generating again; records and rejects change places."""
 
     engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
     """vllm: in this process. vllm-server: servers that this job starts and watches, one per GPU (or group of
@@ -89,6 +113,14 @@ class AugmentOptions:
     """What to ask of endpoints: completions of whole prompts, or chat, where the server applies the chat template."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the key for the endpoints."""
+    request_field: Repeated[str] = field(default_factory=list)
+    """A field NAME=VALUE for endpoints, sent with every request, as in top_k=20; values are JSON where they can be. It
+    can be given several times. Every engine takes chat_template_kwargs={"NAME": VALUE}.
+    """
+    length_field: LengthField = "max_tokens"
+    """The name under which endpoints are told --max-new-tokens."""
+    omit_fields: Repeated[OmittableField] = field(default_factory=list)
+    """Fields not to send to endpoints, as some models refuse them; then the server's own values hold."""
     request_timeout_s: float = 3600
     """Longest wait for one answer of a server."""
     hang_timeout_s: float = 600
@@ -133,6 +165,68 @@ class AugmentOptions:
             raise UserError("--limit counts the rows of the whole input, which tasks cannot; leave one of them out")
         if self.text == "truncated" and self.long_documents == "chunk":
             raise UserError("--text truncated goes with --long-documents truncate; chunks cover the whole document")
+        self._check_mode()
+        self._check_engine()
+
+    def _check_mode(self) -> None:
+        modes = {
+            "--status": self.status,
+            "--estimate": self.estimate is not None,
+            "--retry-rejects": bool(self.retry_rejects),
+            "--refilter": self.refilter,
+        }
+        given = [name for name, is_given in modes.items() if is_given]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} do different things; give one of them at a time")
+        if self.refilter and (self.scale.num_tasks > 1 or self.scale.executor != "local"):
+            raise UserError("--refilter needs no engine and runs as one process; omit --num-tasks and --executor")
+
+    def _check_engine(self) -> None:
+        for name, engines in _ENGINES_OF.items():
+            if self.engine not in engines and getattr(self, name) != _default(name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect with --engine {self.engine}, "
+                    f"only with {' or '.join(engines)}; omit it"
+                )
+        for name in self.request_fields():
+            if name != CHAT_TEMPLATE_KWARGS and self.engine != "endpoint":
+                raise UserError(
+                    f"--request-field {name} has no effect with --engine {self.engine}, which takes no field but "
+                    f"{CHAT_TEMPLATE_KWARGS}; omit it"
+                )
+        for name in ("temperature", "top_p"):
+            if name in self.omitted() and getattr(self, name) != _default(name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect with --omit-fields {name}; give one of them")
+
+    def notes(self) -> list[str]:
+        """What was given and has no effect, of the options that a job begun with them cannot drop again."""
+        notes = []
+        if self.engine == "endpoint" and self.dtype != "auto":
+            notes.append(f"--dtype {self.dtype} has no effect with --engine endpoint: the server chooses")
+        if self.api == "chat" and self.thinking_block == "open":
+            notes.append(
+                "--thinking-block open has no effect with --api chat: the server's chat template decides; see "
+                f"--request-field {CHAT_TEMPLATE_KWARGS}=..."
+            )
+        if self.temperature == 0 and self.top_p != _default("top_p"):
+            notes.append(f"--top-p {self.top_p} has no effect with --temperature 0")
+        if self.temperature == 0 and self.rollouts > 1:
+            notes.append(f"--rollouts {self.rollouts} with --temperature 0 gives the same thought again and again")
+        if self.estimate is not None and self.scale.executor != "local":
+            notes.append(f"--executor {self.scale.executor} has no effect with --estimate, which runs on this machine")
+        return notes
+
+    def request_fields(self) -> dict[str, Any]:
+        """The fields in `request_field`."""
+        return parse_request_fields(text for texts in self.request_field for text in texts)
+
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is given where the prompt is made here, not by a chat server."""
+        return {} if self.api == "chat" else self.request_fields().get(CHAT_TEMPLATE_KWARGS, {})
+
+    def omitted(self) -> tuple[OmittableField, ...]:
+        """The fields in `omit_fields`."""
+        return tuple(dict.fromkeys(name for names in self.omit_fields for name in names))
 
     def sampling(self) -> Sampling:
         """The sampling these options ask for; what the prompt decides is left open."""
@@ -144,6 +238,9 @@ class AugmentOptions:
 
     def engine_options(self, max_model_len: int | None, log_dir: Path) -> EngineOptions:
         """The engine these options ask for, with a context of `max_model_len` tokens; None is the model's own."""
+        fields = self.request_fields()
+        if self.api != "chat":  # the template is applied here
+            fields.pop(CHAT_TEMPLATE_KWARGS, None)
         return EngineOptions(
             kind=self.engine,
             model=self.model,
@@ -155,7 +252,15 @@ class AugmentOptions:
             endpoints=tuple(self.endpoints),
             api=self.api,
             api_key_env=self.api_key_env,
+            request_fields=fields,
+            length_field=self.length_field,
+            omit_fields=self.omitted(),
             request_timeout_s=self.request_timeout_s,
             hang_timeout_s=self.hang_timeout_s,
             log_dir=log_dir,
         )
+
+
+def _default(name: str) -> Any:
+    field = next(field for field in fields(AugmentOptions) if field.name == name)
+    return field.default_factory() if callable(field.default_factory) else field.default

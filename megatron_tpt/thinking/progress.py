@@ -10,11 +10,13 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _FILE_EVERY_S = 5.0
+_MAX_EXAMPLE = 160
 
 
 @dataclass
@@ -50,11 +52,20 @@ class Progress:
     input_bytes_answered: int = 0
     """Of these, what this run has thought about."""
 
-    @property
-    def accepted(self) -> float:
-        """Share of the documents that became records."""
-        ends = self.records + self.rejects.total()
-        return self.records / ends if ends else 1.0
+    examples: dict[str, str] = field(default_factory=dict)
+    """One reject of every reason, in words."""
+
+    def note_rejects(self, rejects: Iterable[dict[str, Any]]) -> None:
+        """Keep an example of every reason of these lines of rejects."""
+        for reject in rejects:
+            if reject["reason"] not in self.examples:
+                self.examples[reject["reason"]] = _example(reject)
+
+    def reject_report(self) -> list[str]:
+        """A line for every reason of a reject, of earlier runs too: how many, of how many, and an example."""
+        rows, chunks = self.rejects_before + self.rejects, self.chunk_rejects_before + self.chunk_rejects
+        judged = self.records_before + self.records + rows.total()
+        return reject_lines(rows, chunks, judged, self.examples)
 
     @property
     def bytes_per_s(self) -> float:
@@ -65,8 +76,10 @@ class Progress:
         """One line for the terminal."""
         seconds = self.generation_s or float("inf")
         chunks = f", {self.chunk_rejects.total():,} chunks rejected" if self.chunk_rejects else ""
+        judged = self.records + self.rejects.total()
+        accepted = f"{self.records / judged:.1%} accepted, " if judged else ""
         return (
-            f"{self.records:,} records ({self.accepted:.1%} accepted, {self.truncated:,} cut{chunks}), "
+            f"{self.records:,} records ({accepted}{self.truncated:,} truncated{chunks}), "
             f"{self.shards:,} shards; "
             f"{self.prompt_tokens / seconds:,.0f} tokens/s in, {self.thinking_tokens / seconds:,.0f} out"
             + share_and_eta(self.input_bytes_done, self.input_bytes, self.bytes_per_s)
@@ -84,6 +97,30 @@ def share_and_eta(done: float, whole: float, per_s: float) -> str:
 def counts(by_reason: Counter[str]) -> str:
     """As in "loop 12, too_short 3", the most frequent first."""
     return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.most_common())
+
+
+def reject_lines(rows: Counter[str], chunks: Counter[str], num_judged: int, examples: Mapping[str, str]) -> list[str]:
+    """What was rejected: a line for every reason, the most frequent first, with an example."""
+    lines = []
+    for reason, number in rows.most_common():
+        share = f" ({number / num_judged:.1%})" if num_judged else ""
+        lines.append(f"rejected as {reason}: {number:,}{share}" + _such_as(reason, examples))
+    lines += [f"chunks rejected as {r}: {n:,}{_such_as(r, examples)}" for r, n in chunks.most_common()]
+    return lines
+
+
+def _such_as(reason: str, examples: Mapping[str, str]) -> str:
+    return f", such as {examples[reason]}" if reason in examples else ""
+
+
+def _example(reject: Mapping[str, Any]) -> str:
+    """A line of the rejects in words: its place in the input, and what was written, or what went wrong."""
+    place = f"{reject['source']}:{reject['row'] + 1}"
+    chunk = f" (chunk {reject['chunk'] + 1})" if reject.get("chunk") is not None else ""
+    thinking, detail = reject.get("thinking"), " ".join(str(reject.get("detail") or "").split())
+    said = json.dumps(thinking, ensure_ascii=False) if thinking is not None else detail
+    said = said if len(said) <= _MAX_EXAMPLE else f"{said[:_MAX_EXAMPLE]}..."
+    return f"{place}{chunk}" + (f": {said}" if said else "")
 
 
 def duration(seconds: float) -> str:
@@ -144,5 +181,7 @@ def read_progress(path: Path) -> Progress | None:
         fields = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # the latter after a power cut
         return None
-    counters = {name: Counter(value) for name, value in fields.items() if isinstance(value, dict)}
+    counters = {
+        name: Counter(value) for name, value in fields.items() if isinstance(value, dict) and name != "examples"
+    }
     return Progress(**fields | counters)

@@ -12,6 +12,7 @@ the thinking.
 """
 
 import bisect
+import json
 import random
 import re
 import string
@@ -63,7 +64,8 @@ argument, add none, and give nothing but the new text.
 _MARK = "\ue000{}\ue001"
 _ANY_MARK = re.compile("\ue000(\\d+)\ue001")
 # A model whose chat template or vocabulary knows these can think before it answers.
-_THINKING_SIGNS = ("<think>", "enable_thinking")
+_THINKS = "enable_thinking"
+_THINKING_SIGNS = ("<think>", _THINKS)
 # A chunk of a long document ends at a line or between words where one is found in its last part.
 _WHOLE_WORDS_WITHIN = 0.8
 # Where no tokenizer is at hand. About right for English in the vocabularies of today.
@@ -221,6 +223,7 @@ class Prompt:
         *,
         thinking_block: ThinkingBlock = "auto",
         open_tag: str = "<think>",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """With `tokenizer` None the prompts are chat messages, else token ids."""
         self._documents = documents
@@ -230,7 +233,9 @@ class Prompt:
         if tokenizer is None:
             self._between = re.split(_ANY_MARK, _marked(template))[::2]
             return
-        self._between = render(template, tokenizer, open_tag if self.opens_thinking else None)
+        self._between = render(
+            template, tokenizer, open_tag if self.opens_thinking else None, chat_template_kwargs or {}
+        )
         self._ids = [tokenizer(text, add_special_tokens=False).input_ids for text in self._between]
         if tokenizer.chat_template is None:
             self._ids[0] = begin_ids(tokenizer) + self._ids[0]
@@ -292,19 +297,23 @@ def ends_in(open_tag: str, between: Sequence[str]) -> bool:
     return re.search(rf"{re.escape(open_tag)}\s*\Z", between[-1]) is not None
 
 
-def render(template: Template, tokenizer: Any, open_tag: str | None) -> list[str]:
+def render(
+    template: Template, tokenizer: Any, open_tag: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
     """The texts before, between and after the placeholders, with the chat template (where there is one) around them.
 
     `open_tag` ends the last one; with None the model is told not to think. Raises UserError for a chat template that
-    does not show the user's message once.
+    does not show the user's message once, and for `chat_template_kwargs` that it does not use.
     """
     content = _marked(template)
+    kwargs = dict(chat_template_kwargs or {})
+    _check_kwargs(kwargs, tokenizer.chat_template, thinks=open_tag is not None)
     if tokenizer.chat_template is not None:
         marks = _ANY_MARK.findall(content)
         messages = [{"role": "user", "content": content}]
         # Models that can both think and answer at once know this switch; the others ignore it.
         content = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=open_tag is not None
+            messages, tokenize=False, add_generation_prompt=True, **{_THINKS: open_tag is not None} | kwargs
         )
         if _ANY_MARK.findall(content) != marks:
             raise UserError("the model's chat template does not show the user's message once; use another model")
@@ -312,3 +321,20 @@ def render(template: Template, tokenizer: Any, open_tag: str | None) -> list[str
     if open_tag is not None and not ends_in(open_tag, between):
         between[-1] += ("" if between[-1].endswith("\n") else "\n") + f"{open_tag}\n"
     return between
+
+
+def _check_kwargs(kwargs: Mapping[str, Any], chat_template: str | None, *, thinks: bool) -> None:
+    """Raise UserError for arguments that the chat template would ignore, or that contradict the thinking block."""
+    for name, value in kwargs.items():
+        if chat_template is None:
+            raise UserError(f"chat_template_kwargs {name}: the model has no chat template; omit them")
+        if name in ("messages", "add_generation_prompt", "tokenize"):
+            raise UserError(f"chat_template_kwargs {name}: is set by how the prompt is made; omit it")
+        if not re.search(rf"\b{re.escape(name)}\b", chat_template):
+            raise UserError(f"chat_template_kwargs {name}: the model's chat template does not use it; omit it")
+        if name == _THINKS and value is not thinks:
+            block = "open" if value else "none"
+            raise UserError(
+                f"chat_template_kwargs {name}={json.dumps(value)}: contradicts the thinking block, which is "
+                f"{'open' if thinks else 'not opened'}; give --thinking-block {block} in its place"
+            )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_tpt.generation import Completion, Failure, derive_seed
@@ -10,9 +10,14 @@ from megatron_tpt.records import Record, Row
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Part, Prompt, Template
-from megatron_tpt.thinking.thoughts import Thought, ThoughtReader
+from megatron_tpt.thinking.thoughts import UNKNOWN, Thought, ThoughtReader
+
+ENGINE = "engine_"
+"""What reasons begin with that are the engine's."""
 
 type Outcome = Completion | Failure
+type Answered = Outcome | Thought
+"""An outcome, or what an earlier run has made of one."""
 
 
 @dataclass
@@ -26,7 +31,9 @@ class OpenRow:
     """What is asked about, and where each ends in the text, in characters."""
     num_document_tokens: int
     num_requests: int
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    outcomes: dict[int, Answered] = field(default_factory=dict)
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Of requests that are asked again because a thought was rejected: which one this is, from 1."""
     num_bytes: int = 0
     """Its part of the input file, packed as it is there."""
 
@@ -63,7 +70,7 @@ class RowWorker:
         opened = OpenRow(row.number, row.record, source, stretches, num_tokens, num_requests)
         for request in range(num_requests if journal else 0):
             if journal and (answer := journal.answer(row.number, request)) is not None:
-                opened.outcomes[request] = _outcome(answer)
+                _recall(opened, request, answer)
         return opened
 
     def requests(self, row: OpenRow) -> Iterator[tuple[int, Any, int]]:
@@ -73,24 +80,22 @@ class RowWorker:
             if request not in row.outcomes:
                 rollout, chunk = divmod(request, len(row.stretches))
                 names = (row.record.id,) if row.num_requests == 1 else (row.record.id, rollout, chunk)
-                seed = derive_seed(self._options.seed, *names)
+                again = ("attempt", row.attempts[request]) if request in row.attempts else ()
+                seed = derive_seed(self._options.seed, *names, *again)
                 yield request, self._prompt.fill(row.stretches[chunk][0], columns, seed), seed
 
     def answered(self, row: OpenRow, request: int, outcome: Outcome, journal: Journal) -> None:
         """Take an answer; it is in the journal when this returns, unless the row is finished by it."""
         row.outcomes[request] = outcome
         if not row.is_done:
-            journal.add_answer(row.number, request, _answer(outcome))
+            journal.add_answer(row.number, request, answer_fields(outcome, row.attempts.get(request, 0)))
 
     def close(self, row: OpenRow) -> Line:
         """The records and rejects of a row whose requests are all answered."""
         line = Line(row.number, row.record.id, [], [])
         num_chunks = len(row.stretches)
         for rollout in range(self._options.rollouts):
-            thoughts = [
-                self._thought(part.text, row.outcomes[rollout * num_chunks + chunk])
-                for chunk, (part, _) in enumerate(row.stretches)
-            ]
+            thoughts = [self._thought(row, rollout * num_chunks + chunk) for chunk in range(num_chunks)]
             if all(thought.reason for thought in thoughts):
                 line.rejects.append(self._reject(row, rollout, thoughts[0]))
             else:
@@ -100,23 +105,48 @@ class RowWorker:
                 line.rejects.extend(self._reject(row, rollout, thought, chunk) for chunk, thought in dropped)
         return line
 
-    def _thought(self, document: str, outcome: Outcome) -> Thought:
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` in the generator's vocabulary."""
+        return self._documents.count(text)
+
+    def judge_again(self, row: OpenRow) -> None:
+        """Judge the thoughts of a row by the filters of this worker, whatever other ones said of them."""
+        for request, outcome in row.outcomes.items():
+            if isinstance(outcome, Thought):
+                document = row.stretches[request % len(row.stretches)][0].text
+                row.outcomes[request] = self._reader.judge_again(document, outcome)
+
+    def _thought(self, row: OpenRow, request: int) -> Thought:
+        outcome, attempt = row.outcomes[request], row.attempts.get(request, 0)
+        if isinstance(outcome, Thought):
+            return outcome
         if isinstance(outcome, Completion):
-            return self._reader.read(document, outcome)
-        return Thought("", 0, False, "failed", 0, 0, f"engine_{outcome.reason}", None, outcome.message)
+            document = row.stretches[request % len(row.stretches)][0].text
+            return replace(self._reader.read(document, outcome), attempt=attempt)
+        return failed_thought(f"{ENGINE}{outcome.reason}", outcome.message, attempt)
 
     def _record(self, row: OpenRow, rollout: int, thoughts: list[Thought]) -> Record:
         thinking, chunks = "", []
         for thought, (_, end) in zip(thoughts, row.stretches, strict=True):
             thinking += ("\n\n" if thinking and thought.text else "") + thought.text
-            chunks.append({"text_end": end, "thinking_end": len(thinking), "reason": thought.reason})
+            num_tokens = 0 if thought.reason else thought.num_tokens
+            chunks.append(
+                {
+                    "text_end": end,
+                    "thinking_end": len(thinking),
+                    "reason": thought.reason,
+                    "thinking_tokens": num_tokens,
+                }
+            )
         meta = self._meta(row, rollout) | {
             "finish_reason": "length" if any(t.finish_reason == "length" for t in thoughts) else "stop",
             "document_tokens": row.num_document_tokens,
-            "thinking_tokens": sum(thought.num_tokens for thought in thoughts),
+            "thinking_tokens": sum(thought.num_tokens for thought in thoughts if not thought.reason),
             "prompt_tokens": sum(thought.num_prompt_tokens for thought in thoughts),
             "truncated": any(thought.truncated for thought in thoughts),
         }
+        if attempt := max(thought.attempt for thought in thoughts):
+            meta["sampling"]["attempt"] = attempt
         if self._options.long_documents == "chunk":
             meta["chunks"] = chunks
         return Record(self._id(row, rollout), row.record.text[: row.stretches[-1][1]], thinking, meta)
@@ -133,8 +163,8 @@ class RowWorker:
             "generator": options.model,
             "prompt": self._template.name,
             "sampling": {
-                "temperature": options.temperature,
-                "top_p": options.top_p,
+                "temperature": None if "temperature" in options.omitted() else options.temperature,
+                "top_p": None if "top_p" in options.omitted() else options.top_p,
                 "max_new_tokens": options.max_new_tokens,
                 "seed": options.seed,
             },
@@ -148,7 +178,20 @@ class RowWorker:
         reject = make_reject(self._id(row, rollout), row.source, row.number, thought.reason or "", thought.detail)
         if chunk is not None or len(row.stretches) == 1:  # else the texts are with the chunks
             reject["thinking"] = thought.rejected_text
+            if thought.num_tokens != UNKNOWN:
+                reject["generation"] = _generation(thought)
         return reject | {"chunk": chunk}
+
+
+def _generation(thought: Thought) -> dict[str, Any]:
+    """What a rejected thought needs beside its text to become a record by other filters."""
+    return {
+        "finish_reason": thought.finish_reason,
+        "truncated": thought.truncated,
+        "thinking_tokens": thought.num_tokens,
+        "prompt_tokens": thought.num_prompt_tokens,
+        "attempt": thought.attempt,
+    }
 
 
 def make_reject(record_id: str | None, source: str, row: int, reason: str, detail: str = "") -> dict[str, Any]:
@@ -166,11 +209,25 @@ def count_rejects(rejects: Iterable[dict[str, Any]]) -> tuple[Counter[str], Coun
     return of_rows, of_chunks
 
 
-def _answer(outcome: Outcome) -> dict[str, Any]:
-    fields = asdict(outcome)
+def failed_thought(reason: str, detail: str, attempt: int) -> Thought:
+    """What is in the place of a thought where the engine wrote none."""
+    return Thought("", 0, False, "failed", 0, reason, None, detail, attempt)
+
+
+def answer_fields(outcome: Answered | None, attempt: int) -> dict[str, Any]:
+    """`outcome` as a journal keeps it; None is a request that is to be asked again."""
+    fields = asdict(outcome) if outcome is not None else {}
     fields.pop("token_ids", None)
-    return fields
+    return fields | ({"attempt": attempt} if attempt or outcome is None else {})
 
 
-def _outcome(answer: dict[str, Any]) -> Outcome:
-    return Failure(**answer) if "message" in answer else Completion(token_ids=(), **answer)
+def _recall(row: OpenRow, request: int, answer: dict[str, Any]) -> None:
+    """Take what `answer_fields` has put into a journal."""
+    if "truncated" in answer:
+        row.outcomes[request] = Thought(**answer)
+        return
+    fields = {name: value for name, value in answer.items() if name != "attempt"}
+    if answer.get("attempt"):
+        row.attempts[request] = answer["attempt"]
+    if fields:
+        row.outcomes[request] = Failure(**fields) if "message" in fields else Completion(token_ids=(), **fields)

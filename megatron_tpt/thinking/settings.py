@@ -1,14 +1,19 @@
 """The settings of an augment run: what decides what its shards hold."""
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
+from megatron_tpt.job_settings import check_settings
 from megatron_tpt.records import Source, source_fingerprint
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
+from megatron_tpt.thinking.shards import Output
 
 SETTINGS_NAME = "augment.json"
 FORMAT_VERSION = 2
@@ -44,7 +49,41 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
         "rollouts": options.rollouts,
         "truncated": options.truncated,
         "filters": asdict(options.filters),
+        # Absent where they are not given, as from jobs that were begun before there were any.
+        **({"request_fields": options.request_fields()} if options.request_field else {}),
+        **({"length_field": options.length_field} if options.length_field != "max_tokens" else {}),
+        **({"omit_fields": sorted(options.omitted())} if options.omit_fields else {}),
     }
+
+
+def check_job(output: Output, settings: dict[str, Any]) -> None:
+    """Raise UserError when the folder of `output` holds a job with other settings, or one whose filters are being
+    changed. A job of which nothing has come may be begun with others."""
+    path = output.folder / SETTINGS_NAME
+    if output.refilter_mark.exists():
+        raise UserError(
+            f"{output.folder}: --refilter was interrupted here; run it again to its end before the job is resumed"
+        )
+    differing = differing_settings(path, settings)
+    if differing == ["filters"] and not output.is_blank():
+        raise UserError(
+            f"{output.folder}: was begun with other --filters; give the same ones, or apply those of now to what was "
+            "generated with --refilter"
+        )
+    if differing and output.is_blank():
+        print(f"{output.folder}: nothing has come of the earlier settings; they are replaced", file=sys.stderr)
+        output.clear_journals()
+        path.unlink()
+    check_settings(path, settings)
+
+
+def differing_settings(path: Path, settings: dict[str, Any]) -> list[str]:
+    """The names of settings that are others in the file `path`; none where there is no such file."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # `check_settings` says so
+        return []
+    return [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
 
 
 def _model_files(model: str) -> list[Path]:

@@ -1,15 +1,18 @@
 """The output folder of an augment run, block by block."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import zstandard
 
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import REJECTS, Record, write_records
-from megatron_tpt.thinking.journal import Journal, name_of, path_of
+from megatron_tpt.records import REJECTS, Record, read_records, write_records
+from megatron_tpt.scale import is_task_locked
+from megatron_tpt.thinking.journal import Journal, holds_answers, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
 from megatron_tpt.thinking.progress import task_name
 from megatron_tpt.thinking.rows import count_rejects
@@ -35,6 +38,8 @@ class Output:
         self.ledgers = folder / WORK / "ledger"
         self.progress = folder / WORK / "progress"
         self.finished = folder / WORK / "finished"
+        self.retries = folder / WORK / "retries"
+        self.refilter_mark = folder / WORK / "refilter.json"
         self.locks = folder / WORK / "locks"
         self.logs = folder / "logs"
         self._done = {
@@ -71,6 +76,28 @@ class Output:
         self.finished.mkdir(parents=True, exist_ok=True)
         (self.finished / task_name(task, num_tasks)).touch()
 
+    def note_reopened(self, task: int, num_tasks: int) -> None:
+        """Note that task `task` has work again; whether those of other splits had is unknown."""
+        for path in self.finished.glob("*-of-*"):
+            if path.name == task_name(task, num_tasks) or path.name.rpartition("-")[2] != f"{num_tasks:05d}":
+                path.unlink(missing_ok=True)
+
+    def is_blank(self) -> bool:
+        """Whether nothing has come of the job so far, and no task of it is running."""
+        has_blocks = any(any(place.glob(f"part-*{_SUFFIX}")) for place in (self.folder, self.rejects))
+        has_answers = any(holds_answers(path) for path in self.journals.glob("part-*"))
+        return not (has_blocks or has_answers or any(self.ledgers.glob("*")) or self.running_tasks())
+
+    def clear_journals(self) -> None:
+        """Forget what is under way."""
+        for path in self.journals.glob("part-*"):
+            path.unlink(missing_ok=True)
+
+    def running_tasks(self) -> list[int]:
+        """The tasks, of whatever split, that hold their lock now."""
+        numbers = [int(path.stem.rpartition("_")[2]) for path in sorted(self.locks.glob(".task_*.lock"))]
+        return [number for number in numbers if is_task_locked(self.locks, number)]
+
     def unfinished_tasks(self, num_tasks: int) -> list[int]:
         """The tasks of `num_tasks` that never came to their end; none when the tasks of another split all did."""
         names = {path.name for path in self.finished.glob("*-of-*")}
@@ -93,9 +120,13 @@ class Output:
     def finish(self, name: str, journal: Journal, ledger: Ledger, generator_s: float) -> ThinkingStatistics:
         """Write out a block whose rows are all in its journal and took `generator_s`, and return what it holds.
 
-        The journal goes last: until then the block counts as unfinished, and is written out again.
+        A block that was written out before is replaced. The journal goes last: until then the block counts as
+        unfinished, and is written out again.
         """
+        before = ledger.entries.get(name)
         statistics, digests, end = ThinkingStatistics(generator_s=generator_s), [], 0
+        if before is not None:
+            statistics.generator_s += before.statistics.generator_s
         for line in journal.lines():
             for fields in line.records:
                 statistics.add_record(Record(**fields))
@@ -105,17 +136,37 @@ class Output:
             if line.id is not None:
                 digests.append(id_digest(line.id))
             end = line.row + 1
+        shard, rejects_path = (place / f"{name}{_SUFFIX}" for place in (self.folder, self.rejects))
         if statistics.rejects or statistics.chunk_rejects:
-            self._write_rejects(self.rejects / f"{name}{_SUFFIX}", journal)
+            self._write_rejects(rejects_path, journal)
         if statistics.records:
-            write_records(self.folder / f"{name}{_SUFFIX}", _records(journal))
-        ledger.add(Entry(name, end, numpy.array(digests, dtype=numpy.uint64), statistics))
+            write_records(shard, _records(journal))
+        else:
+            shard.unlink(missing_ok=True)
+        if not (statistics.rejects or statistics.chunk_rejects):
+            rejects_path.unlink(missing_ok=True)
+        revision = before.revision + 1 if before is not None else 0
+        ledger.add(Entry(name, end, numpy.array(digests, dtype=numpy.uint64), statistics, revision))
         for path in self._leftovers:  # of killed runs; those of other blocks may be being written by other tasks
             if path.name.endswith(f"-{name}{_SUFFIX}"):
                 path.unlink(missing_ok=True)
         journal.remove()
         self._open.discard(journal)
         return statistics
+
+    def read_block(self, name: str) -> tuple[list[Record], list[dict[str, Any]]]:
+        """The records and the rejects of a block that is done."""
+        shard, rejects_path = (place / f"{name}{_SUFFIX}" for place in (self.folder, self.rejects))
+        records = list(read_records([shard])) if shard.exists() else []
+        return records, list(read_rejects(rejects_path)) if rejects_path.exists() else []
+
+    def names(self) -> list[str]:
+        """The blocks that are done, in their order."""
+        return sorted(self._done)
+
+    def open_names(self) -> list[str]:
+        """The blocks that are under way, in their order."""
+        return sorted(name_of(path) for path in self.journals.glob("part-*"))
 
     def _write_rejects(self, path: Path, journal: Journal) -> None:
         with (
@@ -126,6 +177,16 @@ class Output:
             for line in journal.lines():
                 for reject in line.rejects:
                     packed.write(json.dumps(reject).encode() + b"\n")
+
+
+def read_rejects(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file in the folder of rejects."""
+    with (
+        path.open("rb") as file,
+        zstandard.ZstdDecompressor().stream_reader(file) as unpacked,
+        io.TextIOWrapper(unpacked, encoding="utf-8") as lines,
+    ):
+        yield from map(json.loads, lines)
 
 
 def _records(journal: Journal) -> Iterator[Record]:

@@ -18,7 +18,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.records import Source, expand_sources
 from megatron_tpt.scale import TaskFiles, is_task_locked
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import Progress, counts, progress_path, read_progress, share_and_eta
+from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, reject_lines, share_and_eta
 from megatron_tpt.thinking.settings import SETTINGS_NAME
 from megatron_tpt.thinking.shards import Output
 
@@ -39,6 +39,8 @@ class Status:
     records: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     chunk_rejects: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """A reject of every reason, in words."""
     input_bytes_done: int = 0
     bytes_per_s: float = 0.0
     """Of the tasks that are running, as are the speeds below."""
@@ -50,6 +52,7 @@ class Status:
         self.records += progress.records_before + progress.records
         self.rejects.update(progress.rejects_before + progress.rejects)
         self.chunk_rejects.update(progress.chunk_rejects_before + progress.chunk_rejects)
+        self.examples = progress.examples | self.examples
         self.input_bytes_done += progress.input_bytes_done
         if is_running and progress.generation_s:
             self.bytes_per_s += progress.bytes_per_s
@@ -67,8 +70,10 @@ class Status:
     def screen(self) -> str:
         """Some lines, with reasons of rejects and failures."""
         lines = [f"{self.folder}: {self.line()}"]
-        lines += [f"  rejected: {counts(self.rejects)}"] if self.rejects else []
-        lines += [f"  chunks rejected: {counts(self.chunk_rejects)}"] if self.chunk_rejects else []
+        judged = self.records + self.rejects.total()
+        lines += [f"  {line}" for line in reject_lines(self.rejects, self.chunk_rejects, judged, self.examples)]
+        if self.rejects and not self.records and set(self.states) == {"finished"}:
+            lines.append("  finished without a single record: --refilter or --retry-rejects has a use for the rejects")
         failed = [task for task, state in enumerate(self.states) if state == "failed"]
         for task in failed[:_MAX_FAILURES]:
             files = TaskFiles(self.logs, task)

@@ -1,7 +1,7 @@
 """From what an engine wrote to the thinking of a record: tags taken off, a cut end mended, a bad thought rejected."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_tpt.generation import Completion
@@ -11,6 +11,9 @@ from megatron_tpt.thinking.filters import cut_to_sentence, judge
 Truncated = Literal["keep", "drop", "sentence"]
 Wants = Literal["thinking", "answer"]
 
+UNKNOWN = -1
+"""In place of the length of a thought that an earlier version rejected."""
+
 
 @dataclass(frozen=True)
 class Thought:
@@ -19,18 +22,19 @@ class Thought:
     text: str
     """Without tags; empty where it was rejected."""
     num_tokens: int
-    """Tokens of `text` in the generator's vocabulary."""
+    """Tokens of `text`, or of `rejected_text`, in the generator's vocabulary; `UNKNOWN` for some rejected ones."""
     truncated: bool
     """Cut at `max_new_tokens`, whatever was done about it."""
     finish_reason: str
     num_prompt_tokens: int
-    num_generated_tokens: int
     reason: str | None = None
     """Why it was rejected."""
     rejected_text: str | None = None
     """What was rejected; None also where the engine wrote nothing."""
     detail: str = ""
     """What more can be said of the reason."""
+    attempt: int = 0
+    """How often it was asked for again because an earlier thought was rejected."""
 
 
 class ThoughtReader:
@@ -65,14 +69,22 @@ class ThoughtReader:
         reason = reason or judge(document, text, self._filters)
         return Thought(
             text="" if reason else text,
-            num_tokens=0 if reason else self._num_tokens(text, completion),
+            num_tokens=self._num_tokens(text, completion),
             truncated=is_cut,
             finish_reason=completion.finish_reason,
             num_prompt_tokens=completion.num_prompt_tokens,
-            num_generated_tokens=completion.num_tokens,
             reason=reason,
             rejected_text=text if reason else None,
         )
+
+    def judge_again(self, document: str, thought: Thought) -> Thought:
+        """`thought` by the filters of this reader, whatever other ones said of it. Where nothing was written, or the
+        limit decided, it is as it was."""
+        text = thought.rejected_text if thought.reason else thought.text
+        if text is None or thought.reason == "truncated":
+            return thought
+        reason = judge(document, text, self._filters)
+        return replace(thought, text="" if reason else text, reason=reason, rejected_text=text if reason else None)
 
     def _wanted(self, completion: Completion) -> tuple[str, bool]:
         """The thinking, or the answer after it, and whether the limit cut it."""

@@ -75,7 +75,8 @@ def shards(output: Path) -> dict[str, bytes]:
 
 
 def records(output: Path) -> list[Record]:
-    return list(read_records(sorted(output.glob("part-*"))))
+    paths = sorted(output.glob("part-*"))
+    return list(read_records(paths)) if paths else []
 
 
 def rejects(output: Path) -> list[dict[str, Any]]:

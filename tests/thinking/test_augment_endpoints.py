@@ -1,15 +1,17 @@
 """tools/augment.py on chat endpoints, played by a server that needs no model."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from augment_runs import options_for, records, rejects, write_documents
+from augment_runs import good_texts, job, options_for, records, rejects, write_documents
 from tiny_models import CHAT_TEMPLATE, make_model
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.scale import ScaleOptions
 from megatron_tpt.thinking.augment import augment
 from megatron_tpt.thinking.options import AugmentOptions
@@ -81,6 +83,19 @@ def test_thoughts_that_were_cut_are_no_rephrased_text(server: UnrulyServer, tmp_
     model = make_model(tmp_path / "model", context=1024, chat_template=template)
     documents = write_documents(tmp_path / "documents.jsonl", [{"id": "d", "text": "Heat flows."}])
     cut: dict[str, Any] = {"api": "completions", "prompt": "rephrase", "tokenizer": model}
-    progress = augment(chat_options(server, documents, tmp_path / "out", **cut))
-    assert progress.records == (not opens)  # the server ends every completion at the limit, without a tag
-    assert len(rejects(tmp_path / "out")) == opens
+    options = chat_options(server, documents, tmp_path / "out", **cut)
+    # The server ends every completion at the limit, without a tag.
+    with pytest.raises(UserError, match="without a single record") if opens else contextlib.nullcontext():
+        augment(options)
+    assert len(records(options.output)) == (not opens)
+    assert len(rejects(options.output)) == opens
+
+
+def test_the_prompt_made_here_has_the_arguments_of_the_chat_template(server: UnrulyServer, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "model"
+    make_model(tokenizer, context=1024, chat_template=CHAT_TEMPLATE + "{{ effort }}")
+    base = {"api": "completions", "tokenizer": str(tokenizer)}
+    options = job(tmp_path, server, good_texts(1), request_field=[['chat_template_kwargs={"effort": "zzz"}']], **base)
+    augment(options)
+    [body] = server.bodies
+    assert "zzz" in load_tokenizer(str(tokenizer)).decode(body["prompt"]) and "chat_template_kwargs" not in body

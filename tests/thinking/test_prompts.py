@@ -227,3 +227,20 @@ def test_back_thinking_needs_its_columns() -> None:
     assert load_template("back-thinking", ["question", "answer"]).name == "back-thinking"
     with pytest.raises(UserError, match="--text-column"):
         load_template("back-thinking", ["text"])
+
+
+def test_arguments_of_the_chat_template_take_effect_or_are_refused(
+    plain: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path, chat_template=CHAT_TEMPLATE + "{{ effort }}{{ enable_thinking }}")
+    chat = AutoTokenizer.from_pretrained(tmp_path)
+    assert "highTrue" in "".join(render(EXPERT, chat, "<think>", {"effort": "high"}))
+    assert "5False" in "".join(render(EXPERT, chat, None, {"effort": 5, "enable_thinking": False}))
+    for tokenizer, kwargs, message in (
+        (chat, {"eff": 1}, "eff: the model's chat template does not use it"),
+        (chat, {"add_generation_prompt": False}, "how the prompt is made"),
+        (chat, {"enable_thinking": False}, "--thinking-block none"),
+        (plain, {"effort": 1}, "no chat template"),
+    ):
+        with pytest.raises(UserError, match=message):
+            render(EXPERT, tokenizer, "<think>", kwargs)
