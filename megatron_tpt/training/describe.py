@@ -47,6 +47,8 @@ def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, str]:
+    if not device.is_gpu:  # there is no Transformer Engine, whose attention keeps no scores
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, transformer_impl="local"))
     stages = estimate_memory(recipe, recipe.parallel.data_parallel_size(world_size))
     largest = max(stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
