@@ -208,3 +208,13 @@ def test_steps_and_epochs_that_differ_are_not_both_taken(tmp_path: Path, monkeyp
     for given in ({}, {"num_steps": 10}):
         raw["training"] = {"num_epochs": 2, **given}
         assert launch.with_steps(recipe_from_dict(FinetuneRecipe, raw)).training.num_steps == 10
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_mistake_of_one_line(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
+        with pytest.raises(UserError, match=r"run\.output_dir=.*: nothing can be written there \(") as error:
+            prepare(*load_recipe(PretrainRecipe, [str(finished[0]), f"--run.output_dir={folder}"]))
+        assert "\n" not in str(error.value)
