@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 import errno
+import glob
 import math
 import os
 import tempfile
@@ -127,7 +128,8 @@ def _missing_data(recipe: PretrainRecipe | FinetuneRecipe) -> list[Path]:
     """What a recipe reads and is not here."""
     if isinstance(recipe, FinetuneRecipe):
         paths = [*recipe.data.train, *(one.path for one in recipe.data.validation)]
-        return [path for path in paths if not (path.exists() or PackManifest.path(path).exists())]
+        here = [path for path in paths if path.exists() or PackManifest.path(path).exists()]
+        return [path for path in paths if path not in here and not glob.has_magic(str(path))]
     sources = [] if recipe.data.mock else [source for blend in blends(recipe) for source in blend.sources]
     return [path for path in (Manifest.path(source.path) for source in sources) if not path.exists()]
 
