@@ -461,8 +461,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of steps that this divides are never deleted."""
     asynchronous: bool = False
-    """Write checkpoints beside training, which continues after a copy of weights and optimizer to host memory: there must
-    be room for it. The last checkpoint of a run, or before a stop, is waited for."""
+    """Write checkpoints beside training, which continues after a copy of weights and optimizer to host memory: there
+    must be room for it. The last checkpoint of a run, or before a stop, is waited for."""
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """Form of the distributed optimizer's state. The first resumes under any layout, but every rank gathers all that
     its data-parallel group has into its machine's memory, 12 bytes for each of the parameters that a rank computes
