@@ -50,14 +50,12 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _recipe_options(path: Path) -> Iterator[str]:
-    import yaml
+    from megatron_tpt.config.yaml_file import load_yaml
 
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe, _ = load_yaml(path)
     except OSError as error:
         raise failure(f"{_RECIPE} {path}: cannot be read ({error.strerror})", error) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: a recipe is a list of options, as in `model: DIR`")
     return _options(recipe, "--")

@@ -184,7 +184,7 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
     if "--help" in argv or "-h" in argv:
         from megatron_tpt.config.reference import help_text
 
-        print(help_text(cls, USAGE))
+        print(help_text(cls, f"megatron_tpt.{'finetune' if cls is FinetuneRecipe else 'pretrain'}", USAGE))
         raise SystemExit(0)
     arguments = _read_arguments(argv)
     file = read_yaml_file(arguments.path)

@@ -30,7 +30,7 @@ class RunConfig:
     time_limit_min: float | None = None
     """Minutes from the start after which the program must have stopped; the end of the SLURM job when not given."""
     time_limit_margin_min: float = 5.0
-    """Minutes before that limit to stop with a checkpoint (exit code 75: the same command goes on), but at most a tenth
+    """Minutes before that limit to stop with a checkpoint (exit code 75: the same command resumes), but at most a tenth
     of the time that there was."""
     first_step_timeout_s: int = 1800
     """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
@@ -70,7 +70,7 @@ class DatasetSource:
     name: str | None = None
     """Name in the metrics; sources of one name are counted together. The last part of the path when not given."""
     max_epochs: float | None = None
-    """Refuse a run that goes through this source more often; no limit when not given."""
+    """Refuse a run that reads this source more often; no limit when not given."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data: weight {self.weight} of {self.path} must be above 0")
@@ -110,7 +110,7 @@ class DataConfig:
     train: list[DatasetSource] = field(default_factory=list)
     """The blend to train on."""
     phases: list[DataPhase] = field(default_factory=list)
-    """Blends to train on one after the other, in place of train. A source that is in several goes on where it was."""
+    """Blends to train on one after the other, in place of train. A source in several continues where it was."""
     validation: list[DatasetSource] = field(default_factory=list)
     """Sets whose losses are measured every training.validation_interval steps and at the end: over all of their tokens
     and, where there are several, each by itself. Those of one name are one set, a blend."""
@@ -181,7 +181,7 @@ class SftDataConfig:
     response_field: str = "response"
     """Name of the field that holds the response."""
     on_too_long: Literal["stop", "skip"] = "stop"
-    """What to do with an example longer than training.sequence_length: stop, or leave it out and count it."""
+    """What to do with an example longer than training.sequence_length: stop, or skip it and say how many."""
     num_workers: int = 0
     """Processes per rank that read ahead; 0 reads in the training process."""
 
@@ -286,7 +286,7 @@ class ParallelConfig:
 
 @dataclass
 class BatchSizeStage:
-    """Some steps with another batch size, at the begin of a run."""
+    """Some steps with another batch size, at the beginning of a run."""
 
     num_steps: int
     """Optimizer steps with this size."""
@@ -315,9 +315,9 @@ class TrainingConfig:
     """How long, in what portions and in which precision."""
 
     num_steps: int = 100
-    """Optimizer steps of the whole run. A run goes on from its checkpoints with more of them than it was begun with,
-    unless pre-training data is then gone through more often than planned: its epochs are shuffled together. A schedule
-    that decays until num_steps is stretched, and the rate jumps: go on from before the decay (constant, wsd), or give
+    """Optimizer steps of the whole run. A run resumes from its checkpoints with more of them than it was started with,
+    unless pre-training data is then read more often than planned: its epochs are shuffled together. A schedule
+    that decays until num_steps is stretched, and the rate jumps: resume from before the decay (constant, wsd), or give
     optimizer.decay_steps."""
     sequence_length: int = 128
     """Tokens per sample."""
@@ -326,8 +326,8 @@ class TrainingConfig:
     batch_size_ramp: list[BatchSizeStage] = field(default_factory=list)
     """Batch sizes to begin with, one after the other, before global_batch_size holds."""
     skip_steps: list[int | str] = field(default_factory=list)
-    """Steps whose data is passed over without an update, as the console numbers them: numbers and ranges (1200-1250).
-    The learning rate goes on as if they were done."""
+    """Steps whose data is skipped without an update, as the console numbers them: numbers and ranges (1200-1250).
+    The learning rate continues as if they were done."""
     micro_batch_size: int = 1
     """Samples in one forward pass of one process."""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -452,7 +452,7 @@ class SftTrainingConfig(TrainingConfig):
 
 @dataclass
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """What is kept to resume from."""
 
     save_interval: int = 0
     """Steps between checkpoints; the last step is always saved, 0 saves nothing else."""
@@ -461,16 +461,16 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints of steps that this divides are never deleted."""
     asynchronous: bool = False
-    """Write checkpoints beside training, which goes on after a copy of weights and optimizer to host memory: there must
-    be room for it. The last checkpoint of a run, or before a stop, is waited for."""
+    """Write checkpoints beside training, which continues after a copy of weights and optimizer to host memory: there
+    must be room for it. The last checkpoint of a run, or before a stop, is waited for."""
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """Form of the distributed optimizer's state. The first goes on under any layout, but every rank gathers all that
+    """Form of the distributed optimizer's state. The first resumes under any layout, but every rank gathers all that
     its data-parallel group has into its machine's memory, 12 bytes for each of the parameters that a rank computes
-    with; the second is written as the ranks have it, which large models need, and goes on under the same tensor- and
+    with; the second is written as the ranks have it, which large models need, and resumes under the same tensor- and
     pipeline-parallel sizes alone, at any data-parallel size."""
     verify: bool = True
-    """Compare the content of a checkpoint with its checksums before going on from it; without, only the sizes of its
-    files. A damaged one is set aside, and the run goes on from the one before."""
+    """Compare the content of a checkpoint with its checksums before resuming from it; without, only the sizes of its
+    files. A damaged one is set aside, and the run resumes from the one before."""
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "keep_every"):
@@ -483,8 +483,8 @@ class FaultsConfig:
     """What happens when training goes wrong."""
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """When the loss or a gradient is not finite: stop with a diagnosis, leave the update of that batch out, or go back
-    to the last checkpoint and pass over the data of the steps since."""
+    """When the loss or a gradient is not finite: stop with a diagnosis, skip the update of that batch, or return to
+    the last checkpoint and skip the data of the steps since."""
     on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     """The same for a loss above loss_spike_factor times the median loss of the last loss_spike_window good steps."""
     loss_spike_factor: float = 2.0
@@ -492,9 +492,9 @@ class FaultsConfig:
     loss_spike_window: int = 50
     """Steps that say what is usual."""
     max_skips: int = 10
-    """Batches left out in a row before the run stops."""
+    """Batches skipped in a row before the run stops."""
     max_rollbacks: int = 3
-    """Times that a run goes back before it stops."""
+    """Times that a run returns to a checkpoint before it stops."""
     desync_interval: int = 100
     """Steps between comparisons of the weights of all ranks that hold a copy of them, by checksums; where they differ
     the run ends with code 1 and names the ranks. 0: never."""

@@ -86,9 +86,12 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_text(cls: type, usage: str) -> str:
+def help_text(cls: type, module: str, usage: str) -> str:
     """What `--help` prints for a recipe of type `cls`: every field that the command line takes, with its meaning."""
-    lines = [f"usage: {usage}", "", str(cls.__doc__), ""]
+    lines = [f"usage: python -m {module} {usage}", "", str(cls.__doc__), "", "examples:"]
+    lines.append(f"  python -m {module} recipe.yaml --training.num_steps=100 --run.output_dir=runs/a")
+    lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
+    lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
     for name, section in get_type_hints(cls).items():
         meanings = _meanings_of(section)
         lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]

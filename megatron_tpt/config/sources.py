@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_tpt.config.convert import expand_path
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 
@@ -45,11 +44,9 @@ def _spell_out(items: Any) -> Any:
 
 def _read_list(path: Path) -> list[Any]:
     try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML
+        content, _ = load_yaml(path)  # JSON is YAML
     except OSError as error:
         raise UserError(f"data: {path}: {error.strerror}: give a prefix, or a file with a list of sources") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"data: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
         raise UserError(f"data: {path} must hold a list of sources: prefixes, or {{path: PREFIX, weight: 1.0}}")
     return content

@@ -27,35 +27,45 @@ class YamlFile:
     """FILE:LINE of every key of a mapping and every item of a list."""
 
 
-def read_yaml_file(path: Path) -> YamlFile:
-    """Read a file that holds one mapping. Raises UserError when there is none, for what is not YAML, for two equal keys
-    in one mapping, each with its line."""
+def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
+    """What a YAML file holds, and the places in it; None for an empty one.
+
+    Raises UserError for what is not YAML and for two equal keys in one mapping, each with its line; OSError when the
+    file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}: give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"recipe {path} is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file"
-        ) from None
-    loader = yaml.SafeLoader(text)
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file") from None
     try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"recipe {path} must be a mapping of sections (model:, training:, ...)")
-        reader = _PlaceReader(path)
-        reader.visit(node, ())
-        if reader.duplicates:
-            raise UserError("\n".join(reader.duplicates))
-        return YamlFile(loader.construct_document(node), reader.places)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            reader = _PlaceReader(path)
+            if node is not None:
+                reader.visit(node, ())
+            if reader.duplicates:
+                raise UserError("\n".join(reader.duplicates))
+            return None if node is None else loader.construct_document(node), reader.places
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        raise UserError(f"recipe {place} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from None
     except (RecursionError, ValueError) as error:  # an alias within itself; a date that is none
-        raise UserError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def read_yaml_file(path: Path) -> YamlFile:
+    """Read a recipe: a file that holds one mapping. Raises UserError as load_yaml does, and when there is none."""
+    try:
+        content, places = load_yaml(path)
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}: give the path of a YAML file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of sections (model:, training:, ...)")
+    return YamlFile(content, places)
 
 
 class _PlaceReader:

@@ -47,6 +47,8 @@ def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, str]:
+    if not device.is_gpu:  # there is no Transformer Engine, whose attention keeps no scores
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, transformer_impl="local"))
     stages = estimate_memory(recipe, recipe.parallel.data_parallel_size(world_size))
     largest = max(stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
@@ -90,15 +92,19 @@ def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | Non
 
 def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
     one, most = checkpoint_bytes(recipe), num_checkpoints(recipe)
-    host = host_bytes_to_save(recipe, world_size)
     place, free = _free_bytes(recipe.run.output_dir)
     verdict = "" if one * most <= free else ": NOT ENOUGH; see checkpoint.keep_last, save_interval"
     beside = ", which a checkpoint that is written beside training keeps" if recipe.checkpoint.asynchronous else ""
     return {
-        "checkpoints": f"{most} x {one / GIB:.2f} = {most * one / GIB:.2f} GiB at most at once; {free / GIB:.1f} GiB "
-        f"are free at {place}{verdict}",
-        "host memory to save": f"{host / GIB:.2f} GiB per rank, beside the program itself{beside}",
+        "checkpoints": f"{most} x {_size(one)} = {_size(most * one)} at most at once; {_size(free)} are free at "
+        f"{place}{verdict}",
+        "host memory to save": f"{_size(host_bytes_to_save(recipe, world_size))} per rank, beside the program itself"
+        f"{beside}",
     }
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _free_bytes(folder: Path) -> tuple[Path, int]:

@@ -3,8 +3,11 @@
 import bisect
 import contextlib
 import dataclasses
+import errno
+import glob
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,7 +128,8 @@ def _missing_data(recipe: PretrainRecipe | FinetuneRecipe) -> list[Path]:
     """What a recipe reads and is not here."""
     if isinstance(recipe, FinetuneRecipe):
         paths = [*recipe.data.train, *(one.path for one in recipe.data.validation)]
-        return [path for path in paths if not (path.exists() or PackManifest.path(path).exists())]
+        here = [path for path in paths if path.exists() or PackManifest.path(path).exists()]
+        return [path for path in paths if path not in here and not glob.has_magic(str(path))]
     sources = [] if recipe.data.mock else [source for blend in blends(recipe) for source in blend.sources]
     return [path for path in (Manifest.path(source.path) for source in sources) if not path.exists()]
 
@@ -167,6 +171,19 @@ def _warn(recipe: PretrainRecipe | FinetuneRecipe) -> None:
             print(f"WARNING: {line}", flush=True)
 
 
+def _make_run_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the program says that the disk is full
+            raise
+        raise UserError(
+            f"run.output_dir={folder}: nothing can be written there ({error.strerror}): give another folder"
+        ) from None
+
+
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
     """Check a recipe against its data and the number of processes before anything is started.
 
@@ -186,6 +203,7 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
         _warn(recipe)
+        _make_run_folder(recipe.run.output_dir)
         return recipe
     print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
     _warn(recipe)

@@ -86,12 +86,11 @@ def _changed_shape(model: ModelConfig, folder: Path) -> str | None:
     return None
 
 
-def _require_complete(folder: Path) -> None:
-    """Raise UserError when a file of a checkpoint is missing or has another size; contents are not read."""
+def _damage(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, but for their content, which is not read; "" for nothing."""
     from megatron_tpt.training.checkpoint_files import damage_of_files
 
-    if damage := damage_of_files(folder):
-        raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): the start would not use it")
+    return "; ".join(damage_of_files(folder)[:4])
 
 
 def _require_fit(recipe: Recipe, folder: Path) -> None:
@@ -123,18 +122,31 @@ def describe_start(
     here.
     """
     checkpoints = recipe.run.output_dir / "checkpoints"
-    folders = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
-    folder, init_from = (folders[-1] if folders else None), recipe.training.init_from
-    if folder is None and init_from is None:
+    folders = sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+    init_from = recipe.training.init_from
+    if not folders and init_from is None:
         yield f"starts from random weights in {recipe.run.output_dir}"
-        return
-    if folder is None:
+    elif not folders:
         assert init_from is not None
-        _require_complete(init_from)
+        if damage := _damage(init_from):
+            raise UserError(f"training.init_from={init_from} is damaged ({damage}): give another checkpoint")
         _require_fit(recipe, init_from)
         yield f"starts in {recipe.run.output_dir} from the weights of {init_from}"
-        return
-    _require_complete(folder)
+    for folder in folders:
+        if not (damage := _damage(folder)):
+            yield from _describe_resumption(recipe, folder, tokenizer, data_identity)
+            return
+        yield f"WARNING: {folder} is damaged ({damage}): it would be set aside"
+    if folders:
+        raise UserError(f"no checkpoint in {checkpoints} is whole: put back what is missing, or delete them")
+
+
+def _describe_resumption(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    folder: Path,
+    tokenizer: TokenizerInfo | None,
+    data_identity: Callable[[int], dict[str, str]] | None,
+) -> Iterator[str]:
     _require_fit(recipe, folder)
     _require_same_settings(recipe, folder)
     _require_tokenizer(folder, tokenizer)

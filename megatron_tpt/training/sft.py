@@ -242,6 +242,10 @@ def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
     tokenizer = Tokenizer(recipe.tokenizer_path)
     sequence_length, seed = recipe.training.sequence_length, recipe.run.seed
     rows, validation = open_sets(recipe, tokenizer)
+    epochs = recipe.training.num_samples(recipe.training.num_steps) / len(rows)
+    if platform.is_first_rank():
+        for line in epoch_warnings("data.train", epochs):
+            print(f"WARNING: {line}", flush=True)
     return TrainingData(
         train=make_loader(PackedExamples(rows, tokenizer, sequence_length, seed), recipe),
         validation={

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tpt.config.cli import parse
 from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.load import check, load_recipe, read_yaml, recipe_from_dict
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
+from megatron_tpt.interop.options import ImportOptions
 
 
 def load(tmp_path: Path, text: str, *arguments: str, cls: type[Recipe] = PretrainRecipe) -> Recipe:
@@ -70,8 +72,8 @@ data:
         ("a: 1\na: 2", "recipe.yaml:2: a is there twice (line 1 has the first)"),
         ("training: {num_steps: 1,\n num_steps: 1}", "recipe.yaml:2: training.num_steps is there twice"),
         ("data:\n train:\n - {path: a,\n path: b}", "recipe.yaml:4: data.train[0].path is there twice"),
-        ("a: [", "recipe recipe.yaml:1 is not YAML"),
-        ("a: &x [*x]", "recipe recipe.yaml"),
+        ("a: [", "recipe.yaml:1 is not YAML"),
+        ("a: &x [*x]", "recipe.yaml cannot be read"),
         ("run: {output_dir: ~nobody_of_this_name/x}", "there is no such home folder"),
         ("schöner: 1", "schöner: unknown; known there: run, model"),
     ],
@@ -145,12 +147,24 @@ def test_a_mapping_on_the_command_line_leaves_the_rest_of_its_section(
 
 def test_an_empty_or_broken_file_is_no_recipe(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    for content in (b"", b"\xff\xfe", b"[1]"):
+    for content, told in ((b"", "must be a mapping"), (b"\xff\xfe", "is not UTF-8"), (b"[1]", "must be a mapping")):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="recipe"):
+        with pytest.raises(UserError, match=told):
             read_yaml(path)
     with pytest.raises(UserError, match="Is a directory"):
         read_yaml(tmp_path)
+
+
+def test_equal_keys_are_refused_in_lists_of_sources_and_in_options_of_tools(tmp_path: Path) -> None:
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("- {path: a}\n- path: b\n  weight: 1\n  weight: 2\n")
+    assert refusal(tmp_path, f"data: {{train: {sources}}}") == [
+        "sources.yaml:4: [1].weight is there twice (line 3 has the first): put all of it into one"
+    ]
+    options = tmp_path / "options.yaml"
+    options.write_text("model: a\nmodel: b\n")
+    with pytest.raises(UserError, match=r"options\.yaml:2: model is there twice \(line 1"):
+        parse(ImportOptions, ["--recipe", str(options), "--output", "x"])
 
 
 MODEL = {"vocab_size": 1000}

@@ -145,3 +145,13 @@ def test_finetuning_takes_the_shape_of_the_checkpoint_it_starts_from(tmp_path: P
     recipe = recipe_from_dict(FinetuneRecipe, raw)
     assert (recipe.model.num_layers, recipe.model.rotary_base) == (6, 8000.0)
     assert recipe.tokenizer_path == checkpoint / "tokenizer"
+
+
+def test_help_has_every_field_and_an_example_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for cls, own in ((PretrainRecipe, "--data.phases"), (FinetuneRecipe, "--training.num_epochs")):
+        with pytest.raises(SystemExit) as end:
+            load_recipe(cls, ["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert end.value.code == 0 and any(line.startswith(f"  {own}  (") for line in lines)
+        assert any(line.startswith("  --training.validation_steps  (whole number or all; default: ") for line in lines)
+        assert sum(line.startswith(("  python -m megatron_tpt.", "  torchrun ")) for line in lines) == 3

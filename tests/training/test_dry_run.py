@@ -98,14 +98,18 @@ def test_what_would_be_refused_is_refused(
         dry_run(*overrides)
 
 
-def test_a_damaged_checkpoint_is_refused(finished: tuple[Path, str], dry_run: DryRun, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_resumed_from(finished: tuple[Path, str], dry_run: DryRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished[0].parent / "run", run, symlinks=True)
     next((run / "checkpoints/step_00000004").glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(UserError, match=r"step_00000004 is damaged .*has 0 bytes"):
-        dry_run(f"--run.output_dir={run}")
+    text = dry_run(f"--run.output_dir={run}")
+    assert f"WARNING: {run}/checkpoints/step_00000004 is damaged (" in text and "has 0 bytes in place of" in text
+    assert f"resumes from {run}/checkpoints/step_00000002: 2 of 4 steps are left" in text
     with pytest.raises(UserError, match=r"latest is damaged"):
         dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")
+    (run / "checkpoints/step_00000002/checksums.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        dry_run(f"--run.output_dir={run}")
 
 
 LARGE = {
@@ -208,3 +212,13 @@ def test_steps_and_epochs_that_differ_are_not_both_taken(tmp_path: Path, monkeyp
     for given in ({}, {"num_steps": 10}):
         raw["training"] = {"num_epochs": 2, **given}
         assert launch.with_steps(recipe_from_dict(FinetuneRecipe, raw)).training.num_steps == 10
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_mistake_of_one_line(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
+        with pytest.raises(UserError, match=r"run\.output_dir=.*: nothing can be written there \(") as error:
+            prepare(*load_recipe(PretrainRecipe, [str(finished[0]), f"--run.output_dir={folder}"]))
+        assert "\n" not in str(error.value)
