@@ -168,6 +168,21 @@ def test_a_round_that_was_interrupted_is_ended_before_another_begins(server: Unr
     assert state(options.output)[1] == OF_INPUT
 
 
+def test_a_round_that_is_resumed_asks_nothing_twice(server: UnrulyServer, tmp_path: Path) -> None:
+    options = mixed_job(tmp_path, server, max_num_seqs=1)
+    augment(options)
+    num_asked = len(server.bodies)
+    server.refuses = lambda body: (401, "expired") if "brief" in str(body) else None
+    with pytest.raises(UserError, match="401"):
+        augment(again(options, "too_short"))
+    server.refuses = lambda body: None
+    augment(again(options, "too_short"))
+    asked = [body["messages"][0]["content"] for body in server.bodies[num_asked:]]
+    assert asked.count("ok 0 short") == 1  # its thought was too short once more, in a block that was finished
+    augment(again(options, "too_short"))  # a round of its own
+    assert len(server.bodies) == num_asked + len(asked) + 2
+
+
 @pytest.mark.parametrize("stride", [7])
 def test_whenever_it_is_killed_nothing_is_lost_and_nothing_is_there_twice(
     server: UnrulyServer, tmp_path: Path, stride: int
