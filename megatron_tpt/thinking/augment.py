@@ -154,6 +154,9 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
     num_tasks = options.scale.num_tasks
+    if options.retry_rejects:  # what comes of the round is known when all of them are at its end
+        for task in range(num_tasks):
+            output.note_reopened(task, num_tasks)
     with show_status(output, num_tasks, total_input_bytes(job.sources)):
         report = run_tasks(command, options.scale, output.logs)
     _write_card(job, output)
