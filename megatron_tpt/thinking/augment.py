@@ -98,7 +98,8 @@ def _reopen(job: Job, retry: Retry, generator: Generator) -> None:
 def apply_filters(options: AugmentOptions) -> Progress:
     """Apply the filters in `options` to all that the job has generated, see `refilter`."""
     job, output = plan(options), Output(options.output)
-    progress = refilter(job, output)
+    _say(f"note: {note}" for note in options.notes())
+    progress = refilter(job, output, lambda: _write_card(job, output, ["other filters are being applied"]))
     _write_card(job, output)
     end_refilter(output)
     _say(progress.reject_report())
@@ -163,10 +164,12 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     return report
 
 
-def _write_card(job: Job, output: Output) -> None:
+def _write_card(job: Job, output: Output, missing: Sequence[str] = ()) -> None:
     total, num_gone = output.totals()
     unfinished = output.unfinished_tasks(job.options.scale.num_tasks)
-    missing = [f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished"] if unfinished else []
+    missing = list(missing)
+    if unfinished:
+        missing.append(f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished")
     missing += [f"{num_gone:,} finished shards were taken away"] if num_gone else []
     write_card(output.folder, job.settings, total, missing)
 

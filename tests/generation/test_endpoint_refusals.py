@@ -135,8 +135,12 @@ def test_a_short_test_that_ends_in_an_outage_has_the_refused_asked_again(server:
     assert all(isinstance(outcome, Completion) for outcome in outcomes.values()) and "Hello." in asked
 
 
-@pytest.mark.parametrize("code,reason", [(400, "bad_request"), (413, "prompt_too_long")])
-def test_an_error_in_an_answer_with_status_200_is_that_error(server: UnrulyServer, code: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    "code,reason", [(400, "bad_request"), ("413", "prompt_too_long"), ("invalid_request_error", "bad_request")]
+)
+def test_an_error_in_an_answer_with_status_200_is_that_error(
+    server: UnrulyServer, code: int | str, reason: str
+) -> None:
     error = {"error": {"message": "the provider says no", "code": code}}
     server.answers = {"ok 0 bad": error}
     outcome = ask(options(server), ["ok 0 bad", "ok 0 good"])["ok 0 bad"]

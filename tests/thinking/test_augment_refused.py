@@ -153,7 +153,6 @@ def test_a_job_is_warned_of_early_where_nothing_comes_of_it(
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size has no effect"),
         ({"status": True, "refilter": True}, "--status and --refilter"),
         ({"estimate": 5, "retry_rejects": ["all"]}, "--estimate and --retry-rejects"),
-        ({"refilter": True, "scale": ScaleOptions(num_tasks=2)}, "omit --num-tasks"),
     ],
 )
 def test_options_without_effect_are_refused_by_name(tmp_path: Path, given: dict[str, Any], message: str) -> None:
