@@ -134,7 +134,10 @@ def direct(engine: Any, sampling: Sampling, requests: list[tuple[Any, int]]) -> 
 
 def whole_job(engine: Any, job: AugmentOptions) -> tuple[int, float]:
     """Output tokens and seconds of `augment` from the moment the engine is ready."""
-    with mock.patch.object(augment, "open_engine", lambda _: contextlib.nullcontext(engine)):
+    with (
+        mock.patch.object(augment, "open_engine", lambda _: contextlib.nullcontext(engine)),
+        mock.patch.object(augment, "conclude", lambda _: None),  # with random weights every thought may be rejected
+    ):
         progress = augment.augment(job)
     return progress.thinking_tokens, progress.generation_s
 

@@ -124,6 +124,8 @@ class UnrulyServer:
             return web.json_response({"error": {"message": sentence}}, status=status)
         if isinstance(prompt, str) and (order := re.match(r"(\S+) (\d+)", prompt)):
             fault, times = order.groups()
+            if fault == "slow":
+                await asyncio.sleep(0.5)
             self._asked[prompt] += 1
             if self._asked[prompt] <= int(times):
                 return await self._misbehave(fault, request)

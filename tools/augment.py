@@ -32,9 +32,8 @@ def main() -> None:
         from megatron_tpt.thinking.augment import conclude, launch
 
         report = launch(options, [sys.executable, *sys.argv])
-        print(report.summary(), file=sys.stderr)
-        if report.exit_code:  # 2 where the user can fix it, as of a single task
-            sys.exit(2 if any(result.exit_code == 2 for result in report.failed) else report.exit_code)
+        if report.exit_code:
+            sys.exit(report.exit_code)
         conclude(options)
     else:
         from megatron_tpt.thinking.augment import augment

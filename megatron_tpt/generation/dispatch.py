@@ -337,6 +337,8 @@ class Dispatcher:
         if sent_s < server.last_rest_s:
             return  # what was under way when the server failed fails with it: that is nothing new
         server.failed(now_s)
+        if server.num_failures == _FAILURES_UNTIL_REST:
+            self._tell(answer)
         if answer.reason == "connection":
             if server.is_open:
                 server.is_open = False
@@ -351,6 +353,11 @@ class Dispatcher:
             server.rests_until_s = now_s + rest_s
             asyncio.get_running_loop().call_later(rest_s, self._dispatch)
         self._check_patience(str(answer))
+
+    def _tell(self, answer: UnusableAnswer) -> None:
+        """Say once that a server is in trouble: what follows may be minutes of waiting for it."""
+        if not math.isinf(self._patience_s):
+            print(f"{answer}; it is asked again for up to {self._patience_s:g} s", file=sys.stderr, flush=True)
 
     def _try_again(self, job: Job, server: Server, answer: UnusableAnswer) -> None:
         """Give `job` up, or put it back into the queue: before those that were not sent yet, if they wait for it."""
@@ -413,6 +420,8 @@ class Dispatcher:
             except UnusableAnswer as error:
                 answer = error
                 server.failed(time.monotonic())
+                if server.num_failures == 1:
+                    self._tell(error)
                 self._check_patience(str(error))
         self._opened.set()
         self._dispatch()

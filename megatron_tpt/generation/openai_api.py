@@ -151,8 +151,12 @@ def _status_in(body: bytes) -> int:
     error = answer.get("error") if isinstance(answer, dict) else None
     if not error or answer.get("choices"):
         return 200
-    code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, int) and 400 <= code < 600 else 502
+    if not isinstance(error, dict):
+        return 502
+    code = str(error.get("code"))
+    if code.isdecimal() and 400 <= int(code) < 600:
+        return int(code)
+    return 400 if "invalid_request" in f"{error.get('type')} {code}" else 502
 
 
 def check_status(url: str, status: int, headers: Mapping[str, str], body: bytes) -> None:

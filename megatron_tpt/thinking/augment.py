@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.generation import Completion, Failure, Request, open_engine
 from megatron_tpt.job_settings import write_settings
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
@@ -39,8 +39,10 @@ from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_rej
 from megatron_tpt.thinking.settings import SETTINGS_NAME, check_job
 from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
+from megatron_tpt.thinking.thoughts import THOUGHT_REASONS
 
 _REJECTS_UNTIL_WARNING = 100
+_FAILURES_UNTIL_STOP = 32
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -96,7 +98,8 @@ def _reopen(job: Job, retry: Retry, generator: Generator) -> None:
 def apply_filters(options: AugmentOptions) -> Progress:
     """Apply the filters in `options` to all that the job has generated, see `refilter`."""
     job, output = plan(options), Output(options.output)
-    progress = refilter(job, output)
+    _say(f"note: {note}" for note in options.notes())
+    progress = refilter(job, output, lambda: _write_card(job, output, ["other filters are being applied"]))
     _write_card(job, output)
     end_refilter(output)
     _say(progress.reject_report())
@@ -152,16 +155,21 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     write_settings(options.output / SETTINGS_NAME, job.settings)
     output = Output(options.output)
     num_tasks = options.scale.num_tasks
+    if options.retry_rejects:  # what comes of the round is known when all of them are at its end
+        for task in range(num_tasks):
+            output.note_reopened(task, num_tasks)
     with show_status(output, num_tasks, total_input_bytes(job.sources)):
         report = run_tasks(command, options.scale, output.logs)
     _write_card(job, output)
     return report
 
 
-def _write_card(job: Job, output: Output) -> None:
+def _write_card(job: Job, output: Output, missing: Sequence[str] = ()) -> None:
     total, num_gone = output.totals()
     unfinished = output.unfinished_tasks(job.options.scale.num_tasks)
-    missing = [f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished"] if unfinished else []
+    missing = list(missing)
+    if unfinished:
+        missing.append(f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished")
     missing += [f"{num_gone:,} finished shards were taken away"] if num_gone else []
     write_card(output.folder, job.settings, total, missing)
 
@@ -202,6 +210,9 @@ class _Task:
         """Of the rows that are being thought about."""
         self._read = ReadProgress()
         self._is_warned = False
+        self._completed = False
+        self._failed_first: list[tuple[Request, Failure]] = []
+        """Before anything was completed."""
         self._end = 0
         self._num_devices = 1
         self._last_finish_s = 0.0
@@ -266,11 +277,42 @@ class _Task:
             reporter = Reporter(self.progress, self._progress_path, self._input_bytes_done)
             try:
                 for request, outcome in engine.generate(self._requests(generator, blocks)):
-                    block, row, number = request.key
-                    self._answered(generator, block, row, number, outcome)
+                    self._take(generator, request, outcome)
                     reporter.show()
+                if self._failed_first:
+                    raise UserError(self._nothing_completed())
             finally:
                 reporter.show(last=True)
+
+    def _take(self, generator: Generator, request: Request, outcome: Outcome) -> None:
+        """Take an outcome; failures only once the generator has completed something for this job, now or earlier. Until
+        then they say more of it than of the documents, and none of them is kept."""
+        if isinstance(outcome, Failure) and not self._has_completed():
+            self._failed_first.append((request, outcome))
+            if len(self._failed_first) >= _FAILURES_UNTIL_STOP:
+                raise UserError(self._nothing_completed())
+            return
+        self._completed = True
+        earlier, self._failed_first = self._failed_first, []
+        for ended, end in [*earlier, (request, outcome)]:
+            block, row, number = ended.key
+            self._answered(generator, block, row, number, end)
+
+    def _has_completed(self) -> bool:
+        if not self._completed:  # by this task; others may have
+            total, _ = self.output.totals()
+            done = self.progress
+            reasons = {*total.rejects, *total.chunk_rejects, *done.rejects_before, *done.chunk_rejects_before}
+            self._completed = bool(total.records or done.records_before or reasons & THOUGHT_REASONS)
+        return self._completed
+
+    def _nothing_completed(self) -> str:
+        _, failure = self._failed_first[-1]
+        number = len(self._failed_first)
+        return (
+            f"{self.output.folder}: not one request has been completed for this job, and {number:,} have failed "
+            f"({failure.reason}: {failure.message}); correct the options or the server and run it again"
+        )
 
     def note_progress(self) -> None:
         """Say how far the task is where there is nothing to run."""

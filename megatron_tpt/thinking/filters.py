@@ -15,6 +15,9 @@ from typing import Any
 
 from megatron_tpt.thinking.filter_options import FilterOptions
 
+REASONS = ("too_short", "refusal", "wrong_script", "wrong_language", "loop", "copy")
+"""Why `judge` rejects."""
+
 _NGRAM = 8
 _LOOP_SHARE = 0.9
 _DOCUMENT_SCRIPT_SHARE = 0.05

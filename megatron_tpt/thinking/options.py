@@ -178,8 +178,6 @@ class AugmentOptions:
         given = [name for name, is_given in modes.items() if is_given]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} do different things; give one of them at a time")
-        if self.refilter and (self.scale.num_tasks > 1 or self.scale.executor != "local"):
-            raise UserError("--refilter needs no engine and runs as one process; omit --num-tasks and --executor")
 
     def _check_engine(self) -> None:
         for name, engines in _ENGINES_OF.items():
@@ -212,8 +210,11 @@ class AugmentOptions:
             notes.append(f"--top-p {self.top_p} has no effect with --temperature 0")
         if self.temperature == 0 and self.rollouts > 1:
             notes.append(f"--rollouts {self.rollouts} with --temperature 0 gives the same thought again and again")
-        if self.estimate is not None and self.scale.executor != "local":
-            notes.append(f"--executor {self.scale.executor} has no effect with --estimate, which runs on this machine")
+        if (self.estimate is not None or self.refilter) and (
+            self.scale.executor != "local" or self.scale.num_tasks > 1
+        ):
+            mode = "--refilter" if self.refilter else "--estimate"
+            notes.append(f"--executor and --num-tasks have no effect with {mode}, which is one process on this machine")
         return notes
 
     def request_fields(self) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Status:
         lines = [f"{self.folder}: {self.line()}"]
         judged = self.records + self.rejects.total()
         lines += [f"  {line}" for line in reject_lines(self.rejects, self.chunk_rejects, judged, self.examples)]
+        if Output(self.folder).refilter_mark.exists():
+            lines.append("  other filters are being applied, or that was interrupted: then run --refilter to its end")
         if self.rejects and not self.records and set(self.states) == {"finished"}:
             lines.append("  finished without a single record: --refilter or --retry-rejects has a use for the rejects")
         failed = [task for task, state in enumerate(self.states) if state == "failed"]

@@ -6,11 +6,13 @@ from typing import Literal
 
 from megatron_tpt.generation import Completion
 from megatron_tpt.thinking.filter_options import FilterOptions
-from megatron_tpt.thinking.filters import cut_to_sentence, judge
+from megatron_tpt.thinking.filters import REASONS, cut_to_sentence, judge
 
 Truncated = Literal["keep", "drop", "sentence"]
 Wants = Literal["thinking", "answer"]
 
+THOUGHT_REASONS = frozenset((*REASONS, "truncated"))
+"""Why a thought that an engine wrote is rejected."""
 UNKNOWN = -1
 """In place of the length of a thought that an earlier version rejected."""
 

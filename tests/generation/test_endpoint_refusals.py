@@ -94,6 +94,18 @@ def test_a_server_that_begins_to_refuse_everything_ends_the_run_and_not_the_requ
     assert all(isinstance(outcome, Completion) for outcome in done) and 25 < len(done) <= 30
 
 
+def test_a_completion_of_something_sent_before_proves_nothing(server: UnrulyServer) -> None:
+    """The server begins to refuse everything while its first answer is still being written."""
+    server.refuses = lambda body: "gone" if len(server.bodies) > 1 else None
+    done: dict[Any, Any] = {}
+    with open_engine(options(server)) as engine, pytest.raises(UserError, match=r"refuses every request.*gone"):
+        for request, outcome in engine.generate(
+            Request(p, SAMPLING) for p in ["slow 0 a", *("ok 0 b" for _ in range(4))]
+        ):
+            done[request.prompt] = outcome
+    assert list(done) == ["slow 0 a"] and isinstance(done["slow 0 a"], Completion)
+
+
 def test_one_server_that_refuses_everything_makes_no_failures_beside_one_that_serves(server: UnrulyServer) -> None:
     with unruly_server() as other:
         other.refuses = lambda body: "wrong build"
@@ -123,8 +135,12 @@ def test_a_short_test_that_ends_in_an_outage_has_the_refused_asked_again(server:
     assert all(isinstance(outcome, Completion) for outcome in outcomes.values()) and "Hello." in asked
 
 
-@pytest.mark.parametrize("code,reason", [(400, "bad_request"), (413, "prompt_too_long")])
-def test_an_error_in_an_answer_with_status_200_is_that_error(server: UnrulyServer, code: int, reason: str) -> None:
+@pytest.mark.parametrize(
+    "code,reason", [(400, "bad_request"), ("413", "prompt_too_long"), ("invalid_request_error", "bad_request")]
+)
+def test_an_error_in_an_answer_with_status_200_is_that_error(
+    server: UnrulyServer, code: int | str, reason: str
+) -> None:
     error = {"error": {"message": "the provider says no", "code": code}}
     server.answers = {"ok 0 bad": error}
     outcome = ask(options(server), ["ok 0 bad", "ok 0 good"])["ok 0 bad"]

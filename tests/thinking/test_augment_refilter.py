@@ -151,6 +151,7 @@ def test_whenever_it_is_killed_it_is_ended_by_doing_it_again(server: UnrulyServe
             for filters in (FILTERS, NO_FILTERS):
                 with pytest.raises(UserError, match="--refilter was interrupted here"):
                     augment(with_filters(options, filters, apply=False))
+            assert "other filters are being applied" in status(options).screen()
         apply_filters(new)
         assert [reject["reason"] for reject in rejects(options.output)].count("too_short") == 0, call
         assert len(records(options.output)) == 9 == len({record.id for record in records(options.output)}), call

@@ -70,6 +70,20 @@ def test_the_last_documents_may_be_refused_where_only_they_are_left(server: Unru
     assert augment(options).rejects == {"engine_prompt_too_long": 1}  # nothing was completed in this run
 
 
+@pytest.mark.parametrize("num_texts", [1, 20, 200])
+@pytest.mark.parametrize("fault", ["400 99", "long 99", "filtered 99"])
+def test_failures_before_anything_was_completed_are_no_rejects(
+    server: UnrulyServer, tmp_path: Path, num_texts: int, fault: str
+) -> None:
+    """Here the server answers a short test, and refuses what all documents have in common."""
+    texts = [" ", *(f"{fault} {i}" for i in range(num_texts))]
+    with pytest.raises(UserError, match=r"not one request has been completed for this job, and \d+ have failed"):
+        augment(job(tmp_path, server, texts))
+    assert not permanent(tmp_path / "out") and len(server.bodies) < 150
+    server._asked.update({text: 99 for text in texts})
+    assert augment(job(tmp_path, server, texts, seed=5)).records == num_texts
+
+
 def test_a_job_whose_thoughts_are_all_rejected_says_why_and_is_not_done(server: UnrulyServer, tmp_path: Path) -> None:
     server.reasoning, server.answers = None, {"ok 0 0": "no", "ok 0 1": "", "ok 0 2": "nein"}
     options = job(tmp_path, server, [*good_texts(3), "400 9 x"], filters=FilterOptions(min_words=3))
@@ -139,7 +153,6 @@ def test_a_job_is_warned_of_early_where_nothing_comes_of_it(
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size has no effect"),
         ({"status": True, "refilter": True}, "--status and --refilter"),
         ({"estimate": 5, "retry_rejects": ["all"]}, "--estimate and --retry-rejects"),
-        ({"refilter": True, "scale": ScaleOptions(num_tasks=2)}, "omit --num-tasks"),
     ],
 )
 def test_options_without_effect_are_refused_by_name(tmp_path: Path, given: dict[str, Any], message: str) -> None:

@@ -4,17 +4,18 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from augment_runs import records, rejects, shards
-from rework_runs import NUM_GOOD, SHORT, as_earlier_version, killed_at, mixed_job, state
+from rework_runs import FILTERS, NUM_GOOD, SHORT, as_earlier_version, killed_at, mixed_job, state
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.scale import ScaleOptions
-from megatron_tpt.thinking.augment import augment
+from megatron_tpt.thinking.augment import augment, launch
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.status import status
 
@@ -151,6 +152,22 @@ def test_tasks_of_another_split_ask_their_share_again_and_the_latest_counts_hold
     assert "| records | 11 |" in card and "ncomplete" not in card
 
 
+def test_a_task_of_a_round_leaves_the_verdict_to_the_last_one(server: UnrulyServer, tmp_path: Path) -> None:
+    whole = mixed_job(
+        tmp_path, server, filters=dataclasses.replace(FILTERS, min_words=99), scale=ScaleOptions(num_tasks=2)
+    )
+    tasks = [dataclasses.replace(whole, task=task) for task in (0, 1)]
+    augment(tasks[0])
+    with pytest.raises(UserError, match="without a single record"):
+        augment(tasks[1])
+    launch(again(whole, "too_short"), [sys.executable, "-c", "'a task that is submitted'"])
+    assert "2 of 2 tasks have not finished" in (whole.output / "README.md").read_text()
+    assert augment(again(tasks[0], "too_short")).rejects["too_short"] > 0
+    with pytest.raises(UserError, match="without a single record"):
+        augment(again(tasks[1], "too_short"))
+    assert not list((whole.output / ".work" / "retries").iterdir())
+
+
 def test_a_round_that_was_interrupted_is_ended_before_another_begins(server: UnrulyServer, tmp_path: Path) -> None:
     options = mixed_job(tmp_path, server)
     augment(options)
@@ -166,6 +183,21 @@ def test_a_round_that_was_interrupted_is_ended_before_another_begins(server: Unr
     augment(options)  # without the option it is ended too
     augment(again(options, "engine_*"))
     assert state(options.output)[1] == OF_INPUT
+
+
+def test_a_round_that_is_resumed_asks_nothing_twice(server: UnrulyServer, tmp_path: Path) -> None:
+    options = mixed_job(tmp_path, server, max_num_seqs=1)
+    augment(options)
+    num_asked = len(server.bodies)
+    server.refuses = lambda body: (401, "expired") if "brief" in str(body) else None
+    with pytest.raises(UserError, match="401"):
+        augment(again(options, "too_short"))
+    server.refuses = lambda body: None
+    augment(again(options, "too_short"))
+    asked = [body["messages"][0]["content"] for body in server.bodies[num_asked:]]
+    assert asked.count("ok 0 short") == 1  # its thought was too short once more, in a block that was finished
+    augment(again(options, "too_short"))  # a round of its own
+    assert len(server.bodies) == num_asked + len(asked) + 2
 
 
 @pytest.mark.parametrize("stride", [7])
