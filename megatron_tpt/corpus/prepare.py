@@ -4,7 +4,8 @@
     OUTPUT/part-00000.jsonl.zst            what is left of the first rows of the input, in its order
     OUTPUT/rejects/part-00000.jsonl.zst    what is not, and why
     OUTPUT/report.md, OUTPUT/report.json   the counts, which add up to the input; written last
-    OUTPUT/.work/                          results of the stages (see stages.py), removed at the end
+    OUTPUT/.work/                          results of the stages (see stages.py); of a finished job, what it needs to
+                                           continue when files are added to its input
 
 A shard of which nothing is left (nothing is rejected) has no file among the parts (the rejects). Contaminated documents
 are dropped before duplicates are looked for, so that no clean document is dropped in favour of a contaminated one.
@@ -24,14 +25,21 @@ from typing import Any
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
 from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
-from megatron_tpt.job_settings import check_settings, write_settings
+from megatron_tpt.job_settings import (
+    added_names,
+    check_settings,
+    describe_names,
+    in_job_order,
+    require_apart,
+    write_settings,
+)
 from megatron_tpt.records import DAMAGED, expand_sources
 from megatron_tpt.scale.lock import exclusive
 
@@ -39,22 +47,27 @@ _BYTES_PER_STRIPE = 4 << 20
 
 
 def prepare(options: PrepareOptions) -> Report:
-    """Do what `tools/prepare.py` does. Raises UserError for what the user can mend."""
-    job = Job(options, expand_sources(options.input))
-    settings = make_settings(options, job.sources)
+    """Do what `tools/prepare.py` does. Raises UserError for what the user can fix."""
+    sources = expand_sources(options.input)
+    require_apart(options.output, options.input, [source.path for source in sources if source.path])
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
-            check_settings(settings_path(options.output), settings)
-            if Report.path(options.output).exists():
-                shutil.rmtree(job.work, ignore_errors=True)
+            path = settings_path(options.output)
+            job = Job(options, in_job_order(path, sources))
+            settings = make_settings(options, job.sources)
+            check_settings(path, settings)
+            if added := added_names(path, settings):
+                print(f"{options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
+                _reopen(job)
+            elif Report.path(options.output).exists():
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
-            write_settings(settings_path(options.output), settings)
+            write_settings(path, settings)
             with Workers(options.worker_count) as workers:
                 report = _prepare(job, workers)
             report.write(options.output)
-            shutil.rmtree(job.work)
+            _tidy(job)
     except OSError as error:
         raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
     print(report.summary(), file=sys.stderr)
@@ -71,6 +84,9 @@ def _prepare(job: Job, workers: Workers) -> Report:
         if not any((job.work / "scan").rglob("*.json")):
             _forget(job)
         raise
+    for source in range(len(job.sources)):
+        if not job.scanned_path(source).exists():  # its stripes were scanned by several workers
+            write_json(job.scanned_path(source), {})
     job = _after_scan(job)
     if job.options.deduplicate != "none":
         _over_partitions(job, workers, "exact")
@@ -143,6 +159,27 @@ def _after_scan(job: Job) -> Job:
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
+def _reopen(job: Job) -> None:
+    """Make the job one that has not finished, with all that files after those that it has cannot change.
+
+    A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
+    common: then all documents are looked at again.
+    """
+    for path in (job.options.output / "report.md", Report.path(job.options.output), job.near_path):
+        path.unlink(missing_ok=True)
+    outdated = ["exact", "near"] + ["write"] * (job.options.deduplicate == "minhash")
+    for stage in outdated:
+        shutil.rmtree(job.work / stage, ignore_errors=True)
+
+
+def _tidy(job: Job) -> None:
+    """Keep what a job with more input needs of this one: keys, ids and counts of its documents."""
+    for stage in ("exact", "minhash", "near"):
+        shutil.rmtree(job.work / stage, ignore_errors=True)
+    for path in (job.index_path, job.near_path):
+        path.unlink(missing_ok=True)
+
+
 def _forget(job: Job) -> None:
     """Leave the output as if this run had never begun, so that it can be begun with other settings."""
     shutil.rmtree(job.work, ignore_errors=True)
@@ -166,7 +203,14 @@ def _collect(job: Job, index: EvaluationIndex) -> Report:
     num_kept = counts.pop("kept", 0)
     assert num_kept + counts.total() == num_rows, "documents were lost"
     sets = {name: described | {"documents": contaminated_by[name]} for name, described in index.describe().items()}
-    return Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+    report = Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+    if num_kept == 0:
+        report.write_markdown(job.options.output)
+        raise UserError(
+            f"{job.options.output}: no document is left ({report.summary()}); report.md and rejects/ say why; choose "
+            "other options and another --output"
+        )
+    return report
 
 
 class _Progress:

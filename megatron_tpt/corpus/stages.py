@@ -129,6 +129,8 @@ def write(task: SourceTask) -> Iterator[int]:
         tally = ShardTally(job, shard, verdicts)
         part = job.options.output / job.part_name(shard)
         rejects = job.options.output / "rejects" / part.name
+        part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
+        rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
         with _json_lines(rejects) if num_rejects else nullcontext(_unexpected) as add_reject:
             kept = _kept_records(rows, tally, add_reject, task.job.sources[shard.source].name)

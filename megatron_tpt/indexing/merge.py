@@ -93,11 +93,11 @@ def expand_prefixes(inputs: Sequence[str], list_file: Path | None, output: Path)
         raise UserError(
             "no indices were given: name prefixes, globs or folders (--input) or a list of them (--list-file)"
         )
-    seen = {output.absolute()}
+    seen = {output.resolve()}
     for prefix in prefixes:
-        if prefix.absolute() in seen:
+        if (real := _real_prefix(prefix)) in seen:
             raise UserError(f"{prefix} is named twice, or is the output too; name each index once")
-        seen.add(prefix.absolute())
+        seen.add(real)
     return prefixes
 
 
@@ -115,7 +115,12 @@ def _expand(name: str, output: Path) -> list[Path]:
         raise UserError(f"{name}: no index found (PREFIX.idx)")
     found = [file.with_suffix("") for file in sorted(files)]
     require_whole_sets(found, name, ".idx")
-    return [prefix for prefix in found if prefix.absolute() != output.absolute()]
+    return [prefix for prefix in found if _real_prefix(prefix) != output.resolve()]
+
+
+def _real_prefix(prefix: Path) -> Path:
+    """A prefix without links in its path, and that which a link PREFIX.idx leads to."""
+    return Path(f"{prefix}.idx").resolve().with_suffix("")
 
 
 def _is_hidden(path: Path) -> bool:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Request, open_engine
-from megatron_tpt.job_settings import check_settings, write_settings
+from megatron_tpt.job_settings import check_settings
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
-from megatron_tpt.thinking.job import Generator, Job, plan
+from megatron_tpt.thinking.job import Generator, Job, note_settings, plan
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
@@ -49,7 +49,7 @@ def augment(options: AugmentOptions) -> Progress:
     settings_path = options.output / SETTINGS_NAME
     check_settings(settings_path, job.settings)
     generator = None if settings_path.exists() else job.generator()
-    write_settings(settings_path, job.settings)
+    note_settings(job)
     with task_lock(Output(options.output).locks, options.task or 0):
         task = _Task(job)  # not before: what another process had in hand is done by now
         blocks = task.blocks()
@@ -85,7 +85,7 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     job = plan(options)
     check_settings(options.output / SETTINGS_NAME, job.settings)
     job.generator()
-    write_settings(options.output / SETTINGS_NAME, job.settings)
+    note_settings(job)
     output = Output(options.output)
     num_tasks = options.scale.num_tasks
     with show_status(output, num_tasks, total_input_bytes(job.sources)):

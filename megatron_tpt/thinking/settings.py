@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.records import Source, source_fingerprint
+from megatron_tpt.job_settings import describe_inputs
+from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
 
@@ -18,7 +19,7 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
     """Everything that decides what the shards hold. What only decides how fast they come is left out."""
     return {
         "format_version": FORMAT_VERSION,
-        "input": [{"name": source.name, "fingerprint": source_fingerprint(source, len(sources))} for source in sources],
+        "input": describe_inputs(options.output / SETTINGS_NAME, sources),
         "text_column": options.text_column,
         "id_column": options.id_column,
         "meta_columns": options.meta_columns,
