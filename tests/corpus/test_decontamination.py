@@ -1,10 +1,12 @@
 """Overlap with evaluation sets: what is found, and what is left alone."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from corpus_files import sentence, write_jsonl
 
+from megatron_tpt.corpus import decontamination, words
 from megatron_tpt.corpus.decontamination import Contamination, EvaluationIndex
 from megatron_tpt.corpus.options import EvaluationSet, PrepareOptions
 from megatron_tpt.errors import UserError
@@ -88,6 +90,40 @@ def test_a_run_over_the_end_of_a_document_is_no_match(tmp_path: Path) -> None:
     index = index_of(tmp_path, [LONG])
     assert index.find([" ".join(words[:8]), " ".join(words[8:16]), "", " ".join(words[16:])]) == [None] * 4
     assert index.find([]) == []
+
+
+@pytest.mark.parametrize(("ngram", "min_matches"), [(13, 1), (13, 4), (5, 2)])
+def test_a_document_in_chunks_is_judged_as_a_whole(
+    tmp_path: Path, ngram: int, min_matches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = index_of(tmp_path, [LONG, MIDDLE, SHORT], [sentence(6), SHORT], ngram=ngram, min_matches=min_matches)
+    texts = [
+        around(LONG),
+        around(f"{MIDDLE} {LONG} {LONG} {sentence(6)}"),
+        around(" ".join(LONG.split()[:16])),
+        around(" ".join(LONG.split()[:14])),
+        SHORT,
+        f"{SHORT} !!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!",
+        around(SHORT),
+        sentence(1, 500),
+    ]
+    expected = index.find(texts)
+    assert sum(found is not None for found in expected) >= 4
+    for size in (20, 50, 200):
+        monkeypatch.setattr(words, "_CHUNK_CHARACTERS", size)
+        monkeypatch.setattr(decontamination, "_WORDS_AT_A_TIME", size)
+        assert index.find(texts) == expected
+
+
+def test_memory_does_not_grow_with_a_document(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [LONG, sentence(3)])
+    text = f"{LONG} {sentence(3)} " * 5000
+    tracemalloc.start()
+    (found,) = index.find([text])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is not None and found.matches == {"set0": 13 + 18}
+    assert len(text) > 1_000_000 and peak < 20 << 20  # all at once: 69 MB
 
 
 def test_every_set_that_overlaps_is_named(tmp_path: Path) -> None:
