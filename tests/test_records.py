@@ -90,8 +90,8 @@ BAD_LINES = [
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\\ud800"}', "column 'text' holds half a surrogate pair"),
     (b'{"text": "x", "thinking": ["y"]}', "column 'thinking' is not a string"),
-    (b'{"text": "x", "id": {}}', "id is neither string nor integer"),
-    (b'{"text": "x", "id": true}', "id is neither string nor integer"),
+    (b'{"text": "x", "id": {}}', "id is neither string nor number"),
+    (b'{"text": "x", "id": true}', "id is neither string nor number"),
 ]
 
 

@@ -1,6 +1,5 @@
-"""Problems: JSONL with a prompt and a reference answer, under whatever names the file has for them."""
+"""Problems: rows of a prompt and a reference answer, under whatever names the files have for them."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.records import describe, expand_sources, read_rows
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,10 @@ def read_problems(options: EvaluateOptions) -> list[Problem]:
     template = _template(options)
     before = "" if options.few_shot is None else _read_text(options.few_shot)
     problems: dict[str, Problem] = {}
-    for number, row in _rows(options.data):
+    for where, default_id, row in _rows(options.data):
         if len(problems) == options.limit:
             break
-        where = f"{options.data}:{number}"
-        name = str(row.get(options.id_column, number))
+        name = str(row.get(options.id_column, default_id))
         if name in problems:
             raise UserError(f"{where}: id {name!r} was there before; ids must differ (choose another --id-column)")
         answer = _column(row, options.answer_column, where)
@@ -66,17 +65,15 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     return str(value)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not JSON ({error}); mend the line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; mend the line")
-        yield number, row
+def _rows(data: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Place ("file:line"), an id (the line's number; of several files, the place) and the fields of every row."""
+    sources = expand_sources([data])
+    for source in sources:
+        for row in read_rows(source):
+            if row.value is None:
+                raise UserError(describe(source, row, "fix the line"))
+            place = f"{source.name}:{row.number + 1}"
+            yield place, place if len(sources) > 1 else str(row.number + 1), row.value
 
 
 def _read_text(path: Path) -> str:

@@ -1,15 +1,12 @@
-"""Files of examples, read field by field: JSON lines (plain, gzip, Zstandard), Parquet, Arrow. Everything streams."""
+"""Examples from files of any kind that `megatron_tpt.records` reads. Everything streams."""
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
-from megatron_tpt.records import Columns
-from megatron_tpt.records.tables import arrow_pieces, parquet_pieces
+from megatron_tpt.records import DAMAGED, Source, describe, read_rows
 
 _ROWS_PER_BATCH = 256
 _BYTES_PER_BATCH = 4 << 20
@@ -37,44 +34,21 @@ def _encode(
 
 
 def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
-    """Number, fields and size in bytes of every line or row."""
-    if path.name.endswith((".parquet", ".arrow")):
-        for number, row in enumerate(_table_rows(path, columns), start=1):
-            yield number, row, 0
-        return
-    import pyarrow
-
-    try:
-        # Unlike Python's readers, pyarrow's find every packed file that was cut short.
-        with pyarrow.input_stream(str(path)) as stream, io.BufferedReader(stream, 1 << 20) as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark some editors write
-                if line.strip():
-                    yield number, _json_object(line), len(line)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read, or damaged ({error}); make or fetch it again") from None
+    """Number, fields and about the size in characters of every line or row."""
+    source = Source(str(path), None, path)
+    for row in read_rows(source, columns):
+        if row.problem == DAMAGED:
+            raise UserError(describe(source, row))
+        if row.value is None:
+            yield row.number + 1, BadExample(str(row.problem), row.detail.removeprefix("(").removesuffix(")")), 0
+        else:
+            yield row.number + 1, row.value, _num_characters(row.value)
 
 
-def _json_object(line: bytes) -> dict[str, Any] | BadExample:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadExample("not UTF-8", f"{error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return BadExample("not JSON", str(error))
-    return fields if isinstance(fields, dict) else BadExample("no JSON object", f"it is a {type(fields).__name__}")
-
-
-def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow
-
-    is_parquet = path.name.endswith(".parquet")
-    pieces = (parquet_pieces if is_parquet else arrow_pieces)(path, Columns(",".join(columns)), lambda _: None)
-    try:
-        for piece in pieces:
-            for batch in piece.batches():
-                yield from batch.select(list(columns)).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        kind = "Parquet" if is_parquet else "Arrow"
-        raise UserError(f"{path}: not readable as {kind} ({str(error).splitlines()[0]})") from None
+def _num_characters(value: Any) -> int:
+    """Characters in all strings of a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0

@@ -35,7 +35,7 @@ from megatron_tpt.indexing.encoders import (
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, compare_sources
-from megatron_tpt.indexing.options import IndexOptions, num_bytes
+from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.originals import check_against_original, has_original
 from megatron_tpt.indexing.output import Output, publish
 from megatron_tpt.indexing.pieces import Flags, PieceMaker, Pieces, Rows
@@ -47,6 +47,7 @@ from megatron_tpt.indexing.writer import MAX_DOCUMENT_TOKENS, token_dtype
 from megatron_tpt.job_settings import EntryChanges, require_apart
 from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources
 from megatron_tpt.records import Source as Input
+from megatron_tpt.sizes import num_bytes
 
 _REPORT_EVERY_S = 10.0
 _MAX_BLOCK_BYTES = 4 << 20

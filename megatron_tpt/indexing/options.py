@@ -1,13 +1,13 @@
 """The options of the indexing tools. Light to import: the help of a command line needs nothing else."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
+from megatron_tpt.sizes import num_bytes
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,6 @@ class IndexOptions:
 
 
 MIN_MEMORY_BYTES = 512 << 20
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-def num_bytes(option: str, text: str) -> int:
-    """The number of bytes that "1GiB", "500 MB" or "4096" stand for. Raises UserError naming `option`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or not (size := int(float(match[1]) * unit)):
-        raise UserError(f"{option} {text!r}: give a size such as 500MB or 2GiB")
-    return size
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import pyarrow.json
 
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
 from megatron_tpt.records import Columns, Record, Row
-from megatron_tpt.records.lines import MAX_LINE_BYTES
+from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
 from megatron_tpt.records.record import BadRecord
+from megatron_tpt.records.tables import python_row
 
 THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
 """Of a piece: it is thinking; the think tag opens before it; closes after it; it ends a sequence; a document."""
@@ -31,7 +32,15 @@ _SMALLEST_FAST_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 17  # of a processor's cache
 _TEXT = pyarrow.large_string()
 
-type Rows = bytes | pyarrow.RecordBatch
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A line that exceeds the limit, of which only the size is left."""
+
+    num_bytes: int
+
+
+type Rows = bytes | pyarrow.RecordBatch | TooLarge
 """Whole lines, or rows of a table."""
 Flags = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
 
@@ -71,7 +80,7 @@ class PieceMaker:
         fast = self._fast(rows)
         if fast is not None:
             yield rows, fast
-        elif _num_bytes(rows) <= _SMALLEST_FAST_BYTES or not self._may_be_fast():
+        elif isinstance(rows, TooLarge) or _num_bytes(rows) <= _SMALLEST_FAST_BYTES or not self._may_be_fast():
             yield rows, self.make_slowly(rows)
         else:  # what is bad spoils only a small part
             for half in _halves(rows):
@@ -105,6 +114,9 @@ class PieceMaker:
         raise AssertionError("there are not so many documents")
 
     def _rows(self, rows: Rows) -> Iterator[Callable[[], Record | None]]:
+        if isinstance(rows, TooLarge):
+            yield partial(self._refuse, rows.num_bytes)
+            return
         if not isinstance(rows, bytes):
             for i in range(rows.num_rows):
                 yield partial(self._parse_row, rows, i)
@@ -113,11 +125,14 @@ class PieceMaker:
             yield partial(self._parse_line, line)
 
     def _parse_row(self, rows: pyarrow.RecordBatch, number: int) -> Record:
-        return parse_row(_python_row(rows.slice(number, 1)), self.columns)
+        return parse_row(python_row(rows.slice(number, 1)), self.columns)
+
+    def _refuse(self, num_bytes: int) -> Record:
+        raise too_large(num_bytes)
 
     def _parse_line(self, line: bytes) -> Record | None:
-        if len(line) > MAX_LINE_BYTES:
-            raise BadRecord("line too long", f"(up to {MAX_LINE_BYTES:,} bytes are read)")
+        if len(line) > max_record_bytes():
+            raise too_large(len(line))
         line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write first
         return parse_line(line, self.columns) if line and not line.isspace() else None
 
@@ -134,11 +149,14 @@ class PieceMaker:
         flags[-1] |= SEQUENCE_END | DOCUMENT_END
 
     def _may_be_fast(self) -> bool:
-        return self.join is not Join.interleaved and self.split_sentences is None
+        has_paths = any("." in name for name in self.columns.texts)
+        return self.join is not Join.interleaved and self.split_sentences is None and not has_paths
 
     def _fast(self, rows: Rows) -> Pieces | None:
         """The pieces, or None where a record needs a closer look."""
-        if not self._may_be_fast():
+        if not self._may_be_fast() or isinstance(rows, TooLarge):
+            return None
+        if (len(rows) if isinstance(rows, bytes) else rows.nbytes) > max_record_bytes():
             return None
         try:
             if isinstance(rows, bytes):
@@ -174,11 +192,14 @@ class _NeedsCloserLookError(Exception):
     pass
 
 
-def _num_bytes(rows: Rows) -> int:
-    return len(rows) if isinstance(rows, bytes) else rows.nbytes if rows.num_rows > 1 else 0
+def _num_bytes(rows: bytes | pyarrow.RecordBatch) -> int:
+    """Size of several rows; 0 of a single one, of which there are no halves."""
+    if isinstance(rows, bytes):
+        return len(rows) if rows.find(b"\n") + 1 not in (0, len(rows)) else 0
+    return rows.nbytes if rows.num_rows > 1 else 0
 
 
-def _halves(rows: Rows) -> Iterator[Any]:
+def _halves(rows: bytes | pyarrow.RecordBatch) -> Iterator[Any]:
     if isinstance(rows, bytes):
         middle = rows.find(b"\n", len(rows) // 2) + 1
         middle = middle if 0 < middle < len(rows) else rows.rfind(b"\n", 0, len(rows) // 2) + 1
@@ -187,15 +208,6 @@ def _halves(rows: Rows) -> Iterator[Any]:
         middle = rows.num_rows // 2
         halves = (rows.slice(0, middle), rows.slice(middle))
     return (half for half in halves if len(half))
-
-
-def _python_row(row: pyarrow.RecordBatch) -> dict[str, Any]:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
-    except (ValueError, OverflowError) as error:
-        raise BadRecord("value not readable", f"({(str(error).splitlines() or ['no more is known'])[0]})") from None
 
 
 def _text_array(texts: list[str]) -> pyarrow.LargeStringArray:
@@ -299,13 +311,17 @@ def _strings(table: Any, name: str) -> pyarrow.LargeStringArray:
     if name not in table.schema.names:
         raise _NeedsCloserLookError
     column = table.column(name)
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not any(is_of_kind(kind) for is_of_kind in _STRING_KINDS):
         raise _NeedsCloserLookError
     column = column.cast(_TEXT)
     if isinstance(column, pyarrow.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     column.validate(full=True)
     return column
+
+
+_STRING_KINDS = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
 
 
 def _is_null(array: Any) -> numpy.ndarray:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from megatron_tpt.records import Columns, Record, Source, read_blocks
+from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.parsing import parse_line
 from megatron_tpt.records.record import BadRecord
 
@@ -29,7 +30,8 @@ def sample_texts(sources: Sequence[Source], columns: Columns) -> list[str]:
 
 
 def _records(source: Source, columns: Columns) -> Iterator[Record]:
-    if source.path is None or not source.path.name.endswith((".jsonl", ".json")):
+    format = file_format(source.path) if source.path else None
+    if source.path is None or format is None or not format.has_plain_lines:
         for _, rows in itertools.islice(read_blocks(source, columns, _DOCUMENTS_PER_PLACE, lambda _: True), 1):
             yield from (row.record for row in rows if row.record is not None)
         return

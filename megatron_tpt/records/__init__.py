@@ -21,6 +21,7 @@ from megatron_tpt.records.reading import (
     read_records,
 )
 from megatron_tpt.records.record import Record, content_id
+from megatron_tpt.records.rows import RawRow, read_rows
 from megatron_tpt.records.sources import REJECTS, SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
 from megatron_tpt.records.writing import write_records
 
@@ -30,6 +31,7 @@ __all__ = [
     "SUFFIXES",
     "Columns",
     "Progress",
+    "RawRow",
     "ReadCounts",
     "Record",
     "Row",
@@ -42,6 +44,7 @@ __all__ = [
     "read_between",
     "read_blocks",
     "read_records",
+    "read_rows",
     "source_fingerprint",
     "write_records",
 ]

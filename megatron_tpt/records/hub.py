@@ -11,9 +11,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from megatron_tpt.errors import Fault, UserError, failure
-from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import DamagedSource
-from megatron_tpt.records.tables import Piece, columns_of_table, loaded_piece
+from megatron_tpt.records.tables import Choose, Piece, loaded_piece
 
 SCHEME = "hf://"
 _ROWS_PER_BATCH = 256
@@ -29,7 +28,7 @@ class HubDataset:
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    """A commit, tag or branch; name a commit where a job may go on after the data set has changed."""
+    """A commit, tag or branch; name a commit where a job may be resumed after the data set has changed."""
 
     @classmethod
     def parse(cls, url: str) -> "HubDataset":
@@ -54,7 +53,7 @@ class HubDataset:
         split = (_stream(self).info.splits or {}).get(self.split)
         return (split.num_examples or None) if split is not None else None
 
-    def pieces(self, source_name: str, index: int, columns: Columns) -> Iterator[Piece]:
+    def pieces(self, source_name: str, index: int, choose: Choose) -> Iterator[Piece]:
         """The rows of shard `index`. Raises Fault when the Hub cannot be reached."""
         import datasets
         import pyarrow
@@ -64,12 +63,12 @@ class HubDataset:
         shard = stream.shard(stream.num_shards, index).with_format("arrow")
         try:
             for table in shard.iter(_ROWS_PER_BATCH):
-                table = table.select(columns_of_table(source_name, table.column_names, columns))
+                table = table.select(choose(source_name, table.schema))
                 yield loaded_piece(table)
         except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, EOFError, zlib.error) as error:
             raise DamagedSource(f"not readable ({_one_line(error)})") from error
         except (OSError, httpx.HTTPError) as error:
-            raise Fault(f"{source_name}: cannot be read ({_one_line(error)}); run again to go on") from error
+            raise Fault(f"{source_name}: cannot be read ({_one_line(error)}); run again to continue") from error
 
 
 @functools.lru_cache(maxsize=8)

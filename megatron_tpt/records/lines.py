@@ -1,63 +1,85 @@
 """Lines of a file, plain or packed: skipped without being looked at, damage and endless lines found on the way."""
 
+import bz2
 import io
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_tpt.errors import failure
-from megatron_tpt.records.record import BadRecord, DamagedSource
+from megatron_tpt.records.formats import FileFormat, file_format
+from megatron_tpt.records.json_files import as_lines
+from megatron_tpt.records.limits import max_record_bytes, too_large
+from megatron_tpt.records.record import DamagedSource
 
-MAX_LINE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
-# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of the two formats.
+# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of the formats.
 _GZIP_BYTES = 16 << 10
-_ZSTANDARD_BYTES = 512
+_SMALL_BYTES = 512
 
 
 def read_chunks(path: Path, report_position: Callable[[int], None], begin: int = 0) -> Iterator[bytes]:
-    """The unpacked bytes of a file in chunks of about 1 MiB; of a plain one, from byte `begin` on. Raises DamagedSource
-    where it is broken or cut, UserError or Fault where it cannot be read.
+    """The lines of a file, unpacked, in chunks of about 1 MiB; of a plain one, from byte `begin` on. What a .json file
+    holds comes as lines, too (see `json_files`). Raises DamagedSource where it is broken or truncated, UserError or
+    Fault where it cannot be read.
 
     `report_position` is called with the place in the file to which it has been read.
     """
+    format = file_format(path)
+    chunks = _file_chunks(path, format, report_position, begin)
+    return as_lines(chunks) if format is not None and format.kind == "json" else chunks
+
+
+def _file_chunks(
+    path: Path, format: FileFormat | None, report_position: Callable[[int], None], begin: int
+) -> Iterator[bytes]:
     try:
         with path.open("rb", buffering=_CHUNK_BYTES) as file:
             file.seek(begin)
-            for chunk in _joined(_pieces(path, file)):
+            for chunk in _joined(_pieces(format.packing if format else "", file)):
                 report_position(file.tell())
                 yield chunk
     except OSError as error:
         raise failure(f"{path}: cannot be read ({error.strerror or error})", error) from error
 
 
-def _pieces(path: Path, file: IO[bytes]) -> Iterator[bytes]:
-    if path.name.endswith(".gz"):
+def _pieces(packing: str, file: IO[bytes]) -> Iterator[bytes]:
+    if packing == ".gz":
         return _unpack(file, _GZIP_BYTES, lambda: zlib.decompressobj(wbits=31), zlib.error)
-    if path.name.endswith(".zst"):
+    if packing == ".bz2":
+        return _unpack(file, _SMALL_BYTES, bz2.BZ2Decompressor, OSError)
+    if packing == ".xz":
+        return _unpack(file, _SMALL_BYTES, lzma.LZMADecompressor, lzma.LZMAError)
+    if packing == ".zst":
         import zstandard
 
         # The command-line tool refuses windows over 128 MiB unless told otherwise; large corpora are packed with 2 GiB.
         unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        return _unpack(file, _ZSTANDARD_BYTES, unpacker.decompressobj, zstandard.ZstdError)
+        return _unpack(file, _SMALL_BYTES, unpacker.decompressobj, zstandard.ZstdError)
     return iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
 def _unpack(file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
-    """Unpack the frames (gzip: members) that follow each other in a file."""
-    frame = None
-    try:
-        while packed := file.read(num_bytes):
-            while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros
-                frame = frame or new_frame()
-                yield frame.decompress(packed)
-                packed = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except damage as error:
-        raise DamagedSource(f"damaged or cut short ({error})") from error
+    """Unpack the frames (gzip: members; bz2, xz: streams) that follow each other in a file."""
+    frame, num_frames = None, 0
+    while packed := file.read(num_bytes):
+        while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros
+            if frame is None:
+                frame = new_frame()
+                num_frames += 1
+            try:
+                unpacked = frame.decompress(packed)
+            except damage as error:
+                raise DamagedSource(f"damaged or truncated ({error})") from error
+            yield unpacked
+            packed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
     if frame is not None:
-        raise DamagedSource("damaged or cut short (the packed data is not whole)")
+        raise DamagedSource("damaged or truncated (the packed data is not whole)")
+    if not num_frames:
+        raise DamagedSource("damaged or truncated (no packed data in it)")
 
 
 def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -89,6 +111,7 @@ class LineReader:
         self.row_bytes = 0
         """Size of the line that was taken last."""
         self._chunks = chunks
+        self._max_bytes = max_record_bytes()
         self._chunk = b""
         self._position = 0
         self._damage: DamagedSource | None = None
@@ -117,22 +140,22 @@ class LineReader:
                     self.row += 1
 
     def take(self) -> bytes:
-        """The next line without its newline. Raises BadRecord for one that is too long, and DamagedSource."""
+        """The next line without its newline. Raises BadRecord for one that is too large, and DamagedSource."""
         begin = self._position
         end = self._chunk.find(b"\n", begin)
-        if end < 0 or end - begin > MAX_LINE_BYTES:
+        if end < 0 or end - begin > self._max_bytes:
             line = self._take_long()
         else:
             line = self._chunk[begin:end]
             self._position = end + 1
             self.row_bytes = end - begin
         self.row += 1
-        if self.row_bytes > MAX_LINE_BYTES:
-            raise BadRecord("line too long", f"({self.row_bytes:,} bytes; up to {MAX_LINE_BYTES:,} are read)")
+        if self.row_bytes > self._max_bytes:
+            raise too_large(self.row_bytes)
         return line.removeprefix(b"\xef\xbb\xbf") if self.row == 1 else line  # the mark some editors write first
 
     def _take_long(self) -> bytes:
-        """A line that goes over the end of the chunk; nothing of it where it is too long."""
+        """A line that goes over the end of the chunk; nothing of it where it is too large."""
         parts: list[bytes] = []
         self.row_bytes = 0
         end = -1
@@ -142,7 +165,7 @@ class LineReader:
             part = self._chunk[begin:] if end < 0 else self._chunk[begin:end]
             self._position = begin + len(part) + 1
             self.row_bytes += len(part)
-            if self.row_bytes <= MAX_LINE_BYTES:
+            if self.row_bytes <= self._max_bytes:
                 parts.append(part)
             else:
                 parts.clear()

@@ -3,7 +3,8 @@
 import datetime
 import decimal
 import json
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,8 @@ class Columns:
     """Which columns of a source make a record."""
 
     text: str = "text"
-    """The column with the document; several, as in "question,answer", are joined by a newline."""
+    """The column with the document; several, as in "question,answer", are joined by a newline. "a.b" is the field b of
+    the objects in column a, where no column has the name "a.b"."""
     id: str = "id"
     """The column with the id; without a column "id" the id is made from the content."""
     meta: tuple[str, ...] = ()
@@ -40,6 +42,12 @@ class Columns:
         return (self.id, "meta", *self.meta)
 
     @cached_property
+    def holding_text(self) -> frozenset[str]:
+        """The columns in which bytes are text, as some writers of tables have it."""
+        names = (*self.texts, "thinking", self.id)
+        return frozenset([*names, *(name.partition(".")[0] for name in names)])
+
+    @cached_property
     def used(self) -> tuple[str, ...]:
         """All columns that are looked at."""
         return tuple(dict.fromkeys([*self.texts, "thinking", *self.kept]))
@@ -54,16 +62,52 @@ def parse_line(line: bytes, columns: Columns) -> Record | None:
     except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, deep nesting, ...
         fields = _checked(_loads(line), columns)
     else:
-        if isinstance(fields, dict) and _rounded([fields.get(name) for name in columns.kept]):
+        if isinstance(fields, dict) and _rounded([field_at(fields, name) for name in columns.kept]):
             fields = _loads(line)
     if not isinstance(fields, dict):
-        raise BadRecord("not a JSON object")
+        raise _no_object(fields)
     return _record(fields, columns)
+
+
+def parse_object(line: bytes, names: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The object in a line of JSON, exactly; None of a blank line. Raises BadRecord, also where a field among `names`
+    (None: any) holds half a surrogate pair."""
+    if not line or line.isspace():
+        return None
+    try:
+        fields = orjson.loads(line)
+    except ValueError:
+        fields = _loads(line)
+        if isinstance(fields, dict):
+            _require_unicode(fields, names)
+    else:
+        if isinstance(fields, dict) and _rounded(fields.values()):
+            fields = _loads(line)
+    if not isinstance(fields, dict):
+        raise _no_object(fields)
+    return fields
+
+
+def _no_object(value: Any) -> BadRecord:
+    return BadRecord("not a JSON object", f"but {_KINDS.get(type(value), 'a number')}")
+
+
+def field_at(fields: Mapping[str, Any], name: str) -> Any:
+    """The field `name` of a row, or what is at the path `name` ("a.b") where no field has that name; None where there
+    is none."""
+    if name in fields or "." not in name:
+        return fields.get(name)
+    value: Any = fields
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
 
 
 def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
     """Make a record of a table's row, {column: Python value}. Raises BadRecord."""
-    values = {name: _json_value(value, name) for name, value in fields.items() if name != "meta"}
+    values = {
+        name: _json_value(value, name, name in columns.holding_text) for name, value in fields.items() if name != "meta"
+    }
     if fields.get("meta") is not None:
         try:
             values["meta"] = _json_value(fields["meta"], "meta")
@@ -77,7 +121,7 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
     try:
         text = "\n".join([fields[name] for name in columns.texts])
     except (KeyError, TypeError):
-        raise _no_text(fields, columns) from None
+        text = "\n".join([_text(fields, name) for name in columns.texts])
     if not text or text.isspace():
         raise BadRecord("empty text")
     thinking = fields.get("thinking")
@@ -87,8 +131,9 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
             thinking = None
     meta = _meta(fields.get("meta"))
     if columns.meta:
-        meta = meta | {name: fields[name] for name in columns.meta if name in fields}
-    id = fields.get(columns.id)
+        found = {name: field_at(fields, name) for name in columns.meta}
+        meta = meta | {name: value for name, value in found.items() if value is not None or name in fields}
+    id = field_at(fields, columns.id)
     return Record(id if id and type(id) is str else _id(id, columns.id, text), text, thinking, meta)
 
 
@@ -104,17 +149,21 @@ def _loads(line: bytes) -> Any:
 
 def _checked(fields: Any, columns: Columns) -> Any:
     """`fields` when what is used of it can be written as UTF-8: "\\ud800" is legal JSON and no character."""
-    for name in columns.used if isinstance(fields, dict) else ():
-        value = fields.get(name)
-        if name == "meta" and name not in columns.meta and not isinstance(value, dict):
-            continue  # a foreign column of that name
+    if isinstance(fields, dict):
+        is_foreign = "meta" not in columns.meta and not isinstance(fields.get("meta"), dict)
+        _require_unicode(fields, [name for name in columns.used if name != "meta" or not is_foreign])
+    return fields
+
+
+def _require_unicode(fields: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Raise BadRecord when a field among `names` (None: any) holds half a surrogate pair, which is no character."""
+    for name in fields if names is None else names:
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(field_at(fields, name), ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRecord(f"column {name!r} holds half a surrogate pair") from None
         except RecursionError:
             raise BadRecord("not JSON", "(nested too deeply)") from None
-    return fields
 
 
 _MAY_BE_ROUNDED = frozenset({float, dict, list})
@@ -132,28 +181,39 @@ def _rounded(values: Iterable[Any]) -> bool:
     return False
 
 
-def _no_text(fields: Mapping[str, Any], columns: Columns) -> BadRecord:
-    for name in columns.texts:
-        if _string(fields, name) is None:
-            return BadRecord("no text", f"in column {name!r} (the columns are {', '.join(fields) or 'none'})")
-    raise AssertionError("every column is a string")
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    """A string that makes (part of) the document. Raises BadRecord where there is none."""
+    if name not in fields and (value := field_at(fields, name)) is not None:
+        fields = {name: value}
+    text = _string(fields, name)
+    if text is None:
+        raise BadRecord("no text", f"in column {name!r} (the columns are {', '.join(fields) or 'none'})")
+    return text
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is None or isinstance(value, str):
         return value
-    raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
+    advice = ""
+    if isinstance(value, dict) and value:
+        advice = f"; name one of its fields, as in {name + '.' + next(iter(value))!r}"
+    raise BadRecord(f"column {name!r} is not a string", f"but {_KINDS.get(type(value), 'a number')}{advice}")
+
+
+_KINDS: dict[type, str] = {
+    type(None): "null", bool: "a Boolean", str: "a string", list: "a list", dict: "an object"
+}  # fmt: skip
 
 
 def _id(value: Any, id_column: str, text: str) -> str:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN: pandas has no other integer that is missing
         if id_column != "id":
             raise BadRecord("no id", f"in column {id_column!r}")
         return content_id(text)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise BadRecord("id is neither string nor integer")
+    raise BadRecord("id is neither string nor number", f"but {_KINDS[type(value)]} (name another --id-column)")
 
 
 def _meta(value: Any) -> dict[str, Any]:
@@ -169,18 +229,30 @@ def _meta(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _json_value(value: Any, column: str) -> Any:
-    """A table's value as JSON knows it: times as ISO 8601, durations in seconds, decimals as their digits."""
+def _json_value(value: Any, column: str, bytes_are_text: bool = False) -> Any:
+    """A table's value as JSON knows it: times as ISO 8601, durations in seconds, decimals as their digits, UUIDs in
+    their usual form."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _json_value(item, column) for key, item in value.items()}
+        return {str(key): _json_value(item, column, bytes_are_text) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item, column) for item in value]
+        return [_json_value(item, column, bytes_are_text) for item in value]
+    if isinstance(value, bytes) and bytes_are_text:
+        return _decoded(value, column)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if isinstance(value, decimal.Decimal):
+    if isinstance(value, decimal.Decimal | uuid.UUID):
         return str(value)
     raise BadRecord(f"column {column!r} holds {type(value).__name__}", "which has no form in JSON")
+
+
+def _decoded(value: bytes, column: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            f"column {column!r} holds bytes", f"that are no UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None

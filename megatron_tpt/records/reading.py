@@ -1,6 +1,7 @@
 """Reading any source, in blocks of rows that a job can do, skip and come back to, or record by record."""
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections import Counter
@@ -13,8 +14,17 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.records.lines import LineReader, read_chunks
 from megatron_tpt.records.parsing import Columns, parse_line, parse_row
 from megatron_tpt.records.record import BadRecord, DamagedSource, Record
+from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.sources import Source, expand_sources
-from megatron_tpt.records.tables import TableReader, arrow_pieces, num_parquet_rows, parquet_pieces
+from megatron_tpt.records.tables import (
+    Choose,
+    Piece,
+    TableReader,
+    arrow_pieces,
+    num_parquet_rows,
+    parquet_pieces,
+    record_columns,
+)
 
 DAMAGED = "damaged file"
 """The problem of the last row of a source that cannot be read any further."""
@@ -105,7 +115,8 @@ def read_blocks(
 
 def can_start_inside(source: Source) -> bool:
     """Whether `read_between` reads this source: plain lines, and Parquet."""
-    return source.path is not None and source.path.name.endswith((".jsonl", ".json", ".parquet"))
+    format = file_format(source.path) if source.path else None
+    return format is not None and (format.has_plain_lines or format.kind == "parquet")
 
 
 def read_between(source: Source, columns: Columns, begin: int, end: int) -> Iterator[Row]:
@@ -115,7 +126,7 @@ def read_between(source: Source, columns: Columns, begin: int, end: int) -> Iter
     Bad data and errors are as in `read_blocks`.
     """
     assert source.path is not None and source.num_bytes is not None
-    if source.path.name.endswith(".parquet"):
+    if _is_parquet(source.path):
         reader, parse = _open(source, columns, Progress())
         first, last = (-(-place * num_parquet_rows(source.path) // source.num_bytes) for place in (begin, end))
         reader.skip_to(first)
@@ -131,38 +142,64 @@ def read_between(source: Source, columns: Columns, begin: int, end: int) -> Iter
         begin += lines.row_bytes + 1
 
 
+def _is_parquet(path: Path) -> bool:
+    format = file_format(path)
+    return format is not None and format.kind == "parquet"
+
+
 type _Parse = Callable[[Any, Columns], Record | None]
 
 
-class _Reader(Protocol):
+class Reader(Protocol):
+    """Takes or skips rows one after another."""
+
     row: int
+    """Number of the next row, from 0."""
     row_bytes: int
+    """Size of the line that was taken last; 0 in tables."""
 
-    def has_rows(self) -> bool: ...
-    def skip_to(self, row: int) -> None: ...
-    def take(self) -> Any: ...
+    def has_rows(self) -> bool:
+        """Whether there is something to take."""
+
+    def skip_to(self, row: int) -> None:
+        """Make `row` the next row, or come to the end."""
+
+    def take(self) -> Any:
+        """The next line (bytes) or row ({column: value}). Raises BadRecord, and DamagedSource."""
 
 
-def _open(source: Source, columns: Columns, progress: Progress) -> tuple[_Reader, _Parse]:
+def _open(source: Source, columns: Columns, progress: Progress) -> tuple[Reader, _Parse]:
     """The rows of a source and what makes records of them (None of a blank line)."""
-    if source.dataset is not None:
-        pieces = source.dataset.pieces(source.name, source.shard, columns)
-    elif source.path is None:
-        raise ValueError(f"{source.name}: neither file nor data set")
-    elif source.path.name.endswith(".parquet"):
-        pieces = parquet_pieces(source.path, columns, progress.report)
-    elif source.path.name.endswith(".arrow"):
-        pieces = arrow_pieces(source.path, columns, progress.report)
-    else:
+    reader, is_table = open_rows(source, functools.partial(_record_columns, columns), progress)
+    return reader, parse_row if is_table else parse_line
+
+
+def _record_columns(columns: Columns, source_name: str, schema: Any) -> list[str]:
+    return record_columns(source_name, schema, columns)
+
+
+def open_rows(source: Source, choose: Choose, progress: Progress) -> tuple[Reader, bool]:
+    """The rows of a source, and whether they are rows of a table: `choose` names the columns to read of it."""
+    format = file_format(source.path) if source.path else None
+    if source.path is not None and (format is None or not format.is_table):
         lines = LineReader(read_chunks(source.path, progress.report))
         progress.follow(lines.share_taken)
-        return lines, parse_line
-    table = TableReader(source.name, pieces)
+        return lines, False
+    table = TableReader(source.name, table_pieces(source, choose, progress.report))
     progress.follow(table.share_taken)
-    return table, parse_row
+    return table, True
 
 
-def _rows(reader: _Reader, parse: _Parse, columns: Columns, end: int) -> Generator[Row]:
+def table_pieces(source: Source, choose: Choose, report: Callable[[int], None]) -> Iterator[Piece]:
+    """The pieces of a table (see `parquet_pieces`), or of a shard of a data set on the Hub."""
+    if source.dataset is not None:
+        return source.dataset.pieces(source.name, source.shard, choose)
+    if source.path is None:
+        raise ValueError(f"{source.name}: neither file nor data set")
+    return (parquet_pieces if _is_parquet(source.path) else arrow_pieces)(source.path, choose, report)
+
+
+def _rows(reader: Reader, parse: _Parse, columns: Columns, end: int) -> Generator[Row]:
     """The rows from where `reader` is to row number `end`."""
     while reader.row < end:
         number = reader.row
@@ -214,10 +251,21 @@ def read_records(
                     counts.skipped[str(row.problem)] += 1
 
 
-def describe(source: Source, row: Row) -> str:
-    """One line for the user about a row that is no record: its place, what is wrong, what can be done."""
+class Problem(Protocol):
+    """What `describe` needs of a row that is bad."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def problem(self) -> str | None: ...
+    @property
+    def detail(self) -> str: ...
+
+
+def describe(
+    source: Source, row: Problem, hint: str = "fix the line or skip such records with --on-bad-record skip"
+) -> str:
+    """One line for the user about a row that is bad: its place, what is wrong, what can be done (`hint`)."""
     if row.problem == DAMAGED:
         return f"{source.name}: {row.detail}; make or fetch the file again"
-    problem = f"{row.problem} {row.detail}".rstrip()
-    hint = "mend the line or skip such records with --on-bad-record skip"
-    return f"{source.name}:{row.number + 1}: {problem}; {hint}"
+    return f"{source.name}:{row.number + 1}: {f'{row.problem} {row.detail}'.rstrip()}; {hint}"

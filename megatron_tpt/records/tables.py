@@ -3,12 +3,13 @@
 pyarrow is imported where it is needed, so that the command line's help stays fast.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_tpt.errors import UserError, failure
+from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import BadRecord, DamagedSource
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 _BATCH_BYTES = 16 << 20
 _ROWS_PER_BATCH = 1024
+
+
+type Choose = Callable[[str, "pyarrow.Schema"], list[str]]
+"""Which columns to read of a table with that name and schema. Raises UserError for a table that lacks some."""
 
 
 class Piece(NamedTuple):
@@ -114,12 +119,12 @@ class TableReader:
         try:
             item = next(items, None)
             if item is None and items is self._batches:
-                raise DamagedSource("damaged or cut short (it has fewer rows than it says)")
+                raise DamagedSource("damaged or truncated (it has fewer rows than it says)")
             return item
         except (pyarrow.ArrowException, DamagedSource, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # without number it is pyarrow's: broken data
                 raise failure(f"{self._name}: cannot be read ({error.strerror})", error) from error
-            text = str(error) if isinstance(error, DamagedSource) else f"damaged or cut short ({_first_line(error)})"
+            text = str(error) if isinstance(error, DamagedSource) else f"damaged or truncated ({_first_line(error)})"
             self._damage = DamagedSource(text)
             self._pieces, self._batches, self._rows = iter(()), iter(()), []
             self._num_left = self._num_owed = self._position = 0
@@ -135,27 +140,85 @@ def _first_line(error: Exception) -> str:
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | BadRecord]:
-    try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # a single value, such as broken UTF-8 or a date beyond Python's
-        return [_python_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    if batch.nbytes <= max_record_bytes():
+        try:
+            return batch.to_pylist()
+        except (ValueError, OverflowError):  # a single value, such as broken UTF-8 or a date beyond Python's
+            pass
+    return [_python_row_or_problem(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
-def _python_row(batch: Any) -> dict[str, Any] | BadRecord:
+def _python_row_or_problem(row: Any) -> dict[str, Any] | BadRecord:
     try:
-        return batch.to_pylist()[0]
+        return python_row(row)
+    except BadRecord as bad:
+        return bad
+
+
+def python_row(row: "pyarrow.RecordBatch | pyarrow.Table") -> dict[str, Any]:
+    """The only row of `row`, {column: Python value}. Raises BadRecord where it is too large or has no such form."""
+    if row.nbytes > max_record_bytes() and (size := sum(map(_num_bytes, row.columns))) > max_record_bytes():
+        raise too_large(size)
+    try:
+        return row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return BadRecord("not UTF-8", f"({error.reason} at byte {error.start})")
+        raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
     except (ValueError, OverflowError) as error:
-        return BadRecord("value not readable", f"({_first_line(error)})")
+        raise BadRecord("value not readable", f"({_first_line(error)})") from None
 
 
-def columns_of_table(source_name: str, names: list[str], columns: Columns) -> list[str]:
-    """The columns of a table that are used. Raises UserError when it lacks a text column."""
-    for name in columns.texts:
-        if name not in names:
-            raise UserError(f"{source_name}: no column {name!r}; its columns are {', '.join(names)}")
-    return [name for name in columns.used if name in names]
+def _num_bytes(column: Any) -> int:
+    """Size of a column, of a dictionary only what is used of it."""
+    import pyarrow.types
+
+    if not pyarrow.types.is_dictionary(column.type):
+        return column.nbytes
+    chunks = getattr(column, "chunks", [column])
+    return sum(chunk.dictionary_decode().nbytes for chunk in chunks)
+
+
+def record_columns(source_name: str, schema: "pyarrow.Schema", columns: Columns) -> list[str]:
+    """The columns of a table that make records. Raises UserError when it lacks a text column or the id column that was
+    asked for, or has one of the columns twice."""
+    chosen = {name: column_of(name, schema) for name in columns.used}
+    needed = columns.texts if columns.id == "id" else (*columns.texts, columns.id)
+    for name in needed:
+        if chosen[name] is None:
+            raise UserError(f"{source_name}: no column {name!r}; its columns are {', '.join(schema.names) or 'none'}")
+    return _once(source_name, schema, filter(None, chosen.values()))
+
+
+def row_columns(source_name: str, schema: "pyarrow.Schema", names: Sequence[str] | None) -> list[str]:
+    """The columns among `names` that a table has; all of them for None. Raises UserError for one that it has twice."""
+    if names is None:
+        return _once(source_name, schema, schema.names)
+    return _once(source_name, schema, filter(None, (column_of(name, schema) for name in names)))
+
+
+def column_of(name: str, schema: "pyarrow.Schema") -> str | None:
+    """The column that is called `name`, or that holds the field at the path `name` ("a.b"); None where there is none."""
+    import pyarrow.types
+
+    if name in schema.names:
+        return name
+    top, *path = name.split(".")
+    if not path or top not in schema.names:
+        return None
+    field = schema.field(schema.names.index(top))
+    for step in path:
+        if not pyarrow.types.is_struct(field.type) or (place := field.type.get_field_index(step)) < 0:
+            return None
+        field = field.type.field(place)
+    return top
+
+
+def _once(source_name: str, schema: "pyarrow.Schema", chosen: Iterable[str]) -> list[str]:
+    for name in (names := list(dict.fromkeys(chosen))):
+        if schema.names.count(name) > 1:
+            raise UserError(
+                f"{source_name}: has {schema.names.count(name)} columns called {name!r}; rename or remove all but one"
+            )
+    return names
 
 
 def num_parquet_rows(path: Path) -> int:
@@ -168,7 +231,7 @@ def num_parquet_rows(path: Path) -> int:
         return 1
 
 
-def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
+def parquet_pieces(path: Path, choose: Choose, report: Callable[[int], None]) -> Iterator[Piece]:
     """The row groups of a Parquet file. `report` is called with about the place in the file where the next rows end, or
     to which they were passed over."""
     import pyarrow.parquet
@@ -176,7 +239,7 @@ def parquet_pieces(path: Path, columns: Columns, report: Callable[[int], None]) 
     # A row group, which pyarrow would read ahead as a whole, may be larger than the memory.
     file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     with file:
-        names = columns_of_table(str(path), file.schema_arrow.names, columns)
+        names = choose(str(path), file.schema_arrow)
         file_bytes, num_rows = path.stat().st_size, 0
         for i in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(i)
@@ -203,7 +266,7 @@ def _reporting(
         yield batch
 
 
-def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) -> Iterator[Piece]:
+def arrow_pieces(path: Path, choose: Choose, report: Callable[[int], None]) -> Iterator[Piece]:
     """The record batches of an Arrow file (of either kind), as `datasets` keeps and saves them. `report` is called
     with about the place in the file where the next piece ends."""
     import pyarrow.ipc
@@ -212,7 +275,7 @@ def arrow_pieces(path: Path, columns: Columns, report: Callable[[int], None]) ->
         is_stream = file.read(6) != b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
-        names = columns_of_table(str(path), reader.schema.names, columns)
+        names = choose(str(path), reader.schema)
         end = 0
         for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
             batch = batch.select(names)

@@ -235,7 +235,7 @@ def test_killed_at_random_moments_the_same_command_gives_the_same_index(tokenize
 def test_a_damaged_file_is_named_whatever_is_done_with_bad_records(tokenizer_dir: Path, tmp_path: Path) -> None:
     path = write_files(tmp_path / "in", 2, 200)[1]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"001.jsonl.gz: damaged or cut short"):
+    with pytest.raises(UserError, match=r"001.jsonl.gz: damaged or truncated"):
         index(IndexOptions([path], tokenizer_dir, tmp_path / "x", on_bad_record="skip"))
 
 

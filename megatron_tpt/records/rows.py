@@ -1,0 +1,55 @@
+"""Rows of any source as plain dictionaries, for tools that need other fields than those of a record."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron_tpt.records.parsing import parse_object
+from megatron_tpt.records.reading import DAMAGED, Progress, open_rows
+from megatron_tpt.records.record import BadRecord, DamagedSource
+from megatron_tpt.records.sources import Source
+from megatron_tpt.records.tables import row_columns
+
+
+class RawRow(NamedTuple):
+    """A line or row of a source as it stands there, or the reason why it cannot be read."""
+
+    number: int
+    """Place in the source, from 0; blank lines count. `describe(source, row)` makes "file:line: ..." of it."""
+    value: dict[str, Any] | None
+    """The fields: JSON values of a line, Python values of a table's row (times, bytes, ... too)."""
+    problem: str | None = None
+    """Why there is no value: short, and the same for all rows of its kind. DAMAGED: the source ends here, early."""
+    detail: str = ""
+    """What more can be said of the problem."""
+
+
+def read_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """All lines or rows of a source, in order; blank lines make none. Memory does not grow with the source.
+
+    `columns` names the fields that the caller looks at, or paths to them ("a.b" needs the column "a"): of tables, only
+    these columns are read. Fields that a row lacks are missing in its value. Without `columns` all are read.
+
+    Bad data never raises: it is a row with a `problem`; where a file is broken or truncated, the last row has the
+    problem DAMAGED. Raises UserError for a source that cannot be opened or has one of the columns twice, and Fault
+    where the storage or the network fails.
+    """
+    reader, is_table = open_rows(source, partial(_chosen, columns), Progress())
+    while True:
+        number = reader.row
+        try:
+            if not reader.has_rows():
+                return
+            taken = reader.take()
+            value = taken if is_table else parse_object(taken, columns)
+        except BadRecord as bad:
+            yield RawRow(number, None, bad.problem, bad.detail)
+        except DamagedSource as damage:
+            yield RawRow(number, None, DAMAGED, str(damage))
+        else:
+            if value is not None:
+                yield RawRow(number, value)
+
+
+def _chosen(columns: Sequence[str] | None, source_name: str, schema: Any) -> list[str]:
+    return row_columns(source_name, schema, columns)
