@@ -8,6 +8,7 @@ Only `text` must be there; foreign data names its own columns, and may be in fil
 the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not grow with the input.
 """
 
+from megatron_tpt.records.folders import REJECTS
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.reading import (
     DAMAGED,
@@ -22,7 +23,7 @@ from megatron_tpt.records.reading import (
 )
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.rows import RawRow, read_rows
-from megatron_tpt.records.sources import REJECTS, SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
+from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
 from megatron_tpt.records.writing import write_records
 
 __all__ = [

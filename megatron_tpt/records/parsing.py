@@ -65,7 +65,7 @@ def parse_line(line: bytes, columns: Columns) -> Record | None:
         if isinstance(fields, dict) and _rounded([field_at(fields, name) for name in columns.kept]):
             fields = _loads(line)
     if not isinstance(fields, dict):
-        raise _no_object(fields)
+        raise NotAnObject(fields)
     return _record(fields, columns)
 
 
@@ -84,12 +84,15 @@ def parse_object(line: bytes, names: Sequence[str] | None = None) -> dict[str, A
         if isinstance(fields, dict) and _rounded(fields.values()):
             fields = _loads(line)
     if not isinstance(fields, dict):
-        raise _no_object(fields)
+        raise NotAnObject(fields)
     return fields
 
 
-def _no_object(value: Any) -> BadRecord:
-    return BadRecord("not a JSON object", f"but {_KINDS.get(type(value), 'a number')}")
+class NotAnObject(BadRecord):
+    """JSON, but a list, a string, ..."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("not a JSON object", f"but {_KINDS.get(type(value), 'a number')}")
 
 
 def field_at(fields: Mapping[str, Any], name: str) -> Any:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.lines import LineReader, read_chunks
 from megatron_tpt.records.parsing import Columns, parse_line, parse_row
 from megatron_tpt.records.record import BadRecord, DamagedSource, Record
-from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.sources import Source, expand_sources
 from megatron_tpt.records.tables import (
     Choose,

@@ -1,23 +1,22 @@
 """What the user names - files, folders, patterns, data sets of the Hub - as a list of sources in a fixed order."""
 
+import functools
 import glob
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.files import file_fingerprint
+from megatron_tpt.records.folders import REJECTED, REJECTS, Found, files_in, listed, why_not_read
+from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
+from megatron_tpt.records.names import require_usable, shown
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
-REJECTS = "rejects"
-"""The folder in a job's output for what it left out, in the formats of records."""
-_FOUND_SUFFIXES = (*SUFFIXES, ".json.gz", ".json.zst")
-"""What counts as records in a folder. A plain .json is more often a configuration, so it must be named."""
-_READ_SUFFIXES = (*_FOUND_SUFFIXES, ".json", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,39 @@ class Source:
 def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """The sources behind `inputs`, each once, whatever its names (links too), in the order of their first names.
 
-    - A file is itself.
-    - A folder is the record files in it at any depth, sorted; hidden names are left out (unfinished files have such
-      names), and folders called "rejects", where jobs put what they left out. A folder written by `save_to_disk` is
-      the files of that data set.
+    - A file is itself (for the names that are read, see `formats`).
+    - A folder is the record files in it at any depth, sorted, links followed; hidden names are not read (unfinished
+      files have such names), nor folders called "rejects", where jobs put what they rejected. A folder written by
+      `save_to_disk` is the files of that data set.
     - A pattern ("data/**/*.jsonl.zst") is the files and folders that it matches, sorted.
     - "hf://owner/name/config?split=train" is the shards of that data set on the Hub (see `HubDataset.parse`).
 
-    Raises UserError for what is missing or of an unknown kind, a folder or pattern without record files, and for no
-    input at all.
+    What a folder holds besides, and what is named twice, is said on stderr. Raises UserError for what is missing or of
+    an unknown kind (matched by a pattern, too, unless that ends in a bare "*" or "**"), for names that are no UTF-8 or
+    hold control characters, for a folder or pattern without record files, and for no input at all.
     """
     sources: dict[str, Source] = {}
+    repeated: dict[str, None] = {}
     for text in map(str, inputs):
         for source in _hub_sources(text) if text.startswith(SCHEME) else map(_file_source, _files(text)):
-            sources.setdefault(str(source.path.resolve()) if source.path else source.name, source)
+            key = source.name
+            if source.path is not None:
+                real_path = source.path.resolve()
+                require_usable(source.path, real_path)
+                key = str(real_path)
+            if sources.setdefault(key, source) is not source:
+                repeated[source.name] = None
     if not sources:
         raise UserError("no input files were given")
+    if repeated:
+        _say(f"{len(repeated):,} given or found under several names, and read once: {listed([*repeated])}")
     return list(sources.values())
+
+
+@functools.lru_cache(maxsize=1024)
+def _say(message: str) -> None:
+    """Print a line on stderr, once in a process: inputs are expanded again and again."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:
@@ -70,7 +85,7 @@ def _file_source(path: Path) -> Source:
     try:
         return Source(str(path), path.stat().st_size, path)
     except OSError as error:
-        raise failure(f"{path}: cannot be read ({error.strerror})", error) from error
+        raise failure(f"{shown(path)}: cannot be read ({error.strerror})", error) from error
 
 
 def _hub_sources(url: str) -> Iterator[Source]:
@@ -83,58 +98,55 @@ def _hub_sources(url: str) -> Iterator[Source]:
 def _files(text: str) -> list[Path]:
     path = Path(os.path.expanduser(text))
     if path.is_dir():
-        found = _folder_files(path)
-        if not found:
-            raise UserError(f"{path}: no record files in this folder ({', '.join(_FOUND_SUFFIXES)})")
-        return found
-    if path.exists():
-        if not path.name.endswith(_READ_SUFFIXES):
-            raise UserError(f"{path}: unknown kind of file; records are read from {', '.join(_READ_SUFFIXES)}")
+        found = files_in(path)
+        if not found.files:
+            also = f"; {unread}" if (unread := found.describe_unread()) else ""
+            raise UserError(f"{shown(path)}: no record files in this folder ({READ_NAMES}){also}")
+    elif path.exists():
+        if file_format(path) is None or not path.is_file():
+            raise UserError(f"{shown(path)}: unknown kind of file; records are read from {READ_NAMES}")
         return [path]
-    if not glob.has_magic(text):
-        raise UserError(f"{path}: no such file or folder")
-    suffixes = _READ_SUFFIXES if text.endswith((".json", ".arrow")) else _FOUND_SUFFIXES
-    found = []
-    for match in sorted(map(Path, glob.iglob(str(path), recursive=True))):
-        if REJECTS in match.parts and REJECTS not in path.parts:
-            continue
-        if not match.is_dir():
-            found += [match] if match.name.endswith(suffixes) else []
-        elif path.name != "**":  # which matches the files within as well
-            found += _folder_files(match)
-    if not found:
-        raise UserError(f"{path}: nothing matches this pattern ({', '.join(suffixes)})")
+    elif not glob.has_magic(text):
+        raise UserError(f"{shown(path)}: no such file or folder")
+    else:
+        found = _matches(path)
+        if not found.files:
+            also = f"; {unread}" if (unread := found.describe_unread()) else ""
+            raise UserError(f"{shown(path)}: nothing matches this pattern ({READ_NAMES}){also}")
+    if unread := found.describe_unread():
+        _say(f"{shown(path)}: {unread}")
+    return found.files
+
+
+def _matches(pattern: Path) -> Found:
+    """What a pattern matches. Raises UserError for a match that cannot be read, where the pattern says which files it
+    means."""
+    found = Found()
+    means_all = pattern.name in ("*", "**")
+    for match in sorted(map(Path, glob.iglob(str(pattern), recursive=True))):
+        if REJECTS in match.parts and REJECTS not in pattern.parts:
+            found.omit(REJECTED, str(match))
+        elif match.is_dir():
+            if pattern.name != "**":  # which matches the files within as well
+                _add(found, match)
+        elif (why := why_not_read(match) if means_all else None) is not None:
+            found.omit(why, str(match))
+        elif file_format(match) is None or not match.is_file():
+            is_broken = match.is_symlink() and not match.exists()
+            problem = "is a link to nothing" if is_broken else f"is not of a kind that is read ({READ_NAMES})"
+            raise UserError(f"{shown(pattern)}: matches {shown(match)}, which {problem}; name what is to be read")
+        else:
+            found.files.append(match)
     return found
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    if (saved := _saved_dataset(folder)) is not None:
-        return saved
-    found = (file for file in folder.rglob("*") if file.name.endswith(_FOUND_SUFFIXES) and file.is_file())
-    return sorted(file for file in found if not _is_left_out(file.relative_to(folder).parts))
-
-
-def _is_left_out(names: Iterable[str]) -> bool:
-    return any(name.startswith(".") or name == REJECTS for name in names)
-
-
-def _saved_dataset(folder: Path) -> list[Path] | None:
-    """The files of a data set that was saved by `Dataset.save_to_disk`, None for any other folder."""
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-            if len(splits) != 1:
-                names = ", ".join(str(folder / split) for split in splits)
-                raise UserError(f"{folder}: holds several splits; name one: {names}")
-            return _saved_dataset(folder / splits[0])
-        if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            files = json.loads((folder / "state.json").read_bytes())["_data_files"]
-            return [folder / file["filename"] for file in files]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{folder}: its description as a saved data set is broken ({error!r}); save it again"
-        ) from error
-    return None
+def _add(found: Found, folder: Path) -> None:
+    """Put what a folder holds into `found`, under names with that folder."""
+    inner = files_in(folder)
+    found.files += inner.files
+    for why, names in inner.unread.items():
+        for name in names:
+            found.omit(why, str(folder / name))
 
 
 def source_fingerprint(source: Source, num_sources: int) -> str | None:

@@ -196,7 +196,7 @@ def row_columns(source_name: str, schema: "pyarrow.Schema", names: Sequence[str]
 
 
 def column_of(name: str, schema: "pyarrow.Schema") -> str | None:
-    """The column that is called `name`, or that holds the field at the path `name` ("a.b"); None where there is none."""
+    """The column called `name`, or the one with the field at the path `name` ("a.b"); None where there is none."""
     import pyarrow.types
 
     if name in schema.names:

@@ -48,6 +48,7 @@ def test_patterns_match_record_files_sorted(tmp_path: Path) -> None:
         tmp_path / "d",
         *("b.jsonl.zst", "a.jsonl.zst", "c.parquet", "sub/d.jsonl.zst", "sub/e.json.gz", "README.md", "run.json"),
     )
+    (folder / "run.json").write_text('{"steps": 3}')
     assert names([f"{folder}/*.jsonl.zst"], folder) == ["a.jsonl.zst", "b.jsonl.zst"]
     assert names([f"{folder}/*"], folder) == [
         "a.jsonl.zst",
@@ -63,6 +64,115 @@ def test_patterns_match_record_files_sorted(tmp_path: Path) -> None:
         expand_sources([f"{folder}/*.csv"])
 
 
+def lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_links_to_folders_are_followed_and_loops_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = lay_out(tmp_path / "d", "fr/b.jsonl")
+    lay_out(tmp_path / "elsewhere", "a.jsonl", "deep/c.ndjson")
+    (folder / "en").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "third").symlink_to(lay_out(tmp_path / "third", "d.JSONL"))
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to("..")
+    (folder / "all").symlink_to(tmp_path)
+    (folder / "fr" / "again").symlink_to(tmp_path / "third")
+    expected = ["en/a.jsonl", "en/deep/c.ndjson", "fr/again/d.JSONL", "fr/b.jsonl"]
+    assert names([str(folder)], folder) == expected
+    (line,) = lines_on_stderr(capsys)
+    assert line == (
+        f"{folder}: 3 names are not read: all, en/deep/third, en/deep/up (linked, but read already or a folder above)"
+    )
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = lay_out(
+        tmp_path / "d",
+        *("a.JSONL", "b.ndjson.xz", "c.json.BZ2", "d.parquet", "e.arrow", "sub/f.jsonl.gz"),
+        *("data.csv", "x.jsonl.br", "x.jsonl.1", "readme", ".hidden.jsonl", ".git/x.jsonl", "rejects/x.jsonl"),
+    )
+    contents = {
+        "array.json": '[{"q": 1}, {"q": 2}]',
+        "lines.json": '{"q": 1}\n{"q": 2}\n',
+        "one.json": '{\n "id": 1,\n "text": "x"\n}',
+        "config.json": '{\n "hidden_size": 1\n}',
+        "ids.json": "[1, 2]",
+        "dataset_info.json": '{"features": {"text": {"dtype": "string"}}}',
+        "broken.json": '[{"q": 1},',
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    expected = ["a.JSONL", "array.json", "b.ndjson.xz", "broken.json", "c.json.BZ2", "d.parquet", "e.arrow"]
+    assert names([str(folder)], folder) == [*expected, "lines.json", "one.json", "sub/f.jsonl.gz"]
+    (line,) = lines_on_stderr(capsys)
+    assert line.startswith(f"{folder}: 10 names are not read: ")
+    for part in (
+        "data.csv, readme, x.jsonl.1, x.jsonl.br (of other kinds)",
+        ".git/, .hidden.jsonl (hidden)",
+        "config.json, dataset_info.json, ids.json (taken for settings",
+        "rejects/ (of what a job rejected",
+    ):
+        assert part in line
+    assert names([str(folder / "config.json")], folder) == ["config.json"]
+
+
+def test_a_pattern_reads_or_refuses_what_it_matches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = lay_out(tmp_path / "d", "x-1.jsonl", "x-2.jsonl.br", "sub/x-3.csv", "y.txt")
+    with pytest.raises(UserError, match=r"x-\*: matches .*/x-2\.jsonl\.br, which is not of a kind that is read"):
+        expand_sources([f"{folder}/x-*"])
+    with pytest.raises(UserError, match=r"matches .*/sub/x-3\.csv"):
+        expand_sources([f"{folder}/**/x-*[13]*"])
+    with pytest.raises(UserError, match=r"nothing matches this pattern .*sub/x-3\.csv \(of other kinds\)"):
+        expand_sources([f"{folder}/s*"])
+    assert names([f"{folder}/*"], folder) == ["x-1.jsonl"]
+    (line,) = lines_on_stderr(capsys)
+    assert "3 names are not read" in line and "x-2.jsonl.br" in line and "x-3.csv" in line and "y.txt" in line
+
+
+def test_links_to_nothing_are_refused(tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "d", "a.jsonl")
+    (folder / "b.jsonl").symlink_to("missing.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl: a link to missing\.jsonl, which is not there"):
+        expand_sources([folder])
+    with pytest.raises(UserError, match=r"matches .*b\.jsonl, which is a link to nothing"):
+        expand_sources([f"{folder}/*.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "escaped"),
+    [
+        (b"caf\xe9.jsonl", r"caf\xe9.jsonl"),
+        (b"a\nb.jsonl", r"a\nb.jsonl"),
+        ("a\u2028b.jsonl".encode(), r"a\u2028b.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "folder", "link"])
+def test_names_that_no_manifest_can_hold_are_refused(tmp_path: Path, name: bytes, escaped: str, place: str) -> None:
+    odd = os.fsdecode(name)
+    if place == "file":
+        path = lay_out(tmp_path, odd) / odd
+        inputs = [path, tmp_path, tmp_path / "*.jsonl"]
+    elif place == "folder":
+        inputs = [lay_out(tmp_path, f"{odd}/x.jsonl")]
+    else:
+        lay_out(tmp_path / "real", odd)
+        (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / odd)
+        inputs = [tmp_path / "link.jsonl"]
+    for each in inputs:
+        with pytest.raises(UserError) as error:
+            expand_sources([each])
+        assert escaped in str(error.value) and "rename" in str(error.value)
+        str(error.value).encode()
+
+
+def test_names_in_other_scripts_are_fine_and_odd_names_that_are_not_read_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lay_out(tmp_path / "d", "文書\u3000é.jsonl", os.fsdecode(b"caf\xe9.txt"))
+    assert names([str(folder)], folder) == ["文書\u3000é.jsonl"]
+    (line,) = lines_on_stderr(capsys)
+    assert r"caf\xe9.txt (of other kinds)" in line
+
+
 def test_what_a_job_left_out_is_read_only_when_it_is_named(tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "d", "a.jsonl", "rejects/b.jsonl", "empty/notes.txt")
     for text in (folder, f"{folder}/*", f"{folder}/**", f"{folder}/**/*.jsonl"):
@@ -71,9 +181,13 @@ def test_what_a_job_left_out_is_read_only_when_it_is_named(tmp_path: Path) -> No
         assert names([str(text)], folder) == ["rejects/b.jsonl"]
 
 
-def test_what_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_named_twice_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = lay_out(tmp_path / "d", "a.jsonl", "b.jsonl")
     assert names([f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)], folder) == ["b.jsonl", "a.jsonl"]
+    (line,) = lines_on_stderr(capsys)
+    assert line.startswith("2 given or found under several names, and read once: ")
     monkeypatch.chdir(folder)
     (tmp_path / "link").symlink_to(folder)
     (folder / "c.jsonl").symlink_to("a.jsonl")
