@@ -184,15 +184,23 @@ def record_columns(source_name: str, schema: "pyarrow.Schema", columns: Columns)
     needed = columns.texts if columns.id == "id" else (*columns.texts, columns.id)
     for name in needed:
         if chosen[name] is None:
-            raise UserError(f"{source_name}: no column {name!r}; its columns are {', '.join(schema.names) or 'none'}")
+            raise _no_column(source_name, schema, repr(name))
     return _once(source_name, schema, filter(None, chosen.values()))
 
 
 def row_columns(source_name: str, schema: "pyarrow.Schema", names: Sequence[str] | None) -> list[str]:
-    """The columns among `names` that a table has; all of them for None. Raises UserError for one that it has twice."""
+    """The columns among `names` that a table has; all of them for None. Raises UserError for a table that has none of
+    them, or one of them twice."""
     if names is None:
         return _once(source_name, schema, schema.names)
-    return _once(source_name, schema, filter(None, (column_of(name, schema) for name in names)))
+    chosen = [column for name in names if (column := column_of(name, schema)) is not None]
+    if not chosen:
+        raise _no_column(source_name, schema, " or ".join(map(repr, names)))
+    return _once(source_name, schema, chosen)
+
+
+def _no_column(source_name: str, schema: "pyarrow.Schema", wanted: str) -> UserError:
+    return UserError(f"{source_name}: no column {wanted}; its columns are {', '.join(schema.names) or 'none'}")
 
 
 def column_of(name: str, schema: "pyarrow.Schema") -> str | None:

@@ -148,7 +148,7 @@ def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(
     cases: list[tuple[str, Path, list[str]]] = [
         ("broken.jsonl:2: not JSON", broken, []),
         ("no problems in this file", empty, []),
-        ("cannot be read (No such file", tmp_path / "missing.jsonl", []),
+        ("missing.jsonl: no such file or folder", tmp_path / "missing.jsonl", []),
         ("no column 'question'", problems, ["--prompt-template", "{question}"]),
         ("reference answer 'one' cannot be read", words, ["--answer-type", "number"]),
         ("ids must differ", twice, []),

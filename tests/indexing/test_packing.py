@@ -154,7 +154,7 @@ def test_a_packed_file_that_was_cut_is_refused(suffix: str, options: dict, chats
     compress = gzip.compress if suffix == "gz" else zstandard.compress
     path = tmp_path / f"cut.jsonl.{suffix}"
     path.write_bytes(compress(chats.read_bytes())[:-2000])
-    with pytest.raises(UserError, match=rf"cut\.jsonl\.{suffix}: cannot be read, or damaged"):
+    with pytest.raises(UserError, match=rf"cut\.jsonl\.{suffix}: damaged or truncated"):
         pack_sft(PackOptions(**options | {"input": [path]}))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("sft", ".tmp"))]
 
@@ -216,7 +216,7 @@ def test_a_table_without_the_column_or_damaged_is_named(kind: str, options: dict
     with pytest.raises(UserError, match=rf"a\.{kind}: no column 'chat'; its columns are messages"):
         pack_sft(PackOptions(**options, messages_column="chat"))
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=rf"a\.{kind}: not readable as {kind.capitalize()}"):
+    with pytest.raises(UserError, match=rf"a\.{kind}: damaged or truncated"):
         pack_sft(PackOptions(**options))
 
 
@@ -274,7 +274,7 @@ def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
         pack_sft(PackOptions(**options))
     counts = pack_sft(PackOptions(**options, on_bad_example="skip")).counts
     assert counts.examples == 3
-    assert counts.skipped == {"no messages": 1, "no JSON object": 1, "not JSON": 1, "nothing to learn": 1}
+    assert counts.skipped == {"no messages": 1, "not a JSON object": 1, "not JSON": 1, "nothing to learn": 1}
 
 
 def test_no_example_at_all_is_refused(options: dict) -> None:
