@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tpt.corpus.evaluation_sets import read_items, warn_of_empty_items
 from megatron_tpt.corpus.options import EvaluationSet
 from megatron_tpt.corpus.words import ngram_hashes, split_words, text_chunks
-from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import read_records
 
 SHORTEST_RUN = 8
 _FILTER_BITS = 22
+_SHOWN_PLACES = 3
 _WORDS_AT_A_TIME = 1 << 16
 
 
@@ -88,16 +88,22 @@ class EvaluationIndex:
 
     @classmethod
     def build(cls, sets: Iterable[EvaluationSet], ngram: int, min_matches: int) -> "EvaluationIndex":
-        """Read the evaluation sets. Raises UserError for one that is unreadable or has no items."""
+        """Read the evaluation sets, and say which items have no words. Raises UserError for one that is unreadable or
+        has no items to look for.
+        """
         num_items: dict[str, int] = {}
         parts = [np.empty((5, 0), np.uint64)]
         for number, evaluation_set in enumerate(sets):
-            item = -1
-            for item, record in enumerate(read_records([evaluation_set.path], text_column=evaluation_set.columns)):
-                parts.append(_item_runs(split_words(record.text), number, item, ngram, min_matches))
+            item, num_empty = -1, 0
+            empty: list[str] = []
+            for item, (place, text) in enumerate(read_items(evaluation_set)):
+                words = split_words(text)
+                parts.append(_item_runs(words, number, item, ngram, min_matches))
+                if not words:
+                    num_empty += 1
+                    empty = [*empty, place][:_SHOWN_PLACES]
             num_items[evaluation_set.name] = item + 1
-            if item < 0:
-                raise UserError(f"{evaluation_set.path}: holds no items of the evaluation set {evaluation_set.name}")
+            warn_of_empty_items(evaluation_set, item + 1, empty, num_empty)
         return cls(num_items, ngram, min_matches, np.concatenate(parts, axis=1))
 
     def save(self, path: Path) -> None:
@@ -117,9 +123,9 @@ class EvaluationIndex:
         """For each evaluation set: its items, and how many of them are looked for in which way."""
         lengths, _, sets, items, are_whole = self._table
         are_short = lengths < self._shortest
-        described = {}
+        described: dict[str, dict[str, int]] = {}
         for number, (name, num_items) in enumerate(self.num_items.items()):
-            described[name] = {"items": num_items} | {
+            ways = {
                 way: len(np.unique(items[(sets == number) & which]))
                 for way, which in (
                     ("by_ngrams", are_whole == 0),
@@ -127,6 +133,7 @@ class EvaluationIndex:
                     ("as_whole_document", are_short),
                 )
             }
+            described[name] = {"items": num_items, **ways, "without_words": num_items - sum(ways.values())}
         return described
 
     def find(self, texts: Sequence[str]) -> list[Contamination | None]:

@@ -76,8 +76,11 @@ def prepare(options: PrepareOptions) -> Report:
 
 def _prepare(job: Job, workers: Workers) -> Report:
     """Run all stages; those that were done before are passed over task by task."""
-    index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
-    index.save(job.index_path)
+    if job.index_path.exists():  # what a killed run looked for, even where a data set of the Hub has changed since
+        index = EvaluationIndex.load(job.index_path)
+    else:
+        index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
+        index.save(job.index_path)
     try:
         _over_sources(job, workers, "scan", ".json", stages.scan)
     except UserError:

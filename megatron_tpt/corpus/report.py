@@ -72,7 +72,7 @@ class Report:
         if self.evaluation_sets:
             yield "\n## Evaluation sets\n"
             yield "Items are looked for by their n-grams; shorter ones as one run of words; the shortest match only a"
-            yield "document that holds nothing else.\n"
+            yield "document that holds nothing else; those without words are not looked for.\n"
             rows = [[name, *described.values()] for name, described in self.evaluation_sets.items()]
             heads = next(iter(self.evaluation_sets.values()))
             names = {"documents": "documents dropped"}

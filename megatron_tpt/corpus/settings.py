@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.job_settings import describe_inputs
-from megatron_tpt.records import Source, expand_inputs
+from megatron_tpt.records import Source, expand_sources
 
 FORMAT_VERSION = 1
 
@@ -25,8 +25,11 @@ def make_settings(options: PrepareOptions, sources: Sequence[Source]) -> dict[st
     settings["decontaminate"] = [
         {
             "name": each.name,
-            "columns": each.columns,
-            "files": {str(path): file_fingerprint(path) for path in expand_inputs([each.path])},
+            "columns": ",".join(each.columns),
+            "files": {
+                source.name: file_fingerprint(source.path) if source.path else None
+                for source in expand_sources([each.location])
+            },
         }
         for each in options.evaluation_sets()
     ]

@@ -133,7 +133,7 @@ def test_the_report_shows_counts_sets_and_examples(raw: Path) -> None:
         "| kept | 40 | 68.97% |",
         "| contaminated | 2 | 3.45% |",
         "| all | 58 | 100% |",
-        "| exam | 2 | 2 | 0 | 0 | 2 |",
+        "| exam | 2 | 2 | 0 | 0 | 0 | 2 |",
         "### contaminated: exam",
         "### near_duplicate",
     ):
