@@ -1,7 +1,8 @@
 """The options of `tools/prepare.py`. Light to import: the help of the command line needs nothing else."""
 
 import os
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -91,6 +92,25 @@ class PrepareOptions:
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
         self.evaluation_sets()
+
+    def warn_of_unused(self) -> None:
+        """Say on stderr which options were given that have no effect without others."""
+        needed_by = {
+            "--deduplicate minhash": [name for name in vars(self) if name.startswith("minhash_")],
+            "--deduplicate exact or minhash": ["ignore_case", "ignore_whitespace"],
+            "--decontaminate": ["ngram", "min_matches"],
+        }
+        has = {
+            "--deduplicate minhash": self.deduplicate == "minhash",
+            "--deduplicate exact or minhash": self.deduplicate != "none",
+            "--decontaminate": bool(self.decontaminate),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for needed, names in needed_by.items():
+            for name in names:
+                if not has[needed] and getattr(self, name) != defaults[name]:
+                    option = f"--{name.replace('_', '-')}"
+                    print(f"warning: {option} has no effect without {needed}", file=sys.stderr)
 
     @property
     def worker_count(self) -> int:

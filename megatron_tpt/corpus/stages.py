@@ -43,6 +43,7 @@ def scan(task: SourceTask) -> Iterator[int]:
         ids: dict[int, bytes] = {}
         keys: list[bytes] = []
         problems: Counter[str] = Counter()
+        absent = set(options.meta_columns)
         num_rows = 0
         for batch in _batches(rows):
             num_rows += len(batch)
@@ -50,6 +51,7 @@ def scan(task: SourceTask) -> Iterator[int]:
             records = [(row.number, row.record) for row in batch if row.record is not None]
             found = index.find([record.text for _, record in records]) if index else [None] * len(records)
             for (row, record), contamination in zip(records, found, strict=True):
+                absent -= record.meta.keys()
                 if contamination:
                     contaminated[str(row)] = contamination.to_dict()
                 elif options.deduplicate != "none":
@@ -60,7 +62,13 @@ def scan(task: SourceTask) -> Iterator[int]:
             _write_ids(job.path("scan", shard, ".ids.npy"), ids, options.rows_per_shard)
         write_json(
             job.path("scan", shard, ".json"),
-            {"rows": num_rows, "problems": problems, "keys": len(keys), "contaminated": contaminated},
+            {
+                "rows": num_rows,
+                "problems": problems,
+                "keys": len(keys),
+                "contaminated": contaminated,
+                "absent_columns": sorted(absent),
+            },
         )
         yield num_rows
     if task.num_stripes == 1:

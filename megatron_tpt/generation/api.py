@@ -174,7 +174,7 @@ class EngineOptions:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.max_retries < 0:
-            raise UserError(f"--max-retries {self.max_retries}: must be 0 or more")
+            raise UserError(f"max_retries {self.max_retries}: must be 0 or more")
         for name in ("request_timeout_s", "endpoint_patience_s", "hang_timeout_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")

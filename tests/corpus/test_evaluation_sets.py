@@ -144,7 +144,7 @@ def test_a_hub_that_cannot_be_reached_is_named_before_anything_is_written(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     url = "hf://nobody/nothing/all?split=test"
     options = PrepareOptions([raw_corpus(tmp_path, "x")], tmp_path / "clean", decontaminate=[f"m={url}:question"])
-    with pytest.raises((UserError, Fault), match="hf://nobody/nothing: cannot be opened .*download the data set"):
+    with pytest.raises((UserError, Fault), match=r"hf://nobody/nothing: cannot be opened .*download the data set"):
         prepare(options)
     assert not (tmp_path / "clean" / "prepare.json").exists()
 

@@ -332,6 +332,69 @@ def test_a_job_grows_again_and_before_it_has_finished(raw: Path) -> None:
     assert kept_texts(options.output) == kept_texts(expected.output)
 
 
+def test_files_that_cannot_be_added_leave_the_job_as_it_was(raw: Path) -> None:
+    options = options_for(raw, deduplicate="exact")
+    report = prepare(options)
+    before = output_bytes(options.output)
+    for has_work in (True, False):
+        odd = raw / "9.parquet"
+        write_records(odd, [Record("x", sentence(1))])
+        odd.write_bytes(odd.read_bytes().replace(b"text", b"body"))
+        with pytest.raises(UserError, match=r"9\.parquet"):
+            prepare(options)
+        odd.unlink()
+        assert prepare(options) == report
+        assert output_bytes(options.output) == before
+        if has_work:
+            shutil.rmtree(options.output / ".work")
+    write_jsonl(raw / "9.jsonl", [{"text": sentence(700)}])
+    assert prepare(options).num_kept == report.num_kept + 1
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_killed_addition_is_resumed_unless_other_files_are_added(
+    raw: Path, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for(raw)
+    prepare(options)
+    new = write_jsonl(raw / "9.jsonl", [{"text": sentence(seed, 60)} for seed in range(700, 720)])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_reopen", killed)
+        prepare(options)
+    scanned = options.output / ".work" / "scan" / "000003" / "000000.json"
+    time_before = scanned.stat().st_mtime_ns
+    if other:
+        new.unlink()
+        new = write_jsonl(raw / "8.jsonl", [{"text": sentence(800, 60)}])
+    report = prepare(options)
+    assert (scanned.stat().st_mtime_ns == time_before) == (not other)
+    order = [*(str(raw / name) for name in ("1.jsonl", "2.parquet", "3.jsonl.gz")), str(new)]
+    expected = options_for(raw, input=order, output=raw.parent / "expected")
+    assert report == prepare(expected)
+    assert kept_texts(options.output) == kept_texts(expected.output)
+
+
+def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"minhash_ngram": 3, "ignore_case": True, "ngram": 8, "decontaminate": [], "deduplicate": "none"}
+    whole = (raw / "3.jsonl.gz").read_bytes()
+    (raw / "3.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    prepare(options_for(raw, meta_columns=["title", "titel"], **changes))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said[:3] == [
+        "warning: --minhash-ngram has no effect without --deduplicate minhash",
+        "warning: --ignore-case has no effect without --deduplicate exact or minhash",
+        "warning: --ngram has no effect without --decontaminate",
+    ]
+    assert "3.jsonl.gz: damaged after " in said[3] and said[3].endswith("rows; what follows is not read")
+    assert said[4:] == ["warning: --meta-columns titel: no document has such a column"]
+    prepare(options_for(raw, output=raw.parent / "second", meta_columns=["title"], deduplicate="exact"))
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_an_output_that_would_be_read_as_input_is_refused(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (raw.parent / "link").symlink_to(raw)
     monkeypatch.chdir(raw)
