@@ -79,8 +79,8 @@ def merge(options: MergeOptions) -> Manifest | None:
 def expand_prefixes(inputs: Sequence[str], list_file: Path | None, output: Path) -> list[Path]:
     """The indices behind prefixes, files, globs and folders, in their order; those of a glob or a folder by name.
 
-    A glob or a folder leaves out `output`, which an earlier run may have put there. Raises UserError for what is not
-    there, for an index that is named twice, and for none at all.
+    In a glob or a folder `output`, which an earlier run may have put there, is skipped, and that is said. Raises
+    UserError for what is not there, for an index that is named twice, and for none at all.
     """
     names = list(inputs)
     if list_file is not None:
@@ -115,7 +115,9 @@ def _expand(name: str, output: Path) -> list[Path]:
         raise UserError(f"{name}: no index found (PREFIX.idx)")
     found = [file.with_suffix("") for file in sorted(files)]
     require_whole_sets(found, name, ".idx")
-    return [prefix for prefix in found if _real_prefix(prefix) != output.resolve()]
+    if is_output := [prefix for prefix in found if _real_prefix(prefix) == output.resolve()]:
+        print(f"{name}: {is_output[0]} is the output, and not merged into itself", file=sys.stderr)
+    return [prefix for prefix in found if prefix not in is_output]
 
 
 def _real_prefix(prefix: Path) -> Path:

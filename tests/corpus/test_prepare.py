@@ -395,6 +395,29 @@ def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.Cap
     assert "no effect" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_document_of_60_mb_takes_less_than_1_gb(tmp_path: Path) -> None:
+    make = (
+        "import json, random, sys\n"
+        "texts = [' '.join('w%x' % random.getrandbits(20) for _ in range(9_000_000)), 'a short document']\n"
+        "open(sys.argv[1], 'w').writelines(json.dumps({'text': text}) + '\\n' for text in texts)\n"
+    )
+    measure = (  # of a process of its own, whose parent is small
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    path = tmp_path / "large.jsonl"
+    subprocess.run([sys.executable, "-c", make, str(path)], check=True)
+    assert path.stat().st_size > 60_000_000
+    evaluation = write_jsonl(tmp_path / "questions.jsonl", [{"question": QUESTION}])
+    command = [sys.executable, str(TOOL), "--input", str(path), "--output", str(tmp_path / "clean")]
+    command += ["--deduplicate", "minhash", "--decontaminate", f"exam={evaluation}:question", "--num-workers", "1"]
+    command += ["--ignore-case", "--ignore-whitespace"]
+    run = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 500_000_000
+
+
 def test_an_output_that_would_be_read_as_input_is_refused(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (raw.parent / "link").symlink_to(raw)
     monkeypatch.chdir(raw)
