@@ -1,43 +1,294 @@
-"""The settings of a job, kept beside its output so that no other run is mixed in."""
+"""What ties a job to its output: its settings, kept beside it so that no other run is mixed in, and its input, which
+must not overlap with it.
 
+The settings of a job are JSON. Its input is the entry "input": a list of {"name", "fingerprint"}, one for each file or
+shard. Files may be added to the input of a job: they come after those that it has, whatever their names, so that what
+is done stays valid. Such entries carry "added": 1 for the files of the first addition, and so on.
+"""
+
+import fnmatch
+import glob
 import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.records import Source
+
+_SHOWN = 3
+"""How many names a message lists."""
+_MAX_VALUE = 60
+"""Characters of a value that a message shows."""
+_FILES_BY_NAME = ("files", "model_files")
+"""Settings that are {name of a file: its fingerprint}."""
+_OF_PREFIX = ("{}.json", "{}.sft.json")
+_IN_FOLDER = ("part-00000.jsonl.zst", "part-00000.jsonl", "report.json")
+"""What is written beside a prefix, or in an output folder, under names by which records can be read."""
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError when the folder of `path` holds something else than a run with these settings."""
+    """Raise UserError when the folder of `path` holds something other than a run with these settings.
+
+    Files added to the input are no difference (see `added_names`).
+    """
     output = path.parent
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the output")
-    if not path.exists():
+    before = read_settings(path)
+    if before is None:
         if any(output.glob("part-*")):
             raise UserError(f"{output}: has shards but no {path.name}; choose another --output")
         return
+    if _added(before, settings):
+        before = before | {"input": settings["input"]}
+    if differences := list(describe_changes(before, settings)):
+        raise UserError(
+            f"{output}: was started with other settings or input ({'; '.join(differences)}); "
+            "restore them or choose another --output"
+        )
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of the run that `path` belongs to; None where there is none."""
+    if not path.exists():
+        return None
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); choose another --output") from error
-    differing = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
-    if differing:
-        changes = "; ".join(
-            f"{name} was {_short(before.get(name))}, now {_short(settings.get(name))}" for name in differing
-        )
-        raise UserError(
-            f"{output}: was begun with other settings ({changes}); set them back or choose another --output"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not the settings of a job; choose another --output")
+    return settings
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Note the settings of a run that begins in `path`, unless they are there."""
-    if not path.exists():
+    """Note the settings of a run that starts in `path`, or the input of one that has grown (see `check_settings`)."""
+    before = read_settings(path)
+    if before is None or _added(before, settings):
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def added_names(path: Path, settings: dict[str, Any]) -> list[str]:
+    """The names of the files that were added to the input of the run that `path` belongs to."""
+    before = read_settings(path)
+    return [entry["name"] for entry in _added(before, settings)] if before else []
+
+
+def _added(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the input that follow those of before; none where these are not all there, in their order."""
+    old, new = _entries(before.get("input")), _entries(now.get("input"))
+    return new[len(old) :] if old and new[: len(old)] == old else []
+
+
+def in_job_order(path: Path, sources: Sequence[Source]) -> list[Source]:
+    """`sources` in the order of the run that `path` belongs to: those that it knows first, then those that were added.
+
+    Unchanged where the sources that it knows are not all there, or come in another order than they did.
+    """
+    recorded = _recorded_inputs(path)
+    by_name = {source.name: source for source in sources}
+    if not recorded.keys() <= by_name.keys():
+        return list(sources)
+    place = {name: i for i, name in enumerate(by_name)}
+    places: dict[int, list[int]] = {}
+    for name, entry in recorded.items():
+        places.setdefault(entry.get("added", 0), []).append(place[name])
+    if any(found != sorted(found) for found in places.values()):
+        return list(sources)
+    return [by_name[name] for name in recorded] + [source for source in sources if source.name not in recorded]
+
+
+def describe_inputs(path: Path, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The entry "input" for the settings of the run that `path` belongs to, or starts.
+
+    A file is compared by as many blocks as when it was first seen: how many is decided by the number of files.
+    """
+    recorded = _recorded_inputs(path)
+    # Jobs of earlier versions do not say.
+    num_blocks_before = _num_blocks(sum("added" not in entry for entry in recorded.values()))
+    addition = max((entry.get("added", 0) for entry in recorded.values()), default=0) + 1
+    described = []
+    for source in sources:
+        new: dict[str, Any] = {"name": source.name, "blocks": _num_blocks(len(sources))}
+        entry = recorded.get(source.name) or (new | {"added": addition} if recorded else new)
+        blocks = entry.get("blocks", num_blocks_before)
+        described.append(entry | {"fingerprint": file_fingerprint(source.path, blocks) if source.path else None})
+    return described
+
+
+def _num_blocks(num_sources: int) -> int:
+    return max(64 // max(num_sources, 1), 2)
+
+
+def _recorded_inputs(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the input of a run, by name."""
+    return {entry["name"]: entry for entry in _entries((read_settings(path) or {}).get("input"))}
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    """`value` where it is a list of named entries, as an input is; else none."""
+    is_named = isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
+    return value if is_named else []
+
+
+def _files(value: Any) -> list[dict[str, Any]]:
+    """The entries of files that are noted as {name: fingerprint}."""
+    return [{"name": name, "fingerprint": each} for name, each in value.items()] if isinstance(value, dict) else []
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between settings, one phrase each: which of them from what to what, which file and how."""
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name in _FILES_BY_NAME:
+            yield f"{prefix}{name}: {EntryChanges(_files(old), _files(new)).describe()}"
+        elif isinstance(old, dict) and isinstance(new, dict):
+            yield from describe_changes(old, new, f"{prefix}{name}.")
+        elif _entries(old) or _entries(new):
+            yield f"{prefix}{name}: {EntryChanges(_entries(old), _entries(new)).describe()}"
+        else:
+            yield f"{prefix}{name} was {_short(old, new)}, now {_short(new, old)}"
+
+
+class EntryChanges:
+    """How two lists of named entries, of files say, differ."""
+
+    def __init__(self, before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> None:
+        """An entry has a "name"; what else it has, but for "added" and "blocks", is its content."""
+        self._old, self._new = ({entry["name"]: entry for entry in entries} for entries in (before, now))
+        removed = [entry for name, entry in self._old.items() if name not in self._new]
+        added = [entry for name, entry in self._new.items() if name not in self._old]
+        by_content = {json.dumps(content): entry["name"] for entry in added if (content := _content(entry))}
+        self.renamed = {
+            entry["name"]: by_content.pop(text)
+            for entry in removed
+            if (text := json.dumps(_content(entry))) in by_content
+        }
+        """Name before: name now."""
+        self.added = [entry["name"] for entry in added if entry["name"] not in self.renamed.values()]
+        self.removed = [entry["name"] for entry in removed if entry["name"] not in self.renamed]
+        common = [name for name in self._new if name in self._old]
+        self.changed = [name for name in common if _content(self._new[name]) != _content(self._old[name])]
+
+    @property
+    def only_added(self) -> bool:
+        """Whether all that was there is there, as it was, in its order."""
+        is_rest_same = not (self.removed or self.renamed or self.changed)
+        return is_rest_same and bool(self.added) and [n for n in self._new if n in self._old] == list(self._old)
+
+    def describe(self) -> str:
+        """On one line; empty where nothing differs."""
+        groups = [
+            ("added", self.added),
+            ("removed", self.removed),
+            ("renamed", [f"{a} to {b}" for a, b in self.renamed.items()]),
+            ("changed", [_describe_entry(self._old[name], self._new[name]) for name in self.changed]),
+        ]
+        phrases = ", ".join(describe_names(names, verb) for verb, names in groups if names)
+        if phrases or list(self._old) == list(self._new):
+            return phrases
+        return f"the order was {_order(self._old)}, now {_order(self._new)}"
+
+
+def describe_names(names: Sequence[str], verb: str) -> str:
+    """`2 added (a.jsonl, b.jsonl)`: how many, and the first few."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{len(names):,} {verb} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _content(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says of the content."""
+    return {key: value for key, value in entry.items() if key not in ("name", "added", "blocks") and value is not None}
+
+
+def _describe_entry(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The name of an entry that changed, and how where more than the content of a file can have changed."""
+    if set(_content(before)) | set(_content(now)) <= {"fingerprint"}:
+        return str(now["name"])
+    return f"{now['name']}: {'; '.join(describe_changes(_content(before), _content(now)))}"
+
+
+def _order(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value on one line; of a long one the part where it begins to differ from the other."""
+    text, compared = (json.dumps(each, ensure_ascii=False) for each in (value, other))
+    if len(text) <= _MAX_VALUE:
+        return text
+    differing = (i for i, (a, b) in enumerate(zip(text, compared, strict=False)) if a != b)
+    begin = max(next(differing, len(compared)) - _MAX_VALUE // 2, 0)
+    end = begin + _MAX_VALUE
+    return "..." * (begin > 0) + text[begin:end] + "..." * (end < len(text))
+
+
+def require_apart(
+    output: Path, inputs: Sequence[str | Path], files: Iterable[Path], *, is_prefix: bool = False
+) -> None:
+    """Raise UserError when what is written to `output` would be read as input by the next run, or replaces input.
+
+    `output` is a folder, or with `is_prefix` the beginning of the names of the files that are written. `inputs` are as
+    the user named them, `files` those that are read. Links are followed.
+    """
+    folder = (output.parent if is_prefix else output).expanduser().resolve()
+    names = [name.format(output.name) for name in _OF_PREFIX] if is_prefix else _IN_FOLDER
+    written = [folder / name for name in names]
+    for text in map(str, inputs):
+        if _reads(text, folder, written):
+            raise UserError(
+                f"--output {output}: is inside the input {text}, so that the next run would read it as input; "
+                "choose an --output outside the input"
+            )
+    for file in files:
+        real = file.resolve()
+        if real in written if is_prefix else real.is_relative_to(folder):
+            raise UserError(f"--output {output}: the input file {file} is inside it; choose another --output")
+
+
+def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
+    """Whether the input `text` takes in `folder` or the files that are `written` to it."""
+    if is_url := text.startswith("hf://"):
+        text = text.removeprefix("hf://").partition("?")[0]  # may be a folder, too
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return any(folder.is_relative_to(read) for read in _real_folders(path.resolve()))
+    if is_url or path.exists() or not glob.has_magic(text):
+        return False
+    num_plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+    base, pattern = Path(*path.parts[:num_plain]).resolve(), path.parts[num_plain:]
+    return any(
+        place.is_relative_to(base) and _matches(place.relative_to(base).parts, pattern)
+        for place in (*folder.parents, folder, *written)
+    )
+
+
+def _real_folders(folder: Path) -> Iterator[Path]:
+    """A folder, by its real path, and those that links in it lead to, at any depth."""
+    waiting, seen = [folder], set[Path]()
+    while waiting:
+        root = waiting.pop()
+        if root in seen:
+            continue
+        seen.add(root)
+        yield root
+        if root != folder and folder.is_relative_to(root):
+            continue  # a link upwards: what else is there is not walked
+        for place, names, _ in os.walk(root):
+            waiting += [link.resolve() for link in (Path(place, name) for name in names) if link.is_symlink()]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a pattern in which `**` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

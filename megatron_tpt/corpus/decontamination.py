@@ -11,21 +11,22 @@ it knows neither short items nor a minimum of matches.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tpt.corpus.evaluation_sets import read_items, warn_of_empty_items
 from megatron_tpt.corpus.options import EvaluationSet
-from megatron_tpt.corpus.words import ngram_hashes, split_words
-from megatron_tpt.errors import UserError
+from megatron_tpt.corpus.words import ngram_hashes, split_words, text_chunks
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import read_records
 
 SHORTEST_RUN = 8
 _FILTER_BITS = 22
+_SHOWN_PLACES = 3
+_WORDS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,22 @@ class EvaluationIndex:
 
     @classmethod
     def build(cls, sets: Iterable[EvaluationSet], ngram: int, min_matches: int) -> "EvaluationIndex":
-        """Read the evaluation sets. Raises UserError for one that is unreadable or has no items."""
+        """Read the evaluation sets, and say which items have no words. Raises UserError for one that is unreadable or
+        has no items to look for.
+        """
         num_items: dict[str, int] = {}
         parts = [np.empty((5, 0), np.uint64)]
         for number, evaluation_set in enumerate(sets):
-            item = -1
-            for item, record in enumerate(read_records([evaluation_set.path], text_column=evaluation_set.columns)):
-                parts.append(_item_runs(split_words(record.text), number, item, ngram, min_matches))
+            item, num_empty = -1, 0
+            empty: list[str] = []
+            for item, (place, text) in enumerate(read_items(evaluation_set)):
+                words = split_words(text)
+                parts.append(_item_runs(words, number, item, ngram, min_matches))
+                if not words:
+                    num_empty += 1
+                    empty = [*empty, place][:_SHOWN_PLACES]
             num_items[evaluation_set.name] = item + 1
-            if item < 0:
-                raise UserError(f"{evaluation_set.path}: holds no items of the evaluation set {evaluation_set.name}")
+            warn_of_empty_items(evaluation_set, item + 1, empty, num_empty)
         return cls(num_items, ngram, min_matches, np.concatenate(parts, axis=1))
 
     def save(self, path: Path) -> None:
@@ -116,9 +123,9 @@ class EvaluationIndex:
         """For each evaluation set: its items, and how many of them are looked for in which way."""
         lengths, _, sets, items, are_whole = self._table
         are_short = lengths < self._shortest
-        described = {}
+        described: dict[str, dict[str, int]] = {}
         for number, (name, num_items) in enumerate(self.num_items.items()):
-            described[name] = {"items": num_items} | {
+            ways = {
                 way: len(np.unique(items[(sets == number) & which]))
                 for way, which in (
                     ("by_ngrams", are_whole == 0),
@@ -126,53 +133,107 @@ class EvaluationIndex:
                     ("as_whole_document", are_short),
                 )
             }
+            described[name] = {"items": num_items, **ways, "without_words": num_items - sum(ways.values())}
         return described
 
     def find(self, texts: Sequence[str]) -> list[Contamination | None]:
-        """For each of `texts`, how it overlaps with the evaluation sets, if enough. Many at once cost less each."""
-        words_of = [split_words(text) for text in texts]
-        num_words = np.array([len(words) for words in words_of])
+        """For each of `texts`, how it overlaps with the evaluation sets, if enough. Many at once cost less each.
+
+        Memory does not grow with the texts.
+        """
+        hits: list[dict[tuple[int, int], _Hit]] = [{} for _ in texts]
+        for windows in _batches(self._windows(texts)):
+            for document, hit in self._hits(windows):
+                hits[document].setdefault((hit.length, hit.row), hit)
+        return [self._judge([*found.values()]) if found else None for found in hits]
+
+    def _windows(self, texts: Sequence[str]) -> Iterator["_Window"]:
+        """The words of `texts`, those of a long one in windows that overlap, so that each of its runs is in one."""
+        overlap = max([self._shortest, *self._runs]) - 1
+        for document, text in enumerate(texts):
+            words: list[bytes] = []
+            first = 0
+            num_left = len(text)
+            for chunk in text_chunks(text):
+                words = words + split_words(chunk)
+                num_left -= len(chunk)
+                yield _Window(document, first, words, first == 0 and num_left == 0)
+                num_done = max(len(words) - overlap, 0)
+                words, first = words[num_done:], first + num_done
+
+    def _hits(self, windows: Sequence["_Window"]) -> Iterator[tuple[int, "_Hit"]]:
+        """What is found in windows, by document."""
+        num_words = np.array([len(window.words) for window in windows])
+        is_whole = np.array([window.is_whole for window in windows])
         ends = num_words.cumsum()
-        hits: dict[int, list[_Hit]] = {}
-        for length, hashes in ngram_hashes(list(itertools.chain.from_iterable(words_of)), sorted(self._runs)):
+        words = list(itertools.chain.from_iterable(window.words for window in windows))
+        for length, hashes in ngram_hashes(words, sorted(self._runs)):
             runs = self._runs[length]
             positions, rows = runs.find(hashes)
             found_in = np.searchsorted(ends, positions, side="right")
             is_within = positions + length <= ends[found_in]
             if length < self._shortest:
-                is_within &= num_words[found_in] == length
-            positions += num_words[found_in] - ends[found_in]
-            for document, position, row in np.stack([found_in, positions, rows], axis=1)[is_within].tolist():
-                run = _Hit(length, position, int(runs.sets[row]), int(runs.items[row]), bool(runs.are_whole[row]), row)
-                hits.setdefault(document, []).append(run)
-        return [
-            self._judge(words, hits[document]) if document in hits else None for document, words in enumerate(words_of)
-        ]
+                is_within &= is_whole[found_in] & (num_words[found_in] == length)
+            found = np.stack([found_in, positions, rows])[:, is_within]
+            _, first_of_each = np.unique(found[[0, 2]], axis=1, return_index=True)
+            for number, position, row in found[:, first_of_each].T.tolist():
+                window = windows[number]
+                place = window.first + position - int(ends[number] - num_words[number])
+                ngram = words[position : position + length]
+                hit = _Hit(
+                    length, row, place, int(runs.sets[row]), int(runs.items[row]), bool(runs.are_whole[row]), ngram
+                )
+                yield window.document, hit
 
-    def _judge(self, words: list[bytes], hits: list["_Hit"]) -> Contamination | None:
-        """Whether what was found in a document is enough."""
+    def _judge(self, hits: list["_Hit"]) -> Contamination | None:
+        """Whether the different runs that were found in a document are enough."""
         matches: Counter[int] = Counter()
-        for run in {(hit.length, hit.row): hit for hit in hits}.values():
-            matches[run.set] += self.min_matches if run.is_whole else 1
+        for hit in hits:
+            matches[hit.set] += self.min_matches if hit.is_whole else 1
         enough = {number: count for number, count in sorted(matches.items()) if count >= self.min_matches}
         if not enough:
             return None
-        first = next(hit for hit in hits if hit.set == min(enough))
-        ngram = b" ".join(words[first.position : first.position + first.length]).decode()
+        first = min((hit for hit in hits if hit.set == min(enough)), key=lambda hit: (hit.length, hit.position))
         names = {self._names[number]: count for number, count in enough.items()}
-        return Contamination(names, self._names[first.set], first.item + 1, ngram)
+        return Contamination(names, self._names[first.set], first.item + 1, b" ".join(first.words).decode())
+
+
+class _Window(NamedTuple):
+    """Words that follow each other in a document."""
+
+    document: int
+    first: int
+    """Place of the first word in the document."""
+    words: list[bytes]
+    is_whole: bool
+    """Whether these are all words of the document."""
 
 
 class _Hit(NamedTuple):
     """A run of words of a document that is also in an evaluation set."""
 
     length: int
+    row: int
+    """In the table of runs of this length: equal for equal runs."""
     position: int
     set: int
     item: int
     is_whole: bool
-    row: int
-    """In the table of runs of this length: equal for equal runs."""
+    words: list[bytes]
+
+
+def _batches(windows: Iterable[_Window]) -> Iterator[list[_Window]]:
+    """Windows, as many at once as have some ten thousand words."""
+    batch: list[_Window] = []
+    num_words = 0
+    for window in windows:
+        batch.append(window)
+        num_words += len(window.words)
+        if num_words >= _WORDS_AT_A_TIME:
+            yield batch
+            batch, num_words = [], 0
+    if batch:
+        yield batch
 
 
 def _item_runs(words: list[bytes], number: int, item: int, ngram: int, min_matches: int) -> np.ndarray:

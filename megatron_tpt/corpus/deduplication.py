@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_tpt.corpus.words import text_chunks
 from megatron_tpt.files import atomic_write
 
 KEYS_PER_PARTITION = 1 << 21
@@ -38,11 +39,21 @@ def document_place(document: int) -> tuple[int, int]:
 
 def text_key(text: str, ignore_case: bool, ignore_whitespace: bool) -> bytes:
     """The key of a text for exact duplicates: 16 bytes of SHA-256."""
-    if ignore_case:
-        text = text.lower()
-    if ignore_whitespace:
-        text = " ".join(text.split())
-    return hashlib.sha256(text.encode()).digest()[:16]
+    digest = hashlib.sha256()
+    chunks = (chunk.lower() if ignore_case else chunk for chunk in text_chunks(text))
+    for chunk in _single_spaces(chunks) if ignore_whitespace else chunks:
+        digest.update(chunk.encode())
+    return digest.digest()[:16]
+
+
+def _single_spaces(chunks: Iterable[str]) -> Iterator[str]:
+    """Chunks of a text with one space for every run of white space, and none at its ends."""
+    is_started = is_apart = False
+    for chunk in chunks:
+        is_apart = is_apart or chunk[:1].isspace()
+        if words := chunk.split():
+            yield " " * (is_started and is_apart) + " ".join(words)
+            is_started, is_apart = True, chunk[-1].isspace()
 
 
 def write_keys(path: Path, keys: Iterable[bytes], documents: Iterable[int]) -> None:

@@ -1,7 +1,8 @@
 """The options of `tools/prepare.py`. Light to import: the help of the command line needs nothing else."""
 
 import os
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,8 +13,9 @@ class EvaluationSet(NamedTuple):
     """One `--decontaminate NAME=FILE[:COLUMN[,COLUMN]]`."""
 
     name: str
-    path: Path
-    columns: str
+    location: str
+    """What `expand_sources` reads: a file, folder, pattern, or data set of the Hub."""
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class PrepareOptions:
     --no-minhash-fold-numbers exercises that differ in their numbers alone are kept apart.
     """
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation sets, NAME=FILE[:COLUMN[,COLUMN]], such as gsm8k=test.jsonl:question (without a column: "text").
-    Documents that share a run of words with one of them are dropped.
+    """Evaluation sets, NAME=FILE[:COLUMN[,COLUMN]], such as gsm8k=test.jsonl:question (without a column: "text") or
+    "mmlu=hf://cais/mmlu/all?split=test:question,choices". FILE is anything that --input takes; a column may hold text,
+    numbers, lists or objects, and a.b is the field b in column a. Documents that share a run of words with an item are
+    dropped.
     """
     ngram: int = 13
     """The length of such a run, in words (in lower case, without punctuation). Items of 8 words or more that are
@@ -89,6 +93,25 @@ class PrepareOptions:
             raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
         self.evaluation_sets()
 
+    def warn_of_unused(self) -> None:
+        """Say on stderr which options were given that have no effect without others."""
+        needed_by = {
+            "--deduplicate minhash": [name for name in vars(self) if name.startswith("minhash_")],
+            "--deduplicate exact or minhash": ["ignore_case", "ignore_whitespace"],
+            "--decontaminate": ["ngram", "min_matches"],
+        }
+        has = {
+            "--deduplicate minhash": self.deduplicate == "minhash",
+            "--deduplicate exact or minhash": self.deduplicate != "none",
+            "--decontaminate": bool(self.decontaminate),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for needed, names in needed_by.items():
+            for name in names:
+                if not has[needed] and getattr(self, name) != defaults[name]:
+                    option = f"--{name.replace('_', '-')}"
+                    print(f"warning: {option} has no effect without {needed}", file=sys.stderr)
+
     @property
     def worker_count(self) -> int:
         """Processes to use."""
@@ -101,10 +124,22 @@ class PrepareOptions:
             name, equals, rest = text.partition("=")
             if not (name and equals and rest):
                 raise UserError(f"--decontaminate {text}: give NAME=FILE or NAME=FILE:COLUMN")
-            path, colon, columns = rest.rpartition(":")
-            if not colon or Path(rest).exists():  # a colon may be part of the path
-                path, columns = rest, "text"
+            location, columns = _split_location(rest)
+            if location in ("", "hf://") or not all(columns):
+                raise UserError(f"--decontaminate {text}: a name is missing; give NAME=FILE:COLUMN,COLUMN")
             if any(name == other.name for other in sets):
                 raise UserError(f"--decontaminate {text}: there is another evaluation set with the name {name}")
-            sets.append(EvaluationSet(name, Path(path), columns))
+            sets.append(EvaluationSet(name, location, columns))
         return sets
+
+
+def _split_location(text: str) -> tuple[str, tuple[str, ...]]:
+    """FILE and the columns of FILE[:COLUMN[,COLUMN]]. Colons may be part of the file's name; that of hf:// is."""
+    scheme = "hf://" if text.startswith("hf://") else ""
+    rest = text.removeprefix(scheme)
+    if Path(text).expanduser().exists() or ":" not in rest:
+        return text, ("text",)
+    splits = [(rest[:i], rest[i + 1 :]) for i, character in enumerate(rest) if character == ":"]
+    existing = (split for split in reversed(splits) if not scheme and Path(split[0]).expanduser().exists())
+    location, columns = next(existing, splits[-1])
+    return scheme + location, tuple(name.strip() for name in columns.split(","))

@@ -4,7 +4,8 @@
     OUTPUT/part-00000.jsonl.zst            what is left of the first rows of the input, in its order
     OUTPUT/rejects/part-00000.jsonl.zst    what is not, and why
     OUTPUT/report.md, OUTPUT/report.json   the counts, which add up to the input; written last
-    OUTPUT/.work/                          results of the stages (see stages.py), removed at the end
+    OUTPUT/.work/                          results of the stages (see stages.py); of a finished job, what it needs to
+                                           continue when files are added to its input
 
 A shard of which nothing is left (nothing is rejected) has no file among the parts (the rejects). Contaminated documents
 are dropped before duplicates are looked for, so that no clean document is dropped in favour of a contaminated one.
@@ -24,14 +25,21 @@ from typing import Any
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
 from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
-from megatron_tpt.job_settings import check_settings, write_settings
+from megatron_tpt.job_settings import (
+    added_names,
+    check_settings,
+    describe_names,
+    in_job_order,
+    require_apart,
+    write_settings,
+)
 from megatron_tpt.records import DAMAGED, expand_sources
 from megatron_tpt.scale.lock import exclusive
 
@@ -39,39 +47,68 @@ _BYTES_PER_STRIPE = 4 << 20
 
 
 def prepare(options: PrepareOptions) -> Report:
-    """Do what `tools/prepare.py` does. Raises UserError for what the user can mend."""
-    job = Job(options, expand_sources(options.input))
-    settings = make_settings(options, job.sources)
+    """Do what `tools/prepare.py` does. Raises UserError for what the user can fix."""
+    sources = expand_sources(options.input)
+    require_apart(options.output, options.input, [source.path for source in sources if source.path])
+    options.warn_of_unused()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
-            check_settings(settings_path(options.output), settings)
-            if Report.path(options.output).exists():
-                shutil.rmtree(job.work, ignore_errors=True)
+            path = settings_path(options.output)
+            job = Job(options, in_job_order(path, sources))
+            settings = make_settings(options, job.sources)
+            check_settings(path, settings)
+            added = added_names(path, settings)
+            if not added and Report.path(options.output).exists():
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
-            write_settings(settings_path(options.output), settings)
+            if added:
+                print(f"{options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
+                _forget_other_additions(job, settings["input"][-len(added) :])
+            else:
+                write_settings(path, settings)
             with Workers(options.worker_count) as workers:
-                report = _prepare(job, workers)
+                index = _evaluation_index(job)
+                job = _scan(job, workers, can_forget=not added)
+                if added:  # not before: with files that cannot be read the job stays what it was
+                    _reopen(job)
+                    write_settings(path, settings)
+                _compare_and_write(job, workers)
+            report = _collect(job, index)
             report.write(options.output)
-            shutil.rmtree(job.work)
+            _tidy(job)
     except OSError as error:
         raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
     print(report.summary(), file=sys.stderr)
     return report
 
 
-def _prepare(job: Job, workers: Workers) -> Report:
-    """Run all stages; those that were done before are passed over task by task."""
+def _evaluation_index(job: Job) -> EvaluationIndex:
+    """What a killed run looked for, even where a data set of the Hub has changed since; else the sets as they are."""
+    if job.index_path.exists():
+        return EvaluationIndex.load(job.index_path)
     index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
     index.save(job.index_path)
+    return index
+
+
+def _scan(job: Job, workers: Workers, can_forget: bool) -> Job:
+    """Look at all documents; the job with what is known then. What cannot be read leaves no job behind where
+    `can_forget`."""
     try:
         _over_sources(job, workers, "scan", ".json", stages.scan)
     except UserError:
-        if not any((job.work / "scan").rglob("*.json")):
+        if can_forget and not any((job.work / "scan").rglob("*.json")):
             _forget(job)
         raise
-    job = _after_scan(job)
+    for source in range(len(job.sources)):
+        if not job.scanned_path(source).exists():  # its stripes were scanned by several workers
+            write_json(job.scanned_path(source), {})
+    return _after_scan(job, can_forget)
+
+
+def _compare_and_write(job: Job, workers: Workers) -> None:
+    """Run the stages after the scan; tasks that were done before are skipped."""
     if job.options.deduplicate != "none":
         _over_partitions(job, workers, "exact")
     if job.options.deduplicate == "minhash":
@@ -82,7 +119,6 @@ def _prepare(job: Job, workers: Workers) -> Report:
         if not job.near_path.exists():
             write_clusters(job.near_path, job.pair_files("near"))
     _over_sources(job, workers, "write", ".json", stages.write)
-    return _collect(job, index)
 
 
 def _over_sources(
@@ -118,12 +154,14 @@ def _over_partitions(job: Job, workers: Workers, stage: str) -> None:
     progress.finish()
 
 
-def _after_scan(job: Job) -> Job:
+def _after_scan(job: Job, can_forget: bool) -> Job:
     """The job with what is known after the scan."""
     num_shards: list[int] = []
     num_rows = num_keys = 0
     problems: Counter[str] = Counter()
+    absent: set[str] | None = None
     for source in range(len(job.sources)):
+        num_rows_before = num_rows
         for number in itertools.count():
             path = job.path("scan", Shard(source, number), ".json")
             if not path.exists():
@@ -132,15 +170,58 @@ def _after_scan(job: Job) -> Job:
             num_rows += scanned["rows"]
             num_keys += scanned["keys"]
             problems.update(scanned["problems"])
+            absent_here = set(scanned.get("absent_columns", []))  # earlier versions did not look
+            absent = absent_here if absent is None else absent & absent_here
             if DAMAGED in scanned["problems"]:  # what a worker could read beyond the damage depends on where it began
+                num_read = num_rows - num_rows_before - 1
+                _say(f"{job.sources[source].name}: damaged after {num_read:,} rows; what follows is not read")
                 number += 1
                 break
         num_shards.append(number)
     if problems.total() == num_rows:
         reasons = ", ".join(f"{problem}: {count:,}" for problem, count in problems.items())
-        _forget(job)
+        if can_forget:
+            _forget(job)
         raise UserError(f"the input holds no document ({reasons or 'it is empty'}); is --text-column right?")
+    for name in sorted(absent or ()):
+        _say(f"--meta-columns {name}: no document has such a column")
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
+
+
+def _say(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _forget_other_additions(job: Job, entries: list[dict[str, Any]]) -> None:
+    """Keep what was scanned of the files that are being added, and nothing of others that were to be added."""
+    note = job.work / "added.json"
+    if note.exists() and json.loads(note.read_bytes()) == entries:
+        return
+    for source in range(len(job.sources) - len(entries), len(job.sources)):
+        shutil.rmtree(job.path("scan", Shard(source, 0), "").parent, ignore_errors=True)
+        job.scanned_path(source).unlink(missing_ok=True)
+    write_json(note, entries)
+
+
+def _reopen(job: Job) -> None:
+    """Make the job one that has not finished, with all that files after those that it has cannot change.
+
+    A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
+    common: then all documents are looked at again.
+    """
+    for path in (job.options.output / "report.md", Report.path(job.options.output), job.near_path):
+        path.unlink(missing_ok=True)
+    outdated = ["exact", "near"] + ["write"] * (job.options.deduplicate == "minhash")
+    for stage in outdated:
+        shutil.rmtree(job.work / stage, ignore_errors=True)
+
+
+def _tidy(job: Job) -> None:
+    """Keep what a job with more input needs of this one: keys, ids and counts of its documents."""
+    for stage in ("exact", "minhash", "near"):
+        shutil.rmtree(job.work / stage, ignore_errors=True)
+    for path in (job.index_path, job.near_path, job.work / "added.json"):
+        path.unlink(missing_ok=True)
 
 
 def _forget(job: Job) -> None:
@@ -166,7 +247,14 @@ def _collect(job: Job, index: EvaluationIndex) -> Report:
     num_kept = counts.pop("kept", 0)
     assert num_kept + counts.total() == num_rows, "documents were lost"
     sets = {name: described | {"documents": contaminated_by[name]} for name, described in index.describe().items()}
-    return Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+    report = Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+    if num_kept == 0:
+        report.write_markdown(job.options.output)
+        raise UserError(
+            f"{job.options.output}: no document is left ({report.summary()}); report.md and rejects/ say why; choose "
+            "other options and another --output"
+        )
+    return report
 
 
 class _Progress:

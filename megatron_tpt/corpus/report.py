@@ -39,12 +39,14 @@ class Report:
 
     def write(self, output: Path) -> None:
         """Write report.md, then report.json, which says that the run is finished."""
-        for path, text in (
-            (output / "report.md", self.to_markdown()),
-            (self.path(output), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"),
-        ):
-            with atomic_write(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        self.write_markdown(output)
+        with atomic_write(self.path(output)) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_markdown(self, output: Path) -> None:
+        """Write report.md alone."""
+        with atomic_write(output / "report.md") as temporary:
+            temporary.write_text(self.to_markdown(), encoding="utf-8")
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -70,7 +72,7 @@ class Report:
         if self.evaluation_sets:
             yield "\n## Evaluation sets\n"
             yield "Items are looked for by their n-grams; shorter ones as one run of words; the shortest match only a"
-            yield "document that holds nothing else.\n"
+            yield "document that holds nothing else; those without words are not looked for.\n"
             rows = [[name, *described.values()] for name, described in self.evaluation_sets.items()]
             heads = next(iter(self.evaluation_sets.values()))
             names = {"documents": "documents dropped"}

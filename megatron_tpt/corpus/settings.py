@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.records import Source, expand_inputs, source_fingerprint
+from megatron_tpt.job_settings import describe_inputs
+from megatron_tpt.records import Source, expand_sources
 
 FORMAT_VERSION = 1
 
@@ -20,14 +21,15 @@ def settings_path(output: Path) -> Path:
 def make_settings(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
     """Everything that decides what the output holds. What only decides how fast it comes is left out."""
     settings = {name: value for name, value in asdict(options).items() if name not in ("output", "num_workers")}
-    settings["input"] = [
-        {"name": source.name, "fingerprint": source_fingerprint(source, len(sources))} for source in sources
-    ]
+    settings["input"] = describe_inputs(settings_path(options.output), sources)
     settings["decontaminate"] = [
         {
             "name": each.name,
-            "columns": each.columns,
-            "files": {str(path): file_fingerprint(path) for path in expand_inputs([each.path])},
+            "columns": ",".join(each.columns),
+            "files": {
+                source.name: file_fingerprint(source.path) if source.path else None
+                for source in expand_sources([each.location])
+            },
         }
         for each in options.evaluation_sets()
     ]

@@ -43,6 +43,7 @@ def scan(task: SourceTask) -> Iterator[int]:
         ids: dict[int, bytes] = {}
         keys: list[bytes] = []
         problems: Counter[str] = Counter()
+        absent = set(options.meta_columns)
         num_rows = 0
         for batch in _batches(rows):
             num_rows += len(batch)
@@ -50,6 +51,7 @@ def scan(task: SourceTask) -> Iterator[int]:
             records = [(row.number, row.record) for row in batch if row.record is not None]
             found = index.find([record.text for _, record in records]) if index else [None] * len(records)
             for (row, record), contamination in zip(records, found, strict=True):
+                absent -= record.meta.keys()
                 if contamination:
                     contaminated[str(row)] = contamination.to_dict()
                 elif options.deduplicate != "none":
@@ -60,7 +62,13 @@ def scan(task: SourceTask) -> Iterator[int]:
             _write_ids(job.path("scan", shard, ".ids.npy"), ids, options.rows_per_shard)
         write_json(
             job.path("scan", shard, ".json"),
-            {"rows": num_rows, "problems": problems, "keys": len(keys), "contaminated": contaminated},
+            {
+                "rows": num_rows,
+                "problems": problems,
+                "keys": len(keys),
+                "contaminated": contaminated,
+                "absent_columns": sorted(absent),
+            },
         )
         yield num_rows
     if task.num_stripes == 1:
@@ -129,6 +137,8 @@ def write(task: SourceTask) -> Iterator[int]:
         tally = ShardTally(job, shard, verdicts)
         part = job.options.output / job.part_name(shard)
         rejects = job.options.output / "rejects" / part.name
+        part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
+        rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
         with _json_lines(rejects) if num_rejects else nullcontext(_unexpected) as add_reject:
             kept = _kept_records(rows, tally, add_reject, task.job.sources[shard.source].name)

@@ -20,6 +20,14 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 _MAX_CACHED_WORDS = 1 << 18
 
 
+_CHUNK_CHARACTERS = 1 << 16
+# A text can be cut before these, and the words and their normal forms stay the same: none of them is part of a number
+# or of a word of several letters, joins with what is before it, or bears on the case of the letters beside it.
+_CUT = re.compile(
+    r"""[\s!"#$%&()*+\-/;<=>?@\[\\\]_{|}~"""
+    "\u0e01-\u0e2e\u0e81-\u0eae\u0f40-\u0f69\u1000-\u1020\u1780-\u17a2"  # Thai, Lao, Tibetan, Myanmar, Khmer
+    "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff]"  # Hiragana, Katakana, Han
+)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
@@ -40,6 +48,23 @@ def _word_pattern() -> Any:
 
     character = rf"[{_WITHOUT_SPACES}]\p{{M}}*"
     return regex.compile(rf"{character}|[\p{{L}}\p{{M}}\p{{N}}--[{_WITHOUT_SPACES}]]+", regex.VERSION1)
+
+
+def text_chunks(text: str) -> Iterator[str]:
+    """`text` in parts of about 64 Ki characters that have the same words as the whole, for memory that does not grow
+    with it.
+
+    A part without any place to cut (a word of more than 64 Ki letters, say) ends after twice as many characters.
+    """
+    begin = 0
+    while len(text) - begin > _CHUNK_CHARACTERS:
+        last = begin + 2 * _CHUNK_CHARACTERS
+        cut = _CUT.search(text, begin + _CHUNK_CHARACTERS, last)
+        end = cut.start() if cut else min(last, len(text))
+        yield text[begin:end]
+        begin = end
+    if begin < len(text) or not text:
+        yield text[begin:]
 
 
 def split_words(text: str) -> list[bytes]:

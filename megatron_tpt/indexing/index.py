@@ -6,7 +6,6 @@ job goes on, is in `output.py` and `journal.py`.
 """
 
 import functools
-import itertools
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ from megatron_tpt.indexing.encoders import (
 )
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
-from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, compare_sources
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.originals import check_against_original, has_original
 from megatron_tpt.indexing.output import Output, publish
@@ -45,6 +44,7 @@ from megatron_tpt.indexing.sample import sample_texts
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import MAX_DOCUMENT_TOKENS, token_dtype
+from megatron_tpt.job_settings import EntryChanges, require_apart
 from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources
 from megatron_tpt.records import Source as Input
 from megatron_tpt.sizes import num_bytes
@@ -116,6 +116,8 @@ class _Job:
         self.options = options
         self.columns = Columns(options.text_column, options.id_column)
         self.inputs = expand_sources(options.input)
+        files = [input.path for input in self.inputs if input.path]
+        require_apart(options.output, options.input, files, is_prefix=True)
         self.tokenizer = Tokenizer(options.tokenizer, parse_special_tokens=options.parse_special_tokens)
         self.shard_bytes = num_bytes("--shard-size", options.shard_size) if options.shard_size else None
         split = sentences.split if options.sentences else None
@@ -150,8 +152,16 @@ class _Job:
         if foreign := [existing for existing in found if not Manifest.path(existing).exists()]:
             raise UserError(f"{foreign[0]}.bin or .idx exists and was not made by this program; {advice}")
         manifests = [Manifest.read(existing) for existing in found]
-        if differences := self._differences(manifests):
-            raise UserError(f"{prefix} was indexed before with another {', '.join(differences)}; {advice}")
+        settings, input = self._differences(manifests)
+        if input.only_added and not settings:
+            advice = (
+                "index the new files alone with another --output and join both with tools/merge_index.py, "
+                f"or {advice} to index all again"
+            )
+        if differences := [*settings, *_input_phrase(input)]:
+            raise UserError(
+                f"{prefix}: was indexed before with other settings or input ({'; '.join(differences)}); {advice}"
+            )
         for existing, manifest in zip(found, manifests, strict=True):
             manifest.check_files(existing)
         return manifests
@@ -173,8 +183,8 @@ class _Job:
             )
         return found
 
-    def _differences(self, manifests: Sequence[Manifest]) -> list[str]:
-        """What of existing indices is not as this job would make it."""
+    def _differences(self, manifests: Sequence[Manifest]) -> tuple[list[str], EntryChanges]:
+        """What of existing indices is not as this job would make it: settings, and the input."""
         first, wanted = manifests[0], self._settings()
         found = {
             "tokenizer": first.tokenizer.fingerprint,
@@ -189,7 +199,7 @@ class _Job:
         }
         sources = {source.path: source for manifest in manifests for source in manifest.sources}
         wanted = {name: wanted[name] for name in found}
-        return _changes(found, wanted) or _changed_inputs([*sources.values()], self.inputs)
+        return _changes(found, wanted), compare_sources([*sources.values()], _files_by_name(self.inputs))
 
     def _settings(self) -> dict[str, Any]:
         """What the output depends on besides the inputs, by the names that messages give it."""
@@ -215,18 +225,21 @@ class _Job:
         done = [entry.source for entry in journal.sources]
         if not journal.is_complete:
             settings["--tokenizer-backend"] = self._encoder.name
-            inputs = inputs[: len(done)]
+            known = {source.path for source in done}  # what comes after these is still to be read
+            inputs = [input for i, input in enumerate(inputs) if i < len(done) or _name(input) in known]
         if not done:
             for leftover in folder.iterdir():
                 leftover.unlink()
             return Journal(journal.path, settings)
-        if differences := _changes(journal.settings, settings) or _changed_inputs(done, inputs):
+        input = compare_sources(done, _files_by_name(inputs))
+        if differences := [*_changes(journal.settings, settings), *_input_phrase(input)]:
             raise UserError(
-                f"{self.options.output}: a run that did not end has indexed {len(done)} input files with another "
-                f"{', '.join(differences)}; run with that to go on, or choose another --output, or remove {folder}"
+                f"{self.options.output}: an unfinished run has indexed {len(done)} input files with other settings or "
+                f"input ({'; '.join(differences)}); restore them to resume, or choose another --output, or remove "
+                f"{folder}"
             )
         if not journal.is_complete:
-            print(f"going on after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
+            print(f"resuming after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
         return journal
 
     def build(self, folder: Path, journal: Journal) -> None:
@@ -379,29 +392,24 @@ def _manifest_source(input: Input, checksum: str) -> Source:
 
 
 def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings that differ, with their values where these are short."""
+    """The settings that differ, and from what to what where that is short."""
     changes = []
     for name, now in wanted.items():
         before = found.get(name)
         if before != now:
-            values = f" ({before} before, {now} now)"
-            changes.append(name + values * (len(values) < 80))
+            values = f" was {before}, now {now}"
+            changes.append(name + (values if len(values) < 80 else " differs"))
     return changes
 
 
-def _changed_inputs(done: Sequence[Source], inputs: Sequence[Input]) -> list[str]:
-    """How the inputs differ from those that were indexed, if they do."""
-    names = [source.path for source in done]
-    for before, now in itertools.zip_longest(names, map(_name, inputs), fillvalue="none"):
-        if before != now:
-            return [f"list of input files ({before} before, {now} now)"]
-    changed = (source.path for source, input in zip(done, inputs, strict=True) if not _is_still(source, input))
-    return [f"content of the input files ({path})" for path in itertools.islice(changed, 1)]
+def _files_by_name(inputs: Sequence[Input]) -> dict[str, Path | None]:
+    """Where the inputs are, by the names that manifests give them."""
+    return {_name(input): input.path for input in inputs}
 
 
-def _is_still(source: Source, input: Input) -> bool:
-    """Whether an input is what it was; of a streamed data set no more is known than its name."""
-    return source.is_still(input.path) if input.path else source.path == input.name
+def _input_phrase(input: EntryChanges) -> list[str]:
+    """The difference of an input as one phrase; none where there is no difference."""
+    return [f"input: {phrase}"] if (phrase := input.describe()) else []
 
 
 def _ahead[T](items: Iterator[T], depth: int) -> Generator[T]:

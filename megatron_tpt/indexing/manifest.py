@@ -7,7 +7,7 @@ index.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.indexing.writer import idx_bytes
+from megatron_tpt.job_settings import EntryChanges
 
 if TYPE_CHECKING:
     from megatron_tpt.indexing.tokenizer import Tokenizer
@@ -73,6 +74,20 @@ class Source:
             and self.bytes == status.st_size
             and (self.modified_ns == status.st_mtime_ns or self.checksum == file_checksum(file))
         )
+
+
+def compare_sources(before: Sequence[Source], now: Mapping[str, Path | None]) -> EntryChanges:
+    """How an input differs from the `before` that was read. `now` is its files by name; None is no file, of which no
+    more is known than its name."""
+    known = {source.path: source for source in before}
+
+    def is_still(name: str, file: Path | None) -> bool:
+        return name in known and (file is None or known[name].is_still(file))
+
+    return EntryChanges(
+        [{"name": name, "fingerprint": name} for name in known],
+        [{"name": name, "fingerprint": name if is_still(name, file) else f"not {name}"} for name, file in now.items()],
+    )
 
 
 @dataclass(frozen=True)

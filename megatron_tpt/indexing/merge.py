@@ -79,8 +79,8 @@ def merge(options: MergeOptions) -> Manifest | None:
 def expand_prefixes(inputs: Sequence[str], list_file: Path | None, output: Path) -> list[Path]:
     """The indices behind prefixes, files, globs and folders, in their order; those of a glob or a folder by name.
 
-    A glob or a folder leaves out `output`, which an earlier run may have put there. Raises UserError for what is not
-    there, for an index that is named twice, and for none at all.
+    In a glob or a folder `output`, which an earlier run may have put there, is skipped, and that is said. Raises
+    UserError for what is not there, for an index that is named twice, and for none at all.
     """
     names = list(inputs)
     if list_file is not None:
@@ -93,11 +93,11 @@ def expand_prefixes(inputs: Sequence[str], list_file: Path | None, output: Path)
         raise UserError(
             "no indices were given: name prefixes, globs or folders (--input) or a list of them (--list-file)"
         )
-    seen = {output.absolute()}
+    seen = {output.resolve()}
     for prefix in prefixes:
-        if prefix.absolute() in seen:
+        if (real := _real_prefix(prefix)) in seen:
             raise UserError(f"{prefix} is named twice, or is the output too; name each index once")
-        seen.add(prefix.absolute())
+        seen.add(real)
     return prefixes
 
 
@@ -115,7 +115,14 @@ def _expand(name: str, output: Path) -> list[Path]:
         raise UserError(f"{name}: no index found (PREFIX.idx)")
     found = [file.with_suffix("") for file in sorted(files)]
     require_whole_sets(found, name, ".idx")
-    return [prefix for prefix in found if prefix.absolute() != output.absolute()]
+    if is_output := [prefix for prefix in found if _real_prefix(prefix) == output.resolve()]:
+        print(f"{name}: {is_output[0]} is the output, and not merged into itself", file=sys.stderr)
+    return [prefix for prefix in found if prefix not in is_output]
+
+
+def _real_prefix(prefix: Path) -> Path:
+    """A prefix without links in its path, and that which a link PREFIX.idx leads to."""
+    return Path(f"{prefix}.idx").resolve().with_suffix("")
 
 
 def _is_hidden(path: Path) -> bool:

@@ -15,7 +15,8 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.options import TrainTokenizerOptions
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
-from megatron_tpt.records import read_records
+from megatron_tpt.job_settings import require_apart
+from megatron_tpt.records import expand_sources, read_records
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -31,6 +32,9 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     special = list(dict.fromkeys([EOS, PAD, OPEN_TAG, CLOSE_TAG, *options.special_tokens]))
     if options.output.exists():
         raise UserError(f"{options.output} exists; choose another --output or remove it")
+    require_apart(
+        options.output, options.input, [source.path for source in expand_sources(options.input) if source.path]
+    )
     smallest = 256 + len(special)
     if options.vocab_size < smallest:
         raise UserError(f"--vocab-size {options.vocab_size} is too small: bytes and special tokens take {smallest}")

@@ -81,7 +81,8 @@ def _stream(dataset: HubDataset) -> Any:
             dataset.path, dataset.config, split=dataset.split, revision=dataset.revision, streaming=True
         )
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise failure(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)})", error) from error
+        advice = "check the name and the network, or download the data set and give its folder"
+        raise failure(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)}); {advice}", error) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import ReadCounts, read_records
+from megatron_tpt.job_settings import require_apart
+from megatron_tpt.records import ReadCounts, expand_sources, read_records
 from megatron_tpt.thinking.analysis_options import AnalysisOptions
 from megatron_tpt.thinking.card import table
 from megatron_tpt.thinking.statistics import ThinkingStatistics
@@ -97,6 +98,8 @@ class Analysis:
 
 def analyze(options: AnalysisOptions) -> Analysis:
     """Do what `tools/analyze_thinking.py` does. Raises UserError for records or columns that cannot be compared."""
+    files = [source.path for source in expand_sources(options.input) if source.path]
+    require_apart(options.output, options.input, files)
     analysis = collect(options)
     tables = [(column, merge_rare(analysis.groups[column], options.min_documents)) for column in options.columns]
     report = [f"# Thinking length\n\n{_preface(analysis)}"]

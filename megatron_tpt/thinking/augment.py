@@ -23,12 +23,11 @@ from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Failure, Request, open_engine
-from megatron_tpt.job_settings import write_settings
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
-from megatron_tpt.thinking.job import Generator, Job, plan
+from megatron_tpt.thinking.job import Generator, Job, note_settings, plan
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
 from megatron_tpt.thinking.options import AugmentOptions
@@ -54,7 +53,7 @@ def augment(options: AugmentOptions) -> Progress:
     job = _looked_over(options, lambda: _begin(options))
     settings_path = options.output / SETTINGS_NAME
     generator = None if settings_path.exists() else job.generator()
-    write_settings(settings_path, job.settings)
+    note_settings(job)
     num_tasks = options.scale.num_tasks
     with task_lock(Output(options.output).locks, options.task or 0):
         retry = Retry(job, Output(options.output), options.task or 0)
@@ -152,7 +151,7 @@ def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
     """
     job = _begin(options)
     job.generator()
-    write_settings(options.output / SETTINGS_NAME, job.settings)
+    note_settings(job)
     output = Output(options.output)
     num_tasks = options.scale.num_tasks
     if options.retry_rejects:  # what comes of the round is known when all of them are at its end

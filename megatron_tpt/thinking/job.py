@@ -1,16 +1,19 @@
 """What the options of an augment run come to: its input, its template, its settings, and the generator behind it."""
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling, check_context, check_model, load_tokenizer
+from megatron_tpt.job_settings import added_names, describe_names, in_job_order, require_apart, write_settings
 from megatron_tpt.records import Columns, Source, expand_sources, read_blocks
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Prompt, Template, ends_in, load_template, render
 from megatron_tpt.thinking.rows import RowWorker
-from megatron_tpt.thinking.settings import make_settings
+from megatron_tpt.thinking.settings import SETTINGS_NAME, make_settings
+from megatron_tpt.thinking.shards import Output
 from megatron_tpt.thinking.thoughts import ThoughtReader
 
 # So many bad rows and no good one at the start of the input are a wrong column name, not bad luck.
@@ -84,14 +87,25 @@ class Job:
 
 
 def plan(options: AugmentOptions) -> Job:
-    """Look over what `options` name. Raises UserError for what the user can mend; nothing is written."""
-    sources = expand_sources(options.input)
+    """Look over what `options` name. Raises UserError for what the user can fix; nothing is written."""
+    sources = in_job_order(options.output / SETTINGS_NAME, expand_sources(options.input))
+    require_apart(options.output, options.input, [source.path for source in sources if source.path])
     template = load_template(options.prompt, options.text_columns())
     if options.engine != "endpoint":
         check_model(options.model)
     job = Job(options, sources, template, make_settings(options, sources, template))
     _check_first_rows(job)
     return job
+
+
+def note_settings(job: Job) -> None:
+    """Note the settings of a job that starts, or that its input has grown: then none of its tasks has finished."""
+    path = job.options.output / SETTINGS_NAME
+    if added := added_names(path, job.settings):
+        print(f"{job.options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
+        for note in Output(job.options.output).finished.glob("*"):
+            note.unlink(missing_ok=True)
+    write_settings(path, job.settings)
 
 
 def _check_first_rows(job: Job) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.job_settings import check_settings
-from megatron_tpt.records import Source, source_fingerprint
+from megatron_tpt.job_settings import check_settings, describe_inputs
+from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
 from megatron_tpt.thinking.shards import Output
@@ -23,7 +23,7 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
     """Everything that decides what the shards hold. What only decides how fast they come is left out."""
     return {
         "format_version": FORMAT_VERSION,
-        "input": [{"name": source.name, "fingerprint": source_fingerprint(source, len(sources))} for source in sources],
+        "input": describe_inputs(options.output / SETTINGS_NAME, sources),
         "text_column": options.text_column,
         "id_column": options.id_column,
         "meta_columns": options.meta_columns,

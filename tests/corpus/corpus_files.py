@@ -43,5 +43,6 @@ def rejects(output: Path) -> list[dict[str, Any]]:
 
 def output_bytes(output: Path) -> dict[str, bytes]:
     """Every visible file that a run left."""
-    files = (path for path in sorted(output.rglob("*")) if path.is_file())
-    return {str(path.relative_to(output)): path.read_bytes() for path in files if not path.name.startswith(".")}
+    files = {path.relative_to(output): path for path in sorted(output.rglob("*")) if path.is_file()}
+    is_hidden = {name: any(part.startswith(".") for part in name.parts) for name in files}
+    return {str(name): path.read_bytes() for name, path in files.items() if not is_hidden[name]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tpt.corpus import deduplication
+from megatron_tpt.corpus import deduplication, words
 from megatron_tpt.corpus.deduplication import (
     Pairs,
     document_number,
@@ -37,6 +37,25 @@ def test_keys_ignore_what_they_are_told_to_ignore() -> None:
     assert text_key("a \n b ", False, True) == text_key("a b", False, True) != text_key("A b", False, True)
     assert text_key("A\tb", True, True) == text_key("a b", True, True)
     assert len(text_key("x", False, False)) == 16
+
+
+@pytest.mark.parametrize("ignore_case", [True, False])
+@pytest.mark.parametrize("ignore_whitespace", [True, False])
+def test_the_key_of_a_text_in_chunks_is_that_of_the_whole(
+    ignore_case: bool, ignore_whitespace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [
+        " a(b) c \n",
+        "  \n ",
+        "",
+        "x" * 50,
+        "Ab (Cd)  中文 中\n\n" * 9,
+        *(" " * n + "Σ ΑΣ  b" * 20 for n in range(20)),
+    ]
+    expected = [text_key(text, ignore_case, ignore_whitespace) for text in texts]
+    for size in (3, 4, 10):
+        monkeypatch.setattr(words, "_CHUNK_CHARACTERS", size)
+        assert [text_key(text, ignore_case, ignore_whitespace) for text in texts] == expected
 
 
 @pytest.mark.parametrize("partitions", [1, 3, 7])

@@ -3,23 +3,25 @@
 import itertools
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from corpus_files import sentence
 
+from megatron_tpt.corpus import near_duplicates, words
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters, write_keys, write_partition
 from megatron_tpt.corpus.near_duplicates import MinHash
 
 
 def variants(seed: int, num_words: int, changes: int) -> list[str]:
     """A text, and the same with some words replaced."""
-    words = sentence(seed, num_words).split()
-    other = list(words)
+    text = sentence(seed, num_words).split()
+    other = list(text)
     for place in random.Random(seed).sample(range(num_words), changes):
         other[place] = f"other{place}"
-    return [" ".join(words), " ".join(other)]
+    return [" ".join(text), " ".join(other)]
 
 
 def corpus() -> list[str]:
@@ -96,3 +98,36 @@ def test_numbers_count_when_they_are_not_folded() -> None:
 def test_equal_hashes_in_different_buckets_are_different_keys() -> None:
     minhash = MinHash(5, 14, 8, True)
     assert len(set(itertools.chain(*(minhash.keys(sentence(i, 40)) for i in range(10))))) == 140
+
+
+@pytest.mark.parametrize("ngram", [1, 5])
+def test_the_signature_of_a_text_in_chunks_is_datatroves_of_the_whole(
+    ngram: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(near_duplicates, "_RUNS_AT_A_TIME", 7)
+    minhash = MinHash(ngram, 14, 8, True)
+    for text in (
+        *(sentence(seed, 30 * seed + ngram) for seed in range(12)),
+        "Die 3,14 Straßen, ΟΔΟΣ und Çà: 1.000 £ " * 30,
+        "我有3个苹果。" * 60,
+        "x" * 99 + " " + sentence(1, 40),
+        "few",
+    ):
+        shingles = minhash._signature.get_shingles(text)
+        found = minhash.signature(text)
+        if not shingles.size:
+            assert found is None
+        else:
+            assert found is not None and found.tolist() == minhash._signature.get_signature(shingles)
+
+
+def test_memory_does_not_grow_with_a_text() -> None:
+    minhash = MinHash(5, 14, 8, True)
+    text = sentence(1, 50_000)
+    minhash.keys(text[:10_000])  # imports
+    tracemalloc.start()
+    assert len(minhash.keys(text)) == 14
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(text) > 250_000 and peak < 20 << 20  # datatrove's own: 130 MB

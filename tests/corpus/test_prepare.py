@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from corpus_files import kept_texts, output_bytes, rejects, sentence, write_json
 from megatron_tpt.corpus import prepare as prepare_module
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.prepare import prepare
+from megatron_tpt.corpus.report import Report
 from megatron_tpt.errors import UserError
 from megatron_tpt.records import Record, content_id, read_records, write_records
 
@@ -82,7 +84,8 @@ def test_counts_add_up_and_every_row_is_accounted_for(raw: Path) -> None:
     assert kept_texts(options.output) == [sentence(seed, 60) for seed in range(40)]
     assert report.evaluation_sets["exam"]["documents"] == 2
     assert report.num_parts == len(list(options.output.glob("part-*")))
-    assert sorted(path.name for path in options.output.iterdir() if path.name.startswith(".")) == [".lock"]
+    kept_for_growth = sorted(path.name for path in (options.output / ".work").iterdir())
+    assert kept_for_growth == ["scan", "write"]
 
 
 def test_rejects_say_why(raw: Path) -> None:
@@ -130,7 +133,7 @@ def test_the_report_shows_counts_sets_and_examples(raw: Path) -> None:
         "| kept | 40 | 68.97% |",
         "| contaminated | 2 | 3.45% |",
         "| all | 58 | 100% |",
-        "| exam | 2 | 2 | 0 | 0 | 2 |",
+        "| exam | 2 | 2 | 0 | 0 | 0 | 2 |",
         "### contaminated: exam",
         "### near_duplicate",
     ):
@@ -230,17 +233,216 @@ def test_other_settings_are_refused(raw: Path) -> None:
     for changes, message in [
         ({"deduplicate": "exact"}, 'deduplicate was "minhash", now "exact"'),
         ({"ngram": 8}, "ngram was 13, now 8"),
-        ({"input": [str(raw / "1.jsonl")]}, "input was"),
-        ({"decontaminate": []}, "decontaminate was"),
+        ({"input": [str(raw / "1.jsonl")]}, r"input: 2 removed \(.*2\.parquet, .*3\.jsonl\.gz\)"),
+        ({"decontaminate": []}, r"decontaminate: 1 removed \(exam\)"),
     ]:
         with pytest.raises(UserError, match=message):
             prepare(dataclasses.replace(options, **changes))
     write_jsonl(raw.parent / "questions.jsonl", [{"question": "another"}])
-    with pytest.raises(UserError, match="decontaminate was"):
+    with pytest.raises(UserError, match=r"decontaminate: 1 changed \(exam: files: 1 changed \(.*questions\.jsonl\)\)"):
         prepare(options)
     (options.output / "prepare.json").unlink()
     with pytest.raises(UserError, match=r"has shards but no prepare\.json"):
         prepare(options)
+
+
+def test_what_differs_in_the_input_is_named(raw: Path) -> None:
+    options = options_for(raw)
+    prepare(options)
+    write_jsonl(raw / "1.jsonl", [{"text": sentence(900)}])
+    (raw / "2.parquet").rename(raw / "renamed.parquet")
+    for number in range(5):
+        write_jsonl(raw / f"new{number}.jsonl", [{"text": sentence(901 + number)}])
+    with pytest.raises(UserError, match="input: ") as raised:
+        prepare(options)
+    message = str(raised.value).replace(f"{raw}/", "")
+    assert (
+        "input: 5 added (new0.jsonl, new1.jsonl, new2.jsonl and 2 more), 1 renamed (2.parquet to renamed.parquet), "
+        "1 changed (1.jsonl)" in message
+    )
+
+
+def test_another_order_of_the_input_is_named(raw: Path) -> None:
+    files = [str(raw / name) for name in ("1.jsonl", "2.parquet", "3.jsonl.gz")]
+    prepare(options_for(raw, input=files))
+    with pytest.raises(UserError, match=r"the order was .*1\.jsonl, .*now .*3\.jsonl\.gz, .*2\.parquet"):
+        prepare(options_for(raw, input=files[::-1]))
+
+
+def grown(raw: Path, **changes: Any) -> tuple[PrepareOptions, PrepareOptions]:
+    """A finished job to whose input files are added, one before and one after the others by name; and one that has
+    them from its start, in that order."""
+    options = options_for(raw, **changes)
+    first = sorted(map(str, raw.iterdir()))
+    prepare(options)
+    new = [{"text": text} for text in (sentence(3, 60), sentence(500, 60), QUESTION, sentence(501, 60))]
+    names = [str(write_jsonl(raw / "0.jsonl", new[:2])), str(write_jsonl(raw / "9.jsonl", new[1:]))]
+    return options, dataclasses.replace(options, input=first + names, output=raw.parent / "from_the_start")
+
+
+@pytest.mark.parametrize("deduplicate", ["none", "exact", "minhash"])
+@pytest.mark.parametrize("has_work", [True, False])
+def test_files_added_to_a_finished_job_give_what_all_files_give(
+    raw: Path, deduplicate: str, has_work: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, from_the_start = grown(raw, deduplicate=deduplicate)
+    before = {path.name: path.stat().st_mtime_ns for path in options.output.glob("part-*")}
+    if not has_work:  # finished by an earlier version
+        shutil.rmtree(options.output / ".work")
+    capsys.readouterr()
+    report = prepare(options)
+    assert f"the input has grown, 2 added ({raw}/0.jsonl, {raw}/9.jsonl)" in capsys.readouterr().err
+    assert report == prepare(from_the_start)
+    found, expected = output_bytes(options.output), output_bytes(from_the_start.output)
+    assert found.pop("prepare.json") != expected.pop("prepare.json")
+    assert found == expected
+    if has_work and deduplicate != "minhash":  # what is done is not done again
+        assert before.items() <= {p.name: p.stat().st_mtime_ns for p in options.output.glob("part-*")}.items()
+    capsys.readouterr()
+    assert prepare(options) == report
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_new_document_joins_near_duplicates_that_were_kept(raw: Path) -> None:
+    words, others = sentence(0, 100).split(), sentence(1000, 100).split()
+    middle = others[:12] + words[12:]
+    end = middle[:-12] + others[-12:]  # near to `middle`, and not to `words`
+    write_jsonl(raw / "1.jsonl", ({"text": " ".join(text)} for text in (words, end)))
+    options = options_for(raw, input=[str(raw / "[19].jsonl")])
+    assert prepare(options).num_kept == 2
+    write_jsonl(raw / "9.jsonl", [{"text": " ".join(middle)}])
+    assert prepare(options).dropped == {"near_duplicate": 2}
+    assert kept_texts(options.output) == [" ".join(words)]
+
+
+def test_a_job_grows_again_and_before_it_has_finished(raw: Path) -> None:
+    options = options_for(raw)
+    moved = (raw / "2.parquet").rename(raw.parent / "2.parquet")
+    prepare(options)
+    Report.path(options.output).unlink()  # as if killed at its end
+    moved.rename(raw / "2.parquet")
+    prepare(options)
+    write_jsonl(raw / "0.jsonl", [{"text": sentence(500, 60)}])
+    report = prepare(options)
+    order = ["1.jsonl", "3.jsonl.gz", "2.parquet", "0.jsonl"]
+    settings = json.loads((options.output / "prepare.json").read_text())
+    assert [Path(entry["name"]).name for entry in settings["input"]] == order
+    expected = options_for(raw, input=[str(raw / name) for name in order], output=raw.parent / "expected")
+    assert report == prepare(expected)
+    assert kept_texts(options.output) == kept_texts(expected.output)
+
+
+def test_files_that_cannot_be_added_leave_the_job_as_it_was(raw: Path) -> None:
+    options = options_for(raw, deduplicate="exact")
+    report = prepare(options)
+    before = output_bytes(options.output)
+    for has_work in (True, False):
+        odd = raw / "9.parquet"
+        write_records(odd, [Record("x", sentence(1))])
+        odd.write_bytes(odd.read_bytes().replace(b"text", b"body"))
+        with pytest.raises(UserError, match=r"9\.parquet"):
+            prepare(options)
+        odd.unlink()
+        assert prepare(options) == report
+        assert output_bytes(options.output) == before
+        if has_work:
+            shutil.rmtree(options.output / ".work")
+    write_jsonl(raw / "9.jsonl", [{"text": sentence(700)}])
+    assert prepare(options).num_kept == report.num_kept + 1
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_killed_addition_is_resumed_unless_other_files_are_added(
+    raw: Path, other: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for(raw)
+    prepare(options)
+    new = write_jsonl(raw / "9.jsonl", [{"text": sentence(seed, 60)} for seed in range(700, 720)])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "_reopen", killed)
+        prepare(options)
+    scanned = options.output / ".work" / "scan" / "000003" / "000000.json"
+    time_before = scanned.stat().st_mtime_ns
+    if other:
+        new.unlink()
+        new = write_jsonl(raw / "8.jsonl", [{"text": sentence(800, 60)}])
+    report = prepare(options)
+    assert (scanned.stat().st_mtime_ns == time_before) == (not other)
+    order = [*(str(raw / name) for name in ("1.jsonl", "2.parquet", "3.jsonl.gz")), str(new)]
+    expected = options_for(raw, input=order, output=raw.parent / "expected")
+    assert report == prepare(expected)
+    assert kept_texts(options.output) == kept_texts(expected.output)
+
+
+def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"minhash_ngram": 3, "ignore_case": True, "ngram": 8, "decontaminate": [], "deduplicate": "none"}
+    whole = (raw / "3.jsonl.gz").read_bytes()
+    (raw / "3.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    prepare(options_for(raw, meta_columns=["title", "titel"], **changes))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said[:3] == [
+        "warning: --minhash-ngram has no effect without --deduplicate minhash",
+        "warning: --ignore-case has no effect without --deduplicate exact or minhash",
+        "warning: --ngram has no effect without --decontaminate",
+    ]
+    assert "3.jsonl.gz: damaged after " in said[3] and said[3].endswith("rows; what follows is not read")
+    assert said[4:] == ["warning: --meta-columns titel: no document has such a column"]
+    prepare(options_for(raw, output=raw.parent / "second", meta_columns=["title"], deduplicate="exact"))
+    assert "no effect" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_document_of_60_mb_takes_less_than_1_gb(tmp_path: Path) -> None:
+    make = (
+        "import json, random, sys\n"
+        "texts = [' '.join('w%x' % random.getrandbits(20) for _ in range(9_000_000)), 'a short document']\n"
+        "open(sys.argv[1], 'w').writelines(json.dumps({'text': text}) + '\\n' for text in texts)\n"
+    )
+    measure = (  # of a process of its own, whose parent is small
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    path = tmp_path / "large.jsonl"
+    subprocess.run([sys.executable, "-c", make, str(path)], check=True)
+    assert path.stat().st_size > 60_000_000
+    evaluation = write_jsonl(tmp_path / "questions.jsonl", [{"question": QUESTION}])
+    command = [sys.executable, str(TOOL), "--input", str(path), "--output", str(tmp_path / "clean")]
+    command += ["--deduplicate", "minhash", "--decontaminate", f"exam={evaluation}:question", "--num-workers", "1"]
+    command += ["--ignore-case", "--ignore-whitespace"]
+    run = subprocess.run([sys.executable, "-c", measure, *command], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 500_000_000
+
+
+def test_an_output_that_would_be_read_as_input_is_refused(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (raw.parent / "link").symlink_to(raw)
+    monkeypatch.chdir(raw)
+    for changes in (
+        {"output": raw / "clean"},
+        {"output": Path("clean")},
+        {"output": raw},
+        {"output": raw.parent / "link" / "deep" / "clean"},
+        {"input": [str(raw.parent / "link")], "output": raw / "clean"},
+        {"input": [str(raw / "1.jsonl")], "output": raw},
+    ):
+        with pytest.raises(UserError, match=r"--output .*: (is inside the input|the input file .* is inside it)"):
+            prepare(options_for(raw, **changes))
+    assert sorted(path.name for path in raw.iterdir()) == ["1.jsonl", "2.parquet", "3.jsonl.gz"]
+
+
+def test_a_job_of_which_no_document_is_left_has_not_finished(raw: Path) -> None:
+    path = write_jsonl(raw / "all.jsonl", [{"text": f"{QUESTION} {sentence(i)}"} for i in range(3)])
+    options = options_for(raw, input=[str(path)])
+    for _ in range(2):  # the second run does not find it done either
+        with pytest.raises(UserError, match=r"no document is left \(3 rows, .*contaminated: 3\)"):
+            prepare(options)
+    assert not Report.path(options.output).exists()
+    assert [line["reason"] for line in rejects(options.output)] == ["contaminated"] * 3
+    assert "| contaminated | 3 | 100.00% |" in (options.output / "report.md").read_text()
 
 
 def test_a_mistake_leaves_the_output_free_for_another_try(raw: Path) -> None:

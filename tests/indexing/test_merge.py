@@ -122,7 +122,9 @@ def test_documents_of_several_sequences_are_merged_as_megatron_core_does(tmp_pat
     assert not Manifest.path(tmp_path / "merged").exists()
 
 
-def test_shards_are_named_by_prefix_file_glob_folder_and_list(shards: list[Path], tmp_path: Path) -> None:
+def test_shards_are_named_by_prefix_file_glob_folder_and_list(
+    shards: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shards[0].parent
     (tmp_path / "list").write_text("\n".join([*map(str, shards[1:]), ""]))
     output = folder / "merged"
@@ -134,6 +136,12 @@ def test_shards_are_named_by_prefix_file_glob_folder_and_list(shards: list[Path]
         ([str(shards[0])], tmp_path / "list"),
     ):
         assert expand_prefixes(inputs, list_file, output) == shards
+    (tmp_path / "link").symlink_to(folder)
+    for suffix in (".bin", ".idx", ".json"):  # of an earlier run
+        Path(f"{output}{suffix}").write_bytes(Path(f"{shards[0]}{suffix}").read_bytes())
+    capsys.readouterr()
+    assert expand_prefixes([str(folder)], None, tmp_path / "link" / "merged") == shards
+    assert capsys.readouterr().err == f"{folder}: {output} is the output, and not merged into itself\n"
     for inputs, message in (
         ([], "no indices were given"),
         ([f"{folder}/other-*"], "no index found"),

@@ -22,6 +22,8 @@ from megatron_tpt.indexing import index as indexing
 from megatron_tpt.indexing.index import index, index_shards
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.merge import merge
+from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
@@ -113,21 +115,52 @@ def test_unfinished_work_of_other_settings_or_inputs_is_named_and_kept(
     kept = files_in(tmp_path / ".tmp-x")
     content = paths[0].read_bytes()
     for changed, difference in [
-        (replace(options, append_eos=False), r"choice of --append-eos \(True before, False now\)"),
-        (replace(options, join=Join.document_only), r"join \(document_thinking before, document_only now\)"),
-        (replace(options, input=paths[1:]), "list of input files .*000.jsonl before, .*001.jsonl.gz now"),
-        (replace(options, shard_size="5KB"), r"--shard-size in bytes \(None before, 5000 now\)"),
-        (options, r"content of the input files \(.*000.jsonl\)"),
+        (replace(options, append_eos=False), r"choice of --append-eos was True, now False"),
+        (replace(options, join=Join.document_only), r"join was document_thinking, now document_only"),
+        (replace(options, input=paths[1:]), r"input: 1 added \(.*002.parquet\), 1 removed \(.*000.jsonl\)"),
+        (replace(options, shard_size="5KB"), r"--shard-size in bytes was None, now 5000"),
+        (options, r"input: 1 changed \(.*000.jsonl\)"),
     ]:
         if changed is options:
             paths[0].write_text('{"text": "another"}\n')
-        with pytest.raises(UserError, match=f"2 input files with another {difference}.* or remove .*/.tmp-x$"):
+        with pytest.raises(UserError, match=f"2 input files with other .*{difference}.* or remove .*/.tmp-x$"):
             index_shards(changed)
         assert files_in(tmp_path / ".tmp-x") == kept
     paths[0].write_bytes(content)
     opened = stop_after(monkeypatch, 100)
     assert index(options).counts.documents == 60
     assert opened == ["002.parquet"]
+
+
+def test_files_added_behind_those_that_are_done_are_indexed_and_others_are_named(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path / "in", 3, 20)
+    options = IndexOptions([tmp_path / "in"], tokenizer_dir, tmp_path / "x")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2)
+        index(options)
+    between = tmp_path / "in" / "0005.jsonl"
+    between.write_text('{"text": "new"}\n')
+    with pytest.raises(UserError, match=r"2 input files with other .* \(input: 1 added \(\S*/0005\.jsonl\)\)"):
+        index(options)
+    between.rename(tmp_path / "in" / "1.jsonl")
+    assert index(options).counts.documents == 61
+    (tmp_path / "in" / "2.jsonl").write_text('{"text": "newer"}\n')
+    with pytest.raises(UserError, match=r"input: 1 added \(\S*/2\.jsonl\)\); index the new files alone .*merge_index"):
+        index(options)
+    added = index(replace(options, input=[tmp_path / "in" / "2.jsonl"], output=tmp_path / "y"))
+    merged = merge(MergeOptions(tmp_path / "z", [str(tmp_path / "x"), str(tmp_path / "y")]))
+    assert added.counts.documents == 1 and merged is not None and merged.counts.documents == 62
+
+
+def test_an_index_inside_its_input_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "in", 1, 5)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for output in (tmp_path / "in" / "x", tmp_path / "link" / "deep" / "x"):
+        with pytest.raises(UserError, match="is inside the input"):
+            index(IndexOptions([tmp_path / "in"], tokenizer_dir, output))
+    assert len(list((tmp_path / "in").iterdir())) == 1
 
 
 def test_other_settings_while_a_complete_index_is_moved_into_place_are_refused(
@@ -143,7 +176,9 @@ def test_other_settings_while_a_complete_index_is_moved_into_place_are_refused(
         patch.setattr(indexing, "publish", die)
         index(options)
     for changed in (replace(options, join=Join.document_only), replace(options, input=paths[:1])):
-        with pytest.raises(UserError, match=r"2 input files with another (join|list of input files)"):
+        with pytest.raises(
+            UserError, match=r"2 input files with other settings or input \((join was|input: 1 removed)"
+        ):
             index(changed)
     assert index(options) == verify(tmp_path / "x")
 
@@ -261,9 +296,9 @@ def test_shards_hold_the_documents_in_order_and_keep_to_their_size(tokenizer_dir
     assert sum(manifest.counts.documents for manifest in manifests) == whole.counts.documents
     assert sum(source.documents for manifest in manifests for source in manifest.sources) == 300
     assert index_shards(options) == manifests
-    with pytest.raises(UserError, match="another join"):
+    with pytest.raises(UserError, match="join was document_thinking, now document_only"):
         index_shards(replace(options, join=Join.document_only))
-    with pytest.raises(UserError, match=r"another --shard-size in bytes \(10000 before, 11000 now\)"):
+    with pytest.raises(UserError, match="--shard-size in bytes was 10000, now 11000"):
         index_shards(replace(options, shard_size="11KB"))
     # A document larger than a shard has one to itself.
     tiny = index_shards(replace(options, output=tmp_path / "tiny", shard_size="2B"))

@@ -124,11 +124,15 @@ def test_another_model_or_input_under_an_old_name_is_refused(
     finished: tuple[AugmentOptions, list[Record]], documents: Path, model: str
 ) -> None:
     options, _ = finished
-    for path, settings_name in [(documents, "input"), (Path(model, "model.safetensors"), "model_files")]:
+    weights = Path(model, "model.safetensors")
+    for path, settings_name, name in [
+        (documents, "input", str(documents)),
+        (weights, "model_files", weights.name),
+    ]:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         try:
-            with pytest.raises(UserError, match=f"{settings_name} was"):
+            with pytest.raises(UserError, match=rf"{settings_name}: 1 changed \({re.escape(name)}\)"):
                 augment(options)
         finally:
             path.write_bytes(content)
