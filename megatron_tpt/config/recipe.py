@@ -157,7 +157,8 @@ class SftDataConfig:
     """Prefixes of indices that tools/pack_sft.py has packed; or files of JSON lines with the fields `prompt` and
     `response`, which are tokenised and packed at the start of every run."""
     tokenizer: Path | None = None
-    """Hugging Face tokenizer folder; the one of training.init_from when not given."""
+    """Hugging Face tokenizer folder; that of the packed data (PREFIX.tokenizer), else of training.init_from, when not
+    given."""
     prompt_field: str = "prompt"
     """Name of the field that holds the prompt."""
     response_field: str = "response"
@@ -566,9 +567,13 @@ class FinetuneRecipe(Recipe):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with: the one named, or the one kept with the checkpoint to start from."""
+        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
+        with the checkpoint to start from."""
         if self.data.tokenizer is not None:
             return self.data.tokenizer
+        for prefix in self.data.train:
+            if (folder := Path(f"{prefix}.tokenizer")).is_dir():
+                return folder
         if self.training.init_from is None:
             raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
         return self.training.init_from / "tokenizer"

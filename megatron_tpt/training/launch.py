@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_tpt.config.load import Arguments, check
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.load import Arguments, check, read_yaml
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo, read_manifests
 from megatron_tpt.training.describe import describe
@@ -41,21 +41,40 @@ def data_tokenizer(recipe: PretrainRecipe | FinetuneRecipe, *, needs_data: bool 
 
 
 def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: TokenizerInfo | None) -> R:
-    """The recipe with the vocabulary size of its data's tokenizer, where it gives none.
+    """The recipe with the vocabulary size of its data's tokenizer, where it gives none, or only that of a checkpoint to
+    start from that has fewer tokens.
 
-    Raises UserError when the tokenizer has more tokens than the model.
+    Raises UserError when the tokenizer has more tokens than the model of the recipe.
     """
-    model = recipe.model
+    model, start = recipe.model, recipe.training.init_from
     if tokenizer is None:
         return recipe
-    if model.vocab_size is None:
+    grows = start is not None and model.vocab_size == _vocab_size_of(start)
+    if model.vocab_size is None or (grows and model.vocab_size < tokenizer.vocab_size):
         return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=tokenizer.vocab_size))
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({tokenizer.vocab_size} tokens):"
-            f" raise it, or leave it out"
+            f" raise it, or omit it"
         )
     return recipe
+
+
+def _vocab_size_of(checkpoint: Path) -> int | None:
+    size: int | None = read_yaml(checkpoint / "recipe.yaml").get("model", {}).get("vocab_size")
+    return size
+
+
+def context_warning(recipe: Recipe) -> str | None:
+    """What to say of sequences longer than the model is said to handle; None where they are not."""
+    length, context = recipe.training.sequence_length, recipe.model.max_position_embeddings
+    if length <= context:
+        return None
+    return (
+        f"WARNING: training.sequence_length={length} is above model.max_position_embeddings={context}: checkpoints are "
+        f"exported with {length}; raise model.max_position_embeddings to agree, and model.rotary_base or the rope_ "
+        f"fields where the model is to be stretched"
+    )
 
 
 def _require_folder(recipe: PretrainRecipe, tokenizer: TokenizerInfo) -> None:
@@ -140,6 +159,8 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     if tokenizer is not None:
         _require_tokenizer_of_weights(recipe, tokenizer)
     recipe = with_vocabulary(recipe, tokenizer)
+    if (warning := context_warning(recipe)) and os.environ.get("RANK", "0") == "0":
+        print(warning, flush=True)
     if not arguments.dry_run:
         return recipe
     print(describe(recipe, world_size))

@@ -47,9 +47,8 @@ def test_import_then_export_gives_back_every_bit(
     assert_same_weights(tmp_path / "back", hf_folder(name))
     exported, original = (transformers.AutoConfig.from_pretrained(f) for f in (tmp_path / "back", hf_folder(name)))
     for field in (*json.loads((tmp_path / "back" / "config.json").read_text()), "rope_parameters"):
-        if field not in ("torch_dtype", "bos_token_id", "eos_token_id"):
+        if field != "torch_dtype":
             assert getattr(exported, field, None) == getattr(original, field, None), field
-    assert exported.eos_token_id == Tokenizer(hf_folder(name)).eos_id
     tokens = some_tokens(1, 32)
     assert torch.equal(hf_logits(tmp_path / "back", tokens), hf_logits(hf_folder(name), tokens))
 
