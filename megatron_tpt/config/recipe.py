@@ -345,6 +345,9 @@ class TrainingConfig:
     """Checkpoint folder whose weights (nothing else) the run starts from; random weights when not given."""
     allow_other_tokenizer: bool = False
     """Start from init_from although its tokenizer is not the data's; without, that is refused."""
+    new_token_rows: Literal["mean", "keep"] = "mean"
+    """Rows of the embedding and the output matrix for tokens that the tokenizer of init_from lacks: the mean of the
+    others (mean), or as the checkpoint has them, zeros beyond its vocabulary (keep)."""
     validation_interval: int = 0
     """Steps between validations; 0 never validates."""
     validation_steps: int = 8

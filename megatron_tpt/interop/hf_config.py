@@ -81,7 +81,7 @@ def to_hf_config(
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_epsilon,
-        **write_rope(model),
+        **write_rope(model, original),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_dropout": model.attention_dropout,
         "use_cache": True,

@@ -98,11 +98,21 @@ def describe_rope(config: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_rope(model: ModelConfig) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rope_parameters of a config.json."""
+def write_rope(model: ModelConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
+    """rope_theta, rope_scaling and rope_parameters of a config.json; in the words of the `original` config.json where
+    that says the same."""
     theta, scaling = model.rotary_base, _scaling(model)
+    if original and scaling and _says(original, model):
+        scaling = {**scaling, **{name: value for name, value in _parameters(original).items() if name != "rope_theta"}}
+        words = _parameters(original).keys() | {"rope_type", "original_max_position_embeddings"}
+        scaling = {name: value for name, value in scaling.items() if name in words}
     parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+def _says(original: dict[str, Any], model: ModelConfig) -> bool:
+    fields = read_rope(original, Path("config.json"))
+    return all(getattr(model, name) == value for name, value in fields.items())
 
 
 def _scaling(model: ModelConfig) -> dict[str, Any] | None:

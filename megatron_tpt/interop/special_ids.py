@@ -37,8 +37,8 @@ def exported_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
     ids["eos_token_id"] = with_end_ids(original, own["eos_token_id"], learned)
     generation = read_json(checkpoint / GENERATION_CONFIG)
     ends = with_end_ids(generation, ids["eos_token_id"], learned)
-    given = {name: id for name, id in ids.items() if id is not None}
-    return ids, {**given, **generation, "eos_token_id": ends}
+    generation = generation or {name: id for name, id in ids.items() if id is not None}
+    return ids, {**generation, "eos_token_id": ends}
 
 
 def eos_token_of_chats(checkpoint: Path) -> str | None:

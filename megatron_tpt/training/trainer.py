@@ -28,6 +28,7 @@ from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.model_files import model_files
+from megatron_tpt.training.new_tokens import start_new_tokens
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 from megatron_tpt.training.stragglers import OwnWork
@@ -120,6 +121,7 @@ class Trainer:
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
         if newest is None and recipe.training.init_from is not None:
             load_weights(recipe.training.init_from, gpts)
+            start_new_tokens(gpts, recipe, data.tokenizer_path)
         self.chunks = wrap_model(gpts, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.own_work = OwnWork(self.chunks)
