@@ -21,6 +21,7 @@ from hf_models import (
     save_hf_model,
     some_tokens,
 )
+from safetensors.torch import save_file
 
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.interop.hf_export import export_hf, read_model_config, write_safetensors
@@ -126,3 +127,26 @@ def test_import_keeps_the_shape_of_the_model_and_only_the_tokenizers_files(
     assert "tokenizer.json" in kept
     assert not kept & {"model.safetensors", "config.json"}
     assert Tokenizer(checkpoint / "tokenizer").fingerprint == Tokenizer(hf_folder("llama3-scaled-tied")).fingerprint
+
+
+@pytest.mark.parametrize("spoil", ["other_output", "same_output", "no_embedding"])
+def test_embeddings_are_tied_where_transformers_ties_them(
+    spoil: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_hf_model("qwen3-tied", tmp_path / "model", tokenizer)
+    weights = hf_weights(folder)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding * 0.5 if spoil == "other_output" else embedding.clone()
+    if spoil == "no_embedding":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    import_hf(ImportOptions(folder, tmp_path / "checkpoint"))
+    said = capsys.readouterr().out
+    assert ("not tied" in said, "is missing" in said) == (spoil == "other_output", spoil == "no_embedding")
+    export_hf(ExportOptions(tmp_path / "checkpoint", tmp_path / "back"))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (spoil != "other_output")
+    tokens = some_tokens(1, 32)
+    expected = hf_logits(folder, tokens)
+    assert torch.equal(hf_logits(tmp_path / "back", tokens), expected)
+    assert (megatron_logits(tmp_path / "checkpoint", tokens) - expected).abs().max() < 1e-4

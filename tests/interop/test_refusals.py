@@ -84,6 +84,29 @@ def test_what_our_models_lack_is_refused_by_name(change: dict[str, Any], word: s
         from_hf_config({**CONFIG, **change}, Path("config.json"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_logit_softcapping": None},
+        {"residual_multiplier": 1.0},
+        {"embd_pdrop": 0.0},
+        {"use_qk_norm": False},
+        {"pretraining_tp": 1},
+        {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False},
+        {"my_note": {"a": 1}, "unsloth_version": "2025.1", "training_run": 17},
+        {"_attn_implementation": "eager", "use_flash_attn": True, "use_cache": False},
+        {"temperature": 0.7, "pad_token_id": 3},
+    ],
+)
+def test_fields_that_change_nothing_are_kept(change: dict[str, Any]) -> None:
+    original = {**CONFIG, "head_dim": 16, "num_key_value_heads": 4, **change}
+    model = from_hf_config(original, Path("config.json"))
+    config = to_hf_config(model, dtype="float32", token_ids={}, original=original)
+    assert {name: config[name] for name in change} == change
+    back = from_hf_config(config, Path("config.json"))
+    assert dataclasses.replace(back, head_dim=16) == model
+
+
 def test_both_spellings_of_the_rope_settings_are_read() -> None:
     scaling = {
         "rope_type": "llama3",
