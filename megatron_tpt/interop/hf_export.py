@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,9 +23,17 @@ from megatron_tpt.interop.hf_config import to_hf_config
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
-from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, History, json_bytes, read_json
+from megatron_tpt.training.model_files import (
+    GENERATION_CONFIG,
+    HF_CONFIG,
+    TOKENIZER_SETTINGS,
+    History,
+    json_bytes,
+    read_json,
+)
 
 MAX_FILE_BYTES = 5_000_000_000
+_LIMITS = {"model_max_length", "max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "seq_len"}
 
 
 def export_hf(options: ExportOptions) -> None:
@@ -50,6 +59,7 @@ def export_hf(options: ExportOptions) -> None:
             token_ids=token_ids,
             original=read_json(checkpoint / HF_CONFIG),
         )
+        _raise_limits(config, folder, History.read(checkpoint).longest_sequence)
         (folder / "config.json").write_bytes(json_bytes(config))
         (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
         num_parameters = write_safetensors(folder, hf_tensors(model, reader, dtype))
@@ -61,10 +71,25 @@ def export_hf(options: ExportOptions) -> None:
 def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelConfig, list[str]]:
     """The model with a context that covers the longest sequence it was trained on, and what to say of it."""
     trained, said = History.read(checkpoint).longest_sequence, model.max_position_embeddings
-    if trained <= said:
-        return model, []
-    note = f"max_position_embeddings is {trained}, the longest training.sequence_length; the recipe says {said}"
-    return dataclasses.replace(model, max_position_embeddings=trained), [note]
+    if trained > said:
+        note = f"max_position_embeddings is {trained}, the longest training.sequence_length; the recipe says {said}"
+        return dataclasses.replace(model, max_position_embeddings=trained), [note]
+    if 0 < trained < said and not (checkpoint / HF_CONFIG).is_file():
+        return model, [
+            f"max_position_embeddings is {said}, as in the recipe; no longer sequence than {trained} was seen"
+        ]
+    return model, []
+
+
+def _raise_limits(config: dict[str, Any], folder: Path, trained: int) -> None:
+    """Raise what limits the context below the longest sequence that was trained, in config.json and in the tokenizer's
+    folder: vLLM takes the smallest."""
+    settings = read_json(folder / TOKENIZER_SETTINGS[0])
+    for fields in (config, settings):
+        low = [name for name in _LIMITS & fields.keys() if isinstance(fields[name], int) and fields[name] < trained]
+        fields |= dict.fromkeys(low, trained)
+        if low and fields is settings:
+            (folder / TOKENIZER_SETTINGS[0]).write_bytes(json_bytes(settings))
 
 
 def refuse_existing(output: Path) -> None:

@@ -44,11 +44,11 @@ _NO_EFFECT = """
     task_specific_params problem_type finetuning_task id2label label2id num_labels return_dict use_return_dict
     output_attentions output_hidden_states output_past output_scores return_dict_in_generate is_decoder
     tie_encoder_decoder gradient_checkpointing attn_implementation max_window_layers sliding_window layer_types
-    max_sequence_length model_max_length do_sample temperature top_k top_p typical_p min_p epsilon_cutoff eta_cutoff
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences num_beams num_beam_groups diversity_penalty max_length min_length early_stopping
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens
+    max_sequence_length max_seq_length max_seq_len seq_length seq_len model_max_length do_sample temperature top_k
+    top_p typical_p min_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences num_beams num_beam_groups diversity_penalty
+    max_length min_length early_stopping forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """
 _KEPT = frozenset(_NO_EFFECT.split())
 

@@ -4,24 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, History, read_json, with_end_ids
-
-_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-
-
-def tokenizer_token_ids(folder: Path) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id as a tokenizer folder names them; None where it names none."""
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids: dict[str, Any] = {}
-    for kind in ("bos", "pad"):
-        tokens = [read_json(folder / name).get(f"{kind}_token") for name in _TOKENIZER_FILES]
-        names = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        name = next(filter(None, names), None)
-        ids[f"{kind}_token_id"] = None if name is None else backend.token_to_id(name)
-    return {**ids, "eos_token_id": Tokenizer(folder).eos_id}
+from megatron_tpt.training.model_files import (
+    GENERATION_CONFIG,
+    HF_CONFIG,
+    TOKENIZER_SETTINGS,
+    History,
+    read_json,
+    special_token_ids,
+    with_end_ids,
+    without_none,
+)
 
 
 def exported_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,14 +23,13 @@ def exported_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
     Both name what the imported model named, where there was one, else what the tokenizer names. After training that
     includes the tokens that end a turn of the chats it was fine-tuned on, and the one that ended its documents.
     """
-    own, original = tokenizer_token_ids(checkpoint / "tokenizer"), read_json(checkpoint / HF_CONFIG)
-    history = History.read(checkpoint)
-    learned = [*history.end_of_turn_ids, *([own["eos_token_id"]] if history.longest_sequence else [])]
-    ids = {name: original[name] for name in own if name in original} if original else dict(own)
-    ids["eos_token_id"] = with_end_ids(original, own["eos_token_id"], learned)
-    generation = read_json(checkpoint / GENERATION_CONFIG)
-    ends = with_end_ids(generation, ids["eos_token_id"], learned)
-    generation = generation or {name: id for name, id in ids.items() if id is not None}
+    tokenizer, history = checkpoint / "tokenizer", History.read(checkpoint)
+    learned = [*history.end_of_turn_ids, *([Tokenizer(tokenizer).eos_id] if history.longest_sequence else [])]
+    ids = special_token_ids(read_json(checkpoint / HF_CONFIG), tokenizer)
+    ids["eos_token_id"] = with_end_ids(ids["eos_token_id"], learned)
+    generation = read_json(checkpoint / GENERATION_CONFIG) or without_none(ids)
+    ends = generation.get("eos_token_id")
+    ends = with_end_ids(ids["eos_token_id"] if ends is None else ends, learned)
     return ids, {**generation, "eos_token_id": ends}
 
 
@@ -51,8 +43,8 @@ def eos_token_of_chats(checkpoint: Path) -> str | None:
 
 def set_eos_token(folder: Path, token: str) -> None:
     """Have a tokenizer folder name another end-of-sequence token, wherever it names one."""
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_SETTINGS:
         content = read_json(folder / name)
-        if name == _TOKENIZER_FILES[0] or "eos_token" in content:
+        if name == TOKENIZER_SETTINGS[0] or "eos_token" in content:
             content["eos_token"] = token
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

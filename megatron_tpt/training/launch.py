@@ -49,7 +49,13 @@ def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: To
     model, start = recipe.model, recipe.training.init_from
     if tokenizer is None:
         return recipe
-    grows = start is not None and model.vocab_size == _vocab_size_of(start)
+    before = _vocab_size_of(start) if start is not None else None
+    if before is not None and model.vocab_size is not None and model.vocab_size < before:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than that of training.init_from={start} ({before}), whose "
+            f"last tokens would be lost: omit it"
+        )
+    grows = before is not None and model.vocab_size == before
     if model.vocab_size is None or (grows and model.vocab_size < tokenizer.vocab_size):
         return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=tokenizer.vocab_size))
     if model.vocab_size < tokenizer.vocab_size:

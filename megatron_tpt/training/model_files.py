@@ -26,6 +26,7 @@ from megatron_tpt.indexing.tokenizer import Tokenizer, read_tokenizer_files, tok
 GENERATION_CONFIG = "generation_config.json"
 HF_CONFIG = "hf_config.json"
 HISTORY = "history.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 
@@ -91,24 +92,47 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
     if origin and tokenizer_path:
         settings = {name: _with_ids_of(tokenizer_path, origin, one, notes) for name, one in settings.items()}
     if new_ids and tokenizer_path:
-        generation, before = settings[GENERATION_CONFIG], settings[HF_CONFIG].get("eos_token_id")
-        before = before if before is not None else Tokenizer(tokenizer_path).eos_id
-        settings[GENERATION_CONFIG] = {**generation, "eos_token_id": with_end_ids(generation, before, new_ids)}
+        ids = special_token_ids(settings[HF_CONFIG], tokenizer_path)
+        generation = {**(settings[GENERATION_CONFIG] or without_none(ids))}
+        ends = generation.get("eos_token_id")
+        generation["eos_token_id"] = with_end_ids(ids["eos_token_id"] if ends is None else ends, new_ids)
+        settings[GENERATION_CONFIG] = generation
     contents |= {name: json_bytes(one) for name, one in settings.items() if one}
     contents[HISTORY] = json_bytes(asdict(history))
     return ModelFiles(contents, notes)
 
 
-def with_end_ids(settings: dict[str, Any], default: Any, new_ids: Iterable[int]) -> int | list[int]:
-    """The end tokens of `settings` (or `default`, where they name none) and `new_ids`, the new ones first.
+def without_none(ids: dict[str, Any]) -> dict[str, Any]:
+    """Those that name a token."""
+    return {name: id for name, id in ids.items() if id is not None}
 
-    What names all of them already stays as it is: one number or a list.
-    """
-    value = settings.get("eos_token_id")
-    value = default if value is None else value
-    known = value if isinstance(value, list) else [value]
+
+def special_token_ids(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id as the config.json of an imported model names them, or else the
+    tokenizer of this folder. There always are end tokens."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if name in config} if config else _ids_named_by(tokenizer)
+    if ids.get("eos_token_id") is None:
+        ids["eos_token_id"] = Tokenizer(tokenizer).eos_id
+    return ids
+
+
+def _ids_named_by(tokenizer: Path) -> dict[str, Any]:
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    ids = dict[str, Any]()
+    for kind in ("bos", "pad"):
+        tokens = [read_json(tokenizer / name).get(f"{kind}_token") for name in TOKENIZER_SETTINGS]
+        names = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        name = next(filter(None, names), None)
+        ids[f"{kind}_token_id"] = None if name is None else backend.token_to_id(name)
+    return ids
+
+
+def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[int]:
+    """End tokens with more of them, the new ones first. What names all of them already stays: one number or a list."""
+    known = ends if isinstance(ends, list) else [ends]
     added = [id for id in dict.fromkeys(new_ids) if id not in known]
-    return [*added, *known] if added else value
+    return [*added, *known] if added else ends
 
 
 def _packed_prefixes(recipe: Recipe) -> list[Path]:

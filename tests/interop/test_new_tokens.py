@@ -73,7 +73,10 @@ def test_new_tokens_start_at_the_mean_of_the_others(
 def test_sequences_beyond_the_context_are_warned_of_and_exported(
     pairs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    data = {**pairs, "tokenizer": str(base_tokenizer(tmp_path / "tokenizer"))}
+    tokenizer = base_tokenizer(tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 48}))
+    data = {**pairs, "tokenizer": str(tokenizer)}
     model = {**SHAPE, "max_position_embeddings": 48, "rotary_base": 500000.0}
     long = train(monkeypatch, FINETUNE, tmp_path / "long", 1, model=model, data=data, training={"sequence_length": 96})
     assert "training.sequence_length=96 is above model.max_position_embeddings=48" in capsys.readouterr().out
@@ -85,6 +88,7 @@ def test_sequences_beyond_the_context_are_warned_of_and_exported(
     assert "max_position_embeddings is 96" in capsys.readouterr().out
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["max_position_embeddings"] == 96
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == 96
     assert config["rope_parameters"] == {"rope_theta": 500000.0, "rope_type": "default"}
     assert config["rope_theta"] == 500000.0
 
