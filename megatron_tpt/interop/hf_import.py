@@ -135,7 +135,9 @@ class HfTensors:
             self._file_of[embedding] = self._file_of.pop(output)
             return model, [f"{embedding} is missing: the tied {output} is taken for both"]
         first, second = (self._open(self._file_of[name]).get_tensor(name) for name in (embedding, output))
-        if first.shape == second.shape and torch.equal(first.float(), second.float()):
+        if first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        if torch.equal(first, second):
             return model, []
         note = f"{output} differs from {embedding}: not tied, as in transformers 5, although tie_word_embeddings is set"
         return dataclasses.replace(model, tie_embeddings=False), [note]

@@ -24,7 +24,8 @@ def exported_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
     includes the tokens that end a turn of the chats it was fine-tuned on, and the one that ended its documents.
     """
     tokenizer, history = checkpoint / "tokenizer", History.read(checkpoint)
-    learned = [*history.end_of_turn_ids, *([Tokenizer(tokenizer).eos_id] if history.longest_sequence else [])]
+    end_of_documents = Tokenizer(tokenizer).eos_id
+    learned = [*history.end_of_turn_ids, *([end_of_documents] if history.longest_sequence else [])]
     ids = special_token_ids(read_json(checkpoint / HF_CONFIG), tokenizer)
     ids["eos_token_id"] = with_end_ids(ids["eos_token_id"], learned)
     generation = read_json(checkpoint / GENERATION_CONFIG) or without_none(ids)

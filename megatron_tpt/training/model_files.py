@@ -82,7 +82,7 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
     notes: list[str] = []
     contents = _tokenizer_contents(recipe, tokenizer_path, origin, notes)
     history = History.read(origin) if origin else History()
-    new_ids = _end_of_turn_ids(recipe)
+    new_ids = _end_of_turn_ids(recipe, notes)
     history = replace(
         history,
         longest_sequence=max(history.longest_sequence, recipe.training.sequence_length),
@@ -139,9 +139,16 @@ def _packed_prefixes(recipe: Recipe) -> list[Path]:
     return recipe.data.train if isinstance(recipe, FinetuneRecipe) and is_packed(recipe.data.train) else []
 
 
-def _end_of_turn_ids(recipe: Recipe) -> list[int]:
-    manifests = [PackManifest.read(prefix) for prefix in _packed_prefixes(recipe)]
-    return list(dict.fromkeys(id for manifest in manifests for id in manifest.end_of_turn_ids))
+def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
+    manifests = {prefix: PackManifest.read(prefix) for prefix in _packed_prefixes(recipe)}
+    for prefix, manifest in manifests.items():
+        if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
+            notes.append(
+                f"WARNING: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
+                f"after its answers: pack again (tools/pack_sft.py) if an earlier version packed it, or end turns in "
+                f"the chat template with a special token"
+            )
+    return list(dict.fromkeys(id for manifest in manifests.values() for id in manifest.end_of_turn_ids))
 
 
 def chat_template(folder: Path) -> str | list[Any] | None:

@@ -136,6 +136,27 @@ def test_what_is_not_carried_over_is_named(tokenizer: Path, tmp_path: Path, caps
     assert "auto_map" not in read(exported(tmp_path / "imported", tmp_path / "hf") / "config.json")
 
 
+def test_chats_without_an_end_of_turn_are_warned_of(
+    chats: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An index of an earlier version, and one packed with another template than the tokenizer's."""
+    for file in chats.parent.glob(f"{chats.name}.*"):
+        if file.is_file():
+            shutil.copy(file, tmp_path)
+    manifest = tmp_path / f"{chats.name}.sft.json"
+    manifest.write_text(
+        json.dumps({name: value for name, value in read(manifest).items() if name != "end_of_turn_ids"})
+    )
+    template = with_template(tokenizer, tmp_path / "other")
+    (template / "chat_template.jinja").write_text(TEMPLATE + " ")
+    data = {"train": [str(tmp_path / chats.name), str(chats)], "tokenizer": str(template)}
+    checkpoint = train(monkeypatch, FINETUNE, tmp_path / "tuned", 1, model=SHAPE, data=data)
+    output = capsys.readouterr().out
+    assert f"{manifest} names no token that ends a turn" in output
+    assert f"packed with the chat template of {chats}.tokenizer, and checkpoints keep another" in output
+    assert (checkpoint / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE + " "
+
+
 def test_token_ids_follow_their_names_into_another_tokenizer(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

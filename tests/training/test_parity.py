@@ -194,7 +194,8 @@ def test_a_run_goes_on_along_the_same_curve_under_another_layout(
         assert [m[name] for m in moved] == pytest.approx([m[name] for m in unbroken], rel=1e-5), name
 
 
-@pytest.mark.parametrize("layout", ["tp2-sequence", pytest.param("pp2", marks=slow)])
+@slow
+@pytest.mark.parametrize("layout", ["tp2-sequence", "pp2"])
 def test_biases_and_stretched_positions_train_alike_under_every_layout(
     layout: str, train: Train, tmp_path: Path, deep: dict
 ) -> None:
