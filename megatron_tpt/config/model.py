@@ -1,5 +1,6 @@
 """The shape of a model, in Hugging Face's terms where Megatron Core and Hugging Face differ in name."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,14 +35,36 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Base of the rotary frequencies (theta)."""
     rope_scaling_factor: float | None = None
-    """Llama 3's change of the rotary frequencies, which stretches a context of 8,192 after training: 8 for Llama 3.1,
-    32 for Llama 3.2; none when not given."""
+    """How many times the context is stretched by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
+    no change when not given."""
+    rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
+    """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
+    attention gets a temperature (yarn)."""
+    rope_original_context: int = 8192
+    """Context before stretching, in tokens, from which llama3 and yarn decide what a low frequency is
+    (original_max_position_embeddings)."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: frequencies with more turns than this in the original context stay as they are."""
+    rope_beta_fast: float = 32.0
+    """yarn: frequencies with more turns than this in the original context stay as they are."""
+    rope_beta_slow: float = 1.0
+    """yarn: frequencies with fewer turns than this in the original context are divided by the factor."""
+    rope_truncate: bool = True
+    """yarn: round the dimensions where these limits lie to whole ones."""
+    rope_attention_factor: float | None = None
+    """yarn: factor on the cosines and sines; 0.1 ln(rope_scaling_factor) + 1 when not given."""
     norm_epsilon: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output matrix too."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
+    attention_output_bias: bool = False
+    """Bias on the projection behind attention (with qkv_bias: Hugging Face's attention_bias)."""
+    mlp_bias: bool = False
+    """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Qwen3)."""
     init_std: float = 0.02
@@ -66,6 +89,38 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of model.num_query_groups="
                 f"{self.query_groups}: change one of them"
             )
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling_factor is not None and self.rope_scaling_factor <= 0:
+            raise UserError(f"model.rope_scaling_factor={self.rope_scaling_factor} must be above 0")
+        if self.rope_original_context < 1:
+            raise UserError(f"model.rope_original_context={self.rope_original_context} must be 1 or more")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise UserError(
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be above model.rope_low_freq_factor="
+                f"{self.rope_low_freq_factor}"
+            )
+        of_type = {
+            "llama3": ("rope_original_context", "rope_low_freq_factor", "rope_high_freq_factor"),
+            "linear": (),
+            "yarn": (
+                "rope_original_context",
+                "rope_beta_fast",
+                "rope_beta_slow",
+                "rope_truncate",
+                "rope_attention_factor",
+            ),
+        }
+        used = set() if self.rope_scaling_factor is None else {*of_type[self.rope_scaling_type], "rope_scaling_type"}
+        changed = {
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name.startswith("rope_") and getattr(self, field.name) != field.default
+        }
+        if unused := sorted(changed - used - {"rope_scaling_factor"}):
+            kind = f"rope_scaling_type={self.rope_scaling_type}" if used else "rope_scaling_factor, which is not given"
+            raise UserError(f"model.{unused[0]} has no effect with {kind}: omit it, or change the other")
 
     @property
     def query_groups(self) -> int:
@@ -89,5 +144,6 @@ class ModelConfig:
         h, f, d = self.hidden_size, self.ffn_hidden_size, self.kv_channels
         qkv_width = (self.num_attention_heads + 2 * self.query_groups) * d
         block = h * qkv_width + self.num_attention_heads * d * h + 3 * h * f + 2 * h
-        block += qkv_width * self.qkv_bias + 2 * d * self.qk_norm
+        block += qkv_width * self.qkv_bias + h * self.attention_output_bias + 2 * d * self.qk_norm
+        block += (2 * f + h) * self.mlp_bias
         return self.num_layers * block + (1 if self.tie_embeddings else 2) * self.padded_vocab_size * h + h

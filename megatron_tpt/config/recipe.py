@@ -175,7 +175,8 @@ class SftDataConfig:
     """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
     over all of them and, where there are several, each by itself. A path, or {path, name}."""
     tokenizer: Path | None = None
-    """Hugging Face tokenizer folder; the one of training.init_from when not given."""
+    """Hugging Face tokenizer folder; that of the packed data (PREFIX.tokenizer), else of training.init_from, when not
+    given."""
     prompt_field: str = "prompt"
     """Name of the field that holds the prompt."""
     response_field: str = "response"
@@ -362,6 +363,9 @@ class TrainingConfig:
     """Checkpoint folder whose weights (nothing else) the run starts from; random weights when not given."""
     allow_other_tokenizer: bool = False
     """Start from init_from although its tokenizer is not the data's; without, that is refused."""
+    new_token_rows: Literal["mean", "keep"] = "mean"
+    """Rows of the embedding and the output matrix for tokens that the tokenizer of init_from lacks: the mean of the
+    others (mean), or as the checkpoint has them, zeros beyond its vocabulary (keep)."""
     validation_interval: int = 0
     """Steps between validations on data.validation, with one more after the last step; 0 never validates."""
     validation_steps: int | Literal["all"] = 8
@@ -596,9 +600,13 @@ class FinetuneRecipe(Recipe):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with: the one named, or the one kept with the checkpoint to start from."""
+        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
+        with the checkpoint to start from."""
         if self.data.tokenizer is not None:
             return self.data.tokenizer
+        for prefix in self.data.train:
+            if (folder := Path(f"{prefix}.tokenizer")).is_dir():
+                return folder
         if self.training.init_from is None:
             raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
         return self.training.init_from / "tokenizer"

@@ -130,7 +130,10 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOpti
     """The token ids of the prompts; special tokens in them mean what they say: the prompts are ours."""
     if options.chat:
         if tokenizer.chat_template is None:
-            raise UserError("--chat: the model has no chat template; leave the option out")
+            raise UserError(
+                f"--chat: {tokenizer.name_or_path} has no chat template: add the one it was trained with "
+                f"(chat_template.jinja in its folder), or omit --chat to give the problems as plain text"
+            )
         return [
             tokenizer(
                 tokenizer.apply_chat_template(

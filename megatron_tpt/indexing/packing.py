@@ -15,7 +15,7 @@ learned (little-endian):
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +140,10 @@ class PackManifest:
     checksums: dict[str, str]
     """Of "bin", "idx" and "sft": "sha256:" and the digest."""
     command: list[str]
+    end_of_turn_ids: list[int] = field(default_factory=list)
+    """The special tokens that end a learned turn, the most frequent first; none where an earlier version packed."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables that the chat template was given for all conversations."""
 
     @staticmethod
     def path(prefix: str | Path) -> Path:

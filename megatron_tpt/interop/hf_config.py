@@ -5,50 +5,72 @@ from typing import Any
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.interop.hf_fields import kept_fields, refuse_unsupported
+from megatron_tpt.interop.hf_rope import read_rope, write_rope
 
-# Megatron Core's constants for Llama 3's change of the rotary frequencies.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def architecture_of(model: ModelConfig) -> str:
     """The Hugging Face class that computes the same. Raises UserError when there is none."""
-    if model.qkv_bias and model.qk_norm:
+    biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
+    # By norms on query and key heads, and the biases on their projections, behind attention, in the network.
+    computes = {
+        (False, False, False, False): "LlamaForCausalLM",
+        (False, False, False, True): "LlamaForCausalLM",
+        (False, True, True, False): "LlamaForCausalLM",
+        (False, True, True, True): "LlamaForCausalLM",
+        (False, True, False, False): "Qwen2ForCausalLM",
+        (True, False, False, False): "Qwen3ForCausalLM",
+        (True, True, True, False): "Qwen3ForCausalLM",
+    }
+    architecture = computes.get((model.qk_norm, *biases))
+    if architecture is None:
         raise UserError(
-            "no Hugging Face architecture has model.qkv_bias and model.qk_norm: export one with at most one"
+            f"no Hugging Face architecture has model.qk_norm={model.qk_norm}, qkv_bias={model.qkv_bias}, "
+            f"attention_output_bias={model.attention_output_bias} and mlp_bias={model.mlp_bias} together: it cannot be "
+            f"exported"
         )
     divides = model.hidden_size % model.num_attention_heads == 0
-    if model.qk_norm:
-        return "Qwen3ForCausalLM"
-    if model.qkv_bias:
-        if not divides or model.kv_channels != model.hidden_size // model.num_attention_heads:
-            raise UserError(
-                f"model.head_dim={model.kv_channels} cannot be exported with model.qkv_bias: that of Qwen2 is always "
-                f"hidden_size / num_attention_heads"
-            )
-        return "Qwen2ForCausalLM"
-    if not divides:
+    if architecture == "Qwen2ForCausalLM" and (
+        not divides or model.kv_channels != model.hidden_size // model.num_attention_heads
+    ):
         raise UserError(
-            f"model.hidden_size={model.hidden_size} cannot be exported: Hugging Face's Llama wants a multiple of "
+            f"model.head_dim={model.kv_channels} cannot be exported with model.qkv_bias: that of Qwen2 is always "
+            f"hidden_size / num_attention_heads"
+        )
+    if architecture == "LlamaForCausalLM" and not divides:
+        raise UserError(
+            f"model.hidden_size={model.hidden_size} cannot be exported: Hugging Face's Llama requires a multiple of "
             f"num_attention_heads={model.num_attention_heads}"
         )
-    return "LlamaForCausalLM"
+    return architecture
 
 
-def to_hf_config(model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: int) -> dict[str, Any]:
+def to_hf_config(
+    model: ModelConfig, *, dtype: str, token_ids: dict[str, Any], original: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of config.json, in the form that transformers 4 and 5 and vLLM all read.
 
-    Raises UserError when no supported architecture computes what the model does.
+    `token_ids` has bos_token_id, eos_token_id and pad_token_id; of the config.json that the model was imported from,
+    `original`, the fields are kept that do not concern what it computes. Raises UserError when no supported
+    architecture computes what the model does.
     """
     architecture = architecture_of(model)
-    scaling = None
-    if model.rope_scaling_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
     config = {
         "architectures": [architecture],
         "model_type": _MODEL_TYPES[architecture],
         "torch_dtype": dtype,
+        "dtype": dtype,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -59,55 +81,53 @@ def to_hf_config(model: ModelConfig, *, dtype: str, bos_id: int | None, eos_id: 
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": scaling,
+        **write_rope(model, original),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_dropout": model.attention_dropout,
         "use_cache": True,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
     }
+    if architecture != "Qwen2ForCausalLM":
+        config |= {"head_dim": model.kv_channels, "attention_bias": model.qkv_bias}
     if architecture == "LlamaForCausalLM":
-        return {**config, "head_dim": model.kv_channels, "attention_bias": False, "mlp_bias": False}
-    if architecture == "Qwen2ForCausalLM":
-        return {**config, "use_sliding_window": False}
-    return {**config, "head_dim": model.kv_channels, "attention_bias": False, "use_sliding_window": False}
+        config["mlp_bias"] = model.mlp_bias
+    else:
+        config["use_sliding_window"] = False
+    return {**config, **kept_fields(original or {}), **token_ids}
 
 
-def _refuse_unsupported(config: dict[str, Any], source: Path) -> None:
+def _architecture_in(config: dict[str, Any], source: Path) -> str:
     architectures = config.get("architectures") or []
     if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
         raise UserError(
             f"{source}: architectures {architectures} are not supported: use a model of {', '.join(ARCHITECTURES)}"
         )
-    off = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-        "hidden_act": ("silu",),
-        "partial_rotary_factor": (1.0, None),
-    }
-    for name, supported in off.items():
-        if name in config and config[name] not in supported:
-            raise UserError(f"{source}: {name}={config[name]!r} is not supported, only {supported[0]!r} is")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
-        raise UserError(f"{source}: layer_types other than full_attention are not supported")
+    architecture: str = architectures[0]
+    if config.get("model_type", _MODEL_TYPES[architecture]) != _MODEL_TYPES[architecture]:
+        raise UserError(
+            f"{source}: model_type={config['model_type']!r} is not that of {architecture} "
+            f"({_MODEL_TYPES[architecture]!r}), and transformers goes by model_type: correct one of them"
+        )
+    return architecture
 
 
-def _rope(config: dict[str, Any], source: Path) -> tuple[float, float | None]:
-    """Rotary base and Llama 3's factor, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise UserError(f"{source}: rope type {kind!r} is not supported, only 'default' and 'llama3' are")
-    for name, value in LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise UserError(f"{source}: {name}={rope.get(name)} of the llama3 rope is not supported, only {value:g} is")
-    return base, float(rope["factor"])
+def _biases(config: dict[str, Any], architecture: str, source: Path) -> dict[str, Any]:
+    """The fields of ModelConfig for the biases of a config.json."""
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if mlp and architecture != "LlamaForCausalLM":
+        raise UserError(f"{source}: mlp_bias=True is not supported: {architecture} has no such biases")
+    if architecture == "Qwen2ForCausalLM":
+        if attention:
+            raise UserError(
+                f"{source}: attention_bias=True is not supported: {architecture} always has biases on queries, keys "
+                f"and values, and never behind attention"
+            )
+        return {"qkv_bias": True}
+    return {"qkv_bias": attention, "attention_output_bias": attention, "mlp_bias": mlp}
+
+
+def _query_groups(config: dict[str, Any], architecture: str) -> int:
+    default = None if architecture == "LlamaForCausalLM" else 32  # transformers' own, where the field is absent
+    return config.get("num_key_value_heads", default) or config["num_attention_heads"]
 
 
 def from_hf_config(config: dict[str, Any], source: Path) -> ModelConfig:
@@ -115,35 +135,26 @@ def from_hf_config(config: dict[str, Any], source: Path) -> ModelConfig:
 
     Raises UserError when the model needs something that our models lack.
     """
-    _refuse_unsupported(config, source)
-    needed = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "max_position_embeddings",
-    )
-    missing = [name for name in needed if config.get(name) is None]
+    architecture = _architecture_in(config, source)
+    missing = [name for name in _SHAPE_FIELDS if config.get(name) is None]
     if missing:
         raise UserError(f"{source}: {', '.join(missing)} missing: this is no complete config.json")
-    architecture = config["architectures"][0]
-    rotary_base, rope_scaling_factor = _rope(config, source)
+    refuse_unsupported({"model_type": _MODEL_TYPES[architecture], **config}, source)
+    epsilon, init_std = config.get("rms_norm_eps"), config.get("initializer_range")
     return ModelConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
+        num_query_groups=_query_groups(config, architecture),
         head_dim=config.get("head_dim") or (128 if architecture == "Qwen3ForCausalLM" else None),
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
-        rotary_base=rotary_base,
-        rope_scaling_factor=rope_scaling_factor,
-        norm_epsilon=float(config.get("rms_norm_eps") or 1e-6),
+        norm_epsilon=1e-6 if epsilon is None else float(epsilon),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture == "Qwen3ForCausalLM",
-        init_std=float(config.get("initializer_range") or 0.02),
+        init_std=0.02 if init_std is None else float(init_std),
         attention_dropout=float(config.get("attention_dropout") or 0.0),
+        **_biases(config, architecture, source),
+        **read_rope(config, source),
     )

@@ -3,7 +3,7 @@
 The weights are read and written tensor by tensor, so that memory holds one safetensors file (5 GB) at most.
 """
 
-import json
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,9 +22,18 @@ from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_config import to_hf_config
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ExportOptions
-from megatron_tpt.interop.special_ids import begin_and_end_ids
+from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
+from megatron_tpt.training.model_files import (
+    GENERATION_CONFIG,
+    HF_CONFIG,
+    TOKENIZER_SETTINGS,
+    History,
+    json_bytes,
+    read_json,
+)
 
 MAX_FILE_BYTES = 5_000_000_000
+_LIMITS = {"model_max_length", "max_sequence_length", "max_seq_length", "max_seq_len", "seq_length", "seq_len"}
 
 
 def export_hf(options: ExportOptions) -> None:
@@ -33,20 +42,54 @@ def export_hf(options: ExportOptions) -> None:
     Raises UserError when the checkpoint is none, its model has no Hugging Face counterpart, or the output exists.
     """
     refuse_existing(options.output)
-    checkpoint = options.checkpoint.resolve()  # `latest` may move on meanwhile
-    model = read_model_config(checkpoint)
+    checkpoint = options.checkpoint.resolve()  # `latest` may point elsewhere meanwhile
+    model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
     reader = CheckpointReader(checkpoint)
-    tokenizer = checkpoint / "tokenizer"
+    token_ids, generation = exported_settings(checkpoint)
+    eos_token = eos_token_of_chats(checkpoint)
     with atomic_directory(options.output) as folder:
-        copy_tokenizer(tokenizer, folder)
-        bos_id, eos_id = begin_and_end_ids(tokenizer)
+        copy_tokenizer(checkpoint / "tokenizer", folder)
+        if eos_token is not None:
+            set_eos_token(folder, eos_token)
+            notes.append(f"eos_token of the tokenizer is {eos_token}, which ends a turn of the chats it was tuned on")
         dtype = getattr(torch, options.dtype) if options.dtype else reader.dtype("embedding.word_embeddings.weight")
-        config = to_hf_config(model, dtype=str(dtype).removeprefix("torch."), bos_id=bos_id, eos_id=eos_id)
-        _write_json(folder / "config.json", config)
-        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        _write_json(folder / "generation_config.json", {name: id for name, id in ids.items() if id is not None})
+        config = to_hf_config(
+            model,
+            dtype=str(dtype).removeprefix("torch."),
+            token_ids=token_ids,
+            original=read_json(checkpoint / HF_CONFIG),
+        )
+        _raise_limits(config, folder, History.read(checkpoint).longest_sequence)
+        (folder / "config.json").write_bytes(json_bytes(config))
+        (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
         num_parameters = write_safetensors(folder, hf_tensors(model, reader, dtype))
     print(f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}")
+    for note in notes:
+        print(f"{options.output}: {note}")
+
+
+def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelConfig, list[str]]:
+    """The model with a context that covers the longest sequence it was trained on, and what to say of it."""
+    trained, said = History.read(checkpoint).longest_sequence, model.max_position_embeddings
+    if trained > said:
+        note = f"max_position_embeddings is {trained}, the longest training.sequence_length; the recipe says {said}"
+        return dataclasses.replace(model, max_position_embeddings=trained), [note]
+    if 0 < trained < said and not (checkpoint / HF_CONFIG).is_file():
+        return model, [
+            f"max_position_embeddings is {said}, as in the recipe; no longer sequence than {trained} was seen"
+        ]
+    return model, []
+
+
+def _raise_limits(config: dict[str, Any], folder: Path, trained: int) -> None:
+    """Raise what limits the context below the longest sequence that was trained, in config.json and in the tokenizer's
+    folder: vLLM takes the smallest."""
+    settings = read_json(folder / TOKENIZER_SETTINGS[0])
+    for fields in (config, settings):
+        low = [name for name in _LIMITS & fields.keys() if isinstance(fields[name], int) and fields[name] < trained]
+        fields |= dict.fromkeys(low, trained)
+        if low and fields is settings:
+            (folder / TOKENIZER_SETTINGS[0]).write_bytes(json_bytes(settings))
 
 
 def refuse_existing(output: Path) -> None:
@@ -112,11 +155,6 @@ def write_safetensors(
         path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner reads
     if num_files > 1:
         index = {name: names[i - 1] for name, i in weight_map.items()}
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": num_bytes}, "weight_map": index}
-        )
+        content = {"metadata": {"total_size": num_bytes}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_bytes(json_bytes(content))
     return num_parameters
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

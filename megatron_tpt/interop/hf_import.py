@@ -3,6 +3,7 @@
 The weights keep their precision and are in memory once, all together.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,34 +21,63 @@ from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
-from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
+from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from megatron_tpt.interop.hf_config import from_hf_config
 from megatron_tpt.interop.hf_export import refuse_existing
+from megatron_tpt.interop.hf_fields import describe_kept
+from megatron_tpt.interop.hf_rope import describe_rope
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.training.checkpoint_files import write_checksums
+from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History, json_bytes
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 def import_hf(options: ImportOptions) -> None:
-    """Write the weights, recipe.yaml with the model's shape, and tokenizer/; all of it or nothing.
+    """Write the weights, recipe.yaml with the model's shape, tokenizer/ and the settings of the model; all of it or
+    nothing. What is not carried over is named.
 
     Raises UserError when the folder is no complete model of a supported kind, or when the output exists.
     """
     refuse_existing(options.output)
     config_path = options.model / "config.json"
-    model = from_hf_config(_read_json(config_path), config_path)
+    config = _read_json(config_path)
+    model = from_hf_config(config, config_path)
     tensors = HfTensors(options.model)
+    model, notes = tensors.settle_tying(model)
     tensors.check_names(model)
     Tokenizer(options.model)  # refuses one that training could not use
+    generation = _read_json(options.model / GENERATION_CONFIG) if (options.model / GENERATION_CONFIG).is_file() else {}
     with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
         dist_checkpointing.save(sharded_tensors(model, tensors), str(folder))
         copy_tokenizer(options.model, folder / "tokenizer")
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
+        (folder / HF_CONFIG).write_bytes(json_bytes(config))
+        if generation:
+            (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
+        (folder / HISTORY).write_bytes(json_bytes(dataclasses.asdict(History())))
         write_checksums(folder)
     print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
+    for note in [*notes, *describe_kept(config), *describe_rope(config), *_not_carried(options.model, tensors)]:
+        print(f"{options.output}: {note}")
+
+
+def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
+    """Lines about the files of a model's folder that an import does not read."""
+    read = {"config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *tensors.files}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in read and not path.name.startswith("."))
+    adapters = [name for name in others if name.startswith("adapter_")]
+    lines = []
+    if adapters:
+        lines.append(
+            f"WARNING: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
+            f"and import that, if it is to count"
+        )
+    if rest := [name for name in others if name not in adapters]:
+        lines.append(f"not carried over: {', '.join(rest[:20])}" + (f" and {len(rest) - 20} more" * (len(rest) > 20)))
+    return lines
 
 
 class HfTensors:
@@ -59,6 +89,7 @@ class HfTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open_files: dict[str, Any] = {}
+        self._source_of: dict[str, str] = {}  # names under which tensors are stored, where these are others
         self._file_of = self._find_files()
 
     def _find_files(self) -> dict[str, str]:
@@ -85,6 +116,32 @@ class HfTensors:
                 raise UserError(f"{self.folder / name} is not readable ({error}): download the model again") from None
         return self._open_files[name]
 
+    @property
+    def files(self) -> set[str]:
+        """The files that hold the tensors, and their index."""
+        return {*self._file_of.values(), "model.safetensors.index.json"}
+
+    def settle_tying(self, model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+        """The model with its embeddings tied or not as transformers 5 does it, and what to say of that.
+
+        It goes by the tensors: two that differ are not tied, whatever config.json says; of two that are to be tied
+        either may be missing.
+        """
+        embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+        if not model.tie_embeddings or output not in self._file_of:
+            return model, []
+        if embedding not in self._file_of:
+            self._source_of[embedding] = output
+            self._file_of[embedding] = self._file_of.pop(output)
+            return model, [f"{embedding} is missing: the tied {output} is taken for both"]
+        first, second = (self._open(self._file_of[name]).get_tensor(name) for name in (embedding, output))
+        if first.dtype != second.dtype:
+            first, second = first.float(), second.float()
+        if torch.equal(first, second):
+            return model, []
+        note = f"{output} differs from {embedding}: not tied, as in transformers 5, although tie_word_embeddings is set"
+        return dataclasses.replace(model, tie_embeddings=False), [note]
+
     def check_names(self, model: ModelConfig) -> None:
         """Raises UserError unless there are the tensors of `model`, and no others that would matter."""
         expected = {name.format(layer=layer) for row, layer in places(model) for name in row.hugging_face}
@@ -99,7 +156,12 @@ class HfTensors:
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """One tensor. Raises UserError when its shape is another."""
-        tensor = self._open(self._file_of[name]).get_tensor(name)
+        tensor = self._open(self._file_of[name]).get_tensor(self._source_of.get(name, name))
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{self.folder}: {name} is in {str(tensor.dtype).removeprefix('torch.')}, only float32, bfloat16 and "
+                f"float16 are supported: save the model in one of these"
+            )
         if tensor.shape != shape:
             raise UserError(
                 f"{self.folder}: {name} has shape {list(tensor.shape)}, config.json describes {list(shape)}: they are "

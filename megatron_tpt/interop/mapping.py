@@ -39,7 +39,7 @@ SAME = Same()
 
 
 class GateUp:
-    """The gate's rows above those of the up-projection: [2 f, h] from [f, h] and [f, h]."""
+    """The gate's rows above those of the up-projection: [2 f, h] from [f, h] and [f, h]; biases lack the last axis."""
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         return tensor.chunk(2)
@@ -116,6 +116,9 @@ def rows(model: ModelConfig) -> list[Row]:
         {f"{hf}self_attn.q_proj.bias": (q,), f"{hf}self_attn.k_proj.bias": (kv,), f"{hf}self_attn.v_proj.bias": (kv,)},
         qkv,
     )
+    output_bias = Row(f"{attention}linear_proj.bias", {f"{hf}self_attn.o_proj.bias": (h,)})
+    fc1_bias = Row(f"{mlp}linear_fc1.bias", {f"{hf}mlp.gate_proj.bias": (f,), f"{hf}mlp.up_proj.bias": (f,)}, GateUp())
+    fc2_bias = Row(f"{mlp}linear_fc2.bias", {f"{hf}mlp.down_proj.bias": (h,)})
     query_key_norms = [
         Row(f"{attention}q_layernorm.weight", {f"{hf}self_attn.q_norm.weight": (d,)}),
         Row(f"{attention}k_layernorm.weight", {f"{hf}self_attn.k_norm.weight": (d,)}),
@@ -136,13 +139,16 @@ def rows(model: ModelConfig) -> list[Row]:
         *([bias] if model.qkv_bias else []),
         *(query_key_norms if model.qk_norm else []),
         Row(f"{attention}linear_proj.weight", {f"{hf}self_attn.o_proj.weight": (h, q)}),
+        *([output_bias] if model.attention_output_bias else []),
         Row(f"{mlp}linear_fc1.layer_norm_weight", {f"{hf}post_attention_layernorm.weight": (h,)}),
         Row(
             f"{mlp}linear_fc1.weight",
             {f"{hf}mlp.gate_proj.weight": (f, h), f"{hf}mlp.up_proj.weight": (f, h)},
             GateUp(),
         ),
+        *([fc1_bias] if model.mlp_bias else []),
         Row(f"{mlp}linear_fc2.weight", {f"{hf}mlp.down_proj.weight": (h, f)}),
+        *([fc2_bias] if model.mlp_bias else []),
         Row("decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
         *([] if model.tie_embeddings else [output]),
     ]

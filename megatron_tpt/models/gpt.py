@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from megatron_tpt.models.precision import (
     require_active,
     unrounded_values,
 )
+from megatron_tpt.models.rope import rotary_attention_factor, rotary_frequencies
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -103,7 +104,7 @@ def core_settings(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=model.mlp_bias,  # the attention's are in _block_spec
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         hidden_dropout=model.hidden_dropout,
@@ -134,7 +135,8 @@ def core_settings(
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
-        apply_rope_fusion=transformer_engine,
+        # The fused kernel knows no factor on the cosines and sines.
+        apply_rope_fusion=transformer_engine and rotary_attention_factor(model) == 1.0,
         deallocate_pipeline_outputs=parallel.pipeline_parallel_size > 1,
         **fp8_settings(training),
         **recompute_settings(training),
@@ -154,12 +156,26 @@ def describe_kernels(config: TransformerConfig) -> str:
     return f"{device}: {kernels}, {precision}, gradient accumulation {fusion}"
 
 
+def _with_biases(layer: ModuleSpec, model: ModelConfig) -> ModuleSpec:
+    """The attention's projections with the biases of `model`: TransformerConfig.add_bias_linear is one switch for them
+    and for the feed-forward network (transformer/attention.py:418 and :1687)."""
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv = _building(attention.linear_qkv, bias=model.qkv_bias)
+    attention.linear_proj = _building(attention.linear_proj, bias=model.attention_output_bias)
+    return layer
+
+
+def _building(build: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """`build` with some arguments fixed, whatever the caller gives for them."""
+    return lambda *args, **kwargs: build(*args, **{**kwargs, **fixed})
+
+
 def _block_spec(
     model: ModelConfig, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if use_transformer_engine(model):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
+        return _with_biases(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm), model)
+    layer = _with_biases(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm), model)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if model.qk_norm:
@@ -168,6 +184,15 @@ def _block_spec(
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
+
+
+def _set_rotary_scaling(gpt: GPTModel, model: ModelConfig) -> None:
+    """Give a new model its frequencies and its factor on cosines and sines. Megatron Core has Llama 3's change for one
+    original context alone, and keeps yarn's factor in every layer's attention (transformer/attention.py:326)."""
+    gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model)
+    for layer in gpt.decoder.layers:
+        assert hasattr(layer.self_attention, "_yarn_concentration_factor")
+        layer.self_attention._yarn_concentration_factor = rotary_attention_factor(model)
 
 
 def build_chunks(
@@ -205,9 +230,9 @@ def build_model(
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
-        rope_scaling=model.rope_scaling_factor is not None,
-        rope_scaling_factor=model.rope_scaling_factor or 1.0,
     )
+    if model.rope_scaling_factor is not None:
+        _set_rotary_scaling(gpt, model)
     if seed is not None:
         initialize_weights(gpt, model, seed)
     if torch.cuda.is_available():

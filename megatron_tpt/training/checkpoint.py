@@ -1,7 +1,7 @@
 """Checkpoints: Megatron Core's distributed format, which any parallel layout loads.
 
-    RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; tokenizer/;
-                                     checksums.json
+    RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; the files of the
+                                     model (model_files.py); checksums.json
     RUN/checkpoints/latest           link to the newest
 
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
@@ -335,12 +335,13 @@ def start_saving(
     trainer_state: dict[str, Any],
     *,
     recipe_yaml: str,
-    tokenizer_files: Mapping[str, bytes],
+    model_files: Mapping[str, bytes],
     optimizer_sharding: str = "fully_reshardable",
 ) -> CheckpointSaving:
     """Lay out a checkpoint; weights and states are then written as the caller chooses. All ranks call it.
 
-    Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
+    Without an optimizer it holds weights only, to start other runs from. `model_files` are written as they are, by
+    their names in the folder. Raises SaveError on all ranks.
     """
     temporary = _make_temporary(folder)
     optimizer_format = _optimizer_format(optimizer_sharding)
@@ -365,9 +366,9 @@ def start_saving(
     def write_small_files() -> None:
         if platform.is_first_rank():
             (temporary / "recipe.yaml").write_text(recipe_yaml)
-            for name, content in tokenizer_files.items():
-                (temporary / "tokenizer").mkdir(exist_ok=True)
-                (temporary / "tokenizer" / name).write_bytes(content)
+            for name, content in model_files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
 
     strategy = _SaveStrategy()
     # Copies of one tensor are shared among the ranks that hold one; under FSDP only the first has it (_put_together).
@@ -397,10 +398,9 @@ def save_checkpoint(
 
     Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """
-    tokenizer_files = read_tokenizer_files(tokenizer_path) if tokenizer_path else {}
-    start_saving(
-        folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, tokenizer_files=tokenizer_files
-    ).finish()
+    tokenizer = read_tokenizer_files(tokenizer_path) if tokenizer_path else {}
+    files = {f"tokenizer/{name}": content for name, content in tokenizer.items()}
+    start_saving(folder, model, optimizer, trainer_state, recipe_yaml=recipe_yaml, model_files=files).finish()
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tpt.config.effects import without_effect
-from megatron_tpt.config.load import Arguments, check
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.load import Arguments, check, read_yaml
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
 from megatron_tpt.indexing.packing import PackManifest, is_packed
@@ -50,21 +50,46 @@ def data_tokenizer(recipe: PretrainRecipe | FinetuneRecipe, *, needs_data: bool 
 
 
 def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: TokenizerInfo | None) -> R:
-    """The recipe with the vocabulary size of its data's tokenizer, where it gives none.
+    """The recipe with the vocabulary size of its data's tokenizer, where it gives none, or only that of a checkpoint to
+    start from that has fewer tokens.
 
-    Raises UserError when the tokenizer has more tokens than the model.
+    Raises UserError when the tokenizer has more tokens than the model of the recipe.
     """
-    model = recipe.model
+    model, start = recipe.model, recipe.training.init_from
     if tokenizer is None:
         return recipe
-    if model.vocab_size is None:
+    before = _vocab_size_of(start) if start is not None else None
+    if before is not None and model.vocab_size is not None and model.vocab_size < before:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than that of training.init_from={start} ({before}), whose "
+            f"last tokens would be lost: omit it"
+        )
+    grows = before is not None and model.vocab_size == before
+    if model.vocab_size is None or (grows and model.vocab_size < tokenizer.vocab_size):
         return dataclasses.replace(recipe, model=dataclasses.replace(model, vocab_size=tokenizer.vocab_size))
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size} is smaller than the data's tokenizer ({tokenizer.vocab_size} tokens):"
-            f" raise it, or leave it out"
+            f" raise it, or omit it"
         )
     return recipe
+
+
+def _vocab_size_of(checkpoint: Path) -> int | None:
+    size: int | None = read_yaml(checkpoint / "recipe.yaml").get("model", {}).get("vocab_size")
+    return size
+
+
+def context_warnings(recipe: Recipe) -> list[str]:
+    """What to say of sequences longer than the model is said to handle; nothing where they are not."""
+    length, context = recipe.training.sequence_length, recipe.model.max_position_embeddings
+    if length <= context:
+        return []
+    return [
+        f"training.sequence_length={length} is above model.max_position_embeddings={context}: checkpoints are "
+        f"exported with {length}; raise model.max_position_embeddings to agree, and model.rotary_base or the rope_ "
+        f"fields where the model is to be stretched"
+    ]
 
 
 def _require_folder(recipe: PretrainRecipe, tokenizer: TokenizerInfo) -> None:
@@ -165,7 +190,11 @@ def _identity_when_asked(recipe: PretrainRecipe) -> Callable[[int], dict[str, st
 def _warn(recipe: PretrainRecipe | FinetuneRecipe) -> None:
     """Say what has no effect, and what is odd about the data. Raises UserError where there is nothing to learn from."""
     packed = isinstance(recipe, FinetuneRecipe) and is_all_packed(recipe)
-    lines = [*without_effect(recipe, all_packed=packed), *([] if _missing_data(recipe) else data_warnings(recipe))]
+    lines = [
+        *without_effect(recipe, all_packed=packed),
+        *context_warnings(recipe),
+        *([] if _missing_data(recipe) else data_warnings(recipe)),
+    ]
     if os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(f"WARNING: {line}", flush=True)

@@ -31,14 +31,15 @@ class Memory:
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
     """Parameters on a rank of a pipeline stage (from 0).
 
-    Matrices, their biases and the tables are split over the tensor-parallel ranks, norms are not. Tied embeddings are
-    on the first and on the last stage.
+    Matrices, tables and the biases of the projections out of the residual stream are split over the tensor-parallel
+    ranks; norms and the other biases are not. Tied embeddings are on the first and on the last stage.
     """
     t, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
     qkv_width = (model.num_attention_heads + 2 * model.query_groups) * d
     split = h * qkv_width + model.num_attention_heads * d * h + 3 * h * f + qkv_width * model.qkv_bias
-    layer = split // t + 2 * h + 2 * d * model.qk_norm
+    split += 2 * f * model.mlp_bias
+    layer = split // t + 2 * h + 2 * d * model.qk_norm + h * (model.attention_output_bias + model.mlp_bias)
     table = model.padded_vocab_size // t * h
     num_tables = (stage == 0) + (stage == last)
     if model.tie_embeddings and last == 0:

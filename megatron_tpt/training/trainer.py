@@ -14,7 +14,7 @@ from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer, read_tokenizer_files
+from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
 from megatron_tpt.training.checkpoint import (
     CheckpointSaving,
@@ -27,6 +27,8 @@ from megatron_tpt.training.checkpoint import (
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
+from megatron_tpt.training.model_files import model_files
+from megatron_tpt.training.new_tokens import start_new_tokens
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 from megatron_tpt.training.resume import model_changes, require_same_data, run_identity
 from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
@@ -109,16 +111,18 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.num_batches = 0  # micro-batches that this process has taken, to train or to validate: a sign of life
-        self._tokenizer_files: dict[str, bytes] = {}  # for checkpoints
+        self._model_files: dict[str, bytes] = {}  # for checkpoints
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
         platform.seed_everything(recipe.run.seed)
         self.checkpoints = recipe.run.output_dir / "checkpoints"
         newest = newest_whole_checkpoint(self.checkpoints, reads_content=recipe.checkpoint.verify)
-        begins = newest is None and recipe.training.init_from is None
+        self._origin = newest or recipe.training.init_from
+        begins = self._origin is None
         seed = recipe.run.seed if begins else None
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
         if newest is None and recipe.training.init_from is not None:
             load_weights(recipe.training.init_from, gpts)
+            start_new_tokens(gpts, recipe, data.tokenizer_path)
         self.chunks = wrap_model(gpts, recipe)
         self.optimizer = build_optimizer(self.chunks, recipe)
         self.own_work = OwnWork(self.chunks)
@@ -132,8 +136,9 @@ class Trainer:
         if platform.is_first_rank():
             print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
         # As they are now: the folder may be gone, or hold something else, when a checkpoint is due.
-        if self.data.tokenizer_path is not None:
-            self._tokenizer_files = read_tokenizer_files(self.data.tokenizer_path)
+        self._model_files, notes = model_files(self.recipe, self.data.tokenizer_path, self._origin)
+        if platform.is_first_rank() and notes:
+            print("\n".join(notes), flush=True)
         try:
             self._train()
         except BaseException:
@@ -293,7 +298,7 @@ class Trainer:
             | {"learning_rate": current_learning_rate(self.optimizer)}
             | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
-            tokenizer_files=self._tokenizer_files,
+            model_files=self._model_files,
             optimizer_sharding=self.recipe.checkpoint.optimizer_sharding,
         )
 

@@ -152,7 +152,7 @@ def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(
         ("no column 'question'", problems, ["--prompt-template", "{question}"]),
         ("reference answer 'one' cannot be read", words, ["--answer-type", "number"]),
         ("ids must differ", twice, []),
-        ("leave the option out", problems, ["--chat"]),
+        ("omit --chat", problems, ["--chat"]),
         ("context is 512 tokens", problems, ["--max-new-tokens", "500"]),
         ("all the same", problems, ["--num-samples", "4"]),
     ]

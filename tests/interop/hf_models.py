@@ -35,6 +35,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_SHAPE, rms_norm_eps=1e-5),
     "llama3-scaled-tied": transformers.LlamaConfig(
@@ -47,14 +48,43 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
         **_SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, use_sliding_window=False
     ),
     "qwen3-tied": transformers.Qwen3Config(**_SHAPE, head_dim=64, tie_word_embeddings=True),
+    "llama-biases-linear": transformers.LlamaConfig(
+        **_SHAPE,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    ),
+    "qwen2-yarn": transformers.Qwen2Config(**_SHAPE, rope_parameters=_YARN),
 }
+# Not compared with vLLM, which has no biases behind Qwen3's attention; for the others two of a kind suffice.
+WITHOUT_VLLM: dict[str, transformers.PreTrainedConfig] = {
+    "qwen3-biases-yarn": transformers.Qwen3Config(
+        **_SHAPE,
+        attention_bias=True,
+        rope_parameters={**_YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 0.8},
+    ),
+    "llama-attention-bias-yarn": transformers.LlamaConfig(
+        **_SHAPE, attention_bias=True, rope_parameters={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
+    ),
+    "llama-mlp-bias-llama3": transformers.LlamaConfig(
+        **_SHAPE,
+        mlp_bias=True,
+        rope_parameters={
+            **_LLAMA3_ROPE,
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 8.0,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+}
+ALL_CONFIGS = CONFIGS | WITHOUT_VLLM
 
 
 @torch.no_grad()
 def save_hf_model(name: str, folder: Path, tokenizer: Path, **options: Any) -> Path:
     """A model with random weights everywhere (norms and biases too) and a tokenizer, as transformers saves it."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=options.pop("dtype", torch.float32))
+    model = transformers.AutoModelForCausalLM.from_config(ALL_CONFIGS[name], dtype=options.pop("dtype", torch.float32))
     for key, parameter in model.named_parameters():
         if "norm" in key:
             parameter.add_(0.3 * torch.randn_like(parameter))

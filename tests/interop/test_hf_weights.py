@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hf_models import (
+    ALL_CONFIGS,
     CONFIGS,
     VOCAB_SIZE,
     assert_same_weights,
@@ -20,6 +21,7 @@ from hf_models import (
     save_hf_model,
     some_tokens,
 )
+from safetensors.torch import save_file
 
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.interop.hf_export import export_hf, read_model_config, write_safetensors
@@ -27,10 +29,12 @@ from megatron_tpt.interop.hf_import import import_hf
 from megatron_tpt.interop.options import ExportOptions, ImportOptions
 
 HERE = Path(__file__).parent
+_RARER = ["llama-biases-linear", "qwen2-yarn"]
+_USUAL = [name for name in CONFIGS if name not in _RARER]
 Folders = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_imported_model_has_the_logits_of_transformers(name: str, hf_folder: Folders, imported: Folders) -> None:
     tokens = some_tokens()
     expected = hf_logits(hf_folder(name), tokens)
@@ -39,7 +43,7 @@ def test_imported_model_has_the_logits_of_transformers(name: str, hf_folder: Fol
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_import_then_export_gives_back_every_bit(
     name: str, hf_folder: Folders, imported: Folders, tmp_path: Path
 ) -> None:
@@ -47,9 +51,10 @@ def test_import_then_export_gives_back_every_bit(
     assert_same_weights(tmp_path / "back", hf_folder(name))
     exported, original = (transformers.AutoConfig.from_pretrained(f) for f in (tmp_path / "back", hf_folder(name)))
     for field in (*json.loads((tmp_path / "back" / "config.json").read_text()), "rope_parameters"):
-        if field not in ("torch_dtype", "bos_token_id", "eos_token_id"):
+        if field == "eos_token_id" and original.eos_token_id is None:
+            assert exported.eos_token_id == Tokenizer(hf_folder(name)).eos_id
+        elif field != "torch_dtype":
             assert getattr(exported, field, None) == getattr(original, field, None), field
-    assert exported.eos_token_id == Tokenizer(hf_folder(name)).eos_id
     tokens = some_tokens(1, 32)
     assert torch.equal(hf_logits(tmp_path / "back", tokens), hf_logits(hf_folder(name), tokens))
 
@@ -58,7 +63,7 @@ def test_import_then_export_gives_back_every_bit(
 def test_export_does_not_depend_on_the_layout_that_wrote_the_checkpoint(
     tensor_parallel: str, pipeline_parallel: str, hf_folder: Folders, imported: Folders, tmp_path: Path
 ) -> None:
-    names = ("qwen2", "qwen3-tied")
+    names = ("qwen2", "qwen3-tied", "llama-biases-linear")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [HERE / "layout_worker.py", tensor_parallel, pipeline_parallel, tmp_path, *map(imported, names)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -68,20 +73,29 @@ def test_export_does_not_depend_on_the_layout_that_wrote_the_checkpoint(
         assert_same_weights(tmp_path / name, hf_folder(name))
 
 
-def test_vllm_and_megatron_choose_the_same_tokens(imported: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [_USUAL, pytest.param(_RARER, marks=pytest.mark.slow)])
+def test_vllm_and_megatron_choose_the_same_tokens(names: list[str], imported: Folders, tmp_path: Path) -> None:
     num_new_tokens = 24
     prompts = some_tokens(num_rows=20, length=12)
-    for name in CONFIGS:
+    for name in names:
         export_hf(ExportOptions(imported(name), tmp_path / name))
-    command = [sys.executable, HERE / "vllm_worker.py", str(num_new_tokens), *(tmp_path / name for name in CONFIGS)]
+    command = [sys.executable, HERE / "vllm_worker.py", str(num_new_tokens), *(tmp_path / name for name in names)]
     result = subprocess.run(command, input=json.dumps(prompts.tolist()), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for name, generated in zip(CONFIGS, json.loads(result.stdout.splitlines()[-1]), strict=True):
+    for name, generated in zip(names, json.loads(result.stdout.splitlines()[-1]), strict=True):
         expected, lead = megatron_greedy(imported(name), prompts, num_new_tokens)
         print(f"{name}: smallest lead of a chosen token's logit {lead:.2e}")
-        eos_id = Tokenizer(tmp_path / name).eos_id
-        until_eos = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in expected.tolist()]
-        assert generated == until_eos, name
+        ends = {Tokenizer(tmp_path / name).eos_id, exported_end(tmp_path / name)}
+        assert generated == [until_end(row, ends) for row in expected.tolist()], name
+
+
+def exported_end(folder: Path) -> int:
+    end: int = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    return end
+
+
+def until_end(row: list[int], ends: set[int]) -> list[int]:
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
 def test_models_in_several_files_are_read_and_written(tokenizer: Path, hf_folder: Folders, tmp_path: Path) -> None:
@@ -124,3 +138,26 @@ def test_import_keeps_the_shape_of_the_model_and_only_the_tokenizers_files(
     assert "tokenizer.json" in kept
     assert not kept & {"model.safetensors", "config.json"}
     assert Tokenizer(checkpoint / "tokenizer").fingerprint == Tokenizer(hf_folder("llama3-scaled-tied")).fingerprint
+
+
+@pytest.mark.parametrize("spoil", ["other_output", "same_output", "no_embedding"])
+def test_embeddings_are_tied_where_transformers_ties_them(
+    spoil: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_hf_model("qwen3-tied", tmp_path / "model", tokenizer)
+    weights = hf_weights(folder)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding * 0.5 if spoil == "other_output" else embedding.clone()
+    if spoil == "no_embedding":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    import_hf(ImportOptions(folder, tmp_path / "checkpoint"))
+    said = capsys.readouterr().out
+    assert ("not tied" in said, "is missing" in said) == (spoil == "other_output", spoil == "no_embedding")
+    export_hf(ExportOptions(tmp_path / "checkpoint", tmp_path / "back"))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (spoil != "other_output")
+    tokens = some_tokens(1, 32)
+    expected = hf_logits(folder, tokens)
+    assert torch.equal(hf_logits(tmp_path / "back", tokens), expected)
+    assert (megatron_logits(tmp_path / "checkpoint", tokens) - expected).abs().max() < 1e-4

@@ -54,32 +54,57 @@ def assert_refused(convert: Callable[[], None], output: Path, *words: str) -> No
     [
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None}, "architectures"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
-        (
-            {
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 2.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                }
-            },
-            "low_freq_factor",
-        ),
+        ({"architectures": ["Qwen2ForCausalLM"], "attention_bias": True}, "attention_bias"),
+        ({"architectures": ["Qwen3ForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier"),
+        ({"scale_depth": 1.4}, "scale_depth"),
+        ({"dim_model_base": 256}, "dim_model_base"),
+        ({"no_rope_layers": [1, 1, 0]}, "no_rope_layers"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}}, "longrope"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [16, 24, 24]}}, "mrope_section"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
 def test_what_our_models_lack_is_refused_by_name(change: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         from_hf_config({**CONFIG, **change}, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_logit_softcapping": None},
+        {"residual_multiplier": 1.0},
+        {"embd_pdrop": 0.0},
+        {"use_qk_norm": False},
+        {"pretraining_tp": 1},
+        {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False},
+        {"my_note": {"a": 1}, "unsloth_version": "2025.1", "training_run": 17},
+        {"_attn_implementation": "eager", "use_flash_attn": True, "use_cache": False},
+        {"temperature": 0.7, "pad_token_id": 3},
+    ],
+)
+def test_fields_that_change_nothing_are_kept(change: dict[str, Any]) -> None:
+    original = {**CONFIG, "head_dim": 16, "num_key_value_heads": 4, **change}
+    model = from_hf_config(original, Path("config.json"))
+    config = to_hf_config(model, dtype="float32", token_ids={}, original=original)
+    assert {name: config[name] for name in change} == change
+    back = from_hf_config(config, Path("config.json"))
+    assert dataclasses.replace(back, head_dim=16) == model
 
 
 def test_both_spellings_of_the_rope_settings_are_read() -> None:
@@ -97,9 +122,24 @@ def test_both_spellings_of_the_rope_settings_are_read() -> None:
 
 
 def test_config_json_survives_the_way_there_and_back() -> None:
-    for options in ({}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 48}, {"rope_scaling_factor": 32.0}):
+    biases = {"qkv_bias": True, "attention_output_bias": True}
+    yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_beta_fast": 16.0, "rope_truncate": False}
+    for options in (
+        {},
+        {"qkv_bias": True},
+        {"qk_norm": True, "head_dim": 48},
+        {"rope_scaling_factor": 32.0},
+        {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 2.0, "rope_original_context": 4096},
+        {"rope_scaling_type": "linear", "rope_scaling_factor": 2.5},
+        yarn,
+        {**yarn, "rope_attention_factor": 0.5},
+        biases,
+        {"mlp_bias": True},
+        {**biases, "mlp_bias": True},
+        {**biases, "qk_norm": True, "head_dim": 48},
+    ):
         model = ModelConfig(vocab_size=300, num_query_groups=2, tie_embeddings=True, **options)
-        config = to_hf_config(model, dtype="float32", bos_id=None, eos_id=0)
+        config = to_hf_config(model, dtype="float32", token_ids={})
         back = from_hf_config(config, Path("config.json"))
         assert back.kv_channels == model.kv_channels
         assert dataclasses.replace(back, head_dim=model.head_dim) == model
@@ -109,13 +149,15 @@ def test_config_json_survives_the_way_there_and_back() -> None:
     "options, word",
     [
         ({"qkv_bias": True, "qk_norm": True}, "qk_norm"),
+        ({"attention_output_bias": True}, "attention_output_bias"),
+        ({"mlp_bias": True, "qkv_bias": True}, "mlp_bias"),
         ({"qkv_bias": True, "head_dim": 32}, "head_dim"),
         ({"hidden_size": 66, "head_dim": 32}, "hidden_size"),
     ],
 )
 def test_models_without_a_hugging_face_counterpart_are_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        to_hf_config(ModelConfig(vocab_size=300, **options), dtype="float32", bos_id=None, eos_id=0)
+        to_hf_config(ModelConfig(vocab_size=300, **options), dtype="float32", token_ids={})
 
 
 def spoil_nothing_there(folder: Path) -> str:

@@ -38,7 +38,9 @@ def test_flops_per_token_are_those_that_torch_counts() -> None:
 
 
 def test_number_of_parameters_is_that_of_the_model() -> None:
-    for model in (MODEL, ModelConfig(vocab_size=300, tie_embeddings=True, qkv_bias=True, qk_norm=True, head_dim=32)):
+    biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    tied = ModelConfig(vocab_size=300, tie_embeddings=True, qkv_bias=True, qk_norm=True, head_dim=32)
+    for model in (MODEL, tied, ModelConfig(vocab_size=300, **biases), ModelConfig(vocab_size=300, mlp_bias=True)):
         with platform.process_groups(ParallelConfig()):
             platform.seed_everything(0)
             gpt = build_model(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=0)

@@ -192,3 +192,28 @@ def test_a_run_goes_on_along_the_same_curve_under_another_layout(
     assert [m["step"] for m in moved] == list(range(1, 11))
     for name in ("loss", "grad_norm"):
         assert [m[name] for m in moved] == pytest.approx([m[name] for m in unbroken], rel=1e-5), name
+
+
+@slow
+@pytest.mark.parametrize("layout", ["tp2-sequence", "pp2"])
+def test_biases_and_stretched_positions_train_alike_under_every_layout(
+    layout: str, train: Train, tmp_path: Path, deep: dict
+) -> None:
+    changes = {
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_original_context": 16,
+    }
+    arguments = {"program": GRADIENT_WORKER, "changes": {**deep, "model": {**deep["model"], **changes}}}
+    train("one", **arguments)
+    num_processes, overrides = LAYOUTS[layout]
+    train(layout, *overrides, num_processes=num_processes, **arguments)
+    expected = gathered(tmp_path, "one")
+    assert sum(key.endswith(".bias") for key in expected) == 4
+    # The loss hardly depends on the keys' biases: Adam makes steps of full size of gradients that are mostly rounding.
+    for what, tolerance in (("gradients", 1e-5), ("weights", 1e-4)):
+        found = distances(gathered(tmp_path, layout, what), gathered(tmp_path, "one", what))
+        assert max(found.values()) <= tolerance, (what, found)

@@ -1,0 +1,59 @@
+"""Rotary frequencies, with the changes that stretch a context after training, as Hugging Face's models compute them."""
+
+import math
+
+import torch
+
+from megatron_tpt.config.model import ModelConfig
+
+
+def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+    """The angle of each pair of a head's dimensions per position, in radians: [head_dim / 2], fp32, on the CPU."""
+    exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32, device="cpu") / model.kv_channels
+    frequencies = 1.0 / model.rotary_base**exponents
+    factor = model.rope_scaling_factor
+    if factor is None:
+        return frequencies
+    if model.rope_scaling_type == "linear":
+        return frequencies / factor
+    share = _llama3_share(frequencies, model) if model.rope_scaling_type == "llama3" else _yarn_share(model)
+    return (1 - share) * frequencies / factor + share * frequencies
+
+
+def rotary_attention_factor(model: ModelConfig) -> float:
+    """The factor on cosines and sines: yarn's temperature of attention, 1 elsewhere."""
+    if model.rope_scaling_factor is None or model.rope_scaling_type != "yarn":
+        return 1.0
+    if model.rope_attention_factor is not None:
+        return model.rope_attention_factor
+    return yarn_mscale(model.rope_scaling_factor)
+
+
+def yarn_mscale(factor: float, weight: float = 1.0) -> float:
+    """0.1 weight ln(factor) + 1 (https://arxiv.org/abs/2309.00071, equation 22); 1 where nothing is stretched."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _llama3_share(frequencies: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """How much of each frequency stays as it is: 0 for slow ones, 1 for fast ones, in between by their turns in the
+    original context."""
+    turns = model.rope_original_context * frequencies / (2 * math.pi)
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_share(model: ModelConfig) -> torch.Tensor:
+    """The same for yarn, in between by the dimension's number."""
+
+    def dimension(turns: float) -> float:
+        """Where a frequency makes so many turns in the original context."""
+        per_turn = model.rope_original_context / (turns * 2 * math.pi)
+        return model.kv_channels * math.log(per_turn) / (2 * math.log(model.rotary_base))
+
+    low, high = dimension(model.rope_beta_fast), dimension(model.rope_beta_slow)
+    if model.rope_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, model.kv_channels - 1)
+    width = high - low or 0.001  # both at one dimension
+    numbers = torch.arange(model.kv_channels // 2, dtype=torch.float32, device="cpu")
+    return 1 - ((numbers - low) / width).clamp(0, 1)

@@ -1,0 +1,217 @@
+"""What a checkpoint keeps of its model besides the weights, handed from run to run and written to exports.
+
+    tokenizer/               the tokenizer of the data, with the chat template
+    generation_config.json   Hugging Face's: the tokens that end a completion, defaults of sampling
+    hf_config.json           config.json of the model that was imported
+    history.json             what the runs that led here did and an export needs to know
+
+A run takes the last three from the checkpoint it resumes or starts from. Fine-tuning adds the tokens that end a turn of
+its data.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+import yaml
+
+from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.indexing.tokenizer import Tokenizer, read_tokenizer_files, tokenizer_fingerprint
+
+GENERATION_CONFIG = "generation_config.json"
+HF_CONFIG = "hf_config.json"
+HISTORY = "history.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+_TEMPLATE_FILE = "chat_template.jinja"
+_TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
+
+
+class ModelFiles(NamedTuple):
+    """What the checkpoints of a run keep."""
+
+    contents: dict[str, bytes]
+    """By name in the checkpoint's folder."""
+    notes: list[str]
+    """What a user should know of them, one line each."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the runs that led to a checkpoint did, and its export needs to know."""
+
+    longest_sequence: int = 0
+    """The longest training.sequence_length; 0 when nothing was trained."""
+    end_of_turn_ids: list[int] = field(default_factory=list)
+    """Tokens that end a turn in the chats of fine-tuning; those of the newest data first."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "History":
+        """Of a checkpoint; one of an earlier version knows its own run's length alone."""
+        if content := read_json(checkpoint / HISTORY):
+            return cls(**content)
+        recipe = checkpoint / "recipe.yaml"
+        training = (yaml.safe_load(recipe.read_text()) or {}).get("training") if recipe.is_file() else None
+        return cls(longest_sequence=(training or {}).get("sequence_length", 0))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty when there is no file. Raises UserError when it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it or remove it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: restore it or remove it")
+    return content
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """As the files of a model hold it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> ModelFiles:
+    """What the checkpoints of a run keep that resumes or starts from the checkpoint `origin`, if any."""
+    notes: list[str] = []
+    contents = _tokenizer_contents(recipe, tokenizer_path, origin, notes)
+    history = History.read(origin) if origin else History()
+    new_ids = _end_of_turn_ids(recipe, notes)
+    history = replace(
+        history,
+        longest_sequence=max(history.longest_sequence, recipe.training.sequence_length),
+        end_of_turn_ids=list(dict.fromkeys([*new_ids, *history.end_of_turn_ids])),
+    )
+    settings = {name: read_json(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
+    if origin and tokenizer_path:
+        settings = {name: _with_ids_of(tokenizer_path, origin, one, notes) for name, one in settings.items()}
+    if new_ids and tokenizer_path:
+        ids = special_token_ids(settings[HF_CONFIG], tokenizer_path)
+        generation = {**(settings[GENERATION_CONFIG] or without_none(ids))}
+        ends = generation.get("eos_token_id")
+        generation["eos_token_id"] = with_end_ids(ids["eos_token_id"] if ends is None else ends, new_ids)
+        settings[GENERATION_CONFIG] = generation
+    contents |= {name: json_bytes(one) for name, one in settings.items() if one}
+    contents[HISTORY] = json_bytes(asdict(history))
+    return ModelFiles(contents, notes)
+
+
+def without_none(ids: dict[str, Any]) -> dict[str, Any]:
+    """Those that name a token."""
+    return {name: id for name, id in ids.items() if id is not None}
+
+
+def special_token_ids(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id as the config.json of an imported model names them, or else the
+    tokenizer of this folder. There always are end tokens."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if name in config} if config else _ids_named_by(tokenizer)
+    if ids.get("eos_token_id") is None:
+        ids["eos_token_id"] = Tokenizer(tokenizer).eos_id
+    return ids
+
+
+def _ids_named_by(tokenizer: Path) -> dict[str, Any]:
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    ids = dict[str, Any]()
+    for kind in ("bos", "pad"):
+        tokens = [read_json(tokenizer / name).get(f"{kind}_token") for name in TOKENIZER_SETTINGS]
+        names = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        name = next(filter(None, names), None)
+        ids[f"{kind}_token_id"] = None if name is None else backend.token_to_id(name)
+    return ids
+
+
+def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[int]:
+    """End tokens with more of them, the new ones first. What names all of them already stays: one number or a list."""
+    known = ends if isinstance(ends, list) else [ends]
+    added = [id for id in dict.fromkeys(new_ids) if id not in known]
+    return [*added, *known] if added else ends
+
+
+def _packed_prefixes(recipe: Recipe) -> list[Path]:
+    return recipe.data.train if isinstance(recipe, FinetuneRecipe) and is_packed(recipe.data.train) else []
+
+
+def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
+    manifests = {prefix: PackManifest.read(prefix) for prefix in _packed_prefixes(recipe)}
+    for prefix, manifest in manifests.items():
+        if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
+            notes.append(
+                f"WARNING: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
+                f"after its answers: pack again (tools/pack_sft.py) if an earlier version packed it, or end turns in "
+                f"the chat template with a special token"
+            )
+    return list(dict.fromkeys(id for manifest in manifests.values() for id in manifest.end_of_turn_ids))
+
+
+def chat_template(folder: Path) -> str | list[Any] | None:
+    """The chat template of a tokenizer folder, in any of the forms in which transformers keeps it; None where there is
+    none, or no folder."""
+    file = folder / _TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template: str | list[Any] | None = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return template
+
+
+def _tokenizer_contents(
+    recipe: Recipe, tokenizer_path: Path | None, origin: Path | None, notes: list[str]
+) -> dict[str, bytes]:
+    """The files of tokenizer/. A chat template that the data's tokenizer lacks comes from the packed data, or from the
+    checkpoint that the run resumes or starts from."""
+    if tokenizer_path is None:
+        return {}
+    files = read_tokenizer_files(tokenizer_path)
+    own = chat_template(tokenizer_path)
+    of_data = [Path(f"{prefix}.tokenizer") for prefix in _packed_prefixes(recipe)]
+    packed = [folder for folder in of_data if chat_template(folder)]
+    start = [origin / "tokenizer"] if origin else []
+    other = next((folder for folder in [*packed, *start] if chat_template(folder)), None)
+    if not own and other:
+        own = chat_template(other)
+        if isinstance(own, str):
+            files[_TEMPLATE_FILE] = own.encode()
+        else:
+            config = {**read_json(tokenizer_path / "tokenizer_config.json"), "chat_template": own}
+            files["tokenizer_config.json"] = json_bytes(config)
+        notes.append(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
+    if differing := [folder for folder in packed if chat_template(folder) != own]:
+        notes.append(
+            f"WARNING: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
+            f"all data with one template, and give the tokenizer folder that has it (data.tokenizer)"
+        )
+    return {f"tokenizer/{name}": content for name, content in files.items()}
+
+
+def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Settings of a checkpoint for another tokenizer: ids of the tokens of the same names."""
+    before = origin / "tokenizer"
+    if not settings or not (before / "tokenizer.json").is_file():
+        return settings
+    if tokenizer_fingerprint(before) == tokenizer_fingerprint(tokenizer):
+        return settings
+    old, new = (tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (before, tokenizer))
+
+    def translate(value: Any) -> Any:
+        if isinstance(value, list):
+            return [id for id in map(translate, value) if id is not None]
+        name = old.id_to_token(value) if isinstance(value, int) else None
+        return None if name is None else new.token_to_id(name)
+
+    result = {name: value for name, value in settings.items() if name not in _TOKENS_BY_ID}
+    lost = [f"{name}={settings[name]}" for name in settings if name in _TOKENS_BY_ID and settings[name]]
+    for name in [name for name in result if name.endswith("_token_id")]:
+        result[name] = translate(settings[name])
+        if settings[name] is not None and result[name] in (None, []):
+            lost.append(f"{name}={settings[name]}")
+            del result[name]
+    if lost:
+        notes.append(f"WARNING: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
+    return result
