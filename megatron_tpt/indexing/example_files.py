@@ -19,7 +19,7 @@ def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Exam
     """Number (from 1) and example, or what is wrong, of every line or row of a file. Blank lines are passed over."""
     batch: list[tuple[int, dict[str, Any] | BadExample]] = []
     num_bytes = 0
-    for number, fields, size in _read_fields(path, format.columns):
+    for number, fields, size in _read_fields(path, format):
         batch.append((number, fields))
         num_bytes += size
         if num_bytes >= _BYTES_PER_BATCH or len(batch) >= _ROWS_PER_BATCH:
@@ -33,13 +33,15 @@ def _encode(
 ) -> Iterator[tuple[int, Example | BadExample]]:
     encoded = iter(format.encode_batch([fields for _, fields in batch if not isinstance(fields, BadExample)]))
     for number, fields in batch:
-        yield number, fields if isinstance(fields, BadExample) else next(encoded)
+        found = fields if isinstance(fields, BadExample) else next(encoded)
+        for example in [found] if isinstance(found, BadExample) else found:
+            yield number, example
 
 
-def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
+def _read_fields(path: Path, format: ExampleFormat) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
     """Number, fields and size in bytes of every line or row."""
     if path.name.endswith((".parquet", ".arrow")):
-        for number, row in enumerate(_table_rows(path, columns), start=1):
+        for number, row in enumerate(_table_rows(path, format), start=1):
             yield number, row, 0
         return
     import pyarrow
@@ -66,15 +68,34 @@ def _json_object(line: bytes) -> dict[str, Any] | BadExample:
     return fields if isinstance(fields, dict) else BadExample("no JSON object", f"it is a {type(fields).__name__}")
 
 
-def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _table_rows(path: Path, format: ExampleFormat) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     is_parquet = path.name.endswith(".parquet")
-    pieces = (parquet_pieces if is_parquet else arrow_pieces)(path, Columns(",".join(columns)), lambda _: None)
+    read = parquet_pieces if is_parquet else arrow_pieces
     try:
-        for piece in pieces:
+        columns = _columns(path, format, is_parquet)
+        for piece in read(path, Columns(",".join(columns)), lambda _: None):
             for batch in piece.batches():
                 yield from batch.select(list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = "Parquet" if is_parquet else "Arrow"
         raise UserError(f"{path}: not readable as {kind} ({str(error).splitlines()[0]})") from None
+
+
+def _columns(path: Path, format: ExampleFormat, is_parquet: bool) -> tuple[str, ...]:
+    """Which columns of a table make its examples. Raises UserError when it has none of them."""
+    import pyarrow.parquet
+
+    if is_parquet:
+        names = pyarrow.parquet.read_schema(path).names
+    else:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                names = pyarrow.ipc.open_file(file).schema.names
+            except pyarrow.ArrowInvalid:
+                names = pyarrow.ipc.open_stream(file).schema.names
+    try:
+        return format.choose_columns(names)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

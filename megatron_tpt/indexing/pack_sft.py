@@ -20,6 +20,7 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import sync_tree
+from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.conversations import ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.journal import working_folder, working_path
@@ -60,6 +61,10 @@ def pack_sft(options: PackOptions) -> PackManifest:
         sequence_length=options.sequence_length,
         on_too_long=options.on_too_long,
         on_bad_example=options.on_bad_example,
+        chat_template_kwargs=options.template_variables(),
+        tools_column=options.tools_column,
+        inline_reasoning=options.inline_reasoning,
+        ignore_fields=tuple(options.ignore_fields),
     )
     if (finished := _finished(options.output, settings, files)) is not None:
         print(f"{options.output}: already done and whole; {_summary(finished)}")
@@ -91,13 +96,25 @@ def pack_sft(options: PackOptions) -> PackManifest:
 
 def _format(options: PackOptions, tokenizer: Tokenizer) -> tuple[PairFormat | ConversationFormat, str | None, str]:
     """How to read the input, the checksum of the chat template, and where the loss mask comes from."""
-    if options.prompt_column is not None and options.response_column is not None:
-        return PairFormat(tokenizer, options.prompt_column, options.response_column), None, "response"
     from megatron_tpt.indexing.chat_template import ChatTemplate
 
-    template = ChatTemplate(tokenizer, options.chat_template, options.today())
+    columns = ChatColumns(
+        options.messages_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
+    )
+    if options.prompt_column is not None and options.response_column is not None:
+        try:
+            template = ChatTemplate(tokenizer, options.chat_template, options.today(), options.template_variables())
+        except UserError:
+            if options.chat_template is not None or options.date is not None or options.chat_template_kwargs:
+                raise
+            return PairFormat(tokenizer, options.prompt_column, options.response_column), None, "response"
+        chats = ConversationFormat(tokenizer, template, columns, options.inline_reasoning)
+        is_asked_for = options.chat_template is not None or options.date is not None or options.chat_template_kwargs
+        pairs = PairFormat(tokenizer, options.prompt_column, options.response_column, chats, bool(is_asked_for))
+        return pairs, template.checksum if is_asked_for else None, "response"
+    template = ChatTemplate(tokenizer, options.chat_template, options.today(), options.template_variables())
     source = "generation spans" if template.has_generation_spans else "prefixes"
-    return ConversationFormat(tokenizer, template, options.messages_column), template.checksum, source
+    return ConversationFormat(tokenizer, template, columns, options.inline_reasoning), template.checksum, source
 
 
 def _summary(manifest: PackManifest) -> str:
@@ -175,6 +192,7 @@ class _Reader:
         self._format = format
         self._store = store
         self._skipped: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
         self._num_truncated = 0
         self._num_open_ended = 0
         self._last_report = time.monotonic()
@@ -192,6 +210,7 @@ class _Reader:
                 else:
                     raise UserError(f"{path}:{number}: {example}; or leave such out with --on-bad-example skip")
                 self._report()
+        self._notes.update(self._format.take_notes())
         num_examples = len(self._store) - before
         return Source(str(path.resolve()), num_examples, status.st_size, status.st_mtime_ns, checksum.result())
 
@@ -223,6 +242,8 @@ class _Reader:
         if len(self._store) == 0:
             skipped = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.items())
             raise UserError(f"the input holds no example to pack ({skipped or 'its files are empty'})")
+        for note, count in self._notes.items():
+            print(f"note: {note} ({count:,})", file=sys.stderr)
         if self._num_open_ended:
             print(
                 f"warning: the learned part of {self._num_open_ended:,} examples does not end with a special token: "
