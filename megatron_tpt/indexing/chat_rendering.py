@@ -171,7 +171,8 @@ class ConversationRenderer:
 def _not_as_prompted(number: int) -> TemplateError:
     return TemplateError(
         f"message {number + 1} does not follow the generation prompt as it is written, so that no model would be asked "
-        f"for it: give another chat template (--chat-template)"
+        f"for it; prompts that open or close the thinking need answers with or without reasoning: give another chat "
+        f"template (--chat-template), or other variables, as in --chat-template-kwargs '{{\"enable_thinking\": false}}'"
     )
 
 

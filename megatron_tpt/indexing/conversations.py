@@ -236,7 +236,9 @@ class ConversationFormat:
         if self._reasoning_field is not None:
             chats.insert(0, _with_reasoning_apart(chat, self._reasoning_field))
         first: TemplateError | None = None
-        for note, form in itertools.chain.from_iterable(_forms(self._spelt_out(one)) for one in chats):
+        with_parts = self._template.mentions("text")
+        forms = (form for one in chats for form in _forms(self._spelt_out(one), with_parts=with_parts))
+        for note, form in forms:
             try:
                 rendered = self._template.render(
                     form.messages,
@@ -344,33 +346,35 @@ def _with_reasoning_apart(chat: Chat, field: str) -> Chat:
     return replace(chat, messages=messages)
 
 
-def _forms(chat: Chat) -> Iterator[tuple[str | None, Chat]]:
+def _forms(chat: Chat, *, with_parts: bool) -> Iterator[tuple[str | None, Chat]]:
     """A conversation in the forms that templates ask for, and a note where one says something else than was given.
 
-    As it is; with arguments as text (DeepSeek's), with an empty content where there is none, or with none where it is
-    empty; and with the developer's message as the system's, for templates that know no developer.
+    Where an answer has no content, an empty one, or none at all (DeepSeek's); arguments as an object, or as text
+    (DeepSeek's); the developer's message as it is, or as the system's, for templates that know no developer; contents
+    as they are, or `with_parts` as lists (those of models that see).
     """
-    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
-    arguments = ("object", "text") if calls else ("object",)
-    contents = (
-        ("given", "empty", "none")
-        if any("tool_calls" in m or m["content"] is None for m in chat.messages)
-        else ("given",)
-    )
+    has_calls = any("tool_calls" in message for message in chat.messages)
     has_developer = any(message["role"] == "developer" for message in chat.messages)
-    for role in ("developer", "system") if has_developer else ("developer",):
-        note = "role 'developer' is written as 'system', since the chat template knows no developer"
-        for content, argument in itertools.product(contents, arguments):
-            messages = [_in_form(message, content, argument, role) for message in chat.messages]
-            yield (note if role == "system" else None), replace(chat, messages=messages)
+    forms = itertools.product(
+        ("developer", "system") if has_developer else ("developer",),
+        (False, True) if with_parts else (False,),
+        ("", None) if any(not message["content"] for message in chat.messages) else ("",),
+        ("object", "text") if has_calls else ("object",),
+    )
+    note = "role 'developer' is written as 'system', since the chat template knows no developer"
+    for developer, as_parts, empty, arguments in forms:
+        messages = [_in_form(message, developer, as_parts, empty, arguments) for message in chat.messages]
+        yield (note if developer == "system" else None), replace(chat, messages=messages)
 
 
-def _in_form(message: Message, content: str, arguments: str, developer: str) -> Message:
+def _in_form(message: Message, developer: str, as_parts: bool, empty: str | None, arguments: str) -> Message:
     message = dict(message)
     if message["role"] == "developer":
         message["role"] = developer
-    if not message["content"] and content != "given":
-        message["content"] = "" if content == "empty" else None
+    if not message["content"]:
+        message["content"] = empty
+    elif as_parts and isinstance(message["content"], str):
+        message["content"] = [{"type": "text", "text": message["content"]}]
     if "tool_calls" in message:
         message["tool_calls"] = [_call_in_form(call, arguments) for call in message["tool_calls"]]
     return message
