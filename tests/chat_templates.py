@@ -1,5 +1,6 @@
 """Chat templates of the common families, with and without generation spans, and a tokenizer that knows their tokens."""
 
+import json
 from pathlib import Path
 
 from megatron_tpt.indexing.options import TrainTokenizerOptions
@@ -49,6 +50,32 @@ _WITHOUT_EARLIER_REASONING = (
 QWEN = _WITHOUT_EARLIER_REASONING.replace("BEGIN", "").replace("END", "")
 QWEN_WITH_SPANS = _WITHOUT_EARLIER_REASONING.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+# Counts messages, and says so at the end of what it writes.
+STATEFUL = (
+    "{% set seen = namespace(users=0) %}{% for message in messages %}"
+    "{% if message.role == 'user' %}{% set seen.users = seen.users + 1 %}{% endif %}"
+    "{{ '<|im_start|>' + message.role + (seen.users | string) + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + (seen.users | string) + '\n' }}{% endif %}"
+)
+FAMILY_TOKENS = [
+    *SPECIAL_TOKENS,
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),
+    *("<bos>", "<start_of_turn>", "<end_of_turn>", "<turn|>", "<|turn>", "<|user|>", "<|assistant|>", "<|system|>"),
+    *("<|end|>", "<|observation|>", "[gMASK]", "<sop>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    *("<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|tool_call_start|>"),
+]
+"""The special tokens of the models in use whose templates are tried."""
+
+
+def make_family_tokenizer(folder: Path, records: Path) -> Path:
+    """The same with the tokens of all families, a token that begins a text, and no template."""
+    options = TrainTokenizerOptions(input=[records], output=folder, vocab_size=450, special_tokens=FAMILY_TOKENS)
+    train_tokenizer(options)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|begin_of_text|>"}))
+    return folder
 
 
 def make_chat_tokenizer(folder: Path, records: Path) -> Path:
