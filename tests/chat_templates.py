@@ -59,6 +59,33 @@ STATEFUL = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + (seen.users | string) + '\n' }}{% endif %}"
 )
+# Shows tools, calls, and reasoning under each of its names, or under one.
+KNOWS_ALL = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{{ tools | tojson }}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% set thoughts = message.reasoning_content or message.reasoning or message.thinking %}"
+    "{% if thoughts %}{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}"
+    "{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "<call>{{ call.function.name }}:{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+READS_THINKING = KNOWS_ALL.replace(
+    "message.reasoning_content or message.reasoning or message.thinking", "message.thinking"
+)
+# Shows reasoning after the last message of the user only, and closes it on demand.
+DROPS_REASONING = (
+    "{% set last = namespace(user=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > last.user %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 FAMILY_TOKENS = [
     *SPECIAL_TOKENS,
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),

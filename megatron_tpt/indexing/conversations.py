@@ -232,12 +232,14 @@ class ConversationFormat:
                 raise TemplateError(
                     f"it reads no 'tool_calls', which message {number} has: give one that does (--chat-template)"
                 )
-        chats = [chat]
+        chats = [self._spelt_out(chat)]
         if self._reasoning_field is not None:
-            chats.insert(0, _with_reasoning_apart(chat, self._reasoning_field))
+            chats.insert(0, self._spelt_out(_with_reasoning_apart(chat, self._reasoning_field)))
+        elif any(message.get(name) for message in chat.messages for name in REASONING_FIELDS):
+            chats.insert(0 if self._inline_reasoning else 1, _with_reasoning_inline(chats[0]))
         first: TemplateError | None = None
         with_parts = self._template.mentions("text")
-        forms = (form for one in chats for form in _forms(self._spelt_out(one), with_parts=with_parts))
+        forms = (form for one in chats for form in _forms(one, with_parts=with_parts))
         for note, form in forms:
             try:
                 rendered = self._template.render(
@@ -286,24 +288,13 @@ class ConversationFormat:
         )
 
     def _add_reasoning(self, message: Message, name: str, thoughts: str, number: int) -> None:
-        if self._template.mentions(name):
-            message[name] = thoughts
-        elif self._reasoning_field is not None:
-            message[self._reasoning_field] = thoughts
-        elif not thoughts:
-            return
-        elif self._inline_reasoning or self._template.mentions(CLOSE_TAG):
-            inlined = f"{OPEN_TAG}\n{thoughts.strip()}\n{CLOSE_TAG}\n\n"
-            content = message["content"]
-            if isinstance(content, list):
-                message["content"] = [{"type": "text", "text": inlined + content[0]["text"]}, *content[1:]]
-            else:
-                message["content"] = inlined + (content or "")
-        else:
+        field = name if self._template.mentions(name) else self._reasoning_field
+        if field is None and thoughts and not self._inline_reasoning and not self._template.mentions(CLOSE_TAG):
             raise TemplateError(
                 f"it reads no reasoning, which message {number} has under {name!r}: write it into the answers with "
                 f"--inline-reasoning, or give a template that reads it (--chat-template)"
             )
+        message[field or name] = thoughts
 
     def _spell(self, value: Any, where: str, *, keep_tags: bool) -> Any:
         """`value` with the special tokens' names in all its strings marked."""
@@ -342,6 +333,23 @@ def _with_reasoning_apart(chat: Chat, field: str) -> Chat:
             if found and not re.search(f"{OPEN_TAG}|{CLOSE_TAG}", found[1] + content[found.end() :]):
                 answer = content[found.end() :].lstrip("\n")
                 message = {**message, "content": answer, field: found[1].strip("\n")}
+        messages.append(message)
+    return replace(chat, messages=messages)
+
+
+def _with_reasoning_inline(chat: Chat) -> Chat:
+    """A conversation whose answers have their reasoning in the content, between think tags."""
+    messages = []
+    for message in chat.messages:
+        thoughts = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
+        if thoughts is not None:
+            message = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
+            inlined = f"{OPEN_TAG}\n{thoughts.strip()}\n{CLOSE_TAG}\n\n"
+            content = message["content"]
+            if isinstance(content, list):
+                message["content"] = [{"type": "text", "text": inlined + content[0]["text"]}, *content[1:]]
+            else:
+                message["content"] = inlined + (content or "")
         messages.append(message)
     return replace(chat, messages=messages)
 
@@ -514,7 +522,7 @@ def _is_written(value: Any, text: str) -> bool:
     if not isinstance(value, str):
         return any(form in text for form in (json.dumps(value, default=str), str(value)))
     value = unmarked(value).strip()
-    return any(form in text for form in (value, _json_text(value), _json_text(value, ascii=True)))
+    return any(form in text for form in (value, _json_text(value), _json_text(value, ascii=True), repr(value)[1:-1]))
 
 
 def _masked(parts: Sequence[tuple[Rendered, Encoded, list[int | None]]]) -> list[Example] | BadExample:

@@ -284,12 +284,17 @@ def test_ends_of_turns_are_told(make_format: MakeFormat, reference: Any) -> None
     assert format.turn_ends(examples_of(format, CHATS["system"])[0]) == [None]
 
 
-def test_answer_that_makes_a_token_with_the_prompt_is_refused_in_any_turn(make_format: MakeFormat) -> None:
-    format = make_format(CHATML)
-    bad = format.encode_batch(
-        [{"messages": [user("a"), answer("b"), user("c"), answer("\nd"), user("e"), answer("f")]}]
+def test_answer_that_makes_a_token_with_the_prompt_is_refused_in_any_turn(
+    make_format: MakeFormat, reference: Any
+) -> None:
+    assert len(reference.tokenize("ko")) == 1 and len(reference.tokenize("k o")) > 1
+    format = make_format(
+        CHATML.replace("message.role + '\n'", "message.role + ' k'").replace("assistant\n", "assistant k")
     )
-    assert isinstance(bad[0], BadExample) and "one token with the end of the generation prompt" in bad[0].detail
+    chat = [user("a"), answer("b"), user("c"), answer(" o"), user("e"), answer("f")]
+    assert len(examples_of(format, {"messages": chat})) == 1
+    (bad,) = format.encode_batch([{"messages": [*chat[:3], answer("o"), *chat[4:]]}])
+    assert isinstance(bad, BadExample) and "one token with the end of the generation prompt" in bad.detail
 
 
 @pytest.mark.parametrize(
