@@ -406,28 +406,21 @@ json_values = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["content", "value", "from", "reasoning", "tool_calls", "weight", "name", "function_call", "tone"]
+one_odd_field = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=1)
 random_messages = st.lists(
-    st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4).flatmap(
-        lambda m: st.sampled_from(["user", "assistant", "tool", "x"]).map(
-            lambda role: {"content": "a", **m, "role": role}
-        )
+    st.builds(
+        lambda role, fields: {"role": role, "content": "a", **fields},
+        st.sampled_from(["user", "assistant", "assistant", "tool"]),
+        one_odd_field,
     )
-    | json_values,
+    | json_values.filter(lambda value: value is not None),
     max_size=4,
 )
-COLUMNS = [
-    "messages",
-    "conversations",
-    "tools",
-    "chat_template_kwargs",
-    "system",
-    "prompt",
-    "completion",
-    "instruction",
-    "output",
-]
-random_records = st.dictionaries(st.sampled_from(COLUMNS), json_values | random_messages, max_size=4).flatmap(
-    lambda record: random_messages.map(lambda messages: {"messages": messages, **record})
+COLUMNS = ["messages", "conversations", "tools", "chat_template_kwargs", "system", "prompt", "completion", "output"]
+random_records = st.builds(
+    lambda messages, columns: {"messages": messages, **columns},
+    random_messages,
+    st.dictionaries(st.sampled_from(COLUMNS), json_values | random_messages, max_size=1),
 )
 
 
