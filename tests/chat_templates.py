@@ -86,7 +86,34 @@ DROPS_REASONING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+# Like Mistral's: no generation prompt, tools before the last message of the user only, ids in calls and results.
+MISTRAL = (
+    "{% set last = namespace(user=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and loop.index0 == last.user %}"
+    "{{ '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' and m.tool_calls %}[TOOL_CALLS]["
+    "{% for call in m.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}, "id": "{{ call.id }}"}'
+    "{{ '' if loop.last else ', ' }}{% endfor %}]{{ eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
+    "{% elif m.role == 'tool' %}"
+    '[TOOL_RESULTS]{"content": {{ m.content | tojson }}, "call_id": "{{ m.tool_call_id }}"}[/TOOL_RESULTS]'
+    "{% else %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+)
 FAMILY_TOKENS = [
+    *(
+        "[INST]",
+        "[/INST]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_CALLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+    ),
     *SPECIAL_TOKENS,
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),
     *("<bos>", "<start_of_turn>", "<end_of_turn>", "<turn|>", "<|turn>", "<|user|>", "<|assistant|>", "<|system|>"),
@@ -98,7 +125,7 @@ FAMILY_TOKENS = [
 
 def make_family_tokenizer(folder: Path, records: Path) -> Path:
     """The same with the tokens of all families, a token that begins a text, and no template."""
-    options = TrainTokenizerOptions(input=[records], output=folder, vocab_size=450, special_tokens=FAMILY_TOKENS)
+    options = TrainTokenizerOptions(input=[records], output=folder, vocab_size=460, special_tokens=FAMILY_TOKENS)
     train_tokenizer(options)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|begin_of_text|>"}))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import transformers
 import trl
-from chat_templates import CHATML, QWEN, STATEFUL, make_family_tokenizer
+from chat_templates import CHATML, MISTRAL, QWEN, STATEFUL, make_family_tokenizer
 from trl.chat_template_utils import get_training_chat_template
 
 from megatron_tpt.indexing.chat_template import ChatTemplate
@@ -138,6 +138,7 @@ OURS = {
     "chatml": (CHATML, ["plain", "system", "inline"]),
     "qwen": (QWEN, ["plain", "inline"]),
     "stateful": (STATEFUL, ["plain"]),
+    "mistral": (MISTRAL, ["plain", "tools"]),
 }
 CASES = [(name, chat) for name, chats in SHOWN.items() for chat in chats]
 CASES += [(name, chat) for name, (_, chats) in OURS.items() for chat in chats]
