@@ -371,6 +371,12 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
+def texts_of(message: Message) -> list[str]:
+    """The texts of a message's content."""
+    content = message["content"]
+    return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+
+
 def _flag(value: Any) -> bool | None:
     if isinstance(value, bool | int | float):
         return bool(value) if value in (0, 1) else None

@@ -66,7 +66,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
         reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
-        template = _read_template(reference, tokenizer.folder, path)
+        self.text = template = _read_template(reference, tokenizer.folder, path)
+        """The template itself."""
         self._program = ChatProgram(template)
         self._variables: dict[str, Any] = {**reference.special_tokens_map, **(variables or {})}
         for name in variables or {}:

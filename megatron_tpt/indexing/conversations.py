@@ -10,16 +10,16 @@ since that is where reasoning data keeps them.
 """
 
 import itertools
-import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_checks import require_shown
+from megatron_tpt.indexing.chat_forms import forms, reasoning_of, with_reasoning_apart, with_reasoning_inline
 from megatron_tpt.indexing.chat_program import TemplateError
 from megatron_tpt.indexing.chat_rendering import Rendered
 from megatron_tpt.indexing.chat_shapes import (
@@ -31,12 +31,11 @@ from megatron_tpt.indexing.chat_shapes import (
     read_chat,
     read_messages,
     text_of,
+    texts_of,
 )
-from megatron_tpt.indexing.chat_template import ESCAPED_MARKS, MARKS, ChatTemplate, Encoded, unmarked
+from megatron_tpt.indexing.chat_template import ESCAPED_MARKS, MARKS, ChatTemplate, Encoded
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
-
-_THOUGHTS = re.compile(rf"\s*{re.escape(OPEN_TAG)}(.*?){re.escape(CLOSE_TAG)}", re.DOTALL)
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -234,22 +233,22 @@ class ConversationFormat:
                 )
         chats = [self._spelt_out(chat)]
         if self._reasoning_field is not None:
-            chats.insert(0, self._spelt_out(_with_reasoning_apart(chat, self._reasoning_field)))
+            chats.insert(0, self._spelt_out(with_reasoning_apart(chat, self._reasoning_field)))
         elif any(message.get(name) for message in chat.messages for name in REASONING_FIELDS):
-            chats.insert(0 if self._inline_reasoning else 1, _with_reasoning_inline(chats[0]))
+            chats.insert(0 if self._inline_reasoning else 1, with_reasoning_inline(chats[0]))
         first: TemplateError | None = None
         with_parts = self._template.mentions("text")
-        forms = (form for one in chats for form in _forms(one, with_parts=with_parts))
-        for note, form in forms:
+        candidates = (form for one in chats for form in forms(one, with_parts=with_parts))
+        for note, form in candidates:
             try:
                 rendered = self._template.render(
                     form.messages,
                     form.learned,
                     tools=form.tools,
                     variables=form.template_kwargs,
-                    reasoning=_reasoning(form),
+                    reasoning=reasoning_of(form),
                 )
-                _require_shown(rendered, form)
+                require_shown(rendered, form)
             except TemplateError as error:
                 first = first or error
                 continue
@@ -263,7 +262,7 @@ class ConversationFormat:
     def _note_special_tokens(self, chat: Chat) -> None:
         """Note the special tokens that an answer names: who writes them out in a content expects them to be tokens."""
         for number in chat.learned:
-            for text in _texts(chat.messages[number]):
+            for text in texts_of(chat.messages[number]):
                 for name in self._template.special_names(text):
                     self._notes[f"the special token {name!r} in the content of an assistant message is text"] += 1
 
@@ -323,102 +322,6 @@ class ConversationFormat:
         ]
 
 
-def _with_reasoning_apart(chat: Chat, field: str) -> Chat:
-    """A conversation whose answers have their reasoning in `field`, where the template looks for it, not in content."""
-    messages = []
-    for message in chat.messages:
-        content = message["content"]
-        if message["role"] == "assistant" and isinstance(content, str) and not set(message) & set(REASONING_FIELDS):
-            found = _THOUGHTS.match(content)
-            if found and not re.search(f"{OPEN_TAG}|{CLOSE_TAG}", found[1] + content[found.end() :]):
-                answer = content[found.end() :].lstrip("\n")
-                message = {**message, "content": answer, field: found[1].strip("\n")}
-        messages.append(message)
-    return replace(chat, messages=messages)
-
-
-def _with_reasoning_inline(chat: Chat) -> Chat:
-    """A conversation whose answers have their reasoning in the content, between think tags."""
-    messages = []
-    for message in chat.messages:
-        thoughts = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
-        if thoughts is not None:
-            message = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
-            inlined = f"{OPEN_TAG}\n{thoughts.strip()}\n{CLOSE_TAG}\n\n"
-            content = message["content"]
-            if isinstance(content, list):
-                message["content"] = [{"type": "text", "text": inlined + content[0]["text"]}, *content[1:]]
-            else:
-                message["content"] = inlined + (content or "")
-        messages.append(message)
-    return replace(chat, messages=messages)
-
-
-def _forms(chat: Chat, *, with_parts: bool) -> Iterator[tuple[str | None, Chat]]:
-    """A conversation in the forms that templates ask for, and a note where one says something else than was given.
-
-    Where an answer has no content, an empty one, or none at all (DeepSeek's); arguments as an object, or as text
-    (DeepSeek's); the developer's message as it is, or as the system's, for templates that know no developer; contents
-    as they are, or `with_parts` as lists (those of models that see).
-    """
-    has_calls = any("tool_calls" in message for message in chat.messages)
-    has_developer = any(message["role"] == "developer" for message in chat.messages)
-    forms = itertools.product(
-        ("developer", "system") if has_developer else ("developer",),
-        (False, True) if with_parts else (False,),
-        ("", None) if any(not message["content"] for message in chat.messages) else ("",),
-        ("object", "text") if has_calls else ("object",),
-    )
-    note = "role 'developer' is written as 'system', since the chat template knows no developer"
-    for developer, as_parts, empty, arguments in forms:
-        messages = [_in_form(message, developer, as_parts, empty, arguments) for message in chat.messages]
-        yield (note if developer == "system" else None), replace(chat, messages=messages)
-
-
-def _in_form(message: Message, developer: str, as_parts: bool, empty: str | None, arguments: str) -> Message:
-    message = dict(message)
-    if message["role"] == "developer":
-        message["role"] = developer
-    if not message["content"]:
-        message["content"] = empty
-    elif as_parts and isinstance(message["content"], str):
-        message["content"] = [{"type": "text", "text": message["content"]}]
-    if "tool_calls" in message:
-        message["tool_calls"] = [_call_in_form(call, arguments) for call in message["tool_calls"]]
-    return message
-
-
-def _call_in_form(call: Mapping[str, Any], form: str) -> dict[str, Any]:
-    arguments = call["function"]["arguments"]
-    if form == "object" and isinstance(arguments, str):
-        arguments = _parsed_arguments(arguments)
-    elif form == "text" and not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
-
-
-def _parsed_arguments(text: str) -> Any:
-    """The object that a call's arguments are in JSON; the text where it is none. Marks are characters like others."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _reasoning(chat: Chat) -> dict[int, str]:
-    """The reasoning of each message that has any, by place, be it in the content."""
-    found = {}
-    for number in chat.learned:
-        message = chat.messages[number]
-        text = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
-        if text is None and isinstance(message["content"], str) and (match := _THOUGHTS.match(message["content"])):
-            text = match[1]
-        if text is not None and text.strip():
-            found[number] = text
-    return found
-
-
 def _checked(text: str, name: str) -> str:
     if any(mark in text for mark in (*MARKS, *ESCAPED_MARKS)):
         raise Unusable("no Unicode text", f"{name} holds a code point that is no character (U+FDD0 or U+FDD1)")
@@ -428,101 +331,6 @@ def _checked(text: str, name: str) -> str:
         except UnicodeEncodeError:
             raise Unusable("no Unicode text", f"{name} holds half a surrogate pair") from None
     return text
-
-
-def _require_shown(rendered: Sequence[Rendered], chat: Chat) -> None:
-    """Raise TemplateError unless every text shows what its messages say, and learns what the assistant says."""
-    for text, turns, _ in rendered:
-        for turn in turns:
-            learned = unmarked("".join(text[begin:end] for begin, end in turn.spans))
-            _require_said(learned, chat.messages[turn.number], turn.number)
-        _require_context(unmarked(text), chat, turns)
-
-
-def _require_said(learned: str, message: Message, number: int) -> None:
-    """Raise TemplateError unless a message is in what is learned of it, in order."""
-    said = [message[name] for name in REASONING_FIELDS if message.get(name)]
-    for text in _texts(message):
-        said += re.split(f"{OPEN_TAG}|{CLOSE_TAG}", text)
-    place = 0
-    for part in filter(None, (unmarked(text).strip() for text in said)):
-        if (place := learned.find(part, place)) < 0:
-            raise TemplateError(
-                f"the chat template leaves out or changes what message {number + 1} says: give one that shows it "
-                f"(--chat-template)"
-            )
-        place += len(part)
-    for call in message.get("tool_calls", ()):
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        shown = [unmarked(name) in learned, *(_is_written(value, learned) for value in _leaves(arguments))]
-        if not all(shown) or (arguments and not isinstance(arguments, str) and unmarked(repr(arguments)) in learned):
-            raise TemplateError(
-                f"the chat template leaves out or changes a tool call of message {number + 1}: give one that shows it "
-                f"(--chat-template)"
-            )
-
-
-def _require_context(text: str, chat: Chat, turns: Sequence[Any]) -> None:
-    """Raise TemplateError unless the tools, and all messages that are not learned here, are in the text."""
-    for tool in chat.tools or ():
-        if unmarked(tool["function"]["name"]) not in text:
-            raise TemplateError("the chat template leaves out tools: give one that shows them (--chat-template)")
-    here, place = {turn.number for turn in turns}, 0
-    for number, message in enumerate(chat.messages[: max(here) + 1]):
-        if number in here:
-            continue
-        for part in _texts(message):
-            # Of earlier turns a template may drop the reasoning.
-            part = (
-                unmarked(part).rpartition(CLOSE_TAG)[2].strip()
-                if message["role"] == "assistant"
-                else unmarked(part).strip()
-            )
-            found = _find(text, part, place)
-            if found is None:
-                raise TemplateError(
-                    f"the chat template leaves out or changes what message {number + 1} says, whose role is "
-                    f"{message['role']!r}: give one that shows it (--chat-template)"
-                )
-            place = found
-
-
-def _find(text: str, part: str, place: int) -> int | None:
-    """The end of `part` in `text`, as it is or as JSON writes it, at `place` or later, or else anywhere."""
-    for start in (place, 0):
-        for form in (part, _json_text(part), _json_text(part, ascii=True)):
-            if (begin := text.find(form, start)) >= 0:
-                return begin + len(form)
-    return None
-
-
-def _json_text(text: str, *, ascii: bool = False) -> str:
-    return json.dumps(text, ensure_ascii=ascii)[1:-1]
-
-
-def _texts(message: Message) -> list[str]:
-    content = message["content"]
-    return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _is_written(value: Any, text: str) -> bool:
-    """Whether a text holds a value of a tool call's arguments, as JSON, Python or plain text write it."""
-    if not isinstance(value, str):
-        return any(form in text for form in (json.dumps(value, default=str), str(value)))
-    value = unmarked(value).strip()
-    return any(form in text for form in (value, _json_text(value), _json_text(value, ascii=True), repr(value)[1:-1]))
 
 
 def _masked(parts: Sequence[tuple[Rendered, Encoded, list[int | None]]]) -> list[Example] | BadExample:

@@ -20,9 +20,9 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import sync_tree
-from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.conversations import ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.example_formats import choose_format
 from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
 from megatron_tpt.indexing.packing import (
@@ -51,12 +51,12 @@ def pack_sft(options: PackOptions) -> PackManifest:
     """
     files = expand_inputs(options.input)
     tokenizer = Tokenizer(options.tokenizer)
-    format, template_checksum, loss_mask = _format(options, tokenizer)
+    format, template, loss_mask = choose_format(options, tokenizer)
     settings = PackSettings(
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_id=tokenizer.eos_id,
         columns=format.columns,
-        chat_template=template_checksum,
+        chat_template=template.checksum if template is not None else None,
         date=options.date,
         sequence_length=options.sequence_length,
         on_too_long=options.on_too_long,
@@ -92,29 +92,6 @@ def pack_sft(options: PackOptions) -> PackManifest:
         _publish(folder, options.output, manifest)
     print(f"{options.output}: {_summary(manifest)}")
     return manifest
-
-
-def _format(options: PackOptions, tokenizer: Tokenizer) -> tuple[PairFormat | ConversationFormat, str | None, str]:
-    """How to read the input, the checksum of the chat template, and where the loss mask comes from."""
-    from megatron_tpt.indexing.chat_template import ChatTemplate
-
-    columns = ChatColumns(
-        options.messages_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
-    )
-    if options.prompt_column is not None and options.response_column is not None:
-        try:
-            template = ChatTemplate(tokenizer, options.chat_template, options.today(), options.template_variables())
-        except UserError:
-            if options.chat_template is not None or options.date is not None or options.chat_template_kwargs:
-                raise
-            return PairFormat(tokenizer, options.prompt_column, options.response_column), None, "response"
-        chats = ConversationFormat(tokenizer, template, columns, options.inline_reasoning)
-        is_asked_for = options.chat_template is not None or options.date is not None or options.chat_template_kwargs
-        pairs = PairFormat(tokenizer, options.prompt_column, options.response_column, chats, bool(is_asked_for))
-        return pairs, template.checksum if is_asked_for else None, "response"
-    template = ChatTemplate(tokenizer, options.chat_template, options.today(), options.template_variables())
-    source = "generation spans" if template.has_generation_spans else "prefixes"
-    return ConversationFormat(tokenizer, template, columns, options.inline_reasoning), template.checksum, source
 
 
 def _summary(manifest: PackManifest) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from chat_templates import CHATML, DROPS_REASONING, KNOWS_ALL, READS_THINKING, make_chat_tokenizer
 from hypothesis import given, settings
@@ -15,6 +16,9 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
+from megatron_tpt.indexing.pack_sft import pack_sft
+from megatron_tpt.indexing.packing import PackedIndex
+from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -59,14 +63,14 @@ def shown(tokenizer: Tokenizer, format: ConversationFormat | PairFormat, record:
     (found,) = format.encode_batch([record])
     if isinstance(found, BadExample):
         return [str(found)]
-    texts = []
-    for example in found:
-        edges = np.flatnonzero(np.diff(example.has_loss, prepend=False, append=False))
-        parts = np.split(example.tokens, edges)
-        texts.append(
-            "".join(f"[[{tokenizer.decode(p)}]]" if i % 2 else tokenizer.decode(p) for i, p in enumerate(parts))
-        )
-    return texts
+    return [bracketed(tokenizer, example) for example in found]
+
+
+def bracketed(tokenizer: Tokenizer, example: Example) -> str:
+    """The text of an example, what is learned between brackets."""
+    edges = np.flatnonzero(np.diff(example.has_loss, prepend=False, append=False))
+    texts = [tokenizer.decode(part) for part in np.split(example.tokens, edges)]
+    return "".join(f"[[{text}]]" if number % 2 else text for number, text in enumerate(texts))
 
 
 def same(
@@ -406,6 +410,61 @@ json_values = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["content", "value", "from", "reasoning", "tool_calls", "weight", "name", "function_call", "tone"]
+
+
+def pack(tokenizer: Tokenizer, folder: Path, rows: list[dict[str, Any]], **options: Any) -> list[str]:
+    """The examples of a packed index, decoded, what is learned between brackets."""
+    (folder / "template.jinja").write_text(KNOWS_ALL)
+    chosen = {"chat_template": folder / "template.jinja", "sequence_length": 400} | options
+    for kind in ("jsonl", "parquet"):
+        path = folder / f"chats.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pack_sft(PackOptions(input=[path], tokenizer=tokenizer.folder, output=folder / kind, **chosen))
+    lines, table = (
+        [bracketed(tokenizer, example) for row in range(len(index)) for example in index[row]]
+        for index in (PackedIndex(folder / "jsonl"), PackedIndex(folder / "parquet"))
+    )
+    assert lines == table
+    return lines
+
+
+def test_packing_reads_lines_and_tables_alike_and_names_what_it_does_not_read(
+    tokenizer: Tokenizer, make_format: MakeFormat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = json.dumps([CALL])
+    rows = [
+        {"messages": [HELLO[0], {**HELLO[1], "weight": 0}, *LATER], "tools": None, "id": "a"},
+        {
+            "messages": [CALLING[0], {"role": "assistant", "content": None, "tool_calls": calls}, CALLING[2]],
+            "tools": json.dumps([TOOL]),
+            "id": "b",
+        },
+    ]
+    texts = pack(tokenizer, tmp_path, rows)
+    assert sorted(texts) == sorted(text for row in rows for text in shown(tokenizer, make_format(), row))
+    assert "note: column 'id' is not read" in capsys.readouterr().err
+    row = {"talk": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi", "tone": "x"}]}
+    with pytest.raises(UserError, match=r"chats.jsonl:1: unknown field 'tone'"):
+        (tmp_path / "chats.jsonl").write_text(json.dumps(row))
+        options = {"input": [tmp_path / "chats.jsonl"], "tokenizer": tokenizer.folder, "sequence_length": 99}
+        pack_sft(PackOptions(**options, output=tmp_path / "refused", messages_column="talk"))
+
+
+def test_packing_prompts_and_responses_of_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    names = {"prompt_column": "p", "response_column": "r"}
+    (text,) = pack(tokenizer, tmp_path, [{"p": HELLO[:1], "r": HELLO[1:]}], **names)
+    assert text.endswith("<|im_start|>assistant\n[[hi<|im_end|>]]\n")
+    (tmp_path / "texts").mkdir()
+    (text,) = pack(tokenizer, tmp_path / "texts", [{"p": "hello", "r": "hi"}], **names, chat_template=None)
+    assert text == "hello[[hi<|endoftext|>]]"
+    (tmp_path / "both").mkdir()
+    with pytest.raises(UserError, match="no chat template is applied"):
+        pack(tokenizer, tmp_path / "both", [{"p": "hello", "r": "hi"}], **names)
+
+
 one_odd_field = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=1)
 random_messages = st.lists(
     st.builds(
