@@ -314,7 +314,9 @@ def test_time_is_linear_in_turns(template: str, make_format: MakeFormat) -> None
     assert max(times.values()) < 3 * min(times.values()), times
 
 
-LOOKS_AHEAD = CHATML.replace("message.content +", "message.content + ('!' if loop.last else '') +")
+LOOKS_AHEAD = CHATML.replace(
+    "message.content +", "message.content + ('!' if message.role == 'assistant' and loop.last else '') +"
+)
 COUNTS = CHATML.replace("message.content +", "message.content + (messages | length) | string +")
 NUMBERS_BACK = CHATML.replace("message.content +", "message.content + loop.revindex | string +")
 TWICE = "{% for m in messages %}{{ m.role }}{% endfor %}" + CHATML
@@ -338,32 +340,48 @@ JOINED = CHATML.replace("in messages", "in messages + []")
 LATE_FIRST = CHATML + "{{ messages[0].content }}"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        LOOKS_AHEAD,
-        COUNTS,
-        NUMBERS_BACK,
-        TWICE,
-        BUFFERED,
-        IN_MACRO,
-        LAST_ROLE,
-        SUMS_UP,
-        SLIDES,
-        FILTERED,
-        JOINED,
-        LATE_FIRST,
-    ],
-    ids=range(12),
+COUNTED = CHATML.replace("message.role + '\n'", "message.role + (loop.index | string) + '\n'").replace(
+    "'<|im_start|>assistant\n'", "'<|im_start|>assistant' + ((messages | length + 1) | string) + '\n'"
 )
-def test_templates_that_look_at_later_messages_are_not_believed(
-    template: str, make_format: MakeFormat, reference: Any
+REMEMBERS = CHATML.replace("message.role + '\n'", "message.role + messages[0].content + '\n'").replace(
+    "'<|im_start|>assistant\n'", "'<|im_start|>assistant' + messages[0].content + '\n'"
+)
+FIT = {
+    "looks ahead": LOOKS_AHEAD,
+    "buffered": BUFFERED,
+    "in a macro": IN_MACRO,
+    "filtered": FILTERED,
+    "joined": JOINED,
+    "counted": COUNTED,
+    "remembers": REMEMBERS,
+}
+UNFIT = {
+    "counts": COUNTS,
+    "numbers back": NUMBERS_BACK,
+    "twice": TWICE,
+    "last role": LAST_ROLE,
+    "sums up": SUMS_UP,
+    "slides": SLIDES,
+    "late first": LATE_FIRST,
+}
+
+
+@pytest.mark.parametrize("name", [*FIT, *UNFIT])
+def test_templates_that_look_at_other_messages_are_not_believed(
+    name: str, make_format: MakeFormat, reference: Any
 ) -> None:
+    template = (FIT | UNFIT)[name]
     record = {"messages": [user("a"), answer("b"), user("c"), answer("d"), user("e"), answer("f")]}
+    if name in UNFIT:  # no answer follows the prompt that transformers makes
+        (bad,) = make_format(template).encode_batch([record])
+        assert isinstance(bad, BadExample) and "does not follow the generation prompt" in bad.detail
+        return
     prompts = unfolded(reference, record, template, add_generation_prompt=True)
     fulls = unfolded(reference, record, template)
-    (found,) = make_format(template).encode_batch([record])
-    for example in [] if isinstance(found, BadExample) else found:
+    found = []
+    for example in examples_of(make_format(template), record):
         for begin, end in stretches(example):
             (turn,) = [number for number in prompts if prompts[number] == example.tokens[:begin].tolist()]
             assert fulls[turn + 1][:end] == example.tokens[:end].tolist()
+            found.append(turn)
+    assert found == [1, 3, 5]
