@@ -144,7 +144,7 @@ class _Watch:
         """Message `number` is asked for, by the main loop or otherwise."""
         if self._last_end is not None:
             self._least = max(self._least, number + 1)
-        is_end = in_order and self._num_loops == 1 and not self._is_length_known
+        is_end = in_order and not self._is_length_known
         self._ends.setdefault(number, self.place if is_end else None)
 
     def end_loop(self, *, in_order: bool) -> None:

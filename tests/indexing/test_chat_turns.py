@@ -346,7 +346,11 @@ COUNTED = CHATML.replace("message.role + '\n'", "message.role + (loop.index | st
 REMEMBERS = CHATML.replace("message.role + '\n'", "message.role + messages[0].content + '\n'").replace(
     "'<|im_start|>assistant\n'", "'<|im_start|>assistant' + messages[0].content + '\n'"
 )
+KNOWS_THIRD = CHATML.replace(
+    "message.role + '\n'", "message.role + (messages[2].content if loop.index0 > 2 else '') + '\n'"
+).replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant' + ((messages[2] or {}).content or '') + '\n'")
 FIT = {
+    "knows the third": KNOWS_THIRD,
     "looks ahead": LOOKS_AHEAD,
     "buffered": BUFFERED,
     "in a macro": IN_MACRO,
@@ -355,7 +359,11 @@ FIT = {
     "counted": COUNTED,
     "remembers": REMEMBERS,
 }
-UNFIT = {
+UNKNOWS_THIRD = CHATML.replace(
+    "message.role + '\n'", "message.role + (messages[2].content if loop.index0 > 2 else '') + '\n'"
+).replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant' + ((messages[2] or {}).content or '') + '\n'")
+FIT = {
+    "knows the third": KNOWS_THIRD,
     "counts": COUNTS,
     "numbers back": NUMBERS_BACK,
     "twice": TWICE,
