@@ -359,11 +359,7 @@ FIT = {
     "counted": COUNTED,
     "remembers": REMEMBERS,
 }
-UNKNOWS_THIRD = CHATML.replace(
-    "message.role + '\n'", "message.role + (messages[2].content if loop.index0 > 2 else '') + '\n'"
-).replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant' + ((messages[2] or {}).content or '') + '\n'")
-FIT = {
-    "knows the third": KNOWS_THIRD,
+UNFIT = {
     "counts": COUNTS,
     "numbers back": NUMBERS_BACK,
     "twice": TWICE,
