@@ -101,9 +101,9 @@ def _conversation(record: Mapping[str, Any], columns: ChatColumns) -> tuple[tupl
     """The columns of a conversation, its messages, and the first of them that may be learned."""
     names = CONVERSATION_COLUMNS if columns.may_differ else ()
     for name in dict.fromkeys((columns.messages, *names)):
-        if record.get(name) is not None:
+        if present(record.get(name)):
             return (name,), _message_list(record[name], name), 0
-    if names and record.get(_PROMPT) is not None and record.get(_COMPLETION) is not None:
+    if names and present(record.get(_PROMPT)) and present(record.get(_COMPLETION)):
         prompt, completion = (_maybe_json(record[name]) for name in (_PROMPT, _COMPLETION))
         if isinstance(prompt, str) or isinstance(completion, str):
             raise Unusable(

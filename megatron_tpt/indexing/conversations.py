@@ -28,6 +28,7 @@ from megatron_tpt.indexing.chat_shapes import (
     ChatColumns,
     Message,
     Unusable,
+    present,
     read_chat,
     read_messages,
     text_of,
@@ -215,7 +216,7 @@ class ConversationFormat:
             return BadExample(error.reason, error.detail)
         except RecursionError:
             return BadExample("nested too deep", "its fields are nested too deep")
-        unread = (f"column {name!r} is not read" for name in record if name not in chat.used)
+        unread = (f"column {name!r} is not read" for name in record if name not in chat.used and present(record[name]))
         self._notes.update([*unread, *chat.notes])
         return rendered
 

@@ -100,6 +100,7 @@ def same(
         {"prompt": HELLO[:1], "completion": HELLO[1:]},
         {"prompt": json.dumps(HELLO[:1]), "completion": json.dumps(HELLO[1:])},
         {"instruction": "hello", "input": "", "output": "hi"},
+        {"messages": [], "conversations": None, "conversation": HELLO, "prompt": "", "id": None},
         {"messages": HELLO, "tools": None, "chat_template_kwargs": None, "system": None},
         {"messages": HELLO, "tools": "[]", "chat_template_kwargs": "{}", "system": ""},
     ],
