@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,31 +11,18 @@ from typing import Any, NamedTuple
 import numpy
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_program import ChatProgram, Span, TemplateError
+from megatron_tpt.indexing.chat_rendering import ConversationRenderer, Rendered
+from megatron_tpt.indexing.chat_shapes import TEMPLATE_VARIABLES
 from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
 
-Message = dict[str, str]
-Span = tuple[int, int]
-
 # Around the name of a special token that stands in a message. Unicode keeps these two code points for internal use: no
-# text may hold them, and no template touches them.
+# text may hold them, and no template touches them, but for those that write JSON or Python, which may escape them.
 _RAW_OPEN, _RAW_CLOSE = "\ufdd0", "\ufdd1"
 MARKS = (_RAW_OPEN, _RAW_CLOSE)
-_RAW = re.compile(f"{_RAW_OPEN}(.*?){_RAW_CLOSE}", re.DOTALL)
-
-
-class TemplateError(Exception):
-    """A conversation that the template cannot show, or not as it must. The text says why."""
-
-
-class Rendered(NamedTuple):
-    """A conversation as text."""
-
-    text: str
-    spans: list[Span]
-    """First and last + 1 character of what the assistant says."""
-    prompts: list[str]
-    """Beginnings of the text that the tokens must begin with too."""
+ESCAPED_MARKS = ("\\ufdd0", "\\ufdd1")
+_RAW = re.compile(r"(?:\ufdd0|\\+ufdd0)(.*?)(?:\ufdd1|\\+ufdd1)", re.DOTALL)
 
 
 class Encoded(NamedTuple):
@@ -49,36 +36,51 @@ class Encoded(NamedTuple):
     """Last character + 1 of each token, [n]."""
 
     def overlaps(self, spans: Sequence[Span]) -> numpy.ndarray:
-        """Whether a token holds a character of one of the spans, bool [n]."""
-        found = numpy.zeros(len(self.tokens), dtype=bool)
-        for begin, end in spans:
-            found |= (self.ends > begin) & (self.begins < end)
-        return found
+        """Whether a token holds a character of one of the spans, which are in order, bool [n]."""
+        if not spans:
+            return numpy.zeros(len(self.tokens), dtype=bool)
+        begins, ends = (numpy.array(edge) for edge in zip(*spans, strict=True))
+        # The first span that ends after the token begins: if any overlaps it, that one does.
+        number = numpy.searchsorted(ends, self.begins, side="right")
+        following = numpy.append(begins, numpy.iinfo(begins.dtype).max)[number]
+        return (self.ends > following) & (self.ends > self.begins)
 
 
 class ChatTemplate:
     """The chat template of a tokenizer folder, or of a file, with that tokenizer.
 
-    Raises UserError when there is none, when it does not compile, and when it writes today's date (Llama 3.1 and later
-    do) while no `today` is given: the same input would become other tokens tomorrow.
+    `variables` are passed to the template (its chat_template_kwargs). Raises UserError when there is no template, when
+    it does not compile, when it does not read one of the variables, and when it writes today's date (Llama 3.1 and
+    later do) while no `today` is given: the same input would become other tokens tomorrow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, path: Path | None = None, today: date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        path: Path | None = None,
+        today: date | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         from transformers import PreTrainedTokenizerFast
 
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
         reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
-        self._template = _read_template(reference, tokenizer.folder, path)
-        self._variables: dict[str, Any] = dict(reference.special_tokens_map)
+        self.text = template = _read_template(reference, tokenizer.folder, path)
+        """The template itself."""
+        self._program = ChatProgram(template)
+        self._variables: dict[str, Any] = {**reference.special_tokens_map, **(variables or {})}
+        for name in variables or {}:
+            if name in TEMPLATE_VARIABLES or not self.reads(name):
+                raise UserError(f"--chat-template-kwargs: the chat template reads no variable {name!r} of yours")
         # What a template shows depends on the special tokens that it is given, too.
-        shown = json.dumps([self._template, self._variables], sort_keys=True, default=str)
+        shown = json.dumps([template, self._variables], sort_keys=True, default=str)
         self.checksum = "sha256:" + hashlib.sha256(shown.encode()).hexdigest()
-        if "strftime_now" in self._template:
+        if "strftime_now" in self._program.names:
             if today is None:
                 raise UserError("the chat template writes today's date; give --date YYYY-MM-DD to have the same always")
             self._variables["strftime_now"] = datetime.combine(today, time()).strftime
-        self.has_generation_spans = re.search(r"\{%-?\s*generation\s*-?%\}", self._template) is not None
+        self.has_generation_spans = self._program.has_spans
         self._backend, special = _load_backend(tokenizer.folder)
         self.special_ids = frozenset(special.values())
         names = sorted(special, key=len, reverse=True)
@@ -86,63 +88,65 @@ class ChatTemplate:
         self._special_or_tag = _any_of([*names, OPEN_TAG, CLOSE_TAG])
         self._special_at_end = re.compile(rf"(?:{self._special.pattern})(?P<blanks>\s*)\Z")
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template mentions a variable."""
+        return variable in self._program.names
+
+    def mentions(self, name: str) -> bool:
+        """Whether the template mentions a field, a role or another string."""
+        return name in self._program.fields
+
     def spell_out(self, text: str, *, keep_tags: bool) -> str:
         """`text` with marks around the names of special tokens, and of the think tags unless they mean the tags."""
         names = self._special if keep_tags else self._special_or_tag
         return names.sub(rf"{_RAW_OPEN}\g<0>{_RAW_CLOSE}", text)
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """The text of a conversation whose contents are spelt out. Raises TemplateError."""
-        if self.has_generation_spans:
-            text, spans = self._apply(messages)
-            rendered = Rendered(text, spans, [])
-        else:
-            rendered = self._derive_spans(messages)
-        if any(mark in _RAW.sub("", text) for text in (rendered.text, *rendered.prompts) for mark in MARKS):
-            raise TemplateError("the chat template cuts through the name of a special token in a message")
+    def special_names(self, text: str) -> set[str]:
+        """The names of special tokens that stand in a text, the think tags apart."""
+        return set(self._special.findall(text))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        learned: Sequence[int],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        reasoning: Mapping[int, str] | None = None,
+    ) -> list[Rendered]:
+        """The texts in which the messages `learned` of a conversation, whose strings are spelt out, are learned.
+
+        `reasoning` is that of messages which have any, by place. Raises TemplateError.
+        """
+        given = {**self._variables, **(variables or {}), "tools": tools, "documents": None}
+        renderer = ConversationRenderer(self._program, messages, given, self._special_at_end)
+        rendered = renderer.render(learned, reasoning or {})
+        for one in rendered:
+            without = _RAW.sub("", one.text)
+            if any(mark in without for mark in (*MARKS, *ESCAPED_MARKS)):
+                raise TemplateError("the chat template cuts through the name of a special token in a message")
         return rendered
 
-    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def count_prompt_tokens(self, wholes: Sequence[tuple[str, Encoded, Sequence[int]]]) -> list[list[int | None]]:
+        """How many tokens each prompt has: of texts, their tokens, and the characters of the prompts they begin with.
 
-        try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self.has_generation_spans,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError) as error:
-            raise TemplateError(f"the chat template refuses it ({' '.join(str(error).split())})") from None
-        return texts[0], spans[0] if spans else []
-
-    def _derive_spans(self, messages: Sequence[Message]) -> Rendered:
-        """Tell what the assistant says by rendering the conversation up to each of its messages."""
-        text, _ = self._apply(messages)
-        spans, prompts = [], []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt, _ = self._apply(messages[:i], add_generation_prompt=True)
-            turn, _ = self._apply(messages[: i + 1])
-            if not (text.startswith(turn) and turn.startswith(prompt)):
-                raise TemplateError(
-                    f"message {i + 1} does not follow the generation prompt as it was written: templates that drop "
-                    f"the reasoning of earlier turns (Qwen3, DeepSeek-R1) do so; give every turn as a conversation of "
-                    f"its own, or a template that keeps it or has {{% generation %}} spans (--chat-template)"
-                )
-            spans.append((len(prompt), self._end_of_turn(turn, len(prompt))))
-            prompts.append(prompt)
-        return Rendered(text, spans, prompts)
-
-    def _end_of_turn(self, turn: str, begin: int) -> int:
-        """The end of what the assistant writes: blanks after the token that ends its turn are the template's."""
-        found = self._special_at_end.search(turn, begin)
-        return found.start("blanks") if found else len(turn)
+        None where the text's tokens do not begin with the prompt's. Tokenizers take a text apart at its special tokens
+        first, so that only what follows the last one before the end of the prompt has to be encoded again.
+        """
+        parts, places = [], []
+        for text, encoded, prompt_ends in wholes:
+            special = numpy.flatnonzero(numpy.isin(encoded.tokens, list(self.special_ids)))
+            for end in prompt_ends:
+                before = special[encoded.ends[special] <= end] if len(special) else special
+                first = int(before[-1]) if len(before) else 0
+                parts.append(text[int(encoded.begins[first]) if len(before) else 0 : end])
+                places.append((encoded.tokens, first))
+        counts: list[int | None] = []
+        for part, (tokens, first) in zip(self.encode_batch(parts), places, strict=True):
+            last = first + len(part.tokens)
+            counts.append(last if numpy.array_equal(part.tokens, tokens[first:last]) else None)
+        found = iter(counts)
+        return [[next(found) for _ in prompt_ends] for _, _, prompt_ends in wholes]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokens of rendered texts, in which special tokens mean themselves but where they are marked as spelt out."""
@@ -181,14 +185,18 @@ class _Piece(NamedTuple):
 
 
 def _pieces(text: str) -> list[_Piece]:
-    """Cut a text at its marks: rendered, spelt out, rendered, ... ."""
+    """Split a text at its marks: rendered, spelt out, rendered, ... ."""
     pieces, begin = [], 0
-    for i, part in enumerate(_RAW.split(text)):
-        is_raw = i % 2 == 1
-        begin += is_raw
-        pieces.append(_Piece(part, begin, is_raw))
-        begin += len(part) + is_raw
-    return pieces
+    for match in _RAW.finditer(text):
+        pieces.append(_Piece(text[begin : match.start()], begin, False))
+        pieces.append(_Piece(match[1], match.start(1), True))
+        begin = match.end()
+    return [*pieces, _Piece(text[begin:], begin, False)]
+
+
+def unmarked(text: str) -> str:
+    """A rendered text as it reads, without marks."""
+    return _RAW.sub(r"\1", text)
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:

@@ -1,26 +1,42 @@
 """Conversations, and pairs of prompt and response, as tokens of which only the assistant's are learned.
 
-A conversation goes through the tokenizer's chat template. Which of the text is the assistant's is said by the
-template's `{% generation %}` spans; where it has none, by rendering the conversation up to each assistant message with
-the generation prompt, and again with the message. Both must be beginnings of the whole text, the first one token by
-token: then the model learns to write what follows the prompt that it will be given.
+A conversation goes through the tokenizer's chat template. What is learned of a turn is what the model has to write: the
+text that follows the generation prompt, up to the token that ends the turn. The prompt is proved to be what the model
+is given at inference, token by token. Templates with `{% generation %}` spans say themselves what is learned.
 
 Message contents are text: a special token's name in them is spelt out, never the token, so that no message can end its
-own turn. The think tags in an assistant's content do mean the tags, since that is where reasoning data keeps them.
+own turn. That holds for tools, calls and reasoning too. The think tags in an assistant's content do mean the tags,
+since that is where reasoning data keeps them.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy
 
-from megatron_tpt.indexing.chat_template import MARKS, ChatTemplate, Encoded, Message, Rendered, TemplateError
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_checks import require_shown
+from megatron_tpt.indexing.chat_forms import forms, reasoning_of, with_reasoning_apart, with_reasoning_inline
+from megatron_tpt.indexing.chat_program import TemplateError
+from megatron_tpt.indexing.chat_rendering import Rendered
+from megatron_tpt.indexing.chat_shapes import (
+    REASONING_FIELDS,
+    Chat,
+    ChatColumns,
+    Message,
+    Unusable,
+    present,
+    read_chat,
+    read_messages,
+    text_of,
+    texts_of,
+)
+from megatron_tpt.indexing.chat_template import ESCAPED_MARKS, MARKS, ChatTemplate, Encoded
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
-
-ROLES = ("system", "user", "assistant", "tool")
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,154 +63,302 @@ class BadExample:
 
 
 class ExampleFormat(Protocol):
-    """How the fields of a record become an example."""
+    """How the fields of a record become examples."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields that are read."""
+        """The fields that make an example."""
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
+    def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Which columns to read of a table that has `names`."""
 
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, one or more, or what is wrong with it."""
 
-class _Unusable(Exception):
-    """Ends the work on one record; `bad` says why."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.bad = BadExample(reason, detail)
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect, in words, with the number of records."""
 
 
 class PairFormat:
-    """Prompt, response and the end-of-sequence token, with no template; the loss is on the last two."""
+    """Prompt, response and the end-of-sequence token, with no template; the loss is on the last two.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_column: str, response_column: str) -> None:
+    Where both are lists of messages they are a conversation, and `chats` encodes it; only the response is learned. With
+    `must_be_chats`, texts are bad examples: options were given that have no effect on them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_column: str,
+        response_column: str,
+        chats: "ConversationFormat | None" = None,
+        must_be_chats: bool = False,
+    ) -> None:
         self.columns = (prompt_column, response_column)
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
+        self._chats = chats
+        self._must_be_chats = must_be_chats
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
-        return [self._encode(record) for record in records]
+    def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The two columns, and those that a conversation may have beside them."""
+        beside = self._chats.beside if self._chats is not None else ()
+        return (*self.columns, *(name for name in beside if name in names and name not in self.columns))
 
-    def _encode(self, record: Mapping[str, Any]) -> Example | BadExample:
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect."""
+        return self._chats.take_notes() if self._chats is not None else Counter()
+
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, or what is wrong with it."""
+        is_chat = [all(isinstance(record.get(name), list) for name in self.columns) for record in records]
+        if self._chats is None:
+            return [self._encode(record) for record in records]
+        chats = iter(
+            self._chats.encode_pairs([r for r, is_one in zip(records, is_chat, strict=True) if is_one], self.columns)
+        )
+        return [
+            next(chats) if is_one else self._encode(record) for record, is_one in zip(records, is_chat, strict=True)
+        ]
+
+    def _encode(self, record: Mapping[str, Any]) -> list[Example] | BadExample:
         try:
-            prompt, response = (_text(record.get(name), name) for name in self.columns)
-        except _Unusable as error:
-            return error.bad
+            prompt, response = (_checked(text_of(record.get(name), name), name) for name in self.columns)
+            if self._must_be_chats:
+                options = "--chat-template, --date and --chat-template-kwargs"
+                raise Unusable("no messages", f"to texts no chat template is applied: {options} have no effect on them")
+        except Unusable as error:
+            return BadExample(error.reason, error.detail)
         ids = self._raw_tags.spell_out_text(self._tokenizer.encode_batch([prompt])[0])
         tokens = numpy.array([*ids, *self._tokenizer.encode_tagged(response), self._tokenizer.eos_id])
-        return _example(tokens, numpy.arange(len(tokens)) >= len(ids))
+        return _examples([(tokens, numpy.arange(len(tokens)) >= len(ids))])
 
 
 class ConversationFormat:
-    """Conversations through a chat template: lists of `{"role", "content"[, "reasoning_content"]}`."""
+    """Conversations through a chat template, in any of the shapes of docs/chats.md.
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, column: str) -> None:
-        self.columns = (column,)
+    With `inline_reasoning`, reasoning that the template does not read is written into the content, between think tags.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, columns: ChatColumns | str, inline_reasoning: bool = False
+    ) -> None:
+        self._columns = ChatColumns(columns) if isinstance(columns, str) else columns
+        self.columns = (self._columns.messages,)
         self._tokenizer = tokenizer
         self._template = template
+        self._reasoning_field = next((name for name in REASONING_FIELDS if template.mentions(name)), None)
+        self._inline_reasoning = inline_reasoning
+        self._notes: Counter[str] = Counter()
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
-        rendered = [self._render(record.get(self.columns[0])) for record in records]
-        texts = [text for one in rendered if isinstance(one, Rendered) for text in (one.text, *one.prompts)]
-        encoded = iter(self._template.encode_batch(texts))
-        return [_masked(one, encoded) if isinstance(one, Rendered) else one for one in rendered]
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Columns that are read beside the conversation."""
+        return self._columns.beside
+
+    def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of a table's columns that can be part of a conversation. Raises UserError when there is none."""
+        chosen = tuple(name for name in self._columns.all if name in names)
+        if not set(chosen) - set(self.beside):
+            raise UserError(
+                f"no column {self._columns.messages!r}; its columns are {', '.join(names)}: name the one with the "
+                f"conversation (--messages-column)"
+            )
+        self._notes.update({f"column {name!r} is not read": 1 for name in names if name not in chosen})
+        return chosen
+
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect, in words, with the number of records."""
+        notes, self._notes = self._notes, Counter()
+        return notes
+
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, or what is wrong with it."""
+        return self._encode_all([self._rendered(record, lambda r: read_chat(r, self._columns)) for record in records])
+
+    def encode_pairs(
+        self, records: Sequence[Mapping[str, Any]], columns: tuple[str, str]
+    ) -> list[list[Example] | BadExample]:
+        """The same of prompts and responses that are messages."""
+        as_one = replace(self._columns, messages="messages")
+
+        def read(record: Mapping[str, Any]) -> Chat:
+            prompt, response = (record[name] for name in columns)
+            renamed = {**record, "messages": [*prompt, *response]}
+            chat = read_chat(renamed, as_one)
+            learned = read_messages(renamed["messages"], as_one, len(prompt)).learned
+            shift = len(chat.messages) - len(renamed["messages"])  # a system message of its own column
+            return replace(chat, learned=[number + shift for number in learned], used=(*chat.used, *columns))
+
+        return self._encode_all([self._rendered(record, read) for record in records])
+
+    def turn_ends(self, example: Example) -> list[int | None]:
+        """The last token of every learned stretch of an example if it is a special one, like <|im_end|>, else None."""
+        edges = numpy.flatnonzero(numpy.diff(example.has_loss, append=False) & example.has_loss)
+        last = example.tokens[edges].tolist()
+        return [id if id == self._tokenizer.eos_id or id in self._template.special_ids else None for id in last]
 
     def ends_its_turn(self, example: Example) -> bool:
-        """Whether the last learned token is a special one, like <|im_end|>: else the model does not learn to stop."""
-        last = int(example.tokens[numpy.flatnonzero(example.has_loss)[-1]])
-        return last == self._tokenizer.eos_id or last in self._template.special_ids
+        """Whether the last learned token is a special one: else the model does not learn to stop."""
+        return self.turn_ends(example)[-1] is not None
 
-    def _render(self, value: Any) -> Rendered | BadExample:
+    def _rendered(self, record: Mapping[str, Any], read: Any) -> list[Rendered] | BadExample:
         try:
-            messages = [self._message(message, i) for i, message in enumerate(_message_list(value), start=1)]
-            if all(message["role"] != "assistant" for message in messages):
-                raise _Unusable("nothing to learn", "it has no assistant message: its loss mask would be all zeros")
-            rendered = self._template.render(messages)
-            _require_shown(rendered, messages)
+            chat = read(record)
+            if not chat.learned:
+                raise Unusable(
+                    "nothing to learn", "no message of the assistant is to be learned: its mask would be all zeros"
+                )
+            rendered = self._render(chat)
         except TemplateError as error:
             return BadExample("unfit for the chat template", str(error))
-        except _Unusable as error:
-            return error.bad
+        except Unusable as error:
+            return BadExample(error.reason, error.detail)
+        except RecursionError:
+            return BadExample("nested too deep", "its fields are nested too deep")
+        unread = (f"column {name!r} is not read" for name in record if name not in chat.used and present(record[name]))
+        self._notes.update([*unread, *chat.notes])
         return rendered
 
-    def _message(self, message: Any, number: int) -> Message:
-        if not isinstance(message, Mapping):
-            raise _Unusable("no messages", f"message {number} is no object with 'role' and 'content'")
-        if message.get("role") not in ROLES:
-            raise _Unusable("unknown role", f"message {number} has role {message.get('role')!r}, not {'/'.join(ROLES)}")
-        for name in ("tool_calls", "function_call"):
-            if message.get(name):
-                raise _Unusable("tool calls", f"message {number} has {name!r}: write the call out in its content")
-        is_assistant = message["role"] == "assistant"
-        content = _text(message.get("content"), f"content of message {number}")
-        reasoning = message.get("reasoning_content")
-        has_reasoning = is_assistant and reasoning is not None
-        # Where the reasoning has a field of its own, the template writes the tags.
-        keep_tags = is_assistant and not has_reasoning
-        shown = {"role": message["role"], "content": self._template.spell_out(content, keep_tags=keep_tags)}
-        if has_reasoning:
-            reasoning = _text(reasoning, f"reasoning_content of message {number}")
-            shown["reasoning_content"] = self._template.spell_out(reasoning, keep_tags=False)
-        return shown
-
-
-def _message_list(value: Any) -> Sequence[Any]:
-    if not isinstance(value, list) or not value:
-        raise _Unusable("no messages", "a list of messages is missing there (--messages-column names the field)")
-    return value
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        what = "missing" if value is None else f"{type(value).__name__}, not a string"
-        raise _Unusable("no text", f"{name} is {what}")
-    if any(mark in value for mark in MARKS):
-        raise _Unusable("no Unicode text", f"{name} holds a code point that is no character (U+FDD0 or U+FDD1)")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise _Unusable("no Unicode text", f"{name} holds half a surrogate pair") from None
-    return value
-
-
-def _require_shown(rendered: Rendered, messages: Sequence[Message]) -> None:
-    """Raise TemplateError unless all that the assistant says is in the text, in order and to be learned."""
-    learned = "".join(rendered.text[begin:end] for begin, end in rendered.spans)
-    place = 0
-    for number, message in enumerate(messages, start=1):
-        if message["role"] != "assistant":
-            continue
-        said = [message.get("reasoning_content", ""), *re.split(f"{OPEN_TAG}|{CLOSE_TAG}", message["content"])]
-        for part in filter(None, map(str.strip, said)):
-            place = learned.find(part, place)
-            if place < 0:
+    def _render(self, chat: Chat) -> list[Rendered]:
+        """The texts of a conversation, in the first form that the template takes."""
+        for name in chat.template_kwargs:
+            if not self._template.reads(name):
+                raise TemplateError(f"it reads no variable {name!r} of {self._columns.template_kwargs}")
+        if chat.tools and not self._template.reads("tools"):
+            raise TemplateError(f"it reads no tools, which {self._columns.tools!r} gives (--chat-template)")
+        for number, message in enumerate(chat.messages, start=1):
+            if "tool_calls" in message and not self._template.mentions("tool_calls"):
                 raise TemplateError(
-                    f"the chat template leaves out or changes what message {number} says (Qwen3's drops the reasoning "
-                    f"of earlier turns): give every turn as a conversation of its own, or a template that keeps it "
-                    f"(--chat-template)"
+                    f"it reads no 'tool_calls', which message {number} has: give one that does (--chat-template)"
                 )
-            place += len(part)
+        chats = [self._spelt_out(chat)]
+        if self._reasoning_field is not None:
+            chats.insert(0, self._spelt_out(with_reasoning_apart(chat, self._reasoning_field)))
+        elif any(message.get(name) for message in chat.messages for name in REASONING_FIELDS):
+            chats.insert(0 if self._inline_reasoning else 1, with_reasoning_inline(chats[0]))
+        first: TemplateError | None = None
+        with_parts = self._template.mentions("text")
+        candidates = (form for one in chats for form in forms(one, with_parts=with_parts))
+        for note, form in candidates:
+            try:
+                rendered = self._template.render(
+                    form.messages,
+                    form.learned,
+                    tools=form.tools,
+                    variables=form.template_kwargs,
+                    reasoning=reasoning_of(form),
+                )
+                require_shown(rendered, form)
+            except TemplateError as error:
+                first = first or error
+                continue
+            if note:
+                self._notes[note] += 1
+            self._note_special_tokens(chat)
+            return rendered
+        assert first is not None
+        raise first
 
+    def _note_special_tokens(self, chat: Chat) -> None:
+        """Note the special tokens that an answer names: who writes them out in a content expects them to be tokens."""
+        for number in chat.learned:
+            for text in texts_of(chat.messages[number]):
+                for name in self._template.special_names(text):
+                    self._notes[f"the special token {name!r} in the content of an assistant message is text"] += 1
 
-def _masked(rendered: Rendered, encoded: Iterator[Encoded]) -> Example | BadExample:
-    whole = next(encoded)
-    prompts = [next(encoded) for _ in rendered.prompts]
-    if any(not numpy.array_equal(prompt.tokens, whole.tokens[: len(prompt.tokens)]) for prompt in prompts):
-        return BadExample(
-            "unfit for the chat template",
-            "an answer's first characters make one token with the end of the generation prompt: strip the answer",
+    def _spelt_out(self, chat: Chat) -> Chat:
+        """The conversation with the names of special tokens marked, and reasoning where the template looks for it."""
+        messages = []
+        for number, message in enumerate(chat.messages, start=1):
+            where = f"of message {number}"
+            reasoning = {name: text for name in REASONING_FIELDS if (text := message.get(name)) is not None}
+            keep_tags = message["role"] == "assistant" and not any(reasoning.values())
+            given = {name: value for name, value in message.items() if name not in reasoning}
+            shown = self._spell(given, where, keep_tags=keep_tags)
+            for name, text in reasoning.items():
+                thoughts = self._spell(text, f"{name} {where}", keep_tags=False)
+                self._add_reasoning(shown, name, thoughts, number)
+            messages.append(shown)
+        return replace(
+            chat,
+            messages=messages,
+            tools=self._spell(chat.tools, "of the tools", keep_tags=False),
+            template_kwargs=self._spell(chat.template_kwargs, f"of {self._columns.template_kwargs}", keep_tags=False),
         )
-    return _example(whole.tokens, whole.overlaps(rendered.spans))
+
+    def _add_reasoning(self, message: Message, name: str, thoughts: str, number: int) -> None:
+        field = name if self._template.mentions(name) else self._reasoning_field
+        if field is None and thoughts and not self._inline_reasoning and not self._template.mentions(CLOSE_TAG):
+            raise TemplateError(
+                f"it reads no reasoning, which message {number} has under {name!r}: write it into the answers with "
+                f"--inline-reasoning, or give a template that reads it (--chat-template)"
+            )
+        message[field or name] = thoughts
+
+    def _spell(self, value: Any, where: str, *, keep_tags: bool) -> Any:
+        """`value` with the special tokens' names in all its strings marked."""
+        if isinstance(value, str):
+            return self._template.spell_out(_checked(value, f"text {where}"), keep_tags=keep_tags)
+        if isinstance(value, Mapping):
+            return {
+                self._spell(str(key), where, keep_tags=False): self._spell(
+                    item, where, keep_tags=keep_tags and key in ("content", "text")
+                )
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self._spell(item, where, keep_tags=keep_tags) for item in value]
+        return value
+
+    def _encode_all(self, rendered: Sequence[list[Rendered] | BadExample]) -> list[list[Example] | BadExample]:
+        texts = [one for record in rendered if isinstance(record, list) for one in record]
+        encoded = self._template.encode_batch([one.text for one in texts])
+        prompts = [[turn.prompt_end for turn in one.turns if turn.prompt_end is not None] for one in texts]
+        wholes = [(one.text, tokens, ends) for one, tokens, ends in zip(texts, encoded, prompts, strict=True)]
+        counts = iter(zip(texts, encoded, self._template.count_prompt_tokens(wholes), strict=True))
+        return [
+            record if isinstance(record, BadExample) else _masked(list(itertools.islice(counts, len(record))))
+            for record in rendered
+        ]
 
 
-def _example(tokens: numpy.ndarray, has_loss: numpy.ndarray) -> Example | BadExample:
-    if not has_loss[1:].any():
-        return BadExample("nothing to learn", "its loss mask would be all zeros: no token of it is the assistant's")
-    if has_loss.all():
-        return BadExample("nothing but answers", "its loss mask would be all ones: it has no prompt")
-    has_loss[0] = False
-    return Example(tokens.astype(numpy.int32), has_loss)
+def _checked(text: str, name: str) -> str:
+    if any(mark in text for mark in (*MARKS, *ESCAPED_MARKS)):
+        raise Unusable("no Unicode text", f"{name} holds a code point that is no character (U+FDD0 or U+FDD1)")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Unusable("no Unicode text", f"{name} holds half a surrogate pair") from None
+    return text
+
+
+def _masked(parts: Sequence[tuple[Rendered, Encoded, list[int | None]]]) -> list[Example] | BadExample:
+    """The examples of one record."""
+    masked = []
+    for (_, turns, more_spans), encoded, counts in parts:
+        if None in counts:
+            return BadExample(
+                "unfit for the chat template",
+                "an answer's first characters make one token with the end of the generation prompt: strip the answer",
+            )
+        has_loss = encoded.overlaps(sorted([*more_spans, *(span for turn in turns for span in turn.spans)]))
+        for count, turn in zip(counts, (turn for turn in turns if turn.prompt_end is not None), strict=True):
+            assert count is not None and turn.prompt_end is not None
+            # A special token may have taken up blanks that the answer begins with: it is the prompt's nevertheless.
+            has_loss[:count] &= encoded.ends[:count] <= turn.prompt_end
+        masked.append((encoded.tokens, has_loss))
+    return _examples(masked)
+
+
+def _examples(masked: Sequence[tuple[numpy.ndarray, numpy.ndarray]]) -> list[Example] | BadExample:
+    examples = []
+    for tokens, has_loss in masked:
+        if not has_loss[1:].any():
+            return BadExample("nothing to learn", "its loss mask would be all zeros: no token of it is the assistant's")
+        if has_loss.all():
+            return BadExample("nothing but answers", "its loss mask would be all ones: it has no prompt")
+        has_loss[0] = False
+        examples.append(Example(tokens.astype(numpy.int32), has_loss))
+    return examples

@@ -22,6 +22,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import sync_tree
 from megatron_tpt.indexing.conversations import ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.example_formats import choose_format
 from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
 from megatron_tpt.indexing.packing import (
@@ -50,16 +51,20 @@ def pack_sft(options: PackOptions) -> PackManifest:
     """
     files = expand_inputs(options.input)
     tokenizer = Tokenizer(options.tokenizer)
-    format, template_checksum, loss_mask = _format(options, tokenizer)
+    format, template, loss_mask = choose_format(options, tokenizer)
     settings = PackSettings(
         tokenizer_fingerprint=tokenizer.fingerprint,
         eos_id=tokenizer.eos_id,
         columns=format.columns,
-        chat_template=template_checksum,
+        chat_template=template.checksum if template is not None else None,
         date=options.date,
         sequence_length=options.sequence_length,
         on_too_long=options.on_too_long,
         on_bad_example=options.on_bad_example,
+        chat_template_kwargs=options.template_variables(),
+        tools_column=options.tools_column,
+        inline_reasoning=options.inline_reasoning,
+        ignore_fields=tuple(options.ignore_fields),
     )
     if (finished := _finished(options.output, settings, files)) is not None:
         print(f"{options.output}: already done and whole; {_summary(finished)}")
@@ -87,17 +92,6 @@ def pack_sft(options: PackOptions) -> PackManifest:
         _publish(folder, options.output, manifest)
     print(f"{options.output}: {_summary(manifest)}")
     return manifest
-
-
-def _format(options: PackOptions, tokenizer: Tokenizer) -> tuple[PairFormat | ConversationFormat, str | None, str]:
-    """How to read the input, the checksum of the chat template, and where the loss mask comes from."""
-    if options.prompt_column is not None and options.response_column is not None:
-        return PairFormat(tokenizer, options.prompt_column, options.response_column), None, "response"
-    from megatron_tpt.indexing.chat_template import ChatTemplate
-
-    template = ChatTemplate(tokenizer, options.chat_template, options.today())
-    source = "generation spans" if template.has_generation_spans else "prefixes"
-    return ConversationFormat(tokenizer, template, options.messages_column), template.checksum, source
 
 
 def _summary(manifest: PackManifest) -> str:
@@ -175,6 +169,7 @@ class _Reader:
         self._format = format
         self._store = store
         self._skipped: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
         self._num_truncated = 0
         self._num_open_ended = 0
         self._last_report = time.monotonic()
@@ -192,6 +187,7 @@ class _Reader:
                 else:
                     raise UserError(f"{path}:{number}: {example}; or leave such out with --on-bad-example skip")
                 self._report()
+        self._notes.update(self._format.take_notes())
         num_examples = len(self._store) - before
         return Source(str(path.resolve()), num_examples, status.st_size, status.st_mtime_ns, checksum.result())
 
@@ -223,6 +219,8 @@ class _Reader:
         if len(self._store) == 0:
             skipped = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.items())
             raise UserError(f"the input holds no example to pack ({skipped or 'its files are empty'})")
+        for note, count in self._notes.items():
+            print(f"note: {note} ({count:,})", file=sys.stderr)
         if self._num_open_ended:
             print(
                 f"warning: the learned part of {self._num_open_ended:,} examples does not end with a special token: "

@@ -103,6 +103,11 @@ class PackSettings:
     """Of the model's inputs; a row holds one token more, the last label."""
     on_too_long: str
     on_bad_example: str
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template of all conversations."""
+    tools_column: str = "tools"
+    inline_reasoning: bool = False
+    ignore_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,13 @@ class PackManifest:
                 raise UserError(f"{path}: version {version!r}, this program knows {FORMAT_VERSION}; pack again")
             settings = content.pop("settings")
             return cls(
-                settings=PackSettings(**{**settings, "columns": tuple(settings["columns"])}),
+                settings=PackSettings(
+                    **{
+                        **settings,
+                        "columns": tuple(settings["columns"]),
+                        "ignore_fields": tuple(settings.get("ignore_fields", ())),
+                    }
+                ),
                 tokenizer=TokenizerInfo(**content.pop("tokenizer")),
                 sources=[Source(**source) for source in content.pop("sources")],
                 counts=PackCounts(**content.pop("counts")),

@@ -1,9 +1,10 @@
 """The options of tools/pack_sft.py. Light to import: the help of a command line needs nothing else."""
 
 import datetime
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tpt.errors import UserError
 
@@ -21,10 +22,13 @@ class PackOptions:
     sequence_length: int
     """training.sequence_length of the fine-tuning."""
     messages_column: str = "messages"
-    """The column with the conversation: a list of {"role", "content"[, "reasoning_content"]}, the roles being system,
-    user, assistant and tool."""
+    """The column with the conversation, in any of the shapes of docs/chats.md. Where a record lacks "messages", the
+    usual other columns are looked for: conversations, prompt and completion, instruction and output."""
+    tools_column: str = "tools"
+    """The column with the tools that a conversation may call, where there is one."""
     prompt_column: str | None = None
-    """The column with the prompt, where the input has prompts and responses instead; no chat template is applied."""
+    """The column with the prompt, where the input has prompts and responses instead. To texts no chat template is
+    applied; lists of messages are a conversation, of which only the response is learned."""
     response_column: str | None = None
     """The column with the response; with --prompt-column."""
     chat_template: Path | None = None
@@ -32,6 +36,14 @@ class PackOptions:
     is learned; without, what follows the generation prompt is."""
     date: str | None = None
     """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later)."""
+    chat_template_kwargs: str | None = None
+    """Variables for the chat template of all conversations, as a JSON object: '{"enable_thinking": false}'. Those of a
+    record's own column chat_template_kwargs come first."""
+    inline_reasoning: bool = False
+    """Write reasoning that the chat template does not read into the answers, between think tags; else such
+    conversations are bad examples."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of messages to ignore; else a message with a field that is not understood is a bad example."""
     on_too_long: Literal["skip", "truncate", "stop"] = "skip"
     """What to do with an example longer than a row: leave it out and count it, cut its end off, or stop."""
     on_bad_example: Literal["stop", "skip"] = "stop"
@@ -43,9 +55,20 @@ class PackOptions:
             raise UserError(f"--sequence-length {self.sequence_length} must be 1 or more")
         if (self.prompt_column is None) != (self.response_column is None):
             raise UserError("--prompt-column and --response-column go together: give both, or neither")
-        if self.prompt_column is not None and (self.chat_template is not None or self.date is not None):
-            raise UserError("--chat-template and --date are for conversations: leave them out with --prompt-column")
         self.today()
+        self.template_variables()
+
+    def template_variables(self) -> dict[str, Any]:
+        """The chat template's variables that were given."""
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            value = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is no JSON object")
+        return value
 
     def today(self) -> datetime.date | None:
         """The date given, if any."""

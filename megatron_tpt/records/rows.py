@@ -1,9 +1,10 @@
 """Rows of any source as plain dictionaries, for tools that need other fields than those of a record."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.records.parsing import parse_object
 from megatron_tpt.records.reading import DAMAGED, Progress, open_rows
 from megatron_tpt.records.record import BadRecord, DamagedSource
@@ -24,24 +25,30 @@ class RawRow(NamedTuple):
     """What more can be said of the problem."""
 
 
-def read_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
+type ChooseFields = Callable[[Sequence[str]], Sequence[str]]
+"""Which columns of a table to read, given the names of all. Raises UserError for a table that lacks what is needed."""
+
+
+def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = None) -> Iterator[RawRow]:
     """All lines or rows of a source, in order; blank lines make none. Memory does not grow with the source.
 
-    `columns` names the fields that the caller looks at, or paths to them ("a.b" needs the column "a"): of tables, only
-    these columns are read. Fields that a row lacks are missing in its value. Without `columns` all are read.
+    `columns` names the fields that the caller looks at, or paths to them ("a.b" needs the column "a"), or is a function
+    that chooses them: of tables, only these columns are read. Fields that a row lacks are missing in its value. Without
+    `columns` all are read.
 
     Bad data never raises: it is a row with a `problem`; where a file is broken or truncated, the last row has the
     problem DAMAGED. Raises UserError for a source that cannot be opened or has one of the columns twice, and Fault
     where the storage or the network fails.
     """
     reader, is_table = open_rows(source, partial(_chosen, columns), Progress())
+    named = None if callable(columns) else columns
     while True:
         number = reader.row
         try:
             if not reader.has_rows():
                 return
             taken = reader.take()
-            value = taken if is_table else parse_object(taken, columns)
+            value = taken if is_table else parse_object(taken, named)
         except BadRecord as bad:
             yield RawRow(number, None, bad.problem, bad.detail)
         except DamagedSource as damage:
@@ -51,5 +58,11 @@ def read_rows(source: Source, columns: Sequence[str] | None = None) -> Iterator[
                 yield RawRow(number, value)
 
 
-def _chosen(columns: Sequence[str] | None, source_name: str, schema: Any) -> list[str]:
-    return row_columns(source_name, schema, columns)
+def _chosen(columns: Sequence[str] | ChooseFields | None, source_name: str, schema: Any) -> list[str]:
+    if not callable(columns):
+        return row_columns(source_name, schema, columns)
+    try:
+        chosen = columns(schema.names)
+    except UserError as error:
+        raise UserError(f"{source_name}: {error}") from None
+    return row_columns(source_name, schema, chosen)

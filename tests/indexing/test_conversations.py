@@ -57,7 +57,12 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def encode(format: ConversationFormat, messages: object) -> Example | BadExample:
-    return format.encode_batch([{"messages": messages}])[0]
+    """The example of a conversation that makes but one."""
+    found = format.encode_batch([{"messages": messages}])[0]
+    if isinstance(found, BadExample):
+        return found
+    (example,) = found
+    return example
 
 
 def learned(tokenizer: Tokenizer, example: Example | BadExample) -> list[str]:
@@ -160,15 +165,7 @@ def test_reasoning_of_its_own_field_is_learned(make_format: MakeFormat, chat_tok
     assert learned(chat_tokenizer, example) == ["<think>\nI write </think> here\n</think>\n\n42<|im_end|>"]
     assert np.isin(example.tokens, chat_tokenizer.close_ids).sum() == 1
     unseen = encode(make_format(CHATML), messages)
-    assert isinstance(unseen, BadExample) and "leaves out or changes what message 2 says" in unseen.detail
-
-
-@pytest.mark.parametrize("template", [QWEN, QWEN_WITH_SPANS])
-def test_template_that_drops_earlier_reasoning_is_refused(template: str, make_format: MakeFormat) -> None:
-    answer = "<think>\nhm\n</think>\n\n42"
-    bad = encode(make_format(template), chat("a", answer, "b", answer))
-    assert isinstance(bad, BadExample)
-    assert "reasoning of earlier turns" in bad.detail
+    assert isinstance(unseen, BadExample) and "reads no reasoning, which message 2 has" in unseen.detail
 
 
 @pytest.mark.parametrize(
@@ -180,8 +177,8 @@ def test_template_that_drops_earlier_reasoning_is_refused(template: str, make_fo
         (["hello"], "message 1 is no object"),
         ([{"role": "human", "content": "a"}], "message 1 has role 'human'"),
         ([*chat("a"), {"role": "assistant"}], "content of message 2 is missing"),
-        ([*chat("a"), {"role": "assistant", "content": ["b"]}], "content of message 2 is list, not a string"),
-        ([*chat("a"), {"role": "assistant", "content": "b", "tool_calls": [{}]}], "'tool_calls'"),
+        ([*chat("a"), {"role": "assistant", "content": [7]}], "content of message 2 holds a int"),
+        ([*chat("a"), {"role": "assistant", "content": "b", "tool_calls": [{}]}], "no function with a name"),
         (chat("a", "\ud800"), "surrogate"),
         (chat("a", "\ufdd0"), "no character"),
         (chat("a"), "mask would be all zeros"),
@@ -197,7 +194,7 @@ def test_mask_of_all_ones_is_refused(make_format: MakeFormat, chat_tokenizer: To
     bad = encode(make_format(everything), chat("a", "b"))
     assert isinstance(bad, BadExample) and "all ones" in bad.detail
     pairs = PairFormat(chat_tokenizer, "prompt", "response")
-    bad = pairs.encode_batch([{"prompt": "", "response": "b"}])[0]
+    (bad,) = pairs.encode_batch([{"prompt": "", "response": "b"}])
     assert isinstance(bad, BadExample) and "all ones" in bad.detail
 
 

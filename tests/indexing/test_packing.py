@@ -320,7 +320,9 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
     [
         ({"sequence_length": 0}, "--sequence-length 0"),
         ({"prompt_column": "prompt"}, "go together"),
-        ({"prompt_column": "prompt", "response_column": "response", "date": "2024-07-26"}, "are for conversations"),
+        ({"chat_template_kwargs": "{thinking: 1}"}, "is not JSON"),
+        ({"chat_template_kwargs": "[1]"}, "no JSON object"),
+        ({"chat_template_kwargs": '{"enable_thinking": false}'}, "reads no variable 'enable_thinking'"),
         ({"date": "today"}, "YYYY-MM-DD"),
         ({"messages_column": "chat"}, "chats.jsonl:1: no messages"),
     ],

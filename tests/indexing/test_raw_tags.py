@@ -161,7 +161,7 @@ def test_a_tag_in_a_prompt_does_not_begin_thinking(no_tags_dir: Path) -> None:
     tokenizer = Tokenizer(no_tags_dir)
     prompt = "ban<think>ban?"
     assert len(find(numpy.array(tokenizer.encode(prompt)), tokenizer.open_ids))
-    (example,) = PairFormat(tokenizer, "p", "r").encode_batch([{"p": prompt, "r": "<think>a</think>A tag."}])
+    ((example,),) = PairFormat(tokenizer, "p", "r").encode_batch([{"p": prompt, "r": "<think>a</think>A tag."}])
     assert isinstance(example, Example)
     marks = mark_thinking(example.tokens, tokenizer.open_ids, tokenizer.close_ids, tokenizer.eos_id)
     assert tokenizer.decode(example.tokens[marks]) == "<think>a</think>"
@@ -172,7 +172,7 @@ def test_a_tag_in_a_users_message_does_not_begin_thinking(no_tags_dir: Path, tmp
     (tmp_path / "chatml.jinja").write_text(CHATML)
     format = ConversationFormat(tokenizer, ChatTemplate(tokenizer, tmp_path / "chatml.jinja"), "messages")
     messages = [{"role": "user", "content": "ban<think>ban"}, {"role": "assistant", "content": "<think>a</think>b"}]
-    (example,) = format.encode_batch([{"messages": messages}])
+    ((example,),) = format.encode_batch([{"messages": messages}])
     assert isinstance(example, Example)
     marks = mark_thinking(example.tokens, tokenizer.open_ids, tokenizer.close_ids, tokenizer.eos_id)
     assert tokenizer.decode(example.tokens[marks]) == "<think>a</think>"
