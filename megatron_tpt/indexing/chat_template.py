@@ -86,6 +86,11 @@ class ChatTemplate:
         self._special_or_tag = _any_of([*names, OPEN_TAG, CLOSE_TAG])
         self._special_at_end = re.compile(rf"(?:{self._special.pattern})(?P<blanks>\s*)\Z")
 
+    @property
+    def text(self) -> str:
+        """The template itself, in Jinja."""
+        return self._template
+
     def spell_out(self, text: str, *, keep_tags: bool) -> str:
         """`text` with marks around the names of special tokens, and of the think tags unless they mean the tags."""
         names = self._special if keep_tags else self._special_or_tag

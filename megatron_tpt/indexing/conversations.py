@@ -53,8 +53,8 @@ class ExampleFormat(Protocol):
     def columns(self) -> tuple[str, ...]:
         """The fields that are read."""
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, or what is wrong with it."""
 
 
 class _Unusable(Exception):
@@ -73,9 +73,9 @@ class PairFormat:
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
-        return [self._encode(record) for record in records]
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, or what is wrong with it."""
+        return [_alone(self._encode(record)) for record in records]
 
     def _encode(self, record: Mapping[str, Any]) -> Example | BadExample:
         try:
@@ -95,12 +95,12 @@ class ConversationFormat:
         self._tokenizer = tokenizer
         self._template = template
 
-    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[Example | BadExample]:
-        """An example of every record, or what is wrong with it."""
+    def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
+        """The examples of every record, or what is wrong with it."""
         rendered = [self._render(record.get(self.columns[0])) for record in records]
         texts = [text for one in rendered if isinstance(one, Rendered) for text in (one.text, *one.prompts)]
         encoded = iter(self._template.encode_batch(texts))
-        return [_masked(one, encoded) if isinstance(one, Rendered) else one for one in rendered]
+        return [_alone(_masked(one, encoded)) if isinstance(one, Rendered) else one for one in rendered]
 
     def ends_its_turn(self, example: Example) -> bool:
         """Whether the last learned token is a special one, like <|im_end|>: else the model does not learn to stop."""
@@ -139,6 +139,10 @@ class ConversationFormat:
             reasoning = _text(reasoning, f"reasoning_content of message {number}")
             shown["reasoning_content"] = self._template.spell_out(reasoning, keep_tags=False)
         return shown
+
+
+def _alone(example: Example | BadExample) -> list[Example] | BadExample:
+    return example if isinstance(example, BadExample) else [example]
 
 
 def _message_list(value: Any) -> Sequence[Any]:

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
@@ -15,25 +15,47 @@ _ROWS_PER_BATCH = 256
 _BYTES_PER_BATCH = 4 << 20
 
 
+class FieldBatch(NamedTuple):
+    """Consecutive records of a file."""
+
+    path: Path
+    records: list[tuple[int, dict[str, Any] | BadExample]]
+    """Number in the file, from 1, and fields, or what is wrong with the line."""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.records[0][0]}-{self.records[-1][0]}"
+
+
+EncodedBatch = list[tuple[int, list[Example] | BadExample]]
+"""Number and examples of every record, or what is wrong with it."""
+
+
 def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
-    """Number (from 1) and example, or what is wrong, of every line or row of a file. Blank lines are passed over."""
-    batch: list[tuple[int, dict[str, Any] | BadExample]] = []
+    """Number (from 1) and examples, or what is wrong, of every line or row of a file. Blank lines are skipped."""
+    for batch in read_batches(path, format.columns):
+        for number, outcome in encode_batch(batch, format):
+            for one in [outcome] if isinstance(outcome, BadExample) else outcome:
+                yield number, one
+
+
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[FieldBatch]:
+    """The records of a file in batches of bounded size. Blank lines are skipped."""
+    batch = FieldBatch(path, [])
     num_bytes = 0
-    for number, fields, size in _read_fields(path, format.columns):
-        batch.append((number, fields))
+    for number, fields, size in _read_fields(path, columns):
+        batch.records.append((number, fields))
         num_bytes += size
-        if num_bytes >= _BYTES_PER_BATCH or len(batch) >= _ROWS_PER_BATCH:
-            yield from _encode(batch, format)
-            batch, num_bytes = [], 0
-    yield from _encode(batch, format)
+        if num_bytes >= _BYTES_PER_BATCH or len(batch.records) >= _ROWS_PER_BATCH:
+            yield batch
+            batch, num_bytes = FieldBatch(path, []), 0
+    if batch.records:
+        yield batch
 
 
-def _encode(
-    batch: Sequence[tuple[int, dict[str, Any] | BadExample]], format: ExampleFormat
-) -> Iterator[tuple[int, Example | BadExample]]:
-    encoded = iter(format.encode_batch([fields for _, fields in batch if not isinstance(fields, BadExample)]))
-    for number, fields in batch:
-        yield number, fields if isinstance(fields, BadExample) else next(encoded)
+def encode_batch(batch: FieldBatch, format: ExampleFormat) -> EncodedBatch:
+    """What becomes of every record of a batch."""
+    encoded = iter(format.encode_batch([fields for _, fields in batch.records if not isinstance(fields, BadExample)]))
+    return [(number, fields if isinstance(fields, BadExample) else next(encoded)) for number, fields in batch.records]
 
 
 def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:

@@ -9,13 +9,14 @@ learned (little-endian):
     int64    first run of each example, and the number of runs at the end
     int32    length of each run, in tokens: of an example without loss, with loss, without loss, ... in turn
 
-`PREFIX.sft.json` is the manifest, written last: without it the index is not finished.
+`PREFIX.tokenizer/` is the tokenizer, with the chat template that was used. `PREFIX.sft.json` is the manifest, written
+last: without it the index is not finished.
 """
 
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,9 +117,11 @@ class PackCounts:
     tokens: int
     loss_tokens: int
     truncated: int
-    """Examples that were cut at the length of a row; they are among `examples`."""
+    """Examples that were truncated to the length of a row; they are among `examples`."""
     skipped: dict[str, int]
-    """Records that were left out, by reason."""
+    """Records that were skipped, by reason."""
+    skipped_example: dict[str, str] = field(default_factory=dict)
+    """The first of them by reason: its place, and what is wrong with it."""
 
     def efficiency(self, sequence_length: int) -> float:
         """The share of the rows' places that hold a token."""
@@ -140,6 +143,18 @@ class PackManifest:
     checksums: dict[str, str]
     """Of "bin", "idx" and "sft": "sha256:" and the digest."""
     command: list[str]
+    tokenizer_checksums: dict[str, str] = field(default_factory=dict)
+    """The same of the files in `PREFIX.tokenizer`, by name; none where an earlier version packed, which made no such
+    folder."""
+    end_of_turn_ids: list[int] = field(default_factory=list)
+    """The special tokens that end a learned turn, the most frequent first; none where an earlier version packed."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables that the chat template was given for all conversations."""
+
+    @staticmethod
+    def tokenizer_path(prefix: str | Path) -> Path:
+        """Where the packed index `prefix` keeps its tokenizer."""
+        return Path(f"{prefix}.tokenizer")
 
     @staticmethod
     def path(prefix: str | Path) -> Path:
@@ -268,6 +283,11 @@ class PackedIndex:
 
     def verify(self) -> None:
         """Read everything and raise UserError unless all checksums are the manifest's."""
-        for kind, expected in self.manifest.checksums.items():
-            if file_checksum(Path(f"{self.prefix}.{kind}")) != expected:
-                raise UserError(f"{self.prefix}.{kind}: damaged: its checksum is not the manifest's; pack again")
+        folder = PackManifest.tokenizer_path(self.prefix)
+        expected = {Path(f"{self.prefix}.{kind}"): checksum for kind, checksum in self.manifest.checksums.items()}
+        expected |= {folder / name: checksum for name, checksum in self.manifest.tokenizer_checksums.items()}
+        for path, checksum in expected.items():
+            if not path.is_file():
+                raise UserError(f"{path}: missing; pack again")
+            if file_checksum(path) != checksum:
+                raise UserError(f"{path}: damaged: its checksum is not the manifest's; pack again")

@@ -1,28 +1,32 @@
 """The options of tools/pack_sft.py. Light to import: the help of a command line needs nothing else."""
 
 import datetime
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_tpt.errors import UserError
 
+_BYTES_PER_WORKER = 4 << 20  # less is done before another process has started
+
 
 @dataclass(frozen=True)
 class PackOptions:
     """What to pack, and how."""
 
-    input: list[Path]
+    input: list[str | Path]
     """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them."""
     tokenizer: Path
     """The Hugging Face tokenizer folder to fine-tune with."""
     output: Path
-    """The prefix of the output: PREFIX.bin, PREFIX.idx, PREFIX.sft and PREFIX.sft.json."""
+    """The prefix of the output: PREFIX.bin, PREFIX.idx, PREFIX.sft, PREFIX.sft.json, and PREFIX.tokenizer with the chat
+    template that was used."""
     sequence_length: int
     """training.sequence_length of the fine-tuning."""
-    messages_column: str = "messages"
-    """The column with the conversation: a list of {"role", "content"[, "reasoning_content"]}, the roles being system,
-    user, assistant and tool."""
+    messages_column: str | None = None
+    """The column with the conversation ("messages" when not given): a list of {"role", "content"[,
+    "reasoning_content"]}, the roles being system, user, assistant and tool."""
     prompt_column: str | None = None
     """The column with the prompt, where the input has prompts and responses instead; no chat template is applied."""
     response_column: str | None = None
@@ -33,18 +37,29 @@ class PackOptions:
     date: str | None = None
     """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later)."""
     on_too_long: Literal["skip", "truncate", "stop"] = "skip"
-    """What to do with an example longer than a row: leave it out and count it, cut its end off, or stop."""
+    """What to do with an example longer than a row: skip it and count it, truncate it, or stop."""
     on_bad_example: Literal["stop", "skip"] = "stop"
     """Stop at a record that makes no example (bad fields, a loss mask of all ones or all zeros, what the chat template
-    cannot show whole), or leave it out and count it."""
+    cannot show whole), or skip it and count it."""
+    num_workers: int | None = None
+    """Processes that render and tokenise; when not given, as many as there are cores, fewer for small inputs. The
+    output is the same whatever the number."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
             raise UserError(f"--sequence-length {self.sequence_length} must be 1 or more")
         if (self.prompt_column is None) != (self.response_column is None):
             raise UserError("--prompt-column and --response-column go together: give both, or neither")
-        if self.prompt_column is not None and (self.chat_template is not None or self.date is not None):
-            raise UserError("--chat-template and --date are for conversations: leave them out with --prompt-column")
+        for_conversations = {
+            "--messages-column": self.messages_column,
+            "--chat-template": self.chat_template,
+            "--date": self.date,
+        }
+        given = [name for name, value in for_conversations.items() if value is not None]
+        if self.prompt_column is not None and given:
+            raise UserError(f"{', '.join(given)}: for conversations; omit with --prompt-column and --response-column")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
         self.today()
 
     def today(self) -> datetime.date | None:
@@ -53,3 +68,12 @@ class PackOptions:
             return None if self.date is None else datetime.date.fromisoformat(self.date)
         except ValueError:
             raise UserError(f"--date {self.date} is no date: write YYYY-MM-DD") from None
+
+    @property
+    def conversation_column(self) -> str:
+        """The column with the conversation."""
+        return self.messages_column or "messages"
+
+    def worker_count(self, num_bytes: int) -> int:
+        """Processes for an input of so many bytes."""
+        return self.num_workers or min(len(os.sched_getaffinity(0)), max(1, num_bytes // _BYTES_PER_WORKER))

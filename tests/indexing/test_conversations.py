@@ -57,7 +57,8 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def encode(format: ConversationFormat, messages: object) -> Example | BadExample:
-    return format.encode_batch([{"messages": messages}])[0]
+    outcome = format.encode_batch([{"messages": messages}])[0]
+    return outcome if isinstance(outcome, BadExample) else outcome[0]
 
 
 def learned(tokenizer: Tokenizer, example: Example | BadExample) -> list[str]:

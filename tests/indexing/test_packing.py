@@ -167,25 +167,36 @@ def test_the_same_command_again_verifies_and_leaves_it_alone(options: dict, caps
     assert content(options["output"]) == before
 
 
-def test_other_settings_or_input_in_the_same_place_are_refused(options: dict, tmp_path: Path) -> None:
-    path = tmp_path / "own.jsonl"
-    shutil.copy(options["input"][0], path)
+def test_what_differs_from_the_packed_index_in_the_same_place_is_shown(options: dict, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for path in paths:
+        shutil.copy(options["input"][0], path)
     template = tmp_path / "template.jinja"
     template.write_text(CHATML_WITH_SPANS)
-    template.with_suffix(".jsonl").touch()
-    options["input"] = [path]
+    options["input"] = paths[:2]
     pack_sft(PackOptions(**options))
+    a, b, c = paths
     for change, words in [
-        ({"sequence_length": 300}, "another sequence length;"),
-        ({"on_too_long": "truncate"}, "another on too long;"),
-        ({"chat_template": template}, "another chat template;"),
-        ({"input": [path, template.with_suffix(".jsonl")]}, "another list of input files;"),
+        ({"sequence_length": 300}, r"\(--sequence-length: 200 -> 300\)"),
+        ({"sequence_length": 300, "on_too_long": "truncate"}, "200 -> 300; --on-too-long: skip -> truncate"),
+        ({"chat_template": template}, "checksum of the chat template: sha256:[0-9a-f]{12} -> sha256:[0-9a-f]{12}"),
+        ({"messages_column": "chat"}, "columns: messages -> chat"),
+        ({"date": "2024-07-26"}, "--date: none -> 2024-07-26"),
+        ({"input": paths}, rf"\(added to the input: {c}\)"),
+        ({"input": [a]}, rf"\(removed from the input: {b}\)"),
+        ({"input": [a, c]}, rf"\(added to the input: {c}; removed from the input: {b}\)"),
+        ({"input": [b, a]}, "the input files are the same in another order"),
     ]:
         with pytest.raises(UserError, match=words):
             pack_sft(PackOptions(**options | change))
-    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="another content of the input files"):
+    b.write_text(b.read_text() + b.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=rf"\(changed in the input: {b}\)"):
         pack_sft(PackOptions(**options))
+    edited = tmp_path / "edited"
+    shutil.copytree(options["tokenizer"], edited)
+    (edited / "tokenizer.json").write_text((edited / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(UserError, match=rf"--tokenizer: .*/tokenizer -> {edited}; changed in the input: {b}\)"):
+        pack_sft(PackOptions(**options | {"tokenizer": edited}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,10 +286,33 @@ def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
     counts = pack_sft(PackOptions(**options, on_bad_example="skip")).counts
     assert counts.examples == 3
     assert counts.skipped == {"no messages": 1, "no JSON object": 1, "not JSON": 1, "nothing to learn": 1}
+    assert counts.skipped_example["no JSON object"] == f"{path}:4: it is a list"
+    assert PackManifest.read(options["output"]).counts == counts
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "its files are empty"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
+            "2 skipped: nothing to learn .such as .*jsonl:1: it has",
+        ),
+        ('{"text": "a"}\n{\n', "1 skipped: no messages .*; 1 skipped: not JSON"),
+    ],
+)
+def test_an_input_of_which_nothing_can_be_learned_is_refused(lines: str, words: str, options: dict) -> None:
+    path = options["output"].with_name("nothing.jsonl")
+    path.write_text(lines)
+    with pytest.raises(UserError, match=words):
+        pack_sft(PackOptions(**options | {"input": [path]}, on_bad_example="skip"))
+    assert [path.name for path in path.parent.iterdir()] == ["nothing.jsonl"]
 
 
 def test_no_example_at_all_is_refused(options: dict) -> None:
-    with pytest.raises(UserError, match=r"no example to pack \(too long: 300\)"):
+    with pytest.raises(
+        UserError, match=r"no example to pack: 300 skipped: too long \(such as .*chats\.jsonl:1: \d+ tokens, a row"
+    ):
         pack_sft(PackOptions(**options | {"sequence_length": 3}))
     assert list(options["output"].parent.iterdir()) == []
 
@@ -311,8 +345,21 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
     working = options["output"].with_name(".tmp-sft")
     working.mkdir()
     Path(f"{options['output']}.sft").rename(working / "sft")
+    with pytest.raises(UserError, match=r"sft\.bin exists and was not made by this program"):
+        pack_sft(PackOptions(**options))  # nothing says that it was moving files into place
+    (working / "publishing").touch()
     pack_sft(PackOptions(**options))
     assert content(options["output"]) == before
+    PackedIndex(options["output"]).verify()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "bin", "sft"])
+def test_what_another_hand_has_put_in_the_place_of_the_output_stays(kind: str, options: dict) -> None:
+    path = Path(f"{options['output']}.{kind}")
+    path.mkdir()
+    with pytest.raises(UserError, match=rf"sft\.{kind} exists and was not made by this program"):
+        pack_sft(PackOptions(**options))
+    assert path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -320,7 +367,12 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
     [
         ({"sequence_length": 0}, "--sequence-length 0"),
         ({"prompt_column": "prompt"}, "go together"),
-        ({"prompt_column": "prompt", "response_column": "response", "date": "2024-07-26"}, "are for conversations"),
+        ({"prompt_column": "prompt", "response_column": "response", "date": "2024-07-26"}, "--date: for conversations"),
+        (
+            {"prompt_column": "prompt", "response_column": "response", "messages_column": "messages"},
+            "--messages-column: for conversations",
+        ),
+        ({"num_workers": 0}, "--num-workers 0"),
         ({"date": "today"}, "YYYY-MM-DD"),
         ({"messages_column": "chat"}, "chats.jsonl:1: no messages"),
     ],
