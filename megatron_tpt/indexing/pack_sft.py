@@ -349,12 +349,16 @@ def _publish(folder: Path, prefix: Path, manifest: PackManifest) -> None:
     manifest.write(prefix)
 
 
+class _StoppedError(BaseException):
+    """A signal asks to stop. Like KeyboardInterrupt no Exception, which the code that it hits might handle."""
+
+
 @contextlib.contextmanager
 def _interruptions_named(prefix: Path) -> Iterator[None]:
     """Say what an interrupted job leaves: nothing, for it is quicker to begin again than to keep half of it."""
 
     def stop(signum: int, _: object) -> None:
-        raise StoppedEarly(f"stopped by {signal.Signals(signum).name}: {left}")
+        raise _StoppedError(signal.Signals(signum).name)
 
     left = f"{prefix} was not written; the same command packs it from the start"
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -364,6 +368,8 @@ def _interruptions_named(prefix: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"interrupted: {left}", file=sys.stderr)
         raise
+    except _StoppedError as stopped:
+        raise StoppedEarly(f"stopped by {stopped}: {left}") from None
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)

@@ -281,6 +281,24 @@ class PackedIndex:
             begin += len(has_loss)
         return examples
 
+    def first_difference_of_masks(self, other: "PackedIndex") -> int | None:
+        """The first row whose examples end elsewhere, or are learned in other parts, than in an index of the same
+        tokens; None when there is none."""
+        if all(
+            numpy.array_equal(ours, theirs)
+            for ours, theirs in (
+                (self._row_bounds, other._row_bounds),
+                (self._run_bounds, other._run_bounds),
+                (self._runs, other._runs),
+            )
+        ):
+            return None
+        return next(
+            row
+            for row in range(len(self))
+            if [one.has_loss.tolist() for one in self[row]] != [one.has_loss.tolist() for one in other[row]]
+        )
+
     def verify(self) -> None:
         """Read everything and raise UserError unless all checksums are the manifest's."""
         folder = PackManifest.tokenizer_path(self.prefix)

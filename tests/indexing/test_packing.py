@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexing_inputs import generated_text
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import ConversationFormat, Example
 from megatron_tpt.indexing.example_files import read_examples
@@ -242,14 +243,14 @@ def test_a_packed_index_is_shown_and_verified_as_one(options: dict, capsys: pyte
         f"{counts.loss_tokens:,} (mask",
         "too long",
         "bounds of examples",
+        "checksums, tokenizer",
+        "ends of turns  <|im_end|> (5)",
+        "chat_template.jinja",
     ):
         assert expected in shown
-    inspect_index(InspectOptions(prefix, document=0))
-    assert Tokenizer(options["tokenizer"]).decode(PackedIndex(prefix)[0][0].tokens) in capsys.readouterr().out
     inspect_index(InspectOptions(prefix, json=True))
     assert json.loads(capsys.readouterr().out)["manifest"]["counts"]["examples"] == counts.examples
-    for kind in KINDS:
-        path = Path(f"{prefix}.{kind}")
+    for path in (*(Path(f"{prefix}.{kind}") for kind in KINDS), Path(f"{prefix}.tokenizer/tokenizer_config.json")):
         good = path.read_bytes()
         path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
         with pytest.raises(UserError, match="damaged"):
@@ -288,6 +289,59 @@ def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
     assert counts.skipped == {"no messages": 1, "no JSON object": 1, "not JSON": 1, "nothing to learn": 1}
     assert counts.skipped_example["no JSON object"] == f"{path}:4: it is a list"
     assert PackManifest.read(options["output"]).counts == counts
+
+
+PAIRS = {"prompt_column": "prompt", "response_column": "response"}
+
+
+@pytest.mark.parametrize("columns", [PAIRS, pytest.param({}, marks=pytest.mark.slow)])
+def test_workers_change_neither_the_bytes_nor_the_counts(
+    columns: dict, options: dict, conversations: list, tmp_path: Path
+) -> None:
+    lines = [
+        json.dumps({"messages": chat, "prompt": chat[0]["content"], "response": chat[1]["content"]}) + "\n"
+        for chat in conversations
+    ]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    for path, part in zip(paths, (lines[:280], ["\n", *lines[280:], "{\n", "[]\n"], lines[:5]), strict=True):
+        path.write_text("".join(part))
+    options |= {"input": paths, "on_bad_example": "skip", **columns}
+    alone = pack_sft(PackOptions(**options, num_workers=1))
+    before = content(options["output"])
+    together = pack_sft(PackOptions(**options | {"output": tmp_path / "two"}, num_workers=2))
+    assert content(tmp_path / "two") == before
+    assert (together.counts, together.sources) == (alone.counts, alone.sources)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_small_inputs_are_packed_by_one_process() -> None:
+    options = {"input": ["a"], "tokenizer": Path("t"), "output": Path("o"), "sequence_length": 8}
+    assert PackOptions(**options).worker_count(1000) == 1
+    assert 1 <= PackOptions(**options).worker_count(1 << 40) == len(os.sched_getaffinity(0))
+    assert PackOptions(**options, num_workers=7).worker_count(1000) == 7
+
+
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGTERM, StoppedEarly), (signal.SIGINT, KeyboardInterrupt)])
+def test_an_interrupted_job_says_that_nothing_was_written(
+    signum: int, error: type[BaseException], options: dict, chats: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = options["output"].with_name("many.jsonl")
+    path.write_text(chats.read_text() * 10)
+    examples = options["output"].with_name(".tmp-sft") / "examples"
+
+    def interrupt() -> None:
+        while not examples.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(error) as stopped:
+        pack_sft(PackOptions(**options | {"input": [path]}))
+    thread.join()
+    said = str(stopped.value) if error is StoppedEarly else capsys.readouterr().err
+    assert f"{options['output']} was not written; the same command packs it from the start" in said
+    assert [path.name for path in options["output"].parent.iterdir()] == ["many.jsonl"]
 
 
 @pytest.mark.parametrize(
