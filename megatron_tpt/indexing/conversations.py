@@ -10,6 +10,7 @@ own turn. The think tags in an assistant's content do mean the tags, since that 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +57,9 @@ class ExampleFormat(Protocol):
     def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
         """The examples of every record, or what is wrong with it."""
 
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect, in words, with the number of records."""
+
 
 class _Unusable(Exception):
     """Ends the work on one record; `bad` says why."""
@@ -76,6 +80,10 @@ class PairFormat:
     def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
         """The examples of every record, or what is wrong with it."""
         return [_alone(self._encode(record)) for record in records]
+
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect."""
+        return Counter()
 
     def _encode(self, record: Mapping[str, Any]) -> Example | BadExample:
         try:
@@ -101,6 +109,10 @@ class ConversationFormat:
         texts = [text for one in rendered if isinstance(one, Rendered) for text in (one.text, *one.prompts)]
         encoded = iter(self._template.encode_batch(texts))
         return [_alone(_masked(one, encoded)) if isinstance(one, Rendered) else one for one in rendered]
+
+    def take_notes(self) -> Counter[str]:
+        """What of the records since the last call had no effect."""
+        return Counter()
 
     def ends_its_turn(self, example: Example) -> bool:
         """Whether the last learned token is a special one, like <|im_end|>: else the model does not learn to stop."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,23 +27,28 @@ class FieldBatch(NamedTuple):
         return f"{self.path}:{self.records[0][0]}-{self.records[-1][0]}"
 
 
-EncodedBatch = list[tuple[int, list[Example] | BadExample]]
-"""Number and examples of every record, or what is wrong with it."""
+class EncodedBatch(NamedTuple):
+    """What became of a batch."""
+
+    outcomes: list[tuple[int, list[Example] | BadExample]]
+    """Number and examples of every record, or what is wrong with it."""
+    notes: Counter[str]
+    """What of the records had no effect, in words, with the number of records."""
 
 
 def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
     """Number (from 1) and examples, or what is wrong, of every line or row of a file. Blank lines are skipped."""
-    for batch in read_batches(path, format.columns):
-        for number, outcome in encode_batch(batch, format):
+    for batch in read_batches(path, format):
+        for number, outcome in encode_batch(batch, format).outcomes:
             for one in [outcome] if isinstance(outcome, BadExample) else outcome:
                 yield number, one
 
 
-def read_batches(path: Path, columns: Sequence[str]) -> Iterator[FieldBatch]:
+def read_batches(path: Path, format: ExampleFormat) -> Iterator[FieldBatch]:
     """The records of a file in batches of bounded size. Blank lines are skipped."""
     batch = FieldBatch(path, [])
     num_bytes = 0
-    for number, fields, size in _read_fields(path, columns):
+    for number, fields, size in _read_fields(path, format.columns):
         batch.records.append((number, fields))
         num_bytes += size
         if num_bytes >= _BYTES_PER_BATCH or len(batch.records) >= _ROWS_PER_BATCH:

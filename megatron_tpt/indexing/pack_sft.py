@@ -145,6 +145,7 @@ class _Collector:
         self.turn_ends = TurnEnds(encoding.special_ids)
         self._skipped: Counter[str] = Counter()
         self._skipped_example: dict[str, str] = {}
+        self._notes = encoding.format.take_notes()
         self._num_truncated = 0
         self._open_ended: list[str] = []
         self._last_report = time.monotonic()
@@ -156,8 +157,9 @@ class _Collector:
         try:
             about = {path: (path.stat(), beside.submit(file_checksum, path)) for path in files}
             with contextlib.closing(self._encoded(files)) as encoded:
-                for batch, outcomes in encoded:
+                for batch, (outcomes, notes) in encoded:
                     before = len(self._store)
+                    self._notes.update(notes)
                     for number, outcome in outcomes:
                         self._take(f"{batch.path}:{number}", outcome)
                     num_examples[batch.path] += len(self._store) - before
@@ -168,7 +170,7 @@ class _Collector:
 
     def _encoded(self, files: Sequence[Path]) -> Generator[tuple[FieldBatch, EncodedBatch]]:
         """Batches of records, and what they become, in the order of the input."""
-        batches = (batch for path in files for batch in read_batches(path, self._encoding.format.columns))
+        batches = (batch for path in files for batch in read_batches(path, self._encoding.format))
         num_workers = self._options.worker_count(sum(path.stat().st_size for path in files))
         if num_workers == 1:
             return ((batch, encode_batch(batch, self._encoding.format)) for batch in batches)
@@ -215,6 +217,9 @@ class _Collector:
         if not self._store.num_loss_tokens:
             skipped = _skipped_lines(self._skipped, self._skipped_example)
             raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")
+        self._notes.update(self._encoding.format.take_notes())  # of columns
+        for note, count in self._notes.items():
+            print(f"note: {note} ({count:,})", file=sys.stderr)
         if self._open_ended:
             print(
                 f"warning: the learned part of {len(self._open_ended):,} examples does not end with a special token "
