@@ -61,7 +61,10 @@ def read_batches(path: Path, format: ExampleFormat) -> Iterator[FieldBatch]:
 def encode_batch(batch: FieldBatch, format: ExampleFormat) -> EncodedBatch:
     """What becomes of every record of a batch."""
     encoded = iter(format.encode_batch([fields for _, fields in batch.records if not isinstance(fields, BadExample)]))
-    return [(number, fields if isinstance(fields, BadExample) else next(encoded)) for number, fields in batch.records]
+    outcomes = [
+        (number, fields if isinstance(fields, BadExample) else next(encoded)) for number, fields in batch.records
+    ]
+    return EncodedBatch(outcomes, format.take_notes())
 
 
 def _read_fields(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
