@@ -152,18 +152,26 @@ class Tokenizer:
         return numpy.concatenate(self._encode_batch(pieces))
 
 
+def find_originals(folder: Path) -> list[Path]:
+    """The files in a folder that tools/convert_tokenizer.py makes a tokenizer of, in the order in which Mistral's own
+    library would choose: tekken.json, then SentencePiece models (tokenizer.model.v7, ..., tokenizer.model)."""
+    files = sorted((file for file in folder.iterdir() if file.is_file()), reverse=True)
+    patterns = (r"tekken.*\.json", r".*\.model\.v\d+(m\d+)?", r".*\.model", r".*\.tiktoken")
+    return [file for pattern in patterns for file in files if re.fullmatch(pattern, file.name)]
+
+
 def _tokenizer_file(folder: Path) -> Path:
     path = folder / "tokenizer.json"
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; give the folder of the tokenizer, with tokenizer.json in it")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such tokenizer folder")
     if not path.is_file():
-        kinds = {".model": "a SentencePiece or tiktoken model", ".tiktoken": "a tiktoken file"}
-        for file in sorted(folder.iterdir()):
-            if file.suffix in kinds:
-                raise UserError(
-                    f"{folder}: no tokenizer.json; {file.name} is {kinds[file.suffix]}: convert it: "
-                    f"tools/convert_tokenizer.py --input {file} --output FOLDER"
-                )
+        for file in find_originals(folder):
+            raise UserError(
+                f"{folder}: no tokenizer.json, but {file.name}; convert it: "
+                f"tools/convert_tokenizer.py --input {file} --output FOLDER"
+            )
         raise UserError(
             f"{folder}: no tokenizer.json; make one: AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained(FOLDER)"
