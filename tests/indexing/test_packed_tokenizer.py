@@ -105,7 +105,7 @@ def test_the_ends_of_turns_are_noted_the_most_frequent_first(
     assert pack_sft(PackOptions(**options, tokenizer=chat_tokenizer)).end_of_turn_ids == [im_end]
     (tmp_path / "two.jinja").write_text(
         "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
-        "{{ message.content + ('<|eot|>' if loop.last else '<|im_end|>') }}{% endgeneration %}"
+        "{{ message.content + ('<|eot|>' if message.content == 'two' else '<|im_end|>') }}{% endgeneration %}"
         "{% else %}{{ '<|im_start|>' + message.content }}{% endif %}{% endfor %}"
     )
     chats = [CHAT[:3], CHAT[1:3], CHAT]

@@ -350,7 +350,7 @@ def test_an_interrupted_job_says_that_nothing_was_written(
         ("", "its files are empty"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
-            "2 skipped: nothing to learn .such as .*jsonl:1: it has",
+            "2 skipped: nothing to learn .such as .*jsonl:1: ",
         ),
         ('{"text": "a"}\n{\n', "1 skipped: no messages .*; 1 skipped: not JSON"),
     ],
