@@ -34,7 +34,7 @@ double = functools.partial(make_work, 2)
 
 
 def test_results_come_in_order_and_few_items_are_in_flight() -> None:
-    taken = 0
+    before, taken = multiprocessing.active_children(), 0
 
     def items() -> Iterator[int]:
         nonlocal taken
@@ -47,11 +47,11 @@ def test_results_come_in_order_and_few_items_are_in_flight() -> None:
         found.append((item, result))
         assert taken - item <= 6
     assert found == [(item, 2 * item) for item in range(13)]
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_an_error_is_raised_in_the_place_of_its_item() -> None:
-    found: list[int] = []
+    before, found = multiprocessing.active_children(), []
     with (
         pytest.raises(UserError, match="thirteen"),
         contextlib.closing(map_in_order(double, range(30), 2, str)) as results,
@@ -59,14 +59,14 @@ def test_an_error_is_raised_in_the_place_of_its_item() -> None:
         for item, _ in results:
             found.append(item)
     assert found == list(range(13))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_a_worker_that_dies_is_a_fault_that_names_what_was_in_flight() -> None:
-    items = [1, 2, 20, 3]
+    before, items = multiprocessing.active_children(), [1, 2, 20, 3]
     with pytest.raises(Fault, match=r"a worker process died .* at item \d+( to item \d+)?: run the same command again"):
         list(map_in_order(double, items, 2, "item {}".format))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 SLEEPERS = """
