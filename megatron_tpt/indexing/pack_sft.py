@@ -65,6 +65,7 @@ def _pack(options: PackOptions, files: Sequence[Path]) -> PackManifest:
         collector.finish()
         packing = pack(store.lengths(), options.sequence_length + 1)
         checksums = store.write_packed(packing, folder)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a run that was killed
         copy_tokenizer(encoding.tokenizer.folder, folder / "tokenizer", encoding.template_text)
         counts = collector.counts(packing)
         manifest = PackManifest(

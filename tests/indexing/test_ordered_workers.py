@@ -87,7 +87,7 @@ def report_and_wait() -> Callable[[int], None]:
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "sleepers.py"
     script.write_text(SLEEPERS.format(folder=str(Path(__file__).parent)))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()

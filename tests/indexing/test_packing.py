@@ -402,7 +402,9 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
     with pytest.raises(UserError, match=r"sft\.bin exists and was not made by this program"):
         pack_sft(PackOptions(**options))  # nothing says that it was moving files into place
     (working / "publishing").touch()
-    pack_sft(PackOptions(**options))
+    (working / "tokenizer").mkdir()
+    (working / "tokenizer" / "added_tokens.json").touch()
+    assert "added_tokens.json" not in pack_sft(PackOptions(**options)).tokenizer_checksums
     assert content(options["output"]) == before
     PackedIndex(options["output"]).verify()
 
