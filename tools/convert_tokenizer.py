@@ -4,7 +4,7 @@ python tools/convert_tokenizer.py --input MODEL_DIR --output TOKENIZER_DIR
 
 python tools/convert_tokenizer.py --input MODEL_DIR/tokenizer.model.v3 --output TOKENIZER_DIR --sample documents.jsonl
 
-python tools/convert_tokenizer.py --input a.tiktoken --special-tokens "<|bos|>" "<|eos|>" --eos-token "<|eos|>" --output DIR
+python tools/convert_tokenizer.py --input a.tiktoken --special-tokens "<s>" "</s>" --eos-token "</s>" --output DIR
 """
 
 from megatron_tpt.config.cli import parse, run
