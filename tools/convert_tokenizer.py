@@ -1,6 +1,10 @@
-"""Turn a SentencePiece model or a tiktoken file into a Hugging Face tokenizer folder that gives the same tokens.
+"""Turn a SentencePiece model, a tiktoken file or a tekken.json into a Hugging Face folder that gives the same tokens.
 
-python tools/convert_tokenizer.py --input model/tokenizer.model --output TOKENIZER_DIR [--sample documents.jsonl]
+python tools/convert_tokenizer.py --input MODEL_DIR --output TOKENIZER_DIR
+
+python tools/convert_tokenizer.py --input MODEL_DIR/tokenizer.model.v3 --output TOKENIZER_DIR --sample documents.jsonl
+
+python tools/convert_tokenizer.py --input a.tiktoken --special-tokens "<s>" "</s>" --eos-token "</s>" --output DIR
 """
 
 from megatron_tpt.config.cli import parse, run

@@ -1,8 +1,10 @@
-"""Show what an index holds, decode one of its documents, verify it, or compare it with another.
+"""Show what an index holds, decode one of its documents with what is learned, verify it, or compare it with another.
 
 python tools/inspect_index.py data/train
 
 python tools/inspect_index.py data/train --document 3
+
+python tools/inspect_index.py data/sft --document 0
 
 python tools/inspect_index.py data/train --verify --json
 

@@ -23,7 +23,7 @@ class ChosenFormat(NamedTuple):
 def choose_format(options: PackOptions, tokenizer: Tokenizer) -> ChosenFormat:
     """The format for `options`. Raises UserError for a chat template that is missing or not fit."""
     columns = ChatColumns(
-        options.messages_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
+        options.conversation_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
     )
     variables = options.template_variables()
     is_pair = options.prompt_column is not None and options.response_column is not None

@@ -9,13 +9,15 @@ from typing import Any
 import numpy
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.comparison import first_difference
+from megatron_tpt.indexing.comparison import Difference, first_difference
 from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.indexing.packed_rows import ends_of_turns, print_row, row_report
 from megatron_tpt.indexing.packing import PackedIndex, PackManifest, is_packed
 from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
@@ -28,8 +30,9 @@ _PERCENTILES = (0, 10, 50, 90, 99, 100)
 def inspect_index(options: InspectOptions) -> bool:
     """Print the counts and lengths of an index, or one document, or the first difference from another index.
 
-    The documents of a packed index are its rows. An index without manifest, such as Megatron's own tools make, is shown
-    too. Returns False when a comparison found a difference. Raises UserError for a damaged index.
+    The documents of a packed index are its rows, shown by their examples. An index without manifest, such as Megatron's
+    own tools make, is shown too. Returns False when a comparison found a difference. Raises UserError for a damaged
+    index.
     """
     packed = PackedIndex(options.prefix) if is_packed([options.prefix]) else None
     manifest = packed.manifest if packed is not None else _read_manifest(options.prefix)
@@ -38,15 +41,23 @@ def inspect_index(options: InspectOptions) -> bool:
     if options.compare is not None:
         return _compare(options, options.compare)
     if options.document is not None:
-        report = document_report(reader, options.document, _tokenizer(options, manifest))
-        _print_json(report) if options.json else _print_document(report)
+        tokenizer = _tokenizer(options, manifest)
+        if packed is not None:
+            report = row_report(packed, options.document, tokenizer)
+            _print_json(report) if options.json else print_row(report)
+        else:
+            report = document_report(reader, options.document, tokenizer)
+            _print_json(report) if options.json else _print_document(report)
         return True
     report = index_report(reader, manifest)
+    if packed is not None:
+        report["end_of_turn"] = ends_of_turns(packed)
     if options.verify:
         report["verified"] = ["sizes", "structure"]
         if packed is not None:
             packed.verify()
-            report["verified"] += ["counts", "checksums", "bounds of examples"]
+            report["verified"] += ["counts", "bounds of examples", "checksums"]
+            report["verified"] += ["tokenizer"] if packed.manifest.tokenizer_checksums else []
         elif manifest is not None:
             verify(options.prefix)
             report["verified"] += ["counts", "checksums", "tokens", "ends of documents"]
@@ -112,24 +123,38 @@ def document_report(reader: IndexReader, number: int, tokenizer: Tokenizer) -> d
 
 
 def _tokenizer(options: InspectOptions, manifest: Manifest | PackManifest | None) -> Tokenizer:
-    folder = options.tokenizer or (Path(manifest.tokenizer.path) if manifest else None)
+    folder = options.tokenizer or _own_tokenizer(options.prefix, manifest)
     if folder is None:
         raise UserError(f"{options.prefix} has no manifest that names its tokenizer; give --tokenizer DIR")
     tokenizer = Tokenizer(folder)
-    if isinstance(manifest, PackManifest):
-        manifest.require(options.prefix, tokenizer.fingerprint, manifest.settings.sequence_length)
-    elif manifest is not None:
-        manifest.require_tokenizer(options.prefix, tokenizer.fingerprint)
+    if manifest is not None and manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{options.prefix}: made with another tokenizer than that of {folder}: give the one it was made with "
+            f"(--tokenizer; it was at {manifest.tokenizer.path})"
+        )
     return tokenizer
+
+
+def _own_tokenizer(prefix: Path, manifest: Manifest | PackManifest | None) -> Path | None:
+    if isinstance(manifest, PackManifest) and manifest.tokenizer_checksums:
+        return PackManifest.tokenizer_path(prefix)
+    return Path(manifest.tokenizer.path) if manifest else None
 
 
 def _compare(options: InspectOptions, other: Path) -> bool:
     difference = first_difference(options.prefix, other)
+    num_packed = sum(PackManifest.path(prefix).exists() for prefix in (options.prefix, other))
+    if difference is None and num_packed == 2:
+        row = PackedIndex(options.prefix).first_difference_of_masks(PackedIndex(other))
+        if row is not None:
+            difference = Difference(row, None, f"the tokens agree, but other parts are learned from row {row} on")
     if options.json:
         found = dataclasses.asdict(difference) if difference else None
         _print_json({"prefix": str(options.prefix), "other": str(other), "difference": found})
+    elif difference is not None:
+        print(difference.description)
     else:
-        print(difference.description if difference else "identical")
+        print("identical" if num_packed != 1 else "identical in their tokens; only one of them is a packed index")
     return difference is None
 
 
@@ -140,12 +165,15 @@ def _print_json(report: dict[str, Any]) -> None:
 def _print_report(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("index", report["prefix"])
+    table.add_row("index", escape(report["prefix"]))
     table.add_row("documents", f"{report['documents']:,}")
     if report["sequences"] != report["documents"]:
         table.add_row("sequences", f"{report['sequences']:,}")
     table.add_row("tokens", f"{report['tokens']:,} ({report['dtype']})")
     _add_manifest(table, report["manifest"])
+    if "end_of_turn" in report:
+        ends = ", ".join(f"{end['token']} ({end['id']})" for end in report["end_of_turn"])
+        table.add_row("ends of turns", escape(ends) or "not noted")
     console.print(table)
     if report["tokens_per_document"] is not None:
         _print_lengths(console, report["tokens_per_document"], report["documents"])
@@ -164,19 +192,22 @@ def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
     if has_examples:
         rows = f"rows for sequences of {manifest['settings']['sequence_length']:,}, {manifest['efficiency']:.2%} full"
         table.add_row("  learned", f"{counts['loss_tokens']:,} (mask from {manifest['loss_mask']})")
-        table.add_row(
-            "packed", f"{counts['examples']:,} examples, {counts['truncated']:,} of them truncated, in {rows}"
-        )
+        truncated = f"{counts['truncated']:,} of them truncated"
+        table.add_row("packed", f"{counts['examples']:,} examples, {truncated}, in {counts['rows']:,} {rows}")
     else:
         with_thinking = f"in {counts['documents_with_thinking']:,} documents, join {manifest['join']}"
         table.add_row("  of documents", f"{counts['document_tokens']:,}")
         table.add_row("  of thinking", f"{counts['thinking_tokens']:,} ({with_thinking})")
+    places = counts.get("skipped_example", {})
     for reason, count in counts["skipped"].items():
-        table.add_row("skipped", f"{count:,} ({reason})")
-    table.add_row("tokenizer", f"{tokenizer['path']} ({tokenizer['vocab_size']:,} tokens, EOS {tokenizer['eos_id']})")
+        table.add_row("skipped", escape(f"{count:,}: {reason}" + (f" ({places[reason]})" if reason in places else "")))
+    of = f"{tokenizer['vocab_size']:,} tokens, EOS {tokenizer['eos_id']}"
+    table.add_row("tokenizer", escape(f"{tokenizer['path']} ({of})"))
+    if manifest.get("tokenizer_checksums"):
+        table.add_row("", f"carried along: {', '.join(manifest['tokenizer_checksums'])}")
     for source in sources[:10]:
         kind = "examples" if has_examples else "documents"
-        table.add_row("source", f"{source['path']} ({source['documents']:,} {kind})")
+        table.add_row("source", escape(f"{source['path']} ({source['documents']:,} {kind})"))
     if len(sources) > 10:
         table.add_row("", f"and {len(sources) - 10:,} more sources")
 

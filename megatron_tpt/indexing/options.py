@@ -73,8 +73,8 @@ class ConvertTokenizerOptions:
     """What to convert, and where to."""
 
     input: Path
-    """A SentencePiece model, a tiktoken file, or the folder of one (*.model, *.tiktoken); the tokenizer's other files
-    beside it come along."""
+    """A SentencePiece model (tokenizer.model, tokenizer.model.v3), a tiktoken file, a tekken.json, or the folder of
+    one; the tokenizer's other files beside it come along."""
     output: Path
     """The folder to make: a Hugging Face tokenizer. It must not exist."""
     eos_token: str | None = None
@@ -82,7 +82,7 @@ class ConvertTokenizerOptions:
     special_tokens: list[str] = field(default_factory=list)
     """Special tokens of a tiktoken tokenizer, in the order of their ids, which follow the last rank."""
     pattern: str | None = None
-    """The regular expression by which a tiktoken tokenizer parts text into words; that of Llama 3 when not given."""
+    """The regular expression by which a tiktoken tokenizer splits text into words; that of Llama 3 when not given."""
     sample: list[str | Path] = field(default_factory=list)
     """Documents (.jsonl, .parquet ...) to compare the two on; of all together the first thousand."""
 

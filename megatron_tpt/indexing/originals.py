@@ -1,5 +1,5 @@
 """The tokenizer that a converted one was made of: a SentencePiece model or a tiktoken file, kept beside tokenizer.json
-as tokenizer.model. It is the reference of the reference: both must give the same tokens.
+as tokenizer.model, or Mistral's tekken.json. It is the reference of the reference: both must give the same tokens.
 """
 
 import importlib
@@ -13,9 +13,11 @@ from typing import Any
 import numpy
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.tekken import Tekken
 from megatron_tpt.indexing.tokenizer import Tokenizer
 
 ORIGINAL = "tokenizer.model"
+TEKKEN = "tekken.json"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 Encode = Callable[[str], list[int]]
@@ -58,6 +60,14 @@ def tiktoken_encoder(path: Path, pattern: str) -> Encode:
     return encoding.encode_ordinary
 
 
+def tekken_encoder(path: Path) -> Encode:
+    """How Mistral's library encodes raw text with a tekken.json. Raises UserError for a file that is none."""
+    tiktoken = import_optional("tiktoken", f"{path}: a tekken.json")
+    tekken = Tekken.read(path)
+    encoding = tiktoken.Encoding(path.name, pat_str=tekken.pattern, mergeable_ranks=tekken.ranks, special_tokens={})
+    return lambda text: [rank + len(tekken.special) for rank in encoding.encode_ordinary(text)]
+
+
 def first_difference_from(encode: Encode, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
     """The first of the texts that a tokenizer and its original encode differently. Names of special tokens, which only
     the one knows, are not compared."""
@@ -71,7 +81,11 @@ def first_difference_from(encode: Encode, tokenizer: Tokenizer, texts: Sequence[
 
 def has_original(folder: Path) -> bool:
     """Whether a tokenizer folder keeps what the tokenizer was made of."""
-    return (folder / ORIGINAL).is_file()
+    return _original(folder) is not None
+
+
+def _original(folder: Path) -> Path | None:
+    return next((folder / name for name in (TEKKEN, ORIGINAL) if (folder / name).is_file()), None)
 
 
 def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
@@ -79,17 +93,21 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
     Without the package that reads the original nothing is compared, and stderr says so.
     """
-    path = tokenizer.folder / ORIGINAL
+    path = _original(tokenizer.folder)
+    assert path is not None
     try:
-        encode = (
-            tiktoken_encoder(path, _pattern(tokenizer.folder)) if is_tiktoken(path) else sentencepiece_encoder(path)
-        )
+        if path.name == TEKKEN:
+            encode = tekken_encoder(path)
+        elif is_tiktoken(path):
+            encode = tiktoken_encoder(path, _pattern(tokenizer.folder))
+        else:
+            encode = sentencepiece_encoder(path)
     except UserError as error:
         print(f"{error}; tokenizer.json is not compared with it", file=sys.stderr)
         return
     if (text := first_difference_from(encode, tokenizer, texts)) is not None:
         raise UserError(
-            f"{tokenizer.folder}: tokenizer.json and {ORIGINAL} disagree on {text[:60]!r}: convert {ORIGINAL} anew "
+            f"{tokenizer.folder}: tokenizer.json and {path.name} disagree on {text[:60]!r}: convert {path.name} anew "
             f"(tools/convert_tokenizer.py), or move it away where tokenizer.json is right"
         )
 

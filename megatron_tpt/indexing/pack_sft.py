@@ -1,213 +1,209 @@
 """Examples to a packed index: the job behind `tools/pack_sft.py`.
 
-The examples are tokenised once into a hidden folder beside the output, in the order of the input; then they are placed,
-and copied row by row. Memory holds some 200 bytes per example. A killed run leaves only that folder, which the next run
-of the same command clears away.
+The examples are tokenised once, in as many processes as wanted, into a hidden folder beside the output, in the order of
+the input; then they are placed, and copied row by row. A killed run leaves only that folder, which the next run of the
+same command clears away.
 """
 
+import contextlib
+import functools
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
-from array import array
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple
 
-import numpy
-
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import sync_tree
-from megatron_tpt.indexing.conversations import ConversationFormat, Example, PairFormat
-from megatron_tpt.indexing.example_files import read_examples
-from megatron_tpt.indexing.example_formats import choose_format
+from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
+from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode_batch, read_batches
+from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
 from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
-from megatron_tpt.indexing.packing import (
-    PackCounts,
-    PackedIndex,
-    Packing,
-    PackManifest,
-    PackSettings,
-    pack,
-    write_boundaries,
-)
+from megatron_tpt.indexing.ordered_workers import map_in_order
+from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
-from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.indexing.writer import IndexWriter, token_dtype
+from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
 from megatron_tpt.records import expand_inputs
 
 _REPORT_EVERY_S = 10.0
-_KINDS = ("bin", "idx", "sft")
+_KINDS = ("bin", "idx", "sft", "tokenizer")
+_PUBLISHING = "publishing"  # a file in the working folder: what stands under the names of the output is ours
+_MAX_NAMED = 3
 
 
 def pack_sft(options: PackOptions) -> PackManifest:
-    """Pack `options.input` into `options.output`.{bin,idx,sft,sft.json} and return the manifest.
+    """Pack `options.input` into `options.output`.{bin,idx,sft,sft.json,tokenizer} and return the manifest.
 
     When that very index is there already, its checksums are verified and it is left alone. Raises UserError for bad
     input, for an output of other settings or of other hands, and when no example is left; then nothing new is there.
     """
     files = expand_inputs(options.input)
-    tokenizer = Tokenizer(options.tokenizer)
-    format, template, loss_mask = choose_format(options, tokenizer)
-    settings = PackSettings(
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        eos_id=tokenizer.eos_id,
-        columns=format.columns,
-        chat_template=template.checksum if template is not None else None,
-        date=options.date,
-        sequence_length=options.sequence_length,
-        on_too_long=options.on_too_long,
-        on_bad_example=options.on_bad_example,
-        chat_template_kwargs=options.template_variables(),
-        tools_column=options.tools_column,
-        inline_reasoning=options.inline_reasoning,
-        ignore_fields=tuple(options.ignore_fields),
-    )
-    if (finished := _finished(options.output, settings, files)) is not None:
+    with _interruptions_named(options.output):
+        return _pack(options, files)
+
+
+def _pack(options: PackOptions, files: Sequence[Path]) -> PackManifest:
+    encoding = _Encoding.of(options)
+    settings = encoding.settings(options)
+    if (finished := _finished(options.output, settings, encoding.tokenizer, files)) is not None:
         print(f"{options.output}: already done and whole; {_summary(finished)}")
         return finished
     with (
         working_folder(options.output) as folder,
-        _ExampleStore(folder / "examples", tokenizer.vocab_size) as store,
+        ExampleStore(folder / "examples", encoding.tokenizer.vocab_size) as store,
     ):
-        reader = _Reader(options, format, store)
-        sources = [reader.add_file(path) for path in files]
-        reader.finish()
+        collector = _Collector(options, encoding, store)
+        sources = collector.read(files)
+        collector.finish()
         packing = pack(store.lengths(), options.sequence_length + 1)
         checksums = store.write_packed(packing, folder)
-        counts = reader.counts(packing)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a run that was killed
+        copy_tokenizer(encoding.tokenizer.folder, folder / "tokenizer", encoding.template_text)
+        counts = collector.counts(packing)
         manifest = PackManifest(
             settings=settings,
-            tokenizer=TokenizerInfo.of(tokenizer),
+            tokenizer=TokenizerInfo.of(encoding.tokenizer),
             sources=sources,
             counts=counts,
             efficiency=counts.efficiency(options.sequence_length),
-            loss_mask=loss_mask,
+            loss_mask=encoding.loss_mask,
             checksums=checksums,
             command=sys.argv,
+            tokenizer_checksums={path.name: file_checksum(path) for path in sorted((folder / "tokenizer").iterdir())},
+            end_of_turn_ids=collector.turn_ends.ids(),
+            chat_template_kwargs=options.template_variables(),
         )
         _publish(folder, options.output, manifest)
     print(f"{options.output}: {_summary(manifest)}")
     return manifest
 
 
-def _summary(manifest: PackManifest) -> str:
-    counts = manifest.counts
-    skipped = "".join(f"; {count:,} skipped ({reason})" for reason, count in counts.skipped.items())
-    return (
-        f"{counts.examples:,} examples in {counts.rows:,} rows ({manifest.efficiency:.2%} full, at least "
-        f"{counts.fewest_rows:,} rows are needed), {counts.tokens:,} tokens, {counts.loss_tokens:,} with loss"
-        + (f"; {counts.truncated:,} truncated" if counts.truncated else "")
-        + skipped
-    )
+class _Encoding(NamedTuple):
+    """How records become examples, and what is to be kept of that."""
+
+    tokenizer: Tokenizer
+    format: PairFormat | ConversationFormat
+    loss_mask: str
+    """Where it comes from."""
+    special_ids: frozenset[int]
+    """The tokens that may end a turn."""
+    template_text: str | None = None
+    template_checksum: str | None = None
+
+    @classmethod
+    def of(cls, options: PackOptions) -> "_Encoding":
+        """Raises UserError for a tokenizer or a template that is not fit."""
+        from megatron_tpt.indexing.example_formats import choose_format
+
+        tokenizer = Tokenizer(options.tokenizer)
+        format, template, loss_mask = choose_format(options, tokenizer)
+        ends = frozenset([tokenizer.eos_id])
+        if template is None:
+            return cls(tokenizer, format, loss_mask, ends)
+        return cls(tokenizer, format, loss_mask, ends | template.special_ids, template.text, template.checksum)
+
+    def settings(self, options: PackOptions) -> PackSettings:
+        """What decides, with the input, every byte of the index."""
+        return PackSettings(
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            eos_id=self.tokenizer.eos_id,
+            columns=self.format.columns,
+            chat_template=self.template_checksum,
+            date=options.date,
+            sequence_length=options.sequence_length,
+            on_too_long=options.on_too_long,
+            on_bad_example=options.on_bad_example,
+            chat_template_kwargs=options.template_variables(),
+            tools_column=options.tools_column,
+            inline_reasoning=options.inline_reasoning,
+            ignore_fields=tuple(options.ignore_fields),
+        )
 
 
-class _ExampleStore:
-    """Examples in the order of the input: tokens in a file, lengths and runs of the loss mask in memory."""
-
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self._path = path
-        self._vocab_size = vocab_size
-        self._dtype = numpy.dtype(token_dtype(vocab_size)).newbyteorder("<")
-        self._file = path.open("wb", buffering=1 << 20)
-        self._lengths, self._num_runs, self._runs = array("i"), array("i"), array("i")
-        self.num_loss_tokens = 0
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, example: Example) -> None:
-        """Append an example."""
-        self._file.write(example.tokens.astype(self._dtype).tobytes())
-        changes = numpy.flatnonzero(numpy.diff(example.has_loss)) + 1  # the first token never has loss
-        runs = numpy.diff(changes, prepend=0, append=len(example.tokens))
-        self._lengths.append(len(example.tokens))
-        self._num_runs.append(len(runs))
-        self._runs.extend(runs.tolist())
-        self.num_loss_tokens += int(example.has_loss.sum())
-
-    def lengths(self) -> numpy.ndarray:
-        """Tokens of each example, [n]."""
-        return numpy.array(self._lengths, dtype=numpy.int64)
-
-    def write_packed(self, packing: Packing, folder: Path) -> dict[str, str]:
-        """Write the files of the packed index and drop the store's own. Returns the checksums."""
-        self._file.flush()
-        tokens = numpy.memmap(self._path, mode="r", dtype=self._dtype)
-        ends = numpy.cumsum(self.lengths())
-        begins = ends - self.lengths()
-        writer = IndexWriter(folder / "bin", folder / "idx", self._vocab_size)
-        with writer:
-            for number in range(packing.num_rows):
-                row = packing.row(number)
-                writer.add_document(numpy.concatenate([tokens[begins[i] : ends[i]] for i in row]))
-        num_runs, runs = (numpy.array(values, dtype=numpy.int64) for values in (self._num_runs, self._runs))
-        packed_num_runs = num_runs[packing.order]
-        run_bounds = numpy.concatenate([[0], numpy.cumsum(packed_num_runs)])
-        # Where each run was, from where it is: its example's runs have moved together.
-        moves = (numpy.cumsum(num_runs) - num_runs)[packing.order] - run_bounds[:-1]
-        packed_runs = runs[numpy.arange(len(runs)) + numpy.repeat(moves, packed_num_runs)]
-        write_boundaries(folder / "sft", packing.bounds, run_bounds, packed_runs)
-        self._path.unlink()
-        return {**writer.checksums(), "sft": file_checksum(folder / "sft")}
+def _encoder(options: PackOptions) -> Callable[[FieldBatch], EncodedBatch]:
+    """What encodes batches of records. Called in every worker."""
+    return functools.partial(encode_batch, format=_Encoding.of(options).format)
 
 
-class _Reader:
+class _Collector:
     """Moves the examples of files into a store, and counts what becomes of them."""
 
-    def __init__(self, options: PackOptions, format: PairFormat | ConversationFormat, store: _ExampleStore) -> None:
+    def __init__(self, options: PackOptions, encoding: _Encoding, store: ExampleStore) -> None:
         self._options = options
-        self._format = format
+        self._encoding = encoding
         self._store = store
+        self.turn_ends = TurnEnds(encoding.special_ids)
         self._skipped: Counter[str] = Counter()
-        self._notes: Counter[str] = Counter()
+        self._skipped_example: dict[str, str] = {}
+        self._notes = encoding.format.take_notes()
         self._num_truncated = 0
-        self._num_open_ended = 0
+        self._open_ended: list[str] = []
         self._last_report = time.monotonic()
 
-    def add_file(self, path: Path) -> Source:
-        """Read one file to its end."""
-        status, before = path.stat(), len(self._store)
-        with ThreadPoolExecutor(max_workers=1) as beside:  # hashing lets go of the interpreter lock
-            checksum = beside.submit(file_checksum, path)
-            for number, example in read_examples(path, self._format):
-                if isinstance(example, Example):
-                    self._add(f"{path}:{number}", example)
-                elif self._options.on_bad_example == "skip":
-                    self._skipped[example.reason] += 1
-                else:
-                    raise UserError(f"{path}:{number}: {example}; or leave such out with --on-bad-example skip")
-                self._report()
-        self._notes.update(self._format.take_notes())
-        num_examples = len(self._store) - before
-        return Source(str(path.resolve()), num_examples, status.st_size, status.st_mtime_ns, checksum.result())
+    def read(self, files: Sequence[Path]) -> list[Source]:
+        """Read all files to their ends."""
+        num_examples = dict.fromkeys(files, 0)
+        beside = ThreadPoolExecutor(max_workers=1)  # hashing lets go of the interpreter lock
+        try:
+            about = {path: (path.stat(), beside.submit(file_checksum, path)) for path in files}
+            with contextlib.closing(self._encoded(files)) as encoded:
+                for batch, (outcomes, notes) in encoded:
+                    before = len(self._store)
+                    self._notes.update(notes)
+                    for number, outcome in outcomes:
+                        self._take(f"{batch.path}:{number}", outcome)
+                    num_examples[batch.path] += len(self._store) - before
+                    self._report()
+            return [_source(path, num_examples[path], *about[path]) for path in files]
+        finally:
+            beside.shutdown(cancel_futures=True)
+
+    def _encoded(self, files: Sequence[Path]) -> Generator[tuple[FieldBatch, EncodedBatch]]:
+        """Batches of records, and what they become, in the order of the input."""
+        batches = (batch for path in files for batch in read_batches(path, self._encoding.format))
+        num_workers = self._options.worker_count(sum(path.stat().st_size for path in files))
+        if num_workers == 1:
+            return ((batch, encode_batch(batch, self._encoding.format)) for batch in batches)
+        return map_in_order(functools.partial(_encoder, self._options), batches, num_workers, str)
+
+    def _take(self, place: str, outcome: list[Example] | BadExample) -> None:
+        if not isinstance(outcome, BadExample):
+            for example in outcome:
+                self._add(place, example)
+        elif self._options.on_bad_example == "skip":
+            self._skip(outcome.reason, place, outcome.detail)
+        else:
+            raise UserError(f"{place}: {outcome}; or skip such records and count them: --on-bad-example skip")
 
     def _add(self, place: str, example: Example) -> None:
         capacity = self._options.sequence_length + 1
-        if isinstance(self._format, ConversationFormat) and not self._format.ends_its_turn(example):
-            self._num_open_ended += 1
-        if len(example.tokens) > capacity:
+        num_tokens, kept = len(example.tokens), example
+        if num_tokens > capacity:
+            size = f"{num_tokens} tokens, a row holds {capacity}"
             if self._options.on_too_long == "stop":
                 raise UserError(
-                    f"{place}: {len(example.tokens)} tokens, a row holds {capacity}: raise --sequence-length, or give "
-                    f"--on-too-long skip or truncate"
+                    f"{place}: {size}: raise --sequence-length, or give --on-too-long skip or --on-too-long truncate"
                 )
-            cut = Example(example.tokens[:capacity], example.has_loss[:capacity])
-            if self._options.on_too_long == "skip" or not cut.has_loss.any():
-                self._skipped["too long"] += 1
+            kept = Example(example.tokens[:capacity], example.has_loss[:capacity])
+            if self._options.on_too_long == "skip" or not kept.has_loss.any():
+                self._skip("too long", place, size)
                 return
             self._num_truncated += 1
-            example = cut
-        self._store.add(example)
+        if not self.turn_ends.add(example):
+            self._open_ended.append(place)
+        self._store.add(kept)
+
+    def _skip(self, reason: str, place: str, detail: str) -> None:
+        self._skipped[reason] += 1
+        self._skipped_example.setdefault(reason, f"{place}: {detail}")
 
     def _report(self) -> None:
         if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
@@ -215,16 +211,18 @@ class _Reader:
             print(f"{len(self._store):,} examples read", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        """Say what is odd about the examples. Raises UserError when there is none."""
-        if len(self._store) == 0:
-            skipped = ", ".join(f"{reason}: {count}" for reason, count in self._skipped.items())
-            raise UserError(f"the input holds no example to pack ({skipped or 'its files are empty'})")
+        """Warn of what is odd about the examples. Raises UserError when there is nothing to learn."""
+        if not self._store.num_loss_tokens:
+            skipped = _skipped_lines(self._skipped, self._skipped_example)
+            raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")
+        self._notes.update(self._encoding.format.take_notes())  # of columns
         for note, count in self._notes.items():
             print(f"note: {note} ({count:,})", file=sys.stderr)
-        if self._num_open_ended:
+        if self._open_ended:
             print(
-                f"warning: the learned part of {self._num_open_ended:,} examples does not end with a special token: "
-                f"the model does not learn where an answer ends; mend the chat template's {{% generation %}} spans",
+                f"warning: the learned part of {len(self._open_ended):,} examples does not end with a special token "
+                f"(such as {self._open_ended[0]}), so the model does not learn where an answer ends: correct the chat "
+                f"template's {{% generation %}} spans",
                 file=sys.stderr,
             )
 
@@ -239,36 +237,142 @@ class _Reader:
             loss_tokens=self._store.num_loss_tokens,
             truncated=self._num_truncated,
             skipped=dict(self._skipped),
+            skipped_example=self._skipped_example,
         )
 
 
-def _finished(prefix: Path, settings: PackSettings, files: Sequence[Path]) -> PackManifest | None:
+def _source(path: Path, num_examples: int, status: os.stat_result, checksum: Future[str]) -> Source:
+    return Source(str(path.resolve()), num_examples, status.st_size, status.st_mtime_ns, checksum.result())
+
+
+def _skipped_lines(counts: Mapping[str, int], examples: Mapping[str, str]) -> list[str]:
+    """How many records were skipped for each reason, and the first of them."""
+    return [
+        f"{count:,} skipped: {reason}" + (f" (such as {examples[reason]})" if reason in examples else "")
+        for reason, count in counts.items()
+    ]
+
+
+def _summary(manifest: PackManifest) -> str:
+    counts = manifest.counts
+    first = (
+        f"{counts.examples:,} examples in {counts.rows:,} rows ({manifest.efficiency:.2%} full, at least "
+        f"{counts.fewest_rows:,} rows are needed), {counts.tokens:,} tokens, {counts.loss_tokens:,} with loss"
+        + (f"; {counts.truncated:,} truncated" if counts.truncated else "")
+    )
+    return "\n  ".join([first, *_skipped_lines(counts.skipped, counts.skipped_example)])
+
+
+def _finished(prefix: Path, settings: PackSettings, tokenizer: Tokenizer, files: Sequence[Path]) -> PackManifest | None:
     """The manifest of this very index when it exists. Raises UserError when something else is in its place."""
-    manifest_path = PackManifest.path(prefix)
-    existing = [path for kind in _KINDS if (path := Path(f"{prefix}.{kind}")).exists()]
-    if not manifest_path.exists():
-        if existing and not working_path(prefix).exists():  # else a killed run was moving them into place
+    if not PackManifest.path(prefix).exists():
+        existing = [path for kind in _KINDS if (path := Path(f"{prefix}.{kind}")).exists()]
+        if existing and not (working_path(prefix) / _PUBLISHING).exists():
             raise UserError(f"{existing[0]} exists and was not made by this program; choose another --output")
         return None
     manifest = PackManifest.read(prefix)
-    found, wanted = asdict(manifest.settings), asdict(settings)
-    differences = [name.replace("_", " ") for name in wanted if found[name] != wanted[name]]
-    if [source.path for source in manifest.sources] != [str(file.resolve()) for file in files]:
-        differences.append("list of input files")
-    elif not all(map(Source.is_still, manifest.sources, files)):
-        differences.append("content of the input files")
+    differences = [
+        *_setting_differences(manifest, settings, tokenizer),
+        *_input_differences(manifest.sources, files),
+    ]
     if differences:
         raise UserError(
-            f"{prefix} was packed before with another {', '.join(differences)}; choose another --output or remove "
-            f"{prefix}.{{bin,idx,sft,sft.json}}"
+            f"{prefix} was packed before with other settings or input ({'; '.join(differences)}); choose another "
+            f"--output, or remove {prefix}.{{bin,idx,sft,sft.json,tokenizer}} to pack again"
         )
     PackedIndex(prefix).verify()
+    if not manifest.tokenizer_checksums:
+        print(
+            f"warning: {prefix} was packed by an earlier version and carries no tokenizer: name it in fine-tuning "
+            f"(data.tokenizer), or remove {prefix}.{{bin,idx,sft,sft.json}} to pack again",
+            file=sys.stderr,
+        )
     return manifest
+
+
+def _setting_differences(manifest: PackManifest, settings: PackSettings, tokenizer: Tokenizer) -> list[str]:
+    before, now = asdict(manifest.settings), asdict(settings)
+    if before["tokenizer_fingerprint"] != now["tokenizer_fingerprint"]:
+        before["tokenizer_fingerprint"] = manifest.tokenizer.path
+        now["tokenizer_fingerprint"] = tokenizer.folder.resolve()
+        if str(before["tokenizer_fingerprint"]) == str(now["tokenizer_fingerprint"]):
+            now["tokenizer_fingerprint"] = "the same folder with another tokenizer.json"
+    return [
+        f"{_LABELS.get(name) or '--' + name.replace('_', '-')}: {_short(before[name])} -> {_short(now[name])}"
+        for name in now
+        if before[name] != now[name]
+    ]
+
+
+_LABELS = {
+    "tokenizer_fingerprint": "--tokenizer",
+    "eos_id": "id of the end-of-sequence token",
+    "columns": "columns",
+    "chat_template": "checksum of the chat template",
+}
+
+
+def _short(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    text = str(value)
+    return text[:19] if text.startswith("sha256:") else text
+
+
+def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list[str]:
+    before = {source.path: source for source in sources}
+    now = {str(path.resolve()): path for path in files}
+    found = {
+        "added to the input": [path for path in now if path not in before],
+        "removed from the input": [path for path in before if path not in now],
+        "changed in the input": [path for path in now if path in before and not before[path].is_still(now[path])],
+    }
+    differences = [f"{what}: {_names(paths)}" for what, paths in found.items() if paths]
+    if not differences and list(before) != list(now):
+        differences = ["the input files are the same in another order"]
+    return differences
+
+
+def _names(paths: Sequence[str]) -> str:
+    more = len(paths) - _MAX_NAMED
+    return ", ".join(paths[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _publish(folder: Path, prefix: Path, manifest: PackManifest) -> None:
     """Flush the finished files to the disk and move them to their names, the manifest last."""
+    (folder / _PUBLISHING).touch()
     sync_tree(folder)
+    tokenizer = PackManifest.tokenizer_path(prefix)
+    if tokenizer.exists():  # from a run that was killed while it did this
+        shutil.rmtree(tokenizer)
     for kind in _KINDS:
         os.replace(folder / kind, f"{prefix}.{kind}")
     manifest.write(prefix)
+
+
+class _StoppedError(BaseException):
+    """A signal asks to stop. Like KeyboardInterrupt no Exception, which the code that it hits might handle."""
+
+
+@contextlib.contextmanager
+def _interruptions_named(prefix: Path) -> Iterator[None]:
+    """Say what an interrupted job leaves: nothing, for it is quicker to begin again than to keep half of it."""
+
+    def stop(signum: int, _: object) -> None:
+        raise _StoppedError(signal.Signals(signum).name)
+
+    left = f"{prefix} was not written; the same command packs it from the start"
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {left}", file=sys.stderr)
+        raise
+    except _StoppedError as stopped:
+        raise StoppedEarly(f"stopped by {stopped}: {left}") from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)

@@ -9,7 +9,8 @@ learned (little-endian):
     int64    first run of each example, and the number of runs at the end
     int32    length of each run, in tokens: of an example without loss, with loss, without loss, ... in turn
 
-`PREFIX.sft.json` is the manifest, written last: without it the index is not finished.
+`PREFIX.tokenizer/` is the tokenizer, with the chat template that was used. `PREFIX.sft.json` is the manifest, written
+last: without it the index is not finished.
 """
 
 import json
@@ -121,9 +122,11 @@ class PackCounts:
     tokens: int
     loss_tokens: int
     truncated: int
-    """Examples that were cut at the length of a row; they are among `examples`."""
+    """Examples that were truncated to the length of a row; they are among `examples`."""
     skipped: dict[str, int]
-    """Records that were left out, by reason."""
+    """Records that were skipped, by reason."""
+    skipped_example: dict[str, str] = field(default_factory=dict)
+    """The first of them by reason: its place, and what is wrong with it."""
 
     def efficiency(self, sequence_length: int) -> float:
         """The share of the rows' places that hold a token."""
@@ -145,10 +148,18 @@ class PackManifest:
     checksums: dict[str, str]
     """Of "bin", "idx" and "sft": "sha256:" and the digest."""
     command: list[str]
+    tokenizer_checksums: dict[str, str] = field(default_factory=dict)
+    """The same of the files in `PREFIX.tokenizer`, by name; none where an earlier version packed, which made no such
+    folder."""
     end_of_turn_ids: list[int] = field(default_factory=list)
     """The special tokens that end a learned turn, the most frequent first; none where an earlier version packed."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables that the chat template was given for all conversations."""
+
+    @staticmethod
+    def tokenizer_path(prefix: str | Path) -> Path:
+        """Where the packed index `prefix` keeps its tokenizer."""
+        return Path(f"{prefix}.tokenizer")
 
     @staticmethod
     def path(prefix: str | Path) -> Path:
@@ -281,8 +292,31 @@ class PackedIndex:
             begin += len(has_loss)
         return examples
 
+    def first_difference_of_masks(self, other: "PackedIndex") -> int | None:
+        """The first row whose examples end elsewhere, or are learned in other parts, than in an index of the same
+        tokens; None when there is none."""
+        if all(
+            numpy.array_equal(ours, theirs)
+            for ours, theirs in (
+                (self._row_bounds, other._row_bounds),
+                (self._run_bounds, other._run_bounds),
+                (self._runs, other._runs),
+            )
+        ):
+            return None
+        return next(
+            row
+            for row in range(len(self))
+            if [one.has_loss.tolist() for one in self[row]] != [one.has_loss.tolist() for one in other[row]]
+        )
+
     def verify(self) -> None:
         """Read everything and raise UserError unless all checksums are the manifest's."""
-        for kind, expected in self.manifest.checksums.items():
-            if file_checksum(Path(f"{self.prefix}.{kind}")) != expected:
-                raise UserError(f"{self.prefix}.{kind}: damaged: its checksum is not the manifest's; pack again")
+        folder = PackManifest.tokenizer_path(self.prefix)
+        expected = {Path(f"{self.prefix}.{kind}"): checksum for kind, checksum in self.manifest.checksums.items()}
+        expected |= {folder / name: checksum for name, checksum in self.manifest.tokenizer_checksums.items()}
+        for path, checksum in expected.items():
+            if not path.is_file():
+                raise UserError(f"{path}: missing; pack again")
+            if file_checksum(path) != checksum:
+                raise UserError(f"{path}: damaged: its checksum is not the manifest's; pack again")

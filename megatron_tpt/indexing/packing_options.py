@@ -2,28 +2,33 @@
 
 import datetime
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tpt.errors import UserError
 
+_BYTES_PER_WORKER = 4 << 20  # less is done before another process has started
+
 
 @dataclass(frozen=True)
 class PackOptions:
     """What to pack, and how."""
 
-    input: list[Path]
+    input: list[str | Path]
     """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them."""
     tokenizer: Path
     """The Hugging Face tokenizer folder to fine-tune with."""
     output: Path
-    """The prefix of the output: PREFIX.bin, PREFIX.idx, PREFIX.sft and PREFIX.sft.json."""
+    """The prefix of the output: PREFIX.bin, PREFIX.idx, PREFIX.sft, PREFIX.sft.json, and PREFIX.tokenizer with the chat
+    template that was used."""
     sequence_length: int
     """training.sequence_length of the fine-tuning."""
-    messages_column: str = "messages"
-    """The column with the conversation, in any of the shapes of docs/chats.md. Where a record lacks "messages", the
-    usual other columns are looked for: conversations, prompt and completion, instruction and output."""
+    messages_column: str | None = None
+    """The column with the conversation, in any of the shapes of docs/chats.md; "messages" when not given. Where a
+    record lacks that, the usual other columns are looked for: conversations, prompt and completion, instruction and
+    output."""
     tools_column: str = "tools"
     """The column with the tools that a conversation may call, where there is one."""
     prompt_column: str | None = None
@@ -45,16 +50,23 @@ class PackOptions:
     ignore_fields: list[str] = field(default_factory=list)
     """Fields of messages to ignore; else a message with a field that is not understood is a bad example."""
     on_too_long: Literal["skip", "truncate", "stop"] = "skip"
-    """What to do with an example longer than a row: leave it out and count it, cut its end off, or stop."""
+    """What to do with an example longer than a row: skip it and count it, truncate it, or stop."""
     on_bad_example: Literal["stop", "skip"] = "stop"
     """Stop at a record that makes no example (bad fields, a loss mask of all ones or all zeros, what the chat template
-    cannot show whole), or leave it out and count it."""
+    cannot show whole), or skip it and count it."""
+    num_workers: int | None = None
+    """Processes that render and tokenise; when not given, as many as there are cores, fewer for small inputs. The
+    output is the same whatever the number."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
             raise UserError(f"--sequence-length {self.sequence_length} must be 1 or more")
         if (self.prompt_column is None) != (self.response_column is None):
             raise UserError("--prompt-column and --response-column go together: give both, or neither")
+        if self.prompt_column is not None and self.messages_column is not None:
+            raise UserError("--messages-column: omit it with --prompt-column and --response-column")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
         self.today()
         self.template_variables()
 
@@ -76,3 +88,12 @@ class PackOptions:
             return None if self.date is None else datetime.date.fromisoformat(self.date)
         except ValueError:
             raise UserError(f"--date {self.date} is no date: write YYYY-MM-DD") from None
+
+    @property
+    def conversation_column(self) -> str:
+        """The column with the conversation."""
+        return self.messages_column or "messages"
+
+    def worker_count(self, num_bytes: int) -> int:
+        """Processes for an input of so many bytes."""
+        return self.num_workers or min(len(os.sched_getaffinity(0)), max(1, num_bytes // _BYTES_PER_WORKER))

@@ -20,6 +20,9 @@ from megatron_tpt.errors import UserError
 
 OPEN_TAG = "<think>"
 CLOSE_TAG = "</think>"
+CONFIG = "tokenizer_config.json"
+_EOS_FILES = (CONFIG, "special_tokens_map.json")
+_MODEL_FILES = ("generation_config.json", "config.json")
 
 Tokens = numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]]
 
@@ -149,18 +152,26 @@ class Tokenizer:
         return numpy.concatenate(self._encode_batch(pieces))
 
 
+def find_originals(folder: Path) -> list[Path]:
+    """The files in a folder that tools/convert_tokenizer.py makes a tokenizer of, in the order in which Mistral's own
+    library would choose: tekken.json, then SentencePiece models (tokenizer.model.v7, ..., tokenizer.model)."""
+    files = sorted((file for file in folder.iterdir() if file.is_file()), reverse=True)
+    patterns = (r"tekken.*\.json", r".*\.model\.v\d+(m\d+)?", r".*\.model", r".*\.tiktoken")
+    return [file for pattern in patterns for file in files if re.fullmatch(pattern, file.name)]
+
+
 def _tokenizer_file(folder: Path) -> Path:
     path = folder / "tokenizer.json"
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; give the folder of the tokenizer, with tokenizer.json in it")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such tokenizer folder")
     if not path.is_file():
-        kinds = {".model": "a SentencePiece or tiktoken model", ".tiktoken": "a tiktoken file"}
-        for file in sorted(folder.iterdir()):
-            if file.suffix in kinds:
-                raise UserError(
-                    f"{folder}: no tokenizer.json; {file.name} is {kinds[file.suffix]}: convert it: "
-                    f"tools/convert_tokenizer.py --input {file} --output FOLDER"
-                )
+        for file in find_originals(folder):
+            raise UserError(
+                f"{folder}: no tokenizer.json, but {file.name}; convert it: "
+                f"tools/convert_tokenizer.py --input {file} --output FOLDER"
+            )
         raise UserError(
             f"{folder}: no tokenizer.json; make one: AutoTokenizer.from_pretrained({str(folder)!r})"
             f".save_pretrained(FOLDER)"
@@ -188,7 +199,7 @@ def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
 
 def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
     """The id of the end-of-sequence token that the folder's configuration names."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in _EOS_FILES:
         token = _read_json(folder / name).get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
@@ -196,7 +207,7 @@ def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
             if (id := backend.token_to_id(token)) is None:
                 raise UserError(f"{folder / name}: eos_token {token!r} is not in the tokenizer's vocabulary")
             return id
-    for name in ("generation_config.json", "config.json"):
+    for name in _MODEL_FILES:
         id = _read_json(folder / name).get("eos_token_id")
         if isinstance(id, list):
             id = id[0] if id else None
@@ -241,15 +252,40 @@ def is_of_other_tokenizer(checkpoint: Path, fingerprint: str) -> bool:
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of a folder, and nothing else that is there, by name. Raises UserError when tokenizer.json is
-    not among them."""
+    not among them.
+
+    Where the model's files alone name the end-of-sequence token (config.json, generation_config.json), which do not
+    come along, tokenizer_config.json gains it.
+    """
     _tokenizer_file(folder)
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    named_by_tokenizer = any(_read_json(folder / name).get("eos_token") for name in _EOS_FILES)
+    named_by_model = any(_read_json(folder / name).get("eos_token_id") is not None for name in _MODEL_FILES)
+    if named_by_model and not named_by_tokenizer:
+        backend, _ = _load(folder / "tokenizer.json")
+        eos_token = backend.id_to_token(_find_eos(folder, backend))
+        files[CONFIG] = _json_bytes(_read_json(folder / CONFIG) | {"eos_token": eos_token})
+    return files
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> None:
     """Copy the tokenizer files of `source` into `target`, made when it is missing. Raises UserError when `source` has
-    no tokenizer.json."""
+    no tokenizer.json.
+
+    With `chat_template`, that is the only template of the copy, in chat_template.jinja: tokenizer_config.json then
+    holds no other, for not every program reads the two in the same order.
+    """
     files = read_tokenizer_files(source)
+    if chat_template is not None:
+        files["chat_template.jinja"] = chat_template.encode()
+        config = json.loads(files.get(CONFIG, b"{}"))
+        if config.get("chat_template", chat_template) != chat_template:
+            del config["chat_template"]
+            files[CONFIG] = _json_bytes(config)
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (target / name).write_bytes(content)
+
+
+def _json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexing_inputs import generated_text
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import ConversationFormat, Example
 from megatron_tpt.indexing.example_files import read_examples
@@ -167,25 +168,36 @@ def test_the_same_command_again_verifies_and_leaves_it_alone(options: dict, caps
     assert content(options["output"]) == before
 
 
-def test_other_settings_or_input_in_the_same_place_are_refused(options: dict, tmp_path: Path) -> None:
-    path = tmp_path / "own.jsonl"
-    shutil.copy(options["input"][0], path)
+def test_what_differs_from_the_packed_index_in_the_same_place_is_shown(options: dict, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for path in paths:
+        shutil.copy(options["input"][0], path)
     template = tmp_path / "template.jinja"
     template.write_text(CHATML_WITH_SPANS)
-    template.with_suffix(".jsonl").touch()
-    options["input"] = [path]
+    options["input"] = paths[:2]
     pack_sft(PackOptions(**options))
+    a, b, c = paths
     for change, words in [
-        ({"sequence_length": 300}, "another sequence length;"),
-        ({"on_too_long": "truncate"}, "another on too long;"),
-        ({"chat_template": template}, "another chat template;"),
-        ({"input": [path, template.with_suffix(".jsonl")]}, "another list of input files;"),
+        ({"sequence_length": 300}, r"\(--sequence-length: 200 -> 300\)"),
+        ({"sequence_length": 300, "on_too_long": "truncate"}, "200 -> 300; --on-too-long: skip -> truncate"),
+        ({"chat_template": template}, "checksum of the chat template: sha256:[0-9a-f]{12} -> sha256:[0-9a-f]{12}"),
+        ({"messages_column": "chat"}, "columns: messages -> chat"),
+        ({"date": "2024-07-26"}, "--date: none -> 2024-07-26"),
+        ({"input": paths}, rf"\(added to the input: {c}\)"),
+        ({"input": [a]}, rf"\(removed from the input: {b}\)"),
+        ({"input": [a, c]}, rf"\(added to the input: {c}; removed from the input: {b}\)"),
+        ({"input": [b, a]}, "the input files are the same in another order"),
     ]:
         with pytest.raises(UserError, match=words):
             pack_sft(PackOptions(**options | change))
-    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="another content of the input files"):
+    b.write_text(b.read_text() + b.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=rf"\(changed in the input: {b}\)"):
         pack_sft(PackOptions(**options))
+    edited = tmp_path / "edited"
+    shutil.copytree(options["tokenizer"], edited)
+    (edited / "tokenizer.json").write_text((edited / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(UserError, match=rf"--tokenizer: .*/tokenizer -> {edited}; changed in the input: {b}\)"):
+        pack_sft(PackOptions(**options | {"tokenizer": edited}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,14 +243,14 @@ def test_a_packed_index_is_shown_and_verified_as_one(options: dict, capsys: pyte
         f"{counts.loss_tokens:,} (mask",
         "too long",
         "bounds of examples",
+        "checksums, tokenizer",
+        "ends of turns  <|im_end|> (5)",
+        "chat_template.jinja",
     ):
         assert expected in shown
-    inspect_index(InspectOptions(prefix, document=0))
-    assert Tokenizer(options["tokenizer"]).decode(PackedIndex(prefix)[0][0].tokens) in capsys.readouterr().out
     inspect_index(InspectOptions(prefix, json=True))
     assert json.loads(capsys.readouterr().out)["manifest"]["counts"]["examples"] == counts.examples
-    for kind in KINDS:
-        path = Path(f"{prefix}.{kind}")
+    for path in (*(Path(f"{prefix}.{kind}") for kind in KINDS), Path(f"{prefix}.tokenizer/tokenizer_config.json")):
         good = path.read_bytes()
         path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
         with pytest.raises(UserError, match="damaged"):
@@ -275,10 +287,86 @@ def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
     counts = pack_sft(PackOptions(**options, on_bad_example="skip")).counts
     assert counts.examples == 3
     assert counts.skipped == {"no messages": 1, "not a JSON object": 1, "not JSON": 1, "nothing to learn": 1}
+    assert counts.skipped_example["not a JSON object"] == f"{path}:4: but a list"
+    assert PackManifest.read(options["output"]).counts == counts
+
+
+PAIRS = {"prompt_column": "prompt", "response_column": "response"}
+
+
+@pytest.mark.parametrize("columns", [PAIRS, pytest.param({}, marks=pytest.mark.slow)])
+def test_workers_change_neither_the_bytes_nor_the_counts(
+    columns: dict, options: dict, conversations: list, tmp_path: Path
+) -> None:
+    lines = [
+        json.dumps({"messages": chat, "prompt": chat[0]["content"], "response": chat[1]["content"]}) + "\n"
+        for chat in conversations
+    ]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    for path, part in zip(paths, (lines[:280], ["\n", *lines[280:], "{\n", "[]\n"], lines[:5]), strict=True):
+        path.write_text("".join(part))
+    options |= {"input": paths, "on_bad_example": "skip", **columns}
+    alone = pack_sft(PackOptions(**options, num_workers=1))
+    before = content(options["output"])
+    together = pack_sft(PackOptions(**options | {"output": tmp_path / "two"}, num_workers=2))
+    assert content(tmp_path / "two") == before
+    assert (together.counts, together.sources) == (alone.counts, alone.sources)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_small_inputs_are_packed_by_one_process() -> None:
+    options = {"input": ["a"], "tokenizer": Path("t"), "output": Path("o"), "sequence_length": 8}
+    assert PackOptions(**options).worker_count(1000) == 1
+    assert 1 <= PackOptions(**options).worker_count(1 << 40) == len(os.sched_getaffinity(0))
+    assert PackOptions(**options, num_workers=7).worker_count(1000) == 7
+
+
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGTERM, StoppedEarly), (signal.SIGINT, KeyboardInterrupt)])
+def test_an_interrupted_job_says_that_nothing_was_written(
+    signum: int, error: type[BaseException], options: dict, chats: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = options["output"].with_name("many.jsonl")
+    path.write_text(chats.read_text() * 10)
+    examples = options["output"].with_name(".tmp-sft") / "examples"
+
+    def interrupt() -> None:
+        while not examples.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(error) as stopped:
+        pack_sft(PackOptions(**options | {"input": [path]}))
+    thread.join()
+    said = str(stopped.value) if error is StoppedEarly else capsys.readouterr().err
+    assert f"{options['output']} was not written; the same command packs it from the start" in said
+    assert [path.name for path in options["output"].parent.iterdir()] == ["many.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "its files are empty"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
+            "2 skipped: nothing to learn .such as .*jsonl:1: ",
+        ),
+        ('{"text": "a"}\n{\n', "1 skipped: no messages .*; 1 skipped: not JSON"),
+    ],
+)
+def test_an_input_of_which_nothing_can_be_learned_is_refused(lines: str, words: str, options: dict) -> None:
+    path = options["output"].with_name("nothing.jsonl")
+    path.write_text(lines)
+    with pytest.raises(UserError, match=words):
+        pack_sft(PackOptions(**options | {"input": [path]}, on_bad_example="skip"))
+    assert [path.name for path in path.parent.iterdir()] == ["nothing.jsonl"]
 
 
 def test_no_example_at_all_is_refused(options: dict) -> None:
-    with pytest.raises(UserError, match=r"no example to pack \(too long: 300\)"):
+    with pytest.raises(
+        UserError, match=r"no example to pack: 300 skipped: too long \(such as .*chats\.jsonl:1: \d+ tokens, a row"
+    ):
         pack_sft(PackOptions(**options | {"sequence_length": 3}))
     assert list(options["output"].parent.iterdir()) == []
 
@@ -311,8 +399,23 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
     working = options["output"].with_name(".tmp-sft")
     working.mkdir()
     Path(f"{options['output']}.sft").rename(working / "sft")
-    pack_sft(PackOptions(**options))
+    with pytest.raises(UserError, match=r"sft\.bin exists and was not made by this program"):
+        pack_sft(PackOptions(**options))  # nothing says that it was moving files into place
+    (working / "publishing").touch()
+    (working / "tokenizer").mkdir()
+    (working / "tokenizer" / "added_tokens.json").touch()
+    assert "added_tokens.json" not in pack_sft(PackOptions(**options)).tokenizer_checksums
     assert content(options["output"]) == before
+    PackedIndex(options["output"]).verify()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "bin", "sft"])
+def test_what_another_hand_has_put_in_the_place_of_the_output_stays(kind: str, options: dict) -> None:
+    path = Path(f"{options['output']}.{kind}")
+    path.mkdir()
+    with pytest.raises(UserError, match=rf"sft\.{kind} exists and was not made by this program"):
+        pack_sft(PackOptions(**options))
+    assert path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -321,8 +424,13 @@ def test_killed_between_renames_the_same_command_completes(options: dict) -> Non
         ({"sequence_length": 0}, "--sequence-length 0"),
         ({"prompt_column": "prompt"}, "go together"),
         ({"chat_template_kwargs": "{thinking: 1}"}, "is not JSON"),
-        ({"chat_template_kwargs": "[1]"}, "no JSON object"),
+        ({"chat_template_kwargs": "[1]"}, "not a JSON object"),
         ({"chat_template_kwargs": '{"enable_thinking": false}'}, "reads no variable 'enable_thinking'"),
+        (
+            {"prompt_column": "prompt", "response_column": "response", "messages_column": "messages"},
+            "--messages-column: omit it with",
+        ),
+        ({"num_workers": 0}, "--num-workers 0"),
         ({"date": "today"}, "YYYY-MM-DD"),
         ({"messages_column": "chat"}, "chats.jsonl:1: no messages"),
     ],

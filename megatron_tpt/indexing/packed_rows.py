@@ -1,0 +1,96 @@
+"""Rows of a packed index for people and programs: the text of every example, and which of it is learned."""
+
+import itertools
+import os
+import re
+import sys
+from typing import Any
+
+import numpy
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.conversations import Example
+from megatron_tpt.indexing.packing import PackedIndex, PackManifest
+from megatron_tpt.indexing.tokenizer import Tokenizer
+
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_OPEN, _CLOSE = "⟦", "⟧"
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and newline: a text must not command a terminal
+
+
+def row_report(index: PackedIndex, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One row by its examples, as JSON has them: text, tokens, and where in both the learned parts begin and end.
+
+    Raises UserError when there is no such row.
+    """
+    if not 0 <= row < len(index):
+        raise UserError(f"{index.prefix} has no row {row}; they are 0 to {len(index) - 1}")
+    examples = [_example_report(example, tokenizer) for example in index[row]]
+    return {
+        "document": row,
+        "num_tokens": sum(example["num_tokens"] for example in examples),
+        "capacity": index.manifest.settings.sequence_length + 1,
+        "loss_tokens": sum(example["loss_tokens"] for example in examples),
+        "examples": examples,
+    }
+
+
+def _example_report(example: Example, tokenizer: Tokenizer) -> dict[str, Any]:
+    cuts = [0, *(numpy.flatnonzero(numpy.diff(example.has_loss)) + 1).tolist(), len(example.tokens)]
+    texts = _texts(example.tokens, cuts, tokenizer)
+    ends = list(itertools.accumulate(map(len, texts)))
+    return {
+        "num_tokens": len(example.tokens),
+        "loss_tokens": int(example.has_loss.sum()),
+        "text": "".join(texts),
+        "learned": [
+            {"tokens": [begin, end], "characters": [last - len(text), last], "text": text}
+            for (begin, end), text, last in zip(itertools.pairwise(cuts), texts, ends, strict=True)
+            if example.has_loss[begin]
+        ],
+        "tokens": example.tokens.tolist(),
+    }
+
+
+def _texts(tokens: numpy.ndarray, cuts: list[int], tokenizer: Tokenizer) -> list[str]:
+    """The texts between places in the tokens. Together they are the whole text, where a beginning of the tokens makes
+    a beginning of the text (some tokenizers write no blank before the first of the tokens that they decode)."""
+    beginnings = [tokenizer.decode(tokens[:cut]) for cut in cuts]
+    if all(after.startswith(before) for before, after in itertools.pairwise(beginnings)):
+        return [after[len(before) :] for before, after in itertools.pairwise(beginnings)]
+    return [tokenizer.decode(tokens[begin:end]) for begin, end in itertools.pairwise(cuts)]
+
+
+def print_row(report: dict[str, Any]) -> None:
+    """Print a row: learned parts in green on a terminal, in brackets elsewhere. Plain: rich would expand the tabs."""
+    is_terminal = sys.stdout.isatty()
+    has_colours = is_terminal and not os.environ.get("NO_COLOR")
+    before, after = (_GREEN, _PLAIN) if has_colours else (_OPEN, _CLOSE)
+    print(
+        f"row {report['document']}, {report['num_tokens']:,} of {report['capacity']:,} tokens in "
+        f"{len(report['examples']):,} examples; {before}learned{after}: {report['loss_tokens']:,}"
+    )
+    for number, example in enumerate(report["examples"]):
+        print(f"--- example {number}, {example['num_tokens']:,} tokens, {example['loss_tokens']:,} learned ---")
+        print("".join(_marked(example, before, after, is_terminal)))
+    print("--- tokens ---")
+    print(*(token for example in report["examples"] for token in example["tokens"]))
+
+
+def _marked(example: dict[str, Any], before: str, after: str, is_terminal: bool) -> list[str]:
+    def shown(text: str) -> str:
+        return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text) if is_terminal else text
+
+    pieces, place = [], 0
+    for part in example["learned"]:
+        begin, end = part["characters"]
+        pieces += [shown(example["text"][place:begin]), before, shown(example["text"][begin:end]), after]
+        place = end
+    return [*pieces, shown(example["text"][place:])]
+
+
+def ends_of_turns(index: PackedIndex) -> list[dict[str, Any]]:
+    """Id and name of the special tokens that end learned turns; empty where an earlier version packed."""
+    ids = index.manifest.end_of_turn_ids
+    tokenizer = Tokenizer(PackManifest.tokenizer_path(index.prefix)) if ids else None
+    return [{"id": id, "token": tokenizer.decode([id])} for id in ids] if tokenizer else []
