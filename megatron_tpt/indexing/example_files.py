@@ -13,7 +13,7 @@ _BYTES_PER_BATCH = 4 << 20
 
 
 def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
-    """Number (from 1) and example, or what is wrong, of every line or row of a file. Blank lines are passed over."""
+    """Number (from 1) and example, or what is wrong, of every line or row of a file. Blank lines are skipped."""
     batch: list[tuple[int, dict[str, Any] | BadExample]] = []
     num_bytes = 0
     for number, fields, size in _read_fields(path, format.columns):
