@@ -96,9 +96,9 @@ def read_blocks(
     rows are good. Blank lines make no row. Rows that were not taken when the next block is asked for are gone.
 
     Bad data never raises: it is a row with a `problem`. Where a file is truncated or broken, the last row has the
-    problem DAMAGED (it is omitted when its block is not wanted; of a broken Parquet file later row groups are then still
-    read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage or
-    the network fails.
+    problem DAMAGED (it is omitted when its block is not wanted; of a broken Parquet file later row groups are then
+    still read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage
+    or the network fails.
     """
     reader, parse = _open(source, columns, progress or Progress())
     for block in itertools.count():
