@@ -54,7 +54,7 @@ class Pieces:
     num_rows: int
     """Rows looked at; blank lines count."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Bad records left out, by reason."""
+    """Bad records skipped, by reason."""
     problem: Row | None = None
     """The bad record that stops the run; its number counts from the first of these rows."""
 
@@ -105,7 +105,7 @@ class PieceMaker:
         return Pieces(_text_array(texts), numpy.array(flags, numpy.uint8), number + 1, skipped)
 
     def row_number(self, rows: Rows, document: int) -> int:
-        """Which row a document came from, when no row was left out."""
+        """Which row a document came from, when no row was skipped."""
         for number, parse in enumerate(self._rows(rows)):
             if parse() is not None:
                 document -= 1

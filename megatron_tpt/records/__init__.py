@@ -1,6 +1,6 @@
 """Records: the documents that go in, and the documents with their thinking that come out.
 
-One record per line of JSONL (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`) or per row of Parquet (`.parquet`):
+One record per line of JSON or per row of a table (see docs/data.md for all that is read):
 
     {"id": str, "text": str, "thinking": str | null, "meta": {...}}
 

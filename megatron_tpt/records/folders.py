@@ -22,7 +22,7 @@ OTHER_KIND = "of other kinds"
 REJECTED = "of what a job rejected; name the folder to read it"
 _SETTINGS = "taken for settings, a JSON object without 'text'; name the file to read it"
 _HIDDEN = "hidden"
-_KNOWN_FOLDER = "linked, but read already or a folder above"
+LOOP = "linked, but read already or a folder above"
 _FOREIGN = "no part of the saved data set"
 
 
@@ -68,7 +68,7 @@ def files_in(folder: Path) -> Found:
         found_links: list[Path] = []
         for link in links:
             if link != folder and (_key(link) in seen or folder.resolve().is_relative_to(link.resolve())):
-                found.omit(_KNOWN_FOLDER, str(link.relative_to(folder)))
+                found.omit(LOOP, str(link.relative_to(folder)))
             else:
                 found_links += _walk(folder, link, seen, found)
         links = sorted(found_links)
@@ -107,7 +107,7 @@ def _walk(root: Path, top: Path, seen: set[tuple[int, int]], found: Found) -> It
                 folders.remove(name)
                 yield path
             elif _key(path) in seen:  # by way of a link, or mounted twice
-                found.omit(_KNOWN_FOLDER, str(path.relative_to(root)))
+                found.omit(LOOP, str(path.relative_to(root)))
                 folders.remove(name)
         for name in names:
             if (why := why_not_read(folder / name)) is not None:

@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the file that were taken or passed over (of packed files and tables, about); to be compared with
+        """Bytes of the file that were taken or skipped (of packed files and tables, about); to be compared with
         `Source.num_bytes`."""
         return self._begin + round((self._end - self._begin) * self._share())
 
@@ -79,7 +79,7 @@ class ReadCounts:
     read: int = 0
     """Good records handed out."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Bad records left out, by reason."""
+    """Bad records skipped, by reason."""
 
 
 def read_blocks(
@@ -91,14 +91,14 @@ def read_blocks(
 ) -> Iterator[tuple[int, Iterator[Row]]]:
     """Yield (k, rows) for every block k of a source with `wanted(k)`: rows k * rows_per_block and on, lazily.
 
-    `wanted` is asked for each block once, in order, when its turn comes. Rows of other blocks are passed over unparsed,
-    so that going on where a job stopped costs little. Blocks are counted in physical rows: they are the same whichever
+    `wanted` is asked for each block once, in order, when its turn comes. Rows of other blocks are skipped unparsed, so
+    that resuming where a job stopped costs little. Blocks are counted in physical rows: they are the same whichever
     rows are good. Blank lines make no row. Rows that were not taken when the next block is asked for are gone.
 
-    Bad data never raises: it is a row with a `problem`. Where a file is cut or broken, the last row has the problem
-    DAMAGED (it is left out when its block is not wanted; of a broken Parquet file later row groups are then still
-    read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage or
-    the network fails.
+    Bad data never raises: it is a row with a `problem`. Where a file is truncated or broken, the last row has the
+    problem DAMAGED (it is omitted when its block is not wanted; of a broken Parquet file later row groups are then
+    still read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage
+    or the network fails.
     """
     reader, parse = _open(source, columns, progress or Progress())
     for block in itertools.count():
@@ -234,7 +234,7 @@ def read_records(
     """Read records one by one from all `paths` (see `expand_sources`), in order. Memory does not grow with the input.
 
     The columns are those of `Columns`. `thinking` and `meta` are taken where present; other columns are not looked
-    at. Blank lines are passed over. At most `limit` records are handed out.
+    at. Blank lines are skipped. At most `limit` records are handed out.
 
     A bad record (no JSON object, no text, a text that is blank, no string or no Unicode) raises UserError naming
     "file:line" (in tables: the row, from 1) and ending with `advice`, or is skipped and counted with

@@ -11,9 +11,10 @@ from pathlib import Path
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.names import require_usable, shown
-from megatron_tpt.records.folders import REJECTED, REJECTS, Found, files_in, listed, why_not_read
+from megatron_tpt.records.folders import LOOP, REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
+from megatron_tpt.records.patterns import matching
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
@@ -125,7 +126,10 @@ def _matches(pattern: Path) -> Found:
     means."""
     found = Found()
     means_all = pattern.name in ("*", "**")
-    for match in sorted(map(Path, glob.iglob(str(pattern), recursive=True))):
+    matches, loops = matching(pattern)
+    for loop in loops:
+        found.omit(LOOP, str(loop))
+    for match in matches:
         if REJECTS in match.parts and REJECTS not in pattern.parts:
             found.omit(REJECTED, str(match))
         elif match.is_dir():

@@ -1,5 +1,6 @@
 """What the user names, as sources: files, folders, patterns, saved data sets and data sets as on the Hub."""
 
+import glob
 import json
 import os
 import pickle
@@ -126,6 +127,38 @@ def test_a_pattern_reads_or_refuses_what_it_matches(tmp_path: Path, capsys: pyte
     assert names([f"{folder}/*"], folder) == ["x-1.jsonl"]
     (line,) = lines_on_stderr(capsys)
     assert "3 names are not read" in line and "x-2.jsonl.br" in line and "x-3.csv" in line and "y.txt" in line
+
+
+def test_patterns_match_as_those_of_glob_and_end_where_links_lead_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = lay_out(
+        tmp_path / "d",
+        *("a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/d.ndjson", "x/.h/e.jsonl", ".h/f.jsonl", "z[1]/x/g.jsonl"),
+    )
+    (folder / "x" / "z").symlink_to(folder / "z[1]")
+    monkeypatch.chdir(tmp_path)
+    patterns = [
+        "**/*.jsonl",
+        "x/**/*.jsonl",
+        "**/x/*.jsonl",
+        "**/y/**/[cd].*",
+        "*/**/*.jsonl",
+        "**/.h/*.jsonl",
+        "**/x/**",
+    ]
+    for pattern in (f"{start}{each}" for start in (f"{folder}/", "d/") for each in patterns):
+        expected = {Path(match).resolve() for match in glob.glob(pattern, recursive=True)}
+        expected = {path for path in expected if path.is_file()}
+        assert {source.path.resolve() for source in expand_sources([pattern]) if source.path} == expected, pattern
+    for number in range(4):
+        (folder / "x" / f"loop{number}").symlink_to("..")
+    (folder / "z[1]" / "other").symlink_to(folder / "x")
+    capsys.readouterr()
+    assert len(expand_sources([f"{folder}/**/*.jsonl"])) == 4
+    assert "loop0" in capsys.readouterr().err
+    with pytest.raises(UserError, match="nothing matches"):
+        expand_sources([f"{folder}/**/*.csv"])
 
 
 def test_links_to_nothing_are_refused(tmp_path: Path) -> None:
