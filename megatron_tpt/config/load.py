@@ -133,7 +133,7 @@ def _fill_in_preset(raw: dict[str, Any]) -> None:
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
         return
-    if model["preset"] not in PRESETS:
+    if not isinstance(model["preset"], str) or model["preset"] not in PRESETS:
         raise UserError(f"model.preset={model['preset']} is not known: use one of {', '.join(sorted(PRESETS))}")
     raw["model"] = {**PRESETS[model["preset"]], **model}
 

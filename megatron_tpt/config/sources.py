@@ -1,12 +1,14 @@
 """The short ways of naming training data in a recipe, spelled out: prefixes, wildcards, files of sources."""
 
+import dataclasses
 import glob
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.convert import expand_path
-from megatron_tpt.config.yaml_file import load_yaml
+from megatron_tpt.config.convert import Converter, expand_path
+from megatron_tpt.config.recipe import DatasetSource
+from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 
@@ -21,8 +23,9 @@ def spell_out_sources(data: dict[str, Any]) -> None:
                 section[split] = _spell_out(section[split])
 
 
-def _spell_out(items: Any) -> Any:
-    """Prefixes and mappings as a list of mappings; anything else as it is, to be refused later."""
+def _spell_out(items: Any, inside: tuple[Path, ...] = ()) -> Any:
+    """Prefixes and mappings as a list of mappings; anything else as it is, to be refused later. `inside`: the files of
+    sources that the items are from."""
     if isinstance(items, str):
         items = [items]
     if not isinstance(items, list):
@@ -34,7 +37,7 @@ def _spell_out(items: Any) -> Any:
             item = item | {"path": str(expand_path(item["path"]))}
         path = str(item.get("path", "")) if isinstance(item, dict) else ""
         if path.endswith(_LIST_SUFFIXES):
-            result += _scaled(_spell_out(_read_list(Path(path))), item)
+            result += _scaled(_spell_out(*_read_list(Path(path), inside)), item)
         elif glob.has_magic(path):
             result += _scaled(_matches(path), item) or [item]  # without a match it is refused where data is opened
         else:
@@ -42,14 +45,22 @@ def _spell_out(items: Any) -> Any:
     return result
 
 
-def _read_list(path: Path) -> list[Any]:
+def _read_list(path: Path, inside: tuple[Path, ...]) -> tuple[list[Any], tuple[Path, ...]]:
+    """The items of a file of sources, and the files that they are inside of. Raises UserError with every mistake."""
+    if path in inside:
+        raise UserError(f"data: {path} is a list of sources that has itself among them: remove it there")
     try:
-        content, _ = load_yaml(path)  # JSON is YAML
+        content, places = load_yaml(path)  # JSON is YAML
     except OSError as error:
         raise UserError(f"data: {path}: {error.strerror}: give a prefix, or a file with a list of sources") from None
     if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
         raise UserError(f"data: {path} must hold a list of sources: prefixes, or {{path: PREFIX, weight: 1.0}}")
-    return content
+    known = ", ".join(field.name for field in dataclasses.fields(DatasetSource))
+    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known there: {known}")
+    converter.value(list[DatasetSource], content, ())
+    if converter.problems:
+        raise UserError("\n".join(converter.problems))
+    return content, (*inside, path)
 
 
 def _matches(pattern: str) -> list[dict[str, Any]]:
@@ -73,7 +84,7 @@ def _num_tokens(manifest: Path) -> int | None:
 
 def _scaled(sources: list[dict[str, Any]], item: dict[str, Any]) -> list[dict[str, Any]]:
     """The sources that an item stands for: they share its weight, and take over its other settings."""
-    total = sum(source.get("weight", 1.0) for source in sources)
+    total = sum(float(source.get("weight", 1.0)) for source in sources) or 1.0
     others = {key: value for key, value in item.items() if key not in ("path", "weight")}
-    weight = item.get("weight", 1.0)
-    return [{**source, "weight": weight * source.get("weight", 1.0) / total, **others} for source in sources]
+    weight = float(item.get("weight", 1.0)) / total
+    return [{**source, "weight": weight * float(source.get("weight", 1.0)), **others} for source in sources]

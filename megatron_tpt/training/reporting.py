@@ -336,7 +336,7 @@ class ReportMetrics(Callback):
 def console_line(values: dict[str, float]) -> str:
     """The metrics that are worth a look, on one line."""
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
-    parts = parts or ["no token to learn from"]
+    parts = parts or ["no loss"]  # the steps had no token to learn from, or were skipped
     parts += [f"lr {values['learning_rate']:.3e}", f"grad norm {values['grad_norm']:.3f}"]
     parts += [f"{values['tokens_per_s']:,.0f} tokens/s", f"{values['tflops_per_device']:.3g} TFLOP/s/device"]
     if "mfu" in values:

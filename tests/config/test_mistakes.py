@@ -72,6 +72,7 @@ data:
         ("a: 1\na: 2", "recipe.yaml:2: a is there twice (line 1 has the first)"),
         ("training: {num_steps: 1,\n num_steps: 1}", "recipe.yaml:2: training.num_steps is there twice"),
         ("data:\n train:\n - {path: a,\n path: b}", "recipe.yaml:4: data.train[0].path is there twice"),
+        ("model: {preset: [a]}", "model.preset=['a'] is not known"),
         ("a: [", "recipe.yaml:1 is not YAML"),
         ("a: &x [*x]", "recipe.yaml cannot be read"),
         ("run: {output_dir: ~nobody_of_this_name/x}", "there is no such home folder"),
@@ -161,6 +162,15 @@ def test_equal_keys_are_refused_in_lists_of_sources_and_in_options_of_tools(tmp_
     assert refusal(tmp_path, f"data: {{train: {sources}}}") == [
         "sources.yaml:4: [1].weight is there twice (line 3 has the first): put all of it into one"
     ]
+    sources.write_text("- {path: a, wieght: 1}\n- path: b\n  weight: many\n- {path: c, weight: 0}\n")
+    assert refusal(tmp_path, f"data: {{train: {sources}}}") == [
+        "sources.yaml:1: [0].wieght: unknown; known there: path, weight, name, max_epochs",
+        "sources.yaml:3: [1].weight: 'many' is not a number",
+        "sources.yaml:4: data: weight 0.0 of c must be above 0",
+    ]
+    sources.write_text(f"- a\n- {sources}\n")
+    (line,) = refusal(tmp_path, f"data: {{train: [{{path: {sources}, weight: '2'}}]}}")
+    assert "is a list of sources that has itself among them" in line
     options = tmp_path / "options.yaml"
     options.write_text("model: a\nmodel: b\n")
     with pytest.raises(UserError, match=r"options\.yaml:2: model is there twice \(line 1"):

@@ -22,7 +22,8 @@ HELD = "held_pretrain"
 
 
 def exact(metrics: list[dict]) -> list[list]:
-    return [[m[name] for name in EXACT] for m in metrics if "grad_norm" in m]
+    """A step that was skipped has no losses: None."""
+    return [[m.get(name) for name in EXACT] for m in metrics if "grad_norm" in m]
 
 
 def contents(run_folder: Path) -> dict[str, dict[str, list]]:

@@ -123,8 +123,8 @@ def test_a_skipped_step_changes_no_weight_and_takes_its_data(train: Train, recip
         "data": {"train": str(index_prefix), "validation": str(index_prefix)},
     }
     lines = train("run", "--training.skip_steps=[3-4]", changes=changes)
-    steps = [m for m in lines if "loss" in m]
+    steps = [m for m in lines if "tokens" in m]
     validation = [m["validation_loss"] for m in lines if "validation_loss" in m]
     assert validation[1] == validation[2] == validation[3] and len({*validation}) == 4
-    assert [math.isnan(m["loss"]) for m in steps] == [False, False, True, True, False, False]
+    assert ["loss" in m for m in steps] == [True, True, False, False, True, True]
     assert [m["tokens"] for m in steps] == [8 * 32 * step for step in range(1, 7)]
