@@ -50,8 +50,8 @@ def parse_request_fields(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
-        if not (name and equals):
-            raise UserError(f"--request-field {text}: give NAME=VALUE, as in top_k=20")
+        if not (equals and re.fullmatch(r"[A-Za-z_]\w*([.-]\w+)*", name)):
+            raise UserError(f"--request-field {text}: give NAME=VALUE, as in top_k=20 (in quotes in a recipe)")
         if name in fields:
             raise UserError(f"--request-field {name}: given twice; choose one value")
         fields[name] = _value(name, value.strip())

@@ -212,6 +212,7 @@ def test_request_fields_are_sent_and_ours_can_be_renamed_or_omitted(server: Unru
         ("think=False", "write false"),
         ("alone", "NAME=VALUE"),
         ("=5", "NAME=VALUE"),
+        ("{'chat_template_kwargs={\"enable_thinking\"': 'false}'}", "in quotes in a recipe"),  # YAML's, without quotes
         ("reasoning_effort=low", "--api chat"),
     ],
 )
