@@ -93,6 +93,8 @@ def advice_on_refusal(sentence: str, length_field: LengthField) -> str:
         options.append(f"--length-field {other}" if is_unknown else "a lower --max-new-tokens")
     names: tuple[OmittableField, ...] = ("temperature", "top_p", "seed", "stop")
     options += [f"--omit-fields {name}" for name in names if re.search(rf"['\"`]{name}['\"`]|: {name}\b", text)]
+    if "--omit-fields temperature" in options:
+        options.append("--temperature 1")
     if re.search("chat.template", text):
         options.append("--api completions with --tokenizer")
     return f"; try {' or '.join(options)}" if options else ""

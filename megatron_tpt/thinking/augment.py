@@ -15,6 +15,7 @@ than tasks; tasks share nothing but the folder.
 
 import contextlib
 import itertools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,7 +123,7 @@ def conclude(options: AugmentOptions) -> None:
             "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
         )
     print(
-        f"{output.folder}: {total.records:,} records. Next: python tools/index.py --input {output.folder} "
+        f"{output.folder}: {total.records:,} records. Next: python tools/index.py --input {shlex.quote(str(output.folder))} "
         "--tokenizer TOKENIZER_DIR --output PREFIX",
         file=sys.stderr,
     )
