@@ -122,11 +122,9 @@ def conclude(options: AugmentOptions) -> None:
             f"documents were rejected ({counts(total.rejects)}; the texts are in {output.rejects}); apply other "
             "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
         )
-    print(
-        f"{output.folder}: {total.records:,} records. Next: python tools/index.py --input {shlex.quote(str(output.folder))} "
-        "--tokenizer TOKENIZER_DIR --output PREFIX",
-        file=sys.stderr,
-    )
+    folder = shlex.quote(str(output.folder))
+    following = f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX"
+    print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
 
 
 def _say(lines: Iterable[str]) -> None:
