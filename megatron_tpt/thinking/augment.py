@@ -6,12 +6,12 @@
     OUTPUT/README.md                           the data set card; it says so while tasks have not finished
     OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py, status.py
     OUTPUT/.work/finished/task-00003-of-00064  that a task has come to the end of its share
-    OUTPUT/.work/{retries,refilter.json}       rejects that are asked again, filters that are applied: see retry.py, refilter.py
+    OUTPUT/.work/{retries,refilter.json}       see retry.py, refilter.py
 
 A shard appears whole or not at all, and changes only as a whole, when its rejects are asked again or other filters are
-applied. The same command run again after a crash asks only for what was not finished. Requests of several blocks are under way at once, so that the engine stays full while the last documents
-of a block finish. A job of several tasks divides the sources among them, or the blocks where there are fewer sources
-than tasks; tasks share nothing but the folder.
+applied. The same command run again after a crash asks only for what was not finished. Requests of several blocks are in
+flight at once, so that the engine stays full while the last documents of a block finish. A job of several tasks divides
+the sources among them, or the blocks where there are fewer sources than tasks; tasks share nothing but the folder.
 """
 
 import contextlib
