@@ -50,8 +50,8 @@ def parse_request_fields(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
-        if not (name and equals):
-            raise UserError(f"--request-field {text}: give NAME=VALUE, as in top_k=20")
+        if not (equals and re.fullmatch(r"[A-Za-z_]\w*([.-]\w+)*", name)):
+            raise UserError(f"--request-field {text}: give NAME=VALUE, as in top_k=20 (in quotes in a recipe)")
         if name in fields:
             raise UserError(f"--request-field {name}: given twice; choose one value")
         fields[name] = _value(name, value.strip())
@@ -93,6 +93,8 @@ def advice_on_refusal(sentence: str, length_field: LengthField) -> str:
         options.append(f"--length-field {other}" if is_unknown else "a lower --max-new-tokens")
     names: tuple[OmittableField, ...] = ("temperature", "top_p", "seed", "stop")
     options += [f"--omit-fields {name}" for name in names if re.search(rf"['\"`]{name}['\"`]|: {name}\b", text)]
+    if "--omit-fields temperature" in options:
+        options.append("--temperature 1")
     if re.search("chat.template", text):
         options.append("--api completions with --tokenizer")
     return f"; try {' or '.join(options)}" if options else ""

@@ -6,15 +6,17 @@
     OUTPUT/README.md                           the data set card; it says so while tasks have not finished
     OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py, status.py
     OUTPUT/.work/finished/task-00003-of-00064  that a task has come to the end of its share
+    OUTPUT/.work/{retries,refilter.json}       see retry.py, refilter.py
 
-A shard appears whole or not at all, and never changes. The same command run again after a crash asks only for what was
-not finished. Requests of several blocks are under way at once, so that the engine stays full while the last documents
-of a block finish. A job of several tasks divides the sources among them, or the blocks where there are fewer sources
-than tasks; tasks share nothing but the folder.
+A shard appears whole or not at all, and changes only as a whole, when its rejects are asked again or other filters are
+applied. The same command run again after a crash asks only for what was not finished. Requests of several blocks are in
+flight at once, so that the engine stays full while the last documents of a block finish. A job of several tasks divides
+the sources among them, or the blocks where there are fewer sources than tasks; tasks share nothing but the folder.
 """
 
 import contextlib
 import itertools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +24,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.generation import Completion, Failure, Request, open_engine
+from megatron_tpt.generation import Completion, Request, open_engine
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
+from megatron_tpt.thinking.first_answers import FirstAnswers
 from megatron_tpt.thinking.job import Generator, Job, note_settings, plan
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
@@ -38,10 +41,8 @@ from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_rej
 from megatron_tpt.thinking.settings import SETTINGS_NAME, check_job
 from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
-from megatron_tpt.thinking.thoughts import THOUGHT_REASONS
 
 _REJECTS_UNTIL_WARNING = 100
-_FAILURES_UNTIL_STOP = 32
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -121,11 +122,9 @@ def conclude(options: AugmentOptions) -> None:
             f"documents were rejected ({counts(total.rejects)}; the texts are in {output.rejects}); apply other "
             "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
         )
-    print(
-        f"{output.folder}: {total.records:,} records. Next: python tools/index.py --input {output.folder} "
-        "--tokenizer TOKENIZER_DIR --output PREFIX",
-        file=sys.stderr,
-    )
+    folder = shlex.quote(str(output.folder))
+    following = f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX"
+    print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -209,9 +208,7 @@ class _Task:
         """Of the rows that are being thought about."""
         self._read = ReadProgress()
         self._is_warned = False
-        self._completed = False
-        self._failed_first: list[tuple[Request, Failure]] = []
-        """Before anything was completed."""
+        self._first = FirstAnswers(self.output, self.progress)
         self._end = 0
         self._num_devices = 1
         self._last_finish_s = 0.0
@@ -275,43 +272,14 @@ class _Task:
             self._num_devices, self._last_finish_s = engine.num_devices, time.monotonic()
             reporter = Reporter(self.progress, self._progress_path, self._input_bytes_done)
             try:
-                for request, outcome in engine.generate(self._requests(generator, blocks)):
-                    self._take(generator, request, outcome)
+                for ended in engine.generate(self._requests(generator, blocks)):
+                    for request, outcome in self._first.take(*ended):
+                        block, row, number = request.key
+                        self._answered(generator, block, row, number, outcome)
                     reporter.show()
-                if self._failed_first:
-                    raise UserError(self._nothing_completed())
+                self._first.end()
             finally:
                 reporter.show(last=True)
-
-    def _take(self, generator: Generator, request: Request, outcome: Outcome) -> None:
-        """Take an outcome; failures only once the generator has completed something for this job, now or earlier. Until
-        then they say more of it than of the documents, and none of them is kept."""
-        if isinstance(outcome, Failure) and not self._has_completed():
-            self._failed_first.append((request, outcome))
-            if len(self._failed_first) >= _FAILURES_UNTIL_STOP:
-                raise UserError(self._nothing_completed())
-            return
-        self._completed = True
-        earlier, self._failed_first = self._failed_first, []
-        for ended, end in [*earlier, (request, outcome)]:
-            block, row, number = ended.key
-            self._answered(generator, block, row, number, end)
-
-    def _has_completed(self) -> bool:
-        if not self._completed:  # by this task; others may have
-            total, _ = self.output.totals()
-            done = self.progress
-            reasons = {*total.rejects, *total.chunk_rejects, *done.rejects_before, *done.chunk_rejects_before}
-            self._completed = bool(total.records or done.records_before or reasons & THOUGHT_REASONS)
-        return self._completed
-
-    def _nothing_completed(self) -> str:
-        _, failure = self._failed_first[-1]
-        number = len(self._failed_first)
-        return (
-            f"{self.output.folder}: not one request has been completed for this job, and {number:,} have failed "
-            f"({failure.reason}: {failure.message}); correct the options or the server and run it again"
-        )
 
     def note_progress(self) -> None:
         """Say how far the task is where there is nothing to run."""

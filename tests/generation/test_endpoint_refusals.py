@@ -49,7 +49,7 @@ def server() -> Iterator[UnrulyServer]:
     "sentence,advice",
     [
         (MAX_TOKENS, "--length-field max_completion_tokens"),
-        (TEMPERATURE, "--omit-fields temperature"),
+        (TEMPERATURE, "--omit-fields temperature or --temperature 1"),
         ("max_tokens is too large: 8192. This model supports at most 4096.", "a lower --max-new-tokens"),
         ("you must provide a chat template if the tokenizer does not define one", "--api completions"),
         ("This model's maximum context length is 8 tokens.", ""),
@@ -212,6 +212,7 @@ def test_request_fields_are_sent_and_ours_can_be_renamed_or_omitted(server: Unru
         ("think=False", "write false"),
         ("alone", "NAME=VALUE"),
         ("=5", "NAME=VALUE"),
+        ("{'chat_template_kwargs={\"enable_thinking\"': 'false}'}", "in quotes in a recipe"),  # YAML's, without quotes
         ("reasoning_effort=low", "--api chat"),
     ],
 )
