@@ -49,7 +49,8 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
         encode = sentencepiece_encoder(path)
         backend, own_eos = _from_sentencepiece(path)
     odd = _odd_texts(backend)
-    texts = [record.text for record in read_records(options.sample, limit=_SAMPLE_DOCUMENTS)] if options.sample else []
+    sample = read_records(options.sample, limit=_SAMPLE_DOCUMENTS, advice="fix the line") if options.sample else []
+    texts = [record.text for record in sample]
     with atomic_directory(options.output) as folder:
         _write(folder, path, backend, options.eos_token, own_eos)
         text = first_difference_from(encode, Tokenizer(folder), [*odd, *texts])

@@ -60,7 +60,7 @@ def _train(options: TrainTokenizerOptions, special: list[str]) -> tokenizers.Tok
 
     def texts() -> Iterator[str]:
         nonlocal num_texts
-        for record in read_records(options.input, text_column=options.text_column):
+        for record in read_records(options.input, text_column=options.text_column, advice="fix the line"):
             num_texts += 1
             yield record.text
 

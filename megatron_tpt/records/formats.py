@@ -1,5 +1,6 @@
 """Which files hold records, by their names: the kind of content and how it is packed. Case does not matter."""
 
+import os
 from pathlib import PurePath
 from typing import Literal, NamedTuple
 
@@ -33,9 +34,11 @@ class FileFormat(NamedTuple):
 
 def file_format(path: PurePath) -> FileFormat | None:
     """The format of a file by its name; None where it is none that is read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
-    kind = _KINDS.get(suffixes[-1]) if suffixes else None
+    rest, suffix = os.path.splitext(path.name.lower())
+    packing = suffix if suffix in PACKINGS else ""
+    if packing:
+        suffix = os.path.splitext(rest)[1]
+    kind = _KINDS.get(suffix)
     if kind is None or (packing and kind in ("parquet", "arrow")):
         return None
     return FileFormat(kind, packing)

@@ -216,7 +216,7 @@ def _id(value: Any, id_column: str, text: str) -> str:
         return content_id(text)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise BadRecord("id is neither string nor number", f"but {_KINDS[type(value)]} (name another --id-column)")
+    raise BadRecord("id is neither string nor number", f"but {_KINDS[type(value)]} (name another id column)")
 
 
 def _meta(value: Any) -> dict[str, Any]:

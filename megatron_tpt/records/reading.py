@@ -30,6 +30,10 @@ DAMAGED = "damaged file"
 """The problem of the last row of a source that cannot be read any further."""
 
 
+SKIP_ADVICE = "fix the line or skip such records with --on-bad-record skip"
+"""What to do about a bad record, in tools with that option."""
+
+
 class Row(NamedTuple):
     """A line or row of a source: a record, or the reason why it is none."""
 
@@ -225,6 +229,7 @@ def read_records(
     on_bad_record: Literal["stop", "skip"] = "stop",
     limit: int | None = None,
     counts: ReadCounts | None = None,
+    advice: str = SKIP_ADVICE,
 ) -> Iterator[Record]:
     """Read records one by one from all `paths` (see `expand_sources`), in order. Memory does not grow with the input.
 
@@ -232,8 +237,8 @@ def read_records(
     at. Blank lines are passed over. At most `limit` records are handed out.
 
     A bad record (no JSON object, no text, a text that is blank, no string or no Unicode) raises UserError naming
-    "file:line" (in tables: the row, from 1), or is left out and counted with `on_bad_record="skip"`. A file that is
-    damaged as a whole always raises.
+    "file:line" (in tables: the row, from 1) and ending with `advice`, or is skipped and counted with
+    `on_bad_record="skip"`. A file that is damaged as a whole always raises.
     """
     counts = ReadCounts() if counts is None else counts
     columns = Columns(text_column, id_column, tuple(meta_columns))
@@ -246,7 +251,7 @@ def read_records(
                     counts.read += 1
                     yield row.record
                 elif on_bad_record == "stop" or row.problem == DAMAGED:
-                    raise UserError(describe(source, row))
+                    raise UserError(describe(source, row, advice))
                 else:
                     counts.skipped[str(row.problem)] += 1
 
@@ -262,9 +267,7 @@ class Problem(Protocol):
     def detail(self) -> str: ...
 
 
-def describe(
-    source: Source, row: Problem, hint: str = "fix the line or skip such records with --on-bad-record skip"
-) -> str:
+def describe(source: Source, row: Problem, hint: str = SKIP_ADVICE) -> str:
     """One line for the user about a row that is bad: its place, what is wrong, what can be done (`hint`)."""
     if row.problem == DAMAGED:
         return f"{source.name}: {row.detail}; make or fetch the file again"

@@ -61,14 +61,17 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     if not sources:
         raise UserError("no input files were given")
     if repeated:
-        _say(f"{len(repeated):,} given or found under several names, and read once: {listed([*repeated])}")
+        _say(
+            f"{len(repeated):,} inputs were given or found under several names; each is read once: {listed([*repeated])}"
+        )
     return list(sources.values())
 
 
 @functools.lru_cache(maxsize=1024)
 def _say(message: str) -> None:
-    """Print a line on stderr, once in a process: inputs are expanded again and again."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line on stderr, once in a process, as inputs are expanded again and again; under torchrun, in one."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:

@@ -149,7 +149,5 @@ def test_uuids_are_ids(tmp_path: Path) -> None:
 def test_ids_that_name_nothing_are_refused_by_name(tmp_path: Path, id: Any, kind: str, suffix: str) -> None:
     source = write(tmp_path / f"x{suffix}", pyarrow.table({"text": ["text"], "id": [id]}))
     assert texts_and_problems(source, Columns()) == ["id is neither string nor number"]
-    with pytest.raises(
-        UserError, match=rf":1: id is neither string nor number but {kind} \(name another --id-column\)"
-    ):
+    with pytest.raises(UserError, match=rf":1: id is neither string nor number but {kind} \(name another id column\)"):
         list(read_records([str(source.path)]))
