@@ -61,9 +61,8 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     if not sources:
         raise UserError("no input files were given")
     if repeated:
-        _say(
-            f"{len(repeated):,} inputs were given or found under several names; each is read once: {listed([*repeated])}"
-        )
+        several = f"{len(repeated):,} inputs were given or found under several names"
+        _say(f"{several}; each is read once: {listed([*repeated])}")
     return list(sources.values())
 
 
