@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure
+from megatron_tpt.names import shown
 from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.lines import LineReader, read_chunks
-from megatron_tpt.records.names import shown
 from megatron_tpt.records.parsing import NotAnObject, parse_object
 from megatron_tpt.records.record import BadRecord, DamagedSource
 

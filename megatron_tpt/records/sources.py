@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.files import file_fingerprint
+from megatron_tpt.names import require_usable, shown
 from megatron_tpt.records.folders import REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
-from megatron_tpt.records.names import require_usable, shown
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
