@@ -25,7 +25,7 @@ _MAX_VALUE = 60
 _FILES_BY_NAME = ("files", "model_files")
 """Settings that are {name of a file: its fingerprint}."""
 _OF_PREFIX = ("{}.json", "{}.sft.json")
-_IN_FOLDER = ("part-00000.jsonl.zst", "part-00000.jsonl", "report.json")
+_IN_FOLDER = ("part-00000.jsonl.zst", "report.json")
 """What is written beside a prefix, or in an output folder, under names by which records can be read."""
 
 

@@ -19,10 +19,10 @@ from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
 ROOT = Path(__file__).parents[1]
 # A star or a hyphen at the end stands for several options, as in --minhash-*.
-OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_]\w*)*")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_][\w-]*)*")
 # Of torchrun and Slurm, and what stands for any option of a recipe.
 OF_OTHER_PROGRAMS = {"--nproc-per-node", "--job", "--section.key"}
-OF_TRAINING = {"--dry-run", "--help", "--recipe", "--cache-dir"}
+OF_TRAINING = {"--dry-run", "--device", "--mfu", "--help", "--recipe", "--cache-dir"}
 
 
 class _Parsed(BaseException):

@@ -155,37 +155,55 @@ def _over_partitions(job: Job, workers: Workers, stage: str) -> None:
 
 
 def _after_scan(job: Job, can_forget: bool) -> Job:
-    """The job with what is known after the scan."""
+    """The job with what is known after the scan. Says which sources and columns came to nothing."""
     num_shards: list[int] = []
     num_rows = num_keys = 0
     problems: Counter[str] = Counter()
     absent: set[str] | None = None
     for source in range(len(job.sources)):
-        num_rows_before = num_rows
-        for number in itertools.count():
-            path = job.path("scan", Shard(source, number), ".json")
-            if not path.exists():
-                break
-            scanned = json.loads(path.read_bytes())
-            num_rows += scanned["rows"]
-            num_keys += scanned["keys"]
-            problems.update(scanned["problems"])
-            absent_here = set(scanned.get("absent_columns", []))  # earlier versions did not look
+        scanned = list(_scanned(job, source))
+        num_shards.append(len(scanned))
+        num_keys += sum(shard["keys"] for shard in scanned)
+        rows_here = sum(shard["rows"] for shard in scanned)
+        problems_here = sum((Counter(shard["problems"]) for shard in scanned), Counter[str]())
+        _say_of_source(job.sources[source].name, rows_here, problems_here)
+        num_rows += rows_here
+        problems += problems_here
+        for shard in scanned:  # earlier versions did not look
+            absent_here = set(shard.get("absent_columns", []))
             absent = absent_here if absent is None else absent & absent_here
-            if DAMAGED in scanned["problems"]:  # what a worker could read beyond the damage depends on where it began
-                num_read = num_rows - num_rows_before - 1
-                _say(f"{job.sources[source].name}: damaged after {num_read:,} rows; what follows is not read")
-                number += 1
-                break
-        num_shards.append(number)
     if problems.total() == num_rows:
-        reasons = ", ".join(f"{problem}: {count:,}" for problem, count in problems.items())
         if can_forget:
             _forget(job)
-        raise UserError(f"the input holds no document ({reasons or 'it is empty'}); is --text-column right?")
+        raise UserError(f"the input holds no document ({_counts(problems) or 'it is empty'}); is --text-column right?")
     for name in sorted(absent or ()):
         _say(f"--meta-columns {name}: no document has such a column")
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
+
+
+def _scanned(job: Job, source: int) -> Iterator[dict[str, Any]]:
+    """What the scan found in each shard of a source."""
+    for number in itertools.count():
+        path = job.path("scan", Shard(source, number), ".json")
+        if not path.exists():
+            return
+        yield (scanned := json.loads(path.read_bytes()))
+        if DAMAGED in scanned["problems"]:  # what a worker could read beyond the damage depends on where it began
+            return
+
+
+def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
+    """Say what is lost of a source as a whole."""
+    if DAMAGED in problems:
+        _say(f"{name}: damaged after {num_rows - 1:,} rows; what follows is not read")
+    elif num_rows == 0:
+        _say(f"{name}: holds no rows")
+    elif problems.total() == num_rows:
+        _say(f"{name}: none of its {num_rows:,} rows is a document ({_counts(problems)})")
+
+
+def _counts(problems: Counter[str]) -> str:
+    return ", ".join(f"{problem}: {count:,}" for problem, count in problems.items())
 
 
 def _say(message: str) -> None:
@@ -225,7 +243,7 @@ def _tidy(job: Job) -> None:
 
 
 def _forget(job: Job) -> None:
-    """Leave the output as if this run had never begun, so that it can be begun with other settings."""
+    """Leave the output as if this run had never started, so that it can be started with other settings."""
     shutil.rmtree(job.work, ignore_errors=True)
     settings_path(job.options.output).unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ def settings_path(output: Path) -> Path:
 
 
 def make_settings(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    """Everything that decides what the output holds. What only decides how fast it comes is left out."""
+    """Everything that decides what the output holds. What only decides how fast it comes is not part of it."""
     settings = {name: value for name, value in asdict(options).items() if name not in ("output", "num_workers")}
     settings["input"] = describe_inputs(settings_path(options.output), sources)
     settings["decontaminate"] = [

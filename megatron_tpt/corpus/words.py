@@ -94,7 +94,7 @@ def ngram_hashes(words: list[bytes], lengths: Iterable[int]) -> Iterator[tuple[i
     """For each of `lengths` (ascending), the hash of every run of so many words, in order.
 
     The hash of a run is the polynomial of its words' hashes modulo 2^64, put together from those of its halves.
-    Yields (length, uint64 array [number of runs]); lengths beyond the text are left out.
+    Yields (length, uint64 array [number of runs]); lengths beyond the text are skipped.
     """
     known = {1: np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))}
     for length in lengths:

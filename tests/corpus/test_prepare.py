@@ -378,6 +378,18 @@ def test_a_killed_addition_is_resumed_unless_other_files_are_added(
     assert kept_texts(options.output) == kept_texts(expected.output)
 
 
+def test_sources_that_come_to_nothing_are_named(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(raw / "empty.jsonl", [])
+    write_jsonl(raw / "other.jsonl", [{"content": "x"}, {"content": "y"}, "{"])
+    report = prepare(options_for(raw))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        f"warning: {raw}/empty.jsonl: holds no rows",
+        f"warning: {raw}/other.jsonl: none of its 3 rows is a document (no text: 2, not JSON: 1)",
+    ]
+    assert report.dropped["bad record: no text"] == 2
+
+
 def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"minhash_ngram": 3, "ignore_case": True, "ngram": 8, "decontaminate": [], "deduplicate": "none"}
     whole = (raw / "3.jsonl.gz").read_bytes()
@@ -485,7 +497,7 @@ def test_a_damaged_file_is_read_as_far_as_it_goes(raw: Path, suffix: str, monkey
     assert results[0] == results[1]
 
 
-def test_the_tool_says_what_to_mend(raw: Path) -> None:
+def test_the_tool_says_what_to_fix(raw: Path) -> None:
     for arguments, message in [
         (["--input", str(raw / "none.jsonl")], "none.jsonl"),
         (["--input", str(raw), "--decontaminate", "x"], "NAME=FILE"),
