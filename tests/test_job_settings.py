@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import file_fingerprint
 from megatron_tpt.job_settings import (
     EntryChanges,
     added_names,
@@ -17,7 +18,7 @@ from megatron_tpt.job_settings import (
     require_apart,
     write_settings,
 )
-from megatron_tpt.records import Source, source_fingerprint
+from megatron_tpt.records import Source
 
 
 def sources(folder: Path, *names: str, size: int = 10) -> list[Source]:
@@ -111,7 +112,7 @@ def test_files_are_not_added_to_a_job_that_differs_otherwise(tmp_path: Path) -> 
 def test_files_are_added_to_jobs_of_earlier_versions_however_many_they_are(tmp_path: Path) -> None:
     path = tmp_path / "out" / "job.json"
     old = sources(tmp_path, "a", "b", size=5 << 20)  # compared in fewer places, the more files there are
-    write_settings(path, {"input": [{"name": s.name, "fingerprint": source_fingerprint(s, 2)} for s in old]})
+    write_settings(path, {"input": [{"name": s.name, "fingerprint": file_fingerprint(s.path, 32)} for s in old]})
     many = [f"new{i:02d}" for i in range(40)]
     settings = settings_of(path, [*old, *sources(tmp_path, *many)])
     check_settings(path, settings)

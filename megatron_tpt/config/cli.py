@@ -1,6 +1,6 @@
 """Command lines from dataclasses, and the exit codes all programs share.
 
-0 done, 2 the user can mend it, 75 stopped early in order (the same command goes on), 1 a fault.
+0 done, 2 a mistake that the user can fix, 75 stopped early in good order (the same command resumes), 1 a fault.
 """
 
 import errno
@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 
@@ -25,15 +26,41 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
 
     The docstring under a field is its help; a list takes several values. `--recipe FILE` puts the options of a YAML
     file in its place, `text_column: VALUE`; options after it win. An unknown option or a value of the wrong type ends
-    the program with exit code 2; a `UserError` raised in `__post_init__` passes through.
+    the program with exit code 2; a `UserError` raised in `__post_init__` passes through. Raises UserError for an option
+    that is given twice, of which only the last would count.
     """
-    arguments = _with_recipes(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    _refuse_repeats(cls, argv)
+    arguments = _with_recipes(argv)
     return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(description))
 
 
 def _one_command_a_line(description: str) -> str:
     """The examples of a tool's description as paragraphs: tyro joins the lines of a paragraph."""
     return re.sub(r"\n+(?=(?:python|torchrun) )", "\n\n", description)
+
+
+def _refuse_repeats(cls: type, argv: Sequence[str]) -> None:
+    given = Counter(_option_name(argument) for argument in argv if argument.startswith("--") and len(argument) > 2)
+    for name, count in given.items():
+        if count > 1 and name != _RECIPE and name not in _repeatable(cls):
+            raise UserError(f"{name} is given {count} times: give it once, with all its values after it")
+
+
+def _option_name(argument: str) -> str:
+    """`--text_column=x` and `--no-text-column` are the option `--text-column`."""
+    name = argument.partition("=")[0].replace("_", "-")
+    return f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
+
+
+def _repeatable(cls: type) -> set[str]:
+    """The options of a dataclass whose field collects the values of all times that they are given."""
+    names = set()
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        declared = getattr(get_origin(hint), "__value__", hint)
+        if tyro.conf.UseAppendAction in getattr(declared, "__metadata__", ()):
+            names.add(f"--{name.replace('_', '-')}")
+    return names
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:

@@ -23,8 +23,9 @@ class PrepareOptions:
     """Which documents to clean, of what, and where to."""
 
     input: list[str]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, patterns ("data/*.parquet"), Hugging Face data
-    sets (a local folder, or hf://owner/name). Their order decides which of several duplicates is the first.
+    """Files (.jsonl, .ndjson, .json, each plain or as .gz, .zst, .bz2, .xz; .parquet; .arrow), folders of them,
+    patterns ("data/*.parquet"), Hugging Face data sets (a local folder, or hf://owner/name). Their order decides which
+    of several duplicates is the first.
     """
     output: Path
     """The folder to fill: part-*.jsonl.zst with the clean documents, rejects/ with all others, report.md,

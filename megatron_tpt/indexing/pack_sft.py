@@ -31,6 +31,7 @@ from megatron_tpt.indexing.ordered_workers import map_in_order
 from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
+from megatron_tpt.job_settings import require_apart
 from megatron_tpt.records import expand_inputs
 
 _REPORT_EVERY_S = 10.0
@@ -46,6 +47,7 @@ def pack_sft(options: PackOptions) -> PackManifest:
     input, for an output of other settings or of other hands, and when no example is left; then nothing new is there.
     """
     files = expand_inputs(options.input)
+    require_apart(options.output, options.input, files, is_prefix=True)
     with _interruptions_named(options.output):
         return _pack(options, files)
 

@@ -17,7 +17,8 @@ class PackOptions:
     """What to pack, and how."""
 
     input: list[str | Path]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or folders of them."""
+    """Files (.jsonl, .ndjson, .json, each plain or as .gz, .zst, .bz2, .xz; .parquet; .arrow), folders of them, or
+    patterns ("data/*.parquet")."""
     tokenizer: Path
     """The Hugging Face tokenizer folder to fine-tune with."""
     output: Path
@@ -79,7 +80,7 @@ class PackOptions:
         except (ValueError, RecursionError) as error:
             raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not JSON ({error})") from None
         if not isinstance(value, dict):
-            raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is no JSON object")
+            raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not a JSON object")
         return value
 
     def today(self) -> datetime.date | None:

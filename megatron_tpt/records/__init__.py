@@ -23,7 +23,7 @@ from megatron_tpt.records.reading import (
 )
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.rows import RawRow, read_rows
-from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources, source_fingerprint
+from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources
 from megatron_tpt.records.writing import write_records
 
 __all__ = [
@@ -46,6 +46,5 @@ __all__ = [
     "read_blocks",
     "read_records",
     "read_rows",
-    "source_fingerprint",
     "write_records",
 ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
-from megatron_tpt.files import file_fingerprint
 from megatron_tpt.names import require_usable, shown
 from megatron_tpt.records.folders import LOOP, REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
@@ -153,8 +152,3 @@ def _add(found: Found, folder: Path) -> None:
     for why, names in inner.unread.items():
         for name in names:
             found.omit(why, str(folder / name))
-
-
-def source_fingerprint(source: Source, num_sources: int) -> str | None:
-    """As `file_fingerprint`, of less where there are thousands of files; None for what is not a file."""
-    return file_fingerprint(source.path, max_blocks=max(64 // num_sources, 2)) if source.path else None

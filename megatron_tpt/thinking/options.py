@@ -37,8 +37,8 @@ class AugmentOptions:
     """Which documents to think about, which model does it, and how."""
 
     input: list[str]
-    """Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), folders of them, patterns ("data/*.parquet"), Hugging Face data
-    sets (a local folder, or hf://owner/name).
+    """Files (.jsonl, .ndjson, .json, each plain or as .gz, .zst, .bz2, .xz; .parquet; .arrow), folders of them,
+    patterns ("data/*.parquet"), Hugging Face data sets (a local folder, or hf://owner/name).
     """
     output: Path
     """The folder to fill with part-*.jsonl.zst, rejects/, a data set card. What is there already is not done again."""

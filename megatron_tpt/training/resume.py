@@ -80,7 +80,8 @@ def _changed_shape(model: ModelConfig, folder: Path) -> str | None:
         }
     )
     shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups", "kv_channels")
-    for name in (*shapes, "tie_embeddings", "qkv_bias", "qk_norm", "padded_vocab_size"):
+    parts = ("tie_embeddings", "qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm")
+    for name in (*shapes, *parts, "padded_vocab_size"):
         if getattr(model, name) != getattr(there, name):
             return f"model.{name} is {getattr(there, name)} there and {getattr(model, name)} here"
     return None

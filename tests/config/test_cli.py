@@ -8,8 +8,10 @@ import pytest
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.thinking.options import AugmentOptions
 
 
 def test_ids_of_data_sets_arrive_whole() -> None:
@@ -18,6 +20,29 @@ def test_ids_of_data_sets_arrive_whole() -> None:
     assert parse(IndexOptions, ["--input", url, "a.jsonl", "--tokenizer", "t", *more]).input == [url, "a.jsonl"]
     assert parse(PrepareOptions, ["--input", url, *more]).input == [url]
     assert parse(EvaluateOptions, ["--model", "m", "--data", url, *more]).data == url
+
+
+@pytest.mark.parametrize(
+    ("repeated", "name"),
+    [
+        (["--input", "a", "--input", "b"], "--input"),
+        (["--input=a", "--input=b"], "--input"),
+        (["--input", "a", "--text-column=x", "--text_column", "y"], "--text-column"),
+        (["--input", "a", "--append-eos", "--no-append-eos"], "--append-eos"),
+    ],
+)
+def test_an_option_given_twice_is_refused(repeated: list[str], name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is given 2 times"):
+        parse(IndexOptions, [*repeated, "--tokenizer", "t", "--output", "o"])
+
+
+def test_options_that_collect_can_be_repeated_and_win_over_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\nseed: 1\n")
+    more = ["--input", "a", "--output", "o", "--engine", "endpoint", "--endpoints", "http://localhost:1/v1"]
+    fields = ["--request-field", "top_k=20", "--request-field", "min_p=0.1"]
+    options = parse(AugmentOptions, ["--recipe", str(tmp_path / "r.yaml"), "--seed", "2", *more, *fields])
+    assert options.request_fields() == {"top_k": 20, "min_p": 0.1}
+    assert options.seed == 2
 
 
 def test_an_argument_that_is_not_utf8_is_refused_before_the_work(
