@@ -26,11 +26,11 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
 
     The docstring under a field is its help; a list takes several values. `--recipe FILE` puts the options of a YAML
     file in its place, `text_column: VALUE`; options after it win. An unknown option or a value of the wrong type ends
-    the program with exit code 2; a `UserError` raised in `__post_init__` passes through. Raises UserError for an option
-    that is given twice, of which only the last would count.
+    the program with exit code 2; a `UserError` raised in `__post_init__` passes through. Raises UserError for a list
+    that is given twice, of which only the last would count; of other options the last wins, with a line that says so.
     """
     argv = sys.argv[1:] if argv is None else argv
-    _refuse_repeats(cls, argv)
+    _check_repeats(cls, argv)
     arguments = _with_recipes(argv)
     return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(description))
 
@@ -40,27 +40,24 @@ def _one_command_a_line(description: str) -> str:
     return re.sub(r"\n+(?=(?:python|torchrun) )", "\n\n", description)
 
 
-def _refuse_repeats(cls: type, argv: Sequence[str]) -> None:
+def _check_repeats(cls: type, argv: Sequence[str]) -> None:
     given = Counter(_option_name(argument) for argument in argv if argument.startswith("--") and len(argument) > 2)
+    kinds = {f"--{name.replace('_', '-')}": hint for name, hint in get_type_hints(cls, include_extras=True).items()}
     for name, count in given.items():
-        if count > 1 and name != _RECIPE and name not in _repeatable(cls):
+        if count == 1 or name == _RECIPE:
+            continue
+        declared = getattr(get_origin(kinds.get(name)), "__value__", kinds.get(name))
+        if tyro.conf.UseAppendAction in getattr(declared, "__metadata__", ()):
+            continue  # collects the values of all
+        if get_origin(declared) is list:
             raise UserError(f"{name} is given {count} times: give it once, with all its values after it")
+        print(f"note: {name} is given {count} times; the last one counts", file=sys.stderr)
 
 
 def _option_name(argument: str) -> str:
     """`--text_column=x` and `--no-text-column` are the option `--text-column`."""
     name = argument.partition("=")[0].replace("_", "-")
     return f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
-
-
-def _repeatable(cls: type) -> set[str]:
-    """The options of a dataclass whose field collects the values of all times that they are given."""
-    names = set()
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        declared = getattr(get_origin(hint), "__value__", hint)
-        if tyro.conf.UseAppendAction in getattr(declared, "__metadata__", ()):
-            names.add(f"--{name.replace('_', '-')}")
-    return names
 
 
 def _with_recipes(argv: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from megatron_tpt.records.record import BadRecord, DamagedSource
 REJECTS = "rejects"
 """The folder in a job's output for what it left out, in the formats of records."""
 _NAMES_SHOWN = 5
+_MARK_OF_JOBS = "format_version"
 
 OTHER_KIND = "of other kinds"
 REJECTED = "of what a job rejected; name the folder to read it"
@@ -141,7 +142,8 @@ def why_not_read(path: Path) -> str | None:
 
 
 def _holds_settings(path: Path) -> bool:
-    """Whether a .json file is a single object without a text, or an array of something else than objects."""
+    """Whether a .json file is a single object without a text, or with the mark of the files that jobs describe
+    themselves in, or an array of something other than objects."""
     lines = LineReader(read_chunks(path, lambda _: None))
     values: list[Any] = []
     try:
@@ -152,7 +154,7 @@ def _holds_settings(path: Path) -> bool:
         return not values
     except (BadRecord, DamagedSource):
         return False  # which is said when it is read
-    return len(values) == 1 and not isinstance(values[0].get("text"), str)
+    return len(values) == 1 and (not isinstance(values[0].get("text"), str) or _MARK_OF_JOBS in values[0])
 
 
 _SAVED_DESCRIPTIONS = frozenset({"dataset_dict.json", "dataset_info.json", "state.json"})
@@ -166,12 +168,19 @@ def saved_dataset(folder: Path) -> list[Path] | None:
             if len(splits) != 1:
                 names = ", ".join(str(folder / split) for split in splits)
                 raise UserError(f"{folder}: holds several splits; name one: {names}")
-            return saved_dataset(folder / splits[0])
+            return saved_dataset(folder / _own_name(splits[0]))
         if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
             files = json.loads((folder / "state.json").read_bytes())["_data_files"]
-            return [folder / file["filename"] for file in files]
+            return [folder / _own_name(file["filename"]) for file in files]
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{folder}: its description as a saved data set is broken ({error!r}); save it again"
         ) from error
     return None
+
+
+def _own_name(name: str) -> str:
+    """A name that a saved data set may give to a part of itself. Raises ValueError for a way out of the folder."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not the name of a file or folder in it")
+    return name

@@ -155,7 +155,9 @@ def main() -> int:
     task, in_slurm = arguments.task, arguments.slurm_array_offset is not None
     if in_slurm:
         task = arguments.slurm_array_offset + int(os.environ["SLURM_ARRAY_TASK_ID"])
-    command = [*arguments.command, "--task", str(task), "--num-tasks", str(arguments.num_tasks)]
+    command = [*arguments.command, "--task", str(task)]
+    if not any(word.partition("=")[0] in ("--num-tasks", "--num_tasks") for word in command):
+        command += ["--num-tasks", str(arguments.num_tasks)]
     try:
         code, stopped_by = run_task(command, task, arguments.log_dir)
         if in_slurm:

@@ -27,13 +27,27 @@ def test_ids_of_data_sets_arrive_whole() -> None:
     [
         (["--input", "a", "--input", "b"], "--input"),
         (["--input=a", "--input=b"], "--input"),
-        (["--input", "a", "--text-column=x", "--text_column", "y"], "--text-column"),
-        (["--input", "a", "--append-eos", "--no-append-eos"], "--append-eos"),
+        (["--input", "a", "b", "--input=c"], "--input"),
     ],
 )
-def test_an_option_given_twice_is_refused(repeated: list[str], name: str) -> None:
+def test_a_list_given_twice_is_refused(repeated: list[str], name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is given 2 times"):
         parse(IndexOptions, [*repeated, "--tokenizer", "t", "--output", "o"])
+
+
+@pytest.mark.parametrize(
+    ("repeated", "name"),
+    [
+        (["--text-column=x", "--text_column", "y"], "--text-column"),
+        (["--text-column", "y", "--append-eos", "--no-append-eos"], "--append-eos"),
+    ],
+)
+def test_of_other_options_the_last_wins_and_that_is_said(
+    repeated: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse(IndexOptions, ["--input", "a", *repeated, "--tokenizer", "t", "--output", "o"])
+    assert options.text_column == "y"
+    assert capsys.readouterr().err == f"note: {name} is given 2 times; the last one counts\n"
 
 
 def test_options_that_collect_can_be_repeated_and_win_over_a_recipe(tmp_path: Path) -> None:

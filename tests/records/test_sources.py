@@ -370,3 +370,27 @@ def test_written_records_are_read_by_others(tmp_path: Path, suffix: str) -> None
     dataset = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert dataset["text"] == [record.text for record in records]
     assert [meta.get("n") for meta in dataset["meta"]] == [1, 2, None]
+
+
+def test_what_jobs_describe_themselves_in_is_not_read_as_a_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The settings of tools/augment.py have a field `text`."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a document"}\n')
+    (tmp_path / "augment.json").write_text('{\n  "format_version": 2,\n  "text": "full"\n}\n')
+    (tmp_path / "one.json").write_text('{"text": "another"}')
+    assert [source.path.name for source in expand_sources([tmp_path]) if source.path] == ["a.jsonl", "one.json"]
+    assert "augment.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", [".", "..", "../secret", "/tmp", "a/b"])
+def test_a_saved_data_set_does_not_lead_out_of_its_folder(tmp_path: Path, split: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(UserError, match="is not the name of a file or folder in it"):
+        expand_sources([tmp_path / "set"])
+    (tmp_path / "set/dataset_dict.json").unlink()
+    (tmp_path / "set/dataset_info.json").write_text("{}")
+    (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": f"{split}/x.arrow"}]}))
+    with pytest.raises(UserError, match="is not the name of a file or folder in it"):
+        expand_sources([tmp_path / "set"])

@@ -59,7 +59,7 @@ def test_a_server_that_begins_to_refuse_everything_costs_no_document(server: Unr
     server.refuses = lambda body: None
     progress = augment(options)
     assert progress.records + progress.records_before == 30 == len(records(options.output))
-    with pytest.raises(UserError, match="begun with other settings"):  # of this one something has come
+    with pytest.raises(UserError, match="started with other settings"):  # of this one something has come
         augment(job(tmp_path, server, good_texts(30), max_num_seqs=2, records_per_shard=4, seed=1))
 
 
