@@ -390,6 +390,18 @@ def _message_list(value: Any, name: str) -> list[Any]:
     return value
 
 
+def messages_in(value: Any) -> list[Any] | None:
+    """The list of messages that a value is, or is the JSON of; None for any other text or value."""
+    found = value if isinstance(value, list) else _maybe_json(value)
+    if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
+        return None
+    return found
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
 def _maybe_json(value: Any) -> Any:
     """What a string says in JSON, if it does; else the value."""
     if not isinstance(value, str):

@@ -90,6 +90,18 @@ class PackOptions:
         except ValueError:
             raise UserError(f"--date {self.date} is no date: write YYYY-MM-DD") from None
 
+    def conversation_options(self) -> list[str]:
+        """The options given that concern conversations alone."""
+        given = {
+            "--chat-template": self.chat_template,
+            "--date": self.date,
+            "--chat-template-kwargs": self.template_variables(),
+            "--tools-column": self.tools_column != "tools",
+            "--inline-reasoning": self.inline_reasoning,
+            "--ignore-fields": self.ignore_fields,
+        }
+        return [name for name, value in given.items() if value]
+
     @property
     def conversation_column(self) -> str:
         """The column with the conversation."""
