@@ -29,6 +29,7 @@ from megatron_tpt.indexing.chat_shapes import (
     Message,
     Unusable,
     messages_in,
+    one_is_text,
     present,
     read_chat,
     read_messages,
@@ -60,7 +61,7 @@ class BadExample:
     """What is wrong with this one."""
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.detail})"
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 class ExampleFormat(Protocol):
@@ -134,6 +135,8 @@ class PairFormat:
 
     def _encode(self, record: Mapping[str, Any]) -> list[Example] | BadExample:
         try:
+            if sum(messages_in(record.get(name)) is not None for name in self.columns) == 1:
+                raise Unusable("no messages", one_is_text(*self.columns))
             prompt, response = (_checked(text_of(record.get(name), name), name) for name in self.columns)
             if self._for_chats:
                 names = ", ".join(self._for_chats)

@@ -505,7 +505,7 @@ def test_what_keeps_prompts_and_responses_from_being_conversations_is_said(
     content = json.loads(settings_path.read_text())
     settings_path.write_text(json.dumps({name: value for name, value in content.items() if name != "chat_template"}))
     (bare / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="no template .*has no chat template.*--chat-template"):
+    with pytest.raises(UserError, match=r"no template .*has no chat template.*--chat-template"):
         pack(Tokenizer(bare), tmp_path, [ONE_TURN], **PAIR, chat_template=None)
 
 
@@ -517,6 +517,33 @@ def test_what_a_template_does_not_read_of_messages_is_noted(make_format: MakeFor
         "the chat template does not read 'name' of messages": 1,
         "no tools in column 'functions'": 1,
     }
+
+
+def test_text_parts_are_joined_for_templates_that_read_none(make_format: MakeFormat, tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
+    format = make_format(CHATML)
+    (text,) = shown(tokenizer, format, record)
+    assert "user\none\ntwo<|im_end|>" in text and "[[one\ntwo<|im_end|>]]" in text
+    (note,) = format.take_notes()
+    assert note.startswith("text parts of a content are joined")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": HELLO[1:]}, {"prompt": HELLO[:1], "completion": "a"}])
+def test_a_text_beside_messages_is_refused_for_what_it_is(
+    row: dict[str, Any], make_format: MakeFormat, tokenizer: Tokenizer
+) -> None:
+    for format in (make_format(), PairFormat(tokenizer, "prompt", "completion", make_format())):
+        assert "one is text and the other messages" in shown(tokenizer, format, row)[0]
+
+
+def test_a_bare_tool_keeps_its_empty_fields(make_format: MakeFormat, tokenizer: Tokenizer) -> None:
+    bare = {"name": "f", "description": "", "parameters": {}}
+    texts = [
+        shown(tokenizer, make_format(), {"messages": HELLO, "tools": [tool]})
+        for tool in (bare, {"type": "function", **bare}, {"type": "function", "function": bare})
+    ]
+    assert texts[0] == texts[1] == texts[2] and '"parameters": {}' in texts[0][0]
 
 
 one_odd_field = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=1)
