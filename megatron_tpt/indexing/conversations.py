@@ -96,7 +96,7 @@ class PairFormat:
         response_column: str,
         chats: "ConversationFormat | None" = None,
         for_chats: Sequence[str] = (),
-        no_chats: str = "only texts are read here: pack conversations with tools/pack_sft.py",
+        no_chats: str = "only texts are read here: pack conversations (tools/pack_sft.py)",
     ) -> None:
         self.columns = (prompt_column, response_column)
         self._tokenizer = tokenizer
@@ -122,10 +122,8 @@ class PairFormat:
         """The examples of every record, or what is wrong with it."""
         read = [self._read(record) for record in records]
         chats = [record for record, is_chat in read if is_chat]
-        if self._chats is None:
-            encoded = iter([BadExample("no template", self._no_chats)] * len(chats))
-        else:
-            encoded = iter(self._chats.encode_pairs(chats, self.columns))
+        found: list[list[Example] | BadExample] = [BadExample("messages, not texts", self._no_chats)] * len(chats)
+        encoded = iter(found if self._chats is None else self._chats.encode_pairs(chats, self.columns))
         return [next(encoded) if is_chat else self._encode(record) for record, is_chat in read]
 
     def _read(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:

@@ -164,8 +164,8 @@ def _read_pairs(
         for number, example in read_examples(path, format):
             if not isinstance(example, Example):
                 raise UserError(
-                    f"{path}:{number}: {example}: fix the line, or name other fields (data.prompt_field, "
-                    f"data.response_field)"
+                    f"{path}:{number}: {example}: fix the line, name other fields (data.prompt_field, "
+                    f"data.response_field), or pack what are conversations (tools/pack_sft.py)"
                 )
             examples.append(example)
     for note, count in format.take_notes().items() if platform.is_first_rank() else ():

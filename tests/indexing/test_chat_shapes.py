@@ -505,7 +505,7 @@ def test_what_keeps_prompts_and_responses_from_being_conversations_is_said(
     content = json.loads(settings_path.read_text())
     settings_path.write_text(json.dumps({name: value for name, value in content.items() if name != "chat_template"}))
     (bare / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r"no template .*has no chat template.*--chat-template"):
+    with pytest.raises(UserError, match=r"messages, not texts .*has no chat template.*--chat-template"):
         pack(Tokenizer(bare), tmp_path, [ONE_TURN], **PAIR, chat_template=None)
 
 

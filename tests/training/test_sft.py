@@ -26,7 +26,7 @@ from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt import build_model
 from megatron_tpt.training.launch import prepare
-from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data
+from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data, open_sets
 from megatron_tpt.training.steps import _loss_function, _segment_mask
 
 
@@ -256,3 +256,21 @@ def test_a_bad_line_is_named(line: str, tokenizer_path: Path, tmp_path: Path) ->
     recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
     with pytest.raises(UserError, match=r"bad\.jsonl:2: .*: fix the line"):
         build_sft_data(recipe)
+
+
+def test_columns_that_are_not_read_are_named(
+    tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "response": "r", "system": "be kind"}\n{"prompt": "p", "response": "r"}\n')
+    recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
+    open_sets(recipe, Tokenizer(tokenizer_path))
+    assert f"note: {path}: column 'system' is not read (1)" in capsys.readouterr().out
+
+
+def test_messages_in_files_of_texts_are_refused_for_what_they_are(tokenizer_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "messages.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "p"}], "response": [{"role": "assistant"}]}\n')
+    recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
+    with pytest.raises(UserError, match=r"messages, not texts .* pack what are conversations \(tools/pack_sft\.py\)"):
+        open_sets(recipe, Tokenizer(tokenizer_path))
