@@ -34,14 +34,15 @@ class PackOptions:
     """The column with the tools that a conversation may call, where there is one."""
     prompt_column: str | None = None
     """The column with the prompt, where the input has prompts and responses instead. To texts no chat template is
-    applied; lists of messages are a conversation, of which only the response is learned."""
+    applied, so options for conversations are refused; lists of messages are a conversation, of which only the response
+    is learned."""
     response_column: str | None = None
     """The column with the response; with --prompt-column."""
     chat_template: Path | None = None
     """A file with a Jinja chat template to use instead of the tokenizer's. With {% generation %} spans these say what
     is learned; without, what follows the generation prompt is."""
     date: str | None = None
-    """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later)."""
+    """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later); refused for others."""
     chat_template_kwargs: str | None = None
     """Variables for the chat template of all conversations, as a JSON object: '{"enable_thinking": false}'. Those of a
     record's own column chat_template_kwargs come first."""
