@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message
+from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message, texts_of
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
 
 _THOUGHTS = re.compile(rf"\s*{re.escape(OPEN_TAG)}(.*?){re.escape(CLOSE_TAG)}", re.DOTALL)
@@ -49,30 +49,38 @@ def forms(chat: Chat, *, with_parts: bool) -> Iterator[tuple[str | None, Chat]]:
 
     Where an answer has no content, an empty one, or none at all (DeepSeek's); arguments as an object, or as text
     (DeepSeek's); the developer's message as it is, or as the system's, for templates that know no developer; contents
-    as they are, or `with_parts` as lists (those of models that see).
+    as they are, or `with_parts` as lists (those of models that see), or without lists, as vLLM joins their texts.
     """
     has_calls = any("tool_calls" in message for message in chat.messages)
     has_developer = any(message["role"] == "developer" for message in chat.messages)
+    has_parts = any(isinstance(message["content"], list) for message in chat.messages)
     forms = itertools.product(
         ("developer", "system") if has_developer else ("developer",),
-        (False, True) if with_parts else (False,),
+        ("given", *(["parts"] if with_parts else []), *(["joined"] if has_parts else [])),
         ("", None) if any(not message["content"] for message in chat.messages) else ("",),
         ("object", "text") if has_calls else ("object",),
     )
-    note = "role 'developer' is written as 'system', since the chat template knows no developer"
-    for developer, as_parts, empty, arguments in forms:
-        messages = [_in_form(message, developer, as_parts, empty, arguments) for message in chat.messages]
-        yield (note if developer == "system" else None), replace(chat, messages=messages)
+    for developer, contents, empty, arguments in forms:
+        messages = [_in_form(message, developer, contents, empty, arguments) for message in chat.messages]
+        notes = [_AS_SYSTEM] if developer == "system" else []
+        notes += [_JOINED] if contents == "joined" else []
+        yield ("; ".join(notes) or None), replace(chat, messages=messages)
 
 
-def _in_form(message: Message, developer: str, as_parts: bool, empty: str | None, arguments: str) -> Message:
+_AS_SYSTEM = "role 'developer' is written as 'system', since the chat template knows no developer"
+_JOINED = "text parts of a content are joined by line breaks, since the chat template reads no parts"
+
+
+def _in_form(message: Message, developer: str, contents: str, empty: str | None, arguments: str) -> Message:
     message = dict(message)
     if message["role"] == "developer":
         message["role"] = developer
     if not message["content"]:
         message["content"] = empty
-    elif as_parts and isinstance(message["content"], str):
+    elif contents == "parts" and isinstance(message["content"], str):
         message["content"] = [{"type": "text", "text": message["content"]}]
+    elif contents == "joined":
+        message["content"] = "\n".join(texts_of(message))
     if "tool_calls" in message:
         message["tool_calls"] = [_call_in_form(call, arguments) for call in message["tool_calls"]]
     return message

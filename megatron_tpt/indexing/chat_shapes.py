@@ -105,7 +105,9 @@ def _conversation(record: Mapping[str, Any], columns: ChatColumns) -> tuple[tupl
             return (name,), _message_list(record[name], name), 0
     if names and present(record.get(_PROMPT)) and present(record.get(_COMPLETION)):
         prompt, completion = (_maybe_json(record[name]) for name in (_PROMPT, _COMPLETION))
-        if isinstance(prompt, str) or isinstance(completion, str):
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise Unusable("no messages", one_is_text(_PROMPT, _COMPLETION))
+        if isinstance(prompt, str):
             raise Unusable(
                 "no messages",
                 "prompt and completion are texts, to which no chat template is applied: say so with "
@@ -115,11 +117,16 @@ def _conversation(record: Mapping[str, Any], columns: ChatColumns) -> tuple[tupl
         return (_PROMPT, _COMPLETION), [*prompt, *completion], len(prompt)
     if names and record.get("instruction") is not None and record.get("output") is not None:
         return _ALPACA, _alpaca(record), 0
-    found = ", ".join(repr(name) for name, value in record.items() if value is not None) or "nothing"
+    found = ", ".join(repr(name) for name, value in record.items() if present(value)) or "nothing"
     raise Unusable(
         "no messages",
         f"a list of messages is missing in {columns.messages!r}; it has {found} (--messages-column names the column)",
     )
+
+
+def one_is_text(prompt: str, response: str) -> str:
+    """What is wrong with a record of which one is text and the other a list of messages."""
+    return f"of {prompt!r} and {response!r} one is text and the other messages: give two texts or two lists of messages"
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Any]:
@@ -346,8 +353,8 @@ def _function(value: Any, where: str, more: set[str]) -> tuple[dict[str, Any], d
         function = _maybe_json(wrapper.pop("function"))
         _refuse_keys(wrapper, more, where)
     else:
-        function, wrapper = wrapper, {key: wrapper[key] for key in more & wrapper.keys()}
-        function = {key: value[key] for key in function if key not in more}
+        function = {key: item for key, item in value.items() if key not in {"type", *more}}
+        wrapper = {key: wrapper[key] for key in more & wrapper.keys()}
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise Unusable("tools", f"{where} is no function with a name")
     return wrapper, {key: item for key, item in function.items() if item is not None}
@@ -388,6 +395,18 @@ def _message_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise Unusable("no messages", f"a list of messages is missing in {name!r} (--messages-column names the column)")
     return value
+
+
+def messages_in(value: Any) -> list[Any] | None:
+    """The list of messages that a value is, or is the JSON of; None for any other text or value."""
+    found = value if isinstance(value, list) else _maybe_json(value)
+    if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
+        return None
+    return found
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
 def _maybe_json(value: Any) -> Any:

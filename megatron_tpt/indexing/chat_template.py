@@ -80,6 +80,8 @@ class ChatTemplate:
             if today is None:
                 raise UserError("the chat template writes today's date; give --date YYYY-MM-DD to have the same always")
             self._variables["strftime_now"] = datetime.combine(today, time()).strftime
+        elif today is not None:
+            raise UserError("--date: the chat template does not ask for today's date (strftime_now): omit it")
         self.has_generation_spans = self._program.has_spans
         self._backend, special = _load_backend(tokenizer.folder)
         self.special_ids = frozenset(special.values())

@@ -11,7 +11,7 @@ since that is where reasoning data keeps them.
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ from megatron_tpt.indexing.chat_shapes import (
     ChatColumns,
     Message,
     Unusable,
+    messages_in,
+    one_is_text,
     present,
     read_chat,
     read_messages,
@@ -59,7 +61,7 @@ class BadExample:
     """What is wrong with this one."""
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.detail})"
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
 class ExampleFormat(Protocol):
@@ -82,8 +84,9 @@ class ExampleFormat(Protocol):
 class PairFormat:
     """Prompt, response and the end-of-sequence token, with no template; the loss is on the last two.
 
-    Where both are lists of messages they are a conversation, and `chats` encodes it; only the response is learned. With
-    `must_be_chats`, texts are bad examples: options were given that have no effect on them.
+    Where both are lists of messages, or JSON of such, they are a conversation, and `chats` encodes it; only the
+    response is learned. Without, `no_chats` says why they are bad examples. Texts are bad examples when `for_chats`
+    names options that were given and have no effect on them.
     """
 
     def __init__(
@@ -92,43 +95,53 @@ class PairFormat:
         prompt_column: str,
         response_column: str,
         chats: "ConversationFormat | None" = None,
-        must_be_chats: bool = False,
+        for_chats: Sequence[str] = (),
+        no_chats: str = "only texts are read here: pack conversations (tools/pack_sft.py)",
     ) -> None:
         self.columns = (prompt_column, response_column)
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
         self._chats = chats
-        self._must_be_chats = must_be_chats
+        self._for_chats = for_chats
+        self._no_chats = no_chats
+        self._notes: Counter[str] = Counter()
 
     def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
         """The two columns, and those that a conversation may have beside them."""
         beside = self._chats.beside if self._chats is not None else ()
-        return (*self.columns, *(name for name in beside if name in names and name not in self.columns))
+        chosen = (*self.columns, *(name for name in beside if name in names and name not in self.columns))
+        self._notes.update(_unread(name for name in names if name not in chosen))
+        return chosen
 
     def take_notes(self) -> Counter[str]:
-        """What of the records since the last call had no effect."""
-        return self._chats.take_notes() if self._chats is not None else Counter()
+        """What of the records since the last call had no effect, in words, with the number of records."""
+        notes, self._notes = self._notes, Counter()
+        return notes + self._chats.take_notes() if self._chats is not None else notes
 
     def encode_batch(self, records: Sequence[Mapping[str, Any]]) -> list[list[Example] | BadExample]:
         """The examples of every record, or what is wrong with it."""
-        is_chat = [all(isinstance(record.get(name), list) for name in self.columns) for record in records]
-        if self._chats is None:
-            return [self._encode(record) for record in records]
-        chats = iter(
-            self._chats.encode_pairs([r for r, is_one in zip(records, is_chat, strict=True) if is_one], self.columns)
-        )
-        return [
-            next(chats) if is_one else self._encode(record) for record, is_one in zip(records, is_chat, strict=True)
-        ]
+        read = [self._read(record) for record in records]
+        chats = [record for record, is_chat in read if is_chat]
+        found: list[list[Example] | BadExample] = [BadExample("messages, not texts", self._no_chats)] * len(chats)
+        encoded = iter(found if self._chats is None else self._chats.encode_pairs(chats, self.columns))
+        return [next(encoded) if is_chat else self._encode(record) for record, is_chat in read]
+
+    def _read(self, record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+        """A record, its columns as lists where they are messages, and whether they are."""
+        values = {name: messages_in(record.get(name)) for name in self.columns}
+        return (record, False) if None in values.values() else ({**record, **values}, True)
 
     def _encode(self, record: Mapping[str, Any]) -> list[Example] | BadExample:
         try:
+            if sum(messages_in(record.get(name)) is not None for name in self.columns) == 1:
+                raise Unusable("no messages", one_is_text(*self.columns))
             prompt, response = (_checked(text_of(record.get(name), name), name) for name in self.columns)
-            if self._must_be_chats:
-                options = "--chat-template, --date and --chat-template-kwargs"
-                raise Unusable("no messages", f"to texts no chat template is applied: {options} have no effect on them")
+            if self._for_chats:
+                names = ", ".join(self._for_chats)
+                raise Unusable("no messages", f"to texts no chat template is applied: omit {names}")
         except Unusable as error:
             return BadExample(error.reason, error.detail)
+        self._notes.update(_unread(name for name in record if name not in self.columns and present(record[name])))
         ids = self._raw_tags.spell_out_text(self._tokenizer.encode_batch([prompt])[0])
         tokens = numpy.array([*ids, *self._tokenizer.encode_tagged(response), self._tokenizer.eos_id])
         return _examples([(tokens, numpy.arange(len(tokens)) >= len(ids))])
@@ -164,7 +177,7 @@ class ConversationFormat:
                 f"no column {self._columns.messages!r}; its columns are {', '.join(names)}: name the one with the "
                 f"conversation (--messages-column)"
             )
-        self._notes.update({f"column {name!r} is not read": 1 for name in names if name not in chosen})
+        self._notes.update(_unread(name for name in names if name not in chosen))
         return chosen
 
     def take_notes(self) -> Counter[str]:
@@ -192,16 +205,6 @@ class ConversationFormat:
 
         return self._encode_all([self._rendered(record, read) for record in records])
 
-    def turn_ends(self, example: Example) -> list[int | None]:
-        """The last token of every learned stretch of an example if it is a special one, like <|im_end|>, else None."""
-        edges = numpy.flatnonzero(numpy.diff(example.has_loss, append=False) & example.has_loss)
-        last = example.tokens[edges].tolist()
-        return [id if id == self._tokenizer.eos_id or id in self._template.special_ids else None for id in last]
-
-    def ends_its_turn(self, example: Example) -> bool:
-        """Whether the last learned token is a special one: else the model does not learn to stop."""
-        return self.turn_ends(example)[-1] is not None
-
     def _rendered(self, record: Mapping[str, Any], read: Any) -> list[Rendered] | BadExample:
         try:
             chat = read(record)
@@ -216,7 +219,7 @@ class ConversationFormat:
             return BadExample(error.reason, error.detail)
         except RecursionError:
             return BadExample("nested too deep", "its fields are nested too deep")
-        unread = (f"column {name!r} is not read" for name in record if name not in chat.used and present(record[name]))
+        unread = _unread(name for name in record if name not in chat.used and present(record[name]))
         self._notes.update([*unread, *chat.notes])
         return rendered
 
@@ -256,6 +259,7 @@ class ConversationFormat:
             if note:
                 self._notes[note] += 1
             self._note_special_tokens(chat)
+            self._note_unread_fields(chat)
             return rendered
         assert first is not None
         raise first
@@ -266,6 +270,13 @@ class ConversationFormat:
             for text in texts_of(chat.messages[number]):
                 for name in self._template.special_names(text):
                     self._notes[f"the special token {name!r} in the content of an assistant message is text"] += 1
+
+    def _note_unread_fields(self, chat: Chat) -> None:
+        for name in ("name", "tool_call_id"):
+            if not self._template.mentions(name) and any(name in message for message in chat.messages):
+                self._notes[f"the chat template does not read {name!r} of messages"] += 1
+        if self._columns.tools != ChatColumns().tools and not chat.tools:
+            self._notes[f"no tools in column {self._columns.tools!r}"] += 1
 
     def _spelt_out(self, chat: Chat) -> Chat:
         """The conversation with the names of special tokens marked, and reasoning where the template looks for it."""
@@ -321,6 +332,10 @@ class ConversationFormat:
             record if isinstance(record, BadExample) else _masked(list(itertools.islice(counts, len(record))))
             for record in rendered
         ]
+
+
+def _unread(columns: Iterable[str]) -> list[str]:
+    return [f"column {name!r} is not read" for name in columns]
 
 
 def _checked(text: str, name: str) -> str:

@@ -34,9 +34,12 @@ class EncodedBatch(NamedTuple):
 
 
 def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
-    """Number (from 1) and examples, or what is wrong, of every line or row of a file. Blank lines are skipped."""
+    """Number (from 1) and examples, or what is wrong, of every line or row of a file. Blank lines are skipped.
+
+    The notes are left with `format`.
+    """
     for batch in read_batches(path, format):
-        for number, outcome in encode_batch(batch, format).outcomes:
+        for number, outcome in _outcomes(batch, format):
             for one in [outcome] if isinstance(outcome, BadExample) else outcome:
                 yield number, one
 
@@ -57,11 +60,12 @@ def read_batches(path: Path, format: ExampleFormat) -> Iterator[FieldBatch]:
 
 def encode_batch(batch: FieldBatch, format: ExampleFormat) -> EncodedBatch:
     """What becomes of every record of a batch."""
+    return EncodedBatch(_outcomes(batch, format), format.take_notes())
+
+
+def _outcomes(batch: FieldBatch, format: ExampleFormat) -> list[tuple[int, list[Example] | BadExample]]:
     encoded = iter(format.encode_batch([fields for _, fields in batch.records if not isinstance(fields, BadExample)]))
-    outcomes = [
-        (number, fields if isinstance(fields, BadExample) else next(encoded)) for number, fields in batch.records
-    ]
-    return EncodedBatch(outcomes, format.take_notes())
+    return [(number, fields if isinstance(fields, BadExample) else next(encoded)) for number, fields in batch.records]
 
 
 def _read_fields(path: Path, format: ExampleFormat) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:

@@ -15,7 +15,7 @@ class ChosenFormat(NamedTuple):
 
     format: PairFormat | ConversationFormat
     template: ChatTemplate | None
-    """The chat template that settles the tokens; none for prompts and responses."""
+    """The chat template of conversations; none where only texts can be packed."""
     loss_mask: str
     """Where the loss mask comes from: generation spans, prefixes, or response."""
 
@@ -25,18 +25,17 @@ def choose_format(options: PackOptions, tokenizer: Tokenizer) -> ChosenFormat:
     columns = ChatColumns(
         options.conversation_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
     )
-    variables = options.template_variables()
-    is_pair = options.prompt_column is not None and options.response_column is not None
-    has_template_options = options.chat_template is not None or options.date is not None or bool(variables)
+    for_chats = options.conversation_options()
+    pair = None
+    if options.prompt_column is not None and options.response_column is not None:
+        pair = (options.prompt_column, options.response_column)
     try:
-        template = ChatTemplate(tokenizer, options.chat_template, options.today(), variables)
-    except UserError:
-        if is_pair and not has_template_options:  # texts need none
-            assert options.prompt_column is not None and options.response_column is not None
-            return ChosenFormat(PairFormat(tokenizer, options.prompt_column, options.response_column), None, "response")
+        template = ChatTemplate(tokenizer, options.chat_template, options.today(), options.template_variables())
+    except UserError as error:
+        if pair is not None and not for_chats:  # texts need none
+            return ChosenFormat(PairFormat(tokenizer, *pair, no_chats=str(error)), None, "response")
         raise
     chats = ConversationFormat(tokenizer, template, columns, options.inline_reasoning)
-    if options.prompt_column is not None and options.response_column is not None:
-        pairs = PairFormat(tokenizer, options.prompt_column, options.response_column, chats, has_template_options)
-        return ChosenFormat(pairs, template if has_template_options else None, "response")
+    if pair is not None:
+        return ChosenFormat(PairFormat(tokenizer, *pair, chats, for_chats), template, "response")
     return ChosenFormat(chats, template, "generation spans" if template.has_generation_spans else "prefixes")

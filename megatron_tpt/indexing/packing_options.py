@@ -34,14 +34,15 @@ class PackOptions:
     """The column with the tools that a conversation may call, where there is one."""
     prompt_column: str | None = None
     """The column with the prompt, where the input has prompts and responses instead. To texts no chat template is
-    applied; lists of messages are a conversation, of which only the response is learned."""
+    applied, so options for conversations are refused; lists of messages are a conversation, of which only the response
+    is learned."""
     response_column: str | None = None
     """The column with the response; with --prompt-column."""
     chat_template: Path | None = None
     """A file with a Jinja chat template to use instead of the tokenizer's. With {% generation %} spans these say what
     is learned; without, what follows the generation prompt is."""
     date: str | None = None
-    """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later)."""
+    """Today, as YYYY-MM-DD, for chat templates that write it (Llama 3.1 and later); refused for others."""
     chat_template_kwargs: str | None = None
     """Variables for the chat template of all conversations, as a JSON object: '{"enable_thinking": false}'. Those of a
     record's own column chat_template_kwargs come first."""
@@ -89,6 +90,18 @@ class PackOptions:
             return None if self.date is None else datetime.date.fromisoformat(self.date)
         except ValueError:
             raise UserError(f"--date {self.date} is no date: write YYYY-MM-DD") from None
+
+    def conversation_options(self) -> list[str]:
+        """The options given that concern conversations alone."""
+        given = {
+            "--chat-template": self.chat_template,
+            "--date": self.date,
+            "--chat-template-kwargs": self.template_variables(),
+            "--tools-column": self.tools_column != "tools",
+            "--inline-reasoning": self.inline_reasoning,
+            "--ignore-fields": self.ignore_fields,
+        }
+        return [name for name, value in given.items() if value]
 
     @property
     def conversation_column(self) -> str:

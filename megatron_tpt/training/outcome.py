@@ -9,6 +9,7 @@ from pathlib import Path
 
 import megatron_tpt
 from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.checkpoint_files import step_folder
 
 
@@ -39,6 +40,18 @@ def _has_chat_template(checkpoint: Path) -> bool:
     return settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
 
 
+def _learned_chats(recipe: FinetuneRecipe) -> bool:
+    """Whether a run learned what a chat template makes of its data, not texts as they are."""
+    if not is_packed(recipe.data.train):
+        return False
+    manifests = [PackManifest.read(prefix) for prefix in recipe.data.train]
+    # Texts, which "response" may have, end with the end of a document alone.
+    return any(
+        manifest.loss_mask != "response" or set(manifest.end_of_turn_ids) - {manifest.settings.eos_id}
+        for manifest in manifests
+    )
+
+
 def next_steps(recipe: Recipe, num_tokens: int) -> str:
     """The checkpoint of a run that has done all its steps, and what to do with it: commands to copy. Words in capitals
     stand for what only the user knows."""
@@ -48,7 +61,7 @@ def next_steps(recipe: Recipe, num_tokens: int) -> str:
     export = f"{_tool('export_hf.py')} --checkpoint {_shown(checkpoint)} --output {_shown(exported)}"
     lines = [f"finished: {step} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}", f"next, to export: {export}"]
     if isinstance(recipe, FinetuneRecipe):
-        chat = " --chat" if _has_chat_template(checkpoint) else ""
+        chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
         results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
         lines.append(
             f"then, to evaluate: {_tool('evaluate.py')} --model {_shown(exported)} --data PROBLEMS.jsonl "

@@ -159,14 +159,17 @@ def _read_pairs(
 ) -> ExampleRows:
     """Tokenise and pack rows of files. Raises UserError that names the file and line of one that makes no example."""
     examples: list[Example] = []
+    format = PairFormat(tokenizer, config.prompt_field, config.response_field)
     for path in expand_inputs(paths):
-        for number, example in read_examples(path, PairFormat(tokenizer, config.prompt_field, config.response_field)):
+        for number, example in read_examples(path, format):
             if not isinstance(example, Example):
                 raise UserError(
-                    f"{path}:{number}: {example}: fix the line, or name other fields (data.prompt_field, "
-                    f"data.response_field)"
+                    f"{path}:{number}: {example}: fix the line, name other fields (data.prompt_field, "
+                    f"data.response_field), or pack what are conversations (tools/pack_sft.py)"
                 )
             examples.append(example)
+    for note, count in format.take_notes().items() if platform.is_first_rank() else ():
+        print(f"note: {', '.join(map(str, paths))}: {note} ({count:,})", flush=True)
     fitting = [example for example in examples if len(example.tokens) <= sequence_length + 1]
     num_too_long = len(examples) - len(fitting)
     if num_too_long and config.on_too_long == "stop":

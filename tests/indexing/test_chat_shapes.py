@@ -1,6 +1,7 @@
 """Chats of every common shape become the same examples; what is not understood is refused by name, never dropped."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex
+from megatron_tpt.indexing.packing import PackedIndex, PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 
@@ -454,16 +455,95 @@ def test_packing_reads_lines_and_tables_alike_and_names_what_it_does_not_read(
         pack_sft(PackOptions(**options, output=tmp_path / "refused", messages_column="talk"))
 
 
-def test_packing_prompts_and_responses_of_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    names = {"prompt_column": "p", "response_column": "r"}
-    (text,) = pack(tokenizer, tmp_path, [{"p": HELLO[:1], "r": HELLO[1:]}], **names)
+PAIR = {"prompt_column": "p", "response_column": "r"}
+ONE_TURN = {"p": HELLO[:1], "r": HELLO[1:]}
+
+
+@pytest.mark.parametrize("own_template", [None, "of a file"])
+@pytest.mark.parametrize("row", [ONE_TURN, {name: json.dumps(value) for name, value in ONE_TURN.items()}])
+def test_packing_prompts_and_responses_of_messages(
+    row: Any, own_template: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    options = {} if own_template else {"chat_template": None}
+    (text,) = pack(tokenizer, tmp_path, [row], **PAIR, **options)
     assert text.endswith("<|im_start|>assistant\n[[hi<|im_end|>]]\n")
-    (tmp_path / "texts").mkdir()
-    (text,) = pack(tokenizer, tmp_path / "texts", [{"p": "hello", "r": "hi"}], **names, chat_template=None)
-    assert text == "hello[[hi<|endoftext|>]]"
-    (tmp_path / "both").mkdir()
-    with pytest.raises(UserError, match="no chat template is applied"):
-        pack(tokenizer, tmp_path / "both", [{"p": "hello", "r": "hi"}], **names)
+    manifest = PackManifest.read(tmp_path / "jsonl")
+    assert [tokenizer.decode([id]) for id in manifest.end_of_turn_ids] == ["<|im_end|>"]
+    assert manifest.settings.chat_template is not None
+
+
+@pytest.mark.parametrize("response", ["hi", "[1, 2]", "[]", '["role"]', '{"role": "assistant", "content": "hi"}'])
+def test_packing_prompts_and_responses_of_text(
+    response: str, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"p": "hello", "r": response, "system": "be kind", "tools": None}
+    (text,) = pack(tokenizer, tmp_path, [row], **PAIR, chat_template=None)
+    assert text == f"hello[[{response}<|endoftext|>]]"
+    assert capsys.readouterr().err.count("note: column 'system' is not read (1)") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "--chat-template"),
+        ({"chat_template": None, "inline_reasoning": True}, "--inline-reasoning"),
+        ({"chat_template": None, "ignore_fields": ["id"], "tools_column": "t"}, "--tools-column, --ignore-fields"),
+    ],
+)
+def test_options_without_effect_on_texts_are_refused(
+    options: dict[str, Any], named: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"no chat template is applied: omit {named}[)]"):
+        pack(tokenizer, tmp_path, [{"p": "hello", "r": "hi"}], **PAIR, **options)
+
+
+def test_what_keeps_prompts_and_responses_from_being_conversations_is_said(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shutil.copytree(tokenizer.folder, bare := tmp_path / "bare")
+    settings_path = bare / "tokenizer_config.json"
+    content = json.loads(settings_path.read_text())
+    settings_path.write_text(json.dumps({name: value for name, value in content.items() if name != "chat_template"}))
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"messages, not texts .*has no chat template.*--chat-template"):
+        pack(Tokenizer(bare), tmp_path, [ONE_TURN], **PAIR, chat_template=None)
+
+
+def test_what_a_template_does_not_read_of_messages_is_noted(make_format: MakeFormat, tokenizer: Tokenizer) -> None:
+    format = make_format(CHATML, columns=ChatColumns(tools="functions"))
+    named = [{**HELLO[0], "name": "Ann"}, HELLO[1]]
+    assert "hi" in shown(tokenizer, format, {"messages": named})[0]
+    assert format.take_notes() == {
+        "the chat template does not read 'name' of messages": 1,
+        "no tools in column 'functions'": 1,
+    }
+
+
+def test_text_parts_are_joined_for_templates_that_read_none(make_format: MakeFormat, tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}
+    format = make_format(CHATML)
+    (text,) = shown(tokenizer, format, record)
+    assert "user\none\ntwo<|im_end|>" in text and "[[one\ntwo<|im_end|>]]" in text
+    (note,) = format.take_notes()
+    assert note.startswith("text parts of a content are joined")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": HELLO[1:]}, {"prompt": HELLO[:1], "completion": "a"}])
+def test_a_text_beside_messages_is_refused_for_what_it_is(
+    row: dict[str, Any], make_format: MakeFormat, tokenizer: Tokenizer
+) -> None:
+    for format in (make_format(), PairFormat(tokenizer, "prompt", "completion", make_format())):
+        assert "one is text and the other messages" in shown(tokenizer, format, row)[0]
+
+
+def test_a_bare_tool_keeps_its_empty_fields(make_format: MakeFormat, tokenizer: Tokenizer) -> None:
+    bare = {"name": "f", "description": "", "parameters": {}}
+    texts = [
+        shown(tokenizer, make_format(), {"messages": HELLO, "tools": [tool]})
+        for tool in (bare, {"type": "function", **bare}, {"type": "function", "function": bare})
+    ]
+    assert texts[0] == texts[1] == texts[2] and '"parameters": {}' in texts[0][0]
 
 
 one_odd_field = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=1)

@@ -19,6 +19,7 @@ from trl.chat_template_utils import get_training_chat_template
 
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example
+from megatron_tpt.indexing.example_store import TurnEnds
 from megatron_tpt.indexing.tokenizer import Tokenizer
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
@@ -272,13 +273,15 @@ def test_special_tokens_are_real_where_the_template_writes_them_and_text_elsewhe
     assert tokenizer.decode(example.tokens[example.has_loss]) == f'"x{name}"{name}'
 
 
-def test_ends_of_turns_are_told(make_format: MakeFormat, reference: Any) -> None:
+def test_ends_of_turns_are_told(tokenizer: Tokenizer, make_format: MakeFormat, reference: Any) -> None:
+    special = frozenset(reference.added_tokens_decoder)
     for name, end in (("qwen2_5", "<|im_end|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")):
-        format = make_format(published(name))
-        (example,) = examples_of(format, CHATS["plain"])
-        assert format.turn_ends(example) == 2 * [reference.convert_tokens_to_ids(end)]
-    format = make_format(CHATML.replace("<|im_end|>", ""))
-    assert format.turn_ends(examples_of(format, CHATS["system"])[0]) == [None]
+        (example,) = examples_of(make_format(published(name)), CHATS["plain"])
+        ends = TurnEnds(special)
+        assert ends.add(example) and ends.ids() == [reference.convert_tokens_to_ids(end)]
+    example = examples_of(make_format(CHATML.replace("<|im_end|>", "")), CHATS["system"])[0]
+    ends = TurnEnds(special)
+    assert not ends.add(example) and ends.ids() == []
 
 
 def test_answer_that_makes_a_token_with_the_prompt_is_refused_in_any_turn(

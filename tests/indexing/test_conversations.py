@@ -83,7 +83,6 @@ def test_loss_is_on_the_assistants_words_and_the_end_of_its_turn(
     assert learned(chat_tokenizer, example) == ["the ung.<|im_end|>", "  日本 🙂 tion\n<|im_end|>"]
     text = chat_tokenizer.decode(example.tokens)
     assert text == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TWO_TURNS)
-    assert make_format(template).ends_its_turn(example)
 
 
 @pytest.mark.parametrize("template", [LLAMA, LLAMA_WITH_SPANS])
@@ -228,13 +227,6 @@ def test_template_that_refuses_a_conversation_is_quoted(make_format: MakeFormat)
     assert isinstance(encode(make_format(strict), TWO_TURNS[1:]), Example)
 
 
-def test_template_without_end_of_turn_is_noticed(make_format: MakeFormat) -> None:
-    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    plain += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    example = encode(make_format(plain), chat("a", "b"))
-    assert isinstance(example, Example) and not make_format(plain).ends_its_turn(example)
-
-
 def test_todays_date_must_be_given(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "dated.jinja").write_text(DATED)
     with pytest.raises(UserError, match="--date"):
@@ -243,6 +235,9 @@ def test_todays_date_must_be_given(chat_tokenizer: Tokenizer, tmp_path: Path) ->
     example = encode(ConversationFormat(chat_tokenizer, template, "messages"), chat("a", "b"))
     assert isinstance(example, Example)
     assert chat_tokenizer.decode(example.tokens).startswith("26 Jul 2024\n<|im_start|>user")
+    (tmp_path / "undated.jinja").write_text(CHATML)
+    with pytest.raises(UserError, match="--date: the chat template does not ask"):
+        ChatTemplate(chat_tokenizer, tmp_path / "undated.jinja", datetime.date(2024, 7, 26))
 
 
 def test_tokenizer_without_chat_template_is_refused(tokenizer_dir: Path) -> None:

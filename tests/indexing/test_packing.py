@@ -174,6 +174,8 @@ def test_what_differs_from_the_packed_index_in_the_same_place_is_shown(options: 
         shutil.copy(options["input"][0], path)
     template = tmp_path / "template.jinja"
     template.write_text(CHATML_WITH_SPANS)
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d') }}" + CHATML_WITH_SPANS)
     options["input"] = paths[:2]
     pack_sft(PackOptions(**options))
     a, b, c = paths
@@ -182,7 +184,7 @@ def test_what_differs_from_the_packed_index_in_the_same_place_is_shown(options: 
         ({"sequence_length": 300, "on_too_long": "truncate"}, "200 -> 300; --on-too-long: skip -> truncate"),
         ({"chat_template": template}, "checksum of the chat template: sha256:[0-9a-f]{12} -> sha256:[0-9a-f]{12}"),
         ({"messages_column": "chat"}, "columns: messages -> chat"),
-        ({"date": "2024-07-26"}, "--date: none -> 2024-07-26"),
+        ({"chat_template": dated, "date": "2024-07-26"}, "sha256:[0-9a-f]{12}; --date: none -> 2024-07-26"),
         ({"input": paths}, rf"\(added to the input: {c}\)"),
         ({"input": [a]}, rf"\(removed from the input: {b}\)"),
         ({"input": [a, c]}, rf"\(added to the input: {c}; removed from the input: {b}\)"),

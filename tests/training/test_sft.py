@@ -16,7 +16,14 @@ from training_runs import FINETUNE, Train
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, SftDataConfig, TrainingConfig
+from megatron_tpt.config.recipe import (
+    FinetuneRecipe,
+    ParallelConfig,
+    RunConfig,
+    SftDataConfig,
+    SftTrainingConfig,
+    TrainingConfig,
+)
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
@@ -25,8 +32,10 @@ from megatron_tpt.indexing.packing import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt import build_model
+from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.launch import prepare
-from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data
+from megatron_tpt.training.outcome import next_steps
+from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data, open_sets
 from megatron_tpt.training.steps import _loss_function, _segment_mask
 
 
@@ -256,3 +265,47 @@ def test_a_bad_line_is_named(line: str, tokenizer_path: Path, tmp_path: Path) ->
     recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
     with pytest.raises(UserError, match=r"bad\.jsonl:2: .*: fix the line"):
         build_sft_data(recipe)
+
+
+def test_columns_that_are_not_read_are_named(
+    tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "response": "r", "system": "be kind"}\n{"prompt": "p", "response": "r"}\n')
+    recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
+    open_sets(recipe, Tokenizer(tokenizer_path))
+    assert f"note: {path}: column 'system' is not read (1)" in capsys.readouterr().out
+
+
+def test_messages_in_files_of_texts_are_refused_for_what_they_are(tokenizer_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "messages.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "p"}], "response": [{"role": "assistant"}]}\n')
+    recipe = FinetuneRecipe(data=SftDataConfig(train=[path], tokenizer=tokenizer_path))
+    with pytest.raises(UserError, match=r"messages, not texts .* pack what are conversations \(tools/pack_sft\.py\)"):
+        open_sets(recipe, Tokenizer(tokenizer_path))
+
+
+def test_the_command_to_evaluate_asks_as_the_data_did(tokenizer_path: Path, tmp_path: Path) -> None:
+    chat_tokenizer = tmp_path / "chat"
+    shutil.copytree(tokenizer_path, chat_tokenizer)
+    (chat_tokenizer / "chat_template.jinja").write_text(CHATML)
+    run = tmp_path / "run"
+    shutil.copytree(chat_tokenizer, step_folder(run / "checkpoints", 1) / "tokenizer")
+    question, answer = {"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}
+    rows = {"chats": {"messages": [question, answer]}, "texts": {"prompt": "p", "response": "r"}}
+    found = {}
+    for name, row in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        columns = {} if "messages" in row else {"prompt_column": "prompt", "response_column": "response"}
+        options = {"tokenizer": chat_tokenizer, "sequence_length": 64, **columns}
+        pack_sft(PackOptions(input=[path], output=tmp_path / name, **options))
+        found[name] = _asks_for_chat(tmp_path / name, run)
+    assert found == {"chats": True, "texts": False}
+    assert not _asks_for_chat(tmp_path / "texts.jsonl", run)
+
+
+def _asks_for_chat(data: Path, run: Path) -> bool:
+    training = SftTrainingConfig(num_steps=1)
+    recipe = FinetuneRecipe(run=RunConfig(output_dir=run), data=SftDataConfig(train=[data]), training=training)
+    return next_steps(recipe, 1).endswith(" --chat")
