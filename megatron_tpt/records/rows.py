@@ -58,6 +58,18 @@ def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = Non
                 yield RawRow(number, value)
 
 
+def column_names(source: Source) -> list[str]:
+    """The columns of a table, or the fields of a file's first line; none where that cannot be read."""
+    names: list[str] = []
+
+    def one_of(found: Sequence[str]) -> list[str]:
+        names.extend(found)
+        return [name for name in found if found.count(name) == 1][:1]
+
+    row = next(read_rows(source, one_of), None)
+    return names or [*(row.value or ())] if row else names
+
+
 def _chosen(columns: Sequence[str] | ChooseFields | None, source_name: str, schema: Any) -> list[str]:
     if not callable(columns):
         return row_columns(source_name, schema, columns)

@@ -410,6 +410,24 @@ def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.Cap
     assert "no effect" not in capsys.readouterr().err
 
 
+def test_columns_that_are_not_kept_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, table = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    lines.write_text('{"id": "1", "text": "a document", "url": "u", "q": {"a": 1}}\n')
+    columns = [pyarrow.array(["another one"])] + [pyarrow.array([1])] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "score", "score"]), table)
+
+    def notes(name: str, **changes: Any) -> list[str]:
+        prepare(PrepareOptions([str(lines), str(table)], tmp_path / name, num_workers=1, **changes))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    rest = f"(first seen in {lines}); --meta-columns keeps columns in meta"
+    assert notes("one") == [f"note: not kept: q, score, url {rest}"]
+    lines.write_text('{"id": "1", "text": "a document", "url": "u"}\n')
+    table.unlink()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["another one"], "meta": ["{}"]}), table)
+    assert notes("two", meta_columns=["url"]) == []
+
+
 def test_where_no_row_is_a_document_the_advice_is_about_the_cause(tmp_path: Path) -> None:
     def advice(name: str, content: str | bytes, **changes: Any) -> str:
         path = tmp_path / name
