@@ -40,9 +40,7 @@ from megatron_tpt.job_settings import (
     require_apart,
     write_settings,
 )
-from megatron_tpt.names import shown
-from megatron_tpt.records import DAMAGED, column_names, expand_sources
-from megatron_tpt.records.folders import listed
+from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
@@ -182,7 +180,8 @@ def _after_scan(job: Job, can_forget: bool) -> Job:
         )
     for name in sorted(absent or ()):
         _say(f"--meta-columns {name}: no document has such a column")
-    _note_columns_not_kept(job)
+    for note in notes_of_columns_not_kept(job.sources, job.columns):
+        print(f"note: {note}", file=sys.stderr)
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
@@ -205,20 +204,6 @@ def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
         _say(f"{name}: holds no rows")
     elif problems.total() == num_rows:
         _say(f"{name}: none of its {num_rows:,} rows is a document ({_counts(problems)})")
-
-
-def _note_columns_not_kept(job: Job) -> None:
-    """Say which columns the clean documents lack, as far as the first row of each source shows them."""
-    kept = {each for name in job.columns.used for each in (name, name.partition(".")[0])}
-    others: dict[str, str] = {}
-    for source in job.sources:
-        if source.shard == 0:  # all shards of a data set have the same columns
-            for name in column_names(source):
-                if name not in kept:
-                    others.setdefault(name, source.name)
-    if others:
-        where = f"first seen in {shown(next(iter(others.values())))}"
-        print(f"note: not kept: {listed([*others])} ({where}); --meta-columns keeps columns in meta", file=sys.stderr)
 
 
 def _advice(problems: Counter[str], options: PrepareOptions) -> str:

@@ -1,5 +1,6 @@
 """Jobs of which nothing comes, as of servers that refuse everything; options that have no effect."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -184,6 +185,18 @@ def test_what_a_job_cannot_drop_again_is_said(
     augment(job(tmp_path, server, good_texts(2), dtype="bfloat16", thinking_block="open", temperature=0.0, top_p=0.5))
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert [note.split()[1] for note in notes] == ["--dtype", "--thinking-block", "--top-p"]
+
+
+def test_columns_that_are_not_kept_are_said(
+    server: UnrulyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = job(tmp_path, server, good_texts(2))
+    path = Path(options.input[0])
+    path.write_text("".join(json.dumps(json.loads(line) | {"url": "u"}) + "\n" for line in path.open()))
+    augment(options)
+    assert f"note: not kept: url (first seen in {path}); --meta-columns keeps" in capsys.readouterr().err
+    augment(dataclasses.replace(options, meta_columns=["url"], output=tmp_path / "kept"))
+    assert "not kept" not in capsys.readouterr().err
 
 
 def test_request_fields_are_settings_of_the_job_and_what_is_omitted_is_not_claimed(
