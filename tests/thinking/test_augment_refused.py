@@ -60,7 +60,7 @@ def test_a_server_that_begins_to_refuse_everything_costs_no_document(server: Unr
     server.refuses = lambda body: None
     progress = augment(options)
     assert progress.records + progress.records_before == 30 == len(records(options.output))
-    with pytest.raises(UserError, match="begun with other settings"):  # of this one something has come
+    with pytest.raises(UserError, match="started with other settings"):  # of this one something has come
         augment(job(tmp_path, server, good_texts(30), max_num_seqs=2, records_per_shard=4, seed=1))
 
 
@@ -89,7 +89,7 @@ def test_a_job_whose_thoughts_are_all_rejected_says_why_and_is_not_done(server: 
     server.reasoning, server.answers = None, {"ok 0 0": "no", "ok 0 1": "", "ok 0 2": "nein"}
     options = job(tmp_path, server, [*good_texts(3), "400 9 x"], filters=FilterOptions(min_words=3))
     line = command(options, "--engine", "endpoint", "--api", "chat", "--endpoints", server.url, "--prompt",
-                   options.prompt, "--filters.min-words", "3")  # fmt: skip
+                   options.prompt)  # fmt: skip
     first, again = (subprocess.run(line, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == again.returncode == 2
     for said in (
