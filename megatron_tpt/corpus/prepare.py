@@ -40,7 +40,7 @@ from megatron_tpt.job_settings import (
     require_apart,
     write_settings,
 )
-from megatron_tpt.records import DAMAGED, expand_sources
+from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
@@ -175,9 +175,13 @@ def _after_scan(job: Job, can_forget: bool) -> Job:
     if problems.total() == num_rows:
         if can_forget:
             _forget(job)
-        raise UserError(f"the input holds no document ({_counts(problems) or 'it is empty'}); is --text-column right?")
+        raise UserError(
+            f"the input holds no document ({_counts(problems) or 'it is empty'}); {_advice(problems, job.options)}"
+        )
     for name in sorted(absent or ()):
         _say(f"--meta-columns {name}: no document has such a column")
+    for note in notes_of_columns_not_kept(job.sources, job.columns):
+        print(f"note: {note}", file=sys.stderr)
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
@@ -200,6 +204,16 @@ def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
         _say(f"{name}: holds no rows")
     elif problems.total() == num_rows:
         _say(f"{name}: none of its {num_rows:,} rows is a document ({_counts(problems)})")
+
+
+def _advice(problems: Counter[str], options: PrepareOptions) -> str:
+    """What to change where no row is a document."""
+    blamed = {name for name in options.meta_columns if any(each.startswith(f"column {name!r} ") for each in problems)}
+    if blamed:
+        return f"omit {', '.join(sorted(blamed))} from --meta-columns"
+    if any("text" in problem or "column" in problem for problem in problems):
+        return "is --text-column right?"
+    return "fix these files or name others with --input"
 
 
 def _counts(problems: Counter[str]) -> str:

@@ -148,7 +148,7 @@ class _Job:
         found = self._existing_prefixes()
         if not found:
             return None
-        advice = f"choose another --output or remove {prefix}*.{{bin,idx,json}}"
+        advice = f"choose another --output or remove {self._names()}"
         if foreign := [existing for existing in found if not Manifest.path(existing).exists()]:
             raise UserError(f"{foreign[0]}.bin or .idx exists and was not made by this program; {advice}")
         manifests = [Manifest.read(existing) for existing in found]
@@ -179,9 +179,14 @@ class _Job:
             state = "is of another set" if odd[0] in found else "is missing"
             raise UserError(
                 f"{prefix} is no whole set of {num_shards} shards: {odd[0]} {state}; "
-                f"choose another --output or remove {prefix}-*-of-*.{{bin,idx,json}}"
+                f"choose another --output or remove {self._names()}"
             )
         return found
+
+    def _names(self) -> str:
+        """A shell pattern for the files of this very index: PREFIX* would match those of PREFIX2 and PREFIX-eval."""
+        shards = "" if self.shard_bytes is None else "-?????-of-?????"
+        return f"{self.options.output}{shards}.{{bin,idx,json}}"
 
     def _differences(self, manifests: Sequence[Manifest]) -> tuple[list[str], EntryChanges]:
         """What of existing indices is not as this job would make it: settings, and the input."""

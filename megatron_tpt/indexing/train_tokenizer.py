@@ -5,6 +5,7 @@ same input makes the same tokenizer.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     backend = _train(options, special)
     with atomic_directory(options.output) as folder:
         _save(folder, backend, template, options)
-    print(f"{options.output}: {backend.get_vocab_size():,} tokens")
+    print(f"{options.output}: {(num_tokens := backend.get_vocab_size()):,} tokens")
+    if num_tokens < options.vocab_size:
+        print(
+            f"warning: fewer than --vocab-size {options.vocab_size}, as these texts hold no more pairs to merge; "
+            "train on more text for a larger vocabulary",
+            file=sys.stderr,
+        )
     return options.output
 
 

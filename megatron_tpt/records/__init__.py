@@ -22,7 +22,7 @@ from megatron_tpt.records.reading import (
     read_records,
 )
 from megatron_tpt.records.record import Record, content_id
-from megatron_tpt.records.rows import RawRow, read_rows
+from megatron_tpt.records.rows import RawRow, notes_of_columns_not_kept, read_rows
 from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources
 from megatron_tpt.records.writing import write_records
 
@@ -42,6 +42,7 @@ __all__ = [
     "describe",
     "expand_inputs",
     "expand_sources",
+    "notes_of_columns_not_kept",
     "read_between",
     "read_blocks",
     "read_records",

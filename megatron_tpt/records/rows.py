@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.records.parsing import parse_object
+from megatron_tpt.names import shown
+from megatron_tpt.records.folders import listed
+from megatron_tpt.records.parsing import Columns, parse_object
 from megatron_tpt.records.reading import DAMAGED, Progress, open_rows
 from megatron_tpt.records.record import BadRecord, DamagedSource
 from megatron_tpt.records.sources import Source
@@ -56,6 +58,34 @@ def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = Non
         else:
             if value is not None:
                 yield RawRow(number, value)
+
+
+def notes_of_columns_not_kept(sources: Sequence[Source], columns: Columns) -> list[str]:
+    """A line that names what records with these columns lack, as far as the first row of each source shows it; no line
+    where they lack nothing."""
+    kept = {each for name in columns.used for each in (name, name.partition(".")[0])}
+    others: dict[str, str] = {}
+    for source in sources:
+        if source.shard == 0:  # all shards of a data set have the same columns
+            for name in _column_names(source):
+                if name not in kept:
+                    others.setdefault(name, source.name)
+    if not others:
+        return []
+    where = f"first seen in {shown(next(iter(others.values())))}"
+    return [f"not kept: {listed([*others])} ({where}); --meta-columns keeps columns in meta"]
+
+
+def _column_names(source: Source) -> list[str]:
+    """The columns of a table, or the fields of a file's first line; none where that cannot be read."""
+    names: list[str] = []
+
+    def one_of(found: Sequence[str]) -> list[str]:
+        names.extend(found)
+        return [name for name in found if found.count(name) == 1][:1]
+
+    row = next(read_rows(source, one_of), None)
+    return names or [*(row.value or ())] if row else names
 
 
 def _chosen(columns: Sequence[str] | ChooseFields | None, source_name: str, schema: Any) -> list[str]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import Completion, Request, open_engine
 from megatron_tpt.records import Progress as ReadProgress
-from megatron_tpt.records import Row, Source, describe, read_blocks
+from megatron_tpt.records import Row, Source, describe, notes_of_columns_not_kept, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
 from megatron_tpt.thinking.first_answers import FirstAnswers
@@ -83,6 +83,8 @@ def _begin(options: AugmentOptions) -> Job:
     """Look over the options, and whether the folder is that of such a job."""
     job, output = plan(options), Output(options.output)
     _say(f"note: {note}" for note in options.notes())
+    if not options.task:  # the first task says it for all
+        _say(f"note: {note}" for note in notes_of_columns_not_kept(job.sources, job.columns))
     check_job(output, job.settings)
     check_retry(options, output)
     return job

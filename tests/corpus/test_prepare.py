@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from corpus_files import kept_texts, output_bytes, rejects, sentence, write_jsonl
 
@@ -405,6 +408,42 @@ def test_what_has_no_effect_or_is_not_read_is_said(raw: Path, capsys: pytest.Cap
     assert said[4:] == ["warning: --meta-columns titel: no document has such a column"]
     prepare(options_for(raw, output=raw.parent / "second", meta_columns=["title"], deduplicate="exact"))
     assert "no effect" not in capsys.readouterr().err
+
+
+def test_columns_that_are_not_kept_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, table = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    lines.write_text('{"id": "1", "text": "a document", "url": "u", "q": {"a": 1}}\n')
+    columns = [pyarrow.array(["another one"])] + [pyarrow.array([1])] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "score", "score"]), table)
+
+    def notes(name: str, **changes: Any) -> list[str]:
+        prepare(PrepareOptions([str(lines), str(table)], tmp_path / name, num_workers=1, **changes))
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    rest = f"(first seen in {lines}); --meta-columns keeps columns in meta"
+    assert notes("one") == [f"note: not kept: q, score, url {rest}"]
+    lines.write_text('{"id": "1", "text": "a document", "url": "u"}\n')
+    table.unlink()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["another one"], "meta": ["{}"]}), table)
+    assert notes("two", meta_columns=["url"]) == []
+
+
+def test_where_no_row_is_a_document_the_advice_is_about_the_cause(tmp_path: Path) -> None:
+    def advice(name: str, content: str | bytes, **changes: Any) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match="the input holds no document") as error:
+            prepare(PrepareOptions([str(path)], tmp_path / f"clean-{name}", num_workers=1, **changes))
+        return str(error.value).partition("; ")[2]
+
+    sink = io.BytesIO()
+    table = pyarrow.table({"text": ["a document"], "image": pyarrow.array([b"\xff"], pyarrow.binary())})
+    pyarrow.parquet.write_table(table, sink)
+    assert advice("image.parquet", sink.getvalue(), meta_columns=["image"]) == "omit image from --meta-columns"
+    for name, content in [("empty.jsonl", ""), ("broken.jsonl", "x\ny\n"), ("cut.parquet", sink.getvalue()[:99])]:
+        assert advice(name, content) == "fix these files or name others with --input"
+    for name, content in [("other.jsonl", '{"body": "x"}'), ("list.jsonl", '{"text": ["x"]}')]:
+        assert advice(name, content) == "is --text-column right?"
 
 
 @pytest.mark.slow

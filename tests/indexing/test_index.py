@@ -216,8 +216,11 @@ def test_the_same_command_again_is_already_done_and_others_are_refused(
         (replace(options, input=[copy]), r"input: 1 added \(.*copy\.jsonl\), 1 removed \(.*\)"),
         (replace(options, text_column="text,thinking"), "text column"),
     ]:
-        with pytest.raises(UserError, match=f"other settings or input .*{difference}.*choose another --output"):
+        with pytest.raises(
+            UserError, match=f"other settings or input .*{difference}.*choose another --output"
+        ) as error:
             index(changed)
+        assert str(error.value).endswith(f"or remove {tmp_path}/x.{{bin,idx,json}}")  # not x*: that is x2, too
     os.truncate(tmp_path / "x.bin", 100)
     with pytest.raises(UserError, match=r"x\.bin has 100 bytes"):
         index(options)

@@ -135,6 +135,14 @@ def test_training_is_deterministic_and_stores_the_template(
     assert tokenizer_fingerprint(train_tokenizer(same)) == tokenizer_fingerprint(tokenizer_dir)
 
 
+def test_a_vocabulary_smaller_than_asked_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.jsonl"
+    path.write_text('{"text": "to be or not to be, to be or not to be"}\n')
+    for vocab_size, said in [(261, False), (600, True)]:
+        train_tokenizer(TrainTokenizerOptions(input=[path], output=tmp_path / str(vocab_size), vocab_size=vocab_size))
+        assert (f"fewer than --vocab-size {vocab_size}," in capsys.readouterr().err) is said
+
+
 def test_tokenizer_training_refuses_what_it_cannot_do(documents: Path, tmp_path: Path) -> None:
     def options(**changes):
         return TrainTokenizerOptions(**({"input": [documents], "output": tmp_path / "tok"} | changes))

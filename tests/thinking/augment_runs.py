@@ -55,7 +55,7 @@ def good_texts(number: int) -> list[str]:
 
 def command(options: AugmentOptions, *more: str) -> list[str]:
     """The command line of `options_for`, with what it was given in `more`."""
-    filters = [word for name, value in vars(NO_FILTERS).items() if not isinstance(value, list)
+    filters = [word for name, value in vars(options.filters).items() if not isinstance(value, list)
                for word in (f"--filters.{name.replace('_', '-')}", str(value))]  # fmt: skip
     return [
         *(sys.executable, str(TOOL), "--input", *options.input),

@@ -1,5 +1,6 @@
 """Jobs of which nothing comes, as of servers that refuse everything; options that have no effect."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_job_whose_thoughts_are_all_rejected_says_why_and_is_not_done(server: 
     server.reasoning, server.answers = None, {"ok 0 0": "no", "ok 0 1": "", "ok 0 2": "nein"}
     options = job(tmp_path, server, [*good_texts(3), "400 9 x"], filters=FilterOptions(min_words=3))
     line = command(options, "--engine", "endpoint", "--api", "chat", "--endpoints", server.url, "--prompt",
-                   options.prompt, "--filters.min-words", "3")  # fmt: skip
+                   options.prompt)  # fmt: skip
     first, again = (subprocess.run(line, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == again.returncode == 2
     for said in (
@@ -184,6 +185,18 @@ def test_what_a_job_cannot_drop_again_is_said(
     augment(job(tmp_path, server, good_texts(2), dtype="bfloat16", thinking_block="open", temperature=0.0, top_p=0.5))
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert [note.split()[1] for note in notes] == ["--dtype", "--thinking-block", "--top-p"]
+
+
+def test_columns_that_are_not_kept_are_said(
+    server: UnrulyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = job(tmp_path, server, good_texts(2))
+    path = Path(options.input[0])
+    path.write_text("".join(json.dumps(json.loads(line) | {"url": "u"}) + "\n" for line in path.open()))
+    augment(options)
+    assert f"note: not kept: url (first seen in {path}); --meta-columns keeps" in capsys.readouterr().err
+    augment(dataclasses.replace(options, meta_columns=["url"], output=tmp_path / "kept"))
+    assert "not kept" not in capsys.readouterr().err
 
 
 def test_request_fields_are_settings_of_the_job_and_what_is_omitted_is_not_claimed(
