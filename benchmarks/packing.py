@@ -47,7 +47,7 @@ class BenchmarkOptions:
 
 
 def write_chats(path: Path, num_words: int, num_messages: int) -> Path:
-    """So many words in conversations of so many messages."""
+    """Conversations of `num_messages` messages with `num_words` words in all."""
     words = [f"{begin}{end}" for begin in ("al", "be", "ga", "de", "ep", "ze") for end in ("pha", "ta", "ma", "lon")]
     rng = random.Random(num_messages)
     with path.open("w") as file:

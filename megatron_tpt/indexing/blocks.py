@@ -135,7 +135,7 @@ class _Lines:
         self._size = 0
         """Of the parts."""
         self._open_bytes = 0
-        """Of the last line, which may go on. Once it exceeds the limit it is no longer in the parts."""
+        """Of the last line, which may continue. Once it exceeds the limit it is no longer in the parts."""
 
     def add(self, chunk: bytes) -> Iterator[Block]:
         """The blocks that the chunk completes."""

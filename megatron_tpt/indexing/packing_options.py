@@ -109,5 +109,5 @@ class PackOptions:
         return self.messages_column or "messages"
 
     def worker_count(self, num_bytes: int) -> int:
-        """Processes for an input of so many bytes."""
+        """Processes for an input of `num_bytes`."""
         return self.num_workers or min(len(os.sched_getaffinity(0)), max(1, num_bytes // _BYTES_PER_WORKER))

@@ -46,7 +46,7 @@ def _yarn_share(model: ModelConfig) -> torch.Tensor:
     """The same for yarn, in between by the dimension's number."""
 
     def dimension(turns: float) -> float:
-        """Where a frequency makes so many turns in the original context."""
+        """Where a frequency makes `turns` turns in the original context."""
         per_turn = model.rope_original_context / (turns * 2 * math.pi)
         return model.kv_channels * math.log(per_turn) / (2 * math.log(model.rotary_base))
 

@@ -15,7 +15,7 @@ from megatron_tpt.records.parsing import NotAnObject, parse_object
 from megatron_tpt.records.record import BadRecord, DamagedSource
 
 REJECTS = "rejects"
-"""The folder in a job's output for what it left out, in the formats of records."""
+"""The folder in a job's output for what it rejected, in the formats of records."""
 _NAMES_SHOWN = 5
 _MARK_OF_JOBS = "format_version"
 

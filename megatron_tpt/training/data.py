@@ -510,7 +510,7 @@ def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], n
 
 
 def pretrain_identity(recipe: PretrainRecipe) -> Callable[[int], dict[str, str]]:
-    """What the first so many samples of a recipe depend on besides its settings. Reads manifests alone."""
+    """What the first samples of a recipe depend on, given their number, besides its settings. Reads manifests alone."""
     if recipe.data.mock:
         return lambda num_samples: {}
     blend = blends(recipe)[0]
