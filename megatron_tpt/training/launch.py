@@ -146,6 +146,8 @@ def with_steps[R: PretrainRecipe | FinetuneRecipe](recipe: R) -> R:
             f"training.num_steps={recipe.training.num_steps} and training.num_epochs={recipe.training.num_epochs:g} "
             f"(which takes {num_steps} steps) were both given: give one of them"
         )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"training.num_epochs={recipe.training.num_epochs:g} takes {num_steps} steps", flush=True)
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_steps=num_steps))
 
 

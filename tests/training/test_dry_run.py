@@ -193,7 +193,9 @@ def test_checkpoints_at_once_are_those_kept_and_the_one_being_written(checkpoint
     assert num_checkpoints(recipe_from_dict(PretrainRecipe, {**LARGE, "checkpoint": checkpoint})) == number
 
 
-def test_steps_and_epochs_that_differ_are_not_both_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_epochs_that_differ_are_not_both_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from megatron_tpt.training import launch
 
     class Counts:
@@ -212,6 +214,7 @@ def test_steps_and_epochs_that_differ_are_not_both_taken(tmp_path: Path, monkeyp
     for given in ({}, {"num_steps": 10}):
         raw["training"] = {"num_epochs": 2, **given}
         assert launch.with_steps(recipe_from_dict(FinetuneRecipe, raw)).training.num_steps == 10
+        assert capsys.readouterr().out == "training.num_epochs=2 takes 10 steps\n"
 
 
 def test_a_run_folder_that_cannot_be_written_is_a_mistake_of_one_line(
