@@ -62,13 +62,15 @@ def prepare(options: PrepareOptions) -> Report:
             if not added and Report.path(options.output).exists():
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
+            index = _evaluation_index(job)  # not after: a mistake in them leaves nothing that binds the next run
             if added:
                 print(f"{options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
                 _forget_other_additions(job, settings["input"][-len(added) :])
             else:
                 write_settings(path, settings)
+            if not job.index_path.exists():
+                index.save(job.index_path)
             with Workers(options.worker_count) as workers:
-                index = _evaluation_index(job)
                 job = _scan(job, workers, can_forget=not added)
                 if added:  # not before: with files that cannot be read the job stays what it was
                     _reopen(job)
@@ -87,9 +89,7 @@ def _evaluation_index(job: Job) -> EvaluationIndex:
     """What a killed run looked for, even where a data set of the Hub has changed since; else the sets as they are."""
     if job.index_path.exists():
         return EvaluationIndex.load(job.index_path)
-    index = EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
-    index.save(job.index_path)
-    return index
+    return EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
 
 
 def _scan(job: Job, workers: Workers, can_forget: bool) -> Job:

@@ -143,6 +143,8 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOpti
             ).input_ids
             for prompt in prompts
         ]
+    if tokenizer.chat_template is not None:
+        print("note: the model has a chat template, which is not applied: --chat does so", file=sys.stderr)
     begin = begin_ids(tokenizer) if options.begin_token else []
     return [begin + tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
 

@@ -223,8 +223,8 @@ class _Collector:
         if self._open_ended:
             print(
                 f"warning: the learned part of {len(self._open_ended):,} examples does not end with a special token "
-                f"(such as {self._open_ended[0]}), so the model does not learn where an answer ends: correct the chat "
-                f"template's {{% generation %}} spans",
+                f"(such as {self._open_ended[0]}), so the model does not learn where an answer ends: make the token "
+                f"that ends a turn a special one (tools/train_tokenizer.py --special-tokens), or correct the template",
                 file=sys.stderr,
             )
 

@@ -526,7 +526,14 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     else:
         _set_weights(model, loaded["model"])
         with torch.no_grad():  # Megatron Core's loading of dp_reshardable leaves it to the caller
-            optimizer.load_state_dict(loaded["optimizer"])
+            try:
+                optimizer.load_state_dict(loaded["optimizer"])
+            except KeyError:  # Megatron Core pairs groups of parameters by their rates and decays
+                raise UserError(
+                    f"{folder} was written with another optimizer.learning_rate, min_learning_rate, adam_learning_rate "
+                    f"or weight decay than this recipe has: resume with those of {folder / 'recipe.yaml'}, or start in "
+                    f"another run.output_dir with --training.init_from={folder}"
+                ) from None
         _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])

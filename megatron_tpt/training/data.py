@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import resource
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -203,8 +204,8 @@ def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCac
 
 
 def _raise_open_file_limit(num_datasets: int) -> None:
-    """Each dataset keeps two files and their maps, and the maps of three arrays, open."""
-    needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES
+    """Each dataset keeps two files and their maps, and the maps of three arrays, open, beside what is open already."""
+    needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES + _highest_open_file()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
@@ -213,6 +214,14 @@ def _raise_open_file_limit(num_datasets: int) -> None:
                 f"(ulimit -Hn {needed}), or merge them with tools/merge_index.py"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _highest_open_file() -> int:
+    """The limit is on the number of a file, not on how many there are."""
+    try:
+        return max(map(int, os.listdir("/proc/self/fd")))
+    except OSError:  # no /proc
+        return 0
 
 
 def _overall_weights(blend: Blend) -> list[float]:

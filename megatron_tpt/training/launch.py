@@ -165,7 +165,7 @@ def _describe(recipe: PretrainRecipe | FinetuneRecipe, tokenizer: TokenizerInfo 
     """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
     identity: Callable[[int], dict[str, str]] | None = None
     if missing := _missing_data(recipe):
-        print(f"the data is not here: {missing[0]} ...")
+        print(f"WARNING: the data is not here: {missing[0]}; it is neither checked nor described")
     elif isinstance(recipe, PretrainRecipe):
         print(describe_data(recipe))
         identity = _identity_when_asked(recipe)

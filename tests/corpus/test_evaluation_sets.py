@@ -149,6 +149,17 @@ def test_a_hub_that_cannot_be_reached_is_named_before_anything_is_written(
     assert not (tmp_path / "clean" / "prepare.json").exists()
 
 
+def test_a_mistake_in_an_evaluation_set_does_not_bind_the_corrected_command(tmp_path: Path) -> None:
+    raw, questions = raw_corpus(tmp_path, sentence(1)), write_jsonl(tmp_path / "q.jsonl", [{"question": sentence(1)}])
+    wrong, right = (
+        PrepareOptions([raw], tmp_path / "clean", decontaminate=[f"q={questions}:{column}"], num_workers=1)
+        for column in ("prompt", "question")
+    )
+    with pytest.raises(UserError, match="no item has a column 'prompt'; the columns are question"):
+        prepare(wrong)
+    assert prepare(right).dropped == {"contaminated": 1}
+
+
 def test_a_resumed_job_looks_for_what_it_looked_for_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a data set of the Hub it is not known whether it has changed."""
     folder = tmp_path / "mmlu"

@@ -82,7 +82,7 @@ def test_no_task_outlives_the_program_and_the_next_run_completes(toy, signum):
     hanging = next(note["pid"] for note in toy.notes() if note["task"] == 1)
     assert runs(hanging)
     program.send_signal(signum)
-    program.communicate(timeout=20)
+    program.communicate(timeout=120)
     assert program.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
     wait_until_gone(note["pid"] for note in toy.notes())
     toy.mend()
@@ -98,7 +98,7 @@ def test_a_second_signal_ends_a_task_that_ignores_the_first(toy):
     with pytest.raises(AssertionError):
         wait_until(lambda: program.poll() is not None, timeout_s=1)
     program.send_signal(signal.SIGINT)
-    program.communicate(timeout=20)
+    program.communicate(timeout=120)
     assert program.returncode == 130
     wait_until_gone(note["pid"] for note in toy.notes())
 

@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 def wait_until_gone(pids: Iterable[int]) -> None:
     for pid in pids:
-        wait_until(lambda pid=pid: not runs(pid), timeout_s=20)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not runs(pid), timeout_s=120)  # type: ignore[misc]
 
 
 def runs(pid: int) -> bool:

@@ -149,12 +149,16 @@ def test_finished_run_does_nothing_again(train: Train) -> None:
     assert train("run") == first
 
 
-def test_resume_with_another_data_order_is_refused(train: Train, recipe: dict, tmp_path: Path) -> None:
+def test_resume_with_another_data_order_or_rate_is_refused(train: Train, recipe: dict, tmp_path: Path) -> None:
     train("run", "--checkpoint.save_interval=10")
-    process = start_training(tmp_path / "run.yaml", "--training.global_batch_size=4")
-    output, _ = process.communicate()
-    assert process.returncode == 2
-    assert "training.global_batch_size" in output and output.count("\n") == 1
+    for override in ("training.global_batch_size=4", "optimizer.learning_rate=1e-4"):
+        process = start_training(tmp_path / "run.yaml", f"--{override}")
+        output, _ = process.communicate()
+        assert process.returncode == 2
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and override.partition("=")[0] in errors[0] and "Traceback" not in output
+        if "batch" in override:  # found before anything is started
+            assert output.count("\n") == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
