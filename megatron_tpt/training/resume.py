@@ -58,7 +58,7 @@ def require_same_data(recipe: Recipe, folder: Path, state: dict[str, Any], of_da
     raise UserError(
         f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with this "
         f"recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
-        + ("; --data.allow_change=true goes on all the same" if is_of_data else "")
+        + ("; --data.allow_change=true resumes all the same" if is_of_data else "")
     )
 
 

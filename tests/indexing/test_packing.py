@@ -328,7 +328,7 @@ def test_an_interrupted_job_says_that_nothing_was_written(
     signum: int, error: type[BaseException], options: dict, chats: Path, capsys: pytest.CaptureFixture
 ) -> None:
     path = options["output"].with_name("many.jsonl")
-    path.write_text(chats.read_text() * 60)  # so many that the signal comes before the end, on a busy machine too
+    path.write_text(chats.read_text() * 60)  # the signal has to arrive before the end, on a busy machine too
     examples = options["output"].with_name(".tmp-sft") / "examples"
 
     def interrupt() -> None:
