@@ -312,7 +312,9 @@ class Trainer:
         of_data = self.data.identity(self.recipe.training.num_samples(state["step"]))
         warnings = [require_same_data(self.recipe, folder, state, of_data)]
         if changes := model_changes(self.recipe.model, folder):
-            warnings.append(f"the model is not that of {folder}: {', '.join(changes)}; training continues with this one")
+            warnings.append(
+                f"the model is not that of {folder}: {', '.join(changes)}; training continues with this one"
+            )
         if platform.is_first_rank():
             for warning in filter(None, warnings):
                 print(f"WARNING: {warning}", flush=True)
