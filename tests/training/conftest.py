@@ -1,5 +1,6 @@
 """A small indexed corpus with thinking, and runs of the real training programs on it."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,17 @@ def recipe(index_prefix: Path) -> dict:
         "logging": {"log_interval": 1, "tensorboard": False},
         "data": {"train": str(index_prefix)},
     }
+
+
+@pytest.fixture(scope="session")
+def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 questions with their answers, most with thinking."""
+    path = tmp_path_factory.mktemp("sft") / "examples.jsonl"
+    with path.open("w") as file:
+        for i in range(40):
+            response = f"<think>\nban kert {'losh ' * (i % 7)}\n</think>\nmiga{i}"
+            file.write(json.dumps({"prompt": f"sule {i} ?\n", "response": response}) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -40,16 +40,6 @@ from megatron_tpt.training.steps import _loss_function, _segment_mask
 
 
 @pytest.fixture(scope="session")
-def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sft") / "examples.jsonl"
-    with path.open("w") as file:
-        for i in range(40):
-            response = f"<think>\nban kert {'losh ' * (i % 7)}\n</think>\nmiga{i}"
-            file.write(json.dumps({"prompt": f"sule {i} ?\n", "response": response}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="session")
 def pairs(examples_path: Path, tokenizer_path: Path) -> ExampleRows:
     format = PairFormat(Tokenizer(tokenizer_path), "prompt", "response")
     examples = [example for _, example in read_examples(examples_path, format)]
