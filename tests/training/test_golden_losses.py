@@ -27,9 +27,10 @@ RUNS: dict[str, tuple[str, int, list[str], dict]] = {
 
 
 def _where() -> str:
-    fields = dict(line.split("\t: ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     processor = " ".join(fields.get(name, "") for name in ("model name", "cpu family", "model"))
-    return f"{processor.strip()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    return f"{processor}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 @pytest.mark.parametrize("name", RUNS)
