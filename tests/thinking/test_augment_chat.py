@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_three_documents_are_thought_about_by_any_chat_server(tmp_path: Path) -> None:
-    command = re.search(r"^python (tools/augment\.py (?:.|\n)*?--api chat)$", (ROOT / "README.md").read_text(), re.M)
+    command = re.search(
+        r"^python (tools/augment\.py --input examples/three(?:.|\n)*?--api chat)$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
     assert command is not None
     model = make_model(tmp_path / "model", context=16384, chat_template=CHAT_TEMPLATE)
     with vllm_server(model) as url:
