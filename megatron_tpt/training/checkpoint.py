@@ -186,6 +186,26 @@ def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
+def _holders_of_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The mappings in an optimizer's state that hold parameter groups: one for each of its members, in their order."""
+    if isinstance(state, dict):
+        if "param_groups" in state:
+            yield state
+        else:
+            for value in state.values():
+                yield from _holders_of_groups(value)
+
+
+def _set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Replace the parameter groups of a checkpoint by the optimizer's own: rates, decays, betas and the like are the
+    recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays
+    (optimizer.py:139), and finds no counterpart for those that were changed."""
+    for holder, member in zip(list(_holders_of_groups(loaded)), members(optimizer), strict=True):
+        updates = {"step": group["step"] for group in holder["param_groups"] if "step" in group}
+        own = member.optimizer.state_dict()["param_groups"]
+        holder["param_groups"] = [{**group, **updates} for group in own]
+
+
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
     """Do something on every rank. Raises SaveError on all of them when any met an OSError or a UserError: a rank that
     went on alone would wait for the others for ever."""
@@ -515,6 +535,8 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         state["optimizer"] = optimizer.sharded_state_dict(
             state["model"], is_loading=True, metadata=_optimizer_format(sharding)
         )
+        for holder in list(_holders_of_groups(state["optimizer"])):
+            del holder["param_groups"]  # Megatron Core merges them with the checkpoint's, of which there may be others
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
         state["random_state"] = _sharded_random_state()
@@ -525,15 +547,9 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
     else:
         _set_weights(model, loaded["model"])
+        _set_groups(loaded["optimizer"], optimizer)
         with torch.no_grad():  # Megatron Core's loading of dp_reshardable leaves it to the caller
-            try:
-                optimizer.load_state_dict(loaded["optimizer"])
-            except KeyError:  # Megatron Core pairs groups of parameters by their rates and decays
-                raise UserError(
-                    f"{folder} was written with another optimizer.learning_rate, min_learning_rate, adam_learning_rate "
-                    f"or weight decay than this recipe has: resume with those of {folder / 'recipe.yaml'}, or start in "
-                    f"another run.output_dir with --training.init_from={folder}"
-                ) from None
+            optimizer.load_state_dict(loaded["optimizer"])
         _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])
