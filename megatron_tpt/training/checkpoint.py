@@ -147,14 +147,6 @@ def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [optimizer] if inner is None else [member for one in inner for member in members(one)]
 
 
-def _settings_of(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """What in a recipe decides the names of the optimizer's tensors in a checkpoint."""
-    return {
-        "optimizer.name": optimizer.config.optimizer,
-        "parallel.distributed_optimizer": any(isinstance(one, DistributedOptimizer) for one in members(optimizer)),
-    }
-
-
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that use torch's AdamW: all but Muon's in a run without Transformer Engine and apex, else none."""
     return [member for member in members(optimizer) if isinstance(member.optimizer, torch.optim.AdamW)]
@@ -201,9 +193,9 @@ def _set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
     recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays
     (optimizer.py:139), and finds no counterpart for those that were changed."""
     for holder, member in zip(list(_holders_of_groups(loaded)), members(optimizer), strict=True):
-        updates = {"step": group["step"] for group in holder["param_groups"] if "step" in group}
-        own = member.optimizer.state_dict()["param_groups"]
-        holder["param_groups"] = [{**group, **updates} for group in own]
+        steps = [group["step"] for group in holder["param_groups"] if "step" in group]
+        updates = {"step": steps[0]} if steps else {}
+        holder["param_groups"] = [{**group, **updates} for group in member.optimizer.state_dict()["param_groups"]]
 
 
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
@@ -367,11 +359,7 @@ def start_saving(
     optimizer_format = _optimizer_format(optimizer_sharding)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
-        state["trainer"] |= {
-            "optimizer": _settings_of(optimizer),
-            "optimizer_sharding": optimizer_sharding,
-            "num_pieces": len(_pieces(model)),
-        }
+        state["trainer"]["optimizer_sharding"] = optimizer_sharding
         (first, *_), weights = _pieces(model), state["model"]
         if fsdp_checkpoint.is_sharded(first):
             (own,) = members(optimizer)
@@ -509,21 +497,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     seeded, which only dropout notices.
     """
     trainer_state = read_trainer_state(folder)
-    settings = _settings_of(optimizer)
-    for name, value in trainer_state.get("optimizer", {}).items():
-        if settings[name] != value:
-            raise UserError(
-                f"{folder} was written with {name}={str(value).lower()}: go on with that, or start in another "
-                f"run.output_dir (training.init_from takes the weights)"
-            )
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
-    _, *sizes, _ = trainer_state["layout"]
-    if sharding == "dp_reshardable" and [*sizes, trainer_state["num_pieces"]] != [*_layout()[1:3], len(_pieces(model))]:
-        raise UserError(
-            f"{folder} was written with checkpoint.optimizer_sharding=dp_reshardable: go on with its parallel."
-            f"pipeline_parallel_size={sizes[0]}, tensor_parallel_size={sizes[1]} and virtual_pipeline_parallel_size="
-            f"{trainer_state['num_pieces']}; fully_reshardable ones, from a start at that layout, load under any"
-        )
     (first, *_), state = _pieces(model), dict[str, Any]()
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
