@@ -205,12 +205,10 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     defaults = to_dict(type(recipe)())
     for section, cls in get_type_hints(type(recipe)).items():
         here, there = to_dict(getattr(recipe, section)), defaults[section] | (saved.get(section) or {})
-        meant = (_resolved(here), _resolved(there)) if cls is ModelConfig else ({}, {})
-        for field in dataclasses.fields(cls):
-            name = field.name
-            ours, theirs = (one.get(name, values[name]) for one, values in zip(meant, (here, there), strict=True))
+        meant = (_resolved(here), _resolved(there)) if cls is ModelConfig else (here, there)
+        for name in (field.name for field in dataclasses.fields(cls)):
             if name == "batch_size_ramp":
-                theirs = [to_dict(BatchSizeStage(**stage)) for stage in theirs]
-            if ours != theirs and has_effect(recipe, section, name):
-                shown = (ours, theirs) if here[name] == there[name] else (here[name], there[name])
-                yield Change(section, name, *shown, *effects_of(cls, name))
+                there[name] = [to_dict(BatchSizeStage(**stage)) for stage in there[name]]
+            is_other = here[name] != there[name] and meant[0].get(name, here) != meant[1].get(name, there)
+            if is_other and has_effect(recipe, section, name):
+                yield Change(section, name, here[name], there[name], *effects_of(cls, name))

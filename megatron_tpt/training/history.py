@@ -6,6 +6,7 @@ alone, as the phases of blend.with_data_of_run do for other data.
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def with_batches_of_run[R: Recipe](recipe: R) -> R:
     if path is None or not isinstance(recipe, PretrainRecipe | FinetuneRecipe) or not recipe.data.allow_change:
         return recipe
     old, new, step = _read_batches(path), recipe.training, step_of(path)
+    _warn_of_past(new, old, step)
     if old.sequence_length == new.sequence_length and _stages(old, step, None) == _stages(new, step, None):
         return _with_batches(recipe, old.batch_size_ramp, old.global_batch_size)
     done = [
@@ -64,12 +66,30 @@ def _read_batches(path: Path) -> TrainingConfig:
     return TrainingConfig(**own)
 
 
+def _warn_of_past(new: TrainingConfig, old: TrainingConfig, step: int) -> None:
+    """Say that a ramp has no effect on steps that were done otherwise."""
+    num_told = min(step, sum(stage.num_steps for stage in new.batch_size_ramp))
+    told, done = (
+        _merged([dataclasses.replace(stage, sequence_length=None) for stage in _stages(one, 0, num_told)])
+        for one in (new, old)
+    )
+    if num_told and told != done and os.environ.get("RANK", "0") == "0":
+        sizes = ", ".join(f"{stage.num_steps} x {stage.global_batch_size}" for stage in done)
+        print(
+            f"WARNING: training.batch_size_ramp has no effect on the {num_told} steps that were done with other batch "
+            f"sizes ({sizes})",
+            flush=True,
+        )
+
+
 _ENDLESS = 2**62
 
 
 def _stages(training: TrainingConfig, begin: int, end: int | None) -> list[BatchSizeStage]:
     """The stages of the steps from `begin` (done before) to `end`; without one the last, endless, is that of
     global_batch_size."""
+    if end == 0:
+        return []
     stages, position = [], 0
     for stage in [*training.batch_size_ramp, BatchSizeStage(_ENDLESS, training.global_batch_size)]:
         own = min(position + stage.num_steps, end or _ENDLESS) - max(position, begin)
