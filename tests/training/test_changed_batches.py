@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_templates import CHATML
 from training_runs import FINETUNE, PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
@@ -35,9 +36,8 @@ def test_another_batch_size_continues_as_a_planned_ramp(train: Train, recipe: di
     training = {**recipe["training"], "num_steps": 6}
     changes = {"training": training, "checkpoint": {"save_interval": 3}}
     ramp = [{"num_steps": 3, "global_batch_size": 8}]
-    planned = train(
-        "planned", changes=changes | {"training": {**training, "batch_size_ramp": ramp, "global_batch_size": 12}}
-    )
+    plan = {**training, "batch_size_ramp": ramp, "global_batch_size": 12}
+    planned = train("planned", changes=changes | {"training": plan})
     train("run", changes=changes)
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
     with pytest.raises(AssertionError, match=r"was written with training\.global_batch_size=8: .*allow_change=true"):
@@ -101,16 +101,9 @@ def resumed(folder: Path, training: dict, cls: type = PretrainRecipe, **data: ob
 
 
 def test_the_history_of_several_changes_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved_run(
-        tmp_path,
-        10,
-        {"sequence_length": 64, "global_batch_size": 8, "batch_size_ramp": [{"num_steps": 4, "global_batch_size": 2}]},
-    )
-    plan = {
-        "sequence_length": 64,
-        "global_batch_size": 16,
-        "batch_size_ramp": [{"num_steps": 4, "global_batch_size": 2}],
-    }
+    ramp = [{"num_steps": 4, "global_batch_size": 2}]
+    saved_run(tmp_path, 10, {"sequence_length": 64, "global_batch_size": 8, "batch_size_ramp": ramp})
+    plan = {"sequence_length": 64, "global_batch_size": 16, "batch_size_ramp": ramp}
     second = resumed(tmp_path, plan)
     assert second.batch_size_ramp == [BatchSizeStage(4, 2, 64), BatchSizeStage(6, 8, 64)]
     assert [second.num_samples(step) for step in (4, 10, 12)] == [8, 56, 88]
@@ -124,10 +117,8 @@ def test_the_history_of_several_changes_is_kept(tmp_path: Path, capsys: pytest.C
     assert resumed(tmp_path, plan) == dataclasses.replace(second)  # back at what is saved: nothing changes
     assert capsys.readouterr().out == ""
     resumed(tmp_path, plan | {"batch_size_ramp": [{"num_steps": 11, "global_batch_size": 4}]})
-    assert (
-        "no effect on the 11 steps that were done with other batch sizes (4 x 2, 6 x 8, 1 x 16)"
-        in capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "no effect on the 11 steps that were done with other batch sizes (4 x 2, 6 x 8, 1 x 16)" in told
 
 
 def test_a_ramp_that_is_still_to_come_changes_too(tmp_path: Path) -> None:
@@ -146,13 +137,22 @@ def test_steps_done_are_not_for_a_new_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Conversations packed into rows of 32 tokens."""
+    """Conversations packed into rows of 128 tokens."""
     folder = tmp_path_factory.mktemp("packed")
-    source = folder / "examples.jsonl"
+    source, template = folder / "chats.jsonl", folder / "chatml.jinja"
+    template.write_text(CHATML)
     with source.open("w") as file:
         for i in range(60):
-            file.write(json.dumps({"prompt": f"sule {i} ?", "response": f"miga{i} losh {'ban ' * (i % 5)}"}) + "\n")
-    pack_sft(PackOptions(input=[source], tokenizer=tokenizer_path, output=folder / "rows", sequence_length=32))
+            said = {"user": f"sule {i} ?", "assistant": f"losh {'ban ' * (i % 5)}"}
+            file.write(json.dumps({"messages": [{"role": k, "content": v} for k, v in said.items()]}) + "\n")
+    options = PackOptions(
+        input=[source],
+        tokenizer=tokenizer_path,
+        output=folder / "rows",
+        sequence_length=128,
+        chat_template=template,
+    )
+    pack_sft(options)
     return folder / "rows"
 
 
@@ -160,7 +160,7 @@ def test_fine_tuning_reads_the_epochs_that_are_left_with_another_batch_size(
     train: Train, recipe: dict, packed: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     num_rows = PackManifest.read(packed).counts.rows
-    training = {**recipe["training"], "num_epochs": 2, "global_batch_size": 4}
+    training = {**recipe["training"], "num_epochs": 2, "global_batch_size": 4, "sequence_length": 128}
     del training["num_steps"]
     model = {**recipe["model"], "vocab_size": 320}
     changes = {"training": training, "checkpoint": {"save_interval": 2}, "model": model}
@@ -176,7 +176,7 @@ def test_fine_tuning_reads_the_epochs_that_are_left_with_another_batch_size(
     metrics = train("run", option, ALLOW, changes=changes, program=FINETUNE)
     num_left = -(-(2 * num_rows - 2 * 4) // 8)
     assert [row["step"] for row in metrics] == list(range(1, 2 + num_left + 1))
-    assert metrics[-1]["tokens"] == (2 * 4 + num_left * 8) * 32
+    assert metrics[-1]["tokens"] == (2 * 4 + num_left * 8) * 128
 
 
 def test_packed_rows_are_counted_as_rows_at_another_length(packed: Path, tmp_path: Path) -> None:
@@ -199,7 +199,6 @@ def test_other_text_of_the_same_lengths_is_other_data(
     changes = {"training": {**recipe["training"], "num_steps": 3}}
     changes["data"] = {"train": str(copy_index(index_prefix, tmp_path / "index/text"))}
     train("run", changes=changes)
-    assert len(train("run", "--training.num_steps=4", changes=changes)) == 4
     # The same tokens in the opposite order: every length is as before.
     path = tmp_path / "index/text.bin"
     tokens = path.read_bytes()
@@ -208,8 +207,8 @@ def test_other_text_of_the_same_lengths_is_other_data(
     checksums = manifest.checksums | {"bin": file_checksum(path)}
     dataclasses.replace(manifest, checksums=checksums).write(tmp_path / "index/text")
     with pytest.raises(AssertionError, match=r"another text of data\.train: .*--data\.allow_change=true"):
-        train("run", "--training.num_steps=5", changes=changes)
-    assert len(train("run", "--training.num_steps=5", ALLOW, changes=changes)) == 5
+        train("run", "--training.num_steps=4", changes=changes)
+    assert len(train("run", "--training.num_steps=4", ALLOW, changes=changes)) == 4
 
 
 def test_manifests_without_the_checksum_of_the_text_still_resume(

@@ -118,7 +118,7 @@ def test_a_resumed_run_updates_as_one_that_was_changed_in_place(
 @pytest.mark.parametrize(
     ("options", "rel"),
     [
-        (["--parallel.fsdp=optim_grads_params"], 1e-5),
+        pytest.param(["--parallel.fsdp=optim_grads_params"], 1e-5, marks=pytest.mark.slow),
         pytest.param(["--parallel.distributed_optimizer=true"], 1e-5, marks=pytest.mark.slow),
     ],
     ids=["fsdp", "dp2"],
