@@ -117,7 +117,7 @@ _RULES = (
 _PRETRAIN_RULES = (
     _Rule(
         "data",
-        ("reset_at_documents", "loss_on", "tokenizer", "allow_change", "cache_dir"),
+        ("reset_at_documents", "loss_on", "tokenizer", "cache_dir"),
         lambda recipe: not recipe.data.mock,
         "data of its own, without data.mock",
     ),
@@ -130,10 +130,17 @@ _PACKED_RULE = _Rule(
 )
 
 
-def _is_default(section: Any, name: str) -> bool:
+def is_default(section: Any, name: str) -> bool:
+    """Whether a field of a section has the value that it has when it is not given."""
     (field,) = [field for field in fields(section) if field.name == name]
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return getattr(section, name) == default
+
+
+def has_effect(recipe: Recipe, section: str, name: str) -> bool:
+    """Whether a field can have an effect in this recipe, given the others."""
+    rules = [*_RULES, *(_PRETRAIN_RULES if isinstance(recipe, PretrainRecipe) else ())]
+    return all(rule.applies(recipe) for rule in rules if rule.section == section and name in rule.fields)
 
 
 def without_effect(recipe: Recipe, *, all_packed: bool = False) -> Iterator[str]:
@@ -147,7 +154,7 @@ def without_effect(recipe: Recipe, *, all_packed: bool = False) -> Iterator[str]
     for rule in rules:
         section = getattr(recipe, rule.section)
         for name in rule.fields:
-            if not _is_default(section, name) and not rule.applies(recipe):
+            if not is_default(section, name) and not rule.applies(recipe):
                 yield f"{rule.section}.{name}={getattr(section, name)} has no effect: it needs {rule.needs}"
     yield from _beyond_the_end(recipe)
 

@@ -117,8 +117,8 @@ class DataConfig:
     tokenizer: Path | None = None
     """Folder of the tokenizer that the data was indexed with, for the checkpoints; where it was then when not given."""
     allow_change: bool = False
-    """Go on from a checkpoint with other training data than before, or more times through it; without, that is
-    refused."""
+    """Resume from a checkpoint with other training data than before, more times through it, or another batch size or
+    sequence length, at the samples consumed; without, that is refused."""
     reset_at_documents: bool = False
     """A token attends to its own document alone, and positions count from 0 in each; without, to all before it in the
     sample."""
@@ -183,6 +183,9 @@ class SftDataConfig:
     """Name of the field that holds the response."""
     on_too_long: Literal["stop", "skip"] = "stop"
     """What to do with an example longer than training.sequence_length: stop, or skip it and say how many."""
+    allow_change: bool = False
+    """Resume from a checkpoint with other training data than before, or another batch size or sequence length, at the
+    samples consumed; without, that is refused."""
     num_workers: int = 0
     """Processes per rank that read ahead; 0 reads in the training process."""
 
@@ -293,12 +296,14 @@ class BatchSizeStage:
     """Optimizer steps with this size."""
     global_batch_size: int
     """Samples per optimizer step, over all processes."""
+    sequence_length: int | None = None
+    """Of steps that are done, their tokens per sample. A run that resumes with another batch size or length
+    (data.allow_change) writes it, so that its recipe says what it has consumed; not for new runs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size"):
-            require(
-                getattr(self, name) >= 1, f"training.batch_size_ramp: {name}={getattr(self, name)} must be 1 or more"
-            )
+        for name in ("num_steps", "global_batch_size", "sequence_length"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"training.batch_size_ramp: {name}={value} must be 1 or more")
 
 
 def _step_range(text: int | str) -> range:
@@ -420,11 +425,13 @@ class TrainingConfig:
         return self.global_batch_size
 
     def num_samples(self, num_steps: int) -> int:
-        """Samples that the first `num_steps` steps take together, skipped steps included."""
+        """Samples that the first `num_steps` steps take together, skipped steps included. Steps done with samples of
+        another length count as the samples of sequence_length that have their tokens."""
         samples = 0
         for stage in self.batch_size_ramp:
             steps = min(num_steps, stage.num_steps)
-            samples, num_steps = samples + steps * stage.global_batch_size, num_steps - steps
+            tokens = steps * stage.global_batch_size * (stage.sequence_length or self.sequence_length)
+            samples, num_steps = samples - (-tokens // self.sequence_length), num_steps - steps
         return samples + num_steps * self.global_batch_size
 
     def skips(self, step: int) -> bool:
@@ -433,8 +440,14 @@ class TrainingConfig:
 
     @property
     def batch_sizes(self) -> set[int]:
-        """Every global batch size of the run."""
-        return {self.global_batch_size, *(stage.global_batch_size for stage in self.batch_size_ramp)}
+        """Every global batch size of the run, but for the steps that are done."""
+        ramp = [stage.global_batch_size for stage in self.batch_size_ramp if stage.sequence_length is None]
+        return {self.global_batch_size, *ramp}
+
+    @property
+    def num_steps_done(self) -> int:
+        """Steps before the run resumed with another batch size or sequence length; 0 where it has not."""
+        return sum(stage.num_steps for stage in self.batch_size_ramp if stage.sequence_length is not None)
 
 
 @dataclass

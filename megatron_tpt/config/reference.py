@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
 
+from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
@@ -16,6 +17,10 @@ _INTRODUCTION = """# Recipes
 
 All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
 option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.config.reference`.
+
+The last two columns say what becomes of a value that is not the one in the `recipe.yaml` of the checkpoint: when a run
+resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the fields of
+`model` that are not given). A field that has no effect beside the others of the recipe is never in the way.
 """
 
 
@@ -65,9 +70,10 @@ def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
     yield " ".join(filter(None, [documentation.short_description, documentation.long_description])) + "\n"
     if base:
         yield f"The fields of [{described[base]}](#{described[base]}), and these.\n"
-    yield "| field | values | default | meaning |\n|---|---|---|---|"
+    yield "| field | values | default | meaning | on resume | from `init_from` |\n|---|---|---|---|---|---|"
     for field in dataclasses.fields(cls):
-        cells = (f"`{field.name}`", _name_of(hints[field.name]), _default_of(field), meanings.get(field.name, ""))
+        cells = [f"`{field.name}`", _name_of(hints[field.name]), _default_of(field), meanings.get(field.name, "")]
+        cells += [effect.label for effect in effects_of(cls, field.name)]
         if known.get(field.name) != _default_of(field):
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     described[cls] = title
@@ -79,6 +85,7 @@ def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
 def reference() -> str:
     """Every section of the recipes as a table, and the dataclasses in them; what both kinds share is there once."""
     lines, described = [_INTRODUCTION], dict[type, str]()
+    lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
     for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
         for name, cls in get_type_hints(recipe).items():
             if cls not in described:

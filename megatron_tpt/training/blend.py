@@ -16,6 +16,7 @@ from megatron_tpt.config.load import read_yaml, recipe_from_dict
 from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.training.history import newest_recipe, step_of
 
 MAX_NAMES = 64
 
@@ -179,11 +180,11 @@ def with_data_of_run[R: Recipe](recipe: R) -> R:
     What the run was trained on until then becomes phases of its own, so that the order of all samples again follows
     from the recipe alone.
     """
-    checkpoints = sorted((recipe.run.output_dir / "checkpoints").glob("step_*/recipe.yaml"))
-    if not isinstance(recipe, PretrainRecipe) or not recipe.data.allow_change or not checkpoints:
+    path = newest_recipe(recipe.run.output_dir)
+    if not isinstance(recipe, PretrainRecipe) or not recipe.data.allow_change or recipe.data.mock or path is None:
         return recipe
-    step = int(checkpoints[-1].parent.name.removeprefix("step_"))
-    old = recipe_from_dict(PretrainRecipe, read_yaml(checkpoints[-1])).data.all_phases
+    step = step_of(path)
+    old = recipe_from_dict(PretrainRecipe, read_yaml(path)).data.all_phases
     length = recipe.training.sequence_length
     phases, changed = continue_phases(old, recipe.data.all_phases, recipe.training.num_samples(step), length)
     if changed:

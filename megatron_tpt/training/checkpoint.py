@@ -147,14 +147,6 @@ def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [optimizer] if inner is None else [member for one in inner for member in members(one)]
 
 
-def _settings_of(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """What in a recipe decides the names of the optimizer's tensors in a checkpoint."""
-    return {
-        "optimizer.name": optimizer.config.optimizer,
-        "parallel.distributed_optimizer": any(isinstance(one, DistributedOptimizer) for one in members(optimizer)),
-    }
-
-
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that use torch's AdamW: all but Muon's in a run without Transformer Engine and apex, else none."""
     return [member for member in members(optimizer) if isinstance(member.optimizer, torch.optim.AdamW)]
@@ -184,6 +176,26 @@ def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
     for member in _with_torch_adam(optimizer):
         for state in member.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+
+def _holders_of_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The mappings in an optimizer's state that hold parameter groups: one for each of its members, in their order."""
+    if isinstance(state, dict):
+        if "param_groups" in state:
+            yield state
+        else:
+            for value in state.values():
+                yield from _holders_of_groups(value)
+
+
+def _set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Replace the parameter groups of a checkpoint by the optimizer's own: rates, decays, betas and the like are the
+    recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays
+    (optimizer.py:139), and finds no counterpart for those that were changed."""
+    for holder, member in zip(list(_holders_of_groups(loaded)), members(optimizer), strict=True):
+        steps = [group["step"] for group in holder["param_groups"] if "step" in group]
+        updates = {"step": steps[0]} if steps else {}
+        holder["param_groups"] = [{**group, **updates} for group in member.optimizer.state_dict()["param_groups"]]
 
 
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
@@ -347,11 +359,7 @@ def start_saving(
     optimizer_format = _optimizer_format(optimizer_sharding)
     state: dict[str, Any] = {"model": weights_state(model), "trainer": {**trainer_state, "layout": _layout()}}
     if optimizer is not None:
-        state["trainer"] |= {
-            "optimizer": _settings_of(optimizer),
-            "optimizer_sharding": optimizer_sharding,
-            "num_pieces": len(_pieces(model)),
-        }
+        state["trainer"]["optimizer_sharding"] = optimizer_sharding
         (first, *_), weights = _pieces(model), state["model"]
         if fsdp_checkpoint.is_sharded(first):
             (own,) = members(optimizer)
@@ -489,21 +497,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     seeded, which only dropout notices.
     """
     trainer_state = read_trainer_state(folder)
-    settings = _settings_of(optimizer)
-    for name, value in trainer_state.get("optimizer", {}).items():
-        if settings[name] != value:
-            raise UserError(
-                f"{folder} was written with {name}={str(value).lower()}: go on with that, or start in another "
-                f"run.output_dir (training.init_from takes the weights)"
-            )
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
-    _, *sizes, _ = trainer_state["layout"]
-    if sharding == "dp_reshardable" and [*sizes, trainer_state["num_pieces"]] != [*_layout()[1:3], len(_pieces(model))]:
-        raise UserError(
-            f"{folder} was written with checkpoint.optimizer_sharding=dp_reshardable: go on with its parallel."
-            f"pipeline_parallel_size={sizes[0]}, tensor_parallel_size={sizes[1]} and virtual_pipeline_parallel_size="
-            f"{trainer_state['num_pieces']}; fully_reshardable ones, from a start at that layout, load under any"
-        )
     (first, *_), state = _pieces(model), dict[str, Any]()
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
@@ -515,6 +509,8 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         state["optimizer"] = optimizer.sharded_state_dict(
             state["model"], is_loading=True, metadata=_optimizer_format(sharding)
         )
+        for holder in list(_holders_of_groups(state["optimizer"])):
+            del holder["param_groups"]  # Megatron Core merges them with the checkpoint's, of which there may be others
     same_layout = trainer_state["layout"] == _layout()
     if same_layout:
         state["random_state"] = _sharded_random_state()
@@ -525,15 +521,9 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
     else:
         _set_weights(model, loaded["model"])
+        _set_groups(loaded["optimizer"], optimizer)
         with torch.no_grad():  # Megatron Core's loading of dp_reshardable leaves it to the caller
-            try:
-                optimizer.load_state_dict(loaded["optimizer"])
-            except KeyError:  # Megatron Core pairs groups of parameters by their rates and decays
-                raise UserError(
-                    f"{folder} was written with another optimizer.learning_rate, min_learning_rate, adam_learning_rate "
-                    f"or weight decay than this recipe has: resume with those of {folder / 'recipe.yaml'}, or start in "
-                    f"another run.output_dir with --training.init_from={folder}"
-                ) from None
+            optimizer.load_state_dict(loaded["optimizer"])
         _give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])

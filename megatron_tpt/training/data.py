@@ -27,6 +27,7 @@ from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
 from megatron_tpt.platform.signals import ignore_stop_signals
 from megatron_tpt.training.blend import MAX_NAMES, Blend, blends, cache_folder, check_epochs
+from megatron_tpt.training.resume import TEXT
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import (
     BlendIndex,
@@ -508,14 +509,20 @@ def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], n
         remaining -= own
         if own:
             phases.append((own, phase.weights))
-    rows, epochs = [], []
+    rows, epochs, texts = [], [], []
     for place, (manifest, wanted) in enumerate(zip(manifests, _samples_wanted(blend), strict=True)):
         weights = [weights[place] for _, weights in phases]
         if any(weights):
             rows.append((manifest.checksums["idx"], weights))
             epochs.append(epochs_of(manifest.counts.tokens, wanted, recipe.training.sequence_length))
+            texts.append(manifest.checksums.get("bin"))
     sources = [[own for own, _ in phases], rows]
-    return {"data.train": _digest(sources), "number of times through data.train (training.num_steps)": _digest(epochs)}
+    return {
+        "data.train": _digest(sources),
+        "number of times through data.train (training.num_steps)": _digest(epochs),
+        # Manifests without the checksums of all texts do not tell.
+        **({TEXT: _digest(texts)} if all(texts) else {}),
+    }
 
 
 def pretrain_identity(recipe: PretrainRecipe) -> Callable[[int], dict[str, str]]:

@@ -21,6 +21,7 @@ from megatron_tpt.training.blend import blends, describe_data, with_data_of_run
 from megatron_tpt.training.data_checks import data_warnings, is_all_packed
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
+from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.resume import describe_start
 
 
@@ -224,7 +225,7 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
-    recipe = with_data_of_run(with_steps(recipe))
+    recipe = with_data_of_run(with_steps(with_batches_of_run(recipe)))
     check(recipe, world_size)
     tokenizer = data_tokenizer(recipe, needs_data=not arguments.dry_run)
     if tokenizer is not None and isinstance(recipe, PretrainRecipe):

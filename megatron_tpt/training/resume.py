@@ -1,90 +1,153 @@
 """Whether a run resumes from a checkpoint with this recipe: what is refused, and what is told.
 
-The trainer asks it when it resumes; `--dry-run` asks it before anything is started.
+config/changes.py has what another value of each field does. The trainer asks when it resumes; `--dry-run` asks before
+anything is started, and says the same.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from megatron_tpt.config.load import read_yaml, to_dict
-from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.changes import Change, Effect, changes
+from megatron_tpt.config.effects import is_default
+from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 
-# Fields of a model that neither its tensors nor its function depend on.
-_WITHOUT_CONSEQUENCE = {"preset", "init_std", "transformer_impl", "max_position_embeddings", "vocab_size"}
-# Settings without which a checkpoint's optimizer state does not load; of the layout for dp_reshardable alone.
-_OF_OPTIMIZER = (("optimizer", "name"), ("parallel", "distributed_optimizer"))
-_OF_LAYOUT = (
-    ("parallel", "tensor_parallel_size"),
-    ("parallel", "pipeline_parallel_size"),
-    ("parallel", "virtual_pipeline_parallel_size"),
-)
+# Checkpoints of earlier versions do not have it.
+TEXT = "text of data.train"
+
+DataIdentity = Callable[[int], dict[str, str]]
+"""TrainingData.identity."""
 
 
-def run_identity(recipe: Recipe, of_data: dict[str, str]) -> dict[str, Any]:
-    """What decides the samples of the steps done; with another value of it some would be repeated or skipped on
-    resuming. `of_data` is what TrainingData.identity says of them."""
-    training = recipe.training
-    return {
-        "run.seed": recipe.run.seed,
-        "training.sequence_length": training.sequence_length,
-        "training.global_batch_size": training.global_batch_size,
-        "training.batch_size_ramp": to_dict(training.batch_size_ramp),
-        **of_data,
-    }
+def resume_warnings(
+    recipe: Recipe, folder: Path, state: dict[str, Any], data_identity: DataIdentity | None
+) -> Iterator[str]:
+    """What to tell of a run that resumes from a checkpoint with this recipe, one line each; all of it is generated
+    before anything is loaded.
 
-
-def require_same_data(recipe: Recipe, folder: Path, state: dict[str, Any], of_data: dict[str, str]) -> str | None:
-    """Raise UserError when this recipe's data does not continue where the checkpoint's ended; a warning where it is
-    other data and data.allow_change permits it. `state` is the trainer's state in the checkpoint."""
-    if state["step"] > recipe.training.num_steps:
+    `state` is the trainer's state in the checkpoint; `data_identity` None where the data is not here. Raises UserError
+    for what is refused.
+    """
+    saved, step = read_yaml(folder / "recipe.yaml"), int(state["step"])
+    if step > recipe.training.num_steps:
         raise UserError(
             f"{folder} is beyond training.num_steps={recipe.training.num_steps}: raise it, or start in another "
             f"run.output_dir"
         )
-    identity = run_identity(recipe, of_data)
-    changed = [name for name, value in identity.items() if state["data"].get(name) != value]
-    if not changed:
-        return None
-    is_of_data = isinstance(recipe, PretrainRecipe) and set(changed) <= of_data.keys()
-    if is_of_data and isinstance(recipe, PretrainRecipe) and recipe.data.allow_change:
-        return (
-            f"with other training data, shares or steps (data.allow_change) than {folder} had, a source that is read "
-            f"more than once may come in another order: some documents more often, some less"
-        )
+    differences = list(changes(recipe, saved))
+    _require_permitted(differences, recipe, folder, saved)
+    if taking := [change for change in differences if change.on_resume in (Effect.WARNED, Effect.PRECISION)]:
+        yield f"other settings than those of {folder} take effect after step {step}: {', '.join(map(str, taking))}"
+    for change in differences:
+        if change.on_resume is Effect.NONE and not is_default(getattr(recipe, change.section), change.field):
+            yield f"{change} has no effect: the weights are those of {folder}"
+    yield from _consumption_warnings(recipe, folder, step, differences)
+    if data_identity is not None:
+        yield from _data_warnings(recipe, folder, state, data_identity(recipe.training.num_samples(step)))
+    yield from _rate_warnings(recipe, folder, state)
+
+
+def _allows_change(recipe: Recipe) -> bool:
+    return isinstance(recipe, PretrainRecipe | FinetuneRecipe) and recipe.data.allow_change
+
+
+def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, saved: dict[str, Any]) -> None:
+    """Raise UserError where the table refuses changes."""
+    fixed = {Effect.REFUSED} | (set() if recipe.parallel.distributed_optimizer else {Effect.PRECISION})
+    _refuse(folder, [change for change in differences if change.on_resume in fixed])
+    if (saved.get("checkpoint") or {}).get("optimizer_sharding") == "dp_reshardable":
+        of_layout = [change for change in differences if change.on_resume is Effect.LAYOUT]
+        _refuse(folder, of_layout, beside=("checkpoint.optimizer_sharding=dp_reshardable",))
+    if not _allows_change(recipe):
+        advice = ", or give --data.allow_change=true to continue at the samples consumed"
+        _refuse(folder, [change for change in differences if change.on_resume is Effect.ALLOWED], advice=advice)
+
+
+def _refuse(folder: Path, refused: list[Change], *, beside: tuple[str, ...] = (), advice: str = "") -> None:
+    """Raise UserError that says what a checkpoint was written with, where there is something to refuse."""
+    if not refused:
+        return
+    fits = "" if any(change.section == "model" for change in refused) else " (training.init_from takes the weights)"
     raise UserError(
-        f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with this "
-        f"recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights)"
-        + ("; --data.allow_change=true resumes all the same" if is_of_data else "")
+        f"{folder} was written with {', '.join([*beside, *(change.before for change in refused)])}: resume with "
+        f"{'that' if len(refused) == 1 else 'those'}{advice}, or start in another run.output_dir{fits}"
     )
 
 
-def model_changes(model: ModelConfig, folder: Path) -> list[str]:
-    """Fields of the model that are not those of a checkpoint, as "norm_epsilon=0.01 (there 1e-05)"."""
-    there = read_yaml(folder / "recipe.yaml").get("model") or {}
-    here = to_dict(model)
-    names = [name for name in here if name in there and name not in _WITHOUT_CONSEQUENCE]
-    return [f"{name}={here[name]} (there {there[name]})" for name in names if here[name] != there[name]]
-
-
-def _changed_shape(model: ModelConfig, folder: Path) -> str | None:
-    """The first field that gives the tensors of a checkpoint another shape."""
-    there = ModelConfig(
-        **{
-            name: value
-            for name, value in (read_yaml(folder / "recipe.yaml").get("model") or {}).items()
-            if name in to_dict(model)
-        }
+def _consumption_warnings(recipe: Recipe, folder: Path, step: int, differences: list[Change]) -> Iterator[str]:
+    """Where a run continues that has another batch size or sequence length from here on."""
+    training = recipe.training
+    if training.num_steps_done > step:
+        raise UserError(
+            f"{folder} is of step {step}, and training.batch_size_ramp says that {training.num_steps_done} steps are "
+            f"done: start the same command again where a newer checkpoint was set aside, else put it right"
+        )
+    changed = {change.field for change in differences if change.on_resume is Effect.ALLOWED}
+    if not changed:
+        return
+    yield (
+        f"other batches than {folder} had (data.allow_change): after step {step}, {training.batch_size(step)} samples "
+        f"of {training.sequence_length} tokens a step, from sample {training.num_samples(step)} on"
     )
-    shapes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "query_groups", "kv_channels")
-    parts = ("tie_embeddings", "qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm")
-    for name in (*shapes, *parts, "padded_vocab_size"):
-        if getattr(model, name) != getattr(there, name):
-            return f"model.{name} is {getattr(there, name)} there and {getattr(model, name)} here"
-    return None
+    if "sequence_length" in changed:
+        yield (
+            "samples of another training.sequence_length come in another order: some of the text that was read comes "
+            "again before all of it was read"
+        )
+
+
+def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: dict[str, str]) -> Iterator[str]:
+    """Raises UserError when this recipe's data does not continue where the checkpoint's ended and it must."""
+    there = state["data"]
+    changed = [name for name, value in here.items() if there.get(name, value if name == TEXT else None) != value]
+    if not changed:
+        return
+    if not _allows_change(recipe):
+        raise UserError(
+            f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with "
+            f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights); "
+            f"--data.allow_change=true resumes all the same"
+        )
+    yield (
+        f"with other training data, shares or numbers of samples (data.allow_change) than {folder} had, a source that "
+        f"is read more than once may come in another order: some documents more often, some less"
+    )
+
+
+def _rate_warnings(recipe: Recipe, folder: Path, state: dict[str, Any]) -> Iterator[str]:
+    """Where the learning rate jumps, be it that only training.num_steps is another."""
+    from megatron_tpt.training.optimizer import build_schedule
+
+    group = {"max_lr": recipe.optimizer.learning_rate, "min_lr": recipe.optimizer.min_learning_rate}
+    schedule = build_schedule(SimpleNamespace(param_groups=[group]), recipe)
+    schedule.step(state["step"])
+    before, now = state.get("learning_rate"), group["lr"]
+    if before is not None and not math.isclose(before, now):
+        yield (
+            f"the learning rate continues at {now:.4g}, and {folder} would have continued at {before:.4g}: the "
+            f"schedule is that of this recipe (section optimizer; training.num_steps, where decay_steps is not given)"
+        )
+
+
+def start_warnings(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """What to tell of a run that starts from the weights of a checkpoint. Raises UserError where its model has another
+    shape."""
+    differences = [change for change in changes(recipe, read_yaml(folder / "recipe.yaml")) if change.section == "model"]
+    for change in differences:
+        if change.from_weights is Effect.REFUSED:
+            raise UserError(
+                f"training.init_from={folder} has a model of {change.before}, and this recipe {change}: omit the field"
+            )
+    if taking := [change for change in differences if change.from_weights is Effect.WARNED]:
+        yield f"the model computes with other settings than {folder} was trained with: {', '.join(map(str, taking))}"
+    for change in differences:
+        if change.from_weights is Effect.NONE:
+            yield f"{change} has no effect: the weights are those of {folder}"
 
 
 def _damage(folder: Path) -> str:
@@ -94,28 +157,8 @@ def _damage(folder: Path) -> str:
     return "; ".join(damage_of_files(folder)[:4])
 
 
-def _require_fit(recipe: Recipe, folder: Path) -> None:
-    if wrong := _changed_shape(recipe.model, folder):
-        raise UserError(f"{folder} has a model of another shape: {wrong}: change the section model")
-
-
-def _require_same_settings(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError when the optimizer's state in a checkpoint does not load with this recipe."""
-    there, here = read_yaml(folder / "recipe.yaml"), to_dict(recipe)
-    is_fixed = (there.get("checkpoint") or {}).get("optimizer_sharding") == "dp_reshardable"
-    for section, name in (*_OF_OPTIMIZER, *(_OF_LAYOUT if is_fixed else ())):
-        value = (there.get(section) or {}).get(name, here[section][name])
-        if value != here[section][name]:
-            raise UserError(
-                f"{folder} was written with {section}.{name}={str(value).lower()}: resume with that, or start in "
-                f"another run.output_dir (training.init_from takes the weights)"
-            )
-
-
 def describe_start(
-    recipe: PretrainRecipe | FinetuneRecipe,
-    tokenizer: TokenizerInfo | None,
-    data_identity: Callable[[int], dict[str, str]] | None,
+    recipe: PretrainRecipe | FinetuneRecipe, tokenizer: TokenizerInfo | None, data_identity: DataIdentity | None
 ) -> Iterator[str]:
     """Where a run would start, and what would be told then, one line each; nothing is loaded.
 
@@ -131,7 +174,7 @@ def describe_start(
         assert init_from is not None
         if damage := _damage(init_from):
             raise UserError(f"training.init_from={init_from} is damaged ({damage}): give another checkpoint")
-        _require_fit(recipe, init_from)
+        yield from (f"WARNING: {warning}" for warning in start_warnings(recipe, init_from))
         yield f"starts in {recipe.run.output_dir} from the weights of {init_from}"
     for folder in folders:
         if not (damage := _damage(folder)):
@@ -146,30 +189,24 @@ def _describe_resumption(
     recipe: PretrainRecipe | FinetuneRecipe,
     folder: Path,
     tokenizer: TokenizerInfo | None,
-    data_identity: Callable[[int], dict[str, str]] | None,
+    data_identity: DataIdentity | None,
 ) -> Iterator[str]:
-    _require_fit(recipe, folder)
-    _require_same_settings(recipe, folder)
-    _require_tokenizer(folder, tokenizer)
     from megatron_tpt.training.checkpoint import read_trainer_state
 
+    require_tokenizer(folder, tokenizer.fingerprint if tokenizer is not None else None)
     state = read_trainer_state(folder)
-    if data_identity is not None:
-        of_data = data_identity(recipe.training.num_samples(state["step"]))
-        if warning := require_same_data(recipe, folder, state, of_data):
-            yield f"WARNING: {warning}"
-    if changes := model_changes(recipe.model, folder):
-        yield f"WARNING: the model is not that of {folder}: {', '.join(changes)}"
+    yield from (f"WARNING: {warning}" for warning in resume_warnings(recipe, folder, state, data_identity))
     left = recipe.training.num_steps - state["step"]
     yield f"resumes from {folder}: {left} of {recipe.training.num_steps} steps are left" + (
         "" if left else "; nothing is left to do: raise training.num_steps to train further"
     )
 
 
-def _require_tokenizer(folder: Path, tokenizer: TokenizerInfo | None) -> None:
+def require_tokenizer(folder: Path, fingerprint: str | None) -> None:
+    """Raise UserError when a checkpoint is of another tokenizer than the one of this fingerprint, where it is known."""
     from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
 
-    if tokenizer is not None and is_of_other_tokenizer(folder, tokenizer.fingerprint):
+    if fingerprint and is_of_other_tokenizer(folder, fingerprint):
         raise UserError(
             f"{folder} was written by a run with another tokenizer: put back the data of that one, or start in another "
             f"run.output_dir"

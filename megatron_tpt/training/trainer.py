@@ -14,13 +14,13 @@ from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
 from megatron_tpt.training.checkpoint import (
     CheckpointSaving,
     load_checkpoint,
     load_weights,
     random_state,
+    read_trainer_state,
     set_random_state,
     start_saving,
 )
@@ -30,7 +30,7 @@ from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.model_files import model_files
 from megatron_tpt.training.new_tokens import start_new_tokens
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
-from megatron_tpt.training.resume import model_changes, require_same_data, run_identity
+from megatron_tpt.training.resume import require_tokenizer, resume_warnings, start_warnings
 from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
 from megatron_tpt.training.stragglers import OwnWork
 
@@ -121,6 +121,7 @@ class Trainer:
         seed = recipe.run.seed if begins else None
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
         if newest is None and recipe.training.init_from is not None:
+            self._warn(start_warnings(recipe, recipe.training.init_from))
             load_weights(recipe.training.init_from, gpts)
             start_new_tokens(gpts, recipe, data.tokenizer_path)
         self.chunks = wrap_model(gpts, recipe)
@@ -290,12 +291,13 @@ class Trainer:
         """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
         self.gather_weights()
         states = {type(callback).__name__: callback.state() for callback in self.callbacks}
+        num_samples = self.recipe.training.num_samples(self.step)
         return start_saving(
             step_folder(self.checkpoints, self.step),
             self.gpts,
             self.optimizer,
-            {"step": self.step, "tokens": self.tokens, "data": self._data_identity(self.step), "callbacks": states}
-            | {"learning_rate": current_learning_rate(self.optimizer)}
+            {"step": self.step, "tokens": self.tokens, "samples": num_samples, "callbacks": states}
+            | {"data": self.data.identity(num_samples), "learning_rate": current_learning_rate(self.optimizer)}
             | self._source_tokens(),
             recipe_yaml=to_yaml(self.recipe),
             model_files=self._model_files,
@@ -303,49 +305,27 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
-        if self.data.tokenizer_fingerprint and is_of_other_tokenizer(folder, self.data.tokenizer_fingerprint):
-            raise UserError(
-                f"{folder} was written by a run with another tokenizer: put back the data of that one, or start in "
-                f"another run.output_dir"
-            )
+        require_tokenizer(folder, self.data.tokenizer_fingerprint)
+        self._warn(resume_warnings(self.recipe, folder, read_trainer_state(folder), self.data.identity))
         state = load_checkpoint(folder, self.gpts, self.optimizer)
-        of_data = self.data.identity(self.recipe.training.num_samples(state["step"]))
-        warnings = [require_same_data(self.recipe, folder, state, of_data)]
-        if changes := model_changes(self.recipe.model, folder):
-            warnings.append(
-                f"the model is not that of {folder}: {', '.join(changes)}; training continues with this one"
-            )
-        if platform.is_first_rank():
-            for warning in filter(None, warnings):
-                print(f"WARNING: {warning}", flush=True)
         self.step, self.tokens = state["step"], state["tokens"]
         self.schedule.num_steps = 0
         self.schedule.step(self.step)
-        self._warn_of_other_rate(folder, state)
         for callback in self.callbacks:
             if callback_state := state["callbacks"].get(type(callback).__name__):
                 callback.load_state(callback_state)
         if platform.is_first_rank():
             print(f"resumed from {folder} at step {self.step}", flush=True)
 
-    def _warn_of_other_rate(self, folder: Path, state: dict[str, Any]) -> None:
-        before, now = state.get("learning_rate"), current_learning_rate(self.optimizer)
-        if before is not None and not math.isclose(before, now) and platform.is_first_rank():
-            print(
-                f"WARNING: the learning rate goes on at {now:.4g}, and {folder} would have gone on at {before:.4g}: "
-                f"the schedule is that of this recipe (section optimizer; training.num_steps, where decay_steps is not "
-                f"given)",
-                flush=True,
-            )
+    def _warn(self, warnings: Iterator[str]) -> None:
+        for warning in list(warnings):
+            if platform.is_first_rank():
+                print(f"WARNING: {warning}", flush=True)
 
     def _source_tokens(self) -> dict[str, Any]:
         """For a checkpoint: the tokens taken from each source."""
         taken = self.data.source_tokens
         return {"source_tokens": taken.after(self.recipe.training.num_samples(self.step))} if taken else {}
-
-    def _data_identity(self, step: int) -> dict[str, Any]:
-        """What decides the samples of the first `step` steps."""
-        return run_identity(self.recipe, self.data.identity(self.recipe.training.num_samples(step)))
 
     def _write_recipe(self) -> None:
         if platform.is_first_rank():

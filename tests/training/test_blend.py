@@ -165,7 +165,7 @@ def test_a_run_is_prolonged_where_its_data_is_not_gone_through_more_often(
         goes_on("--training.num_steps=100")
     with pytest.raises(AssertionError, match=r"step_00000009 is beyond training\.num_steps=8: raise it"):
         goes_on("--training.num_steps=8")
-    rate = "WARNING: the learning rate goes on at"
+    rate = "WARNING: the learning rate continues at"
     assert rate not in goes_on("--training.num_steps=10")
     assert f"{rate} 0.000954" in goes_on("--training.num_steps=12", "--optimizer.schedule=cosine")
 

@@ -57,8 +57,9 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
     assert "0 of 4 steps are left; nothing is left to do: raise training.num_steps" in dry_run()
     assert f"resumes from {run}/checkpoints/step_00000004: 2 of 6 steps are left" in dry_run("--training.num_steps=6")
     changed = dry_run("--training.num_steps=6", "--model.rotary_base=500", "--model.init_std=0.5")
-    assert f"WARNING: the model is not that of {run}/checkpoints/step_00000004: rotary_base=500.0 (there 100" in changed
-    assert "init_std=" not in changed
+    settings = f"WARNING: other settings than those of {run}/checkpoints/step_00000004 take effect after step 4: "
+    assert f"{settings}model.rotary_base=500.0 (10000.0 there)\n" in changed
+    assert "WARNING: model.init_std=0.5 (0.02 there) has no effect: the weights are those of" in changed
     elsewhere = dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")
     assert f"starts in {run}2 from the weights of {run}/checkpoints/latest" in elsewhere
     assert "starts from random weights" in dry_run(f"--run.output_dir={run}2")
@@ -67,16 +68,25 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["--run.seed=5"], "was written by a run with another run.seed"),
-        (["--training.global_batch_size=4"], "another training.global_batch_size"),
+        (["--run.seed=5"], "was written with run.seed=1234: resume with that, or start"),
+        (
+            ["--training.global_batch_size=4"],
+            "was written with training.global_batch_size=8: .* --data.allow_change=true",
+        ),
         (["--training.num_steps=3"], "is beyond training.num_steps=3"),
         (["--training.num_steps=1000"], r"another number of times through data\.train.*--data.allow_change=true"),
         (["--data.train=RECORDS"], "another data.train"),
-        (["--model.hidden_size=64"], "model.hidden_size is 32 there and 64 here"),
-        (["--model.tie_embeddings=true"], "model.tie_embeddings is False there and True here"),
-        (["--optimizer.name=muon", "--parallel.distributed_optimizer=false"], "with optimizer.name=adam: resume with"),
+        (["--model.hidden_size=64"], "was written with model.hidden_size=32: resume with that, or start"),
+        (["--model.tie_embeddings=true"], "was written with model.tie_embeddings=false: resume"),
+        (
+            ["--optimizer.name=muon", "--parallel.distributed_optimizer=false"],
+            "with parallel.distributed_optimizer=true, optimizer.name=adam: resume with those",
+        ),
         (["--parallel.distributed_optimizer=false"], "with parallel.distributed_optimizer=true"),
-        (["--run.output_dir=NEW", "--training.init_from=CHECKPOINT", "--model.num_layers=4"], "num_layers is 2 there"),
+        (
+            ["--run.output_dir=NEW", "--training.init_from=CHECKPOINT", "--model.num_layers=4"],
+            "has a model of model.num_layers=2",
+        ),
     ],
 )
 def test_what_would_be_refused_is_refused(

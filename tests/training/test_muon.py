@@ -72,7 +72,7 @@ def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit(
     assert [m["loss"] for m in moved] == pytest.approx([m["loss"] for m in unbroken], rel=1e-3)
 
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000008")
-    with pytest.raises(AssertionError, match=r"was written with optimizer\.name=muon"):
+    with pytest.raises(AssertionError, match=r"was written with .*optimizer\.name=muon"):
         train("run", "--optimizer.name=adam", "--optimizer.adam_learning_rate=null", changes=muon)
     was_split = overrides is BF16
     with pytest.raises(AssertionError, match=f"was written with parallel.distributed_optimizer={was_split}".lower()):

@@ -99,7 +99,7 @@ def test_optimizer_state_written_by_all_ranks_goes_on_at_another_data_parallel_s
         path.stat().st_size for path in (tmp_path / "unbroken/checkpoints/latest").glob("__0_*")
     )
     shutil.rmtree(tmp_path / "unbroken/checkpoints/step_00000020")
-    with pytest.raises(AssertionError, match="optimizer_sharding=dp_reshardable: go on with its parallel"):
+    with pytest.raises(AssertionError, match=r"=dp_reshardable, parallel\.tensor_parallel_size=1: resume with that"):
         train("unbroken", "--parallel.tensor_parallel_size=2", num_processes=2, changes=changes)
     assert exact(train("unbroken", num_processes=2, changes=changes)) == exact(unbroken)
     still = {"hidden_dropout": 0.0, "attention_dropout": 0.0}  # another rank draws it
@@ -147,18 +147,6 @@ def test_half_written_checkpoint_is_not_taken(train: Train, tmp_path: Path) -> N
 def test_finished_run_does_nothing_again(train: Train) -> None:
     first = train("run")
     assert train("run") == first
-
-
-def test_resume_with_another_data_order_or_rate_is_refused(train: Train, recipe: dict, tmp_path: Path) -> None:
-    train("run", "--checkpoint.save_interval=10")
-    for override in ("training.global_batch_size=4", "optimizer.learning_rate=1e-4"):
-        process = start_training(tmp_path / "run.yaml", f"--{override}")
-        output, _ = process.communicate()
-        assert process.returncode == 2
-        errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and override.partition("=")[0] in errors[0] and "Traceback" not in output
-        if "batch" in override:  # found before anything is started
-            assert output.count("\n") == 1
 
 
 def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
