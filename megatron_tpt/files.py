@@ -91,6 +91,28 @@ def atomic_symlink(target: str, link: str | Path) -> None:
     _fsync(link.parent)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file that one process writes, made if need be, and flush it to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", opener=no_links) as file:
+        # What a crash truncated must not swallow the line after it.
+        is_whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+        file.write((b"" if is_whole else b"\n") + line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open` under a name that others can guess: a link in its place is an error, and not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def file_checksum(path: Path) -> str:
+    """ "sha256:" and the digest of a file's content."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_fingerprint(path: Path, max_blocks: int = 64) -> str:
     """A digest that tells a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
 

@@ -14,7 +14,7 @@ does what, or how often a run was killed.
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import Record, Row, write_records
+from megatron_tpt.records.inventory import Entry
 
 _MAX_BATCH_ROWS = 1000
 _MAX_BATCH_CHARACTERS = 1 << 18
@@ -38,6 +39,8 @@ def scan(task: SourceTask) -> Iterator[int]:
     """Look at every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
     job, options = task.job, task.job.options
     index = EvaluationIndex.load(job.index_path) if options.decontaminate else None
+    if task.stripe == 0:
+        job.sources[task.source].require_content()
     for shard, rows in task.missing("scan", ".json"):
         contaminated: dict[str, Any] = {}
         ids: dict[int, bytes] = {}
@@ -135,8 +138,7 @@ def write(task: SourceTask) -> Iterator[int]:
     for shard, rows in task.missing("write", ".json"):
         verdicts = Verdicts(job, shard, stages)
         tally = ShardTally(job, shard, verdicts)
-        part = job.options.output / job.part_name(shard)
-        rejects = job.options.output / "rejects" / part.name
+        part, rejects = (job.options.output / name for name in job.files_of(shard))
         part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
         rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
@@ -150,7 +152,12 @@ def write(task: SourceTask) -> Iterator[int]:
             raise UserError(f"{job.sources[shard.source].name}: has changed while it was read; choose another --output")
         write_json(
             job.path("write", shard, ".json"),
-            {"counts": tally.counts, "contaminated_by": tally.contaminated_by, "examples": tally.examples},
+            {
+                "counts": tally.counts,
+                "contaminated_by": tally.contaminated_by,
+                "examples": tally.examples,
+                "files": [asdict(Entry.of(job.options.output, name)) for name in job.files_of(shard)],
+            },
         )
         yield verdicts.num_rows
 

@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy
 
+from megatron_tpt.files import file_checksum
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.manifest import file_checksum
 from megatron_tpt.indexing.packing import Packing, write_boundaries
 from megatron_tpt.indexing.writer import IndexWriter, token_dtype
 

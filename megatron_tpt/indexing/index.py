@@ -349,6 +349,9 @@ class _Job:
                 if isinstance(result, End):
                     if result.damage is not None:
                         raise UserError(describe(input, Row(num_rows, None, DAMAGED, result.damage)))
+                    input.require_content(result.checksum)
+                    if not num_rows:
+                        print(f"warning: {input.name}: holds no rows", file=sys.stderr)
                     output.end_source(_manifest_source(input, result.checksum))
                     input, num_rows = next(remaining, input), 0
                     continue
@@ -386,7 +389,7 @@ def _without(is_bad: numpy.ndarray, pieces: Pieces, encoded: Encoded) -> tuple[P
 
 def _name(input: Input) -> str:
     """What the manifest calls an input."""
-    return str(input.path.resolve()) if input.path else input.name
+    return str(input.real_path) if input.real_path else input.name
 
 
 def _manifest_source(input: Input, checksum: str) -> Source:

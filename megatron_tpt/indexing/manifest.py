@@ -5,7 +5,6 @@ It is written last: an index without it is not finished. The trainer reads it to
 index.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, file_checksum
 from megatron_tpt.indexing.writer import idx_bytes
 from megatron_tpt.job_settings import EntryChanges
 
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
     from megatron_tpt.indexing.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-
-
-def file_checksum(path: Path) -> str:
-    """ "sha256:" and the digest of a file's content."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

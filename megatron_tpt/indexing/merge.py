@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.files import file_checksum, sync_tree
 from megatron_tpt.indexing.journal import working_folder, working_path
-from megatron_tpt.indexing.manifest import IndexCounts, Manifest, file_checksum
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.output import publish
 from megatron_tpt.indexing.reader import IndexReader

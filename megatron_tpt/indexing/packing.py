@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, file_checksum
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.verification import check_structure
 

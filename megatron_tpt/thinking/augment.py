@@ -170,7 +170,7 @@ def _write_card(job: Job, output: Output, missing: Sequence[str] = ()) -> None:
     missing = list(missing)
     if unfinished:
         missing.append(f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished")
-    missing += [f"{num_gone:,} finished shards were taken away"] if num_gone else []
+    missing += [f"{num_gone:,} finished shards are missing or damaged"] if num_gone else []
     write_card(output.folder, job.settings, total, missing)
 
 
@@ -205,6 +205,8 @@ class _Task:
         if previous is not None:
             self.progress.examples = previous.examples
         self._ids = IdSet()
+        self._read_sources: set[int] = set()
+        """Whose content was compared with what the job that wrote them recorded."""
         self._finished_bytes = 0
         self._open_bytes = 0
         """Of the rows that are being thought about."""
@@ -253,18 +255,24 @@ class _Task:
             name = block_name(number, block)
             if is_beyond(block * rows_per_block):
                 return True  # to end the walk there
+            is_ours = self.owns(number, block)
+            if is_ours and self.output.set_aside_damaged(name):
+                self.output.note_reopened(self.number, self._num_tasks)
             if self.output.is_done(name):
                 if name in ledger.entries:
                     self._ids.update(ledger.entries[name].digests)
-                if self.owns(number, block):
+                if is_ours:
                     self.progress.shards_skipped += 1
                     self._count_before(ledger.entries.get(name))
                 return False
-            return self.owns(number, block)
+            return is_ours
 
         for block, rows in read_blocks(source, self._job.columns, rows_per_block, is_wanted, self._read):
             if is_beyond(block * rows_per_block):
                 return
+            if number not in self._read_sources:
+                self._read_sources.add(number)
+                source.require_content()
             inside = itertools.takewhile(lambda row: not is_beyond(row.number), rows)
             yield _Block(source, block_name(number, block), ledger, inside)
 
