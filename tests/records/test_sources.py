@@ -278,7 +278,7 @@ def test_an_arrow_file_of_the_other_kind_and_a_broken_one(tmp_path: Path) -> Non
     with pyarrow.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
     assert [r.text for r in read_records([path])] == ["a", "b"]
-    for content in (b"", b"garbage" * 100, path.read_bytes()[:100], b"ARROW1"):
+    for content in (b"garbage" * 100, path.read_bytes()[:100], b"ARROW1"):
         path.write_bytes(content)
         (source,) = expand_sources([path])
         rows = [row for _, rows in read_blocks(source, Columns(), 10, bool) for row in rows]
