@@ -162,7 +162,7 @@ def _encode(line: dict[str, Any]) -> bytes:
 
 def _open_locked(path: Path) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         if not locked(file, path, timeout_s=_LOCK_TIMEOUT_S):
             os.close(file)
             raise TaskLocked(
