@@ -115,6 +115,13 @@ class SourceTask:
             yield Shard(self.source, number), rows
 
 
+class SourceTasks(tuple[SourceTask, ...]):
+    """Tasks that one worker does one after the other: what they share is sent and loaded once."""
+
+    def __str__(self) -> str:
+        return str(self[0]) + (f" and {len(self) - 1:,} more files" if len(self) > 1 else "")
+
+
 @dataclass(frozen=True)
 class PartitionTask:
     """One partition of the keys of the stage "exact" or "near"."""
@@ -127,7 +134,7 @@ class PartitionTask:
         return f"partition {self.number} of {self.stage} keys"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a small result."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=durable) as temporary:
         temporary.write_bytes(orjson.dumps(value))

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
@@ -152,9 +152,9 @@ def _forget_damaged(job: Job) -> None:
 
 
 def _over_sources(
-    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTask], Iterator[int]]
+    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTasks], Iterator[int]]
 ) -> None:
-    """Do a stage that reads documents. Large sources are shared among the workers."""
+    """Do a stage that reads documents. Large sources are shared among the workers, small ones are done together."""
     num_workers = job.options.worker_count
     num_bytes = [source.num_bytes or 0 for source in job.sources]
     stripe_bytes = max(sum(num_bytes) / num_workers / 2, _BYTES_PER_STRIPE)
@@ -164,9 +164,26 @@ def _over_sources(
             num_stripes = max(1, min(num_workers, math.ceil(num_bytes[source] / stripe_bytes)))
             tasks += [SourceTask(job, source, stripe, num_stripes) for stripe in range(num_stripes)]
     progress = _Progress(stage)
-    for num_rows in workers.run(work, tasks):
+    most_tasks = math.ceil(len(tasks) / num_workers / 4)
+    for num_rows in workers.run(work, _batches(tasks, num_bytes, stripe_bytes, most_tasks)):
         progress.add(num_rows)
     progress.finish()
+
+
+def _batches(
+    tasks: Sequence[SourceTask], num_bytes: Sequence[int], max_bytes: float, max_tasks: int
+) -> list[SourceTasks]:
+    """The tasks in order, so many small ones together that they come to `max_bytes` (`num_bytes` by source)."""
+    batches: list[list[SourceTask]] = []
+    size = 0.0
+    for task in tasks:
+        share = num_bytes[task.source] / task.num_stripes
+        if not batches or size + share > max_bytes or len(batches[-1]) >= max_tasks:
+            batches.append([])
+            size = 0.0
+        batches[-1].append(task)
+        size += share
+    return [SourceTasks(batch) for batch in batches]
 
 
 def _is_done(job: Job, stage: str, suffix: str, source: int) -> bool:
