@@ -23,8 +23,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, UserError
+from megatron_tpt.generation import Completion, EngineOptions, Request, open_engine
+from megatron_tpt.generation.dispatch import DEFAULT_MAX_IN_FLIGHT
+from megatron_tpt.processes import num_files_left
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, notes_of_columns_not_kept, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
@@ -43,6 +45,8 @@ from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
 
 _REJECTS_UNTIL_WARNING = 100
+_OTHER_FILES = 24
+"""Files that are open besides connections and journals."""
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -127,6 +131,18 @@ def conclude(options: AugmentOptions) -> None:
     folder = shlex.quote(str(output.folder))
     following = f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX"
     print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
+
+
+def _within_file_limit(options: EngineOptions) -> EngineOptions:
+    """With fewer requests at once where this process may not open so many connections and journals."""
+    if options.kind != "endpoint":
+        return options
+    wanted = options.max_num_seqs or DEFAULT_MAX_IN_FLIGHT
+    possible = max((num_files_left() - _OTHER_FILES) // (2 * len(options.endpoints)), 1)
+    if wanted <= possible:
+        return options
+    _say([f"note: {possible} requests at once in place of {wanted}: {FILE_LIMIT_ADVICE} for more"])
+    return replace(options, max_num_seqs=possible)
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -278,7 +294,7 @@ class _Task:
 
     def run(self, generator: Generator, blocks: Iterator[_Block]) -> None:
         """Think about all rows of `blocks`."""
-        with contextlib.closing(self.output), open_engine(generator.engine_options) as engine:
+        with contextlib.closing(self.output), open_engine(_within_file_limit(generator.engine_options)) as engine:
             self._num_devices, self._last_finish_s = engine.num_devices, time.monotonic()
             reporter = Reporter(self.progress, self._progress_path, self._input_bytes_done)
             try:
