@@ -5,6 +5,7 @@ folder is atomic on POSIX: a reader (or a process killed at any moment) sees the
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -12,6 +13,8 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_tpt.errors import UserError
 
 _BLOCK_BYTES = 1 << 16
 
@@ -103,8 +106,13 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def no_links(path: str, flags: int) -> int:
-    """An `opener` for `open` under a name that others can guess: a link in its place is an error, and not followed."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """An `opener` for `open` under a name that others can guess. Raises UserError for a link in its place."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: a link in the place of a file of this program; remove the link") from error
 
 
 def file_checksum(path: Path) -> str:
