@@ -25,11 +25,12 @@ _RESOURCES = {
     errno.ENOSPC: _DISK_FULL,
     errno.EDQUOT: _DISK_FULL,
     errno.EROFS: "the file system can only be read{place}; have it mounted for writing",
+    errno.EACCES: "permission denied{place}; have its owner let you write there (umask 002 in shared folders)",
     errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (ulimit -f)",
     errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}",
     errno.ENFILE: "the machine has too many open files{place}; end other programs",
 }
-"""What ends a program that wants more than the machine has, and what to do."""
+"""What ends a program that wants more than the machine has or allows, and what to do."""
 
 
 def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
