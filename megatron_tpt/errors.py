@@ -8,6 +8,9 @@ _USERS_ERRNOS = {
 }  # fmt: skip
 
 
+FILE_LIMIT_ADVICE = "raise the limit of open files (ulimit -n 4096)"
+
+
 class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what to change.
 
@@ -39,6 +42,8 @@ def failure(message: str, error: BaseException) -> UserError | Fault:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
+    if any(isinstance(cause, OSError) and cause.errno == errno.EMFILE for cause in causes):
+        return UserError(f"{message}; {FILE_LIMIT_ADVICE}")
     return (Fault if any(map(_is_of_disk_or_network, causes)) else UserError)(message)
 
 

@@ -5,6 +5,7 @@ folder is atomic on POSIX: a reader (or a process killed at any moment) sees the
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -12,6 +13,8 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_tpt.errors import UserError
 
 _BLOCK_BYTES = 1 << 16
 
@@ -89,6 +92,33 @@ def atomic_symlink(target: str, link: str | Path) -> None:
     os.symlink(target, temporary)
     os.replace(temporary, link)
     _fsync(link.parent)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file that one process writes, made if need be, and flush it to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", opener=no_links) as file:
+        # What a crash truncated must not swallow the line after it.
+        is_whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+        file.write((b"" if is_whole else b"\n") + line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def no_links(path: str, flags: int) -> int:
+    """An `opener` for `open` under a name that others can guess. Raises UserError for a link in its place."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: a link in the place of a file of this program; remove the link") from error
+
+
+def file_checksum(path: Path) -> str:
+    """ "sha256:" and the digest of a file's content."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_fingerprint(path: Path, max_blocks: int = 64) -> str:

@@ -4,18 +4,34 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+_MAX_FILES = 1 << 16
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent(signum: signal.Signals) -> None:
     """Have the kernel send us `signum` when the thread that started this process is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may: what shells set is a tenth of that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def num_files_left() -> int:
+    """How many more files and connections this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (_MAX_FILES if soft == resource.RLIM_INFINITY else soft) - len(os.listdir("/proc/self/fd"))
 
 
 @contextlib.contextmanager

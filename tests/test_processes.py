@@ -46,3 +46,13 @@ def test_children_and_theirs_end_when_the_first_is_killed(tmp_path: Path, method
     for process in alive:
         process.kill()
     assert not alive
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_the_user_may() -> None:
+    program = (
+        "import resource; from megatron_tpt.processes import num_files_left, raise_file_limit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 300)); raise_file_limit()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE), 200 < num_files_left() < 300)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said == "(300, 300) True\n"

@@ -167,7 +167,7 @@ def test_folders_are_expanded_and_wrong_inputs_refused(tmp_path: Path) -> None:
         "summary.json",
     ]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text('{"loss": 1}\n' if name == "summary.json" else "")
+        (folder / name).write_text('{"loss": 1}\n' if name == "summary.json" else "\n")
     names = [str(path.relative_to(folder)) for path in expand_inputs([folder])]
     assert names == ["a.parquet", "b.jsonl", "sub/c.jsonl.gz"]
     with pytest.raises(UserError, match="no such file"):

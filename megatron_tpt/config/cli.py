@@ -15,10 +15,22 @@ from typing import Any, get_origin, get_type_hints
 
 import tyro
 
-from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure
+from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure
 from megatron_tpt.names import require_utf8
+from megatron_tpt.processes import raise_file_limit
 
 _RECIPE = "--recipe"
+_DISK_FULL = "the disk is full{place}; make room"
+_RESOURCES = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EROFS: "the file system can only be read{place}; have it mounted for writing",
+    errno.EACCES: "permission denied{place}; have its owner let you write there (umask 002 in shared folders)",
+    errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (ulimit -f)",
+    errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}",
+    errno.ENFILE: "the machine has too many open files{place}; end other programs",
+}
+"""What ends a program that wants more than the machine has or allows, and what to do."""
 
 
 def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
@@ -102,6 +114,7 @@ def run(main: Callable[[], Any]) -> None:
     """Call `main` and leave the process with the shared exit codes. Never returns."""
     try:
         require_utf8(sys.argv)
+        raise_file_limit()
         main()
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
@@ -117,12 +130,12 @@ def run(main: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        place = f" ({error.filename})" if error.filename else ""
+        if (what := _RESOURCES.get(error.errno or 0)) is None:
             traceback.print_exc()
             code = 1
         else:
-            place = f" ({error.filename})" if error.filename else ""
-            print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
+            print(f"error: {what.format(place=place)} and run the same command again", file=sys.stderr)
             code = 2
     except Exception:
         traceback.print_exc()

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import orjson
 from megatron_tpt.corpus.deduplication import num_partitions
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import Columns, Row, Source, read_blocks
+from megatron_tpt.records import REJECTS, Columns, Row, Source, read_blocks
 
 
 class Shard(NamedTuple):
@@ -64,9 +66,15 @@ class Job:
         """The result of a shard in a stage."""
         return self.work / stage / f"{shard}{suffix}"
 
-    def part_name(self, shard: Shard) -> str:
-        """The output file of a shard: parts are numbered through all sources."""
-        return f"part-{sum(self.num_shards[: shard.source]) + shard.number:05d}.jsonl.zst"
+    def files_of(self, shard: Shard) -> tuple[str, str]:
+        """What a shard becomes in the output, documents and rejects: parts are numbered through all sources."""
+        name = f"part-{self._first_parts[shard.source] + shard.number:05d}.jsonl.zst"
+        return name, f"{REJECTS}/{name}"
+
+    @cached_property
+    def _first_parts(self) -> list[int]:
+        """The number of the first part of each source."""
+        return [0, *accumulate(self.num_shards)]
 
     def shards(self) -> Iterator[Shard]:
         """All shards in input order."""
@@ -107,6 +115,13 @@ class SourceTask:
             yield Shard(self.source, number), rows
 
 
+class SourceTasks(tuple[SourceTask, ...]):
+    """Tasks that one worker does one after the other: what they share is sent and loaded once."""
+
+    def __str__(self) -> str:
+        return str(self[0]) + (f" and {len(self) - 1:,} more files" if len(self) > 1 else "")
+
+
 @dataclass(frozen=True)
 class PartitionTask:
     """One partition of the keys of the stage "exact" or "near"."""
@@ -119,7 +134,7 @@ class PartitionTask:
         return f"partition {self.number} of {self.stage} keys"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a small result."""
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=durable) as temporary:
         temporary.write_bytes(orjson.dumps(value))

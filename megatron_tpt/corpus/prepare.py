@@ -4,6 +4,7 @@
     OUTPUT/part-00000.jsonl.zst            what is left of the first rows of the input, in its order
     OUTPUT/rejects/part-00000.jsonl.zst    what is not, and why
     OUTPUT/report.md, OUTPUT/report.json   the counts, which add up to the input; written last
+    OUTPUT/.inventory/                     sizes and checksums of these files, see records/inventory.py
     OUTPUT/.work/                          results of the stages (see stages.py); of a finished job, what it needs to
                                            continue when files are added to its input
 
@@ -18,14 +19,15 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, write_json
+from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
@@ -41,9 +43,11 @@ from megatron_tpt.job_settings import (
     write_settings,
 )
 from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
+from megatron_tpt.records.inventory import FOLDER, Entry, Inventory, size_of, write_inventory
 from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
+_WRITER = "prepare"
 
 
 def prepare(options: PrepareOptions) -> Report:
@@ -59,7 +63,7 @@ def prepare(options: PrepareOptions) -> Report:
             settings = make_settings(options, job.sources)
             check_settings(path, settings)
             added = added_names(path, settings)
-            if not added and Report.path(options.output).exists():
+            if not added and Report.path(options.output).exists() and not _has_damaged_files(options.output):
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
             index = _evaluation_index(job)  # not after: a mistake in them leaves nothing that binds the next run
@@ -83,6 +87,22 @@ def prepare(options: PrepareOptions) -> Report:
         raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
     print(report.summary(), file=sys.stderr)
     return report
+
+
+def _has_damaged_files(output: Path) -> bool:
+    """Whether files of a finished job are not as they were recorded: then it is no longer finished."""
+    damaged = list(Inventory(output).differences())
+    for name, difference in damaged:
+        _say(f"{output / name}: {difference}; it is written again")
+    if damaged:
+        _forget_report(output)
+    return bool(damaged)
+
+
+def _forget_report(output: Path) -> None:
+    """Make a job one that has not finished."""
+    for path in (output / "report.md", Report.path(output), output / FOLDER / f"{_WRITER}.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def _evaluation_index(job: Job) -> EvaluationIndex:
@@ -118,13 +138,23 @@ def _compare_and_write(job: Job, workers: Workers) -> None:
         _over_partitions(job, workers, "near")
         if not job.near_path.exists():
             write_clusters(job.near_path, job.pair_files("near"))
+    _forget_damaged(job)
     _over_sources(job, workers, "write", ".json", stages.write)
 
 
+def _forget_damaged(job: Job) -> None:
+    """Have the shards written again of which a file is not as it was recorded."""
+    for shard in job.shards():
+        path = job.path("write", shard, ".json")
+        files = json.loads(path.read_bytes()).get("files", []) if path.exists() else []
+        if any(Entry(**file).difference(size_of(job.options.output / file["name"])) for file in files):
+            path.unlink()
+
+
 def _over_sources(
-    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTask], Iterator[int]]
+    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTasks], Iterator[int]]
 ) -> None:
-    """Do a stage that reads documents. Large sources are shared among the workers."""
+    """Do a stage that reads documents. Large sources are shared among the workers, small ones are done together."""
     num_workers = job.options.worker_count
     num_bytes = [source.num_bytes or 0 for source in job.sources]
     stripe_bytes = max(sum(num_bytes) / num_workers / 2, _BYTES_PER_STRIPE)
@@ -134,9 +164,26 @@ def _over_sources(
             num_stripes = max(1, min(num_workers, math.ceil(num_bytes[source] / stripe_bytes)))
             tasks += [SourceTask(job, source, stripe, num_stripes) for stripe in range(num_stripes)]
     progress = _Progress(stage)
-    for num_rows in workers.run(work, tasks):
+    most_tasks = math.ceil(len(tasks) / num_workers / 4)
+    for num_rows in workers.run(work, _batches(tasks, num_bytes, stripe_bytes, most_tasks)):
         progress.add(num_rows)
     progress.finish()
+
+
+def _batches(
+    tasks: Sequence[SourceTask], num_bytes: Sequence[int], max_bytes: float, max_tasks: int
+) -> list[SourceTasks]:
+    """The tasks in order, so many small ones together that they come to `max_bytes` (`num_bytes` by source)."""
+    batches: list[list[SourceTask]] = []
+    size = 0.0
+    for task in tasks:
+        share = num_bytes[task.source] / task.num_stripes
+        if not batches or size + share > max_bytes or len(batches[-1]) >= max_tasks:
+            batches.append([])
+            size = 0.0
+        batches[-1].append(task)
+        size += share
+    return [SourceTasks(batch) for batch in batches]
 
 
 def _is_done(job: Job, stage: str, suffix: str, source: int) -> bool:
@@ -241,8 +288,8 @@ def _reopen(job: Job) -> None:
     A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
     common: then all documents are looked at again.
     """
-    for path in (job.options.output / "report.md", Report.path(job.options.output), job.near_path):
-        path.unlink(missing_ok=True)
+    _forget_report(job.options.output)
+    job.near_path.unlink(missing_ok=True)
     outdated = ["exact", "near"] + ["write"] * (job.options.deduplicate == "minhash")
     for stage in outdated:
         shutil.rmtree(job.work / stage, ignore_errors=True)
@@ -267,18 +314,21 @@ def _collect(job: Job, index: EvaluationIndex) -> Report:
     counts: Counter[str] = Counter()
     contaminated_by: Counter[str] = Counter()
     examples: dict[str, list[dict[str, Any]]] = {}
+    files: list[dict[str, Any]] = []
     num_parts = num_rows = 0
     for shard in job.shards():
         num_rows += json.loads(job.path("scan", shard, ".json").read_bytes())["rows"]
         tally = json.loads(job.path("write", shard, ".json").read_bytes())
         counts.update(tally["counts"])
         contaminated_by.update(tally["contaminated_by"])
+        files += tally.get("files", [])  # earlier versions did not record them
         num_parts += "kept" in tally["counts"]
         for group, found in tally["examples"].items():
             examples[group] = (examples.get(group, []) + found)[:EXAMPLES_PER_REASON]
     num_kept = counts.pop("kept", 0)
     assert num_kept + counts.total() == num_rows, "documents were lost"
     sets = {name: described | {"documents": contaminated_by[name]} for name, described in index.describe().items()}
+    write_inventory(job.options.output, _WRITER, (file for file in files if file["bytes"] is not None))
     report = Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
     if num_kept == 0:
         report.write_markdown(job.options.output)

@@ -14,7 +14,7 @@ does what, or how often a run was killed.
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,30 @@ import orjson
 
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import document_number, text_key, write_keys, write_partition
-from megatron_tpt.corpus.job import PartitionTask, SourceTask, write_json
+from megatron_tpt.corpus.job import PartitionTask, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.near_duplicates import MinHash
 from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import Record, Row, write_records
+from megatron_tpt.records.inventory import Entry
 
 _MAX_BATCH_ROWS = 1000
 _MAX_BATCH_CHARACTERS = 1 << 18
 
 
-def scan(task: SourceTask) -> Iterator[int]:
+def scan(tasks: SourceTasks) -> Iterator[int]:
     """Look at every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
+    job = tasks[0].job
+    index = EvaluationIndex.load(job.index_path) if job.options.decontaminate else None
+    for task in tasks:
+        yield from _scan(task, index)
+
+
+def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
     job, options = task.job, task.job.options
-    index = EvaluationIndex.load(job.index_path) if options.decontaminate else None
+    if task.stripe == 0:
+        job.sources[task.source].require_content()
     for shard, rows in task.missing("scan", ".json"):
         contaminated: dict[str, Any] = {}
         ids: dict[int, bytes] = {}
@@ -72,7 +81,7 @@ def scan(task: SourceTask) -> Iterator[int]:
         )
         yield num_rows
     if task.num_stripes == 1:
-        write_json(job.scanned_path(task.source), {})
+        write_json(job.scanned_path(task.source), {}, durable=False)
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -106,16 +115,16 @@ def compare(task: PartitionTask) -> Iterator[int]:
     yield 0
 
 
-def minhash(task: SourceTask) -> Iterator[int]:
+def minhash(tasks: SourceTasks) -> Iterator[int]:
     """Leave the MinHash keys of every document that is neither contaminated nor an exact duplicate."""
-    job, options = task.job, task.job.options
+    job, options = tasks[0].job, tasks[0].job.options
     signature = MinHash(
         options.minhash_ngram,
         options.minhash_num_buckets,
         options.minhash_hashes_per_bucket,
         options.minhash_fold_numbers,
     )
-    for shard, rows in task.missing("minhash", ".keys.npy"):
+    for shard, rows in (missing for task in tasks for missing in task.missing("minhash", ".keys.npy")):
         verdicts = Verdicts(job, shard, ["exact"])
         keys: list[bytes] = []
         documents: list[int] = []
@@ -128,20 +137,19 @@ def minhash(task: SourceTask) -> Iterator[int]:
         yield verdicts.num_rows
 
 
-def write(task: SourceTask) -> Iterator[int]:
+def write(tasks: SourceTasks) -> Iterator[int]:
     """Write clean documents and rejects. Leaves, last, a JSON file with the tally of the shard."""
-    job = task.job
+    job = tasks[0].job
     stages = {"none": [], "exact": ["exact"], "minhash": ["exact", "near"]}[job.options.deduplicate]
-    for shard, rows in task.missing("write", ".json"):
+    for shard, rows in (missing for task in tasks for missing in task.missing("write", ".json")):
         verdicts = Verdicts(job, shard, stages)
         tally = ShardTally(job, shard, verdicts)
-        part = job.options.output / job.part_name(shard)
-        rejects = job.options.output / "rejects" / part.name
+        part, rejects = (job.options.output / name for name in job.files_of(shard))
         part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
         rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
         with _json_lines(rejects) if num_rejects else nullcontext(_unexpected) as add_reject:
-            kept = _kept_records(rows, tally, add_reject, task.job.sources[shard.source].name)
+            kept = _kept_records(rows, tally, add_reject, job.sources[shard.source].name)
             if verdicts.num_kept:
                 write_records(part, kept)
             else:
@@ -150,7 +158,12 @@ def write(task: SourceTask) -> Iterator[int]:
             raise UserError(f"{job.sources[shard.source].name}: has changed while it was read; choose another --output")
         write_json(
             job.path("write", shard, ".json"),
-            {"counts": tally.counts, "contaminated_by": tally.contaminated_by, "examples": tally.examples},
+            {
+                "counts": tally.counts,
+                "contaminated_by": tally.contaminated_by,
+                "examples": tally.examples,
+                "files": [asdict(Entry.of(job.options.output, name)) for name in job.files_of(shard)],
+            },
         )
         yield verdicts.num_rows
 

@@ -33,8 +33,8 @@ class Workers:
         """Do `work(task)` for every task, and yield what the tasks yield as it comes.
 
         `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it
-        has done. A UserError, Fault or OSError of a task is raised here; a worker that dies is a RuntimeError that
-        names its task and how it ended. With one worker or one task everything is done in this process.
+        has done. A UserError, Fault or OSError of a task is raised here; a worker that dies is a Fault that names
+        its task and how it ended. With one worker or one task everything is done in this process.
         """
         if self._num_workers == 1 or len(tasks) <= 1:
             for task in tasks:
@@ -57,9 +57,7 @@ class Workers:
                 except EOFError:
                     process = self._processes[connection]
                     process.join()
-                    raise RuntimeError(
-                        f"{_death(process)} while at {busy[connection]}; run the same command again"
-                    ) from None
+                    raise Fault(f"{_death(process)} while at {busy[connection]}; run the same command again") from None
                 if kind == "progress":
                     yield value
                 elif kind == "error":
@@ -80,7 +78,7 @@ class Workers:
 def _death(process: Any) -> str:
     code = process.exitcode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    hint = " (out of memory? then with fewer --num-workers)" if code == -signal.SIGKILL else ""
     return f"worker {process.pid} {how}{hint}"
 
 

@@ -44,7 +44,7 @@ from megatron_tpt.generation.openai_api import (
 )
 from megatron_tpt.generation.request_fields import advice_on_refusal
 
-_DEFAULT_MAX_IN_FLIGHT = 64
+DEFAULT_MAX_IN_FLIGHT = 64
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 30.0
 _MAX_LOCAL_WAIT_S = 1.0
@@ -125,7 +125,7 @@ class Dispatcher:
     """Shares jobs among servers. All but `capacity` and `server` is for the event loop's thread."""
 
     def __init__(self, options: EngineOptions, client: HttpClient, stats: EngineStats, *, is_local: bool) -> None:
-        max_in_flight = options.max_num_seqs or _DEFAULT_MAX_IN_FLIGHT
+        max_in_flight = options.max_num_seqs or DEFAULT_MAX_IN_FLIGHT
         urls = dict.fromkeys(url.rstrip("/") for url in options.endpoints)
         self._servers = [Server(url, max_in_flight, max_in_flight) for url in urls]
         self.capacity = max_in_flight * len(self._servers)

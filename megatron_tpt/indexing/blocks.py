@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import file_checksum
+from megatron_tpt.files import file_checksum
 from megatron_tpt.indexing.pieces import Rows, TooLarge
 from megatron_tpt.records import Columns, Source
 from megatron_tpt.records.formats import file_format

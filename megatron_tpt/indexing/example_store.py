@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy
 
+from megatron_tpt.files import file_checksum, no_links
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.manifest import file_checksum
 from megatron_tpt.indexing.packing import Packing, write_boundaries
 from megatron_tpt.indexing.writer import IndexWriter, token_dtype
 
@@ -21,7 +21,7 @@ class ExampleStore:
         self._path = path
         self._vocab_size = vocab_size
         self._dtype = numpy.dtype(token_dtype(vocab_size)).newbyteorder("<")
-        self._file = path.open("wb", buffering=1 << 20)
+        self._file = open(path, "wb", buffering=1 << 20, opener=no_links)  # noqa: SIM115
         self._lengths, self._num_runs, self._runs = array("i"), array("i"), array("i")
         self.num_loss_tokens = 0
 

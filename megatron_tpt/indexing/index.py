@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from megatron_tpt.indexing.encoders import (
     SpotCheck,
     choose_encoder,
 )
+from megatron_tpt.indexing.groups import Joined, grouped, join_blocks
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.journal import Journal, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, compare_sources
@@ -294,7 +296,7 @@ class _Job:
             check_against_original(self.tokenizer, sample)
         return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
 
-    def _encode_function(self) -> Callable[["Block | End"], "list[_Result] | End"]:
+    def _encode_function(self) -> Callable[["list[Block | End]"], "list[_Result | End]"]:
         options, encoder = self.options, self._encoder
         check = None if isinstance(encoder, ReferenceEncoder) else SpotCheck(self.tokenizer, encoder).check
         end_ids = [self.tokenizer.eos_id] if options.append_eos else []
@@ -322,8 +324,32 @@ class _Job:
             documents = assembler.assemble(encoded, pieces.flags)
             return _Result(documents, skipped, pieces.num_rows, problem)
 
-        def encode(block: Block | End) -> list[_Result] | End:
-            return block if isinstance(block, End) else [encode_pieces(*part) for part in self.maker.make(block.rows)]
+        def encode_joined(joined: Joined) -> Iterator[_Result] | None:
+            """The results of several blocks at once; None where the records have to be looked at block by block."""
+            (rows, pieces), *more = self.maker.make(joined.rows)
+            if more or pieces.skipped or pieces.problem:
+                return None
+            result = encode_pieces(rows, pieces)
+            num_rows = sum(joined.num_rows)
+            if result.problem or result.skipped or len(result.documents) != num_rows:  # blank lines make no document
+                return None
+            ends = accumulate(joined.num_rows)
+            return (
+                _Result(result.documents.part(end - count, end), Counter(), count, None)
+                for count, end in zip(joined.num_rows, ends, strict=True)
+            )
+
+        def encode(group: list[Block | End]) -> list[_Result | End]:
+            joined = join_blocks(group)
+            if joined is not None and (together := encode_joined(joined)) is not None:
+                return [item if isinstance(item, End) else next(together) for item in group]
+            return [result for item in group for result in encode_one(item)]
+
+        def encode_one(item: Block | End) -> Iterator[_Result | End]:
+            if isinstance(item, End):
+                yield item
+            else:
+                yield from (encode_pieces(*part) for part in self.maker.make(item.rows))
 
         return encode
 
@@ -342,21 +368,23 @@ class _Job:
         input, num_rows = next(remaining), 0
         progress = _Progress(output)
         with (
-            closing(_ahead(blocks, 2)) as read,
+            closing(_ahead(grouped(blocks), 2)) as read,
             closing(_in_order(self._encode_function(), read, workers)) as results,
         ):
-            for result in results:
+            for result in chain.from_iterable(results):
                 if isinstance(result, End):
                     if result.damage is not None:
                         raise UserError(describe(input, Row(num_rows, None, DAMAGED, result.damage)))
+                    input.require_content(result.checksum)
+                    if not num_rows:
+                        print(f"warning: {input.name}: holds no rows", file=sys.stderr)
                     output.end_source(_manifest_source(input, result.checksum))
                     input, num_rows = next(remaining, input), 0
                     continue
-                for part in result:
-                    if part.problem is not None:
-                        raise UserError(describe(input, part.problem._replace(number=num_rows + part.problem.number)))
-                    output.add(part.documents, part.skipped)
-                    num_rows += part.num_rows
+                if result.problem is not None:
+                    raise UserError(describe(input, result.problem._replace(number=num_rows + result.problem.number)))
+                output.add(result.documents, result.skipped)
+                num_rows += result.num_rows
                 progress.report()
 
 
@@ -386,7 +414,7 @@ def _without(is_bad: numpy.ndarray, pieces: Pieces, encoded: Encoded) -> tuple[P
 
 def _name(input: Input) -> str:
     """What the manifest calls an input."""
-    return str(input.path.resolve()) if input.path else input.name
+    return str(input.real_path) if input.real_path else input.name
 
 
 def _manifest_source(input: Input, checksum: str) -> Source:

@@ -1,9 +1,9 @@
 """The working folder of an indexing job, and the journal in it by which a killed job goes on."""
 
-import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import no_links
 from megatron_tpt.indexing.manifest import Source
 from megatron_tpt.indexing.writer import Extent
+from megatron_tpt.scale import locked
 
 _NAME = "journal"
 
@@ -31,21 +33,32 @@ def working_folder(prefix: Path) -> Iterator[Path]:
     lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{prefix} is being written by another process; wait for it to end") from None
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if _is_planted(lock, folder):
+            raise UserError(
+                f"{folder}: made by another user, in a folder that anyone may write to; choose another --output"
+            )
+        if not locked(lock, folder, timeout_s=0):
+            raise UserError(f"{prefix} is being written by another process; wait for it to end")
         try:
             yield folder
         finally:
             if not (folder / _NAME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
+        if folder.is_symlink():
+            raise UserError(f"{folder}: a link in the place of our working folder; remove it") from error
         raise UserError(f"{prefix}: cannot be written ({error.strerror or error})") from error
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _is_planted(descriptor: int, folder: Path) -> bool:
+    """Whether an open folder is that of another user, in one like /tmp, where names of others can be taken."""
+    anyones = stat.S_ISVTX | stat.S_IWOTH
+    is_anyones = folder.parent.stat().st_mode & anyones == anyones
+    return is_anyones and os.fstat(descriptor).st_uid != os.geteuid()
 
 
 @dataclass
@@ -125,7 +138,7 @@ class Journal:
             else:
                 lines.append({entry: True} if isinstance(entry, str) else asdict(entry))
         data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        with self.path.open("ab") as file:
+        with open(self.path, "ab", opener=no_links) as file:
             file.truncate(self.num_bytes)  # of a line that was not written whole
             file.write(data)
             file.flush()

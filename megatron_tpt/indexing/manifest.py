@@ -5,8 +5,9 @@ It is written last: an index without it is not finished. The trainer reads it to
 index.
 """
 
-import hashlib
+import functools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, file_checksum
 from megatron_tpt.indexing.writer import idx_bytes
 from megatron_tpt.job_settings import EntryChanges
 
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from megatron_tpt.indexing.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-
-
-def file_checksum(path: Path) -> str:
-    """ "sha256:" and the digest of a file's content."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -190,6 +185,17 @@ class Manifest:
                 state = "is missing" if found is None else f"has {found} bytes, not {num_bytes}"
                 raise UserError(f"{path} {state}; remove {self.path(prefix)} and index again")
 
+    def check_idx(self, prefix: str | Path) -> None:
+        """Raise UserError when `.idx` is not the one that was written with `.bin`. It is read whole: some 20 bytes for
+        each document."""
+        path = Path(f"{prefix}.idx")
+        status = path.stat()
+        found = _checksum_once(path, status.st_size, status.st_mtime_ns)
+        if found != self.checksums.get("idx", found):
+            raise UserError(
+                f"{path}: damaged, or of another index: its checksum is not that of {self.path(prefix)}; index again"
+            )
+
     def require_tokenizer(self, prefix: str | Path, fingerprint: str) -> None:
         """Raise UserError when the index was made with a tokenizer other than the one of this fingerprint."""
         if fingerprint != self.tokenizer.fingerprint:
@@ -199,16 +205,25 @@ class Manifest:
             )
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _checksum_once(path: Path, size: int, modified_ns: int) -> str:
+    """The checksum of a file, computed again only where it was written again."""
+    return file_checksum(path)
+
+
 def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
     """The manifests of indices to train on together.
 
-    Raises UserError when one is missing or damaged, when its documents are cut into sentences, or when they were made
-    with different tokenizers, end-of-sequence tokens or think tags.
+    Raises UserError when one is missing or damaged (of `.bin` the size is compared, of `.idx` the checksum too), when
+    its documents are cut into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
+    think tags.
     """
     manifests: list[Manifest] = []
     for prefix in prefixes:
         manifest = Manifest.read(prefix)
         manifest.check_files(prefix)
+        if os.environ.get("RANK", "0") == "0":  # for all ranks of a training run
+            manifest.check_idx(prefix)
         _require_whole_documents(prefix, manifest.counts)
         if manifests:
             manifest.require_tokenizer(prefix, manifests[0].tokenizer.fingerprint)

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.files import file_checksum, no_links, sync_tree
 from megatron_tpt.indexing.journal import working_folder, working_path
-from megatron_tpt.indexing.manifest import IndexCounts, Manifest, file_checksum
+from megatron_tpt.indexing.manifest import IndexCounts, Manifest
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.output import publish
 from megatron_tpt.indexing.reader import IndexReader
@@ -134,6 +134,7 @@ def _examine(prefix: Path, require_manifest: bool) -> Shard:
     if require_manifest or Manifest.path(prefix).exists():
         manifest = Manifest.read(prefix)
         manifest.check_files(prefix)
+        manifest.check_idx(prefix)
     reader = IndexReader(prefix)
     if manifest is not None and manifest.dtype != reader.dtype.name:
         raise UserError(f"{prefix}.idx: holds {reader.dtype.name}, its manifest says {manifest.dtype}; index again")
@@ -222,7 +223,7 @@ def _copy_tokens(shards: list[Shard], target: Path, verify: bool) -> str:
     """Write the tokens of all shards one after the other; returns the checksum. Hashing goes on beside writing."""
     total = hashlib.sha256()
     buffer = memoryview(bytearray(_COPY_BYTES))
-    with target.open("wb", buffering=0) as output, ThreadPoolExecutor(2) as threads:
+    with open(target, "wb", buffering=0, opener=no_links) as output, ThreadPoolExecutor(2) as threads:
         for shard in shards:
             own = hashlib.sha256()
             digests = [total, own] if verify and shard.manifest is not None else [total]
@@ -253,7 +254,7 @@ def _write_idx(shards: list[Shard], target: Path) -> None:
     lengths_at, offsets_at = HEADER.size, HEADER.size + 4 * num_sequences
     bounds_at = offsets_at + 8 * num_sequences
     bytes_before = sequences_before = 0
-    with target.open("wb", buffering=0) as file:
+    with open(target, "wb", buffering=0, opener=no_links) as file:
         output = file.fileno()
         header = HEADER.pack(MAGIC, VERSION, DTYPE_CODES[shards[0].dtype], num_sequences, num_documents + 1)
         os.pwrite(output, header, 0)

@@ -1,6 +1,5 @@
 """The files that an indexing job writes: one index or a set of shards, complete or absent, and resumable per source."""
 
-import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ class Output:
         extent = None
         if journal.sources:
             last = journal.sources[-1]
-            extent, self._counts = last.extent, copy.deepcopy(last.counts)
+            extent, self._counts = last.extent, _copy(last.counts)
             del journal.shards[max(last.documents_by_shard, default=0) :]
         self._writer = self._open_shard(extent)
 
@@ -77,7 +76,7 @@ class Output:
         source = replace(source, documents=sum(by_shard.values()))
         # The current shard is the last key: resuming looks there.
         by_shard.setdefault(len(self._journal.shards), 0)
-        done = SourceDone(source, by_shard, self._writer.extent, copy.deepcopy(self._counts))
+        done = SourceDone(source, by_shard, self._writer.extent, _copy(self._counts))
         self._journal.sources.append(done)
         self._pending.append(done)
         if self._syncing is None or self._syncing.done():
@@ -198,6 +197,10 @@ class Output:
             sequences=extent.sequences if self._has_sentences else None,
         )
         return replace(template, sources=sources, counts=index_counts, checksums=closed.checksums)
+
+
+def _copy(counts: Counts) -> Counts:
+    return replace(counts, skipped=dict(counts.skipped))
 
 
 def _sync(path: Path) -> None:

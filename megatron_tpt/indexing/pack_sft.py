@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import StoppedEarly, UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.files import file_checksum, sync_tree
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode_batch, read_batches
 from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
 from megatron_tpt.indexing.journal import working_folder, working_path
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.ordered_workers import map_in_order
 from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
 from megatron_tpt.job_settings import require_apart
-from megatron_tpt.records import expand_inputs
+from megatron_tpt.records import Source as Input
+from megatron_tpt.records import expand_files
 
 _REPORT_EVERY_S = 10.0
 _KINDS = ("bin", "idx", "sft", "tokenizer")
@@ -46,16 +47,16 @@ def pack_sft(options: PackOptions) -> PackManifest:
     When that very index is there already, its checksums are verified and it is left alone. Raises UserError for bad
     input, for an output of other settings or of other hands, and when no example is left; then nothing new is there.
     """
-    files = expand_inputs(options.input)
-    require_apart(options.output, options.input, files, is_prefix=True)
+    inputs = {input.path: input for input in expand_files(options.input) if input.path}
+    require_apart(options.output, options.input, inputs, is_prefix=True)
     with _interruptions_named(options.output):
-        return _pack(options, files)
+        return _pack(options, inputs)
 
 
-def _pack(options: PackOptions, files: Sequence[Path]) -> PackManifest:
+def _pack(options: PackOptions, inputs: Mapping[Path, Input]) -> PackManifest:
     encoding = _Encoding.of(options)
     settings = encoding.settings(options)
-    if (finished := _finished(options.output, settings, encoding.tokenizer, files)) is not None:
+    if (finished := _finished(options.output, settings, encoding.tokenizer, [*inputs])) is not None:
         print(f"{options.output}: already done and whole; {_summary(finished)}")
         return finished
     with (
@@ -63,7 +64,7 @@ def _pack(options: PackOptions, files: Sequence[Path]) -> PackManifest:
         ExampleStore(folder / "examples", encoding.tokenizer.vocab_size) as store,
     ):
         collector = _Collector(options, encoding, store)
-        sources = collector.read(files)
+        sources = collector.read(inputs)
         collector.finish()
         packing = pack(store.lengths(), options.sequence_length + 1)
         checksums = store.write_packed(packing, folder)
@@ -150,8 +151,9 @@ class _Collector:
         self._open_ended: list[str] = []
         self._last_report = time.monotonic()
 
-    def read(self, files: Sequence[Path]) -> list[Source]:
-        """Read all files to their ends."""
+    def read(self, inputs: Mapping[Path, Input]) -> list[Source]:
+        """Read all files to their ends. Raises UserError for one that is not what the job that wrote it recorded."""
+        files = [*inputs]
         num_examples = dict.fromkeys(files, 0)
         beside = ThreadPoolExecutor(max_workers=1)  # hashing lets go of the interpreter lock
         try:
@@ -164,6 +166,8 @@ class _Collector:
                         self._take(f"{batch.path}:{number}", outcome)
                     num_examples[batch.path] += len(self._store) - before
                     self._report()
+            for path, input in inputs.items():
+                input.require_content(about[path][1].result())
             return [_source(path, num_examples[path], *about[path]) for path in files]
         finally:
             beside.shutdown(cancel_futures=True)

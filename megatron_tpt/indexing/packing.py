@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, file_checksum, no_links
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo, file_checksum
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.verification import check_structure
 
@@ -225,7 +225,7 @@ def is_packed(paths: Iterable[Path]) -> bool:
 
 def write_boundaries(path: Path, row_bounds: numpy.ndarray, run_bounds: numpy.ndarray, runs: numpy.ndarray) -> None:
     """Write a `.sft` file: where rows begin among the examples, examples among the runs, and the runs' lengths."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=no_links) as file:
         file.write(_HEADER.pack(_MAGIC, FORMAT_VERSION, len(row_bounds) - 1, len(run_bounds) - 1, len(runs)))
         for array, dtype in ((row_bounds, "<i8"), (run_bounds, "<i8"), (runs, "<i4")):
             file.write(array.astype(dtype).tobytes())
@@ -234,7 +234,8 @@ def write_boundaries(path: Path, row_bounds: numpy.ndarray, run_bounds: numpy.nd
 class PackedIndex:
     """The rows of a packed index, mapped and not read until they are asked for: `index[i]` is a list of examples.
 
-    Raises UserError when files are missing or do not fit together.
+    Raises UserError when files are missing, do not fit together, or are not those that were packed: of all but `.bin`,
+    the checksums are compared.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -276,6 +277,7 @@ class PackedIndex:
             )
         if not fits:
             raise UserError(f"{path}: damaged: it does not fit {self.prefix}.idx and the manifest; pack again")
+        self._verify("idx", "sft")
 
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
@@ -312,8 +314,12 @@ class PackedIndex:
 
     def verify(self) -> None:
         """Read everything and raise UserError unless all checksums are the manifest's."""
-        folder = PackManifest.tokenizer_path(self.prefix)
-        expected = {Path(f"{self.prefix}.{kind}"): checksum for kind, checksum in self.manifest.checksums.items()}
+        self._verify("bin", "idx", "sft")
+
+    def _verify(self, *kinds: str) -> None:
+        """Compare the checksums of some of the files, and of those of the tokenizer."""
+        folder, checksums = PackManifest.tokenizer_path(self.prefix), self.manifest.checksums
+        expected = {Path(f"{self.prefix}.{kind}"): checksums[kind] for kind in kinds if kind in checksums}
         expected |= {folder / name: checksum for name, checksum in self.manifest.tokenizer_checksums.items()}
         for path, checksum in expected.items():
             if not path.is_file():

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, file_checksum
+from megatron_tpt.files import file_checksum
+from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.writer import HEADER
 

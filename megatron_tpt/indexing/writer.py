@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple, Self
 import numpy
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import no_links
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -44,6 +45,10 @@ def idx_bytes(num_documents: int, num_sequences: int | None = None) -> int:
     """The length of the `.idx` of so many documents, of one sequence each where `num_sequences` is not given."""
     num_sequences = num_documents if num_sequences is None else num_sequences
     return HEADER.size + (4 + 8) * num_sequences + 8 * (num_documents + 1)
+
+
+def _open(path: Path, mode: str) -> IO[bytes]:
+    return open(path, mode, buffering=_BUFFER_BYTES, opener=no_links)
 
 
 class Extent(NamedTuple):
@@ -76,12 +81,12 @@ class IndexWriter:
         self._bin_digest = hashlib.sha256()
         self._bin_path, self._idx_path = bin_path, idx_path
         mode = "wb" if resume_at is None else "r+b"
-        self._bin: IO[bytes] = bin_path.open(mode, buffering=_BUFFER_BYTES)
-        self._idx: IO[bytes] = idx_path.open("w+b" if resume_at is None else mode, buffering=_BUFFER_BYTES)
+        self._bin: IO[bytes] = _open(bin_path, mode)
+        self._idx: IO[bytes] = _open(idx_path, "w+b" if resume_at is None else mode)
         self._ends_path = Path(f"{idx_path}-documents")
         self._ends: IO[bytes] | None = None
         if has_sentences:
-            self._ends = self._ends_path.open("w+b" if resume_at is None else mode, buffering=_BUFFER_BYTES)
+            self._ends = _open(self._ends_path, "w+b" if resume_at is None else mode)
         if resume_at is not None:
             self._cut_back()
         else:

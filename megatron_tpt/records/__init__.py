@@ -23,7 +23,7 @@ from megatron_tpt.records.reading import (
 )
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.rows import RawRow, notes_of_columns_not_kept, read_rows
-from megatron_tpt.records.sources import SUFFIXES, Source, expand_inputs, expand_sources
+from megatron_tpt.records.sources import SUFFIXES, Source, expand_files, expand_inputs, expand_sources
 from megatron_tpt.records.writing import write_records
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "can_start_inside",
     "content_id",
     "describe",
+    "expand_files",
     "expand_inputs",
     "expand_sources",
     "notes_of_columns_not_kept",

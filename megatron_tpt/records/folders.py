@@ -168,10 +168,10 @@ def saved_dataset(folder: Path) -> list[Path] | None:
             if len(splits) != 1:
                 names = ", ".join(str(folder / split) for split in splits)
                 raise UserError(f"{folder}: holds several splits; name one: {names}")
-            return saved_dataset(folder / _own_name(splits[0]))
+            return saved_dataset(_own_part(folder, splits[0]))
         if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
             files = json.loads((folder / "state.json").read_bytes())["_data_files"]
-            return [folder / _own_name(file["filename"]) for file in files]
+            return [_own_part(folder, file["filename"]) for file in files]
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{folder}: its description as a saved data set is broken ({error!r}); save it again"
@@ -179,8 +179,12 @@ def saved_dataset(folder: Path) -> list[Path] | None:
     return None
 
 
-def _own_name(name: str) -> str:
-    """A name that a saved data set may give to a part of itself. Raises ValueError for a way out of the folder."""
+def _own_part(folder: Path, name: str) -> Path:
+    """A file or folder that a saved data set names as a part of itself. Raises ValueError for a name, or a link, that
+    leads anywhere but further into the folder: to the folder itself it would never end."""
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a file or folder in it")
-    return name
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"{name!r} is a link out of it")
+    return path

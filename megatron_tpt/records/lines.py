@@ -4,7 +4,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,6 +119,11 @@ class LineReader:
     def share_taken(self) -> float:
         """How much of the chunk that was loaded last has been taken or skipped."""
         return min(self._position / len(self._chunk), 1.0) if self._chunk else 0.0
+
+    def close(self) -> None:
+        """Close the file that the lines come from."""
+        if isinstance(self._chunks, Generator):
+            self._chunks.close()
 
     def has_rows(self) -> bool:
         """Whether there is something to take: a line, or the DamagedSource that ends a damaged file."""

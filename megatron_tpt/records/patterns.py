@@ -38,7 +38,7 @@ def _below(top: Path, patterns: Sequence[str], loops: list[Path]) -> Iterator[Pa
             else:
                 above[str(path)] = keys | {key}
         parts = folder.relative_to(top).parts
-        yield from (folder / name for name in (*folders, *names) if _matches((*parts, name), patterns))
+        yield from (folder / name for name in (*folders, *names) if matches((*parts, name), patterns))
 
 
 def _key(folder: Path) -> tuple[int, int]:
@@ -46,14 +46,15 @@ def _key(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern, in which "**" stands for any number of folders."""
     if not patterns:
         return not names
     first, rest = patterns[0], patterns[1:]
-    if first == "**" and _matches(names, rest):
+    if first == "**" and matches(names, rest):
         return True
     if not names or (names[0].startswith(".") and not first.startswith(".")):
         return False
     if first == "**":
-        return _matches(names[1:], patterns)
-    return fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
+        return matches(names[1:], patterns)
+    return fnmatch.fnmatchcase(names[0], first) and matches(names[1:], rest)

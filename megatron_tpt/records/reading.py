@@ -101,20 +101,21 @@ def read_blocks(
     or the network fails.
     """
     reader, parse = _open(source, columns, progress or Progress())
-    for block in itertools.count():
-        end = (block + 1) * rows_per_block
-        if wanted(block):
-            if not reader.has_rows():
+    with contextlib.closing(reader):
+        for block in itertools.count():
+            end = (block + 1) * rows_per_block
+            if wanted(block):
+                if not reader.has_rows():
+                    return
+                rows = _rows(reader, parse, columns, end)
+                yield block, rows
+                rows.close()
+            try:
+                reader.skip_to(end)
+            except DamagedSource:
                 return
-            rows = _rows(reader, parse, columns, end)
-            yield block, rows
-            rows.close()
-        try:
-            reader.skip_to(end)
-        except DamagedSource:
-            return
-        if reader.row < end:
-            return
+            if reader.row < end:
+                return
 
 
 def can_start_inside(source: Source) -> bool:
@@ -170,6 +171,9 @@ class Reader(Protocol):
 
     def take(self) -> Any:
         """The next line (bytes) or row ({column: value}). Raises BadRecord, and DamagedSource."""
+
+    def close(self) -> None:
+        """Close the file. (It would stay open until garbage is collected: reader and progress know each other.)"""
 
 
 def _open(source: Source, columns: Columns, progress: Progress) -> tuple[Reader, _Parse]:

@@ -1,6 +1,7 @@
 """Rows of any source as plain dictionaries, for tools that need other fields than those of a record."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,20 +45,21 @@ def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = Non
     """
     reader, is_table = open_rows(source, partial(_chosen, columns), Progress())
     named = None if callable(columns) else columns
-    while True:
-        number = reader.row
-        try:
-            if not reader.has_rows():
-                return
-            taken = reader.take()
-            value = taken if is_table else parse_object(taken, named)
-        except BadRecord as bad:
-            yield RawRow(number, None, bad.problem, bad.detail)
-        except DamagedSource as damage:
-            yield RawRow(number, None, DAMAGED, str(damage))
-        else:
-            if value is not None:
-                yield RawRow(number, value)
+    with closing(reader):
+        while True:
+            number = reader.row
+            try:
+                if not reader.has_rows():
+                    return
+                taken = reader.take()
+                value = taken if is_table else parse_object(taken, named)
+            except BadRecord as bad:
+                yield RawRow(number, None, bad.problem, bad.detail)
+            except DamagedSource as damage:
+                yield RawRow(number, None, DAMAGED, str(damage))
+            else:
+                if value is not None:
+                    yield RawRow(number, value)
 
 
 def notes_of_columns_not_kept(sources: Sequence[Source], columns: Columns) -> list[str]:

@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
+from megatron_tpt.files import file_checksum
 from megatron_tpt.names import require_usable, shown
 from megatron_tpt.records.folders import LOOP, REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
-from megatron_tpt.records.patterns import matching
+from megatron_tpt.records.inventory import Inventories, require_content
+from megatron_tpt.records.patterns import matches, matching
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
@@ -31,6 +34,16 @@ class Source:
     """The file; None for a shard of a data set."""
     dataset: HubDataset | None = None
     shard: int = 0
+    checksum: str = ""
+    """Of the file, as the job that wrote it recorded it; empty where none did."""
+    real_path: Path | None = None
+    """The file, by its path without links."""
+
+    def require_content(self, checksum: str | None = None) -> None:
+        """Raise UserError where the content of the file, of which `checksum` is known or is found out here, is not what
+        the job that wrote it recorded."""
+        if self.checksum and self.path is not None:
+            require_content(self.path, checksum or file_checksum(self.path), self.checksum)
 
 
 def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
@@ -49,17 +62,19 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """
     sources: dict[str, Source] = {}
     repeated: dict[str, None] = {}
+    files = _FileSources()
     for text in map(str, inputs):
-        for source in _hub_sources(text) if text.startswith(SCHEME) else map(_file_source, _files(text)):
+        for source in _hub_sources(text) if text.startswith(SCHEME) else files.sources(text):
             key = source.name
-            if source.path is not None:
-                real_path = source.path.resolve()
-                require_usable(source.path, real_path)
-                key = str(real_path)
+            if source.path is not None and source.real_path is not None:
+                require_usable(source.path, source.real_path)
+                key = str(source.real_path)
             if sources.setdefault(key, source) is not source:
                 repeated[source.name] = None
     if not sources:
         raise UserError("no input files were given")
+    for note in files.inventories.notes():
+        _say(note)
     if repeated:
         several = f"{len(repeated):,} inputs were given or found under several names"
         _say(f"{several}; each is read once: {listed([*repeated])}")
@@ -75,19 +90,64 @@ def _say(message: str) -> None:
 
 def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:
     """The files behind `paths`, for programs that read nothing else (see `expand_sources`)."""
-    files: list[Path] = []
-    for source in expand_sources(paths):
+    return [source.path for source in expand_files(paths) if source.path]
+
+
+def expand_files(paths: Sequence[str | Path]) -> list[Source]:
+    """`expand_sources` for programs that read files and nothing else."""
+    sources = expand_sources(paths)
+    for source in sources:
         if source.path is None:
             raise UserError(f"{source.name}: only files are read here; download the data set and name its folder")
-        files.append(source.path)
-    return files
+    return sources
 
 
-def _file_source(path: Path) -> Source:
-    try:
-        return Source(str(path), path.stat().st_size, path)
-    except OSError as error:
-        raise failure(f"{shown(path)}: cannot be read ({error.strerror})", error) from error
+class _FileSources:
+    """Makes sources of files, and looks at nothing of their folders twice."""
+
+    def __init__(self) -> None:
+        self.inventories = Inventories()
+        self._real_folders: dict[Path, Path] = {}
+
+    def sources(self, text: str) -> list[Source]:
+        """The files behind a name, each as long as a job recorded it, and of those recorded none is missing."""
+        files = _files(text)
+        sources = [self._source(path) for path in files]
+        path = Path(os.path.expanduser(text))
+        folders = dict.fromkeys(file.parent for file in files)
+        if path.is_dir():
+            self.inventories.require_all([path, *folders], lambda file: file.parent.name != REJECTS)
+        elif not path.exists():
+            self.inventories.require_all(folders, partial(_is_meant, path))
+        return sources
+
+    def _source(self, path: Path) -> Source:
+        try:
+            num_bytes = path.stat().st_size
+            real_path = self._real_path(path)
+            checksum = self.inventories.check(real_path)
+        except OSError as error:
+            raise failure(f"{shown(path)}: cannot be read ({error.strerror})", error) from error
+        if not num_bytes:
+            raise UserError(
+                f"{shown(path)}: has no bytes, as files do after a disk was full; remove it, or make or fetch it again"
+            )
+        return Source(str(path), num_bytes, path, checksum=checksum, real_path=real_path)
+
+    def _real_path(self, path: Path) -> Path:
+        if path.is_symlink():
+            return path.resolve()
+        folder = path.parent
+        if folder not in self._real_folders:
+            self._real_folders[folder] = folder.resolve()
+        return self._real_folders[folder] / path.name
+
+
+def _is_meant(pattern: Path, file: Path) -> bool:
+    """Whether a pattern matches a file, or a folder that it is in."""
+    if file.parent.name == REJECTS and REJECTS not in pattern.parts:
+        return False
+    return any(matches(path.parts, pattern.parts) for path in (file, *file.parents))
 
 
 def _hub_sources(url: str) -> Iterator[Source]:

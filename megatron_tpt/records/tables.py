@@ -3,7 +3,7 @@
 pyarrow is imported where it is needed, so that the command line's help stays fast.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,6 +56,12 @@ class TableReader:
     def share_taken(self) -> float:
         """How much of the rows that were loaded last has been taken."""
         return self._position / len(self._rows) if self._rows else 1.0
+
+    def close(self) -> None:
+        """Close the file that the rows come from."""
+        for each in (self._batches, self._pieces):
+            if isinstance(each, Generator):
+                each.close()
 
     def has_rows(self) -> bool:
         """Whether there is something to take: a row, or the DamagedSource that ends a damaged file."""

@@ -11,12 +11,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import no_links
 
+_MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What flock(2) ends with on a file system without locks."""
 _NO_LOCKS = "MEGATRON_TPT_NO_LOCKS"
 
 
 class TaskLocked(UserError):
     """Another process holds the lock."""
+
+
+def has_locks() -> bool:
+    """Whether locks are taken: not where the user has given them up."""
+    return os.environ.get(_NO_LOCKS) != "1"
 
 
 @contextlib.contextmanager
@@ -40,9 +48,9 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterat
 def is_task_locked(folder: str | Path, task: int) -> bool:
     """Whether a process holds the `task_lock`, here or on another machine; False without locks."""
     path = _task_lock_path(folder, task)
-    if os.environ.get(_NO_LOCKS) == "1" or not path.exists():
+    if not has_locks() or not path.exists():
         return False
-    with open(path, "a+") as file:
+    with open(path, "a+", opener=no_links) as file:
         return not _try_lock(file.fileno(), path)  # closed at once: who begins the task now waits that long
 
 
@@ -53,12 +61,12 @@ def _task_lock_path(folder: str | Path, task: int) -> Path:
 @contextlib.contextmanager
 def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
     """Hold the lock file `path`; `what` names in a message what it guards. See `task_lock`."""
-    if os.environ.get(_NO_LOCKS) == "1":
+    if not has_locks():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not truncated by opening: it says who holds the lock. Open for writing, since NFS refuses to lock otherwise.
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+", encoding="utf-8", opener=no_links) as file:
         if not locked(file.fileno(), path, timeout_s=timeout_s):
             file.seek(0)
             raise TaskLocked(f"{what} is being run already by {file.read().strip()}: wait for it, or stop it")
@@ -75,7 +83,7 @@ def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
 def locked(descriptor: int, path: Path, *, timeout_s: float) -> bool:
     """Lock the open file `path` until it is closed; False when another holder has not ended after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
-    while os.environ.get(_NO_LOCKS) != "1" and not _try_lock(descriptor, path):
+    while has_locks() and not _try_lock(descriptor, path):
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.2)
@@ -88,10 +96,10 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        if error.errno in _MISSING:
             raise UserError(
                 f"{path.parent} is on a file system without locks (Lustre: mount it with -o flock); choose another "
-                f"folder, or set {_NO_LOCKS}=1 and take care yourself that no task runs twice at once"
+                f"folder, or set {_NO_LOCKS}=1 and make sure yourself that nothing runs twice at once"
             ) from error
         raise
     return True

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, no_links
 from megatron_tpt.processes import end_with_parent
 from megatron_tpt.scale.lock import TaskLocked, task_lock
 from megatron_tpt.scale.report import TaskFiles, log_mark
@@ -57,10 +57,11 @@ def run_task(
     TaskLocked is raised.
     """
     files = TaskFiles(log_dir, task)
-    with task_lock(log_dir, task, timeout_s=lock_timeout_s), open(files.log, "ab", buffering=0) as log:
+    with task_lock(log_dir, task, timeout_s=lock_timeout_s), open(files.log, "ab", buffering=0, opener=no_links) as log:
         # Blocked, signals wait until we ask for them: no handler runs in the middle of anything.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
-        files.exit_code.write_bytes(b"")
+        with atomic_write(files.exit_code, durable=False):
+            pass  # empty while the command runs
         place = f"{socket.gethostname()}, process {os.getpid()}" + _slurm_job()
         log.write(log_mark("start", f"{_now()} on {place}: {shlex.join(command)}"))
         returncode, stopped_by = _supervise(command, log)
@@ -166,7 +167,7 @@ def main() -> int:
         print(f"not run: {error}", file=sys.stderr)
         return LOCKED_EXIT_CODE
     except UserError as error:
-        with open(TaskFiles(arguments.log_dir, task).log, "ab") as log:
+        with open(TaskFiles(arguments.log_dir, task).log, "ab", opener=no_links) as log:
             log.write(f"error: {error}\n".encode())
         return 2
     return 128 + stopped_by if stopped_by is not None else code

@@ -23,8 +23,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, UserError
+from megatron_tpt.generation import Completion, EngineOptions, Request, open_engine
+from megatron_tpt.generation.dispatch import DEFAULT_MAX_IN_FLIGHT
+from megatron_tpt.processes import num_files_left
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, notes_of_columns_not_kept, read_blocks
 from megatron_tpt.scale import TaskReport, run_tasks, task_lock
@@ -43,6 +45,8 @@ from megatron_tpt.thinking.shards import Output, block_name
 from megatron_tpt.thinking.status import show_status, total_input_bytes
 
 _REJECTS_UNTIL_WARNING = 100
+_OTHER_FILES = 24
+"""Files that are open besides connections and journals."""
 
 
 def augment(options: AugmentOptions) -> Progress:
@@ -129,6 +133,18 @@ def conclude(options: AugmentOptions) -> None:
     print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
 
 
+def _within_file_limit(options: EngineOptions) -> EngineOptions:
+    """With fewer requests at once where this process may not open so many connections and journals."""
+    if options.kind != "endpoint":
+        return options
+    wanted = options.max_num_seqs or DEFAULT_MAX_IN_FLIGHT
+    possible = max((num_files_left() - _OTHER_FILES) // (2 * len(options.endpoints)), 1)
+    if wanted <= possible:
+        return options
+    _say([f"note: {possible} requests at once in place of {wanted}: {FILE_LIMIT_ADVICE} for more"])
+    return replace(options, max_num_seqs=possible)
+
+
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, file=sys.stderr, flush=True)
@@ -170,7 +186,7 @@ def _write_card(job: Job, output: Output, missing: Sequence[str] = ()) -> None:
     missing = list(missing)
     if unfinished:
         missing.append(f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished")
-    missing += [f"{num_gone:,} finished shards were taken away"] if num_gone else []
+    missing += [f"{num_gone:,} finished shards are missing or damaged"] if num_gone else []
     write_card(output.folder, job.settings, total, missing)
 
 
@@ -205,6 +221,8 @@ class _Task:
         if previous is not None:
             self.progress.examples = previous.examples
         self._ids = IdSet()
+        self._read_sources: set[int] = set()
+        """Whose content was compared with what the job that wrote them recorded."""
         self._finished_bytes = 0
         self._open_bytes = 0
         """Of the rows that are being thought about."""
@@ -253,24 +271,30 @@ class _Task:
             name = block_name(number, block)
             if is_beyond(block * rows_per_block):
                 return True  # to end the walk there
+            is_ours = self.owns(number, block)
+            if is_ours and self.output.set_aside_damaged(name):
+                self.output.note_reopened(self.number, self._num_tasks)
             if self.output.is_done(name):
                 if name in ledger.entries:
                     self._ids.update(ledger.entries[name].digests)
-                if self.owns(number, block):
+                if is_ours:
                     self.progress.shards_skipped += 1
                     self._count_before(ledger.entries.get(name))
                 return False
-            return self.owns(number, block)
+            return is_ours
 
         for block, rows in read_blocks(source, self._job.columns, rows_per_block, is_wanted, self._read):
             if is_beyond(block * rows_per_block):
                 return
+            if number not in self._read_sources:
+                self._read_sources.add(number)
+                source.require_content()
             inside = itertools.takewhile(lambda row: not is_beyond(row.number), rows)
             yield _Block(source, block_name(number, block), ledger, inside)
 
     def run(self, generator: Generator, blocks: Iterator[_Block]) -> None:
         """Think about all rows of `blocks`."""
-        with contextlib.closing(self.output), open_engine(generator.engine_options) as engine:
+        with contextlib.closing(self.output), open_engine(_within_file_limit(generator.engine_options)) as engine:
             self._num_devices, self._last_finish_s = engine.num_devices, time.monotonic()
             reporter = Reporter(self.progress, self._progress_path, self._input_bytes_done)
             try:

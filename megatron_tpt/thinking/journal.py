@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, no_links
 from megatron_tpt.scale import TaskLocked, locked
 
 _LOCK_TIMEOUT_S = 10.0
@@ -162,7 +162,7 @@ def _encode(line: dict[str, Any]) -> bytes:
 
 def _open_locked(path: Path) -> int:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = no_links(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
         if not locked(file, path, timeout_s=_LOCK_TIMEOUT_S):
             os.close(file)
             raise TaskLocked(

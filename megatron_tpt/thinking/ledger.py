@@ -9,13 +9,13 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 
+from megatron_tpt.files import append_line
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 
@@ -57,18 +57,14 @@ class Ledger:
     """The finished blocks of one source, whichever task finished them."""
 
     def __init__(self, folder: Path, source: int, task: int) -> None:
-        self._path = folder / f"{source:05d}-task-{task:05d}.jsonl"
+        self.writer = f"task-{task:05d}"
+        """The task that adds entries."""
+        self._path = folder / f"{source:05d}-{self.writer}.jsonl"
         self.entries = _latest(read_entries(folder.glob(f"{source:05d}-task-*.jsonl")))
 
     def add(self, entry: Entry) -> None:
         """Note a finished block."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            # What a crash cut off must not swallow the line after it.
-            whole = file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
-            file.write((b"" if whole else b"\n") + entry.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, entry.to_json().encode())
         self.entries[entry.block] = entry
 
 

@@ -5,8 +5,6 @@ OUTPUT/.work/progress/task-00003-of-00064.json
 
 import json
 import math
-import os
-import socket
 import sys
 import time
 from collections import Counter
@@ -14,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_tpt.files import atomic_write
 
 _FILE_EVERY_S = 5.0
 _MAX_EXAMPLE = 160
@@ -169,10 +169,8 @@ def progress_path(folder: Path, task: int, num_tasks: int) -> Path:
 
 def write_progress(progress: Progress, path: Path) -> None:
     """Put `progress` where `read_progress` finds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
-    temporary.write_text(json.dumps(vars(progress)))
-    temporary.replace(path)  # never a part of it; that it survives a power cut is of no use to anyone
+    with atomic_write(path, durable=False) as temporary:  # surviving a power cut is of no use to anyone
+        temporary.write_text(json.dumps(vars(progress)))
 
 
 def read_progress(path: Path) -> Progress | None:

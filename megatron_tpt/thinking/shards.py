@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy
 import zstandard
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.records import REJECTS, Record, read_records, write_records
+from megatron_tpt.records.inventory import Inventory
 from megatron_tpt.scale import is_task_locked
 from megatron_tpt.thinking.journal import Journal, holds_answers, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
@@ -26,6 +29,11 @@ _SUFFIX = ".jsonl.zst"
 def block_name(source: int, block: int) -> str:
     """The name of a block in files: `part-00003-00017`."""
     return f"part-{source:05d}-{block:05d}"
+
+
+def _files_of(name: str) -> tuple[str, str]:
+    """The files that a block becomes, relative to the output folder."""
+    return f"{name}{_SUFFIX}", f"{REJECTS}/{name}{_SUFFIX}"
 
 
 class Output:
@@ -47,6 +55,7 @@ class Output:
             for place in (self.folder, self.rejects)
             for path in place.glob(f"part-*{_SUFFIX}")
         } - {name_of(path) for path in self.journals.glob("part-*")}
+        self._inventory = Inventory(folder)
         self._open: set[Journal] = set()
         self._leftovers = [
             path for place in (self.folder, self.rejects) for path in place.glob(f".tmp-*-part-*{_SUFFIX}")
@@ -55,6 +64,26 @@ class Output:
     def is_done(self, name: str) -> bool:
         """Whether the block was finished when this object was made."""
         return name in self._done
+
+    def set_aside_damaged(self, name: str) -> bool:
+        """Whether files of a block that is not under way are not as they were recorded: then they are hidden, and the
+        block is no longer done."""
+        if self._difference(name) is None or path_of(self.journals, name).exists():
+            return False
+        self._inventory = Inventory(self.folder)  # another process may have written the block anew
+        if (difference := self._difference(name)) is None:
+            return False
+        for path in map(self.folder.joinpath, _files_of(name)):
+            if path.exists():
+                path.replace(path.with_name(f".damaged-{path.name}"))
+        self._done.discard(name)
+        print(f"warning: {difference}; what is there of this block is set aside, and it is done again", file=sys.stderr)
+        return True
+
+    def _difference(self, name: str) -> str | None:
+        """Which file of a block is not as it was recorded, and how; None where all are, or nothing was recorded."""
+        differences = {file: self._inventory.difference(file) for file in _files_of(name)}
+        return next((f"{self.folder / file}: {what}" for file, what in differences.items() if what), None)
 
     def journal(self, name: str) -> Journal | None:
         """The journal of a block that was not done; None when another process has finished it since."""
@@ -107,11 +136,13 @@ class Output:
         return [task for task in range(num_tasks) if task_name(task, num_tasks) not in names]
 
     def totals(self) -> tuple[ThinkingStatistics, int]:
-        """What all finished blocks hold, and how many of them are not there any more."""
+        """What all finished blocks hold, and how many of them are missing or not as they were written."""
         total, num_gone = ThinkingStatistics(), 0
+        inventory = self._inventory = Inventory(self.folder)
         present = {path.name for place in (self.folder, self.rejects) for path in place.glob(f"part-*{_SUFFIX}")}
         for entry in latest_entries(self.ledgers):
-            if f"{entry.block}{_SUFFIX}" in present:
+            is_whole = not any(map(inventory.difference, _files_of(entry.block)))
+            if f"{entry.block}{_SUFFIX}" in present and is_whole:
                 total.merge(entry.statistics)
             else:  # all its rows may have been blank
                 num_gone += bool(entry.statistics.records or entry.statistics.rejects)
@@ -147,6 +178,7 @@ class Output:
             rejects_path.unlink(missing_ok=True)
         revision = before.revision + 1 if before is not None else 0
         ledger.add(Entry(name, end, numpy.array(digests, dtype=numpy.uint64), statistics, revision))
+        self._inventory.add(ledger.writer, _files_of(name))
         for path in self._leftovers:  # of killed runs; those of other blocks may be being written by other tasks
             if path.name.endswith(f"-{name}{_SUFFIX}"):
                 path.unlink(missing_ok=True)
@@ -155,8 +187,11 @@ class Output:
         return statistics
 
     def read_block(self, name: str) -> tuple[list[Record], list[dict[str, Any]]]:
-        """The records and the rejects of a block that is done."""
+        """The records and the rejects of a block that is done. Raises UserError for other files than were written."""
         shard, rejects_path = (place / f"{name}{_SUFFIX}" for place in (self.folder, self.rejects))
+        for file in _files_of(name):
+            if (what := self._inventory.content_difference(file)) is not None:
+                raise UserError(f"{self.folder / file}: {what}; run the job again, which does this block anew")
         records = list(read_records([shard])) if shard.exists() else []
         return records, list(read_rejects(rejects_path)) if rejects_path.exists() else []
 

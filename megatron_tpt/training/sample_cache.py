@@ -7,8 +7,7 @@ one each. The files are those that Megatron Core looks for: NAME-description.txt
 """
 
 import contextlib
-import errno
-import fcntl
+import math
 import mmap
 import os
 import shutil
@@ -24,11 +23,11 @@ from typing import IO
 import numpy as np
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.files import no_links, sync_tree
+from megatron_tpt.scale.lock import has_locks, locked
 
 _LARGE_BYTES = 64 << 20
 _ABANDONED_AFTER_S = 24 * 3600
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class MissingEntryError(UserError):
@@ -76,15 +75,15 @@ class SampleCache:
     def building(self) -> Iterator[None]:
         """Build what is missing, within the block. One process at a time does so; the others wait and find it there.
 
-        Where the file system has no locks several build the same, and the first to end is the one that counts. What a
+        Without locks (see `task_lock`) several build the same, and the first to end is the one that counts. What a
         killed process left is cleared away. Raises UserError when the folder cannot be written.
         """
         prefix = f".building-{socket.gethostname()}_"  # no host's name holds "_": none is the beginning of another
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("a") as lock:
-                locked = _lock(lock, self.folder)
-                self._remove_leftovers(prefix if locked else None)
+            with open(self.folder / ".lock", "a", opener=no_links) as lock:
+                self._lock(lock)
+                self._remove_leftovers(prefix if has_locks() else None)
                 self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder))
                 try:
                     yield
@@ -96,6 +95,12 @@ class SampleCache:
                 f"{self.folder}: the sample indices cannot be built there ({error}); mend that, "
                 "or name another folder as data.cache_dir"
             ) from error
+
+    def _lock(self, file: IO[str]) -> None:
+        """Lock `file` until it is closed, by us or by our death."""
+        if not locked(file.fileno(), self.folder / ".lock", timeout_s=0):
+            print(f"{self.folder}: another process builds sample indices here; waiting", file=sys.stderr, flush=True)
+            locked(file.fileno(), self.folder / ".lock", timeout_s=math.inf)
 
     def _path(self, name: str, kind: str) -> Path:
         return self.folder / f"{name}-{kind}"
@@ -146,18 +151,3 @@ def _map(path: Path) -> np.ndarray:
             return np.ndarray(shape, dtype, data, file.tell())
         except TypeError as error:
             raise ValueError(str(error)) from None
-
-
-def _lock(file: IO[str], folder: Path) -> bool:
-    """Lock `file` until it is closed, by us or by our death. Returns False where the file system has no locks."""
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process builds sample indices here; waiting", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True

@@ -1,5 +1,6 @@
 """Command lines: what is typed arrives as it was typed, or is refused in one line."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -68,3 +69,25 @@ def test_an_argument_that_is_not_utf8_is_refused_before_the_work(
         run(lambda: begun.append(Path()))
     assert (end.value.code, begun) == (2, [])
     assert capsys.readouterr().err == "error: caf\\xe9: not UTF-8; give another name\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "the disk is full (x); make room"),
+        (errno.EROFS, "can only be read (x)"),
+        (errno.EMFILE, "too many open files (x); raise the limit of open files (ulimit -n"),
+        (errno.EFBIG, "(ulimit -f)"),
+        (errno.EACCES, "permission denied (x)"),
+    ],
+)
+def test_what_the_machine_does_not_allow_is_one_line_without_a_traceback(
+    code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code), "x")
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1

@@ -89,7 +89,8 @@ def test_empty_items_are_counted_and_named_and_the_others_looked_for(
 
 def test_every_item_must_be_readable_and_some_must_have_words(tmp_path: Path) -> None:
     for rows, columns, message in [
-        ([], ["q"], "holds no items of the evaluation set e"),
+        ([], ["q"], "has no bytes"),
+        ([" "], ["q"], "holds no items of the evaluation set e"),
         ([{"q": ""}, {"q": None}], ["q"], "none of the 2 items of the evaluation set e has a word in q"),
         ([{"q": "x"}, "{broken"], ["q"], r"e\.jsonl:2: not JSON .*fix the line"),
         ([{"q": "x"}, ["q"]], ["q"], r"e\.jsonl:2: not a JSON object"),

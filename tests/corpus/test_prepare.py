@@ -382,7 +382,7 @@ def test_a_killed_addition_is_resumed_unless_other_files_are_added(
 
 
 def test_sources_that_come_to_nothing_are_named(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_jsonl(raw / "empty.jsonl", [])
+    (raw / "empty.jsonl").write_text("\n")
     write_jsonl(raw / "other.jsonl", [{"content": "x"}, {"content": "y"}, "{"])
     report = prepare(options_for(raw))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
@@ -440,7 +440,7 @@ def test_where_no_row_is_a_document_the_advice_is_about_the_cause(tmp_path: Path
     table = pyarrow.table({"text": ["a document"], "image": pyarrow.array([b"\xff"], pyarrow.binary())})
     pyarrow.parquet.write_table(table, sink)
     assert advice("image.parquet", sink.getvalue(), meta_columns=["image"]) == "omit image from --meta-columns"
-    for name, content in [("empty.jsonl", ""), ("broken.jsonl", "x\ny\n"), ("cut.parquet", sink.getvalue()[:99])]:
+    for name, content in [("empty.jsonl", "\n"), ("broken.jsonl", "x\ny\n"), ("cut.parquet", sink.getvalue()[:99])]:
         assert advice(name, content) == "fix these files or name others with --input"
     for name, content in [("other.jsonl", '{"body": "x"}'), ("list.jsonl", '{"text": ["x"]}')]:
         assert advice(name, content) == "is --text-column right?"

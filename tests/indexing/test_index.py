@@ -247,7 +247,7 @@ BAD_INPUTS = [
     ('{"text": "good"}\n{"text":', "d.jsonl:2: not JSON"),
     ('{"text": "good"}\n{"body": "x"}', "d.jsonl:2: no text"),
     ('{"text": "good"}\n{"text": ""}', "d.jsonl:2: empty text"),
-    ("", "no document"),
+    ("", "has no bytes"),
     (None, "no such file"),
 ]
 

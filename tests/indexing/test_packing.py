@@ -349,7 +349,7 @@ def test_an_interrupted_job_says_that_nothing_was_written(
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("", "its files are empty"),
+        ("\n", "its files are empty"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}\n' * 2,
             "2 skipped: nothing to learn .such as .*jsonl:1: ",

@@ -147,7 +147,7 @@ def test_tokenizer_training_refuses_what_it_cannot_do(documents: Path, tmp_path:
     def options(**changes):
         return TrainTokenizerOptions(**({"input": [documents], "output": tmp_path / "tok"} | changes))
 
-    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.jsonl").write_text("\n")
     for wrong, message in [
         (options(output=tmp_path), "exists"),
         (options(vocab_size=259), "too small"),

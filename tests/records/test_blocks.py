@@ -427,7 +427,7 @@ def test_a_missing_text_column_of_a_table_is_the_users_to_mend(tmp_path: Path) -
 def test_a_file_that_cannot_be_read_names_itself(tmp_path: Path) -> None:
     for name in ("x.jsonl", "x.parquet", "x.arrow"):
         path = tmp_path / name
-        path.touch()
+        path.write_bytes(b"x")
         (source,) = expand_sources([path])
         path.unlink()
         with pytest.raises(UserError, match=f"{name}: cannot be read"):

@@ -81,10 +81,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.zst", "x.jsonl.bz2", "x.ndjson.xz", "x.parquet", "x.arrow"])
-@pytest.mark.parametrize("content", [b"", b"\0" * 512])
-def test_a_packed_file_or_table_of_nothing_is_damaged(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_packed_file_or_table_of_nothing_is_damaged(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(content)
+    path.write_bytes(b"\0" * 512)
     assert [row.problem for row in rows_of(path)] == [DAMAGED]
 
 

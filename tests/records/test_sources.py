@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pandas
@@ -278,7 +279,7 @@ def test_an_arrow_file_of_the_other_kind_and_a_broken_one(tmp_path: Path) -> Non
     with pyarrow.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
     assert [r.text for r in read_records([path])] == ["a", "b"]
-    for content in (b"", b"garbage" * 100, path.read_bytes()[:100], b"ARROW1"):
+    for content in (b"garbage" * 100, path.read_bytes()[:100], b"ARROW1"):
         path.write_bytes(content)
         (source,) = expand_sources([path])
         rows = [row for _, rows in read_blocks(source, Columns(), 10, bool) for row in rows]
@@ -394,3 +395,27 @@ def test_a_saved_data_set_does_not_lead_out_of_its_folder(tmp_path: Path, split:
     (tmp_path / "set/state.json").write_text(json.dumps({"_data_files": [{"filename": f"{split}/x.arrow"}]}))
     with pytest.raises(UserError, match="is not the name of a file or folder in it"):
         expand_sources([tmp_path / "set"])
+
+
+@pytest.mark.parametrize("target", [".", "..", "../secret", "inner/back", "/"])
+def test_a_saved_data_set_is_not_followed_through_links_back_or_out(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "saved"
+    (folder / "inner").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "x.jsonl").write_text('{"text": "a secret"}\n')
+    (folder / "inner" / "back").symlink_to("..")
+    (folder / "train").symlink_to(target)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(UserError, match="its description as a saved data set is broken"):
+        expand_sources([folder])
+
+
+def test_a_file_of_a_saved_data_set_that_is_a_link_out_of_it_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a secret"]}).save_to_disk(tmp_path / "secret")
+    shutil.copytree(tmp_path / "secret", tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    assert len(expand_sources([tmp_path / "saved"])) == 1
+    file.unlink()
+    file.symlink_to(tmp_path / "secret" / file.name)
+    with pytest.raises(UserError, match="is a link out of it"):
+        expand_sources([tmp_path / "saved"])

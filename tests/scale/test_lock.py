@@ -65,3 +65,29 @@ def test_a_file_system_without_locks_is_refused_unless_they_are_given_up(tmp_pat
     monkeypatch.setenv("MEGATRON_TPT_NO_LOCKS", "1")
     with task_lock(tmp_path, 0):
         pass
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".task_00000.lock").symlink_to(victim)
+    with pytest.raises(UserError, match="a link in the place of a file"):
+        task_lock(tmp_path, 0, timeout_s=0).__enter__()
+    assert victim.read_text() == "precious"
+
+
+def test_a_lock_file_of_a_process_whose_number_is_taken_again_holds_nothing(tmp_path):
+    """What a dead holder wrote names a process and a time: neither decides."""
+    (tmp_path / ".task_00000.lock").write_text(f"process {os.getpid()} on here since 2999-01-01T00:00:00+00:00\n")
+    with task_lock(tmp_path, 0, timeout_s=0):
+        pass
+
+
+def test_a_clock_that_jumps_neither_shortens_nor_prolongs_waiting_for_a_lock(tmp_path, holder, monkeypatch):
+    jumps = iter([0.0, 1e9, -1e9])
+    monkeypatch.setattr("time.time", lambda: next(jumps, 1e12))
+    with pytest.raises(TaskLocked, match=f"process {holder.pid}"):
+        task_lock(tmp_path, 3, timeout_s=0.5).__enter__()
+    holder.kill()
+    with task_lock(tmp_path, 3, timeout_s=60):
+        pass

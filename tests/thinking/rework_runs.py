@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def killed_at(call: int, run: Callable[[], Any], tmp: Path) -> bool:
 
 
 def as_earlier_version(output: Path) -> None:
-    """Take away what earlier versions did not write: lengths of rejects and of chunks, revisions of blocks."""
+    """Take away what earlier versions did not write: lengths of rejects and of chunks, revisions of blocks,
+    sizes of files."""
+    shutil.rmtree(output / ".inventory")
     for path in output.glob("part-*"):
         whole = list(read_records([path]))
         for record in whole:

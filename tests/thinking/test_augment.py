@@ -396,7 +396,7 @@ def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(documents: Path
     without_eos, empty, template = tmp_path / "no-eos", tmp_path / "empty.jsonl", tmp_path / "template.txt"
     make_model(without_eos)
     make_tokenizer(without_eos, eos=False)
-    empty.write_text("")
+    empty.write_text("\n")
     template.write_text("Think hard.")
     good = options_for(documents, model, tmp_path / "out")
     cases = {

@@ -152,7 +152,7 @@ def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: Unru
     assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
     (options.output / "part-00000-00003.jsonl.zst").unlink()
     launch(options, [sys.executable, "-c", ""])
-    assert "1 finished shards were taken away" in card(options) and "| records | 7 |" in card(options)
+    assert "1 finished shards are missing or damaged" in card(options) and "| records | 7 |" in card(options)
     augment(dataclasses.replace(options, scale=ScaleOptions()))  # in another split
     assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
 

@@ -149,13 +149,16 @@ def test_processes_that_build_at_once_leave_one_whole_cache(recipe: dict, index_
     assert not list((tmp_path / "together").glob(".building*"))
 
 
-def test_processes_that_cannot_lock_leave_one_whole_cache_too(
+def test_processes_that_may_do_without_locks_leave_one_whole_cache_too(
     recipe: dict, index_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(UserError, match="file system without locks"):
+        prepare_cache(make_recipe(recipe, copies(index_prefix, tmp_path, 2), tmp_path / "refused"))
+    monkeypatch.setenv("MEGATRON_TPT_NO_LOCKS", "1")
     test_processes_that_build_at_once_leave_one_whole_cache(recipe, index_prefix, tmp_path)
 
 
