@@ -30,6 +30,7 @@ from megatron_tpt.generation import (
     expect_completion,
     load_tokenizer,
     open_engine,
+    render_chat,
 )
 
 FORMAT_VERSION = 1
@@ -135,12 +136,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOpti
                 f"(chat_template.jinja in its folder), or omit --chat to give the problems as plain text"
             )
         return [
-            tokenizer(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                ),
-                add_special_tokens=False,
-            ).input_ids
+            tokenizer(render_chat(tokenizer, [{"role": "user", "content": prompt}]), add_special_tokens=False).input_ids
             for prompt in prompts
         ]
     if tokenizer.chat_template is not None:

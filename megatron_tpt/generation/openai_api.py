@@ -217,7 +217,7 @@ def parse_models(url: str, body: bytes) -> dict[str, ListedModel]:
     """The models that a server lists, by name; UnusableAnswer for what is no list."""
     try:
         return {
-            _text(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", _count(entry.get("max_model_len")) or None)
+            _text(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", _told(entry.get("max_model_len")) or None)
             for entry in orjson.loads(body)["data"]
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -231,9 +231,9 @@ def _parse_completion(url: str, body: bytes) -> Completion | Failure:
         reason = choice["finish_reason"]
         text, reasoning = _texts(choice)
         usage = answer.get("usage") or {}
-        token_ids = tuple(map(_count, choice.get("token_ids") or ()))
-        num_prompt_tokens = _count(usage.get("prompt_tokens"))
-        num_tokens = _count(usage.get("completion_tokens")) or len(token_ids)
+        token_ids = tuple(map(_token_id, choice.get("token_ids") or ()))
+        num_prompt_tokens = _told(usage.get("prompt_tokens"))
+        num_tokens = _told(usage.get("completion_tokens")) or len(token_ids)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
     if reason == "content_filter":
@@ -262,14 +262,16 @@ def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:
     return text, reasoning
 
 
-def _count(value: Any) -> int:
-    """A number of tokens or a token's id, 0 for none. Raises ValueError for what cannot be one."""
-    if value is None:
-        return 0
+def _told(value: Any) -> int:
+    """A number of tokens; 0 where the server tells none, or one that cannot be."""
     if isinstance(value, float) and value.is_integer():  # JSON does not distinguish them
         value = int(value)
+    return value if type(value) is int and 0 <= value < _MAX_COUNT else 0
+
+
+def _token_id(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MAX_COUNT:
-        raise ValueError(f"{str(value)[:20]!r} is no number of tokens")
+        raise ValueError(f"{str(value)[:20]!r} is no token id")
     return value
 
 
