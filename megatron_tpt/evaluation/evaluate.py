@@ -32,6 +32,7 @@ from megatron_tpt.generation import (
     open_engine,
     render_chat,
 )
+from megatron_tpt.names import shown
 
 FORMAT_VERSION = 1
 
@@ -219,7 +220,7 @@ def model_folders(models: Sequence[str]) -> list[Path]:
 def _line(result: ModelResult) -> str:
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     return (
-        f"{result.model}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
+        f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
         f"{result.extraction_failures:,} unreadable, {result.mean_output_tokens:.1f} tokens per answer, "
         f"{result.truncated_fraction:.1%} cut, {result.output_tokens_per_s:,.0f} tokens/s"
     )
