@@ -23,6 +23,7 @@ from megatron_tpt.records import Columns, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
 from megatron_tpt.records.record import BadRecord
+from megatron_tpt.records.table_sizes import decoded_bytes
 from megatron_tpt.records.tables import python_row
 
 THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
@@ -158,7 +159,7 @@ class PieceMaker:
         """The pieces, or None where a record needs a closer look."""
         if not self._may_be_fast() or isinstance(rows, TooLarge):
             return None
-        if (len(rows) if isinstance(rows, bytes) else rows.nbytes) > max_record_bytes():
+        if (len(rows) if isinstance(rows, bytes) else decoded_bytes(rows)) > max_record_bytes():
             return None
         try:
             if isinstance(rows, bytes):

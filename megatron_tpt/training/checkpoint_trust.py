@@ -69,7 +69,7 @@ def require_data_only(folder: Path) -> None:
         with path.open("rb") as file:
             description = _MetadataUnpickler(file).load()
         for place in description.storage_data.values():
-            if PurePath(place.relative_path).name != place.relative_path:
+            if place.relative_path == ".." or PurePath(place.relative_path).name != place.relative_path:
                 raise UserError(f"{path} names {place.relative_path!r}, which is no file of this folder: it is refused")
     except UserError:
         raise
