@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 
 _SHOWN = 3
@@ -56,7 +57,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); choose another --output") from error
     if not isinstance(settings, dict):

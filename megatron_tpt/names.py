@@ -8,11 +8,19 @@ from pathlib import Path
 from megatron_tpt.errors import UserError
 
 _UNUSABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are no UTF-8, separators of lines
+_JOINERS = "\u200c\u200d"  # parts of words and of emoji
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """The path on one line, with bytes that are no UTF-8 and control characters as \\\\x.. escapes."""
-    return "".join(map(_shown_character, os.fspath(path)))
+def shown(text: str | os.PathLike[str]) -> str:
+    """A name or a text of others on one line, safe for a terminal and a log: control characters, those that change the
+    direction of text or cannot be seen, and bytes that are no UTF-8 are \\x.. and \\u.... escapes."""
+    text = os.fspath(text)
+    return text if text.isascii() and text.isprintable() else "".join(map(_shown_character, text))
+
+
+def shown_lines(text: str) -> str:
+    """The same for a text of several lines; tabs stay."""
+    return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
 
 
 def require_usable(path: Path, real_path: Path) -> None:
@@ -41,7 +49,8 @@ def _problem(name: str) -> str | None:
 
 
 def _shown_character(character: str) -> str:
-    if unicodedata.category(character) not in _UNUSABLE:
+    kind = unicodedata.category(character)
+    if kind not in _UNUSABLE and (kind != "Cf" or character in _JOINERS):
         return character
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8

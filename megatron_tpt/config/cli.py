@@ -16,7 +16,7 @@ from typing import Any, get_origin, get_type_hints
 import tyro
 
 from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure
-from megatron_tpt.names import require_utf8
+from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
 
 _RECIPE = "--recipe"
@@ -118,11 +118,11 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {shown_lines(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except StoppedEarly as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(stop, flush=True)
+            print(shown_lines(str(stop)), flush=True)
         code = 75
     except KeyboardInterrupt:
         code = 130

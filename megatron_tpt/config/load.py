@@ -42,7 +42,7 @@ def _apply_override(file: YamlFile, key: str, value: str) -> None:
     """Write what the command line gives into what the file gives. A mapping is merged into the section, key by key."""
     try:
         parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         parsed = value
     _write(file, tuple(key.split(".")), parsed)
 

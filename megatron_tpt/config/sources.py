@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron_tpt.config.recipe import DatasetSource
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets
+from megatron_tpt.json_data import read_json
 
 _LIST_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -77,7 +77,7 @@ def _matches(pattern: str) -> list[dict[str, Any]]:
 def _num_tokens(manifest: Path) -> int | None:
     """Tokens of an index; None for a JSON file that is no manifest."""
     try:
-        return json.loads(manifest.read_text())["counts"]["tokens"]
+        return read_json(manifest)["counts"]["tokens"]
     except (ValueError, KeyError, TypeError):
         return None
 

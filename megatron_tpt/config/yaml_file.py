@@ -13,6 +13,11 @@ from typing import Any
 import yaml
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import MAX_NESTING
+
+MAX_BYTES = 4 << 20
+MAX_VALUES = 100_000
+"""How many keys and items a file may hold, those that its aliases repeat included: these grow without limit."""
 
 Key = tuple[str | int, ...]
 """A place in nested mappings and lists: ("data", "train", 0, "weight")."""
@@ -30,9 +35,11 @@ class YamlFile:
 def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
     """What a YAML file holds, and the places in it; None for an empty one.
 
-    Raises UserError for what is not YAML and for two equal keys in one mapping, each with its line; OSError when the
-    file cannot be read.
+    Raises UserError for what is not YAML, for two equal keys in one mapping, each with its line, and for a file that is
+    too large or nested too deeply; OSError when the file cannot be read.
     """
+    if (num_bytes := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"{path} has {num_bytes:,} bytes, and at most {MAX_BYTES:,} are read: give a recipe or list")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -53,7 +60,9 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from None
-    except (RecursionError, ValueError) as error:  # an alias within itself; a date that is none
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: more than {MAX_NESTING} levels") from None
+    except ValueError as error:  # a date that is none
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -75,9 +84,14 @@ class _PlaceReader:
         self.path = path
         self.places: dict[Key, str] = {}
         self.duplicates: list[str] = []
+        self.num_visited = 0
 
     def visit(self, node: yaml.Node, key: Key) -> None:
-        """Note what is below a node."""
+        """Note what is below a node. Raises UserError for too many values, and too many in each other."""
+        self.num_visited += 1
+        if self.num_visited > MAX_VALUES or len(key) > MAX_NESTING:
+            what = f"{MAX_VALUES:,} values" if self.num_visited > MAX_VALUES else f"{MAX_NESTING} levels"
+            raise UserError(f"{self.path}:{node.start_mark.line + 1}: more than {what}, aliases included: use fewer")
         if isinstance(node, yaml.MappingNode):
             lines: dict[Any, int] = {}
             for name_node, value in node.value:

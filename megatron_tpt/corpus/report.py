@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.files import atomic_write
+from megatron_tpt.markdown import code, inline
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,20 @@ class Report:
         if self.examples:
             yield "\n## Examples"
         for group, examples in sorted(self.examples.items()):
-            yield f"\n### {group}\n"
+            yield f"\n### {inline(group)}\n"
             for example in examples:
                 evidence = "; ".join(f"{name}: {_line(value)}" for name, value in example["evidence"].items() if value)
-                name = f"`{example['id']}`" if example["id"] else "no id"
-                yield f"- {name} ({example['source']}, row {example['row']:,}). {evidence}"
+                name = code(str(example["id"])) if example["id"] else "no id"
+                yield f"- {name} ({inline(example['source'])}, row {example['row']:,}). {inline(evidence)}"
                 if example["text"]:
-                    yield f"  > {_line(example['text'])}"
+                    yield f"  > {inline(_line(example['text']))}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "|" + " --- |" * len(head)
     for row in rows:
-        yield "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) + " |"
+        yield "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else inline(str(cell)) for cell in row) + " |"
 
 
 def _line(value: Any) -> str:

@@ -30,7 +30,9 @@ from megatron_tpt.generation import (
     expect_completion,
     load_tokenizer,
     open_engine,
+    render_chat,
 )
+from megatron_tpt.names import shown
 
 FORMAT_VERSION = 1
 
@@ -135,12 +137,7 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOpti
                 f"(chat_template.jinja in its folder), or omit --chat to give the problems as plain text"
             )
         return [
-            tokenizer(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                ),
-                add_special_tokens=False,
-            ).input_ids
+            tokenizer(render_chat(tokenizer, [{"role": "user", "content": prompt}]), add_special_tokens=False).input_ids
             for prompt in prompts
         ]
     if tokenizer.chat_template is not None:
@@ -223,7 +220,7 @@ def model_folders(models: Sequence[str]) -> list[Path]:
 def _line(result: ModelResult) -> str:
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     return (
-        f"{result.model}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
+        f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
         f"{result.extraction_failures:,} unreadable, {result.mean_output_tokens:.1f} tokens per answer, "
         f"{result.truncated_fraction:.1%} cut, {result.output_tokens_per_s:,.0f} tokens/s"
     )

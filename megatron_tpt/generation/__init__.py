@@ -34,6 +34,7 @@ from megatron_tpt.generation.models import (
     check_model,
     load_model_config,
     load_tokenizer,
+    render_chat,
 )
 from megatron_tpt.generation.vllm_engine import VLLMEngine
 
@@ -60,6 +61,7 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "open_engine",
+    "render_chat",
 ]
 
 

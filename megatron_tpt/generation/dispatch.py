@@ -240,13 +240,13 @@ class Dispatcher:
         sent_s = time.monotonic()
         try:
             outcome = await self._ask(job.request, server)
-        except UnusableAnswer as answer:
-            self._learn_of_failure(server, answer, sent_s)
-            self._try_again(job, server, answer)
         except Refused as refused:
             if job in self._jobs:
                 job.is_held = True
                 server.refusals.append(Refusal(job, refused.failure, sent_s))
+        except UnusableAnswer as answer:
+            self._learn_of_failure(server, answer, sent_s)
+            self._try_again(job, server, answer)
         else:
             self._last_success_s = time.monotonic()
             server.succeeded()
@@ -279,9 +279,8 @@ class Dispatcher:
             await self._ask(probe(server.refusals[-1].job.request), server)
         except Refused as refused:
             raise UserError(self._refuses_all(server, refused.failure.message)) from refused
-        except (
-            UnusableAnswer
-        ) as answer:  # nothing is learnt of the refused: they are asked again, elsewhere if possible
+        except UnusableAnswer as answer:
+            # Nothing is learned about the refused ones: they are asked again, elsewhere if possible.
             self._learn_of_failure(server, answer, sent_s)
             held, server.refusals = server.refusals, []
             for job in [refusal.job for refusal in held if refusal.job in self._jobs]:

@@ -80,10 +80,13 @@ class EndpointEngine:
 
     def _count(self, outcome: Completion | Failure) -> None:
         self._stats.count(outcome)
-        is_silent = isinstance(outcome, Completion) and not outcome.num_prompt_tokens and not outcome.num_tokens
+        is_silent = isinstance(outcome, Completion) and not (outcome.num_prompt_tokens and outcome.num_tokens)
         if is_silent and not self._told_of_usage:
             self._told_of_usage = True
-            warnings.warn("an endpoint does not tell how many tokens it used; they are counted as 0", stacklevel=3)
+            warnings.warn(
+                "an endpoint does not tell how many tokens it used, or not credibly; they are counted as 0",
+                stacklevel=3,
+            )
 
     def num_answers(self, url: str) -> int:
         """How many requests the server at `url` has answered."""

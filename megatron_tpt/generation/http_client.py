@@ -2,12 +2,16 @@
 
 import asyncio
 import urllib.request
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from megatron_tpt.generation.openai_api import UnusableAnswer
+from megatron_tpt.names import shown
 
+MAX_ANSWER_BYTES = 16 << 20
+"""The largest answer that is read, unpacked: a million tokens with their ids take about 12 MB."""
 _CONNECT_TIMEOUT_S = 10.0
 # Shorter than the time after which uvicorn closes an idle connection: else it may do so just as we send.
 _KEEP_ALIVE_S = 4.0
@@ -51,22 +55,22 @@ class HttpClient:
                 asyncio.timeout(timeout_s),
                 session.request(method, url, data=body, allow_redirects=False, proxy=self._proxy(url)) as response,
             ):
-                content = await response.read()
+                content = await _content(url, response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise UnusableAnswer("connection", f"{url} cannot be reached ({error})", counts=False) from error
         except TimeoutError as error:
             raise UnusableAnswer("timeout", f"{url} gave no answer for {timeout_s:g} s", counts=True) from error
-        except (aiohttp.ClientError, OSError) as error:
-            cause = str(error) or type(error).__name__
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that mean nothing
+            cause = shown(" ".join(str(error).split()))[:300] or type(error).__name__
             raise UnusableAnswer("connection", f"{url} cut the connection ({cause})", counts=True) from error
-        if response.status != 200 and self._key:
+        if self._key and (response.status != 200 or b'"error"' in content):
             content = content.replace(self._key.encode(), b"***")
         return HttpAnswer(response.status, response.headers, content)
 
     def _open(self) -> Any:
         import aiohttp
 
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         return aiohttp.ClientSession(
@@ -74,6 +78,8 @@ class HttpClient:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             headers=headers,
+            auto_decompress=False,  # it knows no limit
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     def _proxy(self, url: str) -> str | None:
@@ -90,3 +96,26 @@ class HttpClient:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
+
+
+async def _content(url: str, response: Any) -> bytes:
+    """The body, unpacked. Raises UnusableAnswer when it is too large, before it is in memory."""
+    packing = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if packing not in ("", "identity", "gzip", "x-gzip"):
+        raise _unreadable(url, f"the answer is packed as {packing[:20]!r}, which was not asked for")
+    unpacker = zlib.decompressobj(wbits=31) if "gzip" in packing else None
+    content = bytearray()
+    try:
+        async for chunk in response.content.iter_any():
+            content += unpacker.decompress(chunk, MAX_ANSWER_BYTES - len(content) + 1) if unpacker else chunk
+            if len(content) > MAX_ANSWER_BYTES:
+                raise _unreadable(url, f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+    except zlib.error as error:
+        raise _unreadable(url, f"the answer cannot be unpacked ({error})") from error
+    if unpacker and content and not unpacker.eof:
+        raise _unreadable(url, "the answer cannot be unpacked (it is truncated)")
+    return bytes(content)
+
+
+def _unreadable(url: str, message: str) -> UnusableAnswer:
+    return UnusableAnswer("invalid_response", f"{url}: {message}", counts=True)

@@ -1,6 +1,7 @@
 """Model folders and their tokenizers: checks that end in one clear line, and loading."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation.api import Failure, Prompt
+from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 
 
 def check_model(model: str) -> None:
@@ -73,8 +75,21 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         return list(prompt)  # type: ignore[arg-type]
     if tokenizer.chat_template is None:
         raise UserError("the model has no chat template; ask for plain completions, or use a chat model")
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(render_chat(tokenizer, prompt), add_special_tokens=False).input_ids  # type: ignore[arg-type]
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    """The text of messages in the tokenizer's chat template, with the generation prompt, as its `apply_chat_template`
+    writes it, but within limits. Raises UserError for a template that refuses the messages or exceeds these."""
+    try:
+        program = _program(tokenizer.get_chat_template())
+        given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.special_tokens_map}
+        return program.run(list(messages), given | variables).text
+    except (ValueError, TemplateError) as error:
+        raise UserError(f"{tokenizer.name_or_path}: {one_line(error)}") from error
+
+
+_program = functools.lru_cache(maxsize=8)(ChatProgram)
 
 
 def check_prompt(ids: Sequence[int], max_model_len: int) -> Failure | None:

@@ -16,6 +16,7 @@ import orjson
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import Completion, EngineOptions, Failure, FinishReason, Request
+from megatron_tpt.names import shown
 
 Api = Literal["completions", "chat"]
 
@@ -36,6 +37,8 @@ _VLLM_FIELDS = {
 }
 _MASK_31_BITS = (1 << 31) - 1
 _MAX_MESSAGE = 300
+_MAX_COUNT = 1 << 31
+"""No context is as long: a larger number of tokens is none."""
 _PROBE = "Hello."
 
 
@@ -52,11 +55,11 @@ class UnusableAnswer(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Refused(Exception):
+class Refused(UnusableAnswer):
     """A server answered that it will not do this request. Asking again does not help; other requests may be served."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
+        super().__init__(failure.reason, failure.message, counts=True)
         self.failure = failure
 
 
@@ -154,7 +157,7 @@ def _status_in(body: bytes) -> int:
     if not isinstance(error, dict):
         return 502
     code = str(error.get("code"))
-    if code.isdecimal() and 400 <= int(code) < 600:
+    if re.fullmatch("[45][0-9]{2}", code):
         return int(code)
     return 400 if "invalid_request" in f"{error.get('type')} {code}" else 502
 
@@ -195,7 +198,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
@@ -214,7 +217,7 @@ def parse_models(url: str, body: bytes) -> dict[str, ListedModel]:
     """The models that a server lists, by name; UnusableAnswer for what is no list."""
     try:
         return {
-            str(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", entry.get("max_model_len"))
+            _text(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", _told(entry.get("max_model_len")) or None)
             for entry in orjson.loads(body)["data"]
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -228,20 +231,18 @@ def _parse_completion(url: str, body: bytes) -> Completion | Failure:
         reason = choice["finish_reason"]
         text, reasoning = _texts(choice)
         usage = answer.get("usage") or {}
-        token_ids = tuple(choice.get("token_ids") or ())
-        num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        num_tokens = int(usage.get("completion_tokens") or len(token_ids))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        token_ids = tuple(map(_token_id, choice.get("token_ids") or ()))
+        num_prompt_tokens = _told(usage.get("prompt_tokens"))
+        num_tokens = _told(usage.get("completion_tokens")) or len(token_ids)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
     if reason == "content_filter":
         return Failure("content_filter", "the server's filter held the completion back")
-    if reason not in _FINISH_REASONS:
-        shown = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
-        raise _invalid(url, f"the completion ended with {shown}")
+    if not isinstance(reason, str) or reason not in _FINISH_REASONS:
+        known = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
+        raise _invalid(url, f"the completion ended with {known}")
     if not isinstance(text, str) or not isinstance(reasoning, str | None):
         raise _invalid(url, "the completion holds no text")
-    if not all(isinstance(token_id, int) for token_id in token_ids):
-        raise _invalid(url, "the token ids are no numbers")
     return Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
 
 
@@ -261,6 +262,25 @@ def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:
     return text, reasoning
 
 
+def _told(value: Any) -> int:
+    """A number of tokens; 0 where the server tells none, or one that cannot be."""
+    if isinstance(value, float) and value.is_integer():  # JSON does not distinguish them
+        value = int(value)
+    return value if type(value) is int and 0 <= value < _MAX_COUNT else 0
+
+
+def _token_id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{str(value)[:20]!r} is no token id")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:20]!r} is no text")
+    return value
+
+
 def _part_text(part: Any) -> str:
     """The text of a part of a message's content, which may be a string, an object with a text, or a list of those."""
     if isinstance(part, list):
@@ -277,10 +297,15 @@ def _error_message(body: bytes) -> str:
     try:
         content = orjson.loads(body)
     except ValueError:
-        content = body.decode("utf-8", "replace")
+        content = None
     if isinstance(content, dict):
-        error = content.get("error", content.get("detail", content.get("message", content)))
-        if isinstance(error, dict):
-            error = " ".join(str(error[name]) for name in ("code", "message") if error.get(name) is not None)
-        content = error
-    return " ".join(str(content).split())[:_MAX_MESSAGE]
+        content = content.get("error", content.get("detail", content.get("message")))
+    if isinstance(content, dict):
+        content = " ".join(str(content[name]) for name in ("code", "message") if _is_plain(content.get(name)))
+    if not isinstance(content, str):
+        content = body[: 4 * _MAX_MESSAGE].decode("utf-8", "replace")
+    return shown(" ".join(content.split()))[:_MAX_MESSAGE]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron_tpt import json_data
 from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message, texts_of
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
 
@@ -98,8 +99,8 @@ def _call_in_form(call: Mapping[str, Any], form: str) -> dict[str, Any]:
 def _parsed_arguments(text: str) -> Any:
     """The object that a call's arguments are in JSON; the text where it is none. Marks are characters like others."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json_data.loads(text)
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text
 

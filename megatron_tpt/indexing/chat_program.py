@@ -1,6 +1,6 @@
 """A chat template as a program: what it reads, what it writes, and how much of that the later messages can change.
 
-Templates are foreign code: they run in transformers' sandbox, with a limit on their time and output.
+Templates are foreign code: they run in transformers' sandbox, with limits on their time, memory and output.
 
 The text of a conversation's beginning is needed for each of its turns, and to render every beginning takes quadratic
 time. Most templates need it once: messages are given as a sequence that notes at which place of the output each is
@@ -10,29 +10,22 @@ but the messages can differ there, which holds for templates without namespaces:
 """
 
 import re
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing import chat_limits
+from megatron_tpt.names import shown
 
 Span = tuple[int, int]
 
-_MAX_SECONDS = 60.0
-"""Of processor time, for one rendering."""
-_MAX_CHARACTERS = 1 << 28
+_MAX_MESSAGE = 500
 _STATEFUL = {"namespace", "cycler", "joiner", "lipsum"}
 
 
 class TemplateError(Exception):
     """A conversation that the template cannot show, or not as it must. The text says why."""
-
-
-class _TimeUp(BaseException):
-    """Raised inside a template that runs too long; no `except` of a library catches it."""
 
 
 class Output(NamedTuple):
@@ -54,21 +47,27 @@ class Beginnings(NamedTuple):
 
 
 class ChatProgram:
-    """A compiled chat template. Raises UserError when it is no valid Jinja."""
+    """A compiled chat template. Raises UserError when it is not valid Jinja."""
 
     def __init__(self, template: str) -> None:
         import jinja2
         from jinja2 import nodes
         from transformers.utils import chat_template_utils
 
+        # The public function renders in one go; the sandbox and its filters are to be the same.
+        environment = chat_template_utils._compile_jinja_template("").environment
+        chat_limits.bound_operators(environment)
         try:
-            # The public function renders in one go; the sandbox and its filters are to be the same.
-            self._compiled: Any = chat_template_utils._compile_jinja_template(template)
-            tree = self._compiled.environment.parse(template)
+            with chat_limits.template_limits():  # constants are computed now
+                self._compiled: Any = environment.from_string(template)
+                tree = environment.parse(template)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template is no valid Jinja: {error}") from None
+            message = shown(f"line {error.lineno}: {error.message}")[:_MAX_MESSAGE]
+            raise UserError(f"the chat template is not valid Jinja: {message}") from None
+        except chat_limits.TimeUp:
+            raise _never_ends("to be compiled") from None
+        except Exception as error:  # foreign code: any, such as Python's own on the nesting of what Jinja made of it
+            raise UserError(f"the chat template is not valid Jinja ({_reason(error)})") from None
         self.names = {node.name for node in tree.find_all(nodes.Name)}
         """Variables that it mentions."""
         attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
@@ -104,22 +103,33 @@ class ChatProgram:
         blocks: list[str] = []
         spans: list[Span] = []
         try:
-            with _time_limit(), self._compiled.environment.activate_tracker(blocks, spans):
+            with chat_limits.template_limits(), self._compiled.environment.activate_tracker(blocks, spans):
                 for block in self._compiled.generate(messages=messages, **variables):
                     blocks.append(block)
                     watch.place += len(block)
-                    if watch.place > _MAX_CHARACTERS:
-                        raise UserError(f"the chat template writes over {_MAX_CHARACTERS:,} characters: it has no end")
-        except _TimeUp:
-            raise UserError(
-                f"the chat template took over {_MAX_SECONDS:.0f} s of processor time for a conversation: it has no end"
-            ) from None
+                    if watch.place > chat_limits.MAX_CHARACTERS:
+                        limit = f"{chat_limits.MAX_CHARACTERS:,} characters"
+                        raise UserError(f"the chat template writes over {limit}: it has no end")
+        except chat_limits.TimeUp:
+            raise _never_ends("for a conversation") from None
+        except MemoryError:
+            limit = f"{chat_limits.MAX_BYTES >> 30} GiB of memory"
+            raise UserError(f"the chat template takes over {limit} for a conversation: use another one") from None
         except UserError:
             raise
         except Exception as error:  # foreign code: any
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise TemplateError(f"the chat template refuses it ({text[:500]})") from None
+            raise TemplateError(f"the chat template refuses it ({_reason(error)})") from None
         return Output("".join(blocks), spans)
+
+
+def _never_ends(what: str) -> UserError:
+    return UserError(
+        f"the chat template took over {chat_limits.MAX_SECONDS:g} s of processor time {what}: it has no end"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return shown(" ".join(str(error).split()))[:_MAX_MESSAGE] or type(error).__name__
 
 
 class _Watch:
@@ -215,22 +225,3 @@ def _asked_by_main_loop() -> bool:
     if frame.f_code.co_name == "__next__":  # of the object `loop`, where the template uses that
         frame = frame.f_back or frame
     return frame.f_code.co_name == "root"
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raise _TimeUp in here after too much processor time. Only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _TimeUp
-
-    previous = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MAX_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)

@@ -4,10 +4,11 @@ A shape is recognized by a record's fields. Whatever a record holds in its messa
 name; nothing in them is dropped. Columns beside the conversation are not read, and named once by the caller.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from megatron_tpt import json_data
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -414,8 +415,8 @@ def _maybe_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return json_data.loads(value)
+    except ValueError:
         return value
 
 
@@ -423,6 +424,8 @@ def _json(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return json_data.loads(value)
+    except json_data.TooDeep as error:
+        raise Unusable("nested too deeply", f"{name} has {error}") from None
+    except ValueError as error:
         raise Unusable("not JSON", f"{name} is text that is not JSON ({error})") from None

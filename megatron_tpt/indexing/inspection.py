@@ -9,7 +9,6 @@ from typing import Any
 import numpy
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from megatron_tpt.errors import UserError
@@ -22,6 +21,8 @@ from megatron_tpt.indexing.packing import PackedIndex, PackManifest, is_packed
 from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import check_structure, verify
+from megatron_tpt.names import shown_lines
+from megatron_tpt.rich_text import plain
 
 _BAR_WIDTH = 40
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -152,20 +153,20 @@ def _compare(options: InspectOptions, other: Path) -> bool:
         found = dataclasses.asdict(difference) if difference else None
         _print_json({"prefix": str(options.prefix), "other": str(other), "difference": found})
     elif difference is not None:
-        print(difference.description)
+        print(shown_lines(difference.description))
     else:
         print("identical" if num_packed != 1 else "identical in their tokens; only one of them is a packed index")
     return difference is None
 
 
 def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=1, ensure_ascii=False))
+    print(json.dumps(report, indent=1))
 
 
 def _print_report(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("index", escape(report["prefix"]))
+    table.add_row("index", plain(report["prefix"]))
     table.add_row("documents", f"{report['documents']:,}")
     if report["sequences"] != report["documents"]:
         table.add_row("sequences", f"{report['sequences']:,}")
@@ -173,7 +174,7 @@ def _print_report(report: dict[str, Any]) -> None:
     _add_manifest(table, report["manifest"])
     if "end_of_turn" in report:
         ends = ", ".join(f"{end['token']} ({end['id']})" for end in report["end_of_turn"])
-        table.add_row("ends of turns", escape(ends) or "not noted")
+        table.add_row("ends of turns", plain(ends) or "not noted")
     console.print(table)
     if report["tokens_per_document"] is not None:
         _print_lengths(console, report["tokens_per_document"], report["documents"])
@@ -191,7 +192,7 @@ def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
     has_examples = "loss_mask" in manifest
     if has_examples:
         rows = f"rows for sequences of {manifest['settings']['sequence_length']:,}, {manifest['efficiency']:.2%} full"
-        table.add_row("  learned", f"{counts['loss_tokens']:,} (mask from {manifest['loss_mask']})")
+        table.add_row("  learned", f"{counts['loss_tokens']:,} (mask from {plain(str(manifest['loss_mask']))})")
         truncated = f"{counts['truncated']:,} of them truncated"
         table.add_row("packed", f"{counts['examples']:,} examples, {truncated}, in {counts['rows']:,} {rows}")
     else:
@@ -200,14 +201,14 @@ def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
         table.add_row("  of thinking", f"{counts['thinking_tokens']:,} ({with_thinking})")
     places = counts.get("skipped_example", {})
     for reason, count in counts["skipped"].items():
-        table.add_row("skipped", escape(f"{count:,}: {reason}" + (f" ({places[reason]})" if reason in places else "")))
+        table.add_row("skipped", plain(f"{count:,}: {reason}" + (f" ({places[reason]})" if reason in places else "")))
     of = f"{tokenizer['vocab_size']:,} tokens, EOS {tokenizer['eos_id']}"
-    table.add_row("tokenizer", escape(f"{tokenizer['path']} ({of})"))
+    table.add_row("tokenizer", plain(f"{tokenizer['path']} ({of})"))
     if manifest.get("tokenizer_checksums"):
-        table.add_row("", f"carried along: {', '.join(manifest['tokenizer_checksums'])}")
+        table.add_row("", plain(f"carried along: {', '.join(manifest['tokenizer_checksums'])}"))
     for source in sources[:10]:
         kind = "examples" if has_examples else "documents"
-        table.add_row("source", escape(f"{source['path']} ({source['documents']:,} {kind})"))
+        table.add_row("source", plain(f"{source['path']} ({source['documents']:,} {kind})"))
     if len(sources) > 10:
         table.add_row("", f"and {len(sources) - 10:,} more sources")
 
@@ -229,6 +230,6 @@ def _print_document(report: dict[str, Any]) -> None:
     print(f"document {report['document']}, {report['num_tokens']:,} tokens, {report['thinking_tokens']:,} of thinking:")
     for part in report["parts"]:
         print(f"--- {part['kind']}, {len(part['tokens']):,} tokens ---")
-        print(part["text"])
+        print(shown_lines(part["text"]))
     print("--- tokens ---")
     print(*(token for part in report["parts"] for token in part["tokens"]))

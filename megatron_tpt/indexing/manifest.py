@@ -19,6 +19,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write, file_checksum
 from megatron_tpt.indexing.writer import idx_bytes
 from megatron_tpt.job_settings import EntryChanges
+from megatron_tpt.json_data import read_json
 
 if TYPE_CHECKING:
     from megatron_tpt.indexing.tokenizer import Tokenizer
@@ -137,7 +138,7 @@ class Manifest:
         """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
         path = cls.path(prefix)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such index; make it with tools/index.py --output {prefix}") from None
         except (ValueError, OSError) as error:

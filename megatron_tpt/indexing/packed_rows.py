@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 import sys
 from typing import Any
 
@@ -12,10 +11,10 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example
 from megatron_tpt.indexing.packing import PackedIndex, PackManifest
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.names import shown_lines
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _OPEN, _CLOSE = "⟦", "⟧"
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and newline: a text must not command a terminal
 
 
 def row_report(index: PackedIndex, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -63,8 +62,7 @@ def _texts(tokens: numpy.ndarray, cuts: list[int], tokenizer: Tokenizer) -> list
 
 def print_row(report: dict[str, Any]) -> None:
     """Print a row: learned parts in green on a terminal, in brackets elsewhere. Plain: rich would expand the tabs."""
-    is_terminal = sys.stdout.isatty()
-    has_colours = is_terminal and not os.environ.get("NO_COLOR")
+    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = (_GREEN, _PLAIN) if has_colours else (_OPEN, _CLOSE)
     print(
         f"row {report['document']}, {report['num_tokens']:,} of {report['capacity']:,} tokens in "
@@ -72,21 +70,18 @@ def print_row(report: dict[str, Any]) -> None:
     )
     for number, example in enumerate(report["examples"]):
         print(f"--- example {number}, {example['num_tokens']:,} tokens, {example['loss_tokens']:,} learned ---")
-        print("".join(_marked(example, before, after, is_terminal)))
+        print("".join(_marked(example, before, after)))
     print("--- tokens ---")
     print(*(token for example in report["examples"] for token in example["tokens"]))
 
 
-def _marked(example: dict[str, Any], before: str, after: str, is_terminal: bool) -> list[str]:
-    def shown(text: str) -> str:
-        return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text) if is_terminal else text
-
+def _marked(example: dict[str, Any], before: str, after: str) -> list[str]:
     pieces, place = [], 0
     for part in example["learned"]:
         begin, end = part["characters"]
-        pieces += [shown(example["text"][place:begin]), before, shown(example["text"][begin:end]), after]
+        pieces += [shown_lines(example["text"][place:begin]), before, shown_lines(example["text"][begin:end]), after]
         place = end
-    return [*pieces, shown(example["text"][place:])]
+    return [*pieces, shown_lines(example["text"][place:])]
 
 
 def ends_of_turns(index: PackedIndex) -> list[dict[str, Any]]:

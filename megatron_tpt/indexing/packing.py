@@ -28,6 +28,7 @@ from megatron_tpt.indexing.conversations import Example
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.verification import check_structure
+from megatron_tpt.json_data import read_json
 
 FORMAT_VERSION = 1
 _MAGIC = b"SFTROWS\0"
@@ -171,7 +172,7 @@ class PackManifest:
         """Read `PREFIX.sft.json`. Raises UserError when it is not there or not of a known version."""
         path = cls.path(prefix)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if (version := content.pop("format_version")) != FORMAT_VERSION:
                 raise UserError(f"{path}: version {version!r}, this program knows {FORMAT_VERSION}; pack again")
             settings = content.pop("settings")

@@ -1,13 +1,13 @@
 """The options of tools/pack_sft.py. Light to import: the help of a command line needs nothing else."""
 
 import datetime
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import loads
 
 _BYTES_PER_WORKER = 4 << 20  # less is done before another process has started
 
@@ -77,8 +77,8 @@ class PackOptions:
         if self.chat_template_kwargs is None:
             return {}
         try:
-            value = json.loads(self.chat_template_kwargs)
-        except (ValueError, RecursionError) as error:
+            value = loads(self.chat_template_kwargs)
+        except ValueError as error:
             raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not JSON ({error})") from None
         if not isinstance(value, dict):
             raise UserError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not a JSON object")

@@ -17,11 +17,13 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.json
 
+from megatron_tpt import json_data
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
 from megatron_tpt.records import Columns, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
 from megatron_tpt.records.record import BadRecord
+from megatron_tpt.records.table_sizes import decoded_bytes
 from megatron_tpt.records.tables import python_row
 
 THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
@@ -31,6 +33,7 @@ _WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()
 _SMALLEST_FAST_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 17  # of a processor's cache
 _TEXT = pyarrow.large_string()
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{\n"))
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,14 @@ class PieceMaker:
         """The pieces, or None where a record needs a closer look."""
         if not self._may_be_fast() or isinstance(rows, TooLarge):
             return None
-        if (len(rows) if isinstance(rows, bytes) else rows.nbytes) > max_record_bytes():
+        if (len(rows) if isinstance(rows, bytes) else decoded_bytes(rows)) > max_record_bytes():
             return None
         try:
             if isinstance(rows, bytes):
                 num_rows, table = _json_table(rows, self.columns)
             else:
                 num_rows, table = rows.num_rows, rows
+                _check_meta(table)
             texts, thinking = _text_and_thinking(table, self.columns)
         except (_NeedsCloserLookError, orjson.JSONDecodeError, pyarrow.ArrowException):
             return None
@@ -232,7 +236,29 @@ def _json_table(lines: bytes, columns: Columns) -> tuple[int, pyarrow.Table]:
     )
     if table.num_rows != num_objects:
         raise _NeedsCloserLookError
+    _check_nesting(lines)
     return num_lines, table
+
+
+def _check_nesting(lines: bytes) -> None:
+    """Lines may not be nested more deeply than other readers take: these parse the fields that are skipped here."""
+    brackets = lines.translate(None, _NO_BRACKETS)
+    if len(brackets) <= json_data.MAX_NESTING:
+        return
+    doubtful = [number for number, line in enumerate(brackets.split(b"\n")) if len(line) > json_data.MAX_NESTING]
+    if doubtful:
+        split = lines.split(b"\n")
+        if any(json_data.is_deep(orjson.loads(split[number])) for number in doubtful):
+            raise _NeedsCloserLookError
+
+
+def _check_meta(table: Any) -> None:
+    """The same for JSON in a table's column `meta`."""
+    if "meta" in table.schema.names and any(is_kind(table.column("meta").type) for is_kind in _STRING_KINDS[:2]):
+        counts = [pyarrow.compute.count_substring(table.column("meta"), bracket) for bracket in "[{"]
+        most = pyarrow.compute.max(pyarrow.compute.add(*counts)).as_py()
+        if most is not None and most > json_data.MAX_NESTING:
+            raise _NeedsCloserLookError
 
 
 def _check_lines(lines: bytes) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """tekken.json, the format of Mistral's tokenizers since 2024: tiktoken's ranks after a block of special tokens."""
 
 import base64
-import json
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -9,6 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import read_json
 
 EOS = "</s>"
 # Files of the versions up to v7 do not list them.
@@ -32,7 +32,7 @@ class Tekken(NamedTuple):
     def read(cls, path: Path) -> Self:
         """Raises UserError for another file."""
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
             config = content["config"]
             num_special, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
             ranks = {

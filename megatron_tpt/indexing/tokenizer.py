@@ -17,6 +17,7 @@ import numpy
 import tokenizers
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import read_json
 
 OPEN_TAG = "<think>"
 CLOSE_TAG = "</think>"
@@ -182,7 +183,7 @@ def _tokenizer_file(folder: Path) -> Path:
 def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     """The backend, set to leave special tokens in text alone, and the names of these special tokens."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         added = description.get("added_tokens") or []
         for token in added:
             # Some families keep their think tags as ordinary added tokens; raw text must not make them.
@@ -225,7 +226,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
@@ -278,7 +279,7 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None)
     files = read_tokenizer_files(source)
     if chat_template is not None:
         files["chat_template.jinja"] = chat_template.encode()
-        config = json.loads(files.get(CONFIG, b"{}"))
+        config = _read_json(source / CONFIG) if CONFIG in files else {}
         if config.get("chat_template", chat_template) != chat_template:
             del config["chat_template"]
             files[CONFIG] = _json_bytes(config)

@@ -4,7 +4,6 @@ The weights keep their precision and are in memory once, all together.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from megatron_tpt.interop.hf_fields import describe_kept
 from megatron_tpt.interop.hf_rope import describe_rope
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
+from megatron_tpt.json_data import read_json
 from megatron_tpt.training.checkpoint_files import write_checksums
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History, json_bytes
 
@@ -185,7 +185,7 @@ def sharded_tensors(model: ModelConfig, tensors: HfTensors) -> dict[str, Sharded
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give a Hugging Face model folder") from None
     except ValueError as error:

@@ -1,6 +1,5 @@
 """The record files in a folder, links followed, and what else is there: nothing is omitted without a word."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure
+from megatron_tpt.json_data import read_json
 from megatron_tpt.names import shown
 from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.lines import LineReader, read_chunks
@@ -164,13 +164,13 @@ def saved_dataset(folder: Path) -> list[Path] | None:
     """The files of a data set that was saved by `Dataset.save_to_disk`, None for any other folder."""
     try:
         if (folder / "dataset_dict.json").is_file():
-            splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+            splits = read_json(folder / "dataset_dict.json")["splits"]
             if len(splits) != 1:
                 names = ", ".join(str(folder / split) for split in splits)
                 raise UserError(f"{folder}: holds several splits; name one: {names}")
             return saved_dataset(_own_part(folder, splits[0]))
         if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            files = json.loads((folder / "state.json").read_bytes())["_data_files"]
+            files = read_json(folder / "state.json")["_data_files"]
             return [_own_part(folder, file["filename"]) for file in files]
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(

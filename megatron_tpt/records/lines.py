@@ -5,6 +5,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +16,12 @@ from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.record import DamagedSource
 
 _CHUNK_BYTES = 1 << 20
-# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of the formats.
+# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of gzip and Zstandard. Of
+# the others, which know no such ratio, so much is asked for at a time.
 _GZIP_BYTES = 16 << 10
 _SMALL_BYTES = 512
+_MOST_BYTES = 16 << 20
+_XZ_MEMORY_BYTES = 512 << 20  # `xz -9` needs 65 MiB; a file may ask for 4 GiB
 
 
 def read_chunks(path: Path, report_position: Callable[[int], None], begin: int = 0) -> Iterator[bytes]:
@@ -49,9 +53,10 @@ def _pieces(packing: str, file: IO[bytes]) -> Iterator[bytes]:
     if packing == ".gz":
         return _unpack(file, _GZIP_BYTES, lambda: zlib.decompressobj(wbits=31), zlib.error)
     if packing == ".bz2":
-        return _unpack(file, _SMALL_BYTES, bz2.BZ2Decompressor, OSError)
+        return _unpack(file, _SMALL_BYTES, bz2.BZ2Decompressor, OSError, _MOST_BYTES)
     if packing == ".xz":
-        return _unpack(file, _SMALL_BYTES, lzma.LZMADecompressor, lzma.LZMAError)
+        new_stream = partial(lzma.LZMADecompressor, memlimit=_XZ_MEMORY_BYTES)
+        return _unpack(file, _SMALL_BYTES, new_stream, lzma.LZMAError, _MOST_BYTES)
     if packing == ".zst":
         import zstandard
 
@@ -61,8 +66,11 @@ def _pieces(packing: str, file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
-def _unpack(file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damage: type[Exception]) -> Iterator[bytes]:
-    """Unpack the frames (gzip: members; bz2, xz: streams) that follow each other in a file."""
+def _unpack(
+    file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damage: type[Exception], *limit: int
+) -> Iterator[bytes]:
+    """Unpack the frames (gzip: members; bz2, xz: streams) that follow each other in a file; those that take a `limit`
+    by so many bytes at a time."""
     frame, num_frames = None, 0
     while packed := file.read(num_bytes):
         while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros
@@ -70,7 +78,10 @@ def _unpack(file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damag
                 frame = new_frame()
                 num_frames += 1
             try:
-                unpacked = frame.decompress(packed)
+                unpacked = frame.decompress(packed, *limit)
+                while limit and not (frame.eof or frame.needs_input):
+                    yield unpacked
+                    unpacked = frame.decompress(b"", *limit)
             except damage as error:
                 raise DamagedSource(f"damaged or truncated ({error})") from error
             yield unpacked

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from megatron_tpt import json_data
 from megatron_tpt.errors import UserError
 from megatron_tpt.records.record import BadRecord, Record, content_id
 
@@ -57,13 +59,11 @@ def parse_line(line: bytes, columns: Columns) -> Record | None:
     """Make a record of a line of JSON; None of a blank line. Raises BadRecord."""
     if not line or line.isspace():
         return None
-    try:
-        fields = orjson.loads(line)
-    except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, deep nesting, ...
-        fields = _checked(_loads(line), columns)
-    else:
-        if isinstance(fields, dict) and _rounded([field_at(fields, name) for name in columns.kept]):
-            fields = _loads(line)
+    fields, is_exact = _parsed(line)
+    if is_exact:
+        fields = _checked(fields, columns)
+    elif isinstance(fields, dict) and _rounded([field_at(fields, name) for name in columns.kept]):
+        fields = _loads(line)
     if not isinstance(fields, dict):
         raise NotAnObject(fields)
     return _record(fields, columns)
@@ -74,14 +74,11 @@ def parse_object(line: bytes, names: Sequence[str] | None = None) -> dict[str, A
     (None: any) holds half a surrogate pair."""
     if not line or line.isspace():
         return None
-    try:
-        fields = orjson.loads(line)
-    except ValueError:
-        fields = _loads(line)
-        if isinstance(fields, dict):
+    fields, is_exact = _parsed(line)
+    if isinstance(fields, dict):
+        if is_exact:
             _require_unicode(fields, names)
-    else:
-        if isinstance(fields, dict) and _rounded(fields.values()):
+        elif _rounded(fields.values()):
             fields = _loads(line)
     if not isinstance(fields, dict):
         raise NotAnObject(fields)
@@ -140,14 +137,34 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
     return Record(id if id and type(id) is str else _id(id, columns.id, text), text, thinking, meta)
 
 
+def _parsed(line: bytes) -> tuple[Any, bool]:
+    """What a line holds, and whether Python's parser read it, for which orjson is too strict. Raises BadRecord."""
+    try:
+        fields = orjson.loads(line)
+    except ValueError:  # what Python's parser takes and orjson does not: NaN, half surrogate pairs, ...
+        return _loads(line), True
+    if json_data.may_be_deep(line) and json_data.is_deep(fields):
+        raise _TooDeep
+    return fields, False
+
+
 def _loads(line: bytes) -> Any:
     """Python's own parser: slower than orjson, and exact for integers of any size."""
     try:
-        return json.loads(line.decode("utf-8"))  # json.loads(bytes) would let broken UTF-8 pass
+        return json_data.loads(line.decode("utf-8"))  # json.loads(bytes) would let broken UTF-8 pass
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except json_data.TooDeep:
+        raise _TooDeep from None
+    except json.JSONDecodeError as error:
         raise BadRecord("not JSON", f"({error})") from None
+    except ValueError:  # where others would stop: it takes quadratic time
+        raise BadRecord("integer too large", f"(over {sys.get_int_max_str_digits():,} digits)") from None
+
+
+class _TooDeep(BadRecord):
+    def __init__(self) -> None:
+        super().__init__("nested too deeply", f"({json_data.TooDeep()})")
 
 
 def _checked(fields: Any, columns: Columns) -> Any:
@@ -165,8 +182,6 @@ def _require_unicode(fields: Mapping[str, Any], names: Sequence[str] | None) -> 
             json.dumps(field_at(fields, name), ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadRecord(f"column {name!r} holds half a surrogate pair") from None
-        except RecursionError:
-            raise BadRecord("not JSON", "(nested too deeply)") from None
 
 
 _MAY_BE_ROUNDED = frozenset({float, dict, list})
@@ -225,9 +240,11 @@ def _meta(value: Any) -> dict[str, Any]:
         return value
     if isinstance(value, str) and value.startswith("{"):
         try:
-            value = json.loads(value)
+            value = json_data.loads(value)
             json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+        except json_data.TooDeep:
+            raise _TooDeep from None
+        except ValueError:
             return {}
     return value if isinstance(value, dict) else {}
 

@@ -85,7 +85,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
 def _say(message: str) -> None:
     """Print a line on stderr, once in a process, as inputs are expanded again and again; under torchrun, in one."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        print(shown(message), file=sys.stderr, flush=True)
 
 
 def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:

@@ -12,6 +12,7 @@ from megatron_tpt.errors import UserError, failure
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import BadRecord, DamagedSource
+from megatron_tpt.records.table_sizes import bounded, decoded_bytes, dictionary_columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
 
 def loaded_piece(batch: "pyarrow.RecordBatch | pyarrow.Table") -> Piece:
     """A piece whose rows are in memory."""
-    return Piece(batch.num_rows, lambda: [batch])
+    return Piece(batch.num_rows, lambda: bounded(batch, _BATCH_BYTES))
 
 
 class TableReader:
@@ -146,7 +147,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | BadRecord]:
-    if batch.nbytes <= max_record_bytes():
+    if decoded_bytes(batch) <= max_record_bytes():
         try:
             return batch.to_pylist()
         except (ValueError, OverflowError):  # a single value, such as broken UTF-8 or a date beyond Python's
@@ -163,7 +164,7 @@ def _python_row_or_problem(row: Any) -> dict[str, Any] | BadRecord:
 
 def python_row(row: "pyarrow.RecordBatch | pyarrow.Table") -> dict[str, Any]:
     """The only row of `row`, {column: Python value}. Raises BadRecord where it is too large or has no such form."""
-    if row.nbytes > max_record_bytes() and (size := sum(map(_num_bytes, row.columns))) > max_record_bytes():
+    if (size := decoded_bytes(row)) > max_record_bytes():
         raise too_large(size)
     try:
         return row.to_pylist()[0]
@@ -171,16 +172,6 @@ def python_row(row: "pyarrow.RecordBatch | pyarrow.Table") -> dict[str, Any]:
         raise BadRecord("not UTF-8", f"({error.reason} at byte {error.start})") from None
     except (ValueError, OverflowError) as error:
         raise BadRecord("value not readable", f"({_first_line(error)})") from None
-
-
-def _num_bytes(column: Any) -> int:
-    """Size of a column, of a dictionary only what is used of it."""
-    import pyarrow.types
-
-    if not pyarrow.types.is_dictionary(column.type):
-        return column.nbytes
-    chunks = getattr(column, "chunks", [column])
-    return sum(chunk.dictionary_decode().nbytes for chunk in chunks)
 
 
 def record_columns(source_name: str, schema: "pyarrow.Schema", columns: Columns) -> list[str]:
@@ -251,8 +242,10 @@ def parquet_pieces(path: Path, choose: Choose, report: Callable[[int], None]) ->
     import pyarrow.parquet
 
     # A row group, which pyarrow would read ahead as a whole, may be larger than the memory.
-    file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    with file:
+    open_file = partial(
+        pyarrow.parquet.ParquetFile, path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+    )
+    with open_file() as file:
         names = choose(str(path), file.schema_arrow)
         file_bytes, num_rows = path.stat().st_size, 0
         for i in range(file.metadata.num_row_groups):
@@ -260,10 +253,27 @@ def parquet_pieces(path: Path, choose: Choose, report: Callable[[int], None]) ->
             rows_per_batch = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
             rows_per_batch = max(1, min(rows_per_batch, _ROWS_PER_BATCH))
             place = partial(_report_place, report, file_bytes, max(file.metadata.num_rows, 1))
-            batches = partial(file.iter_batches, rows_per_batch, [i], names)
+            batches = partial(_group_batches, open_file, file, i, names, rows_per_batch)
             yield Piece(group.num_rows, partial(_reporting, batches, num_rows, place))
             num_rows += group.num_rows
             place(num_rows)
+
+
+def _group_batches(
+    open_file: "Callable[..., pyarrow.parquet.ParquetFile]",
+    file: "pyarrow.parquet.ParquetFile",
+    number: int,
+    names: list[str],
+    rows_per_batch: int,
+) -> "Iterator[pyarrow.RecordBatch]":
+    """The rows of a row group; columns whose dictionary has long values keep it, for a few bytes may stand for much."""
+    kept = dictionary_columns(open_file, file, number, names)
+    if not kept:
+        yield from file.iter_batches(rows_per_batch, [number], names)
+        return
+    with open_file(read_dictionary=kept) as again:
+        for batch in again.iter_batches(rows_per_batch, [number], names):
+            yield from bounded(batch, _BATCH_BYTES)
 
 
 def _report_place(report: Callable[[int], None], file_bytes: int, file_rows: int, num_rows: int) -> None:

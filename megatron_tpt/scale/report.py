@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.names import shown_lines
+
 _NUM_LOG_LINES = 5
 _MARK = "--- "
 
@@ -113,4 +115,4 @@ class TaskReport:
 
 def say(text: str) -> None:
     """Tell the user how far things are; what a program prints as its result is another matter."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown_lines(text), file=sys.stderr, flush=True)

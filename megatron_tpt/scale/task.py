@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write, no_links
+from megatron_tpt.names import shown_lines
 from megatron_tpt.processes import end_with_parent
 from megatron_tpt.scale.lock import TaskLocked, task_lock
 from megatron_tpt.scale.report import TaskFiles, log_mark
@@ -168,6 +169,6 @@ def main() -> int:
         return LOCKED_EXIT_CODE
     except UserError as error:
         with open(TaskFiles(arguments.log_dir, task).log, "ab", opener=no_links) as log:
-            log.write(f"error: {error}\n".encode())
+            log.write(f"error: {shown_lines(str(error))}\n".encode())
         return 2
     return 128 + stopped_by if stopped_by is not None else code

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tpt.files import atomic_write
+from megatron_tpt.markdown import inline, table
+from megatron_tpt.rich_text import plain, plotted
 from megatron_tpt.studies.results import Summary
 
 
@@ -30,10 +32,7 @@ def rows(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(summaries: Sequence[Summary], title: str) -> str:
     """The table as Markdown, with what the brackets mean."""
-    header, body = rows(summaries)
-    lines = [header, ["---"] * len(header), *body]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"# {title}\n\n{table}\n\n{_brackets(summaries)}\n"
+    return f"# {inline(title)}\n\n{table(*rows(summaries))}\n\n{_brackets(summaries)}\n"
 
 
 def _brackets(summaries: Sequence[Summary]) -> str:
@@ -45,12 +44,12 @@ def _brackets(summaries: Sequence[Summary]) -> str:
 
 def _table(summaries: Sequence[Summary], title: str) -> Table:
     header, body = rows(summaries)
-    table = Table(title=title, caption=_brackets(summaries))
+    shown = Table(title=plain(title), caption=plain(_brackets(summaries)))
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
+        shown.add_column(name, justify="right" if number else "left")
     for line in body:
-        table.add_row(*line)
-    return table
+        shown.add_row(*map(plain, line))
+    return shown
 
 
 def _plot(path: Path, summaries: Sequence[Summary], title: str, chance: float | None) -> None:
@@ -64,10 +63,15 @@ def _plot(path: Path, summaries: Sequence[Summary], title: str, chance: float | 
         line = [summary for summary in summaries if summary.arm == arm]
         mean = [summary.mean for summary in line]
         errors = [[s.mean - s.low for s in line], [s.high - s.mean for s in line]]
-        axes.errorbar([s.tokens / 1e6 for s in line], mean, errors, marker="o", capsize=3, label=arm)
+        axes.errorbar([s.tokens / 1e6 for s in line], mean, errors, marker="o", capsize=3, label=plotted(arm))
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", label="chance")
-    axes.set(title=title, xlabel="training tokens (millions)", ylabel="accuracy, held-out problems", ylim=(-0.02, 1.02))
+    axes.set(
+        title=plotted(title),
+        xlabel="training tokens (millions)",
+        ylabel="accuracy, held-out problems",
+        ylim=(-0.02, 1.02),
+    )
     axes.legend()
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)

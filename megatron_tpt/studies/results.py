@@ -3,7 +3,6 @@
 A run leaves a JSON file with a list `points`; each point has the fields of `Point`.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import read_json
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -45,7 +45,7 @@ class Summary:
 def read_points(path: Path) -> list[Point]:
     """The points of a results file. Raises UserError when it holds none."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["points"]
+        rows = read_json(path)["points"]
         return [Point(**row) for row in rows]
     except OSError as error:
         raise UserError(f"{path}: no results there ({error.strerror}); did the run end well?") from error

@@ -12,12 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from megatron_tpt.config.convert import Converter, expected
+from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.job_settings import read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, read_points, summarize
@@ -49,18 +49,17 @@ class StudyConfig:
 def load_study(path: Path) -> StudyConfig:
     """Read a study file. Raises UserError for what is wrong in it."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({error})".replace("\n", " ")) from error
-    names = {field.name for field in dataclasses.fields(StudyConfig)}
-    required = {"title", "command", "seeds"}
+        content, places = load_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: give a study file") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a study; it has the keys {', '.join(sorted(names))}")
-    if unknown := set(content) - names:
-        raise UserError(f"{path}: unknown key {', '.join(map(str, unknown))}; there are {', '.join(sorted(names))}")
-    if missing := required - set(content):
-        raise UserError(f"{path}: {', '.join(sorted(missing))} missing")
-    return StudyConfig(**content)
+        raise UserError(f"{path}: not a study; it has {expected(StudyConfig)}")
+    known = ", ".join(field.name for field in dataclasses.fields(StudyConfig))
+    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known are {known}")
+    config = converter.section(StudyConfig, content, ())
+    if converter.problems:
+        raise UserError("\n".join(converter.problems))
+    return config
 
 
 def run_study(options: StudyOptions) -> list[Point]:
@@ -69,7 +68,7 @@ def run_study(options: StudyOptions) -> list[Point]:
     config = load_study(options.study)
     settings = options.output / "study.json"
     wanted = {"command": config.command, "results": config.results}
-    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != wanted:
+    if (before := read_settings(settings)) is not None and before != wanted:
         raise UserError(f"{options.output}: holds runs of another command; choose another --output or remove it")
     with atomic_write(settings) as temporary:
         temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")

@@ -20,9 +20,10 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.job_settings import require_apart
+from megatron_tpt.markdown import inline, table
 from megatron_tpt.records import ReadCounts, expand_sources, read_records
+from megatron_tpt.rich_text import plotted
 from megatron_tpt.thinking.analysis_options import AnalysisOptions
-from megatron_tpt.thinking.card import table
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 NONE, OTHER = "(none)", "(other)"
@@ -105,7 +106,7 @@ def analyze(options: AnalysisOptions) -> Analysis:
     report = [f"# Thinking length\n\n{_preface(analysis)}"]
     for column, groups in tables:
         stem = re.sub(r"[^\w.-]", "_", column)
-        report.append(f"## By {column}\n\n{markdown(groups, analysis.overall)}\n\n![]({stem}.png)")
+        report.append(f"## By {inline(column)}\n\n{markdown(groups, analysis.overall)}\n\n![]({stem}.png)")
         with atomic_write(options.output / f"{stem}.csv") as temporary:
             _write_csv(temporary, groups, analysis.overall)
         with atomic_write(options.output / f"{stem}.png") as temporary:
@@ -230,11 +231,13 @@ def _plot(path: Path, column: str, groups: Sequence[Group], overall: ThinkingSta
     colours = ["tab:grey" if group.name in (NONE, OTHER) else "tab:blue" for group in shown]
     axes.barh(places, [group.mean for group in shown], xerr=errors, color=colours, alpha=0.8, ecolor="black", capsize=3)
     axes.axvline(overall.thinking_tokens.mean, color="black", linestyle=":", label="mean of all documents")
-    labels = [f"{name}  ({group.statistics.records:,})" for name, group in zip(names, shown, strict=True)]
-    axes.set_yticks(places, [label.replace("$", r"\$") for label in labels])
+    labels = [plotted(f"{name}  ({group.statistics.records:,})") for name, group in zip(names, shown, strict=True)]
+    axes.set_yticks(places, labels)
     axes.invert_yaxis()
     left_out = f" (longest {_MAX_BARS} of {len(groups)})" if len(groups) > _MAX_BARS else ""
-    axes.set(title=f"Thinking length by {column}{left_out}", xlabel="thinking tokens, mean and its 95% interval")
+    axes.set(
+        title=plotted(f"Thinking length by {column}{left_out}"), xlabel="thinking tokens, mean and its 95% interval"
+    )
     axes.margins(y=0.02)
     figure.legend(loc="outside lower right", frameon=False)
     figure.savefig(path, dpi=150, format="png")

@@ -5,7 +5,7 @@ Its YAML header names the shards, so that `datasets.load_dataset(FOLDER)` reads 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from megatron_tpt.files import atomic_write
+from megatron_tpt.markdown import code, inline, table
+from megatron_tpt.names import shown_lines
 from megatron_tpt.thinking.statistics import LengthStatistics, ThinkingStatistics
 
 CARD_NAME = "README.md"
@@ -75,7 +77,7 @@ def card(settings: dict[str, Any], statistics: ThinkingStatistics, missing: Sequ
         "## Lengths in tokens of the generator",
         _lengths(statistics),
         "## Settings",
-        f"```json\n{json.dumps(_shortened(settings), indent=2, ensure_ascii=False)}\n```",
+        f"```json\n{shown_lines(json.dumps(_shortened(settings), indent=2, ensure_ascii=False))}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -83,13 +85,13 @@ def card(settings: dict[str, Any], statistics: ThinkingStatistics, missing: Sequ
 def _incomplete(missing: Sequence[str]) -> str:
     now = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
     return (
-        f"**Incomplete** on {now}: {'; '.join(missing)}. The counts are those of the shards that were there by then; "
-        "the command that began this folder goes on with it, and writes this page anew at its end."
+        f"**Incomplete** on {now}: {inline('; '.join(missing))}. The counts are those of the shards "
+        "that were there by then; the command that began this folder resumes it, and rewrites this page at its end."
     )
 
 
 def _generator(settings: dict[str, Any]) -> str:
-    return f"`{settings['model']}`" if settings.get("model") else "a language model"
+    return code(str(settings["model"])) if settings.get("model") else "a language model"
 
 
 def _size_category(num_records: int) -> str:
@@ -143,12 +145,6 @@ def _lengths(statistics: ThinkingStatistics) -> str:
 
     header = ["", "mean", "standard deviation", *(f"{percent}th percentile" for percent in percents)]
     return table(header, (row(name, lengths) for name, lengths in named))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned to the left, the others to the right."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _with_share(number: int, whole: int) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_tpt.errors import UserError, failure
-from megatron_tpt.generation import begin_ids
+from megatron_tpt.generation import begin_ids, render_chat
 
 DOCUMENT = "document"
 FOCUSED = "focused_document"
@@ -312,9 +312,7 @@ def render(
         marks = _ANY_MARK.findall(content)
         messages = [{"role": "user", "content": content}]
         # Models that can both think and answer at once know this switch; the others ignore it.
-        content = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **{_THINKS: open_tag is not None} | kwargs
-        )
+        content = render_chat(tokenizer, messages, **{_THINKS: open_tag is not None} | kwargs)
         if _ANY_MARK.findall(content) != marks:
             raise UserError("the model's chat template does not show the user's message once; use another model")
     between: list[str] = re.split(_ANY_MARK, content)[::2]

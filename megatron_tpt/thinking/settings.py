@@ -1,6 +1,5 @@
 """The settings of an augment run: what decides what its shards hold."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.job_settings import check_settings, describe_inputs
+from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
@@ -80,7 +80,7 @@ def check_job(output: Output, settings: dict[str, Any]) -> None:
 def differing_settings(path: Path, settings: dict[str, Any]) -> list[str]:
     """The names of settings that are others in the file `path`; none where there is no such file."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
     except (OSError, ValueError):  # `check_settings` says so
         return []
     return [name for name in {**settings, **before} if settings.get(name) != before.get(name)]

@@ -33,7 +33,7 @@ from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
-from megatron_tpt.training.checkpoint_trust import require_data_only
+from megatron_tpt.training.checkpoint_trust import objects_as_data, require_data_only
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -461,7 +461,10 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     _require_fit(state, folder)
     # Streaming would leave in `state` what the model's FP8 tensors make of it, rounded.
     strategy = TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)
-    return dist_checkpointing.load(state, str(folder), FullyParallelLoadStrategyWrapper(strategy, _group_of_copies()))
+    with objects_as_data(folder):
+        return dist_checkpointing.load(
+            state, str(folder), FullyParallelLoadStrategyWrapper(strategy, _group_of_copies())
+        )
 
 
 def _require_checkpoint(folder: Path) -> None:
@@ -485,7 +488,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint, without weights. Needs no process group. Raises UserError when the folder is
     no checkpoint."""
     _require_checkpoint(folder)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), objects_as_data(folder):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
         return load_common_state_dict(str(folder))["trainer"]
 

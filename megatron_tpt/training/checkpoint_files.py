@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import xxhash
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink
+from megatron_tpt.json_data import read_json
 
 CHECKSUMS = "checksums.json"
 _BLOCK_BYTES = 2**22
@@ -58,10 +59,18 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(describe_files(folder, names), indent=1, sort_keys=True))
 
 
+def _checked(files: Any) -> dict[str, list[Any]]:
+    """What a file of checksums may hold: a size and a digest for files of the checkpoint, and of no other folder."""
+    is_list = isinstance(files, dict) and all(isinstance(entry, list) and len(entry) == 2 for entry in files.values())
+    if not is_list or any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files):
+        raise ValueError("it is not a list of files in this folder")
+    return files
+
+
 def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> list[str]:
     """What is wrong with a rank's share of a checkpoint's files, one line each. Sizes first: they cost nothing."""
     try:
-        files: dict[str, list[Any]] = json.loads((folder / CHECKSUMS).read_text())
+        files: dict[str, list[Any]] = _checked(read_json(folder / CHECKSUMS))
     except FileNotFoundError:
         return [f"{CHECKSUMS} is missing"]
     except (OSError, ValueError) as error:

@@ -7,10 +7,13 @@ for the whole process.
 """
 
 import pickle
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tpt.errors import UserError
 
@@ -56,14 +59,20 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def require_data_only(folder: Path) -> None:
-    """Raises UserError when the description of a checkpoint cannot be read, or asks for more than data.
+    """Raises UserError when the description of a checkpoint cannot be read, asks for more than data, or names files
+    outside the folder.
 
     To be called before anything else opens the folder.
     """
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
+            description = _MetadataUnpickler(file).load()
+        for place in description.storage_data.values():
+            if place.relative_path == ".." or PurePath(place.relative_path).name != place.relative_path:
+                raise UserError(f"{path} names {place.relative_path!r}, which is no file of this folder: it is refused")
+    except UserError:
+        raise
     except OSError:
         raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest") from None
     except _Forbidden as error:
@@ -74,3 +83,19 @@ def require_data_only(folder: Path) -> None:
     # A damaged pickle can raise nearly anything; none of it has run code from outside the types above.
     except Exception as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): give another checkpoint") from None
+
+
+@contextmanager
+def objects_as_data(folder: Path) -> Iterator[None]:
+    """Raises UserError when torch refuses, in here, an object in the files of a checkpoint, for it is not data."""
+    try:
+        yield
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        refused = [error, *error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        causes = [cause[0] if isinstance(cause, tuple) else cause for cause in refused]
+        if not any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+            raise
+        raise UserError(
+            f"{folder} holds an object that is not data, or is damaged: it could run code, and is refused. Get the "
+            f"checkpoint from its author again, or its weights as safetensors (tools/import_hf.py)"
+        ) from None

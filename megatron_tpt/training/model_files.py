@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-import yaml
 
+from megatron_tpt import json_data
+from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.packing import PackManifest, is_packed
@@ -52,11 +53,14 @@ class History:
     @classmethod
     def read(cls, checkpoint: Path) -> "History":
         """Of a checkpoint; one of an earlier version knows its own run's length alone."""
-        if content := read_json(checkpoint / HISTORY):
-            return cls(**content)
-        recipe = checkpoint / "recipe.yaml"
-        training = (yaml.safe_load(recipe.read_text()) or {}).get("training") if recipe.is_file() else None
-        return cls(longest_sequence=(training or {}).get("sequence_length", 0))
+        try:
+            if content := read_json(checkpoint / HISTORY):
+                return cls(**content)
+            recipe = checkpoint / "recipe.yaml"
+            training = (read_yaml(recipe).get("training") or {}) if recipe.is_file() else {}
+            return cls(longest_sequence=int(training.get("sequence_length", 0)))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{checkpoint}: its {HISTORY} or recipe.yaml is damaged ({error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_data.read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it or remove it") from None
     if not isinstance(content, dict):

@@ -13,6 +13,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.names import shown
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -28,13 +29,15 @@ def start_new_tokens(gpts: Sequence[GPTModel], recipe: Recipe, tokenizer_path: P
     if not new:
         return
     names = tokenizers.Tokenizer.from_file(str(tokenizer_path / "tokenizer.json"))
-    shown = ", ".join(str(names.id_to_token(id)) for id in new[:8]) + (" ..." if len(new) > 8 else "")
+    listed = ", ".join(shown(str(names.id_to_token(id))) for id in new[:8]) + (" ..." if len(new) > 8 else "")
     choice = recipe.training.new_token_rows
     if choice == "mean":
         set_rows_to_mean(gpts, known, new)
     if platform.is_first_rank():
         how = f"start at the mean of the other {len(known)}" if choice == "mean" else "stay as the checkpoint has them"
-        print(f"{len(new)} tokens that {start} lacks ({shown}): their rows {how} (training.new_token_rows)", flush=True)
+        print(
+            f"{len(new)} tokens that {start} lacks ({listed}): their rows {how} (training.new_token_rows)", flush=True
+        )
 
 
 def _ids(start: Path, tokenizer_path: Path) -> tuple[list[int], list[int]]:

@@ -1,6 +1,5 @@
 """What a finished run leaves the user with: its checkpoint, and the commands that come next."""
 
-import json
 import os
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import megatron_tpt
 from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
 from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.checkpoint_files import step_folder
+from megatron_tpt.training.model_files import read_json
 
 
 def _shown(path: Path) -> str:
@@ -37,7 +37,7 @@ def _has_chat_template(checkpoint: Path) -> bool:
     settings = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file():
         return True
-    return settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+    return bool(read_json(settings).get("chat_template"))
 
 
 def _learned_chats(recipe: FinetuneRecipe) -> bool:

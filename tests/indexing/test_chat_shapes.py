@@ -362,11 +362,11 @@ def test_what_a_template_does_not_show_is_refused_by_name(
 
 
 def test_template_without_end_is_stopped(make_format: MakeFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_tpt.indexing.chat_program._MAX_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_tpt.indexing.chat_limits.MAX_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="no end"):
         make_format(endless).encode_batch([{"messages": HELLO}])
-    monkeypatch.setattr("megatron_tpt.indexing.chat_program._MAX_CHARACTERS", 1000)
+    monkeypatch.setattr("megatron_tpt.indexing.chat_limits.MAX_CHARACTERS", 1000)
     with pytest.raises(UserError, match="no end"):
         make_format(CHATML + "{% for a in range(2000) %}a{% endfor %}").encode_batch([{"messages": HELLO}])
 

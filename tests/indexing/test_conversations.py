@@ -246,5 +246,5 @@ def test_tokenizer_without_chat_template_is_refused(tokenizer_dir: Path) -> None
 
 
 def test_template_that_is_no_jinja_is_refused(make_format: MakeFormat) -> None:
-    with pytest.raises(UserError, match=r"no valid Jinja: line 1: .*"):
+    with pytest.raises(UserError, match=r"not valid Jinja: line 1: .*"):
         encode(make_format("{% for"), chat("a", "b"))

@@ -25,7 +25,7 @@ CHATS = [
 ]
 SHOWN = (
     "<|im_start|>user\none\ttwo<|im_end|>\n<|im_start|>assistant\n⟦日本 🙂\n<|im_end|>⟧\n"
-    "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n⟦\x1b[2J no<|im_end|>⟧\n"
+    "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n⟦\\x1b[2J no<|im_end|>⟧\n"
 )
 
 

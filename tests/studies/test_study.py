@@ -56,7 +56,7 @@ def test_a_failed_run_stops_the_study(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sead": 1}, "unknown key sead"),
+        ({"sead": 1}, "sead: unknown; known are title"),
         ({"seeds": []}, "at least one"),
         ({"seeds": [1, 1]}, "each once"),
         ({"command": ["script.py", "{output}"]}, r"\{seed\}"),

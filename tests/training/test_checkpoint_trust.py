@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.training.checkpoint import read_trainer_state
 from megatron_tpt.training.checkpoint_files import write_checksums
 from megatron_tpt.training.checkpoint_trust import METADATA, require_data_only
 
@@ -83,6 +84,24 @@ def test_a_damaged_description_is_a_message(tmp_path: Path, content: bytes) -> N
         require_data_only(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../../secret.distcp", "/etc/passwd", "a/b.distcp", ".."])
+def test_a_description_that_names_files_elsewhere_is_refused(run: Path, tmp_path: Path, name: str) -> None:
+    metadata = FileSystemReader(next((run / "run/checkpoints").glob("step_*"))).read_metadata()
+    next(iter(metadata.storage_data.values())).relative_path = name
+    (tmp_path / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="no file of this folder"):
+        require_data_only(tmp_path)
+
+
+def test_common_state_that_is_code_is_refused(run: Path, tmp_path: Path) -> None:
+    evil = shutil.copytree(next((run / "run/checkpoints").glob("step_*")), tmp_path / "evil")
+    for content in (pickle.dumps(_Command(tmp_path / "proof")), b"no pickle at all"):
+        (evil / "common.pt").write_bytes(content)
+        with pytest.raises(UserError, match="not data, or is damaged"):
+            read_trainer_state(evil)
+    assert not (tmp_path / "proof").exists()
+
+
 def test_init_from_and_export_run_no_code_of_a_foreign_checkpoint(run: Path, tmp_path: Path) -> None:
     evil = shutil.copytree(next((run / "run/checkpoints").glob("step_*")), tmp_path / "evil")
     (evil / METADATA).write_bytes(pickle.dumps(_Command(tmp_path / "proof")))
@@ -121,6 +140,7 @@ def test_resuming_runs_no_code_of_objects_inside_the_files(run: Path, tmp_path: 
     write_checksums(checkpoint)
     more = ["--training.num_steps=3", f"--run.output_dir={folder}"]
     done = _run(["-m", "megatron_tpt.pretrain", run / "recipe.yaml", *more])
-    assert done.returncode != 0
+    assert done.returncode == 2 and "holds an object that is not data" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "proof").exists()
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2

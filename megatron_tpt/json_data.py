@@ -1,0 +1,53 @@
+"""JSON that others wrote: read within bounds, so that nothing in it can exhaust the memory or Python's stack."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_NESTING = 100
+"""How many lists and objects may be inside each other. Arrow allows about as many in tables, and code that goes through
+a value by recursion (copying, writing, chat templates) stays far from Python's own limit."""
+MAX_FILE_BYTES = 256 << 20
+"""The largest file of settings or descriptions that is read. The largest known are tokenizers of some 30 MB."""
+
+
+class TooDeep(ValueError):
+    """JSON that is nested more than MAX_NESTING levels deep."""
+
+    def __init__(self) -> None:
+        super().__init__(f"more than {MAX_NESTING} levels of lists and objects")
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a value is nested more than MAX_NESTING levels deep."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_NESTING):
+        inner = (item for each in level for item in (each.values() if isinstance(each, dict) else each))
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def loads(text: str) -> Any:
+    """The value that `text` holds. Raises ValueError: TooDeep, an integer of over 4,300 digits, or no JSON."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise TooDeep from None
+    if may_be_deep(text) and is_deep(value):
+        raise TooDeep
+    return value
+
+
+def may_be_deep(text: str | bytes) -> bool:
+    """Whether JSON has enough brackets for too deep a nesting: it costs next to nothing."""
+    opening: tuple[Any, Any] = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    return sum(map(text.count, opening)) > MAX_NESTING
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file of JSON. Raises OSError, and ValueError where it is too large or as `loads` does."""
+    if (num_bytes := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes are too many: the limit is {MAX_FILE_BYTES:,}")
+    return loads(path.read_text(encoding="utf-8"))

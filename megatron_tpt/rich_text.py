@@ -1,0 +1,15 @@
+"""Texts of others in what rich and matplotlib draw: neither control characters nor markup of theirs have an effect."""
+
+from rich.markup import escape
+
+from megatron_tpt.names import shown
+
+
+def plain(text: str) -> str:
+    """A text for rich, on one line."""
+    return escape(shown(text))
+
+
+def plotted(text: str) -> str:
+    """A text for matplotlib, on one line, in which dollar signs begin no formula."""
+    return shown(text).replace("$", r"\$")
