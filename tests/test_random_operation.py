@@ -34,6 +34,7 @@ import psutil
 import pytest
 from random_inputs import damage_arguments, damage_file, write_inputs
 from random_operations import OPERATIONS, Operation, input_files
+from small_disk import small_disk
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -123,6 +124,12 @@ def expect(condition: bool, message: str) -> None:
         raise Wrong(message)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, and every link with where it leads."""
+    found = {str(path): path for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    return {n: os.readlink(p).encode() if p.is_symlink() else p.read_bytes() for n, p in found.items()}
+
+
 def digests(folder: Path) -> dict[str, str]:
     """What is in a folder, but for times and speeds; of the checkpoints of a run the values in the last."""
     found = {}
@@ -151,17 +158,6 @@ def _tensors(checkpoint: Path) -> str:
         if isinstance(entry, TensorStorageMetadata):
             total.update(key.encode() + reader.read(key).numpy().tobytes())
     return total.hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def tmpfs(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A file system of so many bytes at `folder`."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
-    subprocess.run(mount, check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 class Driver:
@@ -273,22 +269,22 @@ class Driver:
 def wrong_input(driver: Driver, operation: Operation, rng: random.Random) -> Iterator[str]:
     for path in rng.sample(files := input_files(driver.box, operation), min(len(files), rng.choice([1, 1, 1, 2]))):
         yield f"{path.relative_to(driver.box)} {damage_file(path, rng)}"
-    before = digests(driver.box)
+    before = contents(driver.box)
     code = driver.finish(driver.start(operation.arguments(driver.url)))
     yield f"exit code {code}"
     driver.judge(operation, code)
-    expect(before.items() <= digests(driver.box).items(), "an input was changed")
+    expect(before.items() <= contents(driver.box).items(), "an input was changed")
 
 
 def wrong_options(driver: Driver, operation: Operation, rng: random.Random) -> Iterator[str]:
     program, arguments = operation.arguments(driver.url)
     arguments = damage_arguments(arguments, operation.options(), rng)
     yield ascii(" ".join(arguments))
-    before = digests(driver.box)
+    before = contents(driver.box)
     code = driver.finish(driver.start((program, arguments)))
     yield f"exit code {code}"
     driver.judge(operation, code)
-    expect(before.items() <= digests(driver.box).items(), "an input was changed")
+    expect(before.items() <= contents(driver.box).items(), "an input was changed")
 
 
 def interrupted(driver: Driver, operation: Operation, rng: random.Random) -> Iterator[str]:
@@ -332,7 +328,8 @@ def _signal(process: ForkServerProcess, signum: signal.Signals, sender=os.kill) 
 def full_disk(driver: Driver, operation: Operation, rng: random.Random) -> Iterator[str]:
     expected, _ = driver.reference(operation)
     size = int(4096 * rng.uniform(1, 3 * len(expected)) + rng.choice([0, 0, 400_000, 2_000_000]))
-    with tmpfs(driver.out, size):
+    driver.out.rmdir()
+    with small_disk(driver.out, size):
         code = driver.finish(driver.start(operation.arguments(driver.url)))
         yield f"{size:,} bytes: exit code {code}"
         if code == 0:
