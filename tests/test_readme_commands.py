@@ -32,14 +32,21 @@ RUN_BY = {
     "python tools/augment.py --input examples/three_documents.jsonl": (
         "tests/thinking/test_augment_chat.py::test_three_documents_are_thought_about_by_any_chat_server"
     ),
+    "python tools/convert_tokenizer.py --input MODEL_DIR": (
+        "tests/indexing/test_convert_tokenizer.py::test_a_sentencepiece_model_gives_the_same_tokens"
+    ),
     "make demo": "tests/demo/test_demo.py::test_the_demo_compares_its_arms",
     "source .venv/bin/activate": "tests/test_tutorial.py::test_every_command_of_the_tutorial_works_as_typed",
 }
 # What a reader puts in the place of the page's names, and sizes for two CPU cores.
 IN_PLACE_OF = {
     "TOKENIZER_DIR": "tokenizer",
-    "Qwen/Qwen3-8B": NOISE,
+    "Qwen/Qwen3-8B": f"{NOISE} --max-new-tokens 64",
     "--sequence-length 32768": "--sequence-length 64",
+    "--output data/sft --sequence-length 4096": "--output data/other --sequence-length 64",
+    "--tokenizer DIR": "--tokenizer tokenizer",
+    "--model HF_DIR --output CHECKPOINT": "--model model/ --output imported",
+    "--checkpoint RUN/checkpoints/latest --output HF_DIR": "--checkpoint runs/sft/checkpoints/latest --output exported",
     "--data problems.jsonl": "--data problems.jsonl --max-new-tokens 8",
     "--estimate 200": "--estimate 3",
 }
@@ -74,14 +81,19 @@ class Shown:
 
 
 def shown_commands() -> Iterator[Shown]:
-    """The commands in the fenced blocks of all pages, in order."""
+    """The commands in the fenced and indented blocks of all pages, in order, each once; "..." is no whole command."""
+    seen = set[str]()
     for page in PAGES:
-        blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-        shells = [block.replace("\\\n", " ") for language, block in blocks if language in ("", "bash")]
-        for line in (line for block in shells for line in block.splitlines()):
-            if COMMAND.match(line):
-                text, _, comment = line.partition(" # ")
-                yield Shown(page, " ".join(text.split()), comment)
+        content = (ROOT / page).read_text().replace("\\\n", " ")
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
+        blocks += [("", line) for line in re.findall(r"^    (\S.*)$", content, re.MULTILINE)]
+        lines = [line for language, block in blocks if language in ("", "bash") for line in block.splitlines()]
+        for line in filter(COMMAND.match, lines):
+            text, _, comment = line.partition(" # ")
+            command = Shown(page, " ".join(text.split()), comment)
+            if "..." not in command.text and command.text not in seen:
+                seen.add(command.text)
+                yield command
 
 
 def readme_recipe() -> str:
@@ -95,7 +107,7 @@ def test_every_command_is_run_here_or_by_a_test_that_exists_or_says_what_it_need
     commands = list(shown_commands())
     assert len(commands) > 30
     here = [command for command in commands if not command.needs and command.run_by is None]
-    assert {command.page for command in here} == {"README.md", "docs/data.md", "docs/training.md"}
+    assert {"README.md", "docs/data.md", "docs/huggingface.md", "docs/tokenizers.md"} <= {one.page for one in here}
     # A program that takes hours, the network or more than this machine does not slip in among those run here.
     assert not [command for command in here if not re.match(r"python |torchrun ", command.text)]
     for start in RUN_BY:
@@ -142,6 +154,7 @@ def _write_what_a_reader_has(folder: Path) -> None:
         for row in problems
     ]
     content = "".join(json.dumps({"messages": messages}) + "\n" for messages in chats * 9)
+    (folder / "chats.jsonl").write_text(content)
     (folder / "chats.jsonl.zst").write_bytes(zstandard.compress(content.encode()))
     (folder / "chat.jinja").write_text(CHATML)
     train_tokenizer(
