@@ -102,6 +102,7 @@ def _run(argv: list[str], box: Path, is_cold: bool) -> None:
         os.dup2(output, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR2, sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
     os.environ |= {"HOME": str(box.parent), "TMPDIR": str(box.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
     (box.parent / "started").touch()

@@ -12,6 +12,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from megatron_tpt.config.cli import console_name
 
@@ -53,6 +55,21 @@ def test_every_tool_is_a_file_in_tools_and_a_console_script() -> None:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {console_name(name): f"{module}:command" for name, module in modules.items()}
     assert {path.name for path in (REPOSITORY / "tools").glob("*.py")} == {tool.name for tool in TOOLS}
+
+
+def test_the_tested_versions_are_allowed_by_every_extra() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    tested = {
+        canonicalize_name(name): version for name, equals, version in (line.partition("==") for line in lines) if equals
+    }
+    extras = {"": project["dependencies"]} | project["optional-dependencies"]
+    named = {extra: [Requirement(line) for line in requirements] for extra, requirements in extras.items()}
+    assert {"transformer-engine", "vllm"} <= {requirement.name for requirement in named["gpu"]}
+    for extra, requirements in named.items():
+        for requirement in requirements:
+            version = tested[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{extra}: {requirement} and {version}"
 
 
 @pytest.mark.parametrize("name", [tool.stem for tool in TOOLS])
