@@ -6,6 +6,8 @@ folder is atomic on POSIX: a reader (or a process killed at any moment) sees the
 
 import contextlib
 import errno
+import functools
+import glob
 import hashlib
 import os
 import secrets
@@ -35,11 +37,51 @@ def sync_tree(folder: str | Path) -> None:
         _fsync(Path(place))
 
 
+def real_path(path: str | Path) -> Path:
+    """The path without links. (`Path.resolve` raises RuntimeError at a link that leads to itself; opening that path
+    says what is wrong with it.)"""
+    return Path(os.path.realpath(path))
+
+
+@functools.cache
+def _temporary_prefix() -> str:
+    """How the names of temporary files begin where process numbers mean the same as here: on this host, and there in
+    this namespace, as two containers may have one host name and each its own process 7."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f".tmp-{socket.gethostname()}-{namespace}-"
+
+
 def _temporary_beside(path: Path) -> Path:
     """A name that nobody can have guessed and put something under, in a folder that others may write to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Host and process say whose leftover it is. The suffixes stay last: writers choose the format by them.
-    return path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    _remove_leftovers(path.parent)
+    # The suffixes stay last: writers choose the format by them.
+    return path.with_name(f"{_temporary_prefix()}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+@functools.cache  # once: a folder may hold many thousands of files, each of them written so
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that processes of this machine left when they were killed."""
+    for path in folder.glob(f"{glob.escape(_temporary_prefix())}*"):
+        pid = path.name.removeprefix(_temporary_prefix()).partition("-")[0]
+        if pid.isdecimal() and _is_gone(int(pid)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's; the name of a file that only looks like ours
+        return False
+    return False
 
 
 @contextlib.contextmanager

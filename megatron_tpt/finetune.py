@@ -7,7 +7,7 @@ Run the same command again to resume after an interruption. docs/training.md say
 
 import sys
 
-from megatron_tpt.config.cli import run
+from megatron_tpt.config.cli import program
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.recipe import FinetuneRecipe
 from megatron_tpt.training.launch import distributed, prepare
@@ -32,5 +32,7 @@ def main() -> None:
             print(next_steps(recipe, trainer.tokens), flush=True)
 
 
+command = program(main)
+
 if __name__ == "__main__":
-    run(main)
+    command()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_fingerprint
+from megatron_tpt.files import atomic_write, file_fingerprint, real_path
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 
@@ -239,7 +239,7 @@ def require_apart(
     `output` is a folder, or with `is_prefix` the beginning of the names of the files that are written. `inputs` are as
     the user named them, `files` those that are read. Links are followed.
     """
-    folder = (output.parent if is_prefix else output).expanduser().resolve()
+    folder = real_path((output.parent if is_prefix else output).expanduser())
     names = [name.format(output.name) for name in _OF_PREFIX] if is_prefix else _IN_FOLDER
     written = [folder / name for name in names]
     for text in map(str, inputs):
@@ -249,7 +249,7 @@ def require_apart(
                 "choose an --output outside the input"
             )
     for file in files:
-        real = file.resolve()
+        real = real_path(file)
         if real in written if is_prefix else real.is_relative_to(folder):
             raise UserError(f"--output {output}: the input file {file} is inside it; choose another --output")
 
@@ -260,11 +260,11 @@ def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
         text = text.removeprefix("hf://").partition("?")[0]  # may be a folder, too
     path = Path(text).expanduser()
     if path.is_dir():
-        return any(folder.is_relative_to(read) for read in _real_folders(path.resolve()))
+        return any(folder.is_relative_to(read) for read in _real_folders(real_path(path)))
     if is_url or path.exists() or not glob.has_magic(text):
         return False
     num_plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
-    base, pattern = Path(*path.parts[:num_plain]).resolve(), path.parts[num_plain:]
+    base, pattern = real_path(Path(*path.parts[:num_plain])), path.parts[num_plain:]
     return any(
         place.is_relative_to(base) and _matches(place.relative_to(base).parts, pattern)
         for place in (*folder.parents, folder, *written)
@@ -283,7 +283,7 @@ def _real_folders(folder: Path) -> Iterator[Path]:
         if root != folder and folder.is_relative_to(root):
             continue  # a link upwards: what else is there is not walked
         for place, names, _ in os.walk(root):
-            waiting += [link.resolve() for link in (Path(place, name) for name in names) if link.is_symlink()]
+            waiting += [real_path(link) for link in (Path(place, name) for name in names) if link.is_symlink()]
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -1,13 +1,14 @@
 """Files and folders appear whole or not at all."""
 
 import os
-import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_tpt.files import atomic_directory, atomic_symlink, atomic_write
+from megatron_tpt.files import _remove_leftovers, _temporary_prefix, atomic_directory, atomic_symlink, atomic_write
 
 
 def test_a_file_appears_only_when_its_block_has_ended(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_links_planted_under_the_names_of_temporary_files_are_not_followed(tmp_p
     victim.write_text("precious")
     folder = tmp_path / "shared"
     folder.mkdir()
-    planted = folder / f".tmp-{socket.gethostname()}-{os.getpid()}-0-report.md"
+    planted = folder / f"{_temporary_prefix()}{os.getpid()}-0-report.md"
     for plant in (lambda: planted.symlink_to(victim), lambda: planted.write_text("foreign")):
         plant()
         with pytest.raises(FileExistsError), atomic_write(folder / "report.md") as temporary:
@@ -63,3 +64,31 @@ def test_links_planted_under_the_names_of_temporary_files_are_not_followed(tmp_p
         planted.unlink()
     assert victim.read_text() == "precious"
     assert not os.listdir(folder)
+
+
+# Begins a file and a folder, and is killed before either is whole.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_tpt.files import atomic_directory, atomic_write
+folder = Path(sys.argv[1])
+with atomic_directory(folder / "model") as model, atomic_write(folder / "picture.png"):
+    (model / "weights").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_but_nothing_of_one_that_lives(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    assert len(os.listdir(tmp_path)) == 2
+    kept = [
+        f"{_temporary_prefix()}{os.getppid()}-00000000-report.md",  # its writer lives
+        ".tmp-elsewhere-1-99999-00000000-report.md",  # of another machine
+        f"{_temporary_prefix()}{'9' * 20}-00000000-report.md",  # of nobody
+    ]
+    for name in kept:
+        (tmp_path / name).touch()
+    _remove_leftovers.cache_clear()
+    with atomic_write(tmp_path / "report.md") as temporary:
+        temporary.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "report.md"])

@@ -44,7 +44,7 @@ def options_of_tools() -> dict[str, frozenset[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "parse", note)
-        for tool in sorted((ROOT / "tools").glob("*.py")):
+        for tool in sorted((ROOT / "megatron_tpt/tools").glob("[a-z]*.py")):
             spec = importlib.util.spec_from_file_location(f"tool_{tool.stem}", tool)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -99,7 +99,7 @@ def test_every_option_that_a_message_names_exists() -> None:
     known |= {name.replace("_", "-") for name in recipe} | OF_TRAINING | OF_OTHER_PROGRAMS
     assert len(options_of_tools()) > 10 and is_option("--num-workers", known) and not is_option("--num-wokers", known)
     unknown, num_named = [], 0
-    for path in sorted([*(ROOT / "megatron_tpt").rglob("*.py"), *(ROOT / "tools").glob("*.py")]):
+    for path in sorted((ROOT / "megatron_tpt").rglob("*.py")):
         for name, line in named_options(path).items():
             num_named += 1
             if not is_option(name, known):

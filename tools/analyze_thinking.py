@@ -1,18 +1,6 @@
-"""Compare how long the thinking about documents is, by columns of their metadata: tables and pictures.
+"""`tpt-analyze-thinking` from a checkout: see megatron_tpt/tools/analyze_thinking.py."""
 
-python tools/analyze_thinking.py --input data/thinking --by domain,reasoning --output report/
-"""
-
-from megatron_tpt.config.cli import parse, run
-from megatron_tpt.thinking.analysis_options import AnalysisOptions
-
-
-def main() -> None:
-    options = parse(AnalysisOptions, description=__doc__)
-    from megatron_tpt.thinking.analysis import analyze
-
-    analyze(options)
-
+from megatron_tpt.tools.analyze_thinking import command
 
 if __name__ == "__main__":
-    run(main)
+    command()

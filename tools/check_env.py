@@ -1,21 +1,12 @@
-"""Show which parts are installed and active here, and what each missing part costs.
-
-python tools/check_env.py [--gpus]
-"""
+"""`tpt-check-env` from a checkout: see megatron_tpt/tools/check_env.py."""
 
 import sys
 
 try:
-    from megatron_tpt.config.cli import parse, run
-    from megatron_tpt.environment import CheckOptions, check_environment
+    from megatron_tpt.tools.check_env import command
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed; run `make setup` and use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-
-def main() -> None:
-    check_environment(parse(CheckOptions, description=__doc__))
-
-
 if __name__ == "__main__":
-    run(main)
+    command()

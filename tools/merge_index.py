@@ -1,18 +1,6 @@
-"""Merge indices (.bin/.idx) into one, without tokenising again.
+"""`tpt-merge-index` from a checkout: see megatron_tpt/tools/merge_index.py."""
 
-python tools/merge_index.py --input "data/shard-*" --output data/train
-"""
-
-from megatron_tpt.config.cli import parse, run
-from megatron_tpt.indexing.merge_options import MergeOptions
-
-
-def main() -> None:
-    options = parse(MergeOptions, description=__doc__)
-    from megatron_tpt.indexing.merge import merge
-
-    merge(options)
-
+from megatron_tpt.tools.merge_index import command
 
 if __name__ == "__main__":
-    run(main)
+    command()

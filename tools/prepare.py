@@ -1,19 +1,6 @@
-"""Clean a corpus: drop bad records, duplicates and overlap with evaluation sets, and say what was dropped and why.
+"""`tpt-prepare` from a checkout: see megatron_tpt/tools/prepare.py."""
 
-python tools/prepare.py --input raw/*.jsonl.zst --output clean/
-python tools/prepare.py --input raw/ --output clean/ --deduplicate minhash --decontaminate gsm8k=test.jsonl:question
-"""
-
-from megatron_tpt.config.cli import parse, run
-from megatron_tpt.corpus.options import PrepareOptions
-
-
-def main() -> None:
-    options = parse(PrepareOptions, description=__doc__)
-    from megatron_tpt.corpus.prepare import prepare
-
-    prepare(options)
-
+from megatron_tpt.tools.prepare import command
 
 if __name__ == "__main__":
-    run(main)
+    command()

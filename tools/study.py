@@ -1,18 +1,6 @@
-"""Run a command with several seeds, and report the arms side by side with their intervals.
+"""`tpt-study` from a checkout: see megatron_tpt/tools/study.py."""
 
-python tools/study.py examples/demo/study.yaml --output runs/study
-"""
-
-from megatron_tpt.config.cli import parse, run
-from megatron_tpt.studies.options import StudyOptions
-
-
-def main() -> None:
-    options = parse(StudyOptions, description=__doc__)
-    from megatron_tpt.studies.study import run_study
-
-    run_study(options)
-
+from megatron_tpt.tools.study import command
 
 if __name__ == "__main__":
-    run(main)
+    command()

@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import tyro
 
@@ -31,6 +31,7 @@ _RESOURCES = {
     errno.ENFILE: "the machine has too many open files{place}; end other programs",
 }
 """What ends a program that wants more than the machine has or allows, and what to do."""
+_COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
 
 
 def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:
@@ -44,12 +45,12 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     argv = sys.argv[1:] if argv is None else argv
     _check_repeats(cls, argv)
     arguments = _with_recipes(argv)
-    return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(description))
+    return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(as_called(description)))
 
 
 def _one_command_a_line(description: str) -> str:
     """The examples of a tool's description as paragraphs: tyro joins the lines of a paragraph."""
-    return re.sub(r"\n+(?=(?:python|torchrun) )", "\n\n", description)
+    return re.sub(r"\n+(?=(?:python|torchrun|tpt-[a-z-]+) )", "\n\n", description)
 
 
 def _check_repeats(cls: type, argv: Sequence[str]) -> None:
@@ -110,19 +111,41 @@ def _options(recipe: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from (option, str(value))
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Call `main` and leave the process with the shared exit codes. Never returns."""
+def console_name(name: str) -> str:
+    """The console script of the tool or training program `name`: `tpt-merge-index` of "merge_index"."""
+    return f"tpt-{name.replace('_', '-')}"
+
+
+def as_called(text: str) -> str:
+    """`text` with its commands in the form in which this program was called: in an installation there is no tools/,
+    and console scripts stand for its files."""
+    if not Path(sys.argv[0]).name.startswith("tpt-"):
+        return text
+    return _COMMAND.sub(lambda found: console_name(found[1] or found[2]), text)
+
+
+def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
+    """What a script or a console script calls: `main`, and then out of the process with the shared exit codes."""
+
+    def command() -> NoReturn:
+        run(main)
+
+    return command
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Call `main` and leave the process with the shared exit codes."""
     try:
         require_utf8(sys.argv)
         raise_file_limit()
         main()
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
-            print(f"error: {shown_lines(str(error))}", file=sys.stderr)
+            print(f"error: {as_called(shown_lines(str(error)))}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except StoppedEarly as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(shown_lines(str(stop)), flush=True)
+            print(as_called(shown_lines(str(stop))), flush=True)
         code = 75
     except KeyboardInterrupt:
         code = 130

@@ -6,6 +6,7 @@ to trip over and on a sample of the user's own.
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
     """Write `options.output` and return it. Raises UserError for what cannot be converted to give the same tokens, and
     for an output that exists; then nothing is there."""
     path = _find_original(options.input)
-    if options.output.exists():
+    if os.path.lexists(options.output):
         raise UserError(f"{options.output} exists; choose another --output or remove it")
     original = _open(path, options)
     backend = original.backend

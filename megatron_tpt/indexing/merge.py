@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import file_checksum, no_links, sync_tree
+from megatron_tpt.files import file_checksum, no_links, real_path, sync_tree
 from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest
 from megatron_tpt.indexing.merge_options import MergeOptions
@@ -93,7 +93,7 @@ def expand_prefixes(inputs: Sequence[str], list_file: Path | None, output: Path)
         raise UserError(
             "no indices were given: name prefixes, globs or folders (--input) or a list of them (--list-file)"
         )
-    seen = {output.resolve()}
+    seen = {real_path(output)}
     for prefix in prefixes:
         if (real := _real_prefix(prefix)) in seen:
             raise UserError(f"{prefix} is named twice, or is the output too; name each index once")
@@ -115,14 +115,14 @@ def _expand(name: str, output: Path) -> list[Path]:
         raise UserError(f"{name}: no index found (PREFIX.idx)")
     found = [file.with_suffix("") for file in sorted(files)]
     require_whole_sets(found, name, ".idx")
-    if is_output := [prefix for prefix in found if _real_prefix(prefix) == output.resolve()]:
+    if is_output := [prefix for prefix in found if _real_prefix(prefix) == real_path(output)]:
         print(f"{name}: {is_output[0]} is the output, and not merged into itself", file=sys.stderr)
     return [prefix for prefix in found if prefix not in is_output]
 
 
 def _real_prefix(prefix: Path) -> Path:
     """A prefix without links in its path, and that which a link PREFIX.idx leads to."""
-    return Path(f"{prefix}.idx").resolve().with_suffix("")
+    return real_path(f"{prefix}.idx").with_suffix("")
 
 
 def _is_hidden(path: Path) -> bool:

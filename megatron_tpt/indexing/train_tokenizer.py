@@ -5,6 +5,7 @@ same input makes the same tokenizer.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     exists.
     """
     special = list(dict.fromkeys([EOS, PAD, OPEN_TAG, CLOSE_TAG, *options.special_tokens]))
-    if options.output.exists():
+    if os.path.lexists(options.output):
         raise UserError(f"{options.output} exists; choose another --output or remove it")
     require_apart(
         options.output, options.input, [source.path for source in expand_sources(options.input) if source.path]

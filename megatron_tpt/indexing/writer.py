@@ -14,6 +14,7 @@ they come, the offsets follow from them when all are known. The bounds of docume
 until then, where documents are not the sequences.
 """
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -150,7 +151,7 @@ class IndexWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._bin, self._idx:
+        with contextlib.closing(self._bin), contextlib.closing(self._idx):  # which may be closed already, with an error
             if kind is None:
                 self._finish()
             if self._ends is not None:

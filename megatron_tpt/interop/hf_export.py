@@ -16,7 +16,7 @@ from megatron_tpt.config.load import read_yaml, recipe_from_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_directory
+from megatron_tpt.files import atomic_directory, real_path
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_config import to_hf_config
@@ -42,7 +42,7 @@ def export_hf(options: ExportOptions) -> None:
     Raises UserError when the checkpoint is none, its model has no Hugging Face counterpart, or the output exists.
     """
     refuse_existing(options.output)
-    checkpoint = options.checkpoint.resolve()  # `latest` may point elsewhere meanwhile
+    checkpoint = real_path(options.checkpoint)  # `latest` may point elsewhere meanwhile
     model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
     reader = CheckpointReader(checkpoint)
     token_ids, generation = exported_settings(checkpoint)
@@ -94,7 +94,7 @@ def _raise_limits(config: dict[str, Any], folder: Path, trained: int) -> None:
 
 def refuse_existing(output: Path) -> None:
     """Raises UserError when `output` is there already and not an empty folder."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists already: give another --output, or remove it")
 
 

@@ -4,12 +4,14 @@ The weights keep their precision and are in memory once, all together.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tpt import platform
 
@@ -51,7 +53,7 @@ def import_hf(options: ImportOptions) -> None:
     Tokenizer(options.model)  # refuses one that training could not use
     generation = _read_json(options.model / GENERATION_CONFIG) if (options.model / GENERATION_CONFIG).is_file() else {}
     with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
-        dist_checkpointing.save(sharded_tensors(model, tensors), str(folder))
+        _save(sharded_tensors(model, tensors), folder, options.output)
         copy_tokenizer(options.model, folder / "tokenizer")
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
         (folder / HF_CONFIG).write_bytes(json_bytes(config))
@@ -62,6 +64,17 @@ def import_hf(options: ImportOptions) -> None:
     print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
     for note in [*notes, *describe_kept(config), *describe_rope(config), *_not_carried(options.model, tensors)]:
         print(f"{options.output}: {note}")
+
+
+def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
+    try:
+        dist_checkpointing.save(tensors, str(folder))
+    except CheckpointException as error:  # a process of its own wrote, and tells no error number
+        reason = " ".join(str(error).split())[-300:]
+        free = shutil.disk_usage(folder).free / 2**30
+        raise UserError(
+            f"{output}: could not be written ({reason}): make room, {free:.1f} GiB are free there"
+        ) from error
 
 
 def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure
+from megatron_tpt.files import real_path
 from megatron_tpt.json_data import read_json
 from megatron_tpt.names import shown
 from megatron_tpt.records.formats import file_format
@@ -68,7 +69,7 @@ def files_in(folder: Path) -> Found:
     while links:
         found_links: list[Path] = []
         for link in links:
-            if link != folder and (_key(link) in seen or folder.resolve().is_relative_to(link.resolve())):
+            if link != folder and (_key(link) in seen or real_path(folder).is_relative_to(real_path(link))):
                 found.omit(LOOP, str(link.relative_to(folder)))
             else:
                 found_links += _walk(folder, link, seen, found)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import real_path
 from megatron_tpt.scale.local_tasks import run_local
 from megatron_tpt.scale.options import ScaleOptions
 from megatron_tpt.scale.ray_tasks import run_ray
@@ -30,7 +31,7 @@ def run_tasks(
     `UserError` with its message, once the tasks that were running have ended. On SIGTERM and Ctrl-C the tasks are
     stopped, then SystemExit or KeyboardInterrupt goes on.
     """
-    folder = Path(log_dir).resolve()
+    folder = real_path(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = _EXECUTORS[options.executor](list(command), options, folder, is_finished)
     report = TaskReport(sorted(results, key=lambda result: result.task))

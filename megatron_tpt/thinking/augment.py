@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_tpt.config.cli import as_called
 from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, UserError
 from megatron_tpt.generation import Completion, EngineOptions, Request, open_engine
 from megatron_tpt.generation.dispatch import DEFAULT_MAX_IN_FLIGHT
@@ -129,7 +130,7 @@ def conclude(options: AugmentOptions) -> None:
             "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
         )
     folder = shlex.quote(str(output.folder))
-    following = f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX"
+    following = as_called(f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX")
     print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
 
 

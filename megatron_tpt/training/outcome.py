@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import megatron_tpt
+from megatron_tpt.config.cli import console_name
 from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
 from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.checkpoint_files import step_folder
@@ -29,7 +30,11 @@ def _python() -> str:
 
 
 def _tool(name: str) -> str:
-    return f"{_python()} {_shown(Path(megatron_tpt.__file__).parents[1] / 'tools' / name)}"
+    script = Path(megatron_tpt.__file__).parents[1] / "tools" / f"{name}.py"
+    if script.is_file():
+        return f"{_python()} {_shown(script)}"
+    name = console_name(name)  # an installation: beside its interpreter
+    return name if shutil.which(name) else _shown(Path(sys.executable).with_name(name))
 
 
 def _has_chat_template(checkpoint: Path) -> bool:
@@ -58,13 +63,13 @@ def next_steps(recipe: Recipe, num_tokens: int) -> str:
     step = recipe.training.num_steps
     checkpoint = step_folder(recipe.run.output_dir / "checkpoints", step)
     exported = recipe.run.output_dir / f"hf_{checkpoint.name}"
-    export = f"{_tool('export_hf.py')} --checkpoint {_shown(checkpoint)} --output {_shown(exported)}"
+    export = f"{_tool('export_hf')} --checkpoint {_shown(checkpoint)} --output {_shown(exported)}"
     lines = [f"finished: {step} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}", f"next, to export: {export}"]
     if isinstance(recipe, FinetuneRecipe):
         chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
         results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
         lines.append(
-            f"then, to evaluate: {_tool('evaluate.py')} --model {_shown(exported)} --data PROBLEMS.jsonl "
+            f"then, to evaluate: {_tool('evaluate')} --model {_shown(exported)} --data PROBLEMS.jsonl "
             f"--output {results}{chat}"
         )
     else:

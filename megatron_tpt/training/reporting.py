@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, real_path
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.metrics import LossSums, duration
@@ -116,7 +116,7 @@ def _start_wandb(recipe: Recipe) -> Any:
     """The W&B run of a run folder, the same again after a resume. The key comes from W&B's own settings."""
     import wandb
 
-    folder = recipe.run.output_dir.resolve()
+    folder = real_path(recipe.run.output_dir)
     run = wandb.init(
         project=recipe.logging.wandb_project,
         name=folder.name,

@@ -1,0 +1,1 @@
+"""What tools/*.py and the console scripts `tpt-*` run; the docstring of each says how it is called."""

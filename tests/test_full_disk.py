@@ -1,0 +1,51 @@
+"""A full disk is told in one line, and the same command completes the work when there is room."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_disk import small_disk
+from tiny_models import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def fails_then_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Calls a tool whose output goes to disk/, a file system of so many bytes that grows after the first time."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool: str, *arguments: str, num_bytes: int) -> None:
+        monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *arguments])
+        command = importlib.import_module(f"megatron_tpt.tools.{tool}").command
+        with small_disk(tmp_path / "disk", num_bytes):
+            with pytest.raises(SystemExit) as end:
+                command()
+            error = capsys.readouterr().err
+            assert end.value.code == 2 and "Traceback" not in error, error
+            [line] = [line for line in error.splitlines() if line.startswith("error: ")]
+            assert any(text in line for text in ("disk is full", "No space left on device", "make room"))
+            subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+            with pytest.raises(SystemExit) as end:
+                command()
+            assert end.value.code == 0
+            assert not list((tmp_path / "disk").glob(".tmp-*"))
+
+    return run
+
+
+@pytest.mark.parametrize("kib", [32, 48])
+def test_a_set_of_shards(kib: int, model: str, tmp_path: Path, fails_then_succeeds) -> None:
+    (tmp_path / "documents.jsonl").write_text('{"text": "The ferry leaves at nine."}\n' * 300)
+    index = ["--input", "documents.jsonl", "--tokenizer", model, "--output", "disk/a", "--shard-size", "1KB"]
+    fails_then_succeeds("index", *index, num_bytes=kib << 10)
+
+
+@pytest.mark.parametrize("kib", [16, 300])
+def test_an_imported_model(kib: int, model: str, fails_then_succeeds) -> None:
+    fails_then_succeeds("import_hf", "--model", model, "--output", "disk/checkpoint", num_bytes=kib << 10)
