@@ -22,6 +22,7 @@ from megatron_tpt.training.data_checks import data_warnings, is_all_packed
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.resume import describe_start
+from megatron_tpt.training.run_lock import run_lock
 
 
 def _read_tokenizer(folder: Path) -> TokenizerInfo:
@@ -202,17 +203,24 @@ def _warn(recipe: PretrainRecipe | FinetuneRecipe) -> None:
             print(f"WARNING: {line}", flush=True)
 
 
-def _make_run_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _written_in(folder: Path) -> Iterator[None]:
+    """A run folder that cannot be written to is the user's to change."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the program says that the disk is full
             raise
         raise UserError(
             f"run.output_dir={folder}: nothing can be written there ({error.strerror}): give another folder"
         ) from None
+
+
+def _make_run_folder(folder: Path) -> None:
+    with _written_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
@@ -242,10 +250,10 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     return None
 
 
-def _refusal[R](before: Callable[[R], None], recipe: R) -> str | None:
-    """What `before` says that the user must mend; None where nothing is wrong."""
+def _refusal(action: Callable[[], None]) -> str | None:
+    """What an action says that the user must fix; None where nothing is wrong."""
     try:
-        before(recipe)
+        action()
     except UserError as error:
         return str(error)
     return None
@@ -263,17 +271,26 @@ def _refuse_together(refusal: str | None) -> None:
 def distributed[R: PretrainRecipe | FinetuneRecipe](
     recipe: R, *, before: Callable[[R], None] | None = None
 ) -> Iterator[None]:
-    """The process groups of a recipe, for one `with` block. One process of every machine first calls `before`; what it
-    refuses, all refuse."""
+    """The process groups of a recipe and the lock of its run folder, for one `with` block. One process of every machine
+    first calls `before`; what it refuses, all refuse, and so with a folder that another job uses."""
     import torch
 
     from megatron_tpt import platform
 
     if recipe.run.threads_per_process is not None:
         torch.set_num_threads(recipe.run.threads_per_process)
-    refusal = None
-    if before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        refusal = _refusal(before, recipe)
-    with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
-        _refuse_together(refusal)
-        yield
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if os.environ.get("RANK", "0") == "0":
+            refusal = _refusal(lambda: _lock(recipe.run.output_dir, stack))
+        if refusal is None and before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            refusal = _refusal(lambda: before(recipe))
+        with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
+            _refuse_together(refusal)
+            yield
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Take the lock of a run folder until `stack` ends. Raises UserError when another job has it."""
+    with _written_in(folder):
+        stack.enter_context(run_lock(folder))
