@@ -1,6 +1,7 @@
-"""The processes of one run find each other by torchrun's variables (RANK, WORLD_SIZE, ...). srun and mpirun have others,
-which are taken over where they say everything; where they do not, the run is refused, since every process would
-otherwise train by itself in the same folder.
+"""The variables of srun and mpirun, as torchrun would set them.
+
+The processes of one run find each other by torchrun's variables (RANK, WORLD_SIZE, ...). Those of other launchers are
+used where they say everything. Where they do not, the run is refused: every process would otherwise train by itself.
 """
 
 import dataclasses
