@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; the files of the
                                      model (model_files.py); checksums.json
-    RUN/checkpoints/latest           link to the newest
+    RUN/checkpoints/latest           link to the newest (checkpoint_files.py)
 
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
 whatever was killed when. What was damaged since is told by the checksums (checkpoint_files.py). A checkpoint that
@@ -27,12 +27,12 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_symlink, sync_tree
+from megatron_tpt.files import sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
-from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
+from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage, point_latest
 from megatron_tpt.training.checkpoint_trust import require_data_only
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -306,7 +306,7 @@ class CheckpointSaving:
         (self.temporary / CHECKSUMS).write_text(json.dumps(files, indent=1, sort_keys=True))
         sync_tree(self.temporary)
         self.temporary.rename(self.folder)
-        atomic_symlink(self.folder.name, self.folder.parent / "latest")
+        point_latest(self.folder)
 
 
 def _make_temporary(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.training.checkpoint_files import checkpoints_to_read, damage_of_files
 
 # Fields of a model that neither its tensors nor its function depend on.
 _WITHOUT_CONSEQUENCE = {"preset", "init_std", "transformer_impl", "max_position_embeddings", "vocab_size"}
@@ -89,8 +90,6 @@ def _changed_shape(model: ModelConfig, folder: Path) -> str | None:
 
 def _damage(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, but for their content, which is not read; "" for nothing."""
-    from megatron_tpt.training.checkpoint_files import damage_of_files
-
     return "; ".join(damage_of_files(folder)[:4])
 
 
@@ -123,7 +122,7 @@ def describe_start(
     here.
     """
     checkpoints = recipe.run.output_dir / "checkpoints"
-    folders = sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+    folders = checkpoints_to_read(checkpoints)[::-1]
     init_from = recipe.training.init_from
     if not folders and init_from is None:
         yield f"starts from random weights in {recipe.run.output_dir}"
