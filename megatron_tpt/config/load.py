@@ -147,7 +147,7 @@ def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
         training["init_from"] = str(folder)  # `latest` may name another one later
-        raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **model}
+        raw["model"] = {**(read_yaml(folder / "recipe.yaml").get("model") or {}), **model}
 
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str]) -> R:
@@ -220,6 +220,8 @@ def check(recipe: Recipe, world_size: int) -> None:
     """
     training, optimizer = recipe.training, recipe.optimizer
     check_layout(recipe, world_size)
+    if beyond := [rank for rank in recipe.profiling.ranks if rank >= world_size]:
+        raise UserError(f"profiling.ranks: there is no rank {beyond[0]} among {world_size} processes: remove it")
     decay_steps = optimizer.decay_steps or training.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(

@@ -14,6 +14,8 @@ import yaml
 
 from megatron_tpt.errors import UserError
 
+_MORE_VALUES = 10_000  # than a file has characters: so many only aliases of aliases make
+
 Key = tuple[str | int, ...]
 """A place in nested mappings and lists: ("data", "train", 0, "weight")."""
 
@@ -41,7 +43,7 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
-            reader = _PlaceReader(path)
+            reader = _PlaceReader(path, max_values=_MORE_VALUES + len(text))
             if node is not None:
                 reader.visit(node, ())
             if reader.duplicates:
@@ -71,13 +73,17 @@ def read_yaml_file(path: Path) -> YamlFile:
 class _PlaceReader:
     """Notes the line of every key, and keys that a mapping has twice."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_values: int) -> None:
         self.path = path
+        self.values_left = max_values
         self.places: dict[Key, str] = {}
         self.duplicates: list[str] = []
 
     def visit(self, node: yaml.Node, key: Key) -> None:
-        """Note what is below a node."""
+        """Note what is below a node. Raises UserError when that is more than aliases are for."""
+        self.values_left -= 1
+        if self.values_left < 0:
+            raise UserError(f"{self.path}: its aliases (*NAME) make a small file very large: write the values out")
         if isinstance(node, yaml.MappingNode):
             lines: dict[Any, int] = {}
             for name_node, value in node.value:

@@ -106,7 +106,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{checkpoint} is not a checkpoint (no recipe.yaml): give a folder like RUN/checkpoints/latest")
-    model = recipe_from_dict(Recipe, {"model": read_yaml(path).get("model", {})}).model
+    model = recipe_from_dict(Recipe, {"model": read_yaml(path).get("model")}).model
     if model.vocab_size is None:
         raise UserError(f"{path}: model.vocab_size is missing: give the number of tokens of the checkpoint's tokenizer")
     return model

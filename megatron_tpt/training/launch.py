@@ -77,7 +77,7 @@ def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: To
 
 
 def _vocab_size_of(checkpoint: Path) -> int | None:
-    size: int | None = read_yaml(checkpoint / "recipe.yaml").get("model", {}).get("vocab_size")
+    size: int | None = (read_yaml(checkpoint / "recipe.yaml").get("model") or {}).get("vocab_size")
     return size
 
 

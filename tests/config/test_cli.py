@@ -68,3 +68,12 @@ def test_an_argument_that_is_not_utf8_is_refused_before_the_work(
         run(lambda: begun.append(Path()))
     assert (end.value.code, begun) == (2, [])
     assert capsys.readouterr().err == "error: caf\\xe9: not UTF-8; give another name\n"
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "options.yaml").write_text("output: ~/o\ntokenizer: ~")
+    options = parse(IndexOptions, ["--input", "a", "--tokenizer=~/t", "--recipe", str(tmp_path / "options.yaml")])
+    assert (options.output, options.tokenizer) == (Path("/home/someone/o"), Path("/home/someone/t"))
+    with pytest.raises(UserError, match="~nobody_of_this_name/o: there is no such home folder"):
+        parse(IndexOptions, ["--input", "a", "--tokenizer=t", "--output=~nobody_of_this_name/o"])
