@@ -1,4 +1,4 @@
-"""No number of a recipe is taken that cannot be meant, whichever field it is for; large files of aliases are refused."""
+"""No number of a recipe is taken that cannot be meant, whichever its field; small files of large content are refused."""
 
 import dataclasses
 import math
