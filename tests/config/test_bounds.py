@@ -1,4 +1,4 @@
-"""No number of a recipe is taken that cannot be meant, whichever its field; small files of large content are refused."""
+"""No number is taken that cannot be meant, whichever field of a recipe it is for; nor a small file of large content."""
 
 import dataclasses
 import math
