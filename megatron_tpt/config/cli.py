@@ -138,13 +138,19 @@ def run(main: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            code = 1
-        else:
-            place = f" ({error.filename})" if error.filename else ""
+        place = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
             code = 2
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            print(
+                f"error: {error.filename}: {error.strerror}: have the right to it granted, or choose another place",
+                file=sys.stderr,
+            )
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
     except Exception:
         traceback.print_exc()
         code = 1

@@ -14,6 +14,7 @@ persistent worker asks for a CUDA device by its rank (async_utils.py:567) and is
 """
 
 import contextlib
+import errno
 import json
 import queue
 import secrets
@@ -195,7 +196,9 @@ def _together(folder: Path, action: Callable[[], Any]) -> Any:
     except (OSError, UserError) as caught:
         error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
         if isinstance(caught, OSError):
-            error += f": make room, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
+            has_room = caught.errno not in (None, errno.ENOSPC, errno.EDQUOT)  # None: Megatron Core does not say
+            advice = "make the folder writable" if has_room else "make room"
+            error += f": {advice}, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
     errors = platform.gather_objects(error)
     if any(errors):
         raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
@@ -321,7 +324,10 @@ def _make_temporary(folder: Path) -> Path:
     def make() -> None:
         if platform.is_first_rank():
             for old in folder.parent.glob(".tmp-*"):
-                shutil.rmtree(old, ignore_errors=True)
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:  # what a killed run was about to make `latest`
+                    old.unlink(missing_ok=True)
             temporary.mkdir(parents=True)
 
     _together(folder, make)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import glob
 import math
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.load import Arguments, check, read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
 from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.blend import blends, describe_data, with_data_of_run
@@ -23,6 +24,9 @@ from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.resume import describe_start
 from megatron_tpt.training.run_lock import run_lock
+
+# What gloo and NCCL say of it.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def _read_tokenizer(folder: Path) -> TokenizerInfo:
@@ -217,10 +221,32 @@ def _written_in(folder: Path) -> Iterator[None]:
 
 
 def _make_run_folder(folder: Path) -> None:
+    """Make a run folder, or see that this user may continue what is there, which another may have begun."""
     with _written_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        written = [folder / name for name in ("checkpoints", "tensorboard", "logs", "logs/heartbeats")]
+        read = [folder / "metrics.jsonl", *(folder / "checkpoints").glob("step_*")]
+        for path, right in [*((path, os.W_OK) for path in written), *((path, os.R_OK) for path in read)]:
+            if path.exists() and not os.access(path, right | (os.R_OK | os.X_OK if path.is_dir() else 0)):
+                act = "write" if right == os.W_OK else "read"
+                raise UserError(
+                    f"run.output_dir={folder}: {path} is another user's (uid {path.stat().st_uid}), and this one has "
+                    f"no right to {act} there: have it granted (chmod -R g+rwX), or give another folder"
+                )
+
+
+def _require_shared_memory(num_workers: int) -> None:
+    """Raise UserError when processes that read ahead cannot be coordinated here: their locks are in /dev/shm."""
+    try:
+        if num_workers:
+            multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"data.num_workers={num_workers} needs shared memory, and /dev/shm cannot be used here ({error.strerror}): "
+            f"mount it, or give --data.num_workers=0"
+        ) from None
 
 
 def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments) -> R | None:
@@ -242,6 +268,7 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
         _warn(recipe)
+        _require_shared_memory(recipe.data.num_workers)
         _make_run_folder(recipe.run.output_dir)
         return recipe
     print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
@@ -285,9 +312,26 @@ def distributed[R: PretrainRecipe | FinetuneRecipe](
             refusal = _refusal(lambda: _lock(recipe.run.output_dir, stack))
         if refusal is None and before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
             refusal = _refusal(lambda: before(recipe))
-        with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
+        with (
+            _lost_ranks_told(),
+            platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s),
+        ):
             _refuse_together(refusal)
             yield
+
+
+@contextlib.contextmanager
+def _lost_ranks_told() -> Iterator[None]:
+    """A rank that others wait for in vain is a fault, told in one line in place of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _LOST):
+            raise
+        raise Fault(
+            "another rank has ended, or cannot be reached any more: its messages say why (where there are none it was "
+            "killed, perhaps for memory). The same command resumes from the last checkpoint"
+        ) from error
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
