@@ -11,10 +11,12 @@ from megatron_tpt.config.cli import program
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.recipe import FinetuneRecipe
 from megatron_tpt.training.launch import distributed, prepare
+from megatron_tpt.training.launchers import join_launcher
 
 
 def main() -> None:
     """Read the recipe, check it, train."""
+    join_launcher()
     recipe = prepare(*load_recipe(FinetuneRecipe, sys.argv[1:]))
     if recipe is None:  # a dry run
         return

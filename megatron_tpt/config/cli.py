@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 
 import tyro
 
+from megatron_tpt.config.convert import expand_path
 from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
@@ -25,6 +26,7 @@ _RESOURCES = {
     errno.ENOSPC: _DISK_FULL,
     errno.EDQUOT: _DISK_FULL,
     errno.EROFS: "the file system can only be read{place}; have it mounted for writing",
+    errno.EPERM: "not permitted{place}; choose another place",
     errno.EACCES: "permission denied{place}; have its owner let you write there (umask 002 in shared folders)",
     errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (ulimit -f)",
     errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}",
@@ -45,7 +47,27 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     argv = sys.argv[1:] if argv is None else argv
     _check_repeats(cls, argv)
     arguments = _with_recipes(argv)
-    return tyro.cli(cls, args=arguments, description=description and _one_command_a_line(as_called(description)))
+    text = description and _one_command_a_line(as_called(description))
+    return tyro.cli(cls, args=arguments, description=text, registry=_registry())
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """How options become values: as tyro has it, but for `~` in paths, which a shell leaves alone after "="."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: expand_path(words[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _one_command_a_line(description: str) -> str:
@@ -80,7 +102,7 @@ def _with_recipes(argv: Sequence[str]) -> list[str]:
     for argument in rest:
         name, equals, path = argument.partition("=")
         if name == _RECIPE:
-            arguments += _recipe_options(Path(path if equals else next(rest, "")))
+            arguments += _recipe_options(expand_path(path if equals else next(rest, "")))
         else:
             arguments.append(argument)
     return arguments

@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_tpt.config.bounds import range_missed
 from megatron_tpt.config.yaml_file import Key, dotted
 from megatron_tpt.errors import UserError
 
 WRONG = object()
 """What stands for a value that a problem was found in."""
 
+_TOO_LARGE = 2**63  # for the whole numbers of torch and NumPy
 _hints_of = functools.cache(get_type_hints)
 
 
@@ -102,9 +104,12 @@ class Converter:
         if value is None and not is_optional(hint):
             return self._wrong(key, f"has no value: give {expected(hint)}, or remove it")
         try:
-            return _scalar(hint, value)
+            result = _scalar(hint, value)
         except ValueError as error:
             return self._wrong(key, f"{_shown(value)} is not {expected(hint)}{error}")
+        if (words := range_missed(key, result)) is not None:
+            return self._wrong(key, f"{_shown(value)} is out of range: it must be {words}")
+        return result
 
     def _list(self, hint: Any, value: Any, key: Key) -> Any:
         value = [value] if isinstance(value, str) else value
@@ -145,11 +150,11 @@ def _scalar(hint: Any, value: Any) -> Any:
 
 def _whole_number(value: Any) -> int:
     number = _number(value)
-    if isinstance(value, int):
-        return value
-    if not number.is_integer():
+    if not (isinstance(value, int) or number.is_integer()):
         raise ValueError("")
-    return int(number)
+    if abs(number) >= _TOO_LARGE:
+        raise ValueError(": it is too large")
+    return value if isinstance(value, int) else int(number)
 
 
 def _number(value: Any) -> float:
@@ -159,8 +164,8 @@ def _number(value: Any) -> float:
         number = float(value)
     except (ValueError, OverflowError):
         raise ValueError("") from None
-    if math.isnan(number):
-        raise ValueError("")
+    if not math.isfinite(number):
+        raise ValueError(": it is not finite" if math.isinf(number) else "")
     return number
 
 

@@ -25,6 +25,7 @@ from megatron_tpt.config.suggestions import suggest
 from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.presets import PRESETS
+from megatron_tpt.training.checkpoint_files import checkpoint_named
 
 USAGE = (
     "RECIPE.yaml [--section.key=value ...] [--help]\n"
@@ -142,10 +143,11 @@ def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
     """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives."""
     training, model = raw.get("training"), raw.get("model") or {}
     if isinstance(training, dict) and training.get("init_from") is not None and isinstance(model, dict):
-        folder = expand_path(str(training["init_from"]))
+        folder = checkpoint_named(expand_path(str(training["init_from"])))
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
-        raw["model"] = {**read_yaml(folder / "recipe.yaml").get("model", {}), **model}
+        training["init_from"] = str(folder)  # `latest` may name another one later
+        raw["model"] = {**(read_yaml(folder / "recipe.yaml").get("model") or {}), **model}
 
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str]) -> R:
@@ -218,6 +220,8 @@ def check(recipe: Recipe, world_size: int) -> None:
     """
     training, optimizer = recipe.training, recipe.optimizer
     check_layout(recipe, world_size)
+    if beyond := [rank for rank in recipe.profiling.ranks if rank >= world_size]:
+        raise UserError(f"profiling.ranks: there is no rank {beyond[0]} among {world_size} processes: remove it")
     decay_steps = optimizer.decay_steps or training.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(

@@ -23,6 +23,7 @@ from megatron_tpt.interop.hf_config import to_hf_config
 from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
+from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,
     HF_CONFIG,
@@ -42,7 +43,9 @@ def export_hf(options: ExportOptions) -> None:
     Raises UserError when the checkpoint is none, its model has no Hugging Face counterpart, or the output exists.
     """
     refuse_existing(options.output)
-    checkpoint = real_path(options.checkpoint)  # `latest` may point elsewhere meanwhile
+    checkpoint = real_path(checkpoint_named(options.checkpoint))  # `latest` may point elsewhere meanwhile
+    if (checkpoint / CHECKSUMS).exists() and (damage := damage_of_files(checkpoint)):
+        raise UserError(f"{checkpoint} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
     model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
     reader = CheckpointReader(checkpoint)
     token_ids, generation = exported_settings(checkpoint)
@@ -103,7 +106,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     path = checkpoint / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{checkpoint} is not a checkpoint (no recipe.yaml): give a folder like RUN/checkpoints/latest")
-    model = recipe_from_dict(Recipe, {"model": read_yaml(path).get("model", {})}).model
+    model = recipe_from_dict(Recipe, {"model": read_yaml(path).get("model")}).model
     if model.vocab_size is None:
         raise UserError(f"{path}: model.vocab_size is missing: give the number of tokens of the checkpoint's tokenizer")
     return model

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00001000/   weights, optimizer, random state, trainer state; recipe.yaml; the files of the
                                      model (model_files.py); checksums.json
-    RUN/checkpoints/latest           link to the newest
+    RUN/checkpoints/latest           link to the newest (checkpoint_files.py)
 
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
 whatever was killed when. What was damaged since is told by the checksums (checkpoint_files.py). A checkpoint that
@@ -14,6 +14,7 @@ persistent worker asks for a CUDA device by its rank (async_utils.py:567) and is
 """
 
 import contextlib
+import errno
 import json
 import queue
 import secrets
@@ -27,12 +28,12 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_symlink, sync_tree
+from megatron_tpt.files import sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.training import fsdp_checkpoint
-from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage
+from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage, point_latest
 from megatron_tpt.training.checkpoint_trust import objects_as_data, require_data_only
 
 from megatron.core import dist_checkpointing, parallel_state
@@ -207,7 +208,9 @@ def _together(folder: Path, action: Callable[[], Any]) -> Any:
     except (OSError, UserError) as caught:
         error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
         if isinstance(caught, OSError):
-            error += f": make room, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
+            has_room = caught.errno not in (None, errno.ENOSPC, errno.EDQUOT)  # None: Megatron Core does not say
+            advice = "make the folder writable" if has_room else "make room"
+            error += f": {advice}, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
     errors = platform.gather_objects(error)
     if any(errors):
         raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
@@ -318,7 +321,7 @@ class CheckpointSaving:
         (self.temporary / CHECKSUMS).write_text(json.dumps(files, indent=1, sort_keys=True))
         sync_tree(self.temporary)
         self.temporary.rename(self.folder)
-        atomic_symlink(self.folder.name, self.folder.parent / "latest")
+        point_latest(self.folder)
 
 
 def _make_temporary(folder: Path) -> Path:
@@ -333,7 +336,10 @@ def _make_temporary(folder: Path) -> Path:
     def make() -> None:
         if platform.is_first_rank():
             for old in folder.parent.glob(".tmp-*"):
-                shutil.rmtree(old, ignore_errors=True)
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:  # what a killed run was about to make `latest`
+                    old.unlink(missing_ok=True)
             temporary.mkdir(parents=True)
 
     _together(folder, make)

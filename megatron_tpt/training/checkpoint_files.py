@@ -1,28 +1,34 @@
-"""The files of a run's checkpoints: which are complete, whether one is damaged, which are kept.
+"""The files of a run's checkpoints: which are complete, which is the newest, whether one is damaged, which are kept.
 
     RUN/checkpoints/step_00001000/   one checkpoint; checksums.json in it knows every other file by size and content
-    RUN/checkpoints/latest           link to the newest
+    RUN/checkpoints/latest           link to the newest; a file with its name where the file system has no links
     RUN/checkpoints/damaged-step_*   one that did not match its checksums, set aside
 
-Damage is looked for by all ranks at once, each reading its share of the files, and all come to the same decision.
+Damage is looked for by all ranks at once, each reading its share of the files, and all come to the same decision. No
+torch is imported before that.
+
+Where a run folder is copied without links (`cp -L`, `rsync -L`, a bucket), `latest` becomes a folder: a second copy of
+a checkpoint, or the only one. So the step_* folders say which is the newest, for the run and for those who read
+`latest`; a run gives an only copy the name of its step, and removes a second one once the first is known to be whole.
 """
 
+import errno
 import json
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 import xxhash
 
-from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_symlink
+from megatron_tpt.files import atomic_symlink, atomic_write
 from megatron_tpt.json_data import read_json
 
 CHECKSUMS = "checksums.json"
+LATEST = "latest"
 _BLOCK_BYTES = 2**22
 _NUM_THREADS = 4
 
@@ -104,39 +110,159 @@ def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
 
     Without `reads_content` only the files' sizes are compared.
     """
+    import torch
+
+    from megatron_tpt import platform
+
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares = platform.gather_objects(_damage(folder, reads_content=reads_content, rank=rank, num_ranks=num_ranks))
     return sorted({line for share in shares for line in share})
 
 
+def _step_of(folder: Path) -> str | None:
+    """The name of a checkpoint under whatever name its folder has; None when it cannot be read."""
+    from megatron_tpt.training.checkpoint import read_trainer_state
+
+    try:
+        return step_folder(folder.parent, read_trainer_state(folder)["step"]).name
+    except Exception:  # a folder that is no checkpoint, or half of one, can raise nearly anything
+        return None
+
+
+def _is_copied(latest: Path) -> bool:
+    return latest.is_dir() and not latest.is_symlink()
+
+
+def _has_same_sums(folder: Path, other: Path) -> bool:
+    try:
+        return (folder / CHECKSUMS).read_bytes() == (other / CHECKSUMS).read_bytes()
+    except OSError:
+        return False
+
+
+def _twin(latest: Path) -> Path | None:
+    """The checkpoint that a copied `latest` is a second copy of, by its checksums."""
+    folders = finished_checkpoints(latest.parent)
+    return next((folder for folder in reversed(folders) if _has_same_sums(latest, folder)), None)
+
+
+def checkpoints_to_read(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first, with a copied `latest` among them that is the only copy of its
+    step."""
+    folders, latest = finished_checkpoints(checkpoints), checkpoints / LATEST
+    if _is_copied(latest) and _twin(latest) is None and (name := _step_of(latest)) is not None:
+        named = {folder.name: folder for folder in folders}
+        folders = [folder for _, folder in sorted(({name: latest} | named).items())]
+    return folders
+
+
+def checkpoint_named(path: Path) -> Path:
+    """The checkpoint that a user's `path` means: RUN/checkpoints/latest is the newest there, whatever became of the
+    link. Says so where the link names another."""
+    if path.name != LATEST or not (there := checkpoints_to_read(path.parent)):
+        return path
+    newest = there[-1]
+    if _is_copied(path) and _has_same_sums(newest, path) and damage_of_files(newest):
+        return path  # of two copies the whole one
+    if newest != path and not (path.is_symlink() and path.resolve() == newest.resolve()):
+        print(f"WARNING: {path} is no link to the newest checkpoint: {newest} is taken", flush=True)
+    return newest
+
+
+def _name_only_copy(latest: Path) -> None:
+    """Give a copied `latest` that is the only copy of its step the name of the step. The first rank calls it."""
+    if not _is_copied(latest) or _twin(latest) is not None:
+        return
+    name = _step_of(latest)
+    folder = latest.with_name(name) if name is not None else None
+    if folder is None or folder.exists():
+        folder = latest.with_name(f"copied-{LATEST}-{secrets.token_hex(4)}")
+        kept = "a checkpoint that cannot be read" if name is None else f"another {name} than the one there"
+        print(f"WARNING: {latest} is a folder in place of a link, {kept}: it is set aside as {folder}", flush=True)
+    else:
+        print(f"WARNING: {latest} is a folder in place of a link, the only copy: it is now {folder}", flush=True)
+    os.rename(latest, folder)
+
+
+def point_latest(folder: Path, *, is_whole: bool = False) -> None:
+    """Have `latest` name the checkpoint `folder`, of which `is_whole` says that its content was just compared with its
+    checksums. A second copy in the place of the link is removed. One process calls it."""
+    latest = folder.with_name(LATEST)
+    _name_only_copy(latest)
+    if _is_copied(latest) and (twin := _twin(latest)) is not None:
+        is_kept = (is_whole and twin == folder) or not _damage(twin, reads_content=True, rank=0, num_ranks=1)
+        aside = latest.with_name(f".tmp-old-{LATEST}" if is_kept else f"copied-{LATEST}-{secrets.token_hex(4)}")
+        what = "removed" if is_kept else f"set aside as {aside}, since {twin} is damaged"
+        print(f"WARNING: {latest} is a folder in place of a link, a copy of {twin.name}: it is {what}", flush=True)
+        os.rename(latest, aside)
+        if is_kept:
+            shutil.rmtree(aside, ignore_errors=True)
+    if latest.is_symlink() and os.readlink(latest) == folder.name:
+        return
+    try:
+        atomic_symlink(folder.name, latest)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with atomic_write(latest) as path:  # a file system without links
+            path.write_text(f"{folder.name}\n")
+
+
+def _set_damaged_aside(folder: Path, damage: list[str], *, is_last: bool) -> None:
+    """The last hope stays where it is, unless a copied `latest` is its second copy."""
+    print(f"WARNING: THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}", flush=True)
+    if is_last:
+        return
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    print(f"WARNING: it is set aside as {aside}; the run resumes from the one before", flush=True)
+
+
+def _require_no_other_place(checkpoints: Path) -> None:
+    """Raise UserError when a run folder has no checkpoint, but for a `latest` that leads to one elsewhere."""
+    latest = checkpoints / LATEST
+    if latest.is_symlink() and (latest / CHECKSUMS).exists():
+        raise UserError(
+            f"{latest} leads to {latest.resolve()}, and there is no checkpoint in {checkpoints}: copy that folder "
+            f"there under its own name (step_...) to resume from it, or remove {latest} to begin at step 0"
+        )
+
+
 def newest_whole_checkpoint(checkpoints: Path, *, reads_content: bool = True) -> Path | None:
     """The newest undamaged checkpoint of a run, None when it has none. All ranks call it and get the same.
 
-    Damaged ones are announced and set aside, so that their steps can be written again. Raises UserError when there are
-    checkpoints and all are damaged.
+    Damaged ones are announced and set aside, so that their steps can be written again; `latest` is made to name the one
+    that is returned. Raises UserError when there are checkpoints and all are damaged.
     """
-    names = platform.gather_objects([folder.name for folder in finished_checkpoints(checkpoints)])[0]
-    for name in reversed(names):
-        folder = checkpoints / name
+    import torch
+
+    from megatron_tpt import platform
+
+    latest, is_first = checkpoints / LATEST, platform.is_first_rank()
+    while True:
+        if is_first:
+            _name_only_copy(latest)
+        names = platform.gather_objects([folder.name for folder in finished_checkpoints(checkpoints)])[0]
+        if not names:
+            _require_no_other_place(checkpoints)
+            return None
+        folder = checkpoints / names[-1]
         damage = find_damage(folder, reads_content=reads_content)
-        if not damage:
-            if name != names[-1] and platform.is_first_rank():
-                atomic_symlink(name, checkpoints / "latest")
-            return folder
-        if platform.is_first_rank():
-            print(f"WARNING: THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}", flush=True)
-            aside = folder.with_name(f"damaged-{name}")
-            if name != names[0]:  # the last hope stays where it is
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-                print(f"WARNING: it is set aside as {aside}; the run goes on from the one before", flush=True)
+        has_copy = platform.gather_objects(_is_copied(latest))[0]
+        is_last = len(names) == 1 and not has_copy
+        if is_first and damage:
+            _set_damaged_aside(folder, damage, is_last=is_last)
+        elif is_first:
+            point_latest(folder, is_whole=reads_content)
         torch.distributed.barrier()
-    if names:
-        raise UserError(
-            f"no checkpoint in {checkpoints} is whole: put back what is missing, or delete {names[0]} there "
-            f"to begin again from step 0"
-        )
-    return None
+        if not damage:
+            return folder
+        if is_last:
+            raise UserError(
+                f"no checkpoint in {checkpoints} is whole: put back what is missing, or delete {names[0]} there "
+                f"to begin again from step 0"
+            )
 
 
 def delete_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:

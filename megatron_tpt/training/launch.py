@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import glob
 import math
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.load import Arguments, check, read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
 from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.blend import blends, describe_data, with_data_of_run
@@ -23,6 +24,10 @@ from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.resume import describe_start
+from megatron_tpt.training.run_lock import run_lock
+
+# What gloo and NCCL say of it.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 def _read_tokenizer(folder: Path) -> TokenizerInfo:
@@ -77,7 +82,7 @@ def with_vocabulary[R: PretrainRecipe | FinetuneRecipe](recipe: R, tokenizer: To
 
 
 def _vocab_size_of(checkpoint: Path) -> int | None:
-    size: int | None = read_yaml(checkpoint / "recipe.yaml").get("model", {}).get("vocab_size")
+    size: int | None = (read_yaml(checkpoint / "recipe.yaml").get("model") or {}).get("vocab_size")
     return size
 
 
@@ -203,16 +208,45 @@ def _warn(recipe: PretrainRecipe | FinetuneRecipe) -> None:
             print(f"WARNING: {line}", flush=True)
 
 
-def _make_run_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _written_in(folder: Path) -> Iterator[None]:
+    """A run folder that cannot be written to is the user's to change."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the program says that the disk is full
             raise
         raise UserError(
             f"run.output_dir={folder}: nothing can be written there ({error.strerror}): give another folder"
+        ) from None
+
+
+def _make_run_folder(folder: Path) -> None:
+    """Make a run folder, or see that this user may continue what is there, which another may have begun."""
+    with _written_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        written = [folder / name for name in ("checkpoints", "tensorboard", "logs", "logs/heartbeats")]
+        read = [folder / "metrics.jsonl", *(folder / "checkpoints").glob("step_*")]
+        for path, right in [*((path, os.W_OK) for path in written), *((path, os.R_OK) for path in read)]:
+            if path.exists() and not os.access(path, right | (os.R_OK | os.X_OK if path.is_dir() else 0)):
+                act = "write" if right == os.W_OK else "read"
+                raise UserError(
+                    f"run.output_dir={folder}: {path} is another user's (uid {path.stat().st_uid}), and this one has "
+                    f"no right to {act} there: have it granted (chmod -R g+rwX), or give another folder"
+                )
+
+
+def _require_shared_memory(num_workers: int) -> None:
+    """Raise UserError when processes that read ahead cannot be coordinated here: their locks are in /dev/shm."""
+    try:
+        if num_workers:
+            multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"data.num_workers={num_workers} needs shared memory, and /dev/shm cannot be used here ({error.strerror}): "
+            f"mount it, or give --data.num_workers=0"
         ) from None
 
 
@@ -235,6 +269,7 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     recipe = with_vocabulary(recipe, tokenizer)
     if not arguments.dry_run:
         _warn(recipe)
+        _require_shared_memory(recipe.data.num_workers)
         _make_run_folder(recipe.run.output_dir)
         return recipe
     print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
@@ -243,10 +278,10 @@ def prepare[R: PretrainRecipe | FinetuneRecipe](recipe: R, arguments: Arguments)
     return None
 
 
-def _refusal[R](before: Callable[[R], None], recipe: R) -> str | None:
-    """What `before` says that the user must mend; None where nothing is wrong."""
+def _refusal(action: Callable[[], None]) -> str | None:
+    """What an action says that the user must fix; None where nothing is wrong."""
     try:
-        before(recipe)
+        action()
     except UserError as error:
         return str(error)
     return None
@@ -264,17 +299,43 @@ def _refuse_together(refusal: str | None) -> None:
 def distributed[R: PretrainRecipe | FinetuneRecipe](
     recipe: R, *, before: Callable[[R], None] | None = None
 ) -> Iterator[None]:
-    """The process groups of a recipe, for one `with` block. One process of every machine first calls `before`; what it
-    refuses, all refuse."""
+    """The process groups of a recipe and the lock of its run folder, for one `with` block. One process of every machine
+    first calls `before`; what it refuses, all refuse, and so with a folder that another job uses."""
     import torch
 
     from megatron_tpt import platform
 
     if recipe.run.threads_per_process is not None:
         torch.set_num_threads(recipe.run.threads_per_process)
-    refusal = None
-    if before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        refusal = _refusal(before, recipe)
-    with platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s):
-        _refuse_together(refusal)
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if os.environ.get("RANK", "0") == "0":
+            refusal = _refusal(lambda: _lock(recipe.run.output_dir, stack))
+        if refusal is None and before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            refusal = _refusal(lambda: before(recipe))
+        with (
+            _lost_ranks_told(),
+            platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s),
+        ):
+            _refuse_together(refusal)
+            yield
+
+
+@contextlib.contextmanager
+def _lost_ranks_told() -> Iterator[None]:
+    """A rank that others wait for in vain is a fault, told in one line in place of a traceback."""
+    try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _LOST):
+            raise
+        raise Fault(
+            "another rank has ended, or cannot be reached any more: its messages say why (where there are none it was "
+            "killed, perhaps for memory). The same command resumes from the last checkpoint"
+        ) from error
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Take the lock of a run folder until `stack` ends. Raises UserError when another job has it."""
+    with _written_in(folder):
+        stack.enter_context(run_lock(folder))

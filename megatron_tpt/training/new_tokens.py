@@ -47,7 +47,7 @@ def _ids(start: Path, tokenizer_path: Path) -> tuple[list[int], list[int]]:
     if before.is_file():
         known = set(tokenizers.Tokenizer.from_file(str(before)).get_vocab(with_added_tokens=True).values())
     else:
-        known = set(range(read_yaml(start / "recipe.yaml").get("model", {}).get("vocab_size") or 0))
+        known = set(range((read_yaml(start / "recipe.yaml").get("model") or {}).get("vocab_size") or 0))
     return sorted(known), sorted(set(own.values()) - known)
 
 

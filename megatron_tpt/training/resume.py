@@ -16,6 +16,7 @@ from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.training.checkpoint_files import checkpoints_to_read, damage_of_files
 
 # Checkpoints of earlier versions do not have it.
 TEXT = "text of data.train"
@@ -152,8 +153,6 @@ def start_warnings(recipe: Recipe, folder: Path) -> Iterator[str]:
 
 def _damage(folder: Path) -> str:
     """What is wrong with the files of a checkpoint, but for their content, which is not read; "" for nothing."""
-    from megatron_tpt.training.checkpoint_files import damage_of_files
-
     return "; ".join(damage_of_files(folder)[:4])
 
 
@@ -166,7 +165,7 @@ def describe_start(
     here.
     """
     checkpoints = recipe.run.output_dir / "checkpoints"
-    folders = sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+    folders = checkpoints_to_read(checkpoints)[::-1]
     init_from = recipe.training.init_from
     if not folders and init_from is None:
         yield f"starts from random weights in {recipe.run.output_dir}"

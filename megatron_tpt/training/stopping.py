@@ -34,7 +34,10 @@ class StopEarly(Callback):
     def before_training(self, trainer: Trainer) -> None:
         run = trainer.recipe.run
         self.reason = _NO_REASON
-        self.deadline = stopping_time(run.time_limit_min, run.time_limit_margin_min, time.time())
+        now = time.time()
+        end = stopping_time(run.time_limit_min, run.time_limit_margin_min, now)
+        # From here on by a clock that nobody sets.
+        self.deadline = time.monotonic() + end - now if end is not None else None
         self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
@@ -43,7 +46,7 @@ class StopEarly(Callback):
         self.reason = number
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.reason == _NO_REASON and self.deadline is not None and time.time() >= self.deadline:
+        if self.reason == _NO_REASON and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = _TIME_LIMIT
         reason = torch.tensor(self.reason, device=platform.device())
         torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX)

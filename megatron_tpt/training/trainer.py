@@ -282,10 +282,13 @@ class Trainer:
     @torch.no_grad()
     def gather_weights(self) -> None:
         """For who reads the weights between steps: with parallel.overlap_param_gather the next training step would
-        gather what other data-parallel ranks have updated. All ranks call it."""
+        gather what other data-parallel ranks have updated. It is done once after an update, for all who read and for
+        that step. All ranks call it."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
-                chunk.start_param_sync(force_sync=True)
+                groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+                if any(not one.param_gather_dispatched or one.param_gather_handle is not None for one in groups):
+                    chunk.start_param_sync(force_sync=True)
 
     def start_saving(self) -> CheckpointSaving:
         """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""

@@ -230,8 +230,10 @@ class Watchdog(Callback):
             trace.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
 
     def _read_beats(self) -> Iterator[Heartbeat]:
-        """The newest heartbeat of every rank that is alive."""
-        alive_since = time.time() - self.timeout_s / 2
-        for path in (self._beat_path(rank) for rank in range(self.num_ranks)):
-            if path.exists() and (beat := Heartbeat(**json.loads(path.read_text()))).time >= alive_since:
-                yield beat
+        """The newest heartbeat of every rank that is alive, by the clock of the file system: those of the machines may
+        differ, and jump."""
+        paths = [path for path in map(self._beat_path, range(self.num_ranks)) if path.exists()]
+        newest = max((path.stat().st_mtime for path in paths), default=0.0)
+        for path in paths:
+            if path.stat().st_mtime >= newest - self.timeout_s / 2:
+                yield Heartbeat(**json.loads(path.read_text()))

@@ -91,3 +91,12 @@ def test_what_the_machine_does_not_allow_is_one_line_without_a_traceback(
         run(fail)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "options.yaml").write_text("output: ~/o\ntokenizer: ~")
+    options = parse(IndexOptions, ["--input", "a", "--tokenizer=~/t", "--recipe", str(tmp_path / "options.yaml")])
+    assert (options.output, options.tokenizer) == (Path("/home/someone/o"), Path("/home/someone/t"))
+    with pytest.raises(UserError, match="~nobody_of_this_name/o: there is no such home folder"):
+        parse(IndexOptions, ["--input", "a", "--tokenizer=t", "--output=~nobody_of_this_name/o"])

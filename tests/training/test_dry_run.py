@@ -61,7 +61,7 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
     assert f"{settings}model.rotary_base=500.0 (10000.0 there)\n" in changed
     assert "WARNING: model.init_std=0.5 (0.02 there) has no effect: the weights are those of" in changed
     elsewhere = dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")
-    assert f"starts in {run}2 from the weights of {run}/checkpoints/latest" in elsewhere
+    assert f"starts in {run}2 from the weights of {run}/checkpoints/step_00000004" in elsewhere
     assert "starts from random weights" in dry_run(f"--run.output_dir={run}2")
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(finished: tuple[Path, str], dr
     text = dry_run(f"--run.output_dir={run}")
     assert f"WARNING: {run}/checkpoints/step_00000004 is damaged (" in text and "has 0 bytes in place of" in text
     assert f"resumes from {run}/checkpoints/step_00000002: 2 of 4 steps are left" in text
-    with pytest.raises(UserError, match=r"latest is damaged"):
+    with pytest.raises(UserError, match=r"step_00000004 is damaged"):
         dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")
     (run / "checkpoints/step_00000002/checksums.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):

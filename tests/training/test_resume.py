@@ -175,6 +175,20 @@ def test_overlapped_gathering_leaves_nothing_old_in_metrics_and_checkpoints(
     assert figures("overlapped", *overlap) == plain
 
 
+def test_weights_are_gathered_once_for_all_who_read_them(train: Train, index_prefix: Path, tmp_path: Path) -> None:
+    overlap = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true", "--training.num_steps=4"]
+    data = {"data": {"train": str(index_prefix), "validation": str(index_prefix)}, "faults": {"desync_interval": 1}}
+
+    def num_gathers(name: str, interval: int) -> int:
+        intervals = ["logging.log_interval", "training.validation_interval", "checkpoint.save_interval"]
+        options = [*overlap, "--training.validation_steps=1", *(f"--{one}={interval}" for one in intervals)]
+        train(name, *options, num_processes=2, changes=data, program="counting_pretrain")
+        return json.loads((tmp_path / name / "gathers.json").read_text())
+
+    after_each_step = num_gathers("read", interval=1)
+    assert after_each_step == num_gathers("not-read", interval=100) > 0  # once before each step, and at the end
+
+
 def test_copies_are_written_by_the_ranks_that_hold_them_in_shares(train: Train, tmp_path: Path) -> None:
     train("run", num_processes=2)
     first, second = (

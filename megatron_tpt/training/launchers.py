@@ -1,0 +1,113 @@
+"""The variables of srun and mpirun, as torchrun would set them.
+
+The processes of one run find each other by torchrun's variables (RANK, WORLD_SIZE, ...). Those of other launchers are
+used where they say everything. Where they do not, the run is refused: every process would otherwise train by itself.
+"""
+
+import dataclasses
+import os
+import re
+import zlib
+from collections.abc import Mapping, MutableMapping
+
+from megatron_tpt.errors import UserError
+
+_PORTS = range(20000, 30000)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """What a launcher's variables say of this process."""
+
+    launcher: str
+    rank: str | None
+    world_size: str
+    local_rank: str | None
+    first_host: str | None
+    """None when it is not known."""
+    name: str | None
+    """The same for all processes of the run, and another for another run; None when there is none."""
+
+
+def _of_mpirun(environment: Mapping[str, str]) -> _Launch | None:
+    """Open MPI's mpirun."""
+    get = environment.get
+    if (size := get("OMPI_COMM_WORLD_SIZE")) is None:
+        return None
+    host = "127.0.0.1" if get("OMPI_COMM_WORLD_LOCAL_SIZE") == size else None
+    name = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")
+    return _Launch("mpirun", get("OMPI_COMM_WORLD_RANK"), size, get("OMPI_COMM_WORLD_LOCAL_RANK"), host, name)
+
+
+def _of_mpiexec(environment: Mapping[str, str]) -> _Launch | None:
+    """MPICH's and Intel MPI's mpiexec; srun with --mpi=pmi2 sets PMI_... beside its own, which say more."""
+    get = environment.get
+    if (size := get("PMI_SIZE")) is None or get("SLURM_STEP_NUM_TASKS") == size:
+        return None
+    host = "127.0.0.1" if get("MPI_LOCALNRANKS") == size else None
+    return _Launch("mpiexec", get("PMI_RANK"), size, get("MPI_LOCALRANKID"), host, None)
+
+
+def _of_srun(environment: Mapping[str, str]) -> _Launch | None:
+    """srun. A batch script, or a shell of salloc, has some of its variables too, but is no step of the job."""
+    get = environment.get
+    rank, step = get("SLURM_PROCID"), get("SLURM_STEP_ID")
+    size = get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS")
+    if rank is None or size is None or (step is None and "SLURM_JOB_ID" in environment and rank == "0"):
+        return None
+    nodes = get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST")
+    name = f"{get('SLURM_JOB_ID')}.{step}.{get('SLURM_RESTART_COUNT', '0')}" if step is not None else None
+    return _Launch("srun", rank, size, get("SLURM_LOCALID"), first_host(nodes) if nodes else None, name)
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes: `rack1n03` of `rack[1-2]n[03,07-09],other`."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found.group()) if found else nodes
+
+
+def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables from those of srun or mpirun, where these have started this process as one of several.
+
+    Raises UserError when a part of what is needed is missing, with the command to use.
+    """
+    if "RANK" in environment:
+        if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
+            raise UserError(f"RANK is set without {', '.join(missing)}: set all of them, or start with torchrun")
+        return
+    launch = _of_mpirun(environment) or _of_mpiexec(environment) or _of_srun(environment)
+    if launch is None or launch.world_size == "1":
+        _check_single(environment)
+        return
+    port = None if launch.name is None else str(_PORTS[zlib.crc32(launch.name.encode()) % len(_PORTS)])
+    values = {
+        "RANK": launch.rank,
+        "WORLD_SIZE": launch.world_size,
+        "LOCAL_RANK": launch.local_rank,
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or launch.first_host,
+        "MASTER_PORT": environment.get("MASTER_PORT") or port,
+    }
+    complete = {name: value for name, value in values.items() if value is not None}
+    if missing := [name for name in values if name not in complete]:
+        raise UserError(
+            f"{launch.launcher} has started this process as one of {launch.world_size}, and its variables do not tell "
+            f"{', '.join(missing)}: set them for every process, or start with torchrun --nproc-per-node "
+            f"{launch.world_size} -m megatron_tpt.pretrain RECIPE.yaml"
+        )
+    environment.update(complete)
+
+
+def _check_single(environment: Mapping[str, str]) -> None:
+    """Refuse what looks like one of several processes; tell of a SLURM job of several tasks that has only this one."""
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is set without RANK: set RANK, LOCAL_RANK, MASTER_ADDR and "
+            f"MASTER_PORT for every process, or start with torchrun"
+        )
+    num_tasks = environment.get("SLURM_NTASKS", "1")
+    if num_tasks != "1":
+        print(
+            f"WARNING: this SLURM job has {num_tasks} tasks, and training uses this process alone: start it with srun, "
+            f"as slurm/train.sbatch does, to use all of them",
+            flush=True,
+        )

@@ -1,0 +1,221 @@
+"""The lock of a run folder: of two jobs that are started in one folder, only the first runs.
+
+    RUN/run.lock     who has the folder: host, process, SLURM job, since when
+
+The file needs no locks of the file system (NFS, Lustre, buckets), and none that is left over by kill -9, by a lost node
+or by a restarted machine stands in the way of a resume:
+
+- A holder of this machine is looked up by its process number and start, so that a number used again is not mistaken.
+- A holder that SLURM has requeued (equal job, fewer restarts) is over: SLURM ends a job before it starts it again.
+- Any other holder shows life by touching the file. Who comes later watches whether it does; the clocks of the machines,
+  which may differ or jump, play no part.
+
+A run that finds its lock taken over (it was suspended for minutes, say) ends at once and writes nothing more.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+
+LOCK = "run.lock"
+TOUCH_INTERVAL_S = 10.0
+"""Seconds between signs of life."""
+PATIENCE_S = 90.0
+"""A holder elsewhere that shows no sign of life for so long is over."""
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since the machine's start (no clock is involved). None when there
+    is none or only its exit code is left, 0 when it exists and may not be looked at."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's
+        pass
+    if not (fields := _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()):
+        return 0
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _machine() -> str:
+    """What process numbers belong to: this start of this machine, and the container."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {_read_text('/proc/sys/kernel/random/boot_id')} {namespace}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who has a run folder."""
+
+    host: str
+    pid: int
+    since: str
+    machine: str = ""
+    start: int = 0
+    slurm_job: str = ""
+    slurm_restarts: int = 0
+    token: str = ""
+    """Another for every start of a run."""
+
+    @classmethod
+    def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Holder":
+        """This process, from now on."""
+        restarts = environment.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=_machine(),
+            start=_start_of(os.getpid()) or 0,
+            slurm_job=environment.get("SLURM_JOB_ID", ""),
+            slurm_restarts=int(restarts) if restarts.isdecimal() else 0,
+            token=secrets.token_hex(8),
+        )
+
+    def is_alive(self, newcomer: "Holder") -> bool | None:
+        """Whether the holder still runs, as far as `newcomer` can tell without waiting; None when it cannot."""
+        if self.machine == newcomer.machine:
+            start = _start_of(self.pid)
+            return None if start == 0 else start is not None and start == self.start
+        if self.slurm_job and self.slurm_job == newcomer.slurm_job and self.slurm_restarts < newcomer.slurm_restarts:
+            return False
+        return None
+
+    def __str__(self) -> str:
+        job = f" (SLURM job {self.slurm_job})" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host}{job} since {self.since}"
+
+
+def _read(path: Path) -> tuple[Holder | None, tuple[int, int]] | None:
+    """The holder (None where the file does not say) and a sign of life, which changes while it lives. None without a
+    file."""
+    try:
+        with path.open() as file:  # NFS asks the server again when a file is opened
+            text, status = file.read(), os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    except PermissionError:  # another user's, with a strict umask
+        text, status = "", path.stat()
+    sign = status.st_mtime_ns, status.st_ino
+    try:
+        return Holder(**json.loads(text)), sign
+    except (ValueError, TypeError):
+        return None, sign
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Write the lock; False when there is one."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "w") as file:
+            file.write(json.dumps(dataclasses.asdict(holder)) + "\n")
+    except OSError:  # no room
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _wait_for_life(path: Path, sign: tuple[int, int], patience_s: float) -> bool:
+    """Whether the holder of a lock shows life within `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, patience_s / 10))
+        found = _read(path)
+        if found is None or found[1] != sign:
+            return found is not None
+    return False
+
+
+def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> None:
+    """Remove the lock that was found stale. Another that has come in its place meanwhile is put back."""
+    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:  # another process was faster
+        return
+    if _read(aside) != (holder, sign):
+        with contextlib.suppress(OSError):
+            os.link(aside, path)
+    aside.unlink()
+
+
+def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
+    """Write the lock `path` for `own`, in place of one whose holder is over. Raises UserError while another has it."""
+    while not _create(path, own):
+        if (found := _read(path)) is None:
+            continue
+        holder, sign = found
+        alive = holder.is_alive(own) if holder is not None else None
+        if alive is None:
+            print(
+                f"{path} is of {holder or 'an unknown process'}: waiting up to {patience_s:.0f} s for a sign of life",
+                flush=True,
+            )
+            alive = _wait_for_life(path, sign, patience_s)
+        if alive:
+            raise UserError(
+                f"run.output_dir={path.parent} is in use by {holder or 'an unknown process'}: wait for it, stop it, or "
+                f"give another folder"
+            )
+        _remove_stale(path, holder, sign)
+
+
+def _require_own(path: Path, own: Holder) -> None:
+    """Show life. Ends the process when the lock is another's."""
+    if _read(path) is None and _create(path, own):
+        return  # somebody has removed it by hand
+    found = _read(path)
+    if found is not None and found[0] is not None and found[0].token != own.token:
+        print(f"error: {path.parent} was taken over by {found[0]}: this run ends", file=sys.stderr, flush=True)
+        os._exit(1)
+    os.utime(path)
+
+
+@contextlib.contextmanager
+def run_lock(
+    folder: Path, *, patience_s: float = PATIENCE_S, touch_interval_s: float = TOUCH_INTERVAL_S
+) -> Iterator[None]:
+    """Hold the lock of a run folder, for one `with` block. Raises UserError when another job holds it."""
+    path, own, is_over = folder / LOCK, Holder.of_this_process(), threading.Event()
+    acquire(path, own, patience_s=patience_s)
+
+    def show_life() -> None:
+        while not is_over.wait(touch_interval_s):
+            with contextlib.suppress(OSError):  # a file system that is away for a while, or full
+                _require_own(path, own)
+
+    thread = threading.Thread(target=show_life, name="run lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if os.getpid() == own.pid:  # not in a fork
+            is_over.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                if (found := _read(path)) is not None and found[0] == own:
+                    path.unlink()
