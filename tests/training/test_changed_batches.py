@@ -140,9 +140,9 @@ def test_a_checkpoint_of_before_the_change_is_not_taken_for_a_later_one(tmp_path
     """As when the newest turns out damaged, after the recipe was made for it."""
     saved_run(tmp_path, 3, {"sequence_length": 64, "global_batch_size": 8})
     saved_run(tmp_path, 6, {"sequence_length": 64, "global_batch_size": 8})
-    raw = {"run": {"output_dir": str(tmp_path)}, "data": {"mock": True, "allow_change": True}}
-    recipe = with_batches_of_run(recipe_from_dict(PretrainRecipe, raw | {"training": {"sequence_length": 64}}))
-    changed = dataclasses.replace(recipe, training=resumed(tmp_path, {"sequence_length": 64, "global_batch_size": 4}))
+    raw = {"training": {"sequence_length": 64, "global_batch_size": 4}, "data": {"train": "p", "allow_change": True}}
+    recipe = recipe_from_dict(PretrainRecipe, raw | {"run": {"output_dir": str(tmp_path)}})
+    changed = with_batches_of_run(recipe)
     with pytest.raises(
         UserError, match=r"is of step 3, and training\.batch_size_ramp says that 6 steps are done: start"
     ):
