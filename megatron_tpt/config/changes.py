@@ -79,7 +79,9 @@ _TABLE: dict[type, _Entries] = {
     },
     ModelConfig: {
         (_REFUSED, _REFUSED): "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim "
-        "vocab_size vocab_padding_multiple tie_embeddings qkv_bias attention_output_bias mlp_bias qk_norm",
+        "tie_embeddings qkv_bias attention_output_bias mlp_bias qk_norm",
+        # Rows of the embedding are added for tokens that the checkpoint lacks (training.new_token_rows).
+        (_REFUSED, _FREE): "vocab_size vocab_padding_multiple",
         (_WARNED, _WARNED): "rotary_base rope_scaling_factor rope_scaling_type rope_original_context "
         "rope_low_freq_factor rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor "
         "norm_epsilon",

@@ -22,6 +22,7 @@ from megatron_tpt.training.checkpoint import read_trainer_state
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache, pretrain_identity
 from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.launch import prepare
+from megatron_tpt.training.resume import resume_warnings
 
 ALLOW = "--data.allow_change=true"
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens")
@@ -133,6 +134,19 @@ def test_steps_done_are_not_for_a_new_run(tmp_path: Path) -> None:
     ramp = [{"num_steps": 3, "global_batch_size": 2, "sequence_length": 64}]
     with pytest.raises(UserError, match="is of steps that a run has done, and this one is new"):
         resumed(tmp_path, {"batch_size_ramp": ramp})
+
+
+def test_a_checkpoint_of_before_the_change_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+    """As when the newest turns out damaged, after the recipe was made for it."""
+    saved_run(tmp_path, 3, {"sequence_length": 64, "global_batch_size": 8})
+    saved_run(tmp_path, 6, {"sequence_length": 64, "global_batch_size": 8})
+    raw = {"training": {"sequence_length": 64, "global_batch_size": 4}, "data": {"train": "p", "allow_change": True}}
+    recipe = recipe_from_dict(PretrainRecipe, raw | {"run": {"output_dir": str(tmp_path)}})
+    changed = with_batches_of_run(recipe)
+    with pytest.raises(
+        UserError, match=r"is of step 3, and training\.batch_size_ramp says that 6 steps are done: start"
+    ):
+        list(resume_warnings(changed, tmp_path / "checkpoints/step_00000003", {"step": 3, "data": {}}, None))
 
 
 @pytest.fixture(scope="module")

@@ -355,6 +355,9 @@ def test_a_model_that_computes_otherwise_than_init_from_is_warned_of(
         ]
         assert set(lines) <= set(told.splitlines())
     assert set(lines) <= set(workers.run(FINETUNE, [str(run.path), *own], 1).splitlines())
+    more_rows = [*own[1:], "--training.num_steps=4", "--model.vocab_size=1000", f"--run.output_dir={tmp_path}/larger"]
+    assert "starts in" in outcome(run, more_rows, capsys)
+    assert "finished: 4 steps" in workers.run(FINETUNE, [str(run.path), *more_rows], 1)
     refused = outcome(run, [*own, "--model.qk_norm=true", f"--run.output_dir={tmp_path}/c"], capsys)
     assert refused.startswith(f"error: training.init_from={start} has a model of model.qk_norm=false")
 
