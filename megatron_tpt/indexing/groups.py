@@ -1,5 +1,6 @@
 """Blocks of several small files put together, so that what a call costs is not paid for every file."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,23 +12,37 @@ _MAX_ITEMS = 512
 
 
 def grouped(blocks: Iterable[Block | End]) -> Iterator[list[Block | End]]:
-    """The same in groups: a large block, or rows of a table, alone; small blocks of lines by the hundred."""
+    """The same in groups: a large block, or rows of a table, alone; small blocks of lines by the hundred.
+
+    What came before an error of `blocks` is handed out before it is raised.
+    """
     group: list[Block | End] = []
-    size = 0
-    for block in blocks:
-        if isinstance(block, Block) and not (isinstance(block.rows, bytes) and len(block.rows) <= _SMALL_BYTES):
-            if group:
-                yield group
+    size = 0.0
+    error: Exception | None = None
+    blocks = iter(blocks)
+    while True:
+        try:
+            block = next(blocks, None)
+        except Exception as caught:
+            block, error = None, caught
+        is_small = isinstance(block, End) or (block is not None and _num_bytes(block) <= _SMALL_BYTES)
+        if group and (not is_small or size >= _MAX_BYTES or len(group) >= _MAX_ITEMS):
+            yield group
+            group, size = [], 0.0
+        if error is not None:
+            raise error
+        if block is None:
+            return
+        if not is_small:
             yield [block]
-            group, size = [], 0
             continue
         group.append(block)
-        size += len(block.rows) if isinstance(block, Block) and isinstance(block.rows, bytes) else 0
-        if size >= _MAX_BYTES or len(group) >= _MAX_ITEMS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+        size += 0 if isinstance(block, End) else _num_bytes(block)
+
+
+def _num_bytes(block: Block) -> float:
+    """Size of lines; tables and single lines that are too large are not put together with others."""
+    return len(block.rows) if isinstance(block.rows, bytes) else math.inf
 
 
 class Joined(NamedTuple):
