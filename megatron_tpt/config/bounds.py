@@ -15,7 +15,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in words, as a test
     "0 or more": (
         lambda value: value >= 0,
         """
-        run.time_limit_margin_min
+        run.time_limit_min run.time_limit_margin_min
         model.norm_epsilon model.init_std
         optimizer.weight_decay optimizer.adam_epsilon optimizer.clip_grad
         checkpoint.save_interval faults.max_skips faults.max_rollbacks data.num_workers profiling.ranks
@@ -24,7 +24,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in words, as a test
     "above 0": (
         lambda value: value > 0,
         """
-        run.time_limit_min
         model.rotary_base model.rope_low_freq_factor model.rope_high_freq_factor model.rope_beta_fast
         model.rope_beta_slow model.rope_attention_factor
         optimizer.muon_scale_factor logging.peak_tflops data.phases.until_tokens

@@ -13,7 +13,7 @@ from megatron_tpt.errors import UserError
 
 # Where 0 is a quantity, or turns something off.
 ZERO_IS_MEANT = {
-    *("run.seed", "run.time_limit_margin_min", "run.hang_timeout_s"),
+    *("run.seed", "run.time_limit_min", "run.time_limit_margin_min", "run.hang_timeout_s"),
     *("model.norm_epsilon", "model.init_std", "model.hidden_dropout", "model.attention_dropout"),
     *("optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.adam_beta1"),
     *("optimizer.adam_beta2", "optimizer.adam_epsilon", "optimizer.muon_momentum", "optimizer.clip_grad"),
