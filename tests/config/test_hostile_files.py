@@ -11,6 +11,7 @@ from megatron_tpt import json_data
 from megatron_tpt.config import yaml_file
 from megatron_tpt.config.yaml_file import MAX_BYTES, load_yaml, read_yaml_file
 from megatron_tpt.errors import UserError
+from megatron_tpt.generation import load_model_config, load_tokenizer
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.job_settings import read_settings
@@ -170,3 +171,13 @@ def test_checksums_are_those_of_files_in_the_folder(tmp_path: Path, files: Any) 
     (tmp_path / "checksums.json").write_text(text)
     (problem,) = damage_of_files(tmp_path)
     assert "checksums.json cannot be read" in problem
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "[1]", '{"model_type": [1]}', "x"])
+def test_a_foreign_models_configuration_and_tokenizer_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "tokenizer.json").write_text(text)
+    for load in (load_model_config, load_tokenizer):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load(str(tmp_path))
