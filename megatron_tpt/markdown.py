@@ -7,6 +7,7 @@ from megatron_tpt.names import shown
 
 # An underscore inside a word means nothing, and reason codes are full of them; nor do brackets without a target.
 _MARKUP = re.compile(r"[\\`*|~#$]|\](?=[(\[:])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|(?<=\w)@")
+_PLAIN = re.compile(r"[A-Za-z0-9 ._:/#+,=@-]*[A-Za-z0-9]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -18,11 +19,8 @@ def inline(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A text on one line in a code span, for outside of tables."""
-    text = shown(" ".join(text.split()))
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{space}{text or ' '}{space}{fence}"
+    """A plain name or id in a code span, any other text as `inline` has it: not all programs agree where spans end."""
+    return f"`{text}`" if _PLAIN.fullmatch(text) else inline(text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

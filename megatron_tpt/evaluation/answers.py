@@ -3,12 +3,23 @@
 An answer that cannot be found is wrong. Nothing here looks at the reference while it reads the output.
 """
 
+import functools
+import importlib.util
+import multiprocessing
 import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import AnswerType
+from megatron_tpt.processes import children_end_with_us
+
+MATH_SECONDS = 20.0
+"""Processor time for one answer; math-verify itself ends after 5 s what can be interrupted."""
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?"
@@ -95,23 +106,78 @@ class NumberChecker:
 
 
 class MathChecker:
-    """The same mathematics, by math-verify: expressions, sets, intervals, matrices, equations."""
+    """The same mathematics, by math-verify: expressions, sets, intervals, matrices, equations.
+
+    It works in a process of its own: computing 9**9**9**9 cannot be interrupted otherwise.
+    """
 
     def __init__(self) -> None:
-        try:
-            import math_verify
-        except ImportError as error:
-            raise UserError("--answer-type math needs math-verify: pip install math-verify") from error
-        self._library: Any = math_verify
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("--answer-type math needs math-verify: pip install math-verify")
+        self._executor: ProcessPoolExecutor | None = None
 
-    def reference(self, text: str) -> list[Any] | None:
+    def _ask(self, question: Callable[..., Any], *texts: str) -> Any:
+        """What `question` returns in the other process; None where it takes too long."""
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            with children_end_with_us():
+                future = self._executor.submit(_within_time, MATH_SECONDS, question, *texts)
+            return future.result()
+        except BrokenProcessPool:
+            self._executor = None
+            return None
+
+    def reference(self, text: str) -> "_Mathematics | None":
         return self.extract(text) or self.extract(f"${text}$")
 
-    def extract(self, text: str) -> list[Any] | None:
-        return self._library.parse(text) or None
+    def extract(self, text: str) -> "_Mathematics | None":
+        shown = self._ask(_shown_mathematics, text)
+        return _Mathematics(text, shown) if shown is not None else None
 
-    def equal(self, reference: list[Any], answer: list[Any]) -> bool:
-        return bool(self._library.verify(reference, answer))
+    def equal(self, reference: "_Mathematics", answer: "_Mathematics") -> bool:
+        return bool(self._ask(_same_mathematics, reference.text, answer.text))
+
+
+class _Mathematics(NamedTuple):
+    """A text with mathematics in it. What it means stays in the other process: to build it here may compute it."""
+
+    text: str
+    shown: str
+
+    def __str__(self) -> str:
+        return self.shown
+
+
+def _within_time(seconds: float, question: Callable[..., Any], *texts: str) -> Any:
+    """`question(*texts)`. The process is killed (SIGPROF) when it takes more processor time."""
+    import math_verify  # noqa: F401  (a second of imports is not the question's)
+
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return question(*texts)
+    except (RecursionError, MemoryError):
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _mathematics_in(text: str) -> list[Any]:
+    import math_verify
+
+    return math_verify.parse(text)
+
+
+def _shown_mathematics(text: str) -> str | None:
+    found = _mathematics_in(text)
+    return str(found) if found else None
+
+
+def _same_mathematics(reference: str, answer: str) -> bool:
+    import math_verify
+
+    return bool(math_verify.verify(_mathematics_in(reference), _mathematics_in(answer)))
 
 
 def find_number(text: str) -> Fraction | None:

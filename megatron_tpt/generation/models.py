@@ -51,7 +51,7 @@ def load_tokenizer(model: str) -> Any:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # foreign files may be anything
         raise failure(f"{model}: its tokenizer cannot be loaded ({one_line(error)})", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f'{model}: its tokenizer names no EOS token; set "eos_token" in tokenizer_config.json')
@@ -109,7 +109,7 @@ def load_model_config(model: str) -> Any:
             from transformers import AutoConfig
 
             return AutoConfig.from_pretrained(model).get_text_config()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # foreign files may be anything
         raise failure(f"{model}: its config.json cannot be loaded ({one_line(error)})", error) from error
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 
 from megatron_tpt.indexing.reader import Array, IndexReader
+from megatron_tpt.indexing.verification import check_structure
 
 _TOKENS_PER_CHUNK = 1 << 22
 
@@ -22,8 +23,11 @@ class Difference:
 
 
 def first_difference(prefix: Path, other: Path) -> Difference | None:
-    """The first difference between two indices; None when they hold the same documents of the same tokens."""
+    """The first difference between two indices; None when they hold the same documents of the same tokens. Raises
+    UserError for a damaged one."""
     here, there = IndexReader(prefix), IndexReader(other)
+    check_structure(here)
+    check_structure(there)
     ours, theirs = here.document_lengths(), there.document_lengths()
     num_common = min(len(ours), len(theirs))
     document = _first(ours[:num_common] != theirs[:num_common])

@@ -5,14 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from megatron_tpt import json_data
 from megatron_tpt.config import yaml_file
 from megatron_tpt.config.yaml_file import MAX_BYTES, load_yaml, read_yaml_file
 from megatron_tpt.errors import UserError
+from megatron_tpt.generation import load_model_config, load_tokenizer
+from megatron_tpt.indexing.comparison import first_difference
+from megatron_tpt.indexing.inspection import inspect_index
+from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.writer import HEADER, MAGIC, VERSION
 from megatron_tpt.job_settings import read_settings
 from megatron_tpt.records import expand_sources
 from megatron_tpt.studies.results import read_points
@@ -170,3 +176,46 @@ def test_checksums_are_those_of_files_in_the_folder(tmp_path: Path, files: Any) 
     (tmp_path / "checksums.json").write_text(text)
     (problem,) = damage_of_files(tmp_path)
     assert "checksums.json cannot be read" in problem
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "[1]", '{"model_type": [1]}', "x"])
+def test_a_foreign_models_configuration_and_tokenizer_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "tokenizer.json").write_text(text)
+    for load in (load_model_config, load_tokenizer):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load(str(tmp_path))
+
+
+def write_index(
+    prefix: Path, counts: tuple[int, int], lengths: list[int], offsets: list[int], bounds: list[int]
+) -> Path:
+    arrays = [numpy.array(lengths, "<i4"), numpy.array(offsets, "<i8"), numpy.array(bounds, "<i8")]
+    header = HEADER.pack(MAGIC, VERSION, 4, *counts)
+    Path(f"{prefix}.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    Path(f"{prefix}.bin").write_bytes(bytes(8))
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("counts", "lengths", "offsets", "bounds"),
+    [
+        ((2**60, 2**60), [2], [0], [0, 1]),
+        ((2**64 - 1, 2**64 - 1), [2], [0], [0, 1]),
+        ((1, 2), [2], [0], [0, 2**50]),
+        ((1, 2), [2], [0], [0, -1]),
+        ((1, 2), [2], [-8], [0, 1]),
+        ((1, 2), [2], [2**60], [0, 1]),
+        ((2, 2), [5, -3], [0, 20], [0, 2]),
+    ],
+)
+def test_an_index_with_counts_and_places_that_cannot_be_is_damaged(
+    tmp_path: Path, counts: tuple[int, int], lengths: list[int], offsets: list[int], bounds: list[int]
+) -> None:
+    good = write_index(tmp_path / "good", (1, 2), [2], [0], [0, 1])
+    assert first_difference(good, good) is None
+    evil = write_index(tmp_path / "evil", counts, lengths, offsets, bounds)
+    for call in (lambda: first_difference(good, evil), lambda: inspect_index(InspectOptions(evil))):
+        with pytest.raises(UserError, match=r"evil\.idx: damaged"):
+            call()

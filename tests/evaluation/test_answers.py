@@ -1,8 +1,10 @@
+import functools
 from fractions import Fraction
 
 import pytest
 
-from megatron_tpt.evaluation.answers import after_thinking, find_answer, find_number, make_checker
+from megatron_tpt.evaluation import answers
+from megatron_tpt.evaluation.answers import Checker, after_thinking, find_answer, find_number, make_checker
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,23 @@ def test_numbers_are_compared_exactly(reference: str, output: str, correct: bool
 )
 def test_mathematics_is_compared_by_meaning(reference: str, output: str, correct: bool | None) -> None:
     pytest.importorskip("math_verify")
-    checker = make_checker("math")
+    checker = shared_checker()
     answer = find_answer(output, checker)
     assert (None if answer is None else checker.equal(checker.reference(reference), answer)) is correct
+
+
+@functools.cache
+def shared_checker() -> Checker:
+    """One for all answers: each has a process of its own."""
+    return make_checker("math")
+
+
+def test_an_answer_that_cannot_be_computed_is_unreadable_and_later_ones_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(answers, "MATH_SECONDS", 1.0)
+    checker = make_checker("math")
+    assert checker.extract("The answer is 9**9**9**9 + 1") is None
+    reference, answer = checker.extract("$1/2$"), checker.extract("so it is $0.5$")
+    assert reference and answer and checker.equal(reference, answer)
