@@ -3,7 +3,6 @@
 0 done, 2 a mistake that the user can fix, 75 stopped early in good order (the same command resumes), 1 a fault.
 """
 
-import errno
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 
 import tyro
 
-from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure, is_of_full_disk
 from megatron_tpt.names import require_utf8
 
 _RECIPE = "--recipe"
@@ -139,17 +138,14 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our output: not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            code = 1
-        else:
-            place = f" ({error.filename})" if error.filename else ""
+    except Exception as error:
+        if is_of_full_disk(error):
+            place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
             print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
             code = 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     else:
         code = 0
     sys.stdout.flush()
