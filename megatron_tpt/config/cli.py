@@ -3,6 +3,7 @@
 0 done, 2 a mistake that the user can fix, 75 stopped early in good order (the same command resumes), 1 a fault.
 """
 
+import errno
 import os
 import re
 import sys
@@ -18,6 +19,8 @@ from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure, is_of_f
 from megatron_tpt.names import require_utf8
 
 _RECIPE = "--recipe"
+# No code of ours makes such names: they were given.
+_UNUSABLE_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS)
 _COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
 
 
@@ -142,6 +145,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if is_of_full_disk(error):
             place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
             print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
+            code = 2
+        elif isinstance(error, OSError) and error.errno in _UNUSABLE_NAMES and error.filename:
+            print(f"error: {str(error.filename)[:300]}: {error.strerror}; choose another path", file=sys.stderr)
             code = 2
         else:
             traceback.print_exc()
