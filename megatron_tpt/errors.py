@@ -1,6 +1,7 @@
 """What ends a program with one line in place of a traceback."""
 
 import errno
+import os
 
 # What is wrong with the name or the rights of a file, and not with the disk or the network.
 _USERS_ERRNOS = {
@@ -39,12 +40,28 @@ def failure(message: str, error: BaseException) -> UserError | Fault:
     A Fault where the disk or the network failed, on this machine and now; a UserError for a name that is missing or
     may not be read, and for what was read and is not fit.
     """
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
+    causes = _causes(error)
     if any(isinstance(cause, OSError) and cause.errno == errno.EMFILE for cause in causes):
         return UserError(f"{message}; {FILE_LIMIT_ADVICE}")
     return (Fault if any(map(_is_of_disk_or_network, causes)) else UserError)(message)
+
+
+def is_of_full_disk(error: BaseException) -> bool:
+    """Whether a full disk or quota is what an error came from; libraries in Rust and C++ tell it in words alone."""
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or f"os error {errno.ENOSPC})" in str(cause)
+        or os.strerror(errno.ENOSPC) in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and those that it came from, the first last."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
 
 
 def _is_of_disk_or_network(error: BaseException) -> bool:

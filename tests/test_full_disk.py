@@ -9,6 +9,9 @@ import pytest
 from small_disk import small_disk
 from tiny_models import make_model
 
+from megatron_tpt.interop.hf_import import import_hf
+from megatron_tpt.interop.options import ImportOptions
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -49,3 +52,9 @@ def test_a_set_of_shards(kib: int, model: str, tmp_path: Path, fails_then_succee
 @pytest.mark.parametrize("kib", [16, 300])
 def test_an_imported_model(kib: int, model: str, fails_then_succeeds) -> None:
     fails_then_succeeds("import_hf", "--model", model, "--output", "disk/checkpoint", num_bytes=kib << 10)
+
+
+@pytest.mark.parametrize("kib", [40, 300])
+def test_an_exported_model(kib: int, model: str, tmp_path: Path, fails_then_succeeds) -> None:
+    import_hf(ImportOptions(Path(model), tmp_path / "checkpoint"))
+    fails_then_succeeds("export_hf", "--checkpoint", "checkpoint", "--output", "disk/model", num_bytes=kib << 10)

@@ -1,4 +1,4 @@
-"""A link that leads to itself, wherever a path is given, is named in one line."""
+"""A link that leads to itself, or a name too long, wherever a path is given, is named in one line."""
 
 import importlib
 import sys
@@ -41,3 +41,30 @@ def test_a_link_to_itself_is_a_mistake_told_in_one_line(
     error = capsys.readouterr().err
     assert end.value.code == 2, error
     assert error.count("error: ") == 1 and "loop" in error and "Traceback" not in error
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"export_hf --checkpoint {LONG} --output out",
+        f"import_hf --model {LONG} --output out",
+        f"prepare --input documents.jsonl --output {LONG}",
+        f"merge_index --input {LONG} --output out",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_a_name_that_no_file_can_have_is_a_mistake_told_in_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("documents.jsonl").write_text('{"text": "The ferry leaves at nine."}\n')
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"megatron_tpt.tools.{name}").command()
+    error = capsys.readouterr().err
+    assert end.value.code == 2, error
+    assert error.count("error: ") == 1 and "xxx" in error and "Traceback" not in error

@@ -16,21 +16,23 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 import tyro
 
 from megatron_tpt.config.convert import expand_path
-from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure
+from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure, is_of_full_disk
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
 
 _RECIPE = "--recipe"
-_DISK_FULL = "the disk is full{place}; make room"
+_AGAIN = " and run the same command again"
 _RESOURCES = {
-    errno.ENOSPC: _DISK_FULL,
-    errno.EDQUOT: _DISK_FULL,
-    errno.EROFS: "the file system can only be read{place}; have it mounted for writing",
-    errno.EPERM: "not permitted{place}; choose another place",
-    errno.EACCES: "permission denied{place}; have its owner let you write there (umask 002 in shared folders)",
-    errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (ulimit -f)",
-    errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}",
-    errno.ENFILE: "the machine has too many open files{place}; end other programs",
+    errno.ENOSPC: f"the disk is full{{place}}; make room{_AGAIN}",
+    errno.EROFS: f"the file system can only be read{{place}}; have it mounted for writing{_AGAIN}",
+    errno.EPERM: "not permitted{place}; choose another path",
+    errno.EACCES: "permission denied{place}; have its owner allow it (umask 002 in shared folders), or choose another "
+    "path",
+    errno.ENAMETOOLONG: "the name is too long{place}; choose another path",
+    errno.ELOOP: "links lead to each other{place}; choose another path",
+    errno.EFBIG: f"a file would be larger than the system allows{{place}}; raise the limit (ulimit -f){_AGAIN}",
+    errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}{_AGAIN}",
+    errno.ENFILE: f"the machine has too many open files{{place}}; end other programs{_AGAIN}",
 }
 """What ends a program that wants more than the machine has or allows, and what to do."""
 _COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
@@ -155,6 +157,13 @@ def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
     return command
 
 
+def _of_resources(error: Exception) -> str | None:
+    """What to say of an error that the machine, and not the program, is the reason of; None for any other."""
+    code = errno.ENOSPC if is_of_full_disk(error) else getattr(error, "errno", None)
+    name = str(getattr(error, "filename", None) or "")[:300]
+    return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the shared exit codes."""
     try:
@@ -174,17 +183,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except BrokenPipeError:  # `... | head` closed our output: not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        if (what := _RESOURCES.get(error.errno or 0)) is None:
+    except Exception as error:
+        if (refusal := _of_resources(error)) is None:
             traceback.print_exc()
             code = 1
         else:
-            print(f"error: {what.format(place=place)} and run the same command again", file=sys.stderr)
+            print(f"error: {shown_lines(refusal)}", file=sys.stderr)
             code = 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
     else:
         code = 0
     sys.stdout.flush()

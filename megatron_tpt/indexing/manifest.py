@@ -153,6 +153,8 @@ class Manifest:
                 raise UserError(
                     f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again"
                 )
+            if missing := sorted({"bin", "idx"} - set(content["checksums"])):
+                raise KeyError(f"no checksum of {', '.join(missing)}")
             return cls(
                 tokenizer=TokenizerInfo(**content.pop("tokenizer")),
                 think=ThinkTokens(**content.pop("think")),

@@ -1,5 +1,6 @@
 """Reads single tensors, whole, from a checkpoint that any parallel layout wrote: one process, no process groups."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, failure
 from megatron_tpt.training.checkpoint_trust import require_data_only
 
 
@@ -61,5 +62,9 @@ class CheckpointReader:
         if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
             raise ValueError(f"{self.folder}: parts of {key} are missing")
         tensor = torch.empty(size, dtype=entry.properties.dtype)
-        self._reader.read_data(LoadPlan(items), _IntoOneTensor(tensor)).wait()
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoOneTensor(tensor)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise failure(f"{self.folder}: damaged: {key} cannot be read ({reason}); copy it again", error) from error
         return tensor if layer is None else tensor[0]

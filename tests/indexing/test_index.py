@@ -401,6 +401,13 @@ def test_damage_is_found_and_named(documents: Path, tokenizer_dir: Path, tmp_pat
     damaged("idx", flipped(good["idx"], 34 + 4 * 2000 + 80), r"damaged at byte 8114: the offset of sequence 10")
     damaged("idx", flipped(good["idx"], len(good["idx"]) - 80), r"damaged at byte \d+: (the last )?document|checksum")
     damaged("json", b"{}", "not an index manifest")
+    for field, other in (
+        (b'"bin": "sha', b'"bim": "sha'),
+        (b'"idx": "sha', b'"": "sha'),
+        (b'"checksums": {', b'"checksums": 7, "command": {'),
+    ):
+        assert field in good["json"]
+        damaged("json", good["json"].replace(field, other), "not an index manifest")
     damaged("json", b"{", "not readable")
     damaged("json", good["json"].replace(b'"format_version": 1', b'"format_version": 2'), "version 2")
     verify(prefix)
