@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 
 import tyro
 
-from megatron_tpt.errors import Fault, StoppedEarly, UserError, failure, is_of_full_disk
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, failure, is_of_full_disk
 from megatron_tpt.names import require_utf8
 
 _RECIPE = "--recipe"
@@ -142,7 +142,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        if is_of_full_disk(error):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes_of(error)):
+            code = 130  # Ctrl-C, in the midst of a clean-up that then met what was half done
+        elif is_of_full_disk(error):
             place = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
             print(f"error: the disk is full{place}; make room and run the same command again", file=sys.stderr)
             code = 2

@@ -68,3 +68,16 @@ def test_an_argument_that_is_not_utf8_is_refused_before_the_work(
         run(lambda: begun.append(Path()))
     assert (end.value.code, begun) == (2, [])
     assert capsys.readouterr().err == "error: caf\\xe9: not UTF-8; give another name\n"
+
+
+def test_ctrl_c_in_the_midst_of_a_clean_up_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            os.close(1 << 20)  # no such descriptor: it was closed when the signal came
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""
