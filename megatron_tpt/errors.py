@@ -40,7 +40,7 @@ def failure(message: str, error: BaseException) -> UserError | Fault:
     A Fault where the disk or the network failed, on this machine and now; a UserError for a name that is missing or
     may not be read, and for what was read and is not fit.
     """
-    causes = _causes(error)
+    causes = causes_of(error)
     if any(isinstance(cause, OSError) and cause.errno == errno.EMFILE for cause in causes):
         return UserError(f"{message}; {FILE_LIMIT_ADVICE}")
     return (Fault if any(map(_is_of_disk_or_network, causes)) else UserError)(message)
@@ -52,11 +52,11 @@ def is_of_full_disk(error: BaseException) -> bool:
         getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         or f"os error {errno.ENOSPC})" in str(cause)
         or os.strerror(errno.ENOSPC) in str(cause)
-        for cause in _causes(error)
+        for cause in causes_of(error)
     )
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes_of(error: BaseException) -> list[BaseException]:
     """An error and those that it came from, the first last."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:

@@ -34,9 +34,14 @@ for owner in ("busy", "broken", "nobody"):
 """
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM])
 def test_a_disk_that_fails_is_no_mistake_of_the_user(number: int) -> None:
     assert isinstance(failure("x", OSError(number, os.strerror(number))), Fault)
+
+
+def test_too_many_open_files_are_the_users_to_allow() -> None:
+    error = failure("x", OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    assert isinstance(error, UserError) and "ulimit -n" in str(error)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
@@ -50,8 +55,8 @@ def test_a_name_that_is_wrong_is(number: int) -> None:
 def test_a_file_whose_disk_fails_while_it_is_read_is_a_fault_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.symlink_to("/proc/self/mem")  # reading its first page is an I/O error
-    (source,) = expand_sources([path])
     with pytest.raises(Fault, match=r"x\.jsonl: cannot be read \(Input/output error\)"):
+        (source,) = expand_sources([path])
         list(read_blocks(source, Columns(), 10, lambda block: True))
 
 

@@ -9,7 +9,6 @@ Each operation begins with fresh inputs and depends on the seed and its number a
 import contextlib
 import faulthandler
 import hashlib
-import http.server
 import itertools
 import json
 import multiprocessing
@@ -22,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
@@ -34,6 +32,7 @@ import psutil
 import pytest
 from random_inputs import damage_arguments, damage_file, write_inputs
 from random_operations import OPERATIONS, Operation, input_files
+from random_server import Server
 from small_disk import small_disk
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -57,40 +56,6 @@ NOT_COMPARED = {"heartbeat.json", ".lock", "lock", "logs", ".work", "checkpoints
 ONLY_NAMES = {"README.md", "checksums.json"}
 FULL = r"the disk is full|No space left on device|make room"
 METRICS = ("step", "loss", "loss_document", "loss_thinking", "loss_answer", "grad_norm", "learning_rate", "tokens")
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """An OpenAI-compatible server whose answer depends on the prompt alone; one request in ten fails at first."""
-
-    daemon_threads = True
-
-    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-        def _send(self, status: int, content: dict) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            self._send(200, {"data": [{"id": "teacher"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            prompt = body["messages"][-1]["content"]
-            if random.random() < 0.1:
-                return self._send(503, {"error": "busy"})
-            text = " ".join(hashlib.sha256(prompt.encode()).hexdigest())
-            message = {"role": "assistant", "content": text}
-            usage = {"prompt_tokens": len(prompt), "completion_tokens": 9}
-            self._send(200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage})
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 def _run(argv: list[str], box: Path, is_cold: bool) -> None:

@@ -81,7 +81,7 @@ def test_limit_counts_good_records(tmp_path: Path) -> None:
 BAD_LINES = [
     (b"{no json", "not JSON"),
     (b"[1]", "not a JSON object"),
-    (b"[" * 100_000, "not JSON"),
+    (b"[" * 100_000, "nested too deeply"),
     (b'{"texts": "x"}', "no text"),
     (b'{"text": null}', "no text"),
     (b'{"text": 3}', "column 'text' is not a string"),

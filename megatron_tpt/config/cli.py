@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 import tyro
 
 from megatron_tpt.config.convert import expand_path
-from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, failure, is_of_full_disk
+from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, causes_of, failure, is_of_full_disk
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
 
@@ -184,7 +184,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        if (refusal := _of_resources(error)) is None:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes_of(error)):
+            code = 130  # Ctrl-C, in the midst of a clean-up that then met what was half done
+        elif (refusal := _of_resources(error)) is None:
             traceback.print_exc()
             code = 1
         else:

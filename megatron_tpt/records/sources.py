@@ -126,9 +126,10 @@ class _FileSources:
             num_bytes = path.stat().st_size
             real_path = self._real_path(path)
             checksum = self.inventories.check(real_path)
+            is_empty = num_bytes == 0 and not _first_byte(path)
         except OSError as error:
             raise failure(f"{shown(path)}: cannot be read ({error.strerror})", error) from error
-        if not num_bytes:
+        if is_empty:
             raise UserError(
                 f"{shown(path)}: has no bytes, as files do after a disk was full; remove it, or make or fetch it again"
             )
@@ -141,6 +142,11 @@ class _FileSources:
         if folder not in self._real_folders:
             self._real_folders[folder] = folder.resolve()
         return self._real_folders[folder] / path.name
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1)
 
 
 def _is_meant(pattern: Path, file: Path) -> bool:

@@ -100,3 +100,16 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytes
     assert (options.output, options.tokenizer) == (Path("/home/someone/o"), Path("/home/someone/t"))
     with pytest.raises(UserError, match="~nobody_of_this_name/o: there is no such home folder"):
         parse(IndexOptions, ["--input", "a", "--tokenizer=t", "--output=~nobody_of_this_name/o"])
+
+
+def test_ctrl_c_in_the_midst_of_a_clean_up_is_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            os.close(1 << 20)  # no such descriptor: it was closed when the signal came
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""

@@ -74,7 +74,7 @@ data:
         ("data:\n train:\n - {path: a,\n path: b}", "recipe.yaml:4: data.train[0].path is there twice"),
         ("model: {preset: [a]}", "model.preset=['a'] is not known"),
         ("a: [", "recipe.yaml:1 is not YAML"),
-        ("a: &x [*x]", "recipe.yaml cannot be read"),
+        ("a: &x [*x]", "recipe.yaml:1: more than 100 levels, aliases included"),
         ("run: {output_dir: ~nobody_of_this_name/x}", "there is no such home folder"),
         ("schöner: 1", "schöner: unknown; known there: run, model"),
     ],
