@@ -80,7 +80,8 @@ def has_box(text: str) -> bool:
 def statements(text: str) -> list[str]:
     """What follows every "answer is" or "Answer:" up to the end of its sentence; "final answer is" takes precedence."""
     matches = list(_FINAL_STATEMENT.finditer(text)) or list(_STATEMENT.finditer(text))
-    return [sentence for match in matches if (sentence := _sentence(text[match.end() : match.end() + 2000]))]
+    sentences = (_sentence(text[match.end() : match.end() + 2000]) for match in matches)
+    return [boxed[-1] if (boxed := boxes(sentence)) else sentence for sentence in sentences if sentence]
 
 
 def after_hashes(text: str) -> list[str]:

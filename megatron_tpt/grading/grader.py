@@ -109,5 +109,5 @@ class Grader:
 
 def _program(prefix: str, code: str) -> str:
     """The prefix and the code; imports from __future__ must come first."""
-    future = "".join(re.findall(r"^from __future__ import [^\n]*\n", code, re.M))
-    return future + prefix + code
+    future = re.compile(r"^from __future__ import [^\n]*\n", re.M)
+    return "".join(future.findall(code)) + prefix + future.sub("", code)

@@ -143,7 +143,7 @@ class Mathematics:
             if hashes and not _stated_before_hashes(text):
                 return hashes[0]
             if stated:
-                return boxed[0] if extract.has_box(stated[0]) and boxed else _stated(stated[0])
+                return _stated(stated[0])
             return boxed[0] if boxed else _last_value(text)
         if boxed or extract.has_box(text):
             return boxed[-1] if boxed else None

@@ -73,8 +73,8 @@ def split_unit(text: str) -> tuple[str, str]:
 
     The base of a numeral (2516_8) is treated as one: it may be missing, and must not differ.
     """
-    if text.startswith("\\$"):
-        return text[2:].strip(), "\\$"
+    if match := re.fullmatch(r"([-+]?)\\\$(.+)", text):
+        return match[1] + match[2].strip(), "\\$"
     if match := _BASE.fullmatch(text):
         return match["value"], f"_{match['base']}"
     match = _UNIT.search(text)
