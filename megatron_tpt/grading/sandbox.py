@@ -53,7 +53,10 @@ class Sandbox:
             raise UserError(_refusal(f"a program that should pass ended as {probe.status!r} ({probe.detail})"))
 
     def run(self, program: str, tests: str) -> CodeResult:
-        """Run `program`, then `tests` in the same namespace. The limit is one of processor time; real time may be three times as long."""
+        """Run `program`, then `tests` in the same namespace.
+
+        The limit is one of processor time; real time may be three times as long.
+        """
         nonce = secrets.token_hex(16)
         limits = {
             "RLIMIT_CPU": max(1, round(self._time_limit_s)),

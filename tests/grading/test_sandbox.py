@@ -99,7 +99,8 @@ def test_what_an_answer_prints_is_neither_read_nor_waited_for(sandbox: Sandbox) 
             for path in ("/x", "/usr/x", "/usr/bin/x", "/proc/sys/kernel/hostname")
         ),
         "open('/tmp/x', 'w').write('a')",
-        "n = 0\ntry:\n    for i in range(100):\n        with open(f'/tmp/f{i}', 'wb') as f: f.write(b'a' * 15_000_000)\n"
+        "n = 0\ntry:\n    for i in range(100):\n"
+        "        with open(f'/tmp/f{i}', 'wb') as f: f.write(b'a' * 15_000_000)\n"
         "        n += 15\nexcept OSError: pass\nassert n <= 64",
         # the network
         "import socket\ntry: socket.create_connection(('127.0.0.1', 22), 1); raise SystemExit('connected')\n"
@@ -110,7 +111,7 @@ def test_what_an_answer_prints_is_neither_read_nor_waited_for(sandbox: Sandbox) 
         "import os; assert len([p for p in os.listdir('/proc') if p.isdigit()]) <= 4",
         "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) != 0",
         "import os; assert os.system('mount -t tmpfs x /tmp 2>/dev/null') != 0",
-        "import os\nn = 0\ntry:\n    while n < 1000:\n        if os.fork() == 0:\n            import time; time.sleep(100)\n"
+        "import os, time\nn = 0\ntry:\n    while n < 1000:\n        if os.fork() == 0: time.sleep(100)\n"
         "        n += 1\nexcept OSError: pass\nassert n < 64",
     ],
 )
