@@ -5,7 +5,6 @@ matrices are compared element by element, so that every value must be there and 
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from megatron_tpt.grading.latex import (
@@ -28,7 +27,7 @@ _ORDER: tuple[Tier, ...] = ("text", "number", "math-verify")
 _MAX_LENGTH = 2000
 """Longer candidates, in characters, are compared as text alone."""
 _DIGITS = 50
-_RELATION = re.compile(r"[<>|=]|\\(?:le|ge|ne|lt|gt|in|mid|mathbb|setminus|infty)(?![a-z])")
+_RELATION = re.compile(r"[<>|=]|\\(?:le|ge|ne|lt|gt|in|mid|mathbb|setminus)(?![a-z])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 
 
@@ -128,22 +127,30 @@ def _parse(text: str) -> Any | None:
 def _equal_at_samples(gold: Any, answer: Any) -> bool:
     """Whether two expressions agree to many significant digits, where they can be evaluated at all.
 
-    math-verify rounds absolutely: to it, 1/2004! is 1/2006!, and x is x + 10^{-20}.
+    math-verify rounds absolutely: to it, 1/2004! is 1/2006!, and x is x + 10^{-20}. Equations, of which it may compare
+    the right sides alone (y = 2x and -y = 2x), are the same when their differences of sides are proportional.
     """
-    from sympy import Expr, Rational
+    from sympy import Eq, Expr, Rational
 
+    equations = isinstance(gold, Eq) and isinstance(answer, Eq)
+    if equations:
+        gold, answer = gold.lhs - gold.rhs, answer.lhs - answer.rhs
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
         return True
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
-    for start in (3, 11):
-        point = {symbol: Rational(start + 2 * i, 7) for i, symbol in enumerate(symbols)}
-        try:
-            values: Sequence[Any] = [side.doit().subs(point).evalf(_DIGITS) for side in (gold, answer)]
-            if not all(value.is_number for value in values):
-                return True
-            gap, scale = abs(values[0] - values[1]), max(abs(value) for value in values)
-            if scale.is_finite and gap > scale * Rational(1, 10 ** (_DIGITS - 15)):
-                return False
-        except (ArithmeticError, AttributeError, TypeError, ValueError):
+    points = [{symbol: Rational(start + 2 * i, 7) for i, symbol in enumerate(symbols)} for start in (3, 11)]
+    try:
+        values = [[side.doit().subs(point).evalf(_DIGITS) for side in (gold, answer)] for point in points]
+        if not all(value.is_number for pair in values for value in pair):
             return True
-    return True
+        if equations:
+            (gold_1, answer_1), (gold_2, answer_2) = values
+            return _close(gold_1 * answer_2, gold_2 * answer_1)
+        return all(_close(*pair) for pair in values)
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        return True
+
+
+def _close(a: Any, b: Any) -> bool:
+    scale = max(abs(a), abs(b))
+    return not scale.is_finite or bool(abs(a - b) <= scale / 10 ** (_DIGITS - 15))

@@ -44,6 +44,7 @@ pytest.importorskip("math_verify")
         ("(3,4]", "3 < x \\le 4", "math-verify"),
         ("5x - 7y + 11z + 4 = 0", "11z + 5x - 7y = -4", "math-verify"),
         ("2^{25} \\cdot 26!", "26! \\cdot 2^{25}", "math-verify"),
+        ("y = 2x + 3", "2y - 4x = 6", "math-verify"),
         ("1, \\sqrt{2}", "\\frac{2}{\\sqrt{2}}, 1", "math-verify"),
     ],
 )
@@ -87,6 +88,9 @@ def test_equal_answers_are_accepted_by_the_first_tier_that_can(reference: str, a
         ("50\\%", "0.5"),
         ("a", "A"),
         ("x=5", "y=5"),
+        ("x=5", "-x=5"),
+        ("y = 2x + 3", "-y = 2x + 3"),
+        ("(-\\infty, 0]", "[-\\infty, 0]"),
         ("(5,\\infty)", "[5,\\infty)"),
         ("10", "10 + x"),
         ("1", "x > 1"),
