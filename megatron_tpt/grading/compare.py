@@ -75,8 +75,8 @@ def _alike(gold: str, answer: str) -> tuple[str, str] | None:
     (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return None
-    bare = without_prefix(gold), without_prefix(answer)
-    return bare if (bare[0] == gold) != (bare[1] == answer) else (gold, answer)
+    related = [bool(re.search(r"=|\\in(?![a-z])", side)) for side in (gold, answer)]
+    return (without_prefix(gold), without_prefix(answer)) if related[0] != related[1] else (gold, answer)
 
 
 def _same_parts(gold: Parts, answer: Parts) -> Tier | None:
