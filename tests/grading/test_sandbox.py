@@ -13,6 +13,19 @@ from megatron_tpt.grading.sandbox import Sandbox
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\n"
 
+# Looks for the nonce in what it can read of some processes' files, and prints what it finds.
+_SEARCH = """import os, re
+text = b''
+for root in '%s'.split():
+    for name in ('cmdline', 'environ', 'fd/0', 'fd/1', 'fd/2', 'fd/3'):
+        try: text += os.read(os.open(f'{root}/{name}', os.O_RDONLY | os.O_NONBLOCK), 1 << 20)
+        except OSError: pass
+for nonce in set(re.findall(rb'[0-9a-f]{32}', text)):
+    for fd in range(3, 64):
+        try: os.write(fd, b'passed ' + nonce)
+        except OSError: pass
+os._exit(0)"""
+
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
@@ -60,22 +73,16 @@ def test_a_program_passes_only_when_all_of_its_tests_ran(
         "import os\nfor fd in range(1, 64):\n    try: os.write(fd, b'passed ' + b'0' * 32)\n    except OSError: pass\n"
         "os._exit(0)",
         "import os, sys\nprint('passed', sys.argv, dict(os.environ), flush=True)\nos._exit(0)",
-        # all that it can read of its own process's files
-        """import os, re
-text = b''
-for root in ('/proc/self', '/proc/1', f'/proc/{os.getppid()}'):
-    for name in ('cmdline', 'environ', 'fd/0', 'fd/1', 'fd/2', 'fd/3'):
-        try: text += os.read(os.open(f'{root}/{name}', os.O_RDONLY | os.O_NONBLOCK), 1 << 20)
-        except OSError: pass
-for nonce in set(re.findall(rb'[0-9a-f]{32}', text)):
-    for fd in range(3, 64):
-        try: os.write(fd, b'passed ' + nonce)
-        except OSError: pass
-os._exit(0)""",
+        _SEARCH % "/proc/self",
     ],
 )
 def test_a_forged_nonce_is_no_pass(sandbox: Sandbox, program: str) -> None:
     assert sandbox.run(program, TESTS).status == "failed"
+
+
+@needs_bubblewrap
+def test_the_nonce_is_in_no_file_of_the_sandbox(bubblewrap: Sandbox) -> None:
+    assert bubblewrap.run(_SEARCH % "/proc/1 /proc/2 /proc/3", TESTS).status == "failed"
 
 
 def test_what_an_answer_prints_is_neither_read_nor_waited_for(sandbox: Sandbox) -> None:
