@@ -132,7 +132,9 @@ def _equal_at_samples(gold: Any, answer: Any) -> bool:
     """
     from sympy import Eq, Expr, Rational
 
-    equations = isinstance(gold, Eq) and isinstance(answer, Eq)
+    equations = all(
+        isinstance(side, Eq) and isinstance(side.lhs, Expr) and isinstance(side.rhs, Expr) for side in (gold, answer)
+    )  # x in [1, 2] is read as one, too, with an interval on its right
     if equations:
         gold, answer = gold.lhs - gold.rhs, answer.lhs - answer.rhs
     if not (isinstance(gold, Expr) and isinstance(answer, Expr)):
