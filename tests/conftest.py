@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if reporter is not None:
             names = ", ".join(missing)
             reporter.write_line(
-                f"{len(needing)} SLURM tests are left out: {names} not found (.ci/slurm.sh installs them)"
+                f"{len(needing)} SLURM tests are skipped: {names} not found (.ci/packages.sh installs them)"
             )
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]

@@ -2,7 +2,7 @@
 
 python tests/slurm_cluster.py COMMAND ...     # runs the command with sbatch, squeue ... talking to that cluster
 
-Needs the programs of Debian's slurm-wlm and munge (`.ci/slurm.sh` installs them), but no service that is set up or
+Needs the programs of Debian's slurm-wlm and munge (`.ci/packages.sh` installs them), but no service that is set up or
 running: keys, sockets, ports, logs and state are all in one temporary folder. It runs as root or as any user, whose
 jobs then run as that user. Tasks share the node; there is no accounting database and nothing needs cgroups.
 """
@@ -123,7 +123,7 @@ def _munge_arguments(folder: Path) -> list[str]:
 def _daemon(folder: Path, program: str, *arguments: str) -> Iterator[None]:
     path = shutil.which(program, path=_SEARCH_PATH)
     if path is None:
-        raise RuntimeError(f"{program} is not installed: run .ci/slurm.sh")
+        raise RuntimeError(f"{program} is not installed: run .ci/packages.sh")
     with open(folder / f"{program}.out", "wb") as output:
         process = subprocess.Popen([path, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:

@@ -4,6 +4,7 @@ OUTPUT/results.json            accuracy of every model with its standard error, 
 OUTPUT/<model>/samples.jsonl   every output, what was read from it, and whether it is right
 """
 
+import collections
 import json
 import statistics
 import sys
@@ -11,10 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.answers import Checker, find_answer, make_checker
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.problems import Problem, read_problems
 from megatron_tpt.files import atomic_write
@@ -32,16 +32,10 @@ from megatron_tpt.generation import (
     open_engine,
     render_chat,
 )
+from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.names import shown
 
 FORMAT_VERSION = 1
-
-
-class Reference(NamedTuple):
-    """A problem and its reference answer as the checker reads it."""
-
-    problem: Problem
-    answer: Any
 
 
 @dataclass(frozen=True)
@@ -55,10 +49,17 @@ class Sample:
     output: str
     extracted: str | None
     """The answer as it was read; None when none was found."""
-    reference: str
+    reference: Any
+    """As the row has it: text, number, boolean or a list of them."""
     correct: bool
     finish_reason: str
     output_tokens: int
+    tier: str | None = None
+    """What decided that the answer is right: "text", "number", "math-verify" or "tests"."""
+    reason: str | None = None
+    """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out" or "crash"."""
+    detail: str = ""
+    """More on the reason, such as the exception of a program."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,25 @@ class ModelResult:
     output_tokens_per_s: float
     samples: str
     """The file with the samples, relative to results.json."""
+    unclosed_thinking: int = 0
+    """Samples whose thinking never ended; they are among `extraction_failures`."""
+    grading_timeouts: int = 0
+    """Samples whose grading, or whose code, took too long; they count as wrong."""
+    grading_crashes: int = 0
+    """Samples whose grading, or whose code, crashed; they count as wrong."""
 
 
 def evaluate(options: EvaluateOptions) -> list[ModelResult]:
     """Do what `tools/evaluate.py` does. Raises UserError for what the user can mend, before any model is loaded."""
-    checker = make_checker(options.answer_type)
-    references = [_reference(problem, checker) for problem in read_problems(options)]
+    grader = Grader(options.rules())
+    problems = read_problems(options)
+    for problem in problems:
+        _check_reference(problem, grader)
     for model in options.model:
         check_model(model)
     results = []
     for model, folder in zip(options.model, model_folders(options.model), strict=True):
-        samples, generation_s = _answer_all(model, references, checker, options)
+        samples, generation_s = _answer_all(model, problems, options)
         path = folder / "samples.jsonl"
         _write_samples(options.output / path, samples)
         results.append(summarize(model, samples, generation_s, str(path)))
@@ -100,60 +109,63 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
     return results
 
 
-def _reference(problem: Problem, checker: Checker) -> Reference:
-    answer = checker.reference(problem.answer)
-    if answer is None:
+def _check_reference(problem: Problem, grader: Grader) -> None:
+    if grader.reference(problem.answer, problem.choices) is None:
         raise UserError(
-            f"{problem.where}: the reference answer {problem.answer[:60]!r} cannot be read; "
-            "mend it or choose another --answer-type"
+            f"{problem.where}: the reference answer {str(problem.answer)[:60]!r} cannot be read; "
+            "fix it or choose another --answer-type"
         )
-    return Reference(problem, answer)
 
 
-def _answer_all(
-    model: str, references: Sequence[Reference], checker: Checker, options: EvaluateOptions
-) -> tuple[list[Sample], float]:
+def _answer_all(model: str, problems: Sequence[Problem], options: EvaluateOptions) -> tuple[list[Sample], float]:
     """The samples of one model, by problem and number, and the seconds that generation took."""
     tokenizer = load_tokenizer(model)
-    prompts = encode_prompts(tokenizer, [reference.problem.prompt for reference in references], options)
+    texts = render_prompts(tokenizer, [problem.prompt for problem in problems], options)
+    prompts = encode_prompts(tokenizer, texts, options)
     context = check_context(model, max(map(len, prompts)), options.max_new_tokens)
     engine_options = EngineOptions(model, context, options.dtype, options.tensor_parallel_size, options.max_num_seqs)
     with open_engine(engine_options) as engine:
         start = time.monotonic()
-        completions = _complete_all(engine, references, prompts, options)
+        completions = sorted(_complete_all(engine, problems, prompts, options).items())
         generation_s = time.monotonic() - start
+    items = [_item(problems[i], completion, opens_thinking(texts[i])) for (i, _), completion in completions]
+    with GraderPool(options.rules()) as pool:
+        grades = pool.grade(items)
     samples = [
-        _check(references[i], j, completion, checker, options) for (i, j), completion in sorted(completions.items())
+        _sample(problems[i], j, completion, grade)
+        for ((i, j), completion), grade in zip(completions, grades, strict=True)
     ]
     return samples, generation_s
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOptions) -> list[list[int]]:
-    """The token ids of the prompts; special tokens in them mean what they say: the prompts are ours."""
+def render_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOptions) -> list[str]:
+    """The prompts as texts that the model continues: in its chat template, if the options say so."""
     if options.chat:
         if tokenizer.chat_template is None:
             raise UserError(
                 f"--chat: {tokenizer.name_or_path} has no chat template: add the one it was trained with "
                 f"(chat_template.jinja in its folder), or omit --chat to give the problems as plain text"
             )
-        return [
-            tokenizer(render_chat(tokenizer, [{"role": "user", "content": prompt}]), add_special_tokens=False).input_ids
-            for prompt in prompts
-        ]
+        return [render_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     if tokenizer.chat_template is not None:
         print("note: the model has a chat template, which is not applied: --chat does so", file=sys.stderr)
-    begin = begin_ids(tokenizer) if options.begin_token else []
-    return [begin + tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    return list(prompts)
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str], options: EvaluateOptions) -> list[list[int]]:
+    """The token ids of rendered prompts; special tokens in them mean what they say: the prompts are ours."""
+    begin = begin_ids(tokenizer) if options.begin_token and not options.chat else []
+    return [begin + tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def _complete_all(
-    engine: Engine, references: Sequence[Reference], prompts: Sequence[list[int]], options: EvaluateOptions
+    engine: Engine, problems: Sequence[Problem], prompts: Sequence[list[int]], options: EvaluateOptions
 ) -> dict[tuple[int, int], Completion]:
     """Completions by (problem, number of the sample)."""
     sampling = options.sampling()
 
     def requests() -> Iterator[Request]:
-        for i, (problem, _) in enumerate(references):
+        for i, problem in enumerate(problems):
             for j in range(options.num_samples):
                 seed = derive_seed(options.seed, problem.id, j)
                 yield Request(prompts[i], replace(sampling, seed=seed), key=(i, j))
@@ -161,21 +173,24 @@ def _complete_all(
     return {request.key: expect_completion(outcome) for request, outcome in engine.generate(requests())}
 
 
-def _check(
-    reference: Reference, number: int, completion: Completion, checker: Checker, options: EvaluateOptions
-) -> Sample:
-    problem, expected = reference
-    answer = find_answer(completion.text, checker, options.answer_pattern)
+def _item(problem: Problem, completion: Completion, thinking_opened: bool) -> Item:
+    return Item(completion.text, problem.answer, problem.choices, thinking_opened, problem.code_prefix)
+
+
+def _sample(problem: Problem, number: int, completion: Completion, grade: Grade) -> Sample:
     return Sample(
-        problem.id,
-        number,
-        problem.prompt,
-        completion.text,
-        None if answer is None else str(answer),
-        problem.answer,
-        answer is not None and checker.equal(expected, answer),
-        completion.finish_reason,
-        completion.num_tokens,
+        id=problem.id,
+        sample=number,
+        prompt=problem.prompt,
+        output=completion.text,
+        extracted=grade.extracted,
+        reference=problem.answer,
+        correct=grade.correct,
+        finish_reason=completion.finish_reason,
+        output_tokens=completion.num_tokens,
+        tier=grade.tier,
+        reason=grade.reason,
+        detail=grade.detail,
     )
 
 
@@ -186,17 +201,21 @@ def summarize(model: str, samples: Sequence[Sample], generation_s: float, path: 
         by_problem.setdefault(sample.id, []).append(sample.correct)
     rates = [statistics.fmean(correct) for correct in by_problem.values()]
     num_tokens = sum(sample.output_tokens for sample in samples)
+    reasons = collections.Counter(sample.reason for sample in samples)
     return ModelResult(
         model=model,
         accuracy=statistics.fmean(rates),
         stderr=statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else None,
         num_problems=len(rates),
         num_samples=len(samples) // len(rates),
-        extraction_failures=sum(sample.extracted is None for sample in samples),
+        extraction_failures=reasons["no answer"] + reasons["thinking not closed"],
         mean_output_tokens=num_tokens / len(samples),
         truncated_fraction=statistics.fmean(sample.finish_reason == "length" for sample in samples),
         output_tokens_per_s=num_tokens / generation_s,
         samples=path,
+        unclosed_thinking=reasons["thinking not closed"],
+        grading_timeouts=reasons["time-out"],
+        grading_crashes=reasons["crash"],
     )
 
 
@@ -219,9 +238,16 @@ def model_folders(models: Sequence[str]) -> list[Path]:
 
 def _line(result: ModelResult) -> str:
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
+    trouble = "".join(
+        f", {count:,} {what}"
+        for count, what in ((result.grading_timeouts, "timed out"), (result.grading_crashes, "crashed"))
+        if count
+    )
     return (
         f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
-        f"{result.extraction_failures:,} unreadable, {result.mean_output_tokens:.1f} tokens per answer, "
+        f"{result.extraction_failures:,} unreadable{thinking}{trouble}, "
+        f"{result.mean_output_tokens:.1f} tokens per answer, "
         f"{result.truncated_fraction:.1%} cut, {result.output_tokens_per_s:,.0f} tokens/s"
     )
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Sampling
-
-AnswerType = Literal["exact", "number", "math"]
+from megatron_tpt.grading import AnswerKind, Reading, Rules
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,15 @@ class EvaluateOptions:
     prompt_column: str = "prompt"
     """The column with the problem."""
     answer_column: str = "answer"
-    """The column with the reference answer."""
+    """The column with the reference answer: text, a number, true or false, or a list. For code: its tests."""
+    answer_template: str | None = None
+    """Build the reference from columns, like the prompt: "{test}\\ncheck({entry_point})"."""
+    choices_column: str | None = None
+    """The column with the options of a multiple-choice problem, a list of texts. In the prompt template its name stands
+    for them, one a line after (A), (B) and so on; without a template they follow the problem.
+    """
+    code_prefix_column: str | None = None
+    """The column with what goes before the code of an answer, such as HumanEval's prompt."""
     id_column: str = "id"
     """The column with the problem's id; without it, the line's number (of several files, "file:line")."""
     prompt_template: str | None = None
@@ -38,12 +45,18 @@ class EvaluateOptions:
     """Show the prompt to the model as a user's message, in its chat template."""
     begin_token: bool = True
     """Put the begin-of-sequence token before the prompt, for tokenizers that do so themselves."""
-    answer_type: AnswerType = "exact"
-    """How answers are compared: as text; the last number (or the one after ####); or as mathematics, which
-    needs math-verify.
+    answer_type: AnswerKind = "exact"
+    """How answers are read and compared: as text; as a number; as mathematics, which needs math-verify; as one of the
+    options A to J; as yes or no; as JEEBench's letters, integers and decimals; as code that must pass its tests.
     """
     answer_pattern: str | None = None
     """A regular expression that finds the answer in the output: the last match, its first group."""
+    answer_position: Literal["auto", "first", "last"] = "auto"
+    """Which of several answers in an output counts. Base models run on into the next problem: take the first, after
+    truncating at the stop texts. "auto" is "first" with few-shot examples and without --chat, else "last".
+    """
+    allow_unsandboxed_code: bool = False
+    """Run the code of answers with your own rights where there is no sandbox (bubblewrap)."""
     num_samples: int = 1
     """Answers per problem; accuracy is their mean (pass@1)."""
     temperature: float = 0.0
@@ -80,6 +93,15 @@ class EvaluateOptions:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 raise UserError(f"--answer-pattern {self.answer_pattern!r}: {error}") from error
+
+    def rules(self) -> Rules:
+        """How the outputs are graded."""
+        first = self.answer_position == "first" or (
+            self.answer_position == "auto" and self.few_shot is not None and not self.chat
+        )
+        return Rules(
+            self.answer_type, Reading(first, tuple(self.stop), self.answer_pattern), self.allow_unsandboxed_code
+        )
 
     def sampling(self) -> Sampling:
         """The sampling these options ask for."""

@@ -1,13 +1,14 @@
 """Problems: rows of a prompt and a reference answer, under whatever names the files have for them."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.grading import LETTERS
 from megatron_tpt.records import describe, expand_sources, read_rows
 
 
@@ -17,14 +18,18 @@ class Problem:
 
     id: str
     prompt: str
-    answer: str
+    answer: Any
+    """The reference as the row has it: text, number, boolean or a list of them."""
     where: str
     """"file:line", for messages."""
+    choices: tuple[str, ...] = ()
+    code_prefix: str = ""
 
 
 def read_problems(options: EvaluateOptions) -> list[Problem]:
     """The problems of `options.data`, at most `limit`. Raises UserError naming the line of a bad one."""
     template = _template(options)
+    answer_template = options.answer_template and _template_text(options.answer_template)
     before = "" if options.few_shot is None else _read_text(options.few_shot)
     problems: dict[str, Problem] = {}
     for where, default_id, row in _rows(options.data):
@@ -33,8 +38,18 @@ def read_problems(options: EvaluateOptions) -> list[Problem]:
         name = str(row.get(options.id_column, default_id))
         if name in problems:
             raise UserError(f"{where}: id {name!r} was there before; ids must differ (choose another --id-column)")
-        answer = _column(row, options.answer_column, where)
-        problems[name] = Problem(name, before + _fill(template, row, where), answer, where)
+        choices = _choices(row, options.choices_column, where)
+        shown = {**row, options.choices_column: _render(choices)} if options.choices_column else row
+        problems[name] = Problem(
+            id=name,
+            prompt=before + _fill(template, shown, where),
+            answer=_fill(answer_template, row, where)
+            if answer_template
+            else _answer(row, options.answer_column, where),
+            where=where,
+            choices=choices,
+            code_prefix=_column(row, options.code_prefix_column, where) if options.code_prefix_column else "",
+        )
     if not problems:
         raise UserError(f"{options.data}: no problems in this file")
     return list(problems.values())
@@ -42,12 +57,17 @@ def read_problems(options: EvaluateOptions) -> list[Problem]:
 
 def _template(options: EvaluateOptions) -> str:
     if options.prompt_template is None:
-        return "{" + options.prompt_column + "}"
-    if "{" in options.prompt_template:
-        return options.prompt_template.replace("\\n", "\n")  # as it is typed on a command line
-    template = _read_text(Path(options.prompt_template))
+        options_below = f"\n{{{options.choices_column}}}" if options.choices_column else ""
+        return "{" + options.prompt_column + "}" + options_below
+    return _template_text(options.prompt_template)
+
+
+def _template_text(given: str) -> str:
+    if "{" in given:
+        return given.replace("\\n", "\n")  # as it is typed on a command line
+    template = _read_text(Path(given))
     if "{" not in template:
-        raise UserError(f"{options.prompt_template}: the template names no column, such as {{question}}")
+        raise UserError(f"{given}: the template names no column, such as {{question}}")
     return template
 
 
@@ -56,13 +76,45 @@ def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: _column(row, match[1], where), template)
 
 
+def _answer(row: Mapping[str, Any], name: str, where: str) -> Any:
+    value = _value(row, name, where)
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list):
+        return _number_or_text(value, name, where)
+    if not value:
+        raise UserError(f"{where}: column {name!r} is an empty list; give at least one answer")
+    return [item if isinstance(item, bool) else _number_or_text(item, name, where) for item in value]
+
+
+def _choices(row: Mapping[str, Any], name: str | None, where: str) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    value = _value(row, name, where)
+    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
+        raise UserError(f"{where}: column {name!r} is not a list of 2 to {len(LETTERS)} options")
+    return tuple(str(_number_or_text(item, name, where)) for item in value)
+
+
+def _render(choices: Sequence[str]) -> str:
+    return "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
 def _column(row: Mapping[str, Any], name: str, where: str) -> str:
+    return str(_number_or_text(_value(row, name, where), name, where))
+
+
+def _value(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
     if value is None:
         raise UserError(f"{where}: no column {name!r}; its columns are {', '.join(row) or 'none'}")
+    return value
+
+
+def _number_or_text(value: Any, name: str, where: str) -> str | int | float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: column {name!r} is neither text nor number")
-    return str(value)
+    return value
 
 
 def _rows(data: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:

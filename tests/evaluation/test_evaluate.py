@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,11 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.answers import after_thinking
 from megatron_tpt.evaluation.evaluate import Sample, evaluate, model_folders, summarize
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.problems import read_problems
 from megatron_tpt.generation import EngineOptions, Sampling, VLLMEngine, complete
+from megatron_tpt.grading import after_thinking
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 
@@ -78,8 +79,22 @@ def test_models_are_evaluated_one_after_another(models: list[str], problems: Pat
     samples = [Sample(**json.loads(line)) for line in lines]
     assert [sample.correct for sample in samples] == [True] * 4 + [False] * 2
     assert [sample.id for sample in samples] == ["1", "2", "3", "4", "5", "6"]
+    assert [sample.tier for sample in samples] == ["text"] * 4 + [None] * 2
+    assert [sample.reason for sample in samples] == [None] * 4 + ["different"] * 2
     assert all(sample.output_tokens <= 8 for sample in samples)
     assert summarize(models[0], samples, 1.0, "x").accuracy == first.accuracy
+
+
+def test_thinking_that_the_template_opened_and_the_limit_cut_is_no_answer(problems: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    model = make_model(tmp_path / "hf", seed=1, chat_template=template)
+    options = EvaluateOptions(
+        model=[model], data=problems, output=tmp_path / "out", max_new_tokens=8, limit=2, chat=True
+    )
+    [result] = evaluate(options)
+    assert (result.accuracy, result.unclosed_thinking, result.extraction_failures) == (0, 2, 2)
+    samples = [json.loads(line) for line in (tmp_path / "out" / result.samples).read_text().splitlines()]
+    assert [(sample["extracted"], sample["reason"]) for sample in samples] == [(None, "thinking not closed")] * 2
 
 
 def test_samples_differ_and_come_back_the_same(models: list[str], problems: Path, tmp_path: Path) -> None:
@@ -117,16 +132,20 @@ def test_prompts_are_built_from_columns(tmp_path: Path) -> None:
 
 
 def test_the_error_is_taken_over_problems() -> None:
-    def sample(name: str, correct: bool, extracted: str | None = "1", reason: str = "stop") -> Sample:
-        return Sample(name, 0, "", "", extracted, "", correct, reason, 10)
+    def sample(name: str, correct: bool, why: str | None = None, finish: str = "stop") -> Sample:
+        return Sample(name, 0, "", "", None if why else "1", "", correct, finish, 10, reason=why)
 
-    samples = [sample("a", True), sample("a", True), sample("b", False, None, "length"), sample("b", True)]
+    samples = [sample("a", True), sample("a", True), sample("b", False, "no answer", "length"), sample("b", True)]
     result = summarize("m", samples, 2.0, "x")
     assert result.accuracy == 0.75
     assert result.stderr == pytest.approx(0.25)  # of 1.0 and 0.5, not of four samples
     assert (result.extraction_failures, result.truncated_fraction) == (1, 0.25)
     assert (result.mean_output_tokens, result.output_tokens_per_s) == (10, 20)
     assert summarize("m", samples[:2], 1.0, "x").stderr is None
+    others = [sample("a", False, why) for why in ("thinking not closed", "time-out", "time-out", "crash", "different")]
+    result = summarize("m", others, 1.0, "x")
+    assert (result.extraction_failures, result.unclosed_thinking) == (1, 1)
+    assert (result.grading_timeouts, result.grading_crashes) == (2, 1)
 
 
 def test_every_model_has_a_folder_of_its_own() -> None:
@@ -152,13 +171,20 @@ def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(
         ("no column 'question'", problems, ["--prompt-template", "{question}"]),
         ("reference answer 'one' cannot be read", words, ["--answer-type", "number"]),
         ("ids must differ", twice, []),
+        ("--allow-unsandboxed-code", problems, ["--answer-type", "code"]),
         ("omit --chat", problems, ["--chat"]),
         ("context is 512 tokens", problems, ["--max-new-tokens", "500"]),
         ("all the same", problems, ["--num-samples", "4"]),
     ]
     for message, data, more in cases:
         arguments = ["--model", models[0], "--data", str(data), "--output", str(tmp_path / "out"), *more]
-        result = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True)
+        # Without bubblewrap on its path, the tool has no sandbox.
+        result = subprocess.run(
+            [sys.executable, str(TOOL), *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": "/nowhere"},
+        )
         assert result.returncode == 2, (message, result.stderr)
         assert message in " ".join(result.stderr.split()), result.stderr
         assert "Traceback" not in result.stderr

@@ -32,9 +32,10 @@ def test_problems_are_read_from_every_kind_of_file(tmp_path: Path, name: str) ->
     else:
         pack = {"a.jsonl.zst": zstandard.compress, "a.JSONL.XZ": lzma.compress}.get(name)
         path.write_bytes(pack(LINES) if pack else json.dumps(ROWS, indent=1).encode())
+    answers = ("2", "0.5") if name == "a.parquet" else (2, 0.5)
     assert problems(path) == [
-        Problem("1", "1+1", "2", f"{path}:1"),
-        Problem("2", "1/2", "0.5", f"{path}:2"),
+        Problem("1", "1+1", answers[0], f"{path}:1"),  # as the row has it: a number may be an option's
+        Problem("2", "1/2", answers[1], f"{path}:2"),
     ]
     assert problems(path, limit=1) == problems(path)[:1]
 
@@ -52,7 +53,8 @@ def test_problems_of_several_files_are_told_by_their_places(tmp_path: Path) -> N
     [
         ("a.jsonl", LINES + b"{\n", r"a\.jsonl:3: not JSON .*; fix the line"),
         ("a.json", b'[{"prompt": "a", "answer": 1}, 2]', r"a\.json:2: not a JSON object but a number; fix the line"),
-        ("a.jsonl.gz", b"", r"a\.jsonl\.gz: damaged or truncated .*; make or fetch the file again"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", r"a\.jsonl\.gz: damaged or truncated .*; make or fetch the file again"),
+        ("b.jsonl.gz", b"", r"b\.jsonl\.gz: has no bytes"),
         ("a.csv", b"prompt,answer\n", r"a\.csv: unknown kind of file; records are read from \.jsonl"),
     ],
 )
@@ -60,3 +62,41 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, name: str, conten
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         problems(tmp_path / name)
+
+
+def test_options_are_rendered_after_the_problem_or_where_the_template_names_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "Colour?", "options": ["red", 2], "answer": 1}) + "\n")
+    columns: dict[str, Any] = {"prompt_column": "question", "choices_column": "options", "answer_type": "choice"}
+    [problem] = problems(path, **columns)
+    assert problem.prompt == "Colour?\n(A) red\n(B) 2"
+    assert (problem.answer, problem.choices) == (1, ("red", "2"))
+    assert problems(path, **columns, prompt_template="{options}; {question}")[0].prompt == "(A) red\n(B) 2; Colour?"
+
+
+def test_references_may_be_lists_and_booleans_or_built_from_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f", "answer": [1, "2"], "yes": False}
+    path.write_text(json.dumps(row) + "\n")
+    assert problems(path)[0].answer == [1, "2"]
+    assert problems(path, answer_column="yes")[0].answer is False
+    [code] = problems(path, answer_template="{test}\\ncheck({entry_point})", code_prefix_column="prompt")
+    assert (code.answer, code.code_prefix) == ("def check(f): pass\ncheck(f)", "def f():\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"answer": {"a": 1}}, "column 'answer' is neither text nor number"),
+        ({"answer": []}, "column 'answer' is an empty list"),
+        ({"answer": [[1]]}, "column 'answer' is neither text nor number"),
+        ({"answer": 1, "options": "red"}, "column 'options' is not a list of 2 to 10 options"),
+        ({"answer": 1, "options": ["red"]}, "column 'options' is not a list of 2 to 10 options"),
+        ({"answer": 1}, "no column 'options'"),
+    ],
+)
+def test_references_and_options_of_other_kinds_are_refused(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a"} | row) + "\n")
+    with pytest.raises(UserError, match=words):
+        problems(path, choices_column="options" if "options" in str(row) + words else None)

@@ -1,4 +1,4 @@
-"""On a real SLURM of one node, which the fixture `cluster` starts; `.ci/slurm.sh` installs what it needs."""
+"""On a real SLURM of one node, which the fixture `cluster` starts; `.ci/packages.sh` installs what it needs."""
 
 import subprocess
 

@@ -1,0 +1,129 @@
+"""Every kind of answer: its references, its candidates, and when they are the same."""
+
+from typing import Any
+
+import pytest
+
+from megatron_tpt.grading import Grader, Item, Reading, Rules
+from megatron_tpt.grading.kinds import make_kind
+
+OPTIONS = ("red", "dark blue", "12", "$\\frac{1}{2}$")
+
+
+def grade(kind: Any, reference: Any, output: str, **item: Any) -> bool:
+    return Grader(Rules(kind)).grade(Item(output, reference, **item)).correct
+
+
+@pytest.mark.parametrize(
+    ("output", "letter"),
+    [
+        ("The answer is (B).", "B"),
+        ("the answer is B because it is", "B"),
+        ("The answer is **(B)**.", "B"),
+        ("The answer is $\\boxed{\\text{B}}$", "B"),
+        ("\\boxed{\\text{(B) dark blue}}", "B"),
+        ("\\boxed{B}", "B"),
+        ("Answer: b) dark blue", None),  # an uncertain reading is none
+        ("Answer: (b)", "B"),
+        ("B. dark blue", "B"),
+        ("(B)", "B"),
+        ("B", "B"),
+        ("The answer is dark blue.", "B"),
+        ("The answer is 12.", "C"),
+        ("\\boxed{1/2}", None),  # text alone is compared with the options
+        ("\\boxed{\\frac12}", "D"),
+        ("The answer is (A) or (B).", None),
+        ("The answer is a good one.", None),
+        ("The answer is A good one.", None),
+        ("The answer is (G).", None),  # there is no such option
+        ("I think so", None),
+        ("", None),
+    ],
+)
+def test_a_choice_is_a_letter_or_the_text_of_an_option(output: str, letter: str | None) -> None:
+    assert make_kind("choice").candidate(output, Reading(), OPTIONS) == letter
+
+
+def test_ten_letters_are_known_without_the_options() -> None:
+    assert make_kind("choice").candidate("The answer is (J).\n\nThe answer is (A).", Reading(first=True)) == "J"
+
+
+@pytest.mark.parametrize(
+    ("value", "letter"),
+    [("B", "B"), ("(b)", "B"), (1, "B"), ("dark blue", "B"), (4, None), ("E", None), ("1", None), (True, None)],
+)
+def test_references_of_choices(value: Any, letter: str | None) -> None:
+    assert make_kind("choice").reference(value, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("reference", "output", "correct"),
+    [
+        (True, "The answer is yes.", True),
+        (False, "The answer is yes.", False),
+        ("no", "No, it is not.", True),
+        ("True", "\\boxed{\\text{True}}", True),
+        (True, "It has no moons, so: yes", True),
+        (False, "There is no evidence of that", False),  # "no" among other words is no answer
+        (True, "The answer is yes or no.", False),
+        (False, "", False),
+    ],
+)
+def test_booleans_are_yes_or_no(reference: Any, output: str, correct: bool) -> None:
+    assert grade("boolean", reference, output) is correct
+
+
+@pytest.mark.parametrize(
+    ("reference", "output", "correct"),
+    [
+        ("ACD", "The answer is A, C and D.", True),
+        ("ACD", "\\boxed{DCA}", True),
+        ("ACD", "\\boxed{\\text{A, C}}", False),
+        ("AC", "\\boxed{A, C, D}", False),
+        ("B", "The answer is (B).", True),
+        ("5", "\\boxed{5}", True),
+        ("5", "\\boxed{5.005}", False),
+        ("0.24", "The answer is $0.245$ eV.", True),
+        ("0.24", "\\boxed{0.26}", False),
+        ("5.56", "\\boxed{A}", False),
+    ],
+)
+def test_jee_wants_all_letters_or_the_number(reference: str, output: str, correct: bool) -> None:
+    assert grade("jee", reference, output) is correct
+
+
+def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
+    assert grade("exact", ["NYC", "New York"], " New York\n")
+    assert not grade("exact", ["NYC", "New York"], "Paris")
+    assert grade("exact", 2, "2")
+    pytest.importorskip("math_verify")
+    assert grade("math", ["$8$", "$4$"], "\\boxed{4, 8}")
+    assert not grade("math", ["$8$", "$4$"], "\\boxed{4}")
+    assert grade("math", ["$(-\\infty,-5)$"], "\\boxed{(-\\infty,-5)}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("number", "one"),
+        ("number", [1, 2]),
+        ("number", True),
+        ("boolean", "maybe"),
+        ("jee", "E"),
+        ("math", ""),
+        ("exact", []),
+    ],
+)
+def test_references_that_cannot_be_read_are_known(kind: Any, value: Any) -> None:
+    assert Grader(Rules(kind)).reference(value) is None
+
+
+def test_the_verdict_says_what_was_found_and_why() -> None:
+    grader = Grader(Rules("number"))
+    right = grader.grade(Item("so it is 1,200", "#### 1200"))
+    assert (right.correct, right.tier, right.extracted, right.reason) == (True, "number", "1200", None)
+    wrong = grader.grade(Item("it is 3", "4"))
+    assert (wrong.correct, wrong.tier, wrong.extracted, wrong.reason) == (False, None, "3", "different")
+    assert grader.grade(Item("no idea", "4")).reason == "no answer"
+    assert grader.grade(Item("<think>it is 4", "4")).reason == "thinking not closed"
+    assert grader.grade(Item("it is 4", "4", thinking_opened=True)).reason == "thinking not closed"
