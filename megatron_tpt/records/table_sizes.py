@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 _LONG_VALUE_BYTES = 16 << 10
-"""From here on, a batch of the usual number of rows may be large."""
+"""From here on, the values of one row may be large together."""
 
 
 def bounded(
@@ -32,13 +32,14 @@ def decoded_bytes(batch: "pyarrow.RecordBatch | pyarrow.Table") -> int:
     return sum(map(_array_bytes, chunks))
 
 
-def dictionary_columns(
+def long_dictionary_values(
     open_file: "Callable[..., pyarrow.parquet.ParquetFile]",
     file: "pyarrow.parquet.ParquetFile",
     group: int,
     names: list[str],
-) -> list[str]:
-    """The columns (by their paths) of a row group in which dictionaries with long values are found."""
+) -> tuple[int, list[str]]:
+    """What the dictionaries of a row group hold, of its columns `names`: the bytes of the longest value that stands for
+    a row, and the columns (by their paths) of which a row takes several values, long ones among them."""
     metadata = file.metadata.row_group(group)
     texts = [
         column.path_in_schema
@@ -48,11 +49,12 @@ def dictionary_columns(
         and column.has_dictionary_page
     ]
     if not texts or not metadata.num_rows:
-        return []
+        return 0, []
     with open_file(read_dictionary=texts) as probe:  # a chunk has one dictionary, which its first row brings along
         first = next(iter(probe.iter_batches(1, [group], names)), None)
-    columns = first.columns if first is not None else []
-    return texts if any(_longest_value(column) > _LONG_VALUE_BYTES for column in columns) else []
+    longest = {} if first is None else dict(zip(first.schema.names, map(_longest_value, first.columns), strict=True))
+    nested = [path for path in texts if "." in path and longest.get(path.split(".")[0], 0) > _LONG_VALUE_BYTES]
+    return max((longest.get(path, 0) for path in texts), default=0), nested
 
 
 def _has_dictionary(type: Any) -> bool:

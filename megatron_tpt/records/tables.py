@@ -12,7 +12,7 @@ from megatron_tpt.errors import UserError, failure
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.record import BadRecord, DamagedSource
-from megatron_tpt.records.table_sizes import bounded, decoded_bytes, dictionary_columns
+from megatron_tpt.records.table_sizes import bounded, decoded_bytes, long_dictionary_values
 
 if TYPE_CHECKING:
     import pyarrow
@@ -266,12 +266,14 @@ def _group_batches(
     names: list[str],
     rows_per_batch: int,
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """The rows of a row group; columns whose dictionary has long values keep it, for a few bytes may stand for much."""
-    kept = dictionary_columns(open_file, file, number, names)
-    if not kept:
+    """The rows of a row group: fewer at once where one may stand for a long value of a dictionary, since the size of
+    the file says nothing of how often it does; undecoded where a single row may take many such values."""
+    longest, nested = long_dictionary_values(open_file, file, number, names)
+    rows_per_batch = max(1, min(rows_per_batch, _BATCH_BYTES // max(longest, 1)))
+    if not nested:
         yield from file.iter_batches(rows_per_batch, [number], names)
         return
-    with open_file(read_dictionary=kept) as again:
+    with open_file(read_dictionary=nested) as again:
         for batch in again.iter_batches(rows_per_batch, [number], names):
             yield from bounded(batch, _BATCH_BYTES)
 

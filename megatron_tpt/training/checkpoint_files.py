@@ -61,7 +61,9 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, list[Any]]:
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of a checkpoint that one process has made, once all its other files are there."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS
+    )
     (folder / CHECKSUMS).write_text(json.dumps(describe_files(folder, names), indent=1, sort_keys=True))
 
 

@@ -515,13 +515,12 @@ def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], n
         if any(weights):
             rows.append((manifest.checksums["idx"], weights))
             epochs.append(epochs_of(manifest.counts.tokens, wanted, recipe.training.sequence_length))
-            texts.append(manifest.checksums.get("bin"))
+            texts.append(manifest.checksums["bin"])
     sources = [[own for own, _ in phases], rows]
     return {
         "data.train": _digest(sources),
         "number of times through data.train (training.num_steps)": _digest(epochs),
-        # Manifests without the checksums of all texts do not tell.
-        **({TEXT: _digest(texts)} if all(texts) else {}),
+        TEXT: _digest(texts),
     }
 
 

@@ -192,11 +192,13 @@ def test_the_spot_check_costs_little(tokenizer_dir: Path) -> None:
 def test_nothing_is_kept_of_what_gigatoken_encoded_once_it_is_found_wrong(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """The first file holds a wrong text that is not compared, the second one that is."""
+    """The first file holds a wrong text that is not compared, the last one that is. Between them stands one that is not
+    small, and so makes the first be noted before the last is looked at."""
     lines = [json.dumps({"text": text}) for text in ("\u2603", *map(str, range(49)))]
     (tmp_path / "0.jsonl").write_text("\n".join(lines))
-    (tmp_path / "1.jsonl").write_text(lines[0])
-    inputs: list[Path | str] = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    (tmp_path / "1.jsonl").write_text(json.dumps({"text": "large " * 50_000}))
+    (tmp_path / "2.jsonl").write_text(lines[0])
+    inputs: list[Path | str] = [tmp_path / f"{number}.jsonl" for number in range(3)]
     options = IndexOptions(inputs, tokenizer_dir, tmp_path / "x", tokenizer_backend="reference")
     expected = index(replace(options, output=tmp_path / "expected")).checksums
     monkeypatch.setattr(encoders, "GigatokenEncoder", WrongOnSnowmen)

@@ -65,7 +65,7 @@ def test_new_tokens_start_at_the_mean_of_the_others(
         else:
             torch.testing.assert_close(after[num_known : len(before)], before[num_known:])
             assert after[len(before) :].abs().max() < 1e-20  # an update of the learning rate's size
-    assert f"100 tokens that {base} lacks (<|tool_0|>, " in capsys.readouterr().out
+    assert f"100 tokens that {base.resolve()} lacks (<|tool_0|>, " in capsys.readouterr().out
     export_hf(ExportOptions(tuned, tmp_path / "hf"))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == num_known + 100
 

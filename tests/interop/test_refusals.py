@@ -20,6 +20,7 @@ from megatron_tpt.interop.hf_config import from_hf_config, to_hf_config
 from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.hf_import import import_hf
 from megatron_tpt.interop.options import ExportOptions, ImportOptions
+from megatron_tpt.training.checkpoint_files import write_checksums
 
 TOOLS = Path(__file__).parents[2] / "tools"
 CONFIG: dict[str, Any] = {
@@ -248,9 +249,11 @@ def test_other_folders_are_not_exported(imported: Callable[[str], Path], model_f
     recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text())
     recipe["model"]["ffn_hidden_size"] = 90
     (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_checksums(checkpoint)
     assert_refused(lambda: export_hf(ExportOptions(checkpoint, output)), output, "linear_fc1.weight", "another")
     recipe["model"]["qk_norm"] = True
     (checkpoint / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_checksums(checkpoint)
     assert_refused(lambda: export_hf(ExportOptions(checkpoint, output)), output, "q_layernorm")
 
 

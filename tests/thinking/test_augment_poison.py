@@ -29,7 +29,8 @@ def poisoned_lines() -> tuple[list[bytes], Counter[str]]:
     ]
     lines = [json.dumps(row).encode() for row in good]
     bad = {
-        "not JSON": [b'{"text": "cut', b"\x00\x00\x00", b"[" * 100_000],
+        "not JSON": [b'{"text": "cut', b"\x00\x00\x00"],
+        "nested too deeply": [b"[" * 100_000],
         "not UTF-8": [b'{"text": "\xff\xfe"}'],
         "not a JSON object": [b"17"],
         "empty text": [b'{"text": ""}', b'{"text": " \\u00a0\\n"}'],

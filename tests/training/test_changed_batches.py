@@ -19,7 +19,7 @@ from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.training.checkpoint import read_trainer_state
-from megatron_tpt.training.data import build_pretrain_data, prepare_cache, pretrain_identity
+from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.resume import resume_warnings
@@ -223,24 +223,6 @@ def test_other_text_of_the_same_lengths_is_other_data(
     with pytest.raises(AssertionError, match=r"another text of data\.train: .*--data\.allow_change=true"):
         train("run", "--training.num_steps=4", changes=changes)
     assert len(train("run", "--training.num_steps=4", ALLOW, changes=changes)) == 4
-
-
-def test_manifests_without_the_checksum_of_the_text_still_resume(
-    train: Train, recipe: dict, index_prefix: Path, tmp_path: Path
-) -> None:
-    prefix = copy_index(index_prefix, tmp_path / "index/text")
-    manifest = Manifest.read(prefix)
-    raw = {**recipe, "data": {"train": str(prefix)}}
-    with_text = pretrain_identity(recipe_from_dict(PretrainRecipe, raw))(8)
-    changes = {"training": {**recipe["training"], "num_steps": 3}, "data": raw["data"]}
-    train("run", changes=changes)
-    dataclasses.replace(manifest, checksums={"idx": manifest.checksums["idx"]}).write(prefix)
-    without = pretrain_identity(recipe_from_dict(PretrainRecipe, raw))(8)
-    assert with_text.keys() - without.keys() == {"text of data.train"}
-    assert with_text | without == with_text
-    assert len(train("run", "--training.num_steps=4", changes=changes)) == 4
-    manifest.write(prefix)  # and back: the checkpoint of before does not know the text
-    assert len(train("run", "--training.num_steps=5", changes=changes)) == 5
 
 
 def test_a_dry_run_says_where_another_batch_size_continues(

@@ -345,7 +345,7 @@ def test_a_model_that_computes_otherwise_than_init_from_is_warned_of(
 ) -> None:
     overrides = ["--training.num_steps=3", "--model.norm_epsilon=0.01", "--model.rotary_base=500", "--model.init_std=1"]
     for number, run in enumerate(finished):
-        start = run.path.parent / "PretrainRecipe/checkpoints/latest"
+        start = (run.path.parent / "PretrainRecipe/checkpoints/latest").resolve()
         own = [*overrides, f"--run.output_dir={tmp_path / str(number)}", f"--training.init_from={start}"]
         told = outcome(run, own, capsys)
         settings = "model.rotary_base=500.0 (10000.0 there), model.norm_epsilon=0.01 (1e-05 there)"
