@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.comparison import Difference, first_difference
 from megatron_tpt.indexing.inspection_options import InspectOptions
-from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.manifest import Manifest, advice_without_index
 from megatron_tpt.indexing.marks import mark_thinking
 from megatron_tpt.indexing.packed_rows import ends_of_turns, print_row, row_report
 from megatron_tpt.indexing.packing import PackedIndex, PackManifest, is_packed
@@ -35,6 +35,8 @@ def inspect_index(options: InspectOptions) -> bool:
     own tools make, is shown too. Returns False when a comparison found a difference. Raises UserError for a damaged
     index.
     """
+    if not Path(f"{options.prefix}.idx").exists():
+        raise UserError(advice_without_index(options.prefix))
     packed = PackedIndex(options.prefix) if is_packed([options.prefix]) else None
     manifest = packed.manifest if packed is not None else _read_manifest(options.prefix)
     reader = IndexReader(options.prefix)

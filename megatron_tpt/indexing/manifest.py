@@ -101,6 +101,18 @@ class IndexCounts:
     """Where a document may have several."""
 
 
+def advice_without_index(prefix: Path) -> str:
+    """What to do where no index has this prefix: often it is the name of a file."""
+    if prefix.suffix in (".bin", ".idx", ".json") and Path(f"{prefix.with_suffix('')}.idx").is_file():
+        return f"{prefix}: is a file of an index; give the prefix of its files, {prefix.with_suffix('')}"
+    if prefix.is_file():
+        return (
+            f"{prefix}: is a file, not an index; make one of it with tools/index.py --input {prefix} --tokenizer "
+            f"TOKENIZER_DIR --output PREFIX and give PREFIX (examples for fine-tuning go to megatron_tpt.finetune)"
+        )
+    return f"{prefix}.json: no such index; make it with tools/index.py --output {prefix}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of `PREFIX.json`."""
@@ -140,7 +152,7 @@ class Manifest:
         try:
             content = read_json(path)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such index; make it with tools/index.py --output {prefix}") from None
+            raise UserError(advice_without_index(Path(prefix))) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error
         return cls._from_json(path, content)

@@ -16,6 +16,7 @@ from megatron_tpt.indexing.comparison import Difference, first_difference
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.inspection import inspect_index, length_histogram
 from megatron_tpt.indexing.inspection_options import InspectOptions
+from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.writer import HEADER, IndexWriter
@@ -35,6 +36,14 @@ def test_counts_and_verification_are_shown(prefix: Path) -> None:
     assert result.returncode == 0, result.stderr
     for expected in ("2,000", "in 667 documents", "uint16", "verified: sizes"):
         assert expected in result.stdout
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_a_file_of_an_index_and_other_files_are_told_from_a_prefix(prefix: Path, documents: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match=rf"is a file of an index; give the prefix of its files, {prefix}$"):
+        inspect_index(InspectOptions(Path(f"{prefix}{suffix}")))
+    with pytest.raises(UserError, match=r"is a file, not an index; make one of it with tools/index\.py"):
+        Manifest.read(documents)
 
 
 def test_a_document_is_decoded_with_its_thinking_apart(
