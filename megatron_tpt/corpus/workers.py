@@ -86,14 +86,24 @@ def _serve(connection: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     while True:
-        work, task = connection.recv()
+        try:
+            work, task = connection.recv()
+        except (EOFError, ConnectionError):  # the parent has ended
+            os._exit(1)
         try:
             for progress in work(task):
-                connection.send(("progress", progress))
+                _send(connection, ("progress", progress))
         except (UserError, Fault, OSError) as error:
-            connection.send(("error", error))
+            _send(connection, ("error", error))
         else:
-            connection.send(("done", None))
+            _send(connection, ("done", None))
+
+
+def _send(connection: Connection, message: tuple[str, Any]) -> None:
+    try:
+        connection.send(message)
+    except ConnectionError:  # the parent has ended, perhaps killed: nobody is there to be told
+        os._exit(1)
 
 
 def _end_with_parent() -> None:

@@ -1,6 +1,7 @@
 """Tasks over processes: faults come back, and nobody is left behind."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tpt.corpus.workers import Workers
+from megatron_tpt.corpus.workers import Workers, _serve
 from megatron_tpt.errors import Fault, UserError
 
 
@@ -96,3 +97,22 @@ def _wait_for(path: Path) -> int:
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
     return int(path.read_text())
+
+
+def report_without_end(task: str) -> Iterator[int]:
+    while True:
+        yield 1
+
+
+def test_a_worker_whose_parent_no_longer_listens_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    ours.send((report_without_end, ""))
+    assert ours.recv() == ("progress", 1)
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 1
+    assert capfd.readouterr().err == ""
