@@ -338,4 +338,5 @@ def _lost_ranks_told() -> Iterator[None]:
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     """Take the lock of a run folder until `stack` ends. Raises UserError when another job has it."""
     with _written_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # benchmarks, say, have not called `prepare`
         stack.enter_context(run_lock(folder))
