@@ -33,6 +33,7 @@ TOUCH_INTERVAL_S = 10.0
 """Seconds between signs of life."""
 PATIENCE_S = 90.0
 """A holder elsewhere that shows no sign of life for so long is over."""
+_TAKEOVER_S = 30.0  # one takes milliseconds
 
 
 def _read_text(path: str) -> str:
@@ -151,16 +152,23 @@ def _wait_for_life(path: Path, sign: tuple[int, int], patience_s: float) -> bool
 
 
 def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> None:
-    """Remove the lock that was found stale. Another that has come in its place meanwhile is put back."""
-    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    """Remove the lock that was found stale, unless another has come in its place. One process at a time does so: who
+    finds another at it waits until that one is done, or was killed at it."""
+    guard = path.with_name(f"{path.name}.takeover")
     try:
-        os.rename(path, aside)
-    except FileNotFoundError:  # another process was faster
+        os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        deadline = time.monotonic() + _TAKEOVER_S
+        while guard.exists():
+            if time.monotonic() > deadline:
+                guard.unlink(missing_ok=True)
+            time.sleep(0.05)
         return
-    if _read(aside) != (holder, sign):
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
-    aside.unlink()
+    try:
+        if _read(path) == (holder, sign):
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
