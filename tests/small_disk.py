@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A file system of so many bytes at `folder`."""
+    """A file system of limited size at `folder`."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:

@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def fails_then_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Calls a tool whose output goes to disk/, a file system of so many bytes that grows after the first time."""
+    """Calls a tool whose output goes to disk/, a file system of limited size that grows after the first time."""
     monkeypatch.chdir(tmp_path)
 
     def run(tool: str, *arguments: str, num_bytes: int) -> None:

@@ -137,19 +137,20 @@ def is_default(section: Any, name: str) -> bool:
     return getattr(section, name) == default
 
 
+def _rules_of(recipe: Recipe) -> list[_Rule]:
+    return [*_RULES, *(_PRETRAIN_RULES if isinstance(recipe, PretrainRecipe) else ())]
+
+
 def has_effect(recipe: Recipe, section: str, name: str) -> bool:
     """Whether a field can have an effect in this recipe, given the others."""
-    rules = [*_RULES, *(_PRETRAIN_RULES if isinstance(recipe, PretrainRecipe) else ())]
-    return all(rule.applies(recipe) for rule in rules if rule.section == section and name in rule.fields)
+    return all(rule.applies(recipe) for rule in _rules_of(recipe) if rule.section == section and name in rule.fields)
 
 
 def without_effect(recipe: Recipe, *, all_packed: bool = False) -> Iterator[str]:
     """A line for every setting that is given and has no effect in this recipe. `all_packed`: whether all that a
     fine-tuning run reads is packed."""
-    rules = list(_RULES)
-    if isinstance(recipe, PretrainRecipe):
-        rules += _PRETRAIN_RULES
-    elif isinstance(recipe, FinetuneRecipe) and all_packed:
+    rules = _rules_of(recipe)
+    if isinstance(recipe, FinetuneRecipe) and all_packed:
         rules.append(_PACKED_RULE)
     for rule in rules:
         section = getattr(recipe, rule.section)

@@ -376,7 +376,7 @@ class TrainingConfig:
     validation_steps: int | Literal["all"] = 8
     """Global batches per validation and set, the same every time; or all: every sample of a set exactly once."""
     manual_gc_interval: int = 0
-    """Collect Python garbage every so many steps on all ranks at once instead of whenever; 0 leaves it to Python."""
+    """Steps between collections of Python garbage, on all ranks at once; 0 leaves them to Python."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
@@ -516,7 +516,7 @@ class FaultsConfig:
     """Steps between comparisons of the weights of all ranks that hold a copy of them, by checksums; where they differ
     the run ends with code 1 and names the ranks. 0: never."""
     rerun: Literal["off", "diagnose", "recover"] = "diagnose"
-    """Compute a bad step once more on the same batch, and say whether the result was the same (the data or the
+    """Recompute a bad step on the same batch, and say whether the result was the same (the data or the
     software) or another (the hardware of a rank); with recover a second result that is good is taken, and training goes
     on. Not under training.fp8=delayed, whose scales the first time has changed."""
 

@@ -43,7 +43,7 @@ from megatron_tpt.job_settings import (
     write_settings,
 )
 from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
-from megatron_tpt.records.inventory import FOLDER, Entry, Inventory, size_of, write_inventory
+from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
 from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
@@ -101,7 +101,7 @@ def _has_damaged_files(output: Path) -> bool:
 
 def _forget_report(output: Path) -> None:
     """Make a job one that has not finished."""
-    for path in (output / "report.md", Report.path(output), output / FOLDER / f"{_WRITER}.jsonl"):
+    for path in (output / "report.md", Report.path(output), inventory_path(output, _WRITER)):
         path.unlink(missing_ok=True)
 
 
@@ -173,7 +173,7 @@ def _over_sources(
 def _batches(
     tasks: Sequence[SourceTask], num_bytes: Sequence[int], max_bytes: float, max_tasks: int
 ) -> list[SourceTasks]:
-    """The tasks in order, so many small ones together that they come to `max_bytes` (`num_bytes` by source)."""
+    """The tasks in order, small ones in batches of at most `max_bytes` (`num_bytes` is by source)."""
     batches: list[list[SourceTask]] = []
     size = 0.0
     for task in tasks:

@@ -98,7 +98,7 @@ class Grader:
         assert self._sandbox is not None
         code = extract.last_code_block(text)
         if code is None and (self._rules.reading.first or prefix):
-            code = text.partition("```")[0]  # a base model goes on where the prompt ends
+            code = text.partition("```")[0]  # a base model continues where the prompt ends
         if code is None or not code.strip():
             return Grade(False, reason="no answer")
         result = self._sandbox.run(_program(prefix, code), tests)

@@ -186,6 +186,6 @@ def _own_part(folder: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is not the name of a file or folder in it")
     path = folder / name
-    if folder.resolve() not in path.resolve().parents:
+    if real_path(folder) not in real_path(path).parents:
         raise ValueError(f"{name!r} is a link out of it")
     return path

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import append_line, atomic_write, file_checksum
 from megatron_tpt.names import shown
+from megatron_tpt.records.folders import REJECTS
 
 FOLDER = ".inventory"
 
@@ -85,13 +86,18 @@ class Inventory:
             if before is None and entry.bytes is None:
                 continue
             entry = Entry(name, entry.bytes, entry.checksum, before.revision + 1 if before is not None else 0)
-            append_line(self.folder / FOLDER / f"{writer}.jsonl", json.dumps(asdict(entry)).encode())
+            append_line(inventory_path(self.folder, writer), json.dumps(asdict(entry)).encode())
             self.entries[name] = entry
+
+
+def inventory_path(folder: Path, writer: str) -> Path:
+    """Where `writer` records what it finishes in `folder`."""
+    return folder / FOLDER / f"{writer}.jsonl"
 
 
 def write_inventory(folder: Path, writer: str, entries: Iterable[Mapping[str, object]]) -> None:
     """Record files in place of all that `writer` recorded before; an entry as `asdict` gives it."""
-    with atomic_write(folder / FOLDER / f"{writer}.jsonl") as temporary, temporary.open("wb") as file:
+    with atomic_write(inventory_path(folder, writer)) as temporary, temporary.open("wb") as file:
         file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
@@ -156,7 +162,7 @@ class Inventories:
     def _inventory_of(self, file: Path) -> tuple[Inventory, str]:
         """The inventory that may know a file, which may be one of its folder's rejects, and the name there."""
         own = self._of(file.parent)
-        above = self._of(file.parent.parent) if not own.entries and file.parent.name == "rejects" else own
+        above = self._of(file.parent.parent) if not own.entries and file.parent.name == REJECTS else own
         return above, str(file.relative_to(above.folder))
 
     def _of(self, folder: Path) -> Inventory:

@@ -70,7 +70,7 @@ def _unpack(
     file: IO[bytes], num_bytes: int, new_frame: Callable[[], Any], damage: type[Exception], *limit: int
 ) -> Iterator[bytes]:
     """Unpack the frames (gzip: members; bz2, xz: streams) that follow each other in a file; those that take a `limit`
-    by so many bytes at a time."""
+    give at most this many bytes at a time."""
     frame, num_frames = None, 0
     while packed := file.read(num_bytes):
         while packed := packed if frame else packed.lstrip(b"\0"):  # tapes and block devices pad with zeros

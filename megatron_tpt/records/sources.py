@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
-from megatron_tpt.files import file_checksum
+from megatron_tpt.files import file_checksum, real_path
 from megatron_tpt.names import require_usable, shown
 from megatron_tpt.records.folders import LOOP, REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
@@ -124,8 +124,8 @@ class _FileSources:
     def _source(self, path: Path) -> Source:
         try:
             num_bytes = path.stat().st_size
-            real_path = self._real_path(path)
-            checksum = self.inventories.check(real_path)
+            without_links = self._real_path(path)
+            checksum = self.inventories.check(without_links)
             is_empty = num_bytes == 0 and not _first_byte(path)
         except OSError as error:
             raise failure(f"{shown(path)}: cannot be read ({error.strerror})", error) from error
@@ -133,14 +133,14 @@ class _FileSources:
             raise UserError(
                 f"{shown(path)}: has no bytes, as files do after a disk was full; remove it, or make or fetch it again"
             )
-        return Source(str(path), num_bytes, path, checksum=checksum, real_path=real_path)
+        return Source(str(path), num_bytes, path, checksum=checksum, real_path=without_links)
 
     def _real_path(self, path: Path) -> Path:
         if path.is_symlink():
-            return path.resolve()
+            return real_path(path)
         folder = path.parent
         if folder not in self._real_folders:
-            self._real_folders[folder] = folder.resolve()
+            self._real_folders[folder] = real_path(folder)
         return self._real_folders[folder] / path.name
 
 

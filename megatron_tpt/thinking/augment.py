@@ -135,7 +135,7 @@ def conclude(options: AugmentOptions) -> None:
 
 
 def _within_file_limit(options: EngineOptions) -> EngineOptions:
-    """With fewer requests at once where this process may not open so many connections and journals."""
+    """With fewer concurrent requests where the limit of open files does not allow their connections and journals."""
     if options.kind != "endpoint":
         return options
     wanted = options.max_num_seqs or DEFAULT_MAX_IN_FLIGHT

@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_symlink, atomic_write
+from megatron_tpt.files import atomic_symlink, atomic_write, real_path
 from megatron_tpt.json_data import read_json
 
 CHECKSUMS = "checksums.json"
@@ -166,7 +166,7 @@ def checkpoint_named(path: Path) -> Path:
     newest = there[-1]
     if _is_copied(path) and _has_same_sums(newest, path) and damage_of_files(newest):
         return path  # of two copies the whole one
-    if newest != path and not (path.is_symlink() and path.resolve() == newest.resolve()):
+    if newest != path and not (path.is_symlink() and real_path(path) == real_path(newest)):
         print(f"WARNING: {path} is no link to the newest checkpoint: {newest} is taken", flush=True)
     return newest
 
@@ -226,7 +226,7 @@ def _require_no_other_place(checkpoints: Path) -> None:
     latest = checkpoints / LATEST
     if latest.is_symlink() and (latest / CHECKSUMS).exists():
         raise UserError(
-            f"{latest} leads to {latest.resolve()}, and there is no checkpoint in {checkpoints}: copy that folder "
+            f"{latest} leads to {real_path(latest)}, and there is no checkpoint in {checkpoints}: copy that folder "
             f"there under its own name (step_...) to resume from it, or remove {latest} to begin at step 0"
         )
 

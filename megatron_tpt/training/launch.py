@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import dataclasses
-import errno
 import glob
 import math
 import multiprocessing
@@ -15,7 +14,7 @@ from pathlib import Path
 from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.load import Arguments, check, read_yaml
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
-from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.errors import Fault, UserError, is_of_full_disk
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
 from megatron_tpt.indexing.packing import PackManifest, is_packed
 from megatron_tpt.training.blend import blends, describe_data, with_data_of_run
@@ -214,7 +213,7 @@ def _written_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the program says that the disk is full
+        if is_of_full_disk(error):  # the program says that the disk is full
             raise
         raise UserError(
             f"run.output_dir={folder}: nothing can be written there ({error.strerror}): give another folder"

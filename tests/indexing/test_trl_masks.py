@@ -231,7 +231,7 @@ def test_the_shapes_write_what_the_published_templates_do(shape: str, tokenizer:
 def test_the_same_tokens_are_learned_as_in_trl(
     shape: str, chat: str, tokenizer: Tokenizer, learned_by_trl: Callable[..., Labels], tmp_path: Path
 ) -> None:
-    """Every token and every place is equal, but for what a template shows otherwise once the chat goes on (thinking):
+    """Every token and every place is equal, but for what a template shows otherwise once the chat continues (thinking):
     TRL learns the one text of the whole chat, without the earlier thinking; here each such turn is a text of its own,
     which is TRL's text of the chat up to that turn, with a loss on that turn alone. Where a prompt opens the thinking,
     it is learned here and not there."""
