@@ -9,12 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy import stats
+
 from megatron_tpt.errors import UserError
 from megatron_tpt.json_data import read_json
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_NORMAL_95 = 1.960
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,13 @@ def summarize(points: Iterable[Point]) -> list[Summary]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of two or more values between 0 and 1, cut to that range."""
+    """Student's 95 % interval of the mean of two or more values between 0 and 1, clipped to that range."""
     mean = statistics.fmean(values)
-    quantile = _T_95[len(values) - 2] if len(values) - 2 < len(_T_95) else _NORMAL_95
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `num_trials` (E. B. Wilson 1927)."""
-    z2 = _NORMAL_95**2
-    centre = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
-    half = _NORMAL_95 / (1 + z2 / num_trials) * math.sqrt(share * (1 - share) / num_trials + z2 / (4 * num_trials**2))
-    # At a share of 0 or 1 the end is the share itself, but for rounding.
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+    interval = stats.binomtest(round(share * num_trials), num_trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

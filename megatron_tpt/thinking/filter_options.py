@@ -33,9 +33,6 @@ Script = Literal[
 ]
 """Scripts by the first word of their characters' Unicode names; "cjk" is Han and the Japanese kana together."""
 
-Language = Literal["de", "en", "es", "fr", "it", "nl", "pl", "pt", "tr", "vi"]
-"""Languages told apart by their function words, all in Latin script."""
-
 
 @dataclass(frozen=True)
 class FilterOptions:
@@ -59,9 +56,9 @@ class FilterOptions:
     goes on in another language half-way; 1 switches it off. A quoted word or name stays far below."""
     scripts: list[Script] = field(default_factory=list)
     """The scripts that are allowed; when none is given Latin and those that hold 5 % of the document's letters."""
-    languages: list[Language] = field(default_factory=list)
-    """Reject as "wrong_language" a thought in Latin script whose function words are mostly of another language that can
-    be named here; too few of them prove nothing. Not looked at when none is given."""
+    languages: list[str] = field(default_factory=list)
+    """Reject as "wrong_language" a thought that is in none of these languages (codes of ISO 639-1, as `en de`), as far
+    as py3langid is sure: too few words prove nothing. Any language when none is given."""
     max_refusal_words: int = 100
     """Reject as "refusal" up to so many words when it begins by declining to do the task; longer ones went on to think.
     0 switches it off."""
@@ -78,3 +75,12 @@ class FilterOptions:
                 raise UserError(
                     f"--filters.{name.replace('_', '-')} {getattr(self, name)}: give a share from 0 to 1 (off)"
                 )
+        if self.languages:
+            self._check_languages()
+
+    def _check_languages(self) -> None:
+        from megatron_tpt.thinking.languages import known_languages
+
+        known = known_languages()
+        if unknown := [code for code in self.languages if code not in known]:
+            raise UserError(f"--filters.languages {unknown[0]}: is none of {' '.join(known)}")

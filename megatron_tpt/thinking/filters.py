@@ -14,6 +14,7 @@ from itertools import compress, count, islice
 from typing import Any
 
 from megatron_tpt.thinking.filter_options import FilterOptions
+from megatron_tpt.thinking.languages import language
 
 REASONS = ("too_short", "refusal", "wrong_script", "wrong_language", "loop", "copy")
 """Why `judge` rejects."""
@@ -21,7 +22,6 @@ REASONS = ("too_short", "refusal", "wrong_script", "wrong_language", "loop", "co
 _NGRAM = 8
 _LOOP_SHARE = 0.9
 _DOCUMENT_SCRIPT_SHARE = 0.05
-_MIN_FUNCTION_WORDS = 8
 
 # Thai and Lao, Burmese, Khmer, kana, Han: written without spaces.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -52,19 +52,6 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 
-# Common function words that none of the other languages has.
-_FUNCTION_WORDS = {
-    "de": "der das und ist nicht ein eine zu den von mit sich auf auch werden dem wird oder wenn aber wir dass für",
-    "en": "the and that this it with for are which not by from have if then they would there to be you can has",
-    "es": "el los las y pero más esto cuando entonces muy hay también donde puede tiene según así",
-    "fr": "les et est une pour dans qui sur pas avec ce cette sont mais nous donc par je elle aux vous être",
-    "it": "gli è che di della sono questo questa più anche quindi perché nel alla delle dei nella degli dal",
-    "nl": "het een van dat op niet met voor zijn aan ook maar dan deze wordt bij naar wij dus",
-    "pl": "się nie jest że jak ale przez oraz jeśli który która czy więc są dla tak być tym jako",
-    "pt": "os é um uma não em dos isso são também então ao pelo seu sua você às com",
-    "tr": "ve bir bu için ile çok daha olarak gibi ancak ama sonra kadar değil olan şu göre",
-    "vi": "là và của có không được cho một các những trong với này để khi thì người cũng như nếu từ",
-}
 # Without their last full stop, as alternatives of a regular expression.
 _ABBREVIATIONS = (
     "a.k.a|al|approx|ca|cf|ch|dept|dr|e.g|eds|eq|eqs|fig|figs|i.e|inc|jr|lem|ltd|mr|mrs|ms|nos|pp|prof|prop|resp|sec|"
@@ -199,20 +186,6 @@ def _foreign_share(document: str, thinking: str, options: FilterOptions) -> floa
         own = script_letters(document)
         allowed = {"latin"} | {script for script in own if own[script] >= _DOCUMENT_SCRIPT_SHARE * own.total()}
     return sum(letters[script] for script in letters.keys() - allowed) / (letters.total() or 1)
-
-
-def language(text: str) -> str | None:
-    """The language in Latin script whose function words are the most, or None when there are too few, or too few more
-    than of the next language, to tell. A rough guess, good for whole paragraphs only."""
-    counts = Counter(_LETTERS.findall(text.lower()))
-    hits = Counter({code: sum(counts[word] for word in words) for code, words in _function_words().items()})
-    (best, most), (_, second) = hits.most_common(2)
-    return best if most >= _MIN_FUNCTION_WORDS and most >= 1.5 * second else None
-
-
-@cache
-def _function_words() -> dict[str, frozenset[str]]:
-    return {code: frozenset(words.split()) for code, words in _FUNCTION_WORDS.items()}
 
 
 def cut_to_sentence(text: str) -> str:

@@ -1,6 +1,5 @@
 import json
 import random
-from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -8,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.thinking import filters
 from megatron_tpt.thinking.filter_options import FilterOptions
-from megatron_tpt.thinking.filters import cut_to_sentence, is_refusal, judge, language, script_letters
+from megatron_tpt.thinking.filters import cut_to_sentence, is_refusal, judge, script_letters
+from megatron_tpt.thinking.languages import language
 
 DEFAULTS = FilterOptions()
 DOCUMENT = """Copper conducts heat better than iron does. Its electrons are freer to move, and they carry the energy
@@ -144,7 +143,7 @@ def test_scripts_are_told_by_their_letters():
     assert script_letters("слово λόγος कमल 한글") == {"cyrillic": 5, "greek": 5, "devanagari": 3, "hangul": 2}
 
 
-def test_function_words_tell_the_language_of_whole_paragraphs():
+def test_the_language_of_whole_paragraphs_is_told():
     assert language(THOUGHT) == "en"
     assert language(GERMAN) == "de"
     assert language("3 + 4 = 7") is None
@@ -154,9 +153,9 @@ def test_function_words_tell_the_language_of_whole_paragraphs():
     assert judge(DOCUMENT, prose(30), FilterOptions(languages=["en"])) is None
 
 
-def test_no_function_word_belongs_to_two_languages():
-    words = Counter(word for words in filters._FUNCTION_WORDS.values() for word in set(words.split()))
-    assert not [word for word, count in words.items() if count > 1]
+def test_a_language_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match=r"--filters\.languages english: is none of .* en "):
+        FilterOptions(languages=["en", "english"])
 
 
 def test_the_document_again_is_a_copy():
