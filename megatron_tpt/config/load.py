@@ -24,7 +24,7 @@ from megatron_tpt.config.sources import spell_out_sources
 from megatron_tpt.config.suggestions import suggest
 from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.presets import PRESETS
+from megatron_tpt.models.gpt.presets import PRESETS
 from megatron_tpt.training.checkpoint_files import checkpoint_named
 
 USAGE = (

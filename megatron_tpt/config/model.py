@@ -12,7 +12,7 @@ class ModelConfig:
     """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
 
     preset: str | None = None
-    """Name of a size preset (see megatron_tpt/models/presets.py) that fills in every field not given."""
+    """Name of a size preset (see megatron_tpt/models/gpt/presets.py) that fills in every field not given."""
     num_layers: int = 2
     """Transformer blocks."""
     hidden_size: int = 64

@@ -19,10 +19,10 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory, real_path
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
-from megatron_tpt.interop.hf_config import to_hf_config
-from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
+from megatron_tpt.models.gpt.hf_config import to_hf_config
+from megatron_tpt.models.gpt.mapping import places
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,

@@ -23,13 +23,13 @@ from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
-from megatron_tpt.interop.hf_config import from_hf_config
 from megatron_tpt.interop.hf_export import refuse_existing
-from megatron_tpt.interop.hf_fields import describe_kept
-from megatron_tpt.interop.hf_rope import describe_rope
-from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.json_data import read_json
+from megatron_tpt.models.gpt.hf_config import from_hf_config
+from megatron_tpt.models.gpt.hf_fields import describe_kept
+from megatron_tpt.models.gpt.hf_rope import describe_rope
+from megatron_tpt.models.gpt.mapping import places
 from megatron_tpt.training.checkpoint_files import write_checksums
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History, json_bytes
 

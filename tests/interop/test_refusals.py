@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.interop.hf_config import from_hf_config, to_hf_config
 from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.hf_import import import_hf
 from megatron_tpt.interop.options import ExportOptions, ImportOptions
+from megatron_tpt.models.gpt.hf_config import from_hf_config, to_hf_config
 from megatron_tpt.training.checkpoint_files import write_checksums
 
 TOOLS = Path(__file__).parents[2] / "tools"

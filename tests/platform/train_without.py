@@ -30,7 +30,7 @@ from megatron_tpt.config.recipe import (  # noqa: E402
     RunConfig,
     TrainingConfig,
 )
-from megatron_tpt.models.gpt import build_chunks  # noqa: E402
+from megatron_tpt.models.gpt.build import build_chunks  # noqa: E402
 from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402

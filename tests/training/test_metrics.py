@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.training.metrics import (
     LossSums,
     device_peak_tflops,

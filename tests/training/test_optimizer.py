@@ -19,7 +19,7 @@ from megatron_tpt.config.recipe import (
     TrainingConfig,
 )
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.models.gpt.build import build_chunks
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
 
 

@@ -31,7 +31,7 @@ from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.outcome import next_steps

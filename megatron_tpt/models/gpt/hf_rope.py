@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.rope import yarn_mscale
+from megatron_tpt.models.gpt.rope import yarn_mscale
 
 _NEEDED = {
     "default": (),

@@ -5,8 +5,8 @@ from typing import Any
 
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.interop.hf_fields import kept_fields, refuse_unsupported
-from megatron_tpt.interop.hf_rope import read_rope, write_rope
+from megatron_tpt.models.gpt.hf_fields import kept_fields, refuse_unsupported
+from megatron_tpt.models.gpt.hf_rope import read_rope, write_rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}

@@ -13,6 +13,7 @@ from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.models.gpt.rope import rotary_attention_factor, rotary_frequencies
 from megatron_tpt.models.precision import (
     fp8_settings,
     fuses_gradient_accumulation,
@@ -20,7 +21,6 @@ from megatron_tpt.models.precision import (
     require_active,
     unrounded_values,
 )
-from megatron_tpt.models.rope import rotary_attention_factor, rotary_frequencies
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
