@@ -3,14 +3,19 @@
 What is asked for and cannot be active on this machine is an error: a run is never slower or coarser than it says.
 """
 
+import importlib.metadata
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_tpt.config.recipe import TrainingConfig
 from megatron_tpt.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TE_CHECKS = {
     "delayed": "is_fp8_available",
     "tensorwise": "is_fp8_available",
@@ -84,3 +89,16 @@ def fuses_gradient_accumulation() -> bool:
     """Whether weight gradients are added up inside their matrix products: on a GPU with apex's extension, which
     Megatron Core's output layer needs (tensor_parallel/layers.py:1070)."""
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def describe_kernels(config: "TransformerConfig") -> str:
+    """One line on what a model runs through, for the log."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    kernels = "Megatron Core's own kernels"
+    if config.transformer_impl == "transformer_engine":
+        kernels = f"Transformer Engine {importlib.metadata.version('transformer-engine')}"
+    precision = "bf16" if config.bf16 else "fp32"
+    if config.fp8:
+        precision += f" with {config.fp8_recipe} FP8 ({config.fp8})"
+    fusion = "fused" if config.gradient_accumulation_fusion else "not fused (apex is not there)"
+    return f"{device}: {kernels}, {precision}, gradient accumulation {fusion}"

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from megatron_tpt import platform
 from megatron_tpt.config.recipe import OptimizerConfig, Recipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt.build import TORCH_DTYPES
+from megatron_tpt.models.precision import TORCH_DTYPES
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

@@ -22,7 +22,6 @@ if left_out != "nothing":
 import torch  # noqa: E402
 
 from megatron_tpt import platform  # noqa: E402
-from megatron_tpt.config.model import ModelConfig  # noqa: E402
 from megatron_tpt.config.recipe import (  # noqa: E402
     OptimizerConfig,
     ParallelConfig,
@@ -30,7 +29,8 @@ from megatron_tpt.config.recipe import (  # noqa: E402
     RunConfig,
     TrainingConfig,
 )
-from megatron_tpt.models.gpt.build import build_chunks  # noqa: E402
+from megatron_tpt.models.gpt.config import GPTConfig  # noqa: E402
+from megatron_tpt.models.spec import build_chunks  # noqa: E402
 from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
@@ -57,7 +57,7 @@ def main() -> None:
     world_size = platform.world_size_from_environment()
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=folder),
-        model=ModelConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
+        model=GPTConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
         parallel=ParallelConfig(
             pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out == "patch_fsdp" else "none"
         ),

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.gpt.hf_fields import kept_fields, refuse_unsupported
 from megatron_tpt.models.gpt.hf_rope import read_rope, write_rope
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -20,7 +19,7 @@ _SHAPE_FIELDS = (
 )
 
 
-def architecture_of(model: ModelConfig) -> str:
+def architecture_of(model: GPTConfig) -> str:
     """The Hugging Face class that computes the same. Raises UserError when there is none."""
     biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
     # By norms on query and key heads, and the biases on their projections, behind attention, in the network.
@@ -57,7 +56,7 @@ def architecture_of(model: ModelConfig) -> str:
 
 
 def to_hf_config(
-    model: ModelConfig, *, dtype: str, token_ids: dict[str, Any], original: dict[str, Any] | None = None
+    model: GPTConfig, *, dtype: str, token_ids: dict[str, Any], original: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The content of config.json, in the form that transformers 4 and 5 and vLLM all read.
 
@@ -68,7 +67,7 @@ def to_hf_config(
     architecture = architecture_of(model)
     config = {
         "architectures": [architecture],
-        "model_type": _MODEL_TYPES[architecture],
+        "model_type": MODEL_TYPES[architecture],
         "torch_dtype": dtype,
         "dtype": dtype,
         "vocab_size": model.vocab_size,
@@ -96,22 +95,17 @@ def to_hf_config(
 
 
 def _architecture_in(config: dict[str, Any], source: Path) -> str:
-    architectures = config.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        raise UserError(
-            f"{source}: architectures {architectures} are not supported: use a model of {', '.join(ARCHITECTURES)}"
-        )
-    architecture: str = architectures[0]
-    if config.get("model_type", _MODEL_TYPES[architecture]) != _MODEL_TYPES[architecture]:
+    architecture: str = config["architectures"][0]
+    if config.get("model_type", MODEL_TYPES[architecture]) != MODEL_TYPES[architecture]:
         raise UserError(
             f"{source}: model_type={config['model_type']!r} is not that of {architecture} "
-            f"({_MODEL_TYPES[architecture]!r}), and transformers goes by model_type: correct one of them"
+            f"({MODEL_TYPES[architecture]!r}), and transformers goes by model_type: correct one of them"
         )
     return architecture
 
 
 def _biases(config: dict[str, Any], architecture: str, source: Path) -> dict[str, Any]:
-    """The fields of ModelConfig for the biases of a config.json."""
+    """The fields of GPTConfig for the biases of a config.json."""
     attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if mlp and architecture != "LlamaForCausalLM":
         raise UserError(f"{source}: mlp_bias=True is not supported: {architecture} has no such biases")
@@ -130,7 +124,7 @@ def _query_groups(config: dict[str, Any], architecture: str) -> int:
     return config.get("num_key_value_heads", default) or config["num_attention_heads"]
 
 
-def from_hf_config(config: dict[str, Any], source: Path) -> ModelConfig:
+def from_hf_config(config: dict[str, Any], source: Path) -> GPTConfig:
     """Our description of the model of a config.json, which `source` names in messages.
 
     Raises UserError when the model needs something that our models lack.
@@ -139,9 +133,9 @@ def from_hf_config(config: dict[str, Any], source: Path) -> ModelConfig:
     missing = [name for name in _SHAPE_FIELDS if config.get(name) is None]
     if missing:
         raise UserError(f"{source}: {', '.join(missing)} missing: this is no complete config.json")
-    refuse_unsupported({"model_type": _MODEL_TYPES[architecture], **config}, source)
+    refuse_unsupported({"model_type": MODEL_TYPES[architecture], **config}, source)
     epsilon, init_std = config.get("rms_norm_eps"), config.get("initializer_range")
-    return ModelConfig(
+    return GPTConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
