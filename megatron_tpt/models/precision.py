@@ -46,7 +46,7 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
 
 def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine has them beside
-    the parameters until the optimizer makes its main weights from them (distrib_optimizer.py:428). Who sets such
+    the parameters until the optimizer makes its main weights from them. Who sets such
     parameters must set both."""
     parameters = dict(model.named_parameters())
     return {
@@ -87,7 +87,7 @@ def require_active(training: TrainingConfig, *, transformer_engine: bool) -> Non
 
 def fuses_gradient_accumulation() -> bool:
     """Whether weight gradients are added up inside their matrix products: on a GPU with apex's extension, which
-    Megatron Core's output layer needs (tensor_parallel/layers.py:1070)."""
+    Megatron Core's output layer needs."""
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

@@ -20,6 +20,7 @@ from megatron_tpt.models.precision import (
     recompute_settings,
     require_active,
 )
+from megatron_tpt.platform.megatron_core import set_rotary_attention_factor
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -35,9 +36,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm as Megatron Core builds norms, with sequence parallelism.
 
-    Megatron Core's own wrapper of it refuses sequence parallelism (megatron/core/transformer/torch_norm.py:50). What is
-    needed is only the mark on the weight: under sequence parallelism each rank sees a part of the positions, and
-    `finalize_model_grads` adds up the gradients of marked weights over the tensor-parallel group.
+    Megatron Core's own wrapper of it refuses sequence parallelism. What is needed is only the mark on the weight:
+    under sequence parallelism each rank sees a part of the positions, and `finalize_model_grads` adds up the
+    gradients of marked weights over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -140,7 +141,7 @@ def core_settings(
 
 def _with_biases(layer: ModuleSpec, model: GPTConfig) -> ModuleSpec:
     """The attention's projections with the biases of `model`: TransformerConfig.add_bias_linear is one switch for them
-    and for the feed-forward network (transformer/attention.py:418 and :1687)."""
+    and for the feed-forward network."""
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv = _building(attention.linear_qkv, bias=model.qkv_bias)
     attention.linear_proj = _building(attention.linear_proj, bias=model.attention_output_bias)
@@ -170,11 +171,10 @@ def _block_spec(
 
 def _set_rotary_scaling(gpt: GPTModel, model: GPTConfig) -> None:
     """Give a new model its frequencies and its factor on cosines and sines. Megatron Core has Llama 3's change for one
-    original context alone, and keeps yarn's factor in every layer's attention (transformer/attention.py:326)."""
+    original context alone, and keeps yarn's factor in every layer's attention."""
     gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for layer in gpt.decoder.layers:
-        assert hasattr(layer.self_attention, "_yarn_concentration_factor")
-        layer.self_attention._yarn_concentration_factor = rotary_attention_factor(model)
+        set_rotary_attention_factor(layer.self_attention, rotary_attention_factor(model))
 
 
 def build_model(
