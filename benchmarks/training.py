@@ -163,7 +163,8 @@ def measure_speed(options: BenchmarkOptions, model: dict, folder: Path) -> dict[
     """Tokens/s, TFLOP/s, MFU and peak memory of every variant."""
     import torch
 
-    from megatron_tpt.training.metrics import device_peak_tflops, model_flops_per_token
+    from megatron_tpt.models.sizes import model_flops_per_token
+    from megatron_tpt.training.metrics import device_peak_tflops
 
     length = 64 if options.tiny else 8192
     training = {"sequence_length": length, "recompute": "selective", "recompute_modules": ["mlp"]}

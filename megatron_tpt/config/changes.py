@@ -5,9 +5,9 @@ The table has an entry for every field of every section. `training/resume.py` ac
 
 import dataclasses
 from collections.abc import Iterator
-from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any
 
+from megatron_tpt.config.change_effects import Effect, Entries
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
@@ -30,62 +30,22 @@ from megatron_tpt.config.recipe import (
     TrainingConfig,
 )
 
-
-class Effect(Enum):
-    """What becomes of a value that is not the checkpoint's: a name, and what it means."""
-
-    FREE = "takes effect", "the new value holds from the first step on; nothing is said"
-    WARNED = "warns", "the new value takes effect, with a warning that names it and the checkpoint's"
-    NONE = "warns: no effect", "the weights are the checkpoint's: a value that is given is warned of"
-    REFUSED = "refused", "the error says the checkpoint's value; model fields are compared by the shapes they make"
-    ALLOWED = (
-        "allow_change",
-        "refused; with `data.allow_change` the run continues at the samples consumed, with a warning",
-    )
-    CONTENT = (
-        "by content",
-        "compared by the samples it makes: refused where those read so far would be others, a warning with "
-        "`data.allow_change`",
-    )
-    TOKENIZER = "by content of the tokenizer", "refused where it is another one (`training.allow_other_tokenizer`)"
-    LAYOUT = (
-        "takes effect, or refused",
-        "refused for checkpoints with `checkpoint.optimizer_sharding: dp_reshardable`, takes effect for the others",
-    )
-    PRECISION = "warns, or refused", "warns; refused without `parallel.distributed_optimizer`"
-
-    @property
-    def label(self) -> str:
-        """Its name in the documentation."""
-        return self.value[0]
-
-    @property
-    def meaning(self) -> str:
-        """What it means, in words."""
-        return self.value[1]
-
-
-_Entries = dict[tuple[Effect, Effect], str]
 _FREE, _WARNED, _NONE, _REFUSED = Effect.FREE, Effect.WARNED, Effect.NONE, Effect.REFUSED
 _ALLOWED, _CONTENT = Effect.ALLOWED, Effect.CONTENT
 
 # By section: (on resume, from training.init_from) -> fields. A run that starts from a checkpoint takes its weights and
-# nothing else: there only fields of the model can contradict them.
-_TABLE: dict[type, _Entries] = {
+# nothing else: there only fields of the model can contradict them. A model family has the entries of its own fields.
+_TABLE: dict[type, Entries] = {
     RunConfig: {
         (_REFUSED, _FREE): "seed",
         (_FREE, _FREE): "output_dir threads_per_process distributed_timeout_s time_limit_min time_limit_margin_min "
         "first_step_timeout_s hang_timeout_s",
     },
     ModelConfig: {
-        (_REFUSED, _REFUSED): "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim "
-        "tie_embeddings qkv_bias attention_output_bias mlp_bias qk_norm",
+        (_REFUSED, _REFUSED): "family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
+        "head_dim tie_embeddings",
         # Rows of the embedding are added for tokens that the checkpoint lacks (training.new_token_rows).
         (_REFUSED, _FREE): "vocab_size vocab_padding_multiple",
-        (_WARNED, _WARNED): "rotary_base rope_scaling_factor rope_scaling_type rope_original_context "
-        "rope_low_freq_factor rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor "
-        "norm_epsilon",
-        (_WARNED, _FREE): "hidden_dropout attention_dropout",
         (_NONE, _NONE): "init_std",
         (_FREE, _FREE): "preset max_position_embeddings transformer_impl",
     },
@@ -144,7 +104,7 @@ def effects_of(cls: type, name: str) -> tuple[Effect, Effect]:
     """What another value of the field `name` of a section does: on resume, and from training.init_from. Raises KeyError
     for a field without an entry."""
     for base in cls.__mro__:
-        for effects, names in _TABLE.get(base, {}).items():
+        for effects, names in (_TABLE.get(base) or vars(base).get("effects", {})).items():
             if name in names.split():
                 return effects
     raise KeyError(f"{cls.__name__}.{name} has no entry in the table of {__name__}")
@@ -204,10 +164,10 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     `saved` is the content of a checkpoint's recipe.yaml; a field that it lacks, as in earlier versions, has its default
     there. Fields of no consequence in this recipe are omitted.
     """
-    defaults = to_dict(type(recipe)())
-    for section, cls in get_type_hints(type(recipe)).items():
-        here, there = to_dict(getattr(recipe, section)), defaults[section] | (saved.get(section) or {})
-        meant = (_resolved(here), _resolved(there)) if cls is ModelConfig else (here, there)
+    for section in (field.name for field in dataclasses.fields(recipe)):
+        cls = type(getattr(recipe, section))
+        here, there = to_dict(getattr(recipe, section)), to_dict(cls()) | (saved.get(section) or {})
+        meant = (_resolved(here), _resolved(there)) if issubclass(cls, ModelConfig) else (here, there)
         for name in (field.name for field in dataclasses.fields(cls)):
             if name == "batch_size_ramp":
                 there[name] = [to_dict(BatchSizeStage(**stage)) for stage in there[name]]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_tpt.config.bounds import range_missed
+from megatron_tpt.config.model import ModelConfig, config_class
 from megatron_tpt.config.yaml_file import Key, dotted
 from megatron_tpt.errors import UserError
 
@@ -67,6 +68,12 @@ class Converter:
             raw = {}
         if not isinstance(raw, Mapping):
             return self._wrong(key, f"{_shown(raw)} is not {expected(cls)}")
+        if issubclass(cls, ModelConfig):
+            try:
+                cls = config_class(raw)
+            except UserError as error:
+                self.problems.append(self._with_place(str(error), key))
+                return WRONG
         hints, fields = _hints_of(cls), {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         num_problems = len(self.problems)

@@ -19,12 +19,12 @@ import yaml
 
 from megatron_tpt.config.convert import Converter, expand_path
 from megatron_tpt.config.layout import check_layout
+from megatron_tpt.config.model import DEFAULT_FAMILY, spec_named
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.config.sources import spell_out_sources
 from megatron_tpt.config.suggestions import suggest
 from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.presets import PRESETS
 from megatron_tpt.training.checkpoint_files import checkpoint_named
 
 USAGE = (
@@ -134,9 +134,10 @@ def _fill_in_preset(raw: dict[str, Any]) -> None:
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("preset") is None:
         return
-    if not isinstance(model["preset"], str) or model["preset"] not in PRESETS:
-        raise UserError(f"model.preset={model['preset']} is not known: use one of {', '.join(sorted(PRESETS))}")
-    raw["model"] = {**PRESETS[model["preset"]], **model}
+    presets = spec_named(model.get("family", DEFAULT_FAMILY)).presets
+    if not isinstance(model["preset"], str) or model["preset"] not in presets:
+        raise UserError(f"model.preset={model['preset']} is not known: use one of {', '.join(sorted(presets))}")
+    raw["model"] = {**presets[model["preset"]], **model}
 
 
 def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
@@ -147,7 +148,14 @@ def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
         training["init_from"] = str(folder)  # `latest` may name another one later
-        raw["model"] = {**(read_yaml(folder / "recipe.yaml").get("model") or {}), **model}
+        own = read_yaml(folder / "recipe.yaml").get("model") or {}
+        there, here = (one.get("family", DEFAULT_FAMILY) for one in (own, own | model))
+        if here != there:
+            raise UserError(
+                f"training.init_from={folder} has a model of model.family={there}, and this recipe "
+                f"model.family={here}: omit the field"
+            )
+        raw["model"] = {**own, **model}
 
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str]) -> R:

@@ -1,18 +1,73 @@
-"""The shape of a model, in Hugging Face's terms where Megatron Core and Hugging Face differ in name."""
+"""What every model family's configuration has, and the registry of families.
 
-import dataclasses
+A family is a folder of megatron_tpt/models, named by `model.family`, whose `SPEC` (see models/spec.py) has the class of
+its configuration. That class adds the family's own fields and says which tensors they describe: all counts of
+parameters, operations and bytes follow from `weights` and `activations`. No torch.
+"""
+
+import functools
+import importlib
+import math
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+from megatron_tpt.config.change_effects import Entries
 from megatron_tpt.errors import UserError
+
+DEFAULT_FAMILY = "gpt"
+_FAMILIES = "megatron_tpt.models"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter tensor of a model, over all ranks."""
+
+    key: str
+    """Its name in checkpoints, where the tensors of all layers are stacked along a leading axis."""
+    shape: tuple[int, ...]
+    """Of one layer's tensor."""
+    part: Literal["embedding", "layer", "output"]
+    """Where it is: on the first pipeline stage, in every layer, or on the last stage."""
+    is_split: bool = False
+    """Whether tensor-parallel ranks have a share each, rather than a copy."""
+    is_tied: bool = False
+    """Whether it is the embedding once more: a tensor of its own on a last stage alone that is not the first too."""
+
+    @property
+    def size(self) -> int:
+        """Its values."""
+        return math.prod(self.shape)
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is one of the layers' matrices: what Muon updates, and a product with every token."""
+        return self.part == "layer" and len(self.shape) == 2
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Values that a layer keeps of every token for its backward pass."""
+
+    per_token: int
+    is_split: bool
+    """Whether tensor-parallel ranks have a share each; else they do under sequence parallelism alone."""
 
 
 @dataclass
-class ModelConfig:
-    """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
+class ModelConfig(ABC):
+    """A decoder-only transformer: the fields of every family."""
 
+    effects: ClassVar[Entries] = {}
+    """What another value of a family's own fields does on resume and from training.init_from (config/changes.py)."""
+
+    family: str = DEFAULT_FAMILY
+    """Model family: a folder of megatron_tpt/models. It decides which other fields there are."""
     preset: str | None = None
-    """Name of a size preset (see megatron_tpt/models/presets.py) that fills in every field not given."""
+    """Name of a size preset of the family (gpt: megatron_tpt/models/gpt/presets.py) that fills in every field not
+    given."""
     num_layers: int = 2
     """Transformer blocks."""
     hidden_size: int = 64
@@ -32,48 +87,11 @@ class ModelConfig:
     depend on the layout: a checkpoint fits any."""
     max_position_embeddings: int = 8192
     """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
-    rotary_base: float = 10000.0
-    """Base of the rotary frequencies (theta)."""
-    rope_scaling_factor: float | None = None
-    """How many times the context is stretched by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
-    no change when not given."""
-    rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
-    """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
-    attention gets a temperature (yarn)."""
-    rope_original_context: int = 8192
-    """Context before stretching, in tokens, from which llama3 and yarn decide what a low frequency is
-    (original_max_position_embeddings)."""
-    rope_low_freq_factor: float = 1.0
-    """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""
-    rope_high_freq_factor: float = 4.0
-    """llama3: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_fast: float = 32.0
-    """yarn: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_slow: float = 1.0
-    """yarn: frequencies with fewer turns than this in the original context are divided by the factor."""
-    rope_truncate: bool = True
-    """yarn: round the dimensions where these limits lie to whole ones."""
-    rope_attention_factor: float | None = None
-    """yarn: factor on the cosines and sines; 0.1 ln(rope_scaling_factor) + 1 when not given."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output matrix too."""
-    qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2)."""
-    attention_output_bias: bool = False
-    """Bias on the projection behind attention (with qkv_bias: Hugging Face's attention_bias)."""
-    mlp_bias: bool = False
-    """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
-    qk_norm: bool = False
-    """RMSNorm on every query and key head (Qwen3)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; the two projections back into the residual stream get
     init_std / sqrt(2 * num_layers)."""
-    hidden_dropout: float = 0.0
-    """Dropout on the residual branches."""
-    attention_dropout: float = 0.0
-    """Dropout on the attention weights."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Kernels: Transformer Engine's, Megatron Core's own in plain torch (local), or auto: local on a CPU,
     Transformer Engine on a GPU (an error when it is not installed)."""
@@ -89,38 +107,20 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} is not a multiple of model.num_query_groups="
                 f"{self.query_groups}: change one of them"
             )
-        self._check_rope()
 
-    def _check_rope(self) -> None:
-        if self.rope_scaling_factor is not None and self.rope_scaling_factor <= 0:
-            raise UserError(f"model.rope_scaling_factor={self.rope_scaling_factor} must be above 0")
-        if self.rope_original_context < 1:
-            raise UserError(f"model.rope_original_context={self.rope_original_context} must be 1 or more")
-        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
-            raise UserError(
-                f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be above model.rope_low_freq_factor="
-                f"{self.rope_low_freq_factor}"
-            )
-        of_type = {
-            "llama3": ("rope_original_context", "rope_low_freq_factor", "rope_high_freq_factor"),
-            "linear": (),
-            "yarn": (
-                "rope_original_context",
-                "rope_beta_fast",
-                "rope_beta_slow",
-                "rope_truncate",
-                "rope_attention_factor",
-            ),
-        }
-        used = set() if self.rope_scaling_factor is None else {*of_type[self.rope_scaling_type], "rope_scaling_type"}
-        changed = {
-            field.name
-            for field in dataclasses.fields(self)
-            if field.name.startswith("rope_") and getattr(self, field.name) != field.default
-        }
-        if unused := sorted(changed - used - {"rope_scaling_factor"}):
-            kind = f"rope_scaling_type={self.rope_scaling_type}" if used else "rope_scaling_factor, which is not given"
-            raise UserError(f"model.{unused[0]} has no effect with {kind}: omit it, or change the other")
+    @abstractmethod
+    def weights(self) -> list[Weight]:
+        """The parameters, in the order of the forward pass; those of a layer once."""
+
+    @abstractmethod
+    def activations(self, sequence_length: int) -> dict[str, Activation]:
+        """What a layer keeps for its backward pass, by what recomputes it: the names are those of
+        training.recompute_modules, and others for what only recomputation of the whole layer saves."""
+
+    @property
+    def depth(self) -> float:
+        """Layers that a token passes in training, one that it passes again counted again."""
+        return self.num_layers
 
     @property
     def query_groups(self) -> int:
@@ -141,9 +141,40 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """All parameters, with the padded embedding rows."""
-        h, f, d = self.hidden_size, self.ffn_hidden_size, self.kv_channels
-        qkv_width = (self.num_attention_heads + 2 * self.query_groups) * d
-        block = h * qkv_width + self.num_attention_heads * d * h + 3 * h * f + 2 * h
-        block += qkv_width * self.qkv_bias + h * self.attention_output_bias + 2 * d * self.qk_norm
-        block += (2 * f + h) * self.mlp_bias
-        return self.num_layers * block + (1 if self.tie_embeddings else 2) * self.padded_vocab_size * h + h
+        return sum(
+            weight.size * (self.num_layers if weight.part == "layer" else 1)
+            for weight in self.weights()
+            if not weight.is_tied
+        )
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """The names that model.family takes: the folders of megatron_tpt/models."""
+    folders = importlib.import_module(_FAMILIES).__path__
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg))
+
+
+def spec_named(family: Any) -> Any:
+    """The `SPEC` of a family, a models.spec.ModelSpec. Raises UserError for a family that there is not."""
+    if family not in families():
+        raise UserError(f"model.family={family} is not known: use one of {', '.join(families())}")
+    return importlib.import_module(f"{_FAMILIES}.{family}").SPEC
+
+
+def config_class(model: Mapping[str, Any]) -> type[ModelConfig]:
+    """The class of the configuration that the mapping `model` of a recipe describes. Raises UserError as above."""
+    config: type[ModelConfig] = spec_named(model.get("family", DEFAULT_FAMILY)).config
+    return config
+
+
+def section_classes(cls: type) -> list[type]:
+    """The classes that a section of a recipe may be of: of the model, those of all families, the default one first."""
+    if cls is not ModelConfig:
+        return [cls]
+    return [spec_named(name).config for name in sorted(families(), key=lambda name: name != DEFAULT_FAMILY)]
+
+
+def default_model() -> ModelConfig:
+    """The model of a recipe that says nothing of it."""
+    return config_class({})()

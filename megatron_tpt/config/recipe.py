@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.model import ModelConfig, default_model
 from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.errors import UserError, require
 
@@ -576,8 +576,8 @@ class Recipe:
 
     run: RunConfig = field(default_factory=RunConfig)
     """Run folder and seed."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
+    model: ModelConfig = field(default_factory=default_model)
+    """Family and shape of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over processes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

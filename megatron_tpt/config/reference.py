@@ -11,6 +11,7 @@ from docstring_parser import parse_from_object
 
 from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.model import section_classes
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
 _INTRODUCTION = """# Recipes
@@ -56,7 +57,11 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
 
 
 def _meanings_of(cls: type) -> dict[str, str]:
-    return {one.arg_name: " ".join((one.description or "").split()) for one in parse_from_object(cls).params}
+    """What every field means, inherited ones too."""
+    params = [
+        one for base in cls.__mro__[::-1] if dataclasses.is_dataclass(base) for one in parse_from_object(base).params
+    ]
+    return {one.arg_name: " ".join((one.description or "").split()) for one in params}
 
 
 def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
@@ -82,14 +87,22 @@ def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
             yield from _table(inner, inner.__name__, described)
 
 
+def sections_of(recipe: type) -> Iterator[tuple[str, type]]:
+    """The title and the class of every section of a recipe; of the model, one for each family."""
+    for name, hint in get_type_hints(recipe).items():
+        first, *others = section_classes(hint)
+        yield name, first
+        yield from ((f"{name} ({vars(cls)['family']})", cls) for cls in others)
+
+
 def reference() -> str:
     """Every section of the recipes as a table, and the dataclasses in them; what both kinds share is there once."""
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
     for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
-        for name, cls in get_type_hints(recipe).items():
+        for title, cls in sections_of(recipe):
             if cls not in described:
-                lines += _table(cls, name + suffix, described)
+                lines += _table(cls, title + suffix, described)
     return "\n".join(lines) + "\n"
 
 
@@ -99,9 +112,9 @@ def help_text(cls: type, module: str, usage: str) -> str:
     lines.append(f"  python -m {module} recipe.yaml --training.num_steps=100 --run.output_dir=runs/a")
     lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
     lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
-    for name, section in get_type_hints(cls).items():
-        meanings = _meanings_of(section)
-        lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]
+    for title, section in sections_of(cls):
+        meanings, name = _meanings_of(section), title.partition(" ")[0]
+        lines += [f"{title}: {' '.join((section.__doc__ or '').split())}", ""]
         for field in dataclasses.fields(section):
             default = _default_of(field).strip("`")
             values = _name_of(get_type_hints(section)[field.name]).replace("`", "")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.model import section_classes
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.config.yaml_file import Key
 
@@ -27,7 +28,8 @@ def _names_in(cls: Any, key: Key) -> list[str]:
     """The fields of the section at `key`, in which places in lists do not count."""
     for name in [part for part in key if isinstance(part, str)]:
         cls = _section_in(get_type_hints(cls).get(name)) if cls is not None else None
-    return [field.name for field in dataclasses.fields(cls)] if cls is not None else []
+    classes = section_classes(cls) if cls is not None else []
+    return list(dict.fromkeys(field.name for one in classes for field in dataclasses.fields(one)))
 
 
 @functools.cache
@@ -35,13 +37,15 @@ def _all_names(cls: type) -> tuple[str, ...]:
     """Every dotted name that the command line takes."""
 
     def walk(cls: Any, prefix: str) -> Iterator[str]:
-        for name, hint in get_type_hints(cls).items():
-            if is_section(hint):
-                yield from walk(hint, f"{prefix}{name}.")
+        hints = get_type_hints(cls)
+        for name in (field.name for field in dataclasses.fields(cls)):
+            if is_section(hints[name]):
+                for one in section_classes(hints[name]):
+                    yield from walk(one, f"{prefix}{name}.")
             else:
                 yield prefix + name
 
-    return tuple(walk(cls, ""))
+    return tuple(dict.fromkeys(walk(cls, "")))
 
 
 def suggest(cls: type, key: Key) -> str:

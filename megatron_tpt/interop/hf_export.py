@@ -19,8 +19,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory, real_path
 from megatron_tpt.indexing.tokenizer import copy_tokenizer
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
-from megatron_tpt.interop.hf_config import to_hf_config
-from megatron_tpt.interop.mapping import places
+from megatron_tpt.interop.hf_config import adapter_of, to_hf_config
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
@@ -47,6 +46,7 @@ def export_hf(options: ExportOptions) -> None:
     if (checkpoint / CHECKSUMS).exists() and (damage := damage_of_files(checkpoint)):
         raise UserError(f"{checkpoint} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
     model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
+    rows = adapter_of(model).rows(model)
     reader = CheckpointReader(checkpoint)
     token_ids, generation = exported_settings(checkpoint)
     eos_token = eos_token_of_chats(checkpoint)
@@ -55,7 +55,7 @@ def export_hf(options: ExportOptions) -> None:
         if eos_token is not None:
             set_eos_token(folder, eos_token)
             notes.append(f"eos_token of the tokenizer is {eos_token}, which ends a turn of the chats it was tuned on")
-        dtype = getattr(torch, options.dtype) if options.dtype else reader.dtype("embedding.word_embeddings.weight")
+        dtype = getattr(torch, options.dtype) if options.dtype else reader.dtype(rows[0].weight.key)
         config = to_hf_config(
             model,
             dtype=str(dtype).removeprefix("torch."),
@@ -114,15 +114,15 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
 
 def hf_tensors(model: ModelConfig, reader: CheckpointReader, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the Hugging Face model, one after another, with its name."""
-    for row, layer in places(model):
-        stacked = () if layer is None else (model.num_layers,)
-        if reader.shape(row.megatron) != (*stacked, *row.megatron_shape):
+    for row, layer in adapter_of(model).places(model):
+        key = row.weight.key
+        shape = (*(() if layer is None else (model.num_layers,)), *row.weight.shape)
+        if reader.shape(key) != shape:
             raise UserError(
-                f"{reader.folder}: {row.megatron} has shape {list(reader.shape(row.megatron))}, its recipe.yaml "
-                f"describes {[*stacked, *row.megatron_shape]}: this recipe.yaml belongs to another checkpoint"
+                f"{reader.folder}: {key} has shape {list(reader.shape(key))}, its recipe.yaml describes {list(shape)}: "
+                f"this recipe.yaml belongs to another checkpoint"
             )
-        parts = row.transform.split(reader.read(row.megatron, layer))
-        for name, part in zip(row.hugging_face, parts, strict=True):
+        for name, part in zip(row.names, row.transform.split(reader.read(key, layer)), strict=True):
             yield name.format(layer=layer), part.to(dtype).contiguous()
 
 

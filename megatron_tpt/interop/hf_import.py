@@ -23,13 +23,11 @@ from megatron_tpt.config.recipe import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
-from megatron_tpt.interop.hf_config import from_hf_config
+from megatron_tpt.interop.hf_config import adapter_for
 from megatron_tpt.interop.hf_export import refuse_existing
-from megatron_tpt.interop.hf_fields import describe_kept
-from megatron_tpt.interop.hf_rope import describe_rope
-from megatron_tpt.interop.mapping import places
 from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.json_data import read_json
+from megatron_tpt.models.hugging_face import HuggingFaceAdapter
 from megatron_tpt.training.checkpoint_files import write_checksums
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History, json_bytes
 
@@ -46,8 +44,9 @@ def import_hf(options: ImportOptions) -> None:
     refuse_existing(options.output)
     config_path = options.model / "config.json"
     config = _read_json(config_path)
-    model = from_hf_config(config, config_path)
-    tensors = HfTensors(options.model)
+    adapter = adapter_for(config, config_path)
+    model = adapter.from_config(config, config_path)
+    tensors = HfTensors(options.model, adapter)
     model, notes = tensors.settle_tying(model)
     tensors.check_names(model)
     Tokenizer(options.model)  # refuses one that training could not use
@@ -62,7 +61,7 @@ def import_hf(options: ImportOptions) -> None:
         (folder / HISTORY).write_bytes(json_bytes(dataclasses.asdict(History())))
         write_checksums(folder)
     print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
-    for note in [*notes, *describe_kept(config), *describe_rope(config), *_not_carried(options.model, tensors)]:
+    for note in [*notes, *adapter.notes(config), *_not_carried(options.model, tensors)]:
         print(f"{options.output}: {note}")
 
 
@@ -99,8 +98,8 @@ class HfTensors:
     Raises UserError when there are none, or when a file is not what it should be.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, adapter: HuggingFaceAdapter[Any]) -> None:
+        self.folder, self.adapter = folder, adapter
         self._open_files: dict[str, Any] = {}
         self._source_of: dict[str, str] = {}  # names under which tensors are stored, where these are others
         self._file_of = self._find_files()
@@ -140,7 +139,7 @@ class HfTensors:
         It goes by the tensors: two that differ are not tied, whatever config.json says; of two that are to be tied
         either may be missing.
         """
-        embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+        embedding, output = self.adapter.embedding_name, self.adapter.output_name
         if not model.tie_embeddings or output not in self._file_of:
             return model, []
         if embedding not in self._file_of:
@@ -157,10 +156,10 @@ class HfTensors:
 
     def check_names(self, model: ModelConfig) -> None:
         """Raises UserError unless there are the tensors of `model`, and no others that would matter."""
-        expected = {name.format(layer=layer) for row, layer in places(model) for name in row.hugging_face}
+        expected = {name.format(layer=layer) for row, layer in self.adapter.places(model) for name in row.names}
         if missing := sorted(expected - set(self._file_of)):
             raise UserError(f"{self.folder}: {len(missing)} tensors are missing ({missing[0]}): is it complete?")
-        unused = {"lm_head.weight"} if model.tie_embeddings else set()
+        unused = {self.adapter.output_name} if model.tie_embeddings else set()
         unknown = sorted(
             name for name in set(self._file_of) - expected - unused if not name.endswith(".rotary_emb.inv_freq")
         )
@@ -186,12 +185,12 @@ class HfTensors:
 def sharded_tensors(model: ModelConfig, tensors: HfTensors) -> dict[str, ShardedTensor]:
     """All weights as Megatron Core's checkpoints name and stack them."""
     state = {}
-    for row, layer in places(model):
-        parts = [tensors.read(name.format(layer=layer), shape) for name, shape in row.hugging_face.items()]
+    for row, layer in tensors.adapter.places(model):
+        parts = [tensors.read(name.format(layer=layer), shape) for name, shape in row.shapes.items()]
         tensor = row.transform.join(parts).contiguous()
         place = [] if layer is None else [(0, layer, model.num_layers)]
-        state[f"{row.megatron} {layer}"] = ShardedTensor.from_rank_offsets(
-            row.megatron, tensor, *place, prepend_axis_num=len(place)
+        state[f"{row.weight.key} {layer}"] = ShardedTensor.from_rank_offsets(
+            row.weight.key, tensor, *place, prepend_axis_num=len(place)
         )
     return state
 

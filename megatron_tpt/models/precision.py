@@ -3,14 +3,19 @@
 What is asked for and cannot be active on this machine is an error: a run is never slower or coarser than it says.
 """
 
+import importlib.metadata
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_tpt.config.recipe import TrainingConfig
 from megatron_tpt.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TE_CHECKS = {
     "delayed": "is_fp8_available",
     "tensorwise": "is_fp8_available",
@@ -41,7 +46,7 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
 
 def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine has them beside
-    the parameters until the optimizer makes its main weights from them (distrib_optimizer.py:428). Who sets such
+    the parameters until the optimizer makes its main weights from them. Who sets such
     parameters must set both."""
     parameters = dict(model.named_parameters())
     return {
@@ -82,5 +87,18 @@ def require_active(training: TrainingConfig, *, transformer_engine: bool) -> Non
 
 def fuses_gradient_accumulation() -> bool:
     """Whether weight gradients are added up inside their matrix products: on a GPU with apex's extension, which
-    Megatron Core's output layer needs (tensor_parallel/layers.py:1070)."""
+    Megatron Core's output layer needs."""
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def describe_kernels(config: "TransformerConfig") -> str:
+    """One line on what a model runs through, for the log."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    kernels = "Megatron Core's own kernels"
+    if config.transformer_impl == "transformer_engine":
+        kernels = f"Transformer Engine {importlib.metadata.version('transformer-engine')}"
+    precision = "bf16" if config.bf16 else "fp32"
+    if config.fp8:
+        precision += f" with {config.fp8_recipe} FP8 ({config.fp8})"
+    fusion = "fused" if config.gradient_accumulation_fusion else "not fused (apex is not there)"
+    return f"{device}: {kernels}, {precision}, gradient accumulation {fusion}"

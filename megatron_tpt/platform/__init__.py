@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.platform.megatron_core import adapt_megatron_to_cpu, fsdp_construction_on_cpu, require_version
 from megatron_tpt.platform.noise import silence_known_messages
 
 # Checkpoints may be foreign: torch.load builds tensors and plain containers only, also where a library asks for more.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 silence_known_messages(on_cpu=not torch.cuda.is_available())
+require_version()
 if not torch.cuda.is_available():
-    from megatron_tpt.platform.cpu import adapt_megatron_to_cpu
-
     adapt_megatron_to_cpu()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the adaptation)
@@ -108,8 +108,6 @@ def fsdp_construction() -> contextlib.AbstractContextManager[None]:
     """What Megatron FSDP is built in on this machine."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
-    from megatron_tpt.platform.cpu import fsdp_construction_on_cpu
-
     return fsdp_construction_on_cpu()
 
 

@@ -9,14 +9,12 @@ whatever was killed when. What was damaged since is told by the checksums (check
 cannot be written (a full disk) raises SaveError on all ranks, and leaves the ones before as they were.
 
 The writing can go on in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron Core's
-persistent worker asks for a CUDA device by its rank (async_utils.py:567) and is waited for for ever when it has died
-(async_utils.py:452).
+persistent worker asks for a CUDA device by its rank, and is waited for for ever when it has died.
 """
 
 import contextlib
 import errno
 import json
-import queue
 import secrets
 import shutil
 import warnings
@@ -32,6 +30,12 @@ from megatron_tpt.files import sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.models.precision import unrounded_values
 from megatron_tpt.platform.background import BackgroundWork
+from megatron_tpt.platform.megatron_core import (
+    before_finalizing,
+    copy_main_weights_to_model,
+    load_without_step,
+    replace_results_queue,
+)
 from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, describe_files, find_damage, point_latest
 from megatron_tpt.training.checkpoint_trust import objects_as_data, require_data_only
@@ -41,7 +45,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_tensors_metadata
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -53,8 +56,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-# What a writer says of its files goes through this queue. It stays within a process, so none has to be started for it.
-filesystem_async._results_queue = queue.SimpleQueue()
+replace_results_queue()
 
 # What a rank wrote: Megatron Core's account of it (None when it had nothing to write), size and checksum by file.
 _Written = tuple[Any, dict[str, list[Any]]]
@@ -154,9 +156,9 @@ def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
-    """Megatron Core keeps the number of steps in the parameter groups, torch's AdamW as a tensor in every parameter's
-    state. Loading trips over that twice: it reads the tensor, which is not there before the first step
-    (distrib_optimizer.py:838, optimizer.py:539), and it looks for it in the checkpoint (distrib_optimizer.py:1223)."""
+    """Megatron Core keeps the number of steps in the parameter groups, torch's AdamW as a tensor in every
+    parameter's state. Loading trips over that twice: it reads the tensor, which is not there before the first step,
+    and it looks for it in the checkpoint."""
     for member in _with_torch_adam(optimizer):
         for parameter in (parameter for group in member.optimizer.param_groups for parameter in group["params"]):
             member.optimizer.state[parameter] = {
@@ -165,14 +167,11 @@ def _make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         if isinstance(member, DistributedOptimizer):
-            copy_into_state = member._set_main_param_and_optimizer_states
-            member._set_main_param_and_optimizer_states = lambda parameter, tensors, copy=copy_into_state: copy(
-                parameter, {**tensors, "step": None}
-            )
+            load_without_step(member)
 
 
 def _give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
-    """Megatron Core loads one `step` tensor for all parameters (distrib_optimizer.py:1028); torch's AdamW adds 1 to it
+    """Megatron Core loads one `step` tensor for all parameters; torch's AdamW adds 1 to it
     in place for each of them."""
     for member in _with_torch_adam(optimizer):
         for state in member.optimizer.state.values():
@@ -191,8 +190,8 @@ def _holders_of_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 def _set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
     """Replace the parameter groups of a checkpoint by the optimizer's own: rates, decays, betas and the like are the
-    recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays
-    (optimizer.py:139), and finds no counterpart for those that were changed."""
+    recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays,
+    and finds no counterpart for those that were changed."""
     for holder, member in zip(list(_holders_of_groups(loaded)), members(optimizer), strict=True):
         steps = [group["step"] for group in holder["param_groups"] if "step" in group]
         updates = {"step": steps[0]} if steps else {}
@@ -228,7 +227,11 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
 
     failure: OSError | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any, async_strategy: str) -> AsyncRequest:
+    def __init__(self) -> None:
+        super().__init__()
+        before_finalizing(self, self._keep_failure)
+
+    def _keep_failure(self, writer: Any) -> None:
         finish = writer.finish
 
         def finish_and_keep_failure(*arguments: Any) -> None:
@@ -238,7 +241,6 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
                 self.failure = error
 
         writer.finish = finish_and_keep_failure
-        return super()._get_save_and_finalize_callbacks(writer, plan, async_strategy)
 
     def raise_failure(self) -> None:
         """Raise what was kept, if anything."""
@@ -423,7 +425,7 @@ def _round_weights_anew(optimizer: MegatronOptimizer) -> None:
     whatever scale each had before."""
     for member in members(optimizer):
         if isinstance(member, DistributedOptimizer) and member.ddp_config.fp8_param_gather:
-            member._copy_main_params_to_model_params()
+            copy_main_weights_to_model(member)
             for chunk in member.model_chunks:
                 chunk.start_param_sync(force_sync=True)
 

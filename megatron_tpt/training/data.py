@@ -25,6 +25,7 @@ from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe, TrainingCo
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
+from megatron_tpt.platform.megatron_core import indexes_blend, indexes_samples
 from megatron_tpt.platform.signals import ignore_stop_signals
 from megatron_tpt.training.blend import MAX_NAMES, Blend, blends, cache_folder, check_epochs
 from megatron_tpt.training.resume import TEXT
@@ -48,6 +49,7 @@ _FILES_PER_DATASET = 8
 _OTHER_FILES = 512
 
 
+@indexes_samples
 class ThinkingGPTDataset(GPTDataset):
     """GPTDataset whose samples say which labels are thinking: `is_thinking` bool [s] beside tokens, labels, loss_mask.
     Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no loss.
@@ -60,7 +62,7 @@ class ThinkingGPTDataset(GPTDataset):
     has_thinking = True
     """Whether to look for it."""
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sample_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config, lengths = self.config, self.dataset.sequence_lengths
 
         def build() -> SampleIndex:
@@ -80,7 +82,7 @@ class ThinkingGPTDataset(GPTDataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__dict__.update(zip(SampleIndex._fields, self._build_document_sample_shuffle_indices(), strict=True))
+        self.__dict__.update(zip(SampleIndex._fields, self.sample_arrays(), strict=True))
 
     def _is_thinking(self, idx: int, text: np.ndarray) -> np.ndarray:
         """Which tokens of a sample are thinking: bool [s + 1]."""
@@ -131,6 +133,7 @@ class _DatasetConfig(GPTDatasetConfig):
     loss_on: str = "all"
 
 
+@indexes_blend
 class _BlendedDataset(BlendedDataset):
     """BlendedDataset whose arrays come from our cache, whose shares may change from phase to phase, and whose samples
     say which name their source has: `source`, a place among the names of the blend."""
@@ -145,7 +148,7 @@ class _BlendedDataset(BlendedDataset):
         shares = blend.shares
         super().__init__(datasets, _overall_weights(blend), sum(shares), config)
 
-    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+    def blend_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         *phases, last = self.blend.phases
         sizes = [(phase.weights, phase.num_samples) for phase in phases]
         sizes.append((last.weights if phases else self.weights, sum(self.blend.shares_of(last))))
@@ -176,7 +179,7 @@ class _BlendedDataset(BlendedDataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__dict__.update(zip(BlendIndex._fields, self._build_indices(), strict=True))
+        self.__dict__.update(zip(BlendIndex._fields, self.blend_arrays(), strict=True))
 
 
 def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCache) -> _DatasetConfig:

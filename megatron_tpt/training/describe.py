@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training.devices import GIB, Device
 from megatron_tpt.training.memory import (
     checkpoint_bytes,
@@ -15,7 +16,7 @@ from megatron_tpt.training.memory import (
     peak_of,
     tokens_per_s_bound,
 )
-from megatron_tpt.training.metrics import duration, model_flops_per_token
+from megatron_tpt.training.metrics import duration
 
 ASSUMED_MFU = 0.4
 """What a dry run assumes unless it is told: about what well-tuned runs of dense models report on H100s."""

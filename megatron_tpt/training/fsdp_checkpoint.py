@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from megatron_tpt.platform.megatron_core import copy_main_weights_to_model
+
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -73,7 +75,7 @@ def _shards(parameter: DTensor, optimizer: torch.optim.Optimizer) -> dict[str, t
 def optimizer_state(
     gpt: GPTModel, entries: dict[str, Any], optimizer: DistributedOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
-    """The optimizer's part of a sharded state dict, laid out as DistributedOptimizer does (distrib_optimizer.py:1690).
+    """The optimizer's part of a sharded state dict, laid out as DistributedOptimizer does.
 
     `entries` describe the weights by parameter name; to load, their tensors are empty ones to be filled.
     """
@@ -114,6 +116,6 @@ def set_optimizer_state(gpt: GPTModel, optimizer: DistributedOptimizer, loaded: 
     if not isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
             group["step"] = int(step)
-    optimizer._copy_main_params_to_model_params()
+    copy_main_weights_to_model(optimizer)
     for chunk in optimizer.model_chunks:
         chunk.start_param_sync()

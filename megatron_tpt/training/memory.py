@@ -1,16 +1,16 @@
 """Memory that each rank of a layout needs, and the most tokens per second its devices could do: pure functions.
 
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
-2205.05198, sections 4 and 5), for a Llama block with fused attention. Temporary buffers, the padding of buffers and the
-allocator's waste are not in the numbers.
+2205.05198, sections 4 and 5), from what the model's family says that a layer keeps. Temporary buffers, the padding of
+buffers and the allocator's waste are not in the numbers.
 """
 
 import dataclasses
 
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, Recipe
+from megatron_tpt.models.sizes import model_flops_per_token, stage_matrices, stage_parameters
 from megatron_tpt.training.devices import Device
-from megatron_tpt.training.metrics import device_peak_tflops, model_flops_per_token
+from megatron_tpt.training.metrics import device_peak_tflops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,51 +28,14 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Parameters on a rank of a pipeline stage (from 0).
-
-    Matrices, tables and the biases of the projections out of the residual stream are split over the tensor-parallel
-    ranks; norms and the other biases are not. Tied embeddings are on the first and on the last stage.
-    """
-    t, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
-    h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
-    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * d
-    split = h * qkv_width + model.num_attention_heads * d * h + 3 * h * f + qkv_width * model.qkv_bias
-    split += 2 * f * model.mlp_bias
-    layer = split // t + 2 * h + 2 * d * model.qk_norm + h * (model.attention_output_bias + model.mlp_bias)
-    table = model.padded_vocab_size // t * h
-    num_tables = (stage == 0) + (stage == last)
-    if model.tie_embeddings and last == 0:
-        num_tables = 1
-    return parallel.stage_layers(model.num_layers)[stage] * layer + num_tables * table + h * (stage == last)
-
-
-def stage_matrices(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Of stage_parameters, those in the matrices of the layers: what Muon updates."""
-    h, d = model.hidden_size, model.kv_channels
-    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * d
-    layer = h * qkv_width + model.num_attention_heads * d * h + 3 * h * model.ffn_hidden_size
-    return parallel.stage_layers(model.num_layers)[stage] * layer // parallel.tensor_parallel_size
-
-
 def _layer_values(recipe: Recipe) -> dict[str, float]:
-    """Values that one layer keeps of one micro-batch for its backward pass, by what recomputes them.
-
-    The inputs of the layer's two halves and the norms' outputs ("residual", 4 s b h) are split by sequence parallelism
-    alone; queries, keys, values and the attention's output ("attention"), and the two halves of the feed-forward
-    network and their product ("mlp") by tensor parallelism. Megatron Core's own attention also keeps its scores before
-    and after the softmax ("core_attn"); Transformer Engine's none.
-    """
-    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    """Values that one layer keeps of one micro-batch on a rank for its backward pass, by what recomputes them."""
+    parallel, training = recipe.parallel, recipe.training
     t = parallel.tensor_parallel_size
     tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
-    heads = 2 * (model.num_attention_heads + model.query_groups) * model.kv_channels
-    scores = 2 * model.num_attention_heads * training.sequence_length if model.transformer_impl == "local" else 0
     return {
-        "residual": 4 * tokens * model.hidden_size / (t if parallel.sequence_parallel else 1),
-        "attention": tokens * heads / t,
-        "core_attn": tokens * scores / t,
-        "mlp": tokens * 3 * model.ffn_hidden_size / t,
+        name: tokens * kept.per_token / (t if kept.is_split or parallel.sequence_parallel else 1)
+        for name, kept in recipe.model.activations(training.sequence_length).items()
     }
 
 
@@ -87,21 +50,24 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatch
     return min(2 * (p - stage - 1) + (v - 1) * p + 1, num_microbatches * v) / v
 
 
-def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> float:
+def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: float | None = None) -> float:
     """Bytes of activations on a rank of a pipeline stage (from 0), by what the recipe recomputes.
 
     Layers that are recomputed keep their own input alone, and one of them at a time has all; the last stage has the
-    logits of one micro-batch too, in the training precision and in fp32.
+    logits of one micro-batch too, in the training precision and in fp32. `depth`: layers that a token passes, of which
+    each stage has its share; model.depth when not given.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     value_bytes = 4 if training.dtype == "fp32" else 2
+    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
     values = _layer_values(recipe)
-    layers = parallel.stage_layers(model.num_layers)[stage]
-    whole, own_input = sum(values.values()), values["residual"] / 4
+    layers = parallel.stage_layers(model.num_layers)[stage] * (depth or model.depth) / model.num_layers
+    own_input = tokens * model.hidden_size / (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    whole = sum(values.values())
     kept, once = layers * whole, 0.0
     if training.recompute == "selective":
-        left_out = sum(values[module] for module in training.recompute_modules)
-        kept, once = layers * (whole - left_out), left_out
+        once = sum(values[module] for module in training.recompute_modules)
+        kept = layers * (whole - once)
     elif training.recompute in ("full", "block"):
         recomputed = layers if training.recompute == "full" else min(layers, training.recompute_layers)
         kept, once = (layers - recomputed) * whole + recomputed * own_input, whole
@@ -109,7 +75,6 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> floa
         kept = (layers - training.cpu_offload_layers) * whole
     result = (kept * micro_batches_in_flight(parallel, stage, num_microbatches) + once) * value_bytes
     if stage == parallel.pipeline_parallel_size - 1:
-        tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
         result += tokens * model.padded_vocab_size / parallel.tensor_parallel_size * (value_bytes + 4)
     return result
 

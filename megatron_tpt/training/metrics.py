@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_tpt.config.model import ModelConfig
-
 # Dense peaks of the matrix units in TFLOP/s, bf16 and FP8, from NVIDIA's data sheets (which print twice as much, for
 # sparse matrices). The first name that is part of the device's own counts.
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -28,20 +26,6 @@ def device_peak_tflops(device_name: str, precision: str) -> float | None:
         if name in device_name:
             return peaks.get(precision)
     return None
-
-
-def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations that one token of training needs: forward and backward, no recomputation counted.
-
-    6 per weight of every matrix product (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), the output matrix
-    included and the embedding look-up not, plus 6 * layers * sequence_length * heads * head_dim for the two attention
-    products under a causal mask (half of the 12 that full attention needs).
-    """
-    h, width = model.hidden_size, model.num_attention_heads * model.kv_channels
-    qkv_width = width + 2 * model.query_groups * model.kv_channels
-    weights_per_layer = h * qkv_width + width * h + 3 * h * model.ffn_hidden_size
-    weights = model.num_layers * weights_per_layer + model.padded_vocab_size * h
-    return 6.0 * weights + 6.0 * model.num_layers * sequence_length * width
 
 
 @dataclasses.dataclass
@@ -114,7 +98,7 @@ def throughput(
     """Speed over an interval of training steps (checkpoints and validation apart).
 
     num_tokens counts all processes, seconds and data_wait_s are wall time. `tflops_per_device` is model FLOP/s (see
-    model_flops_per_token) over the devices; `mfu` divides it by peak_tflops, the dense peak of one device.
+    models.sizes.model_flops_per_token) over the devices; `mfu` divides it by peak_tflops, the dense peak of one device.
     """
     tokens_per_s = num_tokens / seconds
     tflops = tokens_per_s * flops_per_token / num_devices / 1e12

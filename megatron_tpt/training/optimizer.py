@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from megatron_tpt import platform
 from megatron_tpt.config.recipe import OptimizerConfig, Recipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import TORCH_DTYPES
+from megatron_tpt.models.precision import TORCH_DTYPES
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -37,7 +37,7 @@ def _whole_matrices_layout(
     gpt: GPTModel, config: DistributedDataParallelConfig, *, is_first_piece: bool
 ) -> FullParamLayout:
     """Buffers in which each matrix that Muon updates lies on one data-parallel rank as a whole, in buckets as
-    DistributedDataParallel makes them otherwise (distributed_data_parallel.py:68 and :97)."""
+    DistributedDataParallel makes them otherwise."""
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     has_buckets = config.overlap_grad_reduce and is_first_piece and parallel_state.is_pipeline_first_stage()
     tag_params_for_buffer_routing([gpt])

@@ -20,6 +20,7 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.files import atomic_write, real_path
+from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.metrics import LossSums, duration
@@ -252,7 +253,7 @@ class ReportMetrics(Callback):
         self.writer = trainer.metrics = MetricsWriter(recipe, trainer.step)
         names = trainer.data.source_names
         self.window = Window(names) if self.restored is None else Window.from_state(self.restored, names)
-        self.flops_per_token = metrics.model_flops_per_token(recipe.model, recipe.training.sequence_length)
+        self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.sequence_length)
         self.peak_tflops = self._peak_tflops(recipe)
         self.stragglers = Stragglers()
 

@@ -14,7 +14,8 @@ from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.models.gpt import build_chunks, describe_kernels
+from megatron_tpt.models.precision import describe_kernels
+from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.training.checkpoint import (
     CheckpointSaving,
     load_checkpoint,

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from megatron_tpt.config.load import check, recipe_from_dict
+from megatron_tpt.config.model import section_classes
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
 
@@ -28,7 +29,8 @@ def numbers(cls: type, place: tuple[str, ...] = ()) -> Iterator[tuple[str, bool]
     for name, hint in get_type_hints(cls).items():
         own, is_list = (*place, name), get_origin(hint) is list
         if dataclasses.is_dataclass(hint):
-            yield from numbers(hint, own)  # type: ignore[arg-type]
+            for section in section_classes(hint):
+                yield from numbers(section, own)
         elif {int, float} & {hint, *get_args(hint)}:
             yield ".".join(own), is_list
 

@@ -10,6 +10,7 @@ import yaml
 from megatron_tpt.config import changes
 from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.load import recipe_from_dict, to_dict
+from megatron_tpt.config.model import ModelConfig, section_classes
 from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainRecipe, TrainingConfig
 
@@ -17,7 +18,8 @@ from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainR
 def sections_of(hint: object) -> set[type]:
     """The dataclasses that a type mentions, at any depth."""
     found = {hint} if isinstance(hint, type) and dataclasses.is_dataclass(hint) else set()
-    inner = [*get_args(hint), *(get_type_hints(hint).values() if found else ())]
+    found = {section for one in found for section in section_classes(one)}
+    inner = [*get_args(hint), *(hint for one in found for hint in get_type_hints(one).values())]
     return found.union(*map(sections_of, inner))
 
 
@@ -41,8 +43,8 @@ def test_a_new_field_without_an_entry_is_found() -> None:
 
 
 def test_no_entry_is_of_a_field_that_is_gone_or_there_twice() -> None:
-    assert set(changes._TABLE) <= set(SECTIONS) | {TrainingConfig}
-    for section, entries in changes._TABLE.items():
+    assert set(changes._TABLE) <= set(SECTIONS) | {TrainingConfig, ModelConfig}
+    for section, entries in [*changes._TABLE.items(), *((one, one.effects) for one in section_classes(ModelConfig))]:
         names = " ".join(entries.values()).split()
         assert len(names) == len(set(names)), section
         assert set(names) <= {field.name for field in dataclasses.fields(section)}, section

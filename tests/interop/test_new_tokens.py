@@ -11,12 +11,12 @@ from chains import FINETUNE, SHAPE, base_tokenizer, train
 from transformers import AutoTokenizer
 
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import FinetuneRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.options import ExportOptions
+from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.training.launch import prepare
 
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -103,7 +103,7 @@ def test_a_dry_run_warns_of_the_context_too(pairs: dict, tmp_path: Path, capsys:
 
 
 def test_a_context_is_stretched_only_by_settings_that_go_together() -> None:
-    stretched = ModelConfig(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_beta_fast=16.0)
+    stretched = GPTConfig(rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_beta_fast=16.0)
     for change, word in (
         ({"rope_scaling_factor": None}, "rope_beta_fast has no effect"),
         ({"rope_scaling_type": "linear"}, "rope_beta_fast has no effect"),

@@ -14,12 +14,12 @@ import yaml
 from hf_models import hf_weights
 from safetensors.torch import save_file
 
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.interop.hf_config import from_hf_config, to_hf_config
 from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.hf_import import import_hf
 from megatron_tpt.interop.options import ExportOptions, ImportOptions
+from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.training.checkpoint_files import write_checksums
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -139,7 +139,7 @@ def test_config_json_survives_the_way_there_and_back() -> None:
         {**biases, "mlp_bias": True},
         {**biases, "qk_norm": True, "head_dim": 48},
     ):
-        model = ModelConfig(vocab_size=300, num_query_groups=2, tie_embeddings=True, **options)
+        model = GPTConfig(vocab_size=300, num_query_groups=2, tie_embeddings=True, **options)
         config = to_hf_config(model, dtype="float32", token_ids={})
         back = from_hf_config(config, Path("config.json"))
         assert back.kv_channels == model.kv_channels
@@ -158,7 +158,7 @@ def test_config_json_survives_the_way_there_and_back() -> None:
 )
 def test_models_without_a_hugging_face_counterpart_are_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        to_hf_config(ModelConfig(vocab_size=300, **options), dtype="float32", token_ids={})
+        to_hf_config(GPTConfig(vocab_size=300, **options), dtype="float32", token_ids={})
 
 
 def spoil_nothing_there(folder: Path) -> str:

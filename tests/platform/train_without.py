@@ -1,28 +1,31 @@
-"""Train a little, save and load, with one of the CPU patches left out: python train_without.py PATCH FOLDER [torchrun]
+"""Train a little, save and load, without one contact with Megatron Core: python train_without.py NAME FOLDER [torchrun]
 
-PATCH is the name of a function in megatron_tpt/platform/cpu.py, or "nothing".
+NAME is that of a function in megatron_tpt/platform/megatron_core.py, or "nothing".
 """
 
+import errno
 import importlib.util
+import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import megatron_tpt
 
 left_out, folder = sys.argv[1], Path(sys.argv[2])
 # The package adapts Megatron Core as it is imported; so its module is put in place before, changed.
-name = "megatron_tpt.platform.cpu"
-spec = importlib.util.spec_from_file_location(name, Path(megatron_tpt.__file__).parent / "platform/cpu.py")
-cpu = sys.modules[name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cpu)
+name = "megatron_tpt.platform.megatron_core"
+spec = importlib.util.spec_from_file_location(name, Path(megatron_tpt.__file__).parent / "platform/megatron_core.py")
+contact = sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(contact)
 if left_out != "nothing":
-    assert hasattr(cpu, left_out)
-    setattr(cpu, left_out, lambda: None)
+    assert hasattr(contact, left_out)
+    setattr(contact, left_out, lambda *_: None)
 
 import torch  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from megatron_tpt import platform  # noqa: E402
-from megatron_tpt.config.model import ModelConfig  # noqa: E402
 from megatron_tpt.config.recipe import (  # noqa: E402
     OptimizerConfig,
     ParallelConfig,
@@ -30,13 +33,15 @@ from megatron_tpt.config.recipe import (  # noqa: E402
     RunConfig,
     TrainingConfig,
 )
-from megatron_tpt.models.gpt import build_chunks  # noqa: E402
-from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_tpt.models.gpt.config import GPTConfig  # noqa: E402
+from megatron_tpt.models.spec import build_chunks  # noqa: E402
+from megatron_tpt.training.checkpoint import SaveError, load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import run_microbatches  # noqa: E402
 
 from megatron.core import jit  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
 
@@ -52,14 +57,45 @@ def batches(vocab_size: int, length: int):
         }
 
 
+OF_FSDP = ("patch_fsdp", "copy_main_weights_to_model")
+
+
+def fail(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def check_a_failed_save(save: Callable[[int], None]) -> None:
+    """A first rank that cannot write the index of a checkpoint says so, to all ranks."""
+    FileSystemWriterAsync.finish = fail
+    try:
+        save(3)
+    except SaveError:
+        return
+    raise AssertionError("a failed save is no failure")
+
+
+def check_rotary_factors() -> None:
+    """The factor of yarn has an effect."""
+
+    def loss(factor: float) -> torch.Tensor:
+        model = GPTConfig(
+            vocab_size=100, rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_attention_factor=factor
+        )
+        (gpt,) = build_chunks(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=1)
+        tokens = torch.arange(16)[None]
+        return gpt(tokens, tokens, attention_mask=None, labels=tokens)
+
+    assert not torch.equal(loss(0.5), loss(2.0))
+
+
 def main() -> None:
     assert jit.jit_fuser is jit.noop_decorator, "torch.compile is on"
     world_size = platform.world_size_from_environment()
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=folder),
-        model=ModelConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
+        model=GPTConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
         parallel=ParallelConfig(
-            pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out == "patch_fsdp" else "none"
+            pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out in OF_FSDP else "none"
         ),
         training=TrainingConfig(dtype="bf16", sequence_length=16, micro_batch_size=2, recompute="full"),
         optimizer=OptimizerConfig(clip_grad=0.1),
@@ -84,9 +120,27 @@ def main() -> None:
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True, exist_ok=True)
         (tokenizer / "tokenizer.json").write_text("{}")
-        save_checkpoint(step_folder(folder, 2), gpts, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
+
+        def save(step: int) -> None:
+            save_checkpoint(step_folder(folder, step), gpts, optimizer, {}, recipe_yaml="", tokenizer_path=tokenizer)
+
+        save(2)
+        assert not multiprocessing.active_children(), "a process for the queue of results"
+        before = [local(parameter).clone() for gpt in gpts for parameter in gpt.parameters()]
+        for parameter in (parameter for gpt in gpts for parameter in gpt.parameters()):
+            local(parameter).zero_()
         load_checkpoint(step_folder(folder, 2), gpts, optimizer)
+        after = [local(parameter) for gpt in gpts for parameter in gpt.parameters()]
+        assert all(map(torch.equal, before, after))
         assert get_model_config(chunks[0]).bf16
+        if world_size == 1:
+            check_a_failed_save(save)
+            check_rotary_factors()
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's values."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.data
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
 from megatron_tpt.training.data import (

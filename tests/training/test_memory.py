@@ -10,6 +10,7 @@ from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.models.sizes import stage_parameters
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.memory import (
     Memory,
@@ -17,7 +18,6 @@ from megatron_tpt.training.memory import (
     micro_batches_in_flight,
     peak_of,
     stage_activations,
-    stage_parameters,
     tokens_per_s_bound,
 )
 

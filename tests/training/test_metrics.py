@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tpt import platform
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt.build import build_model
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training.metrics import (
     LossSums,
     device_peak_tflops,
-    model_flops_per_token,
     perplexity,
     remaining_s,
     source_losses,
@@ -21,7 +21,7 @@ from megatron_tpt.training.metrics import (
     throughput,
 )
 
-MODEL = ModelConfig(vocab_size=256, num_layers=3, hidden_size=64, ffn_hidden_size=160, num_query_groups=2)
+MODEL = GPTConfig(vocab_size=256, num_layers=3, hidden_size=64, ffn_hidden_size=160, num_query_groups=2)
 
 
 def test_flops_per_token_are_those_that_torch_counts() -> None:
@@ -39,8 +39,8 @@ def test_flops_per_token_are_those_that_torch_counts() -> None:
 
 def test_number_of_parameters_is_that_of_the_model() -> None:
     biases = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
-    tied = ModelConfig(vocab_size=300, tie_embeddings=True, qkv_bias=True, qk_norm=True, head_dim=32)
-    for model in (MODEL, tied, ModelConfig(vocab_size=300, **biases), ModelConfig(vocab_size=300, mlp_bias=True)):
+    tied = GPTConfig(vocab_size=300, tie_embeddings=True, qkv_bias=True, qk_norm=True, head_dim=32)
+    for model in (MODEL, tied, GPTConfig(vocab_size=300, **biases), GPTConfig(vocab_size=300, mlp_bias=True)):
         with platform.process_groups(ParallelConfig()):
             platform.seed_everything(0)
             gpt = build_model(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=0)

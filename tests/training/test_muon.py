@@ -11,7 +11,7 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import check, recipe_from_dict
 from megatron_tpt.config.recipe import OptimizerConfig, ParallelConfig, PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 
 MUON = {"name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "warmup_steps": 2}

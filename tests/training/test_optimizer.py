@@ -9,7 +9,6 @@ import pytest
 from training_runs import Train
 
 from megatron_tpt import platform
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import (
     BatchSizeStage,
     OptimizerConfig,
@@ -19,7 +18,8 @@ from megatron_tpt.config.recipe import (
     TrainingConfig,
 )
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
 
 
@@ -80,7 +80,7 @@ def test_steps_to_skip_are_numbers_and_ranges() -> None:
 def test_weight_decay_spares_biases_norms_and_on_demand_embeddings(decay_embeddings: bool, tmp_path: Path) -> None:
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=tmp_path),
-        model=ModelConfig(vocab_size=100, qkv_bias=True),
+        model=GPTConfig(vocab_size=100, qkv_bias=True),
         training=TrainingConfig(dtype="fp32"),
         optimizer=OptimizerConfig(weight_decay=0.3, decay_embeddings=decay_embeddings),
     )

@@ -9,8 +9,8 @@ from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import check, recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.gpt import core_settings, describe_kernels, transformer_config
-from megatron_tpt.models.precision import fuses_gradient_accumulation
+from megatron_tpt.models.gpt.build import core_settings, transformer_config
+from megatron_tpt.models.precision import describe_kernels, fuses_gradient_accumulation
 from megatron_tpt.training.optimizer import buffer_settings
 
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -15,7 +15,6 @@ from training_runs import FINETUNE, Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import (
     FinetuneRecipe,
     ParallelConfig,
@@ -31,7 +30,8 @@ from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
-from megatron_tpt.models.gpt import build_model
+from megatron_tpt.models.gpt.build import build_model
+from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.outcome import next_steps
@@ -108,7 +108,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
     tokenizer = Tokenizer(tokenizer_path)
     rows, length = (pairs, 128) if source == "pairs" else (PackedIndex(chats_prefix), 256)
     data = PackedExamples(rows, tokenizer, length, seed=0)
-    model_config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, ffn_hidden_size=64, init_std=0.2)
+    model_config = GPTConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, ffn_hidden_size=64, init_std=0.2)
     with platform.process_groups(ParallelConfig()), torch.no_grad():
         platform.seed_everything(0)
         model = build_model(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.recipe import PretrainRecipe
-from megatron_tpt.training.metrics import model_flops_per_token
+from megatron_tpt.models.sizes import model_flops_per_token
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks/training.py"
 

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.models.gpt.config import GPTConfig
 
 
-def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+def rotary_frequencies(model: GPTConfig) -> torch.Tensor:
     """The angle of each pair of a head's dimensions per position, in radians: [head_dim / 2], fp32, on the CPU."""
     exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32, device="cpu") / model.kv_channels
     frequencies = 1.0 / model.rotary_base**exponents
@@ -20,7 +20,7 @@ def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
     return (1 - share) * frequencies / factor + share * frequencies
 
 
-def rotary_attention_factor(model: ModelConfig) -> float:
+def rotary_attention_factor(model: GPTConfig) -> float:
     """The factor on cosines and sines: yarn's temperature of attention, 1 elsewhere."""
     if model.rope_scaling_factor is None or model.rope_scaling_type != "yarn":
         return 1.0
@@ -34,7 +34,7 @@ def yarn_mscale(factor: float, weight: float = 1.0) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _llama3_share(frequencies: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+def _llama3_share(frequencies: torch.Tensor, model: GPTConfig) -> torch.Tensor:
     """How much of each frequency stays as it is: 0 for slow ones, 1 for fast ones, in between by their turns in the
     original context."""
     turns = model.rope_original_context * frequencies / (2 * math.pi)
@@ -42,7 +42,7 @@ def _llama3_share(frequencies: torch.Tensor, model: ModelConfig) -> torch.Tensor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
-def _yarn_share(model: ModelConfig) -> torch.Tensor:
+def _yarn_share(model: GPTConfig) -> torch.Tensor:
     """The same for yarn, in between by the dimension's number."""
 
     def dimension(turns: float) -> float:

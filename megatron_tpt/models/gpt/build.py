@@ -1,30 +1,28 @@
 """Llama- and Qwen-family models as Megatron Core `GPTModel`s."""
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.gpt.rope import rotary_attention_factor, rotary_frequencies
+from megatron_tpt.models.initialization import initialize_weights
 from megatron_tpt.models.precision import (
+    TORCH_DTYPES,
     fp8_settings,
     fuses_gradient_accumulation,
     recompute_settings,
     require_active,
-    unrounded_values,
 )
-from megatron_tpt.models.rope import rotary_attention_factor, rotary_frequencies
+from megatron_tpt.platform.megatron_core import set_rotary_attention_factor
 
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -34,15 +32,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm as Megatron Core builds norms, with sequence parallelism.
 
-    Megatron Core's own wrapper of it refuses sequence parallelism (megatron/core/transformer/torch_norm.py:50). What is
-    needed is only the mark on the weight: under sequence parallelism each rank sees a part of the positions, and
-    `finalize_model_grads` adds up the gradients of marked weights over the tensor-parallel group.
+    Megatron Core's own wrapper of it refuses sequence parallelism. What is needed is only the mark on the weight:
+    under sequence parallelism each rank sees a part of the positions, and `finalize_model_grads` adds up the
+    gradients of marked weights over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -50,7 +46,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def use_transformer_engine(model: ModelConfig) -> bool:
+def use_transformer_engine(model: GPTConfig) -> bool:
     """Whether to build from Transformer Engine's kernels. Raises UserError when they are asked for and absent."""
     if model.transformer_impl == "local" or (model.transformer_impl == "auto" and not torch.cuda.is_available()):
         return False
@@ -62,7 +58,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     return True
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
+def transformer_config(model: GPTConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
     """Megatron Core's description of the same model, with its layout and precision, for this machine.
 
     Raises UserError for kernels that are not active on it.
@@ -82,7 +78,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, training: T
 
 
 def core_settings(
-    model: ModelConfig,
+    model: GPTConfig,
     parallel: ParallelConfig,
     training: TrainingConfig,
     *,
@@ -143,22 +139,9 @@ def core_settings(
     )
 
 
-def describe_kernels(config: TransformerConfig) -> str:
-    """One line on what a model runs through, for the log."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    kernels = "Megatron Core's own kernels"
-    if config.transformer_impl == "transformer_engine":
-        kernels = f"Transformer Engine {importlib.metadata.version('transformer-engine')}"
-    precision = "bf16" if config.bf16 else "fp32"
-    if config.fp8:
-        precision += f" with {config.fp8_recipe} FP8 ({config.fp8})"
-    fusion = "fused" if config.gradient_accumulation_fusion else "not fused (apex is not there)"
-    return f"{device}: {kernels}, {precision}, gradient accumulation {fusion}"
-
-
-def _with_biases(layer: ModuleSpec, model: ModelConfig) -> ModuleSpec:
+def _with_biases(layer: ModuleSpec, model: GPTConfig) -> ModuleSpec:
     """The attention's projections with the biases of `model`: TransformerConfig.add_bias_linear is one switch for them
-    and for the feed-forward network (transformer/attention.py:418 and :1687)."""
+    and for the feed-forward network."""
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv = _building(attention.linear_qkv, bias=model.qkv_bias)
     attention.linear_proj = _building(attention.linear_proj, bias=model.attention_output_bias)
@@ -171,7 +154,7 @@ def _building(build: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
 
 def _block_spec(
-    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+    model: GPTConfig, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if use_transformer_engine(model):
         return _with_biases(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm), model)
@@ -186,26 +169,16 @@ def _block_spec(
     )
 
 
-def _set_rotary_scaling(gpt: GPTModel, model: ModelConfig) -> None:
+def _set_rotary_scaling(gpt: GPTModel, model: GPTConfig) -> None:
     """Give a new model its frequencies and its factor on cosines and sines. Megatron Core has Llama 3's change for one
-    original context alone, and keeps yarn's factor in every layer's attention (transformer/attention.py:326)."""
+    original context alone, and keeps yarn's factor in every layer's attention."""
     gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for layer in gpt.decoder.layers:
-        assert hasattr(layer.self_attention, "_yarn_concentration_factor")
-        layer.self_attention._yarn_concentration_factor = rotary_attention_factor(model)
-
-
-def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, *, seed: int | None
-) -> list[GPTModel]:
-    """This rank's part of the model: one piece, or parallel.virtual_pipeline_parallel_size of them."""
-    vp = parallel.virtual_pipeline_parallel_size
-    stages = range(vp) if vp > 1 else [None]
-    return [build_model(model, parallel, training, seed=seed, vp_stage=stage) for stage in stages]
+        set_rotary_attention_factor(layer.self_attention, rotary_attention_factor(model))
 
 
 def build_model(
-    model: ModelConfig,
+    model: GPTConfig,
     parallel: ParallelConfig,
     training: TrainingConfig,
     *,
@@ -238,46 +211,3 @@ def build_model(
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
     return gpt.bfloat16() if training.dtype == "bf16" else gpt
-
-
-def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
-    state = gpt.sharded_state_dict()
-    for name, value in unrounded_values(gpt).items():
-        state[name].data = value
-    apply_factories(state)  # splits the gated projections into their two halves
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor) and value.data is not None:
-            yield value
-
-
-@torch.no_grad()
-def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
-    """Draw every matrix from a normal distribution that depends on `seed` and the matrix alone.
-
-    Megatron Core draws from one stream per rank, so that the weights change with the layout. Here the checkpoint's own
-    description of each shard (its key and place in the whole) names a matrix: each rank draws the whole matrix from a
-    seed made of `seed` and the name, and keeps its part. Norms stay 1, biases 0. Projections back into the residual
-    stream have a standard deviation smaller by sqrt(2 * num_layers), as in GPT-2.
-    """
-    for parameter_name, parameter in gpt.named_parameters():
-        if parameter_name.endswith("bias"):
-            parameter.zero_()
-    for shard in _weight_shards(gpt):
-        num_stacked = shard.prepend_axis_num  # leading axes that only count layers
-        whole_shape = shard.global_shape[num_stacked:]
-        if len(whole_shape) < 2:
-            continue
-        into_residual = ".linear_proj." in shard.key or ".linear_fc2." in shard.key
-        std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
-        name = f"{seed}/{shard.key}/{shard.global_offset[:num_stacked]}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1)
-        whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
-        place = tuple(
-            slice(offset, offset + length)
-            for offset, length in zip(
-                shard.global_offset[num_stacked:], shard.data.shape[-len(whole_shape) :], strict=True
-            )
-        )
-        shard.data.copy_(whole[place].view(shard.data.shape))
-    for name, value in unrounded_values(gpt).items():
-        gpt.get_parameter(name).copy_(value)

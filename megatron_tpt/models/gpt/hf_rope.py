@@ -7,9 +7,9 @@ there transformers takes `rope_scaling`, and so do we. Exports have all three, w
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.rope import yarn_mscale
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.gpt.rope import yarn_mscale
 
 _NEEDED = {
     "default": (),
@@ -39,7 +39,7 @@ def _kind(rope: dict[str, Any]) -> str:
 
 
 def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The fields of ModelConfig for the rotary positions of a config.json.
+    """The fields of GPTConfig for the rotary positions of a config.json.
 
     Raises UserError for kinds and settings that our models lack.
     """
@@ -98,7 +98,7 @@ def describe_rope(config: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_rope(model: ModelConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_rope(model: GPTConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
     """rope_theta, rope_scaling and rope_parameters of a config.json; in the words of the `original` config.json where
     that says the same."""
     theta, scaling = model.rotary_base, _scaling(model)
@@ -110,12 +110,12 @@ def write_rope(model: ModelConfig, original: dict[str, Any] | None = None) -> di
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
-def _says(original: dict[str, Any], model: ModelConfig) -> bool:
+def _says(original: dict[str, Any], model: GPTConfig) -> bool:
     fields = read_rope(original, Path("config.json"))
     return all(getattr(model, name) == value for name, value in fields.items())
 
 
-def _scaling(model: ModelConfig) -> dict[str, Any] | None:
+def _scaling(model: GPTConfig) -> dict[str, Any] | None:
     if model.rope_scaling_factor is None:
         return None
     scaling: dict[str, Any] = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}

@@ -1,0 +1,58 @@
+"""Initial weights that depend on the seed alone, whatever the parallel layout."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.models.precision import unrounded_values
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+
+def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
+    state = gpt.sharded_state_dict()
+    for name, value in unrounded_values(gpt).items():
+        state[name].data = value
+    apply_factories(state)  # splits the gated projections into their two halves
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and value.data is not None:
+            yield value
+
+
+@torch.no_grad()
+def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
+    """Draw every matrix from a normal distribution that depends on `seed` and the matrix alone.
+
+    Megatron Core draws from one stream per rank, so that the weights change with the layout. Here the checkpoint's own
+    description of each shard (its key and place in the whole) names a matrix: each rank draws the whole matrix from a
+    seed made of `seed` and the name, and keeps its part. Norms stay 1, biases 0. Projections back into the residual
+    stream have a standard deviation smaller by sqrt(2 * num_layers), as in GPT-2.
+    """
+    for parameter_name, parameter in gpt.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.zero_()
+    for shard in _weight_shards(gpt):
+        num_stacked = shard.prepend_axis_num  # leading axes that only count layers
+        whole_shape = shard.global_shape[num_stacked:]
+        if len(whole_shape) < 2:
+            continue
+        into_residual = ".linear_proj." in shard.key or ".linear_fc2." in shard.key
+        std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
+        name = f"{seed}/{shard.key}/{shard.global_offset[:num_stacked]}"
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1)
+        whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
+        place = tuple(
+            slice(offset, offset + length)
+            for offset, length in zip(
+                shard.global_offset[num_stacked:], shard.data.shape[-len(whole_shape) :], strict=True
+            )
+        )
+        shard.data.copy_(whole[place].view(shard.data.shape))
+    for name, value in unrounded_values(gpt).items():
+        gpt.get_parameter(name).copy_(value)
