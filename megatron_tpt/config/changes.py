@@ -8,27 +8,15 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, get_type_hints
 
+from megatron_tpt.config.data import DataConfig, DataPhase, DatasetSource, ExampleSet, SftDataConfig
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.config.recipe import (
-    BatchSizeStage,
-    CheckpointConfig,
-    DataConfig,
-    DataPhase,
-    DatasetSource,
-    ExampleSet,
-    FaultsConfig,
-    LoggingConfig,
-    ParallelConfig,
-    ProfilingConfig,
-    Recipe,
-    RunConfig,
-    SftDataConfig,
-    SftTrainingConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.run import CheckpointConfig, FaultsConfig, LoggingConfig, ProfilingConfig, RunConfig
+from megatron_tpt.config.training import BatchSizeStage, SftTrainingConfig, TrainingConfig
 
 
 class Effect(Enum):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_tpt.config.data import DataPhase, DatasetSource
 from megatron_tpt.config.load import read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe, Recipe
+from megatron_tpt.config.recipe import PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.training.history import newest_recipe, step_of

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tpt.config.recipe import DatasetSource, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.data import DatasetSource
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.config.load import read_yaml
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainRecipe, Recipe, TrainingConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.packing import is_packed
 

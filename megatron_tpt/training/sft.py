@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import FinetuneRecipe, SftDataConfig
+from megatron_tpt.config.data import SftDataConfig
+from megatron_tpt.config.recipe import FinetuneRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples

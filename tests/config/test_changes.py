@@ -11,7 +11,8 @@ from megatron_tpt.config import changes
 from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.load import recipe_from_dict, to_dict
 from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 
 
 def sections_of(hint: object) -> set[type]:

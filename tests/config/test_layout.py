@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.steps import part_of_sequence
 

@@ -12,8 +12,11 @@ import yaml
 from training_runs import PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
+from megatron_tpt.config.data import DataPhase, DatasetSource
 from megatron_tpt.config.load import check, recipe_from_dict, to_yaml
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, ParallelConfig, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest

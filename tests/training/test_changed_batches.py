@@ -12,7 +12,9 @@ from training_runs import FINETUNE, PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe, read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, ParallelConfig, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, file_checksum
 from megatron_tpt.indexing.pack_sft import pack_sft

@@ -16,7 +16,8 @@ from megatron_tpt import platform
 from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.checkpoint import members
 from megatron_tpt.training.data import build_pretrain_data

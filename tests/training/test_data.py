@@ -7,7 +7,8 @@ import pytest
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import BatchSizeStage, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.indexing import marks
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking

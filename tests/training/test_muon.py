@@ -9,7 +9,9 @@ from training_runs import Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import OptimizerConfig, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.optimizer import OptimizerConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import build_chunks
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model

@@ -14,16 +14,13 @@ from chat_templates import CHATML
 from training_runs import FINETUNE, Train
 
 from megatron_tpt import platform
+from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import (
-    FinetuneRecipe,
-    ParallelConfig,
-    RunConfig,
-    SftDataConfig,
-    SftTrainingConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import FinetuneRecipe
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import SftTrainingConfig, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples

@@ -11,7 +11,8 @@ from training_runs import Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest, ThinkTokens

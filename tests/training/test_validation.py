@@ -14,7 +14,8 @@ from chat_templates import CHATML
 from training_runs import FINETUNE, Train
 
 from megatron_tpt.config.load import load_recipe, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.options import IndexOptions
