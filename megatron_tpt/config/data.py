@@ -5,9 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
 
+@on_change(
+    {
+        (Effect.CONTENT, Effect.FREE): "path weight",
+        (Effect.FREE, Effect.FREE): "name max_epochs",
+    }
+)
 @dataclass
 class DatasetSource:
     """One indexed dataset in a blend."""
@@ -34,6 +41,7 @@ class DatasetSource:
         return self.name or self.path.name
 
 
+@on_change({(Effect.CONTENT, Effect.FREE): "train until_tokens"})
 @dataclass
 class DataPhase:
     """A part of a run with a blend of its own."""
@@ -48,6 +56,15 @@ class DataPhase:
         return None if self.until_tokens is None else -(-int(self.until_tokens) // sequence_length)
 
 
+@on_change(
+    {
+        (Effect.CONTENT, Effect.FREE): "train phases",
+        (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
+        (Effect.REFUSED, Effect.FREE): "mock",
+        (Effect.WARNED, Effect.FREE): "reset_at_documents loss_on",
+        (Effect.FREE, Effect.FREE): "validation allow_change cache_dir num_workers",
+    }
+)
 @dataclass
 class DataConfig:
     """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens.
@@ -98,6 +115,7 @@ class DataConfig:
         return self.phases or [DataPhase(self.train)]
 
 
+@on_change({(Effect.FREE, Effect.FREE): "path name"})
 @dataclass
 class ExampleSet:
     """Examples to validate with."""
@@ -113,6 +131,13 @@ class ExampleSet:
         return self.name or self.path.name
 
 
+@on_change(
+    {
+        (Effect.CONTENT, Effect.FREE): "train prompt_field response_field on_too_long",
+        (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
+        (Effect.FREE, Effect.FREE): "validation allow_change num_workers",
+    }
+)
 @dataclass
 class SftDataConfig:
     """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""

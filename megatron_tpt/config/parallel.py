@@ -3,9 +3,23 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.FREE): "distributed_optimizer",
+        (Effect.LAYOUT, Effect.FREE): """
+            tensor_parallel_size pipeline_parallel_size virtual_pipeline_parallel_size first_stage_layers
+            last_stage_layers fsdp overlap_grad_reduce
+        """,
+        (Effect.FREE, Effect.FREE): """
+            context_parallel_size context_parallel_exchange rank_order sequence_parallel
+            overlap_param_gather
+        """,
+    }
+)
 @dataclass
 class ParallelConfig:
     """How the model and the data are spread over processes. The data-parallel size is what remains of the world."""

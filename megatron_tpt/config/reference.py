@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
 
-from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
 _INTRODUCTION = """# Recipes

@@ -4,9 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.FREE): "seed",
+        (Effect.FREE, Effect.FREE): """
+            output_dir threads_per_process distributed_timeout_s time_limit_min time_limit_margin_min
+            first_step_timeout_s hang_timeout_s
+        """,
+    }
+)
 @dataclass
 class RunConfig:
     """Where a run lives and what makes it reproducible."""
@@ -52,6 +62,13 @@ class RunConfig:
         return self.hang_timeout_s or float("inf")
 
 
+@on_change(
+    {
+        (Effect.FREE, Effect.FREE): """
+            save_interval keep_last keep_every asynchronous optimizer_sharding verify
+        """,
+    }
+)
 @dataclass
 class CheckpointConfig:
     """What is kept to resume from."""
@@ -80,6 +97,14 @@ class CheckpointConfig:
             require(value is None or value >= 1, f"checkpoint.{name}={value} must be 1 or more")
 
 
+@on_change(
+    {
+        (Effect.FREE, Effect.FREE): """
+            on_nonfinite on_loss_spike loss_spike_factor loss_spike_window max_skips max_rollbacks
+            desync_interval rerun
+        """,
+    }
+)
 @dataclass
 class FaultsConfig:
     """What happens when training goes wrong."""
@@ -111,6 +136,7 @@ class FaultsConfig:
         require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
 
 
+@on_change({(Effect.FREE, Effect.FREE): "log_interval tensorboard peak_tflops straggler_factor wandb_project"})
 @dataclass
 class LoggingConfig:
     """What is reported and how often."""
@@ -132,6 +158,7 @@ class LoggingConfig:
         require(self.straggler_factor > 1, f"logging.straggler_factor={self.straggler_factor} must be above 1")
 
 
+@on_change({(Effect.FREE, Effect.FREE): "first_step num_steps ranks shapes stacks memory"})
 @dataclass
 class ProfilingConfig:
     """A trace of some steps, in RUN/profile/."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError, require
 
 
+@on_change({(Effect.ALLOWED, Effect.FREE): "num_steps global_batch_size sequence_length"})
 @dataclass
 class BatchSizeStage:
     """Some steps with another batch size, at the beginning of a run."""
@@ -35,6 +37,21 @@ def _step_range(text: int | str) -> range:
     return steps
 
 
+@on_change(
+    {
+        (Effect.ALLOWED, Effect.FREE): "sequence_length global_batch_size batch_size_ramp",
+        (Effect.PRECISION, Effect.FREE): "dtype",
+        (Effect.WARNED, Effect.FREE): """
+            fp8 fp8_format fp8_amax_history fp8_param_gather bf16_layers_at_start bf16_layers_at_end
+        """,
+        (Effect.NONE, Effect.FREE): "init_from new_token_rows",
+        (Effect.FREE, Effect.FREE): """
+            num_steps skip_steps micro_batch_size recompute recompute_modules recompute_layers
+            cpu_offload_layers allow_other_tokenizer validation_interval validation_steps
+            manual_gc_interval
+        """,
+    }
+)
 @dataclass
 class TrainingConfig:
     """How long, in what portions and in which precision."""
@@ -169,6 +186,7 @@ class TrainingConfig:
         return sum(stage.num_steps for stage in self.batch_size_ramp if stage.sequence_length is not None)
 
 
+@on_change({(Effect.FREE, Effect.FREE): "num_epochs"})
 @dataclass
 class SftTrainingConfig(TrainingConfig):
     """How long, in what portions and in which precision."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_tpt.config.changes import Change, Effect, changes
+from megatron_tpt.config.changes import Change, changes
 from megatron_tpt.config.effects import is_default
 from megatron_tpt.config.load import read_yaml
+from megatron_tpt.config.on_change import Effect
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from training_runs import FINETUNE, PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
-from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_dict
+from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
