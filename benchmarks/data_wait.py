@@ -22,7 +22,7 @@ from random_corpus import VOCAB_SIZE, make_indices
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10

@@ -3,10 +3,26 @@
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
+
+
+@dataclass
+class DataSection:
+    """What to train on, as far as it does not depend on the kind of run."""
+
+    train: list[Any] = field(default_factory=list)
+    """The data to train on."""
+    validation: list[Any] = field(default_factory=list)
+    """The data to validate with."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer."""
+    allow_change: bool = False
+    """Resume from a checkpoint with other training data than before."""
+    num_workers: int = 0
+    """Processes per rank that read ahead; 0 reads in the training process."""
 
 
 @on_change(
@@ -66,7 +82,7 @@ class DataPhase:
     }
 )
 @dataclass
-class DataConfig:
+class DataConfig(DataSection):
     """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens.
 
     A source is a prefix, or {path, weight, ...}. A path with wildcards (data/shard-*) stands for all indices that it
@@ -94,8 +110,6 @@ class DataConfig:
     """Random tokens in place of files, to measure speed; needs model.vocab_size."""
     cache_dir: Path | None = None
     """Where the sample indices are kept; `cache/` beside the first training index when not given."""
-    num_workers: int = 0
-    """Processes per rank that read ahead; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
         require(
@@ -139,7 +153,7 @@ class ExampleSet:
     }
 )
 @dataclass
-class SftDataConfig:
+class SftDataConfig(DataSection):
     """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""
 
     train: list[Path] = field(default_factory=list)
@@ -160,5 +174,3 @@ class SftDataConfig:
     allow_change: bool = False
     """Resume from a checkpoint with other training data than before, or another batch size or sequence length, at the
     samples consumed; without, that is refused."""
-    num_workers: int = 0
-    """Processes per rank that read ahead; 0 reads in the training process."""

@@ -1,24 +1,33 @@
 """Everything that decides a training run, as nested dataclasses; a recipe file is their YAML.
 
 A field's docstring is its documentation: it is what `--help` prints. `__post_init__` refuses what can be seen in one
-section; `megatron_tpt.config.load.check` what needs several, and the number of processes.
+section; `check` of the recipe what needs several, and the number of processes.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_tpt.config.data import DataConfig, SftDataConfig
+from megatron_tpt.config.data import DataSection
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.rules import SHARED_RULES
 from megatron_tpt.config.run import CheckpointConfig, FaultsConfig, LoggingConfig, ProfilingConfig, RunConfig
-from megatron_tpt.config.training import SftTrainingConfig, TrainingConfig
-from megatron_tpt.errors import UserError
+from megatron_tpt.config.training import TrainingConfig
 
 
 @dataclass
 class Recipe:
-    """Sections shared by pre-training and fine-tuning."""
+    """The sections that every kind of run has, and what the loader and the training loop ask of a kind.
+
+    The kinds are subclasses in megatron_tpt/recipes/, which override what is particular to them.
+    """
+
+    program = ""  # the module of the package that runs it
+    activity = ""  # what that program does, in words
+    rules = SHARED_RULES  # which settings have an effect
 
     run: RunConfig = field(default_factory=RunConfig)
     """Run folder and seed."""
@@ -38,34 +47,34 @@ class Recipe:
     """Metrics."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     """Traces."""
+    data: DataSection = field(default_factory=DataSection)
+    """What to train on."""
 
+    @classmethod
+    def kinds(cls) -> Sequence[type["Recipe"]]:
+        """All kinds of recipes, by whose fields an unknown one is explained."""
+        return ()
 
-@dataclass
-class PretrainRecipe(Recipe):
-    """A pre-training or mid-training run."""
+    @classmethod
+    def complete(cls, raw: dict[str, Any]) -> None:
+        """Fill in, before the fields are read, what the content of a recipe file takes from elsewhere."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    """Indexed datasets."""
+    @classmethod
+    def expand(cls, raw: dict[str, Any]) -> None:
+        """Replace short forms in the content of a recipe file, whose fields are right, by what they stand for."""
 
+    def packed_prefixes(self) -> list[Path]:
+        """The packed indices that are trained on; their rows are samples, whatever the sequence length."""
+        return []
 
-@dataclass
-class FinetuneRecipe(Recipe):
-    """A supervised fine-tuning run."""
-
-    training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
-    """Steps or epochs, batch, precision."""
-    data: SftDataConfig = field(default_factory=SftDataConfig)
-    """Conversations, or prompts and responses."""
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
-        with the checkpoint to start from."""
-        if self.data.tokenizer is not None:
-            return self.data.tokenizer
-        for prefix in self.data.train:
-            if (folder := Path(f"{prefix}.tokenizer")).is_dir():
-                return folder
-        if self.training.init_from is None:
-            raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
-        return self.training.init_from / "tokenizer"
+    def beyond_the_end(self) -> Iterator[str]:
+        """A line for everything that is asked for at steps that the run does not have."""
+        training, first = self.training, self.profiling.first_step
+        last = f"the run ends after training.num_steps={training.num_steps}"
+        if first is not None and first > training.num_steps:
+            yield f"profiling.first_step={first} has no effect: {last}"
+        for item in training.skip_steps:
+            if int(str(item).partition("-")[0]) > training.num_steps:
+                yield f"training.skip_steps: {item} has no effect: {last}"
+        if sum(stage.num_steps for stage in training.batch_size_ramp) >= training.num_steps:
+            yield f"training.global_batch_size={training.global_batch_size} is never reached by batch_size_ramp: {last}"

@@ -1,9 +1,9 @@
-"""All fields of recipes as Markdown: python -m megatron_tpt.config.reference > docs/recipe.md"""
+"""All fields of recipes, as the Markdown of docs/recipe.md and as the text of --help."""
 
 import dataclasses
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,12 +11,12 @@ from docstring_parser import parse_from_object
 
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.on_change import Effect, effects_of
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.recipe import Recipe
 
 _INTRODUCTION = """# Recipes
 
 All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
-option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.config.reference`.
+option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes`.
 
 The last two columns say what becomes of a value that is not the one in the `recipe.yaml` of the checkpoint: when a run
 resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the fields of
@@ -56,7 +56,10 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
 
 
 def _meanings_of(cls: type) -> dict[str, str]:
-    return {one.arg_name: " ".join((one.description or "").split()) for one in parse_from_object(cls).params}
+    """What the fields of a section mean; those that it inherits included."""
+    sections = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    params = [one for section in sections for one in parse_from_object(section).params]
+    return {one.arg_name: " ".join((one.description or "").split()) for one in params}
 
 
 def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
@@ -82,14 +85,17 @@ def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
             yield from _table(inner, inner.__name__, described)
 
 
-def reference() -> str:
-    """Every section of the recipes as a table, and the dataclasses in them; what both kinds share is there once."""
+def reference(kinds: Sequence[type[Recipe]]) -> str:
+    """Every section of the recipes as a table, and the dataclasses in them; what several kinds share is there once."""
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
-    for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
-        for name, cls in get_type_hints(recipe).items():
+    for name, cls in get_type_hints(Recipe).items():
+        if name != "data":
+            lines += _table(cls, name, described)
+    for kind in kinds:
+        for name, cls in get_type_hints(kind).items():
             if cls not in described:
-                lines += _table(cls, name + suffix, described)
+                lines += _table(cls, f"{name} ({kind.activity})", described)
     return "\n".join(lines) + "\n"
 
 
@@ -110,7 +116,3 @@ def help_text(cls: type, module: str, usage: str) -> str:
             lines += textwrap.wrap(meanings.get(field.name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -22,13 +22,12 @@ import numpy as np
 import torch
 
 from megatron_tpt.config.data import DatasetSource
-from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
 from megatron_tpt.platform.signals import ignore_stop_signals
-from megatron_tpt.training.blend import MAX_NAMES, Blend, blends, cache_folder, check_epochs
+from megatron_tpt.training.blend import MAX_NAMES, Blend, BlendRecipe, blends, cache_folder, check_epochs
 from megatron_tpt.training.resume import TEXT
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import (
@@ -181,7 +180,7 @@ class _BlendedDataset(BlendedDataset):
         self.__dict__.update(zip(BlendIndex._fields, self._build_indices(), strict=True))
 
 
-def _dataset_config(recipe: PretrainRecipe, manifest: Manifest, cache: SampleCache) -> _DatasetConfig:
+def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache) -> _DatasetConfig:
     tokenizer = SimpleNamespace(  # the attributes that GPTDataset reads, and the think tags
         eod=manifest.tokenizer.eos_id,
         vocab_size=manifest.tokenizer.vocab_size,
@@ -268,7 +267,7 @@ def _open_blend(
     return torch.utils.data.ConcatDataset(datasets) if blend.is_whole else _BlendedDataset(datasets, blend, config)
 
 
-def _read_manifests(recipe: PretrainRecipe, opened: list[Blend]) -> list[list[Manifest]]:
+def _read_manifests(recipe: BlendRecipe, opened: list[Blend]) -> list[list[Manifest]]:
     """The manifests of each blend. Raises UserError where they do not suit the recipe."""
     manifests = read_manifests(source.path for blend in opened for source in blend.sources)
     unmarked = next((manifest for manifest in manifests if not manifest.append_eos), None)
@@ -283,7 +282,7 @@ def _read_manifests(recipe: PretrainRecipe, opened: list[Blend]) -> list[list[Ma
     return parts
 
 
-def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[Any]:
+def open_splits(recipe: BlendRecipe, cache: SampleCache) -> list[Any]:
     """The training dataset and, where the recipe validates, the validation datasets."""
     opened = blends(recipe)
     manifests = _read_manifests(recipe, opened)
@@ -293,7 +292,7 @@ def open_splits(recipe: PretrainRecipe, cache: SampleCache) -> list[Any]:
     return [_open_blend(*parts, config) for parts in zip(opened, manifests, splits, strict=True)]
 
 
-def prepare_cache(recipe: PretrainRecipe) -> None:
+def prepare_cache(recipe: BlendRecipe) -> None:
     """Build the sample indices that are not in the cache yet. One process per machine calls it, before the others read.
 
     Any number of machines may do so at once, on one folder or on one each. Needs no process group and no GPU.
@@ -464,7 +463,7 @@ class MockDataset(torch.utils.data.Dataset):
         }
 
 
-def _build_mock_data(recipe: PretrainRecipe) -> TrainingData:
+def _build_mock_data(recipe: BlendRecipe) -> TrainingData:
     assert recipe.model.vocab_size is not None
     dataset = MockDataset(recipe.model.vocab_size, recipe.training.sequence_length, recipe.run.seed)
     return TrainingData(train=make_loader(dataset, recipe), validation={}, tokenizer_path=None)
@@ -502,7 +501,7 @@ class SourceTokens:
         return {name: value / self._sizes[name] for name, value in tokens.items()}
 
 
-def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
+def _identity(recipe: BlendRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
     """What decides the first `num_samples` samples: the content and share of every source in the phases until then;
     and the epochs of each in the whole run, which are shuffled together."""
     remaining, phases = num_samples, []
@@ -526,7 +525,7 @@ def _identity(recipe: PretrainRecipe, blend: Blend, manifests: list[Manifest], n
     }
 
 
-def pretrain_identity(recipe: PretrainRecipe) -> Callable[[int], dict[str, str]]:
+def pretrain_identity(recipe: BlendRecipe) -> Callable[[int], dict[str, str]]:
     """What the first samples of a recipe depend on, given their number, besides its settings. Reads manifests alone."""
     if recipe.data.mock:
         return lambda num_samples: {}
@@ -539,7 +538,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def build_pretrain_data(recipe: PretrainRecipe) -> TrainingData:
+def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
     if recipe.data.mock:
         return _build_mock_data(recipe)

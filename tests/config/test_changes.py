@@ -11,8 +11,9 @@ from megatron_tpt.config import changes, on_change
 from megatron_tpt.config.load import recipe_from_dict, to_dict
 from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
 def sections_of(hint: object) -> set[type]:

@@ -10,7 +10,7 @@ from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.parallel import ParallelConfig
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.memory import (
     Memory,

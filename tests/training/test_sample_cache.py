@@ -22,11 +22,11 @@ from training_runs import PRETRAIN, Workers, read_metrics
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training import data
 from megatron_tpt.training.data import open_splits, prepare_cache
