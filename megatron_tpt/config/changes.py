@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from megatron_tpt.config.convert import is_section
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
@@ -67,7 +68,10 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     there. Fields of no consequence in this recipe are omitted.
     """
     defaults = to_dict(type(recipe)())
+    yield from _callback_changes(recipe.callbacks, saved.get("callbacks") or {})
     for section, cls in get_type_hints(type(recipe)).items():
+        if not is_section(cls):
+            continue
         here, there = to_dict(getattr(recipe, section)), defaults[section] | (saved.get(section) or {})
         meant = (_resolved(here), _resolved(there)) if cls is ModelConfig else (here, there)
         for name in (field.name for field in dataclasses.fields(cls)):
@@ -76,3 +80,9 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
             is_other = here[name] != there[name] and meant[0].get(name, here) != meant[1].get(name, there)
             if is_other and has_effect(recipe, section, name):
                 yield Change(section, name, here[name], there[name], *effects_of(cls, name))
+
+
+def _callback_changes(here: dict[str, Any], there: dict[str, Any]) -> Iterator[Change]:
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            yield Change("callbacks", name, here.get(name), there.get(name), Effect.WARNED, Effect.FREE)

@@ -78,6 +78,8 @@ class Arguments:
     """Device the dry run is to assume, such as h100; that of this machine when not given."""
     mfu: float | None = None
     """Share of the device's peak that the dry run is to assume."""
+    places: dict[Key, str] = dataclasses.field(default_factory=dict)
+    """Where every key of the recipe is from: FILE:LINE, or the command line."""
 
 
 def _read_option(arguments: Arguments, name: str, value: str) -> None:
@@ -172,6 +174,7 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
             print(f"WARNING: --{key} is given twice: {value} counts, and {given[key]} does not", flush=True)
         given[key] = value
         _apply_override(file, key, value)
+    arguments.places = file.places
     return recipe_from_dict(cls, file.content, file.places), arguments
 
 
@@ -179,6 +182,8 @@ def to_dict(value: Any) -> Any:
     """A recipe (or a part of one) as plain mappings, lists and strings for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -47,6 +47,9 @@ class Recipe:
     """Metrics."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     """Traces."""
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What happens beside training: built-in callbacks by name and a user's own (package.module:Class), each with its
+    settings."""
     data: DataSection = field(default_factory=DataSection)
     """What to train on."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
 
+from megatron_tpt.config.convert import is_section
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.recipe import Recipe
@@ -16,7 +17,7 @@ from megatron_tpt.config.recipe import Recipe
 _INTRODUCTION = """# Recipes
 
 All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
-option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes`.
+option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes.reference`.
 
 The last two columns say what becomes of a value that is not the one in the `recipe.yaml` of the checkpoint: when a run
 resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the fields of
@@ -24,12 +25,13 @@ resumes from it, and when a new run starts from its weights (`training.init_from
 """
 
 
-def _name_of(hint: Any) -> str:
+def name_of(hint: Any) -> str:
+    """What a field of a type takes, as Markdown."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{to_dict(value)}`" for value in get_args(hint))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
-    arguments = [_name_of(one) for one in get_args(hint) if one is not type(None) and one is not Ellipsis]
+    arguments = [name_of(one) for one in get_args(hint) if one is not type(None) and one is not Ellipsis]
     if get_origin(hint) in (list, tuple):
         return f"list of {arguments[0]}"
     if get_origin(hint) is dict:
@@ -39,7 +41,8 @@ def _name_of(hint: Any) -> str:
     return {Path: "path", str: "text", float: "number", int: "whole number", bool: "true, false"}.get(hint, str(hint))
 
 
-def _default_of(field: dataclasses.Field) -> str:
+def default_of(field: dataclasses.Field) -> str:
+    """The default of a field as Markdown; nothing for None and for a section."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return "required"
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -55,8 +58,8 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
         yield from _dataclasses_in(one)
 
 
-def _meanings_of(cls: type) -> dict[str, str]:
-    """What the fields of a section mean; those that it inherits included."""
+def meanings_of(cls: type) -> dict[str, str]:
+    """What the fields of a dataclass mean; those that it inherits included."""
     sections = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     params = [one for section in sections for one in parse_from_object(section).params]
     return {one.arg_name: " ".join((one.description or "").split()) for one in params}
@@ -65,19 +68,19 @@ def _meanings_of(cls: type) -> dict[str, str]:
 def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
     """The section of a dataclass; of one that extends a section described before, only what it adds."""
     documentation = parse_from_object(cls)
-    meanings = _meanings_of(cls)
+    meanings = meanings_of(cls)
     hints = get_type_hints(cls)
     base = next((base for base in cls.__mro__[1:] if base in described), None)
-    known = {field.name: _default_of(field) for field in dataclasses.fields(base)} if base else {}
+    known = {field.name: default_of(field) for field in dataclasses.fields(base)} if base else {}
     yield f"\n## {title}\n"
     yield " ".join(filter(None, [documentation.short_description, documentation.long_description])) + "\n"
     if base:
         yield f"The fields of [{described[base]}](#{described[base]}), and these.\n"
     yield "| field | values | default | meaning | on resume | from `init_from` |\n|---|---|---|---|---|---|"
     for field in dataclasses.fields(cls):
-        cells = [f"`{field.name}`", _name_of(hints[field.name]), _default_of(field), meanings.get(field.name, "")]
+        cells = [f"`{field.name}`", name_of(hints[field.name]), default_of(field), meanings.get(field.name, "")]
         cells += [effect.label for effect in effects_of(cls, field.name)]
-        if known.get(field.name) != _default_of(field):
+        if known.get(field.name) != default_of(field):
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
     described[cls] = title
     for inner in [one for hint in hints.values() for one in _dataclasses_in(hint)]:
@@ -90,11 +93,11 @@ def reference(kinds: Sequence[type[Recipe]]) -> str:
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
     for name, cls in get_type_hints(Recipe).items():
-        if name != "data":
+        if is_section(cls) and name != "data":
             lines += _table(cls, name, described)
     for kind in kinds:
         for name, cls in get_type_hints(kind).items():
-            if cls not in described:
+            if is_section(cls) and cls not in described:
                 lines += _table(cls, f"{name} ({kind.activity})", described)
     return "\n".join(lines) + "\n"
 
@@ -106,11 +109,15 @@ def help_text(cls: type, module: str, usage: str) -> str:
     lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
     lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
     for name, section in get_type_hints(cls).items():
-        meanings = _meanings_of(section)
+        if not is_section(section):
+            lines += textwrap.wrap(f"{name}: {meanings_of(cls)[name]}", 110, subsequent_indent=" " * 8)
+            lines += ["", f"  --{name}.NAME.SETTING, or --{name}={{NAME: {{SETTING: VALUE}}}}", ""]
+            continue
+        meanings = meanings_of(section)
         lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]
         for field in dataclasses.fields(section):
-            default = _default_of(field).strip("`")
-            values = _name_of(get_type_hints(section)[field.name]).replace("`", "")
+            default = default_of(field).strip("`")
+            values = name_of(get_type_hints(section)[field.name]).replace("`", "")
             values = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", values)
             lines.append(f"  --{name}.{field.name}  ({values}{f'; default: {default}' if default else ''})")
             lines += textwrap.wrap(meanings.get(field.name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)

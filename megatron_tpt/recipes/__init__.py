@@ -15,9 +15,8 @@ def recipe_types() -> list[type[TrainingRecipe]]:
     """The kinds of recipes: the class of every module of this package, by its program's name."""
     found = []
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        if not module.name.endswith("__main__"):
-            members = vars(importlib.import_module(module.name)).values()
-            found += [one for one in members if _is_kind(one) and one.__module__ == module.name]
+        members = vars(importlib.import_module(module.name)).values()
+        found += [one for one in members if _is_kind(one) and one.__module__ == module.name]
     return sorted(found, key=lambda kind: kind.program)
 
 

@@ -13,6 +13,7 @@ from megatron_tpt.config.effects import without_effect
 from megatron_tpt.config.layout import check_layout
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.yaml_file import Key
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.models.presets import PRESETS
@@ -78,9 +79,20 @@ class TrainingRecipe(Recipe, abc.ABC):
 
     def build_callbacks(self) -> "list[Callback]":
         """What happens beside the training loop."""
-        from megatron_tpt.training.callbacks import default_callbacks
+        from megatron_tpt.training.recipe_callbacks import build_callbacks
 
-        return default_callbacks()
+        return build_callbacks(self.callbacks)
+
+    def check_callbacks(self, places: dict[Key, str]) -> None:
+        """Raise UserError for callbacks that are not there and for their settings, each with its place in `places`.
+
+        Imports the modules that the recipe names: to be called for the recipe that a user runs, not for that of a
+        checkpoint.
+        """
+        if self.callbacks:
+            from megatron_tpt.training.recipe_callbacks import read_callbacks
+
+            read_callbacks(self.callbacks, places)
 
     def tokenizer(self, *, needs_data: bool = True) -> TokenizerInfo | None:
         """The tokenizer of the data; None for random tokens.

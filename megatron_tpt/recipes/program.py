@@ -44,6 +44,7 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
         world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
     recipe = recipe.resolve()
     recipe.check(world_size)
+    recipe.check_callbacks(arguments.places)
     tokenizer = recipe.tokenizer(needs_data=not arguments.dry_run)
     if tokenizer is not None:
         recipe.check_tokenizer(tokenizer)
