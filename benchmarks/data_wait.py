@@ -81,8 +81,8 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
 def train(recipe: PretrainRecipe) -> list[tuple[float, float]]:
     """Seconds of waiting, and of the whole, for every step."""
     from megatron_tpt.training.callbacks import default_callbacks
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
     steps: list[tuple[float, float]] = []

@@ -151,7 +151,8 @@ def start_data(options: Options, prefixes: list[Path], num_samples: int, cache: 
     """What the first process of a machine does with its data before the first step."""
     from megatron_tpt.config.load import recipe_from_dict
     from megatron_tpt.recipes.pretrain import PretrainRecipe
-    from megatron_tpt.training.data import cache_folder, open_splits, prepare_cache
+    from megatron_tpt.training.blend import cache_folder
+    from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
     from megatron_tpt.training.sample_cache import SampleCache
 
     training = {"num_steps": num_samples, "global_batch_size": 1, "sequence_length": options.sequence_length}

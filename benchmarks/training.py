@@ -98,8 +98,8 @@ def trainer_of(recipe: PretrainRecipe) -> Iterator[Any]:
     """A trainer without callbacks; what it held is free again afterwards."""
     import torch
 
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.trainer import Trainer
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):

@@ -140,19 +140,19 @@ class PretrainRecipe(TrainingRecipe):
 
     def describe_data(self) -> tuple[str, DataIdentity]:
         def identity(num_samples: int) -> dict[str, str]:
-            from megatron_tpt.training.data import pretrain_identity  # Megatron Core, which takes seconds
+            from megatron_tpt.training.pretrain_data import pretrain_identity  # Megatron Core, which takes seconds
 
             return pretrain_identity(self)(num_samples)
 
         return describe_data(self), identity
 
     def prepare_data(self) -> None:
-        from megatron_tpt.training.data import prepare_cache
+        from megatron_tpt.training.pretrain_data import prepare_cache
 
         prepare_cache(self)
 
     def build_data(self) -> "TrainingData":
-        from megatron_tpt.training.data import build_pretrain_data
+        from megatron_tpt.training.pretrain_data import build_pretrain_data
 
         return build_pretrain_data(self)
 

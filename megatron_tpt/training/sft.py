@@ -22,11 +22,12 @@ from megatron_tpt.config.training import SftTrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.marks import mark_thinking
 from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.blend import format_table
-from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader, mark_thinking
+from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader
 from megatron_tpt.training.data_checks import epoch_warnings
 
 

@@ -16,8 +16,9 @@ from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.callbacks import default_callbacks
-from megatron_tpt.training.data import TrainingData, build_pretrain_data, prepare_cache
+from megatron_tpt.training.data import TrainingData
 from megatron_tpt.training.launch import distributed
+from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Trainer
 
 

@@ -24,14 +24,9 @@ from megatron_tpt.models.gpt import build_model
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
-from megatron_tpt.training.data import (
-    MockDataset,
-    SourceTokens,
-    build_pretrain_data,
-    open_splits,
-    prepare_cache,
-    segments,
-)
+from megatron_tpt.training.data import SourceTokens
+from megatron_tpt.training.pretrain_data import build_pretrain_data, open_splits, prepare_cache
+from megatron_tpt.training.pretrain_samples import MockDataset, segments
 from megatron_tpt.training.sample_cache import SampleCache
 from megatron_tpt.training.sample_index import build_blend_index, build_phased_index
 from megatron_tpt.training.steps import forward_step

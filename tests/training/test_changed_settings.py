@@ -22,8 +22,8 @@ from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint import members
-from megatron_tpt.training.data import build_pretrain_data
 from megatron_tpt.training.optimizer import build_schedule
+from megatron_tpt.training.pretrain_data import build_pretrain_data
 from megatron_tpt.training.trainer import Trainer
 
 PLAIN = {"parallel": {"distributed_optimizer": False}}

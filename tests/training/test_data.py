@@ -15,7 +15,8 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training.data import Loader, open_splits, prepare_cache
+from megatron_tpt.training.data import Loader
+from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset

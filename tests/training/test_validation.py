@@ -26,7 +26,8 @@ from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training.data import ValidationLoader, _PaddedDataset, open_splits, prepare_cache
+from megatron_tpt.training.data import ValidationLoader, _PaddedDataset
+from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 from megatron_tpt.training.sft import open_sets
 
