@@ -1,113 +1,16 @@
-"""What another value of a field does on resume, and in a run that starts from `training.init_from`.
-
-The table has an entry for every field of every section. `training/resume.py` acts on it, docs/recipe.md shows it.
-"""
+"""Where a recipe differs from the one of a checkpoint, and what becomes of it."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
-from megatron_tpt.config.change_effects import Effect, Entries
+from megatron_tpt.config.convert import is_section
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.config.recipe import (
-    BatchSizeStage,
-    CheckpointConfig,
-    DataConfig,
-    DataPhase,
-    DatasetSource,
-    ExampleSet,
-    FaultsConfig,
-    LoggingConfig,
-    ParallelConfig,
-    ProfilingConfig,
-    Recipe,
-    RunConfig,
-    SftDataConfig,
-    SftTrainingConfig,
-    TrainingConfig,
-)
-
-_FREE, _WARNED, _NONE, _REFUSED = Effect.FREE, Effect.WARNED, Effect.NONE, Effect.REFUSED
-_ALLOWED, _CONTENT = Effect.ALLOWED, Effect.CONTENT
-
-# By section: (on resume, from training.init_from) -> fields. A run that starts from a checkpoint takes its weights and
-# nothing else: there only fields of the model can contradict them. A model family has the entries of its own fields.
-_TABLE: dict[type, Entries] = {
-    RunConfig: {
-        (_REFUSED, _FREE): "seed",
-        (_FREE, _FREE): "output_dir threads_per_process distributed_timeout_s time_limit_min time_limit_margin_min "
-        "first_step_timeout_s hang_timeout_s",
-    },
-    ModelConfig: {
-        (_REFUSED, _REFUSED): "family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
-        "head_dim tie_embeddings",
-        # Rows of the embedding are added for tokens that the checkpoint lacks (training.new_token_rows).
-        (_REFUSED, _FREE): "vocab_size vocab_padding_multiple",
-        (_NONE, _NONE): "init_std",
-        (_FREE, _FREE): "preset max_position_embeddings transformer_impl",
-    },
-    ParallelConfig: {
-        (_REFUSED, _FREE): "distributed_optimizer",
-        (Effect.LAYOUT, _FREE): "tensor_parallel_size pipeline_parallel_size virtual_pipeline_parallel_size "
-        "first_stage_layers last_stage_layers fsdp overlap_grad_reduce",
-        (_FREE, _FREE): "context_parallel_size context_parallel_exchange rank_order sequence_parallel "
-        "overlap_param_gather",
-    },
-    OptimizerConfig: {
-        (_REFUSED, _FREE): "name",
-        (_WARNED, _FREE): "learning_rate adam_learning_rate min_learning_rate schedule warmup_steps decay_steps "
-        "wsd_decay_steps wsd_decay_shape weight_decay decay_embeddings adam_beta1 adam_beta2 adam_epsilon "
-        "muon_momentum muon_nesterov muon_newton_schulz_steps muon_coefficients muon_scale muon_scale_factor "
-        "muon_split_qkv muon_tensor_parallel muon_matmul_precision clip_grad",
-    },
-    TrainingConfig: {
-        (_ALLOWED, _FREE): "sequence_length global_batch_size batch_size_ramp",
-        (Effect.PRECISION, _FREE): "dtype",
-        (_WARNED, _FREE): "fp8 fp8_format fp8_amax_history fp8_param_gather bf16_layers_at_start bf16_layers_at_end",
-        (_NONE, _FREE): "init_from new_token_rows",
-        (_FREE, _FREE): "num_steps skip_steps micro_batch_size recompute recompute_modules recompute_layers "
-        "cpu_offload_layers allow_other_tokenizer validation_interval validation_steps manual_gc_interval",
-    },
-    SftTrainingConfig: {(_FREE, _FREE): "num_epochs"},
-    BatchSizeStage: {(_ALLOWED, _FREE): "num_steps global_batch_size sequence_length"},
-    CheckpointConfig: {(_FREE, _FREE): "save_interval keep_last keep_every asynchronous optimizer_sharding verify"},
-    FaultsConfig: {
-        (_FREE, _FREE): "on_nonfinite on_loss_spike loss_spike_factor loss_spike_window max_skips max_rollbacks "
-        "desync_interval rerun"
-    },
-    LoggingConfig: {
-        (_FREE, _FREE): "log_interval tensorboard peak_tflops straggler_factor wandb_project",
-    },
-    ProfilingConfig: {(_FREE, _FREE): "first_step num_steps ranks shapes stacks memory"},
-    DataConfig: {
-        (_CONTENT, _FREE): "train phases",
-        (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
-        (_REFUSED, _FREE): "mock",
-        (_WARNED, _FREE): "reset_at_documents loss_on",
-        (_FREE, _FREE): "validation allow_change cache_dir num_workers",
-    },
-    DataPhase: {(_CONTENT, _FREE): "train until_tokens"},
-    DatasetSource: {(_CONTENT, _FREE): "path weight", (_FREE, _FREE): "name max_epochs"},
-    SftDataConfig: {
-        (_CONTENT, _FREE): "train prompt_field response_field on_too_long",
-        (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
-        (_FREE, _FREE): "validation allow_change num_workers",
-    },
-    ExampleSet: {(_FREE, _FREE): "path name"},
-}
-
-
-def effects_of(cls: type, name: str) -> tuple[Effect, Effect]:
-    """What another value of the field `name` of a section does: on resume, and from training.init_from. Raises KeyError
-    for a field without an entry."""
-    for base in cls.__mro__:
-        for effects, names in (_TABLE.get(base) or vars(base).get("effects", {})).items():
-            if name in names.split():
-                return effects
-    raise KeyError(f"{cls.__name__}.{name} has no entry in the table of {__name__}")
+from megatron_tpt.config.on_change import Effect, effects_of
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.training import BatchSizeStage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +67,8 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     `saved` is the content of a checkpoint's recipe.yaml; a field that it lacks, as in earlier versions, has its default
     there. Fields of no consequence in this recipe are omitted.
     """
-    for section in (field.name for field in dataclasses.fields(recipe)):
+    yield from _callback_changes(recipe.callbacks, saved.get("callbacks") or {})
+    for section in (name for name, hint in get_type_hints(type(recipe)).items() if is_section(hint)):
         cls = type(getattr(recipe, section))
         here, there = to_dict(getattr(recipe, section)), to_dict(cls()) | (saved.get(section) or {})
         meant = (_resolved(here), _resolved(there)) if issubclass(cls, ModelConfig) else (here, there)
@@ -174,3 +78,9 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
             is_other = here[name] != there[name] and meant[0].get(name, here) != meant[1].get(name, there)
             if is_other and has_effect(recipe, section, name):
                 yield Change(section, name, here[name], there[name], *effects_of(cls, name))
+
+
+def _callback_changes(here: dict[str, Any], there: dict[str, Any]) -> Iterator[Change]:
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            yield Change("callbacks", name, here.get(name), there.get(name), Effect.WARNED, Effect.FREE)

@@ -47,6 +47,8 @@ def expected(hint: Any) -> str:
         return f"a list, of which each is {expected(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(expected(one) for one in get_args(hint) if one is not type(None))
+    if get_origin(hint) is dict:
+        return "a mapping"
     if is_section(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
     return {Path: "a path", str: "a text", float: "a number", int: "a whole number", bool: "true or false"}[hint]
@@ -108,8 +110,15 @@ class Converter:
             return self.section(hint, value, key)
         if get_origin(hint) is list:
             return self._list(get_args(hint)[0], value, key)
+        if get_origin(hint) is dict:
+            return self._mapping(get_args(hint)[1], value, key)
+        if hint is Any:
+            return value
         if value is None and not is_optional(hint):
             return self._wrong(key, f"has no value: give {expected(hint)}, or remove it")
+        others = [one for one in get_args(hint) if one is not type(None)]
+        if value is not None and is_optional(hint) and len(others) == 1:
+            return self.value(others[0], value, key)
         try:
             result = _scalar(hint, value)
         except ValueError as error:
@@ -123,6 +132,13 @@ class Converter:
         if not isinstance(value, list):
             return self._wrong(key, f"{_shown(value)} is not {expected(list[hint])}")
         return [self.value(hint, item, (*key, place)) for place, item in enumerate(value)]
+
+    def _mapping(self, hint: Any, value: Any, key: Key) -> Any:
+        """Names with values of one type; one without content is empty."""
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            return self._wrong(key, f"{_shown(value)} is not {expected(dict[str, hint])}")
+        return {str(name): self.value(hint, item, (*key, str(name))) for name, item in value.items()}
 
     def _wrong(self, key: Key, problem: str) -> Any:
         self.problems.append(f"{self.where(key)}{dotted(key)}: {problem}")

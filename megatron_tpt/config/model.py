@@ -12,9 +12,9 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from megatron_tpt.config.change_effects import Entries
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
 
 DEFAULT_FAMILY = "gpt"
@@ -56,12 +56,21 @@ class Activation:
     """Whether tensor-parallel ranks have a share each; else they do under sequence parallelism alone."""
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.REFUSED): """
+            family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim
+            tie_embeddings
+        """,
+        # Rows of the embedding are added for tokens that the checkpoint lacks (training.new_token_rows).
+        (Effect.REFUSED, Effect.FREE): "vocab_size vocab_padding_multiple",
+        (Effect.NONE, Effect.NONE): "init_std",
+        (Effect.FREE, Effect.FREE): "preset max_position_embeddings transformer_impl",
+    }
+)
 @dataclass
 class ModelConfig(ABC):
     """A decoder-only transformer: the fields of every family."""
-
-    effects: ClassVar[Entries] = {}
-    """What another value of a family's own fields does on resume and from training.init_from (config/changes.py)."""
 
     family: str = DEFAULT_FAMILY
     """Model family: a folder of megatron_tpt/models. It decides which other fields there are."""

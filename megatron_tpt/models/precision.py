@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_tpt.config.recipe import TrainingConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Parameters and operations of any family's model, from its configuration's tensors. No torch."""
 
 from megatron_tpt.config.model import ModelConfig, Weight
-from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.config.parallel import ParallelConfig
 
 
 def _stage_sizes(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[tuple[Weight, int]]:

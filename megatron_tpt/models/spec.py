@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_tpt.config.model import ModelConfig, families, spec_named
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 
 if TYPE_CHECKING:
     from megatron_tpt.models.hugging_face import HuggingFaceAdapter

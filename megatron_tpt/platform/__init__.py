@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.platform.megatron_core import adapt_megatron_to_cpu, fsdp_construction_on_cpu, require_version
 from megatron_tpt.platform.noise import silence_known_messages
 

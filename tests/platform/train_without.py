@@ -26,15 +26,13 @@ import torch  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from megatron_tpt import platform  # noqa: E402
-from megatron_tpt.config.recipe import (  # noqa: E402
-    OptimizerConfig,
-    ParallelConfig,
-    PretrainRecipe,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.optimizer import OptimizerConfig  # noqa: E402
+from megatron_tpt.config.parallel import ParallelConfig  # noqa: E402
+from megatron_tpt.config.run import RunConfig  # noqa: E402
+from megatron_tpt.config.training import TrainingConfig  # noqa: E402
 from megatron_tpt.models.gpt.config import GPTConfig  # noqa: E402
 from megatron_tpt.models.spec import build_chunks  # noqa: E402
+from megatron_tpt.recipes.pretrain import PretrainRecipe  # noqa: E402
 from megatron_tpt.training.checkpoint import SaveError, load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.sizes import model_flops_per_token

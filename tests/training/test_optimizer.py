@@ -9,17 +9,14 @@ import pytest
 from training_runs import Train
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import (
-    BatchSizeStage,
-    OptimizerConfig,
-    ParallelConfig,
-    PretrainRecipe,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.optimizer import OptimizerConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.spec import build_chunks
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.models.sizes import model_flops_per_token
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks/training.py"
 

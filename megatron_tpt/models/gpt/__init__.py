@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.gpt.presets import PRESETS
 from megatron_tpt.models.spec import ModelSpec

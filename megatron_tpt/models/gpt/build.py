@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.gpt.rope import rotary_attention_factor, rotary_frequencies

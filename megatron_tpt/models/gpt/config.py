@@ -2,10 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from megatron_tpt.config.change_effects import Effect, Entries
 from megatron_tpt.config.model import Activation, ModelConfig, Weight
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
 
 _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
@@ -21,17 +21,20 @@ _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
 }
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.REFUSED): "qkv_bias attention_output_bias mlp_bias qk_norm",
+        (Effect.WARNED, Effect.WARNED): """
+            rotary_base rope_scaling_factor rope_scaling_type rope_original_context rope_low_freq_factor
+            rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor
+            norm_epsilon
+        """,
+        (Effect.WARNED, Effect.FREE): "hidden_dropout attention_dropout",
+    }
+)
 @dataclass
 class GPTConfig(ModelConfig):
     """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
-
-    effects: ClassVar[Entries] = {
-        (Effect.REFUSED, Effect.REFUSED): "qkv_bias attention_output_bias mlp_bias qk_norm",
-        (Effect.WARNED, Effect.WARNED): "rotary_base rope_scaling_factor rope_scaling_type rope_original_context "
-        "rope_low_freq_factor rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor "
-        "norm_epsilon",
-        (Effect.WARNED, Effect.FREE): "hidden_dropout attention_dropout",
-    }
 
     rotary_base: float = 10000.0
     """Base of the rotary frequencies (theta)."""

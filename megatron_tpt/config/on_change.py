@@ -1,5 +1,13 @@
-"""What another value of a field can do: the terms of the table in config/changes.py."""
+"""What another value of a field does on resume, and in a run that starts from `training.init_from`.
 
+Every section has an entry for each of its fields. `training/resume.py` acts on it, docs/recipe.md shows it.
+
+    @on_change({(Effect.WARNED, Effect.FREE): "learning_rate", (Effect.FREE, Effect.FREE): "name"})
+    @dataclass
+    class Section: ...
+"""
+
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 
@@ -37,5 +45,29 @@ class Effect(Enum):
         return self.value[1]
 
 
-Entries = dict[tuple[Effect, Effect], str]
-"""(on resume, from training.init_from) -> names of fields."""
+TABLE: dict[type, Mapping[tuple[Effect, Effect], str]] = {}
+"""By section: (on resume, from training.init_from) -> names of fields."""
+
+
+def on_change[T: type](entries: Mapping[tuple[Effect, Effect], str]) -> Callable[[T], T]:
+    """Enter the fields of a section: (on resume, from training.init_from) -> their names, separated by spaces.
+
+    A run that starts from a checkpoint takes its weights and nothing else: there only fields of the model can
+    contradict them.
+    """
+
+    def enter(section: T) -> T:
+        TABLE[section] = entries
+        return section
+
+    return enter
+
+
+def effects_of(cls: type, name: str) -> tuple[Effect, Effect]:
+    """What another value of the field `name` of a section does: on resume, and from training.init_from. Raises KeyError
+    for a field without an entry."""
+    for base in cls.__mro__:
+        for effects, names in TABLE.get(base, {}).items():
+            if name in names.split():
+                return effects
+    raise KeyError(f"{cls.__name__}.{name} has no entry of what another value does (on_change)")
