@@ -112,10 +112,14 @@ def help_text(cls: type, module: str, usage: str) -> str:
     lines.append(f"  python -m {module} recipe.yaml --training.num_steps=100 --run.output_dir=runs/a")
     lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
     lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
+    listed = set[str]()  # of a family of models what it adds to the first one
     for title, section in sections_of(cls):
         meanings, name = _meanings_of(section), title.partition(" ")[0]
         lines += [f"{title}: {' '.join((section.__doc__ or '').split())}", ""]
         for field in dataclasses.fields(section):
+            if f"{name}.{field.name}" in listed:
+                continue
+            listed.add(f"{name}.{field.name}")
             default = _default_of(field).strip("`")
             values = _name_of(get_type_hints(section)[field.name]).replace("`", "")
             values = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", values)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from megatron_tpt.config.convert import is_section
-from megatron_tpt.config.model import section_classes
+from megatron_tpt.config.model import families, section_classes, spec_named
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.config.yaml_file import Key
 
@@ -48,11 +48,18 @@ def _all_names(cls: type) -> tuple[str, ...]:
     return tuple(dict.fromkeys(walk(cls, "")))
 
 
+def _families_with(name: str) -> list[str]:
+    classes = {family: spec_named(family).config for family in families()}
+    return [family for family, cls in classes.items() if name in {field.name for field in dataclasses.fields(cls)}]
+
+
 def suggest(cls: type, key: Key) -> str:
     """What to write behind "unknown" for a key that a recipe of type `cls` does not have."""
     name = str(key[-1]).replace("-", "_")
     siblings = _names_in(cls, key[:-1])
     own = ".".join(part for part in key if isinstance(part, str))
+    if own in _all_names(cls):
+        return f"; it is a setting of model.family={' or '.join(_families_with(name))}"
     for other, program in _PROGRAMS.items():
         if other is not cls and own in _all_names(other):
             return f"; it is a setting of {program}"
