@@ -101,10 +101,9 @@ def reference(kinds: Sequence[type[Recipe]]) -> str:
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
     for name, cls in _sections_of(Recipe):
-        if name == "model":
-            lines += _table(cls, f"{name} (family: {cls().family})", described)
-        elif name != "data":
-            lines += _table(cls, name, described)
+        if name != "data":  # of another family of models by its name
+            title = f"{name} ({cls().family})" if name in described.values() else name
+            lines += _table(cls, title, described)
     for kind in kinds:
         for name, cls in _sections_of(kind):
             if cls not in described:
@@ -122,10 +121,14 @@ def help_text(cls: type, module: str, usage: str) -> str:
         if not is_section(hint):
             lines += textwrap.wrap(f"{name}: {meanings_of(cls)[name]}", 110, subsequent_indent=" " * 8)
             lines += ["", f"  --{name}.NAME.SETTING, or --{name}={{NAME: {{SETTING: VALUE}}}}", ""]
+    listed = set[str]()  # of a family of models what it adds to the first one
     for name, section in _sections_of(cls):
         meanings = meanings_of(section)
         lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]
         for field in dataclasses.fields(section):
+            if f"{name}.{field.name}" in listed:
+                continue
+            listed.add(f"{name}.{field.name}")
             default = default_of(field).strip("`")
             values = name_of(get_type_hints(section)[field.name]).replace("`", "")
             values = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", values)

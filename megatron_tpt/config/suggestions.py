@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_type_hints
 
 from megatron_tpt.config.convert import is_section
-from megatron_tpt.config.model import section_classes
+from megatron_tpt.config.model import families, section_classes, spec_named
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.yaml_file import Key
 
@@ -45,11 +45,18 @@ _all_names: Callable[[type], tuple[str, ...]] = functools.cache(_names_below)
 """Every dotted name that the command line takes."""
 
 
+def _families_with(name: str) -> list[str]:
+    classes = {family: spec_named(family).config for family in families()}
+    return [family for family, cls in classes.items() if name in {field.name for field in dataclasses.fields(cls)}]
+
+
 def suggest(cls: type[Recipe], key: Key) -> str:
     """What to write behind "unknown" for a key that a recipe of type `cls` does not have."""
     name = str(key[-1]).replace("-", "_")
     siblings = _names_in(cls, key[:-1])
     own = ".".join(part for part in key if isinstance(part, str))
+    if own in _all_names(cls):
+        return f"; it is a setting of model.family={' or '.join(_families_with(name))}"
     for other in cls.kinds():
         if other is not cls and own in _all_names(other):
             return f"; it is a setting of {other.activity} (megatron_tpt.{other.program})"

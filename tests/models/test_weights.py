@@ -1,0 +1,48 @@
+"""The list of a model's tensors is that of what is built, and what follows from it follows its depth."""
+
+import dataclasses
+
+import pytest
+
+from megatron_tpt import platform
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.sizes import model_flops_per_token
+from megatron_tpt.models.spec import build_chunks
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.training.checkpoint import weights_state
+from megatron_tpt.training.memory import stage_activations
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+ALL = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True, "qk_norm": True}
+
+
+@pytest.mark.parametrize("fields", [{}, ALL, {"tie_embeddings": True, "head_dim": 32, "num_query_groups": 2}])
+def test_the_tensors_are_those_of_checkpoints(fields: dict) -> None:
+    model = GPTConfig(vocab_size=300, num_layers=3, **fields)
+    with platform.process_groups(ParallelConfig()):
+        platform.seed_everything(0)
+        state = weights_state(build_chunks(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=None))
+    found = {}
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensorFactory):  # a gated projection, whose halves are stored one above the other
+            found[tensor.key] = (model.num_layers, *tensor.data.shape)
+        else:
+            found[tensor.key] = tensor.global_shape
+    layers = {"layer": (model.num_layers,), "embedding": (), "output": ()}
+    own = [weight for weight in model.weights() if not weight.is_tied]
+    assert {weight.key: (*layers[weight.part], *weight.shape) for weight in own} == found
+
+
+def test_operations_and_activations_follow_the_depth() -> None:
+    model = GPTConfig(vocab_size=300, num_layers=2)
+    deeper = dataclasses.replace(model, num_layers=6)
+    assert model_flops_per_token(model, 128, depth=6) == model_flops_per_token(deeper, 128)
+    recipe = recipe_from_dict(PretrainRecipe, {"model": {"vocab_size": 300}, "data": {"mock": True}})
+    assert stage_activations(recipe, 0, 1, depth=6) == stage_activations(
+        dataclasses.replace(recipe, model=deeper), 0, 1
+    )
