@@ -1,21 +1,17 @@
 """The family `scaled`: a GPT whose embeddings are multiplied by a constant, as Gemma's are. No adapter."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from megatron_tpt.config.change_effects import Entries
-
-from megatron_tpt.config.on_change import Effect
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.spec import ModelSpec
 
 
+@on_change({(Effect.WARNED, Effect.WARNED): "embedding_scale"})
 @dataclass
 class ScaledConfig(GPTConfig):
     """A GPT with scaled embeddings."""
-
-    effects: ClassVar[Entries] = {(Effect.WARNED, Effect.WARNED): "embedding_scale"}
 
     family: str = "scaled"
     """This family."""
