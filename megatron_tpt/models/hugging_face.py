@@ -108,7 +108,9 @@ class HuggingFaceAdapter[C: ModelConfig](ABC):
     architectures: tuple[str, ...]
     """The classes of transformers that compute the same: `architectures` of a config.json."""
     embedding_name = "model.embed_tokens.weight"
+    """The embedding in a Hugging Face folder."""
     output_name = "lm_head.weight"
+    """The output matrix there, which a model with tied embeddings may have or lack."""
 
     @abstractmethod
     def from_config(self, config: dict[str, Any], source: Path) -> C:
