@@ -202,6 +202,7 @@ class Finished:
         return [
             (section, cls, field.name)
             for section, cls in get_type_hints(self.cls).items()
+            if dataclasses.is_dataclass(cls)
             for field in dataclasses.fields(cls)
         ]
 
