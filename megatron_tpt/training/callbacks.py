@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
-from megatron_tpt.training.checkpoint import CheckpointSaving, SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, SaveError
 from megatron_tpt.training.desync import CheckCopies
 from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics

@@ -15,16 +15,10 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.gpt import build_chunks, describe_kernels
-from megatron_tpt.training.checkpoint import (
-    CheckpointSaving,
-    load_checkpoint,
-    load_weights,
-    random_state,
-    read_trainer_state,
-    set_random_state,
-    start_saving,
-)
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
+from megatron_tpt.training.checkpoint_loading import load_checkpoint, load_weights, read_trainer_state
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_saving
+from megatron_tpt.training.checkpoint_state import random_state, set_random_state
 from megatron_tpt.training.data import Loader, TrainingData
 from megatron_tpt.training.metrics import LossSums
 from megatron_tpt.training.model_files import model_files

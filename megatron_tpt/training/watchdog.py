@@ -32,7 +32,7 @@ import psutil
 import torch
 
 from megatron_tpt.files import atomic_write
-from megatron_tpt.training.checkpoint import CheckpointSaving, start_saving
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_saving
 from megatron_tpt.training.steps import TimedIterator, run_microbatches
 from megatron_tpt.training.trainer import Callback, Trainer
 

@@ -31,8 +31,9 @@ from megatron_tpt.config.recipe import (  # noqa: E402
     TrainingConfig,
 )
 from megatron_tpt.models.gpt import build_chunks  # noqa: E402
-from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
+from megatron_tpt.training.checkpoint_loading import load_checkpoint  # noqa: E402
+from megatron_tpt.training.checkpoint_saving import save_checkpoint  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import run_microbatches  # noqa: E402
 

@@ -9,7 +9,7 @@ import torch
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.training.callbacks import default_callbacks
-from megatron_tpt.training.checkpoint import members
+from megatron_tpt.training.checkpoint_state import members
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.launch import distributed, prepare
 from megatron_tpt.training.trainer import Trainer

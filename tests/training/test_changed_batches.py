@@ -18,7 +18,7 @@ from megatron_tpt.indexing.manifest import Manifest, file_checksum
 from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
-from megatron_tpt.training.checkpoint import read_trainer_state
+from megatron_tpt.training.checkpoint_loading import read_trainer_state
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.launch import prepare

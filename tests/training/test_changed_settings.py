@@ -18,7 +18,7 @@ from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_dict
 from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.training.checkpoint import members
+from megatron_tpt.training.checkpoint_state import members
 from megatron_tpt.training.data import build_pretrain_data
 from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.optimizer import build_schedule

@@ -17,7 +17,7 @@ from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest, ThinkTokens
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.training.callbacks import SaveCheckpoints
-from megatron_tpt.training.checkpoint import SaveError, _together
+from megatron_tpt.training.checkpoint_saving import SaveError, _together
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.launch import distributed, prepare
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
