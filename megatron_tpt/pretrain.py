@@ -22,13 +22,13 @@ def main() -> None:
         return
 
     from megatron_tpt.platform import is_first_rank
+    from megatron_tpt.training.builder import build_trainer
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.outcome import next_steps
-    from megatron_tpt.training.trainer import Trainer
 
     with distributed(recipe, before=prepare_cache):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        trainer = build_trainer(recipe, build_pretrain_data(recipe), default_callbacks())
         trainer.fit()
         if is_first_rank():
             print(next_steps(recipe, trainer.tokens), flush=True)

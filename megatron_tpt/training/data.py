@@ -12,7 +12,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,7 +140,7 @@ class _BlendedDataset(BlendedDataset):
     def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: _DatasetConfig) -> None:
         self.blend = blend
         places = {name: place for place, name in enumerate(blend.names)}
-        self._names_sources = len(places) <= MAX_NAMES
+        self._names_sources = 1 < len(places) <= MAX_NAMES
         self._source_places = [places[source.shown_name] for source in blend.sources]
         shares = blend.shares
         super().__init__(datasets, _overall_weights(blend), sum(shares), config)
@@ -330,13 +330,15 @@ class Loader:
         first = self.training.num_samples(step) + place * self.training.micro_batch_size
         return list(range(first, first + self.training.micro_batch_size))
 
-    def iterate(self, first_step: int, end_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    def iterate(
+        self, first_step: int, end_step: int, skipped: Collection[int] = ()
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Those of
-        training.skip_steps are left out."""
+        training.skip_steps are omitted, and of the steps in `skipped`, which are numbered from 1."""
         batches = (
             self.sample_indices(step, microbatch)
             for step in range(first_step, end_step)
-            if not self.training.skips(step + 1)
+            if step + 1 not in skipped and not self.training.skips(step + 1)
             for microbatch in range(self.num_microbatches(step))
         )
         return iter(

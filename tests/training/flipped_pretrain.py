@@ -10,6 +10,7 @@ import torch
 from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
 from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.launch import distributed, prepare
@@ -21,8 +22,8 @@ class Flip(Callback):
         self.rank, self.step, self.name = int(rank), int(step), name
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if trainer.step == self.step and torch.distributed.get_rank() == self.rank:
-            weights = trainer.gpts[0].get_parameter(self.name).detach().view(-1)
+        if trainer.global_step == self.step and torch.distributed.get_rank() == self.rank:
+            weights = trainer.model.gpts[0].get_parameter(self.name).detach().view(-1)
             weights[:1].view(torch.int32).bitwise_xor_(1)
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     recipe = prepare(*load_recipe(PretrainRecipe, [argument for argument in sys.argv[1:] if argument != option]))
     with distributed(recipe, before=prepare_cache):
         flip = Flip(*option.removeprefix("--flip=").split(":"))
-        Trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), flip]).fit()
+        build_trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), flip]).fit()
 
 
 if __name__ == "__main__":
