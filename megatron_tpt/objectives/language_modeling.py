@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.objectives.objective import MicroBatch, Needs
 from megatron_tpt.objectives.vocab_parallel import token_statistics
 
@@ -25,6 +27,11 @@ class LanguageModeling:
         kinds = ("loss", "tokens", "thinking_loss", "thinking_tokens")
         by_source = [f"source_{kind}/{name}" for kind in ("loss", "tokens") for name in self.source_names]
         self.sum_names = (*kinds, *by_source)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, source_names: Sequence[str], unmarked_name: str) -> Self:
+        """As the training programs make it. A setting of a loss term is read from the recipe here."""
+        return cls(source_names, unmarked_name)
 
     def __call__(self, outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mask = batch["loss_mask"]

@@ -34,7 +34,7 @@ def build_trainer(
     model = _build_trained_model(recipe, data, resumes=newest is not None)
     # As they are now: the folder may be gone, or hold something else, when a checkpoint is due.
     files, notes = model_files(recipe, data.tokenizer_path, newest or recipe.training.init_from)
-    objective = objective or LanguageModeling(data.source_names, data.unmarked_name)
+    objective = objective or LanguageModeling.from_recipe(recipe, data.source_names, data.unmarked_name)
     trainer = Trainer(recipe, model, objective, data, callbacks, model_files=files)
     if newest is not None:
         trainer.resume(newest)
