@@ -80,7 +80,7 @@ class _Statistics(torch.autograd.Function):
         place, is_here = _place(tokens, logits.shape[1])
         result = torch.empty_like(logits)
         for part in _parts(logits):
-            x = logits[part].float()
+            x = logits[part].to(torch.float32, copy=True)
             factor = (of_logsumexp - of_token + of_entropy * mean)[part, None] - of_entropy[part, None] * x
             gradient = x.sub_(logsumexp[part, None]).exp_().mul_(factor)
             gradient.scatter_add_(1, place[part, None], (of_token * is_here)[part, None])

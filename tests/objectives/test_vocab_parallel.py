@@ -35,7 +35,7 @@ def compare(rank: int, size: int, dtype: torch.dtype) -> None:
             (values * weights[: len(names)]).sum().backward()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
         gradient = expected.grad.chunk(size, dim=-1)[rank]
-        assert ours.grad.dtype == dtype
+        assert ours.grad.dtype == dtype and torch.equal(ours.detach(), whole.chunk(size, dim=-1)[rank])
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(ours.grad.float(), gradient, rtol=tolerance, atol=1e-5)
 
