@@ -80,6 +80,7 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
 
 def train(recipe: PretrainRecipe) -> list[tuple[float, float]]:
     """Seconds of waiting, and of the whole, for every step."""
+    from megatron_tpt.training.builder import build_trainer
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.launch import distributed
     from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
@@ -94,7 +95,7 @@ def train(recipe: PretrainRecipe) -> list[tuple[float, float]]:
             steps.append((report.data_wait_s, report.seconds))
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):
-        Trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), Listen()]).fit()
+        build_trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), Listen()]).fit()
     return steps[WARM_UP:]
 
 

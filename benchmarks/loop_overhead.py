@@ -80,28 +80,29 @@ def bare_steps(trainer: Any, batches: Iterator[Any], num_steps: int) -> None:
     """The least that trains: Megatron Core's calls, and a look at the gradient norm."""
     from functools import partial
 
-    from megatron_tpt.training.steps import forward_step
+    from megatron_tpt.training.steps import evaluate_objective, forward_step
 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     training = trainer.recipe.training
     schedule = get_forward_backward_func()
-    forward = partial(forward_step, packed_attention=False, num_sources=1)
+    evaluate = partial(evaluate_objective, trainer.objective)
+    forward = partial(forward_step, needs=trainer.objective.needs, evaluate=evaluate)
     for _ in range(num_steps):
-        for chunk in trainer.chunks:
+        for chunk in trainer.model.chunks:
             chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
+        trainer.model.optimizer.zero_grad()
         schedule(
             forward_step_func=forward,
             data_iterator=batches,
-            model=trainer.chunks,
+            model=trainer.model.chunks,
             num_microbatches=2,
             seq_length=training.sequence_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=False,
         )
-        trainer.optimizer.step()
-        trainer.schedule.step(1)
+        trainer.model.optimizer.step()
+        trainer.model.schedule.step(1)
 
 
 def clocks() -> tuple[float, float]:
@@ -117,6 +118,7 @@ def since(begin: tuple[float, float]) -> tuple[float, float]:
 
 def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[str, list[tuple[float, float]]]:
     """Seconds (clock, cores) of every piece of either loop, the first of each left out."""
+    from megatron_tpt.training.builder import build_trainer
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.launch import distributed
     from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
@@ -132,7 +134,7 @@ def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[st
             self.begin = clocks()
 
         def after_step(self, trainer: Trainer, report: StepReport) -> None:
-            if trainer.step % options.steps:
+            if trainer.global_step % options.steps:
                 return
             pieces["ours"].append(since(self.begin))
             begin = clocks()
@@ -141,7 +143,7 @@ def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[st
             self.begin = clocks()
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):
-        Trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), TakeTurns()]).fit()
+        build_trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), TakeTurns()]).fit()
     return {name: seconds[1:] for name, seconds in pieces.items()}
 
 

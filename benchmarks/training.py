@@ -15,6 +15,7 @@ soon as it is done, beside the parts of earlier calls.
 import contextlib
 import gc
 import io
+import itertools
 import json
 import shutil
 import statistics
@@ -98,12 +99,12 @@ def trainer_of(recipe: PretrainRecipe) -> Iterator[Any]:
     """A trainer without callbacks; what it held is free again afterwards."""
     import torch
 
+    from megatron_tpt.training.builder import build_trainer
     from megatron_tpt.training.launch import distributed
     from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
-    from megatron_tpt.training.trainer import Trainer
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):
-        holder = [Trainer(recipe, build_pretrain_data(recipe), [])]
+        holder = [build_trainer(recipe, build_pretrain_data(recipe), [])]
         try:
             yield holder[0]
         finally:
@@ -117,17 +118,14 @@ def steps_of(trainer: Any, num_steps: int) -> Iterator[tuple[float, float]]:
     """Train. Yields loss and seconds of each step, the device's work included."""
     import torch
 
-    from megatron_tpt.training.steps import TimedIterator
-
-    batches = TimedIterator(trainer.data.train.iterate(trainer.step, trainer.step + num_steps))
-    for _ in range(num_steps):
+    for batch in itertools.islice(trainer.batches(), num_steps):
         begin = time.perf_counter()
-        report = trainer._train_step(batches)
+        report = trainer.step(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        document_loss, document_tokens, thinking_loss, thinking_tokens = report.loss_sums.sum(dim=0).tolist()
-        yield (document_loss + thinking_loss) / (document_tokens + thinking_tokens), seconds
+        loss, tokens = report.sums[:2].tolist()
+        yield loss / tokens, seconds
 
 
 def fits(model: dict, training: dict, folder: Path) -> bool:
@@ -252,7 +250,7 @@ def resume_cpu_run(options: BenchmarkOptions, folder: Path) -> dict[str, Any]:
         raw["data"]["train"] = str(options.index)
     expected = json.loads((copy / "losses.json").read_text())["after"]
     with trainer_of(recipe_from_dict(PretrainRecipe, raw)) as trainer:
-        if trainer.step != 10:
+        if trainer.global_step != 10:
             raise UserError(f"{options.run} has no checkpoint of step 10: make it with --parts cpu-run")
         losses = [loss for loss, _ in steps_of(trainer, 10)]
         del trainer

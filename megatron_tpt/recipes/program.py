@@ -24,10 +24,10 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
         return
 
     from megatron_tpt.platform import is_first_rank
-    from megatron_tpt.training.trainer import Trainer
+    from megatron_tpt.training.builder import build_trainer
 
     with distributed(recipe, before=kind.prepare_data):
-        trainer = Trainer(recipe, recipe.build_data(), recipe.build_callbacks())
+        trainer = build_trainer(recipe, recipe.build_data(), recipe.build_callbacks())
         trainer.fit()
         if is_first_rank():
             print(recipe.next_steps(trainer.tokens), flush=True)

@@ -33,7 +33,7 @@ class _Result:
     """What forward and backward gave."""
 
     own_losses: torch.Tensor
-    """This rank's loss sums [num_sources, 4], before any other rank had to do with them."""
+    """This rank's sums of the objective [num_sums], before any other rank had to do with them."""
     gradient_norms: torch.Tensor
     """Norms of the buffers that hold the gradients, [num_buffers], or of their shards. Ranks that reduced them together
     have the same."""
@@ -45,23 +45,23 @@ class _Result:
     """Whether there was a token to learn from: the loss of none is no measure of what is usual."""
 
 
-def _measure(trainer: Trainer, loss_sums: torch.Tensor) -> _Result:
+def _measure(trainer: Trainer, sums: torch.Tensor) -> _Result:
     """One pass over the gradients, one reduction, one wait for the device."""
     if trainer.recipe.parallel.fsdp != "none":
-        gradients = [local_gradient(value) for gpt in trainer.gpts for value in gpt.parameters()]
+        gradients = [local_gradient(value) for gpt in trainer.model.gpts for value in gpt.parameters()]
     else:
-        buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        chunks = trainer.model.chunks
+        buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
         gradients = [buffer.grad_data for buffer in buffers]
     gradient_norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
-    document_loss, document_tokens, thinking_loss, thinking_tokens = loss_sums.double().sum(dim=0)
     is_bad = (~gradient_norms.isfinite().all()).double()
-    # Ranks that share a batch (tensor parallelism) count it several times, in both sums.
-    totals = torch.stack([is_bad, document_loss + thinking_loss, document_tokens + thinking_tokens])
+    # Loss and tokens. Ranks that share a batch (tensor parallelism) count it several times, in both.
+    totals = torch.cat([is_bad[None], sums[:2]])
     torch.distributed.all_reduce(totals)
     num_bad_ranks, loss_sum, num_tokens = totals.tolist()
     loss = loss_sum / num_tokens if num_tokens else 0.0
     is_finite = not num_bad_ranks and math.isfinite(loss)
-    return _Result(loss_sums.clone(), gradient_norms, loss, is_finite, has_tokens=num_tokens > 0)
+    return _Result(sums.clone(), gradient_norms, loss, is_finite, has_tokens=num_tokens > 0)
 
 
 class CheckNumbers(Callback):
@@ -71,45 +71,47 @@ class CheckNumbers(Callback):
         self.losses: list[float] = []  # of the last good steps
         self.num_skipped = 0  # in a row
         self.num_rollbacks = 0
-        self.passed_over: list[str] = []  # ranges of steps, as training.skip_steps has them
+        self.excluded: list[str] = []  # ranges of steps rolled back from: FIRST-LAST
         self.bad_step: int | None = None  # what is being rolled back from
 
     def state(self) -> dict[str, Any]:
-        names = ("losses", "num_skipped", "num_rollbacks", "passed_over")
-        return {name: getattr(self, name) for name in names}
+        state = {name: getattr(self, name) for name in ("losses", "num_skipped", "num_rollbacks")}
+        return state | {"passed_over": self.excluded}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.num_skipped = list(state["losses"]), state["num_skipped"]
         # After a roll-back the checkpoint knows less of these than we do.
         self.num_rollbacks = max(self.num_rollbacks, state["num_rollbacks"])
-        self.passed_over = list(dict.fromkeys(state["passed_over"] + self.passed_over))
+        self.excluded = list(dict.fromkeys(state["passed_over"] + self.excluded))
 
     def before_training(self, trainer: Trainer) -> None:
         if self.bad_step is not None:
-            self.passed_over.append(f"{trainer.step + 1}-{self.bad_step}")
+            self.excluded.append(f"{trainer.global_step + 1}-{self.bad_step}")
             self.bad_step = None
-        steps = trainer.recipe.training.skip_steps
-        steps += [item for item in self.passed_over if item not in steps]
+        for first, last in (map(int, steps.split("-")) for steps in self.excluded):
+            trainer.excluded_steps.update(range(first, last + 1))
 
-    def before_update(self, trainer: Trainer, loss_sums: torch.Tensor) -> bool:
+    def before_update(self, trainer: Trainer, sums: torch.Tensor) -> bool:
         settings = trainer.recipe.faults
-        result = _measure(trainer, loss_sums)
+        result = _measure(trainer, sums)
         if not self._is_bad(result, settings):
             return self._accept(result, settings)
         if result.is_finite:
             policy, problem = settings.on_loss_spike, f"where {statistics.median(self.losses):.4g} is usual"
         else:
-            policy, problem = settings.on_nonfinite, _diagnose(trainer, loss_sums)
+            policy, problem = settings.on_nonfinite, _diagnose(trainer, sums)
         problem = f"loss {result.loss:.4g}, {problem}"
         if settings.rerun != "off" and trainer.recipe.training.fp8 == "delayed":
             problem += "; not computed once more (faults.rerun): the scales of training.fp8=delayed have moved on"
         elif settings.rerun != "off":
-            loss_sums.copy_(trainer.run_again())
-            second = _measure(trainer, loss_sums)
+            sums.copy_(trainer.run_again())
+            second = _measure(trainer, sums)
             is_good = not self._is_bad(second, settings)
             problem += f"; {_compare(result, second, is_good)}"
             if is_good and settings.rerun == "recover":
-                self._warn(f"step {trainer.step + 1} was bad: {problem}; training goes on with the second result")
+                self._warn(
+                    f"step {trainer.global_step + 1} was bad: {problem}; training continues with the second result"
+                )
                 return self._accept(second, settings)
         return self._handle(trainer, policy, problem)
 
@@ -126,7 +128,7 @@ class CheckNumbers(Callback):
 
     def _handle(self, trainer: Trainer, policy: str, problem: str) -> bool:
         """Returns False, for an update that is left out; raises RollBack or BadStep."""
-        settings, step = trainer.recipe.faults, trainer.step + 1
+        settings, step = trainer.recipe.faults, trainer.global_step + 1
         message = f"step {step} is bad: {problem}"
         if policy == "skip" and self.num_skipped < settings.max_skips:
             self.num_skipped += 1
@@ -179,13 +181,13 @@ def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(torch.isclose(a, b, rtol=_TOLERANCE, atol=0.0, equal_nan=True).all())
 
 
-def _diagnose(trainer: Trainer, loss_sums: torch.Tensor) -> str:
+def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
     """Who has what that is not finite, in one line; in full in RUN/logs/bad-step-*.json. All ranks call it."""
-    loader, step = trainer.data.train, trainer.step
-    named = [item for gpt in trainer.gpts for item in gpt.named_parameters()]
+    loader, step = trainer.data.train, trainer.global_step
+    named = [item for gpt in trainer.model.gpts for item in gpt.named_parameters()]
     own: dict[str, Any] = {
         "rank": torch.distributed.get_rank(),
-        "loss_is_finite": bool(loss_sums.isfinite().all()),
+        "loss_is_finite": bool(sums.isfinite().all()),
         "parameters": [name for name, value in named if not local_gradient(value).isfinite().all()],
         "samples": [i for part in range(loader.num_microbatches(step)) for i in loader.sample_indices(step, part)],
     }

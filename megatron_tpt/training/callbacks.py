@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
-from megatron_tpt.training.checkpoint import CheckpointSaving, SaveError
 from megatron_tpt.training.checkpoint_files import delete_old_checkpoints
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, SaveError
 from megatron_tpt.training.desync import CheckCopies
 from megatron_tpt.training.profiling import Profile
 from megatron_tpt.training.reporting import ReportMetrics
@@ -21,14 +21,14 @@ class Validate(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.training.validation_interval
-        is_last = trainer.step == trainer.recipe.training.num_steps
-        if not interval or not trainer.data.validation or (trainer.step % interval and not is_last):
+        is_last = trainer.global_step == trainer.recipe.training.num_steps
+        if not interval or not trainer.data.validation or (trainer.global_step % interval and not is_last):
             return
         metrics = {f"validation_{name}": value for name, value in trainer.validate().items()}
         if metrics:
-            trainer.metrics.write(trainer.step, metrics)
+            trainer.metrics.write(trainer.global_step, metrics)
         if platform.is_first_rank():
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "_loss" in name)
             print(losses or "validation: no token to learn from", flush=True)
 
 
@@ -44,7 +44,7 @@ class SaveCheckpoints(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.checkpoint.save_interval
-        is_due = trainer.is_over or (interval > 0 and trainer.step % interval == 0)
+        is_due = trainer.is_over or (interval > 0 and trainer.global_step % interval == 0)
         if self.pending is not None:
             is_written = self.pending.is_written()
             if is_due and not is_written and platform.is_first_rank():
@@ -132,7 +132,7 @@ class CollectGarbage(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.training.manual_gc_interval
-        if interval and trainer.step % interval == 0:
+        if interval and trainer.global_step % interval == 0:
             gc.collect()
 
     def after_training(self, trainer: Trainer) -> None:

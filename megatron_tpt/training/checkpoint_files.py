@@ -123,7 +123,7 @@ def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
 
 def _step_of(folder: Path) -> str | None:
     """The name of a checkpoint under whatever name its folder has; None when it cannot be read."""
-    from megatron_tpt.training.checkpoint import read_trainer_state
+    from megatron_tpt.training.checkpoint_loading import read_trainer_state
 
     try:
         return step_folder(folder.parent, read_trainer_state(folder)["step"]).name

@@ -1,7 +1,7 @@
 """What a training program reads: samples as micro-batches, in an order that depends on the seed alone."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ class Loader:
         first = self.training.num_samples(step) + place * self.training.micro_batch_size
         return list(range(first, first + self.training.micro_batch_size))
 
-    def iterate(self, first_step: int, end_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    def iterate(
+        self, first_step: int, end_step: int, skipped: Collection[int] = ()
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Those of
-        training.skip_steps are left out."""
+        training.skip_steps are omitted, and of the steps in `skipped`, which are numbered from 1."""
         batches = (
             self.sample_indices(step, microbatch)
             for step in range(first_step, end_step)
-            if not self.training.skips(step + 1)
+            if step + 1 not in skipped and not self.training.skips(step + 1)
             for microbatch in range(self.num_microbatches(step))
         )
         return iter(

@@ -71,14 +71,14 @@ def describe(odd: dict[int, list[str]]) -> str:
 class CheckCopies(Callback):
     """Every faults.desync_interval steps: ends the run when copies of the weights differ, and says whose."""
 
-    def before_update(self, trainer: Trainer, loss_sums: torch.Tensor) -> bool:
+    def before_update(self, trainer: Trainer, sums: torch.Tensor) -> bool:
         interval = trainer.recipe.faults.desync_interval
-        if interval and trainer.step % interval == 0 and trainer.recipe.parallel.fsdp == "none":
+        if interval and trainer.global_step % interval == 0 and trainer.recipe.parallel.fsdp == "none":
             self._compare(trainer)
         return True
 
     def _compare(self, trainer: Trainer) -> None:
-        named = dict(item for gpt in trainer.gpts for item in gpt.named_parameters())
+        named = dict(item for gpt in trainer.model.gpts for item in gpt.named_parameters())
         whole = {name: value for name, value in named.items() if not getattr(value, "tensor_model_parallel", False)}
         compared = [
             (list(named), *_gather(named, parallel_state.get_data_parallel_group(with_context_parallel=True))),
@@ -95,8 +95,9 @@ class CheckCopies(Callback):
             for rank, names in found.items():
                 odd[rank] += names
         raise Fault(
-            f"the weights after step {trainer.step} are not the same on all ranks that hold a copy: {describe(odd)}. "
-            f"The same command goes on from the last checkpoint; leave the machine out when it happens again"
+            f"the weights after step {trainer.global_step} are not the same on all ranks that hold a copy: "
+            f"{describe(odd)}. The same command resumes from the last checkpoint; exclude the machine when it happens "
+            f"again"
         )
 
 

@@ -1,7 +1,5 @@
 """Every number that training reports, as a pure function of what was measured."""
 
-import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,47 +24,6 @@ def device_peak_tflops(device_name: str, precision: str) -> float | None:
         if name in device_name:
             return peaks.get(precision)
     return None
-
-
-@dataclasses.dataclass
-class LossSums:
-    """Sums of token losses in nats, and the tokens they are over, by kind."""
-
-    document_loss: float = 0.0
-    document_tokens: float = 0.0
-    thinking_loss: float = 0.0
-    thinking_tokens: float = 0.0
-
-    def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of both kinds."""
-        return self.document_tokens + self.thinking_tokens
-
-    def means(self, document_name: str = "document") -> dict[str, float]:
-        """Mean loss over all tokens and over each kind of which there are tokens; nothing where there are none."""
-        if not self.tokens:
-            return {}
-        result = {"loss": (self.document_loss + self.thinking_loss) / self.tokens}
-        if self.document_tokens:
-            result[f"loss_{document_name}"] = self.document_loss / self.document_tokens
-        if self.thinking_tokens:
-            result["loss_thinking"] = self.thinking_loss / self.thinking_tokens
-        return result
-
-
-def source_losses(names: Sequence[str], sums: Sequence[LossSums]) -> dict[str, float]:
-    """Mean loss of every source of which there were tokens, where there are several sources."""
-    if len(names) < 2:
-        return {}
-    return {f"source_loss/{name}": one.means()["loss"] for name, one in zip(names, sums, strict=True) if one.tokens}
-
-
-def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats; inf where no float holds it."""
-    return math.inf if loss > 700 else math.exp(loss)
 
 
 def step_times(seconds: Sequence[float]) -> dict[str, float]:

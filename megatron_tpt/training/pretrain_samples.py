@@ -125,7 +125,7 @@ class _BlendedDataset(BlendedDataset):
     def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: DatasetConfig) -> None:
         self.blend = blend
         places = {name: place for place, name in enumerate(blend.names)}
-        self._names_sources = len(places) <= MAX_NAMES
+        self._names_sources = 1 < len(places) <= MAX_NAMES
         self._source_places = [places[source.shown_name] for source in blend.sources]
         shares = blend.shares
         super().__init__(datasets, _overall_weights(blend), sum(shares), config)

@@ -34,7 +34,7 @@ class Profile(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         settings = trainer.recipe.profiling
         if self.profiler is not None and settings.first_step is not None:
-            if trainer.step == settings.first_step + settings.num_steps - 1:
+            if trainer.global_step == settings.first_step + settings.num_steps - 1:
                 self._end(trainer)
         else:
             self._begin(trainer)
@@ -46,7 +46,7 @@ class Profile(Callback):
     def _begin(self, trainer: Trainer) -> None:
         """Start when the next step is the first to trace, on the ranks that are asked for."""
         settings = trainer.recipe.profiling
-        if trainer.step + 1 != settings.first_step or torch.distributed.get_rank() not in settings.ranks:
+        if trainer.global_step + 1 != settings.first_step or torch.distributed.get_rank() not in settings.ranks:
             return
         if settings.memory:
             torch.cuda.memory._record_memory_history(max_entries=self.max_memory_events)
@@ -55,7 +55,7 @@ class Profile(Callback):
 
     def _end(self, trainer: Trainer) -> None:
         settings = trainer.recipe.profiling
-        name = f"steps-{settings.first_step}-{trainer.step}-rank-{torch.distributed.get_rank()}"
+        name = f"steps-{settings.first_step}-{trainer.global_step}-rank-{torch.distributed.get_rank()}"
         path: Path = trainer.recipe.run.output_dir / "profile" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """Metrics: measured over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -23,8 +24,7 @@ from megatron_tpt.files import atomic_write, real_path
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
-from megatron_tpt.training.metrics import LossSums, duration
-from megatron_tpt.training.steps import reduce_sums
+from megatron_tpt.training.metrics import duration
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
@@ -183,9 +183,8 @@ def _measure_power() -> dict[str, float]:
 class Window:
     """What was measured since the last report, on this rank."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-        self.loss_sums = torch.zeros(len(names), 4, dtype=torch.float64, device=platform.device())
+    def __init__(self, num_sums: int) -> None:
+        self.sums = torch.zeros(num_sums, dtype=torch.float64, device=platform.device())  # of the objective
         self.step_seconds: list[float] = []
         self.data_wait_s = 0.0
         self.own_work_s: list[float] = []  # of the steps that this process has done and not skipped
@@ -195,7 +194,7 @@ class Window:
 
     def add(self, report: StepReport) -> None:
         """Count a step."""
-        self.loss_sums += report.loss_sums
+        self.sums += report.sums
         self.step_seconds.append(report.seconds)
         self.data_wait_s += report.data_wait_s
         if report.num_tokens:
@@ -207,11 +206,11 @@ class Window:
         """Wall time since the window was opened, in this process and in the ones before it."""
         return self.earlier_s + time.perf_counter() - self.began
 
-    def state(self) -> dict[str, Any]:
+    def state(self, trainer: Trainer) -> dict[str, Any]:
         """The window of all ranks, for a checkpoint: sums over them, times of the slowest. All ranks call it."""
         times = _maxima([*self.step_seconds, self.data_wait_s, self.elapsed_s])
         return {
-            "loss_sums": dict(zip(self.names, reduce_sums(self.loss_sums.clone()).tolist(), strict=True)),
+            "sums": trainer.named_sums(self.sums.clone()),
             "step_seconds": times[:-2],
             "data_wait_s": times[-2],
             "elapsed_s": times[-1],
@@ -220,18 +219,27 @@ class Window:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], names: Sequence[str]) -> "Window":
-        """The window that a checkpoint left open. One data-parallel rank takes the sums: they are added up again.
-
-        The sources may have become more since; those that are no longer told apart are counted as the first.
-        """
-        window = cls(names)
+        """The window that a checkpoint left open, of sums with these names: those that it does not have begin at 0, as
+        when there are more sources since. One data-parallel rank takes the sums: they are added up again."""
+        window = cls(len(names))
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            for name, sums in state["loss_sums"].items():
-                place = window.names.index(name) if name in window.names else 0
-                window.loss_sums[place] += torch.tensor(sums, dtype=torch.float64, device=platform.device())
+            sums = state["sums"] if "sums" in state else _sums_by_name(state["loss_sums"])
+            values = [sums.get(name, 0.0) for name in names]
+            window.sums += torch.tensor(values, dtype=torch.float64, device=platform.device())
         window.step_seconds, window.data_wait_s = list(state["step_seconds"]), state["data_wait_s"]
         window.num_tokens, window.earlier_s = state["num_tokens"], state["elapsed_s"]
         return window
+
+
+def _sums_by_name(by_source: dict[str, list[float]]) -> dict[str, float]:
+    """The sums of a checkpoint from before they had names: document loss and tokens, thinking loss and tokens, of every
+    source."""
+    sums: collections.Counter[str] = collections.Counter()
+    for source, (document_loss, document_tokens, thinking_loss, thinking_tokens) in by_source.items():
+        loss, tokens = document_loss + thinking_loss, document_tokens + thinking_tokens
+        sums.update({"loss": loss, "tokens": tokens, f"source_loss/{source}": loss, f"source_tokens/{source}": tokens})
+        sums.update({"thinking_loss": thinking_loss, "thinking_tokens": thinking_tokens})
+    return dict(sums)
 
 
 def _maxima(values: list[float]) -> list[float]:
@@ -250,9 +258,10 @@ class ReportMetrics(Callback):
 
     def before_training(self, trainer: Trainer) -> None:
         recipe = trainer.recipe
-        self.writer = trainer.metrics = MetricsWriter(recipe, trainer.step)
-        names = trainer.data.source_names
-        self.window = Window(names) if self.restored is None else Window.from_state(self.restored, names)
+        self.trainer = trainer
+        self.writer = trainer.metrics = MetricsWriter(recipe, trainer.global_step)
+        names = trainer.objective.sum_names
+        self.window = Window(len(names)) if self.restored is None else Window.from_state(self.restored, names)
         self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.sequence_length)
         self.peak_tflops = self._peak_tflops(recipe)
         self.stragglers = Stragglers()
@@ -276,7 +285,7 @@ class ReportMetrics(Callback):
     def state(self) -> dict[str, Any]:
         assert self.window is not None
         self.writer.sync()
-        return self.window.state()
+        return self.window.state(self.trainer)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.restored = state
@@ -284,32 +293,33 @@ class ReportMetrics(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         assert self.window is not None
         self.window.add(report)
-        if trainer.step % trainer.recipe.logging.log_interval == 0 or trainer.step == trainer.recipe.training.num_steps:
+        if (
+            trainer.global_step % trainer.recipe.logging.log_interval == 0
+            or trainer.global_step == trainer.recipe.training.num_steps
+        ):
             values = self._measure(trainer, report, self.window)
             slowdowns = self.stragglers.compare(statistics.mean(self.window.own_work_s or [0.0]))
             slowest = max(slowdowns, key=lambda one: one.ratio)
             values |= {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
-            trainer.metrics.write(trainer.step, values)
+            trainer.metrics.write(trainer.global_step, values)
             if platform.is_first_rank():
                 num_steps = trainer.recipe.training.num_steps
-                print(f"step {trainer.step:>7}/{num_steps}  {console_line(values)}", flush=True)
+                print(f"step {trainer.global_step:>7}/{num_steps}  {console_line(values)}", flush=True)
             self.stragglers.warn(slowdowns, trainer.recipe.logging.straggler_factor)
-            self.window = Window(trainer.data.source_names)
+            self.window = Window(len(trainer.objective.sum_names))
 
     def _measure(self, trainer: Trainer, report: StepReport, window: Window) -> dict[str, float]:
         elapsed_s, num_steps = window.elapsed_s, len(window.step_seconds)
-        by_source = [LossSums(*row) for row in reduce_sums(window.loss_sums).tolist()]
+        sums = trainer.named_sums(window.sums)
         memory = _measure_memory_gib()
         slowest = _maxima([*memory.values(), *window.step_seconds, window.data_wait_s])
         memory = dict(zip(memory, slowest, strict=False))
         seconds, data_wait_s = slowest[len(memory) : -1], slowest[-1]
-        values = sum(by_source, LossSums()).means(trainer.data.unmarked_name)
-        if "loss" in values:  # there was a token to learn from
-            values["perplexity"] = metrics.perplexity(values["loss"])
+        values = trainer.objective.metrics(sums)
         values["tokens"] = trainer.tokens
         values |= {"learning_rate": report.learning_rate, "grad_norm": report.grad_norm}
-        trainer.gather_weights()
-        values |= {"param_norm": parameter_norm(trainer.chunks)}
+        trainer.model.gather_weights()
+        values |= {"param_norm": parameter_norm(trainer.model.chunks)}
         values |= metrics.step_times(seconds)
         values |= metrics.throughput(
             window.num_tokens,
@@ -319,11 +329,10 @@ class ReportMetrics(Callback):
             num_devices=torch.distributed.get_world_size(),
             peak_tflops=self.peak_tflops,
         )
-        steps_left = trainer.recipe.training.num_steps - trainer.step
+        steps_left = trainer.recipe.training.num_steps - trainer.global_step
         values |= {"remaining_s": metrics.remaining_s(steps_left, elapsed_s, num_steps), **memory, **_measure_power()}
-        values |= metrics.source_losses(trainer.data.source_names, by_source)
         if trainer.data.source_tokens is not None:
-            tokens = trainer.data.source_tokens.after(trainer.recipe.training.num_samples(trainer.step))
+            tokens = trainer.data.source_tokens.after(trainer.recipe.training.num_samples(trainer.global_step))
             if len(tokens) <= MAX_NAMES:
                 epochs = trainer.data.source_tokens.epochs(tokens)
                 values |= {f"source_tokens/{name}": value for name, value in tokens.items()}

@@ -187,7 +187,7 @@ def _describe_resumption(
     tokenizer: TokenizerInfo | None,
     data_identity: DataIdentity | None,
 ) -> Iterator[str]:
-    from megatron_tpt.training.checkpoint import read_trainer_state
+    from megatron_tpt.training.checkpoint_loading import read_trainer_state
 
     require_tokenizer(folder, tokenizer.fingerprint if tokenizer is not None else None)
     state = read_trainer_state(folder)

@@ -1,9 +1,19 @@
-"""The training loop: a table of contents. What happens beside it is in callbacks.py."""
+"""The training loop: a table of contents. What happens beside it is in callbacks.py; builder.py makes a trainer.
 
+    build_trainer(recipe, data, callbacks).fit()
+
+or, driven by another loop, one optimizer step at a time:
+
+    with trainer.running():
+        for batch in trainer.batches():  # or batches of one's own
+            trainer.step(batch)
+"""
+
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +23,25 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import StoppedEarly, UserError
-from megatron_tpt.files import atomic_write
-from megatron_tpt.models.precision import describe_kernels
-from megatron_tpt.models.spec import build_chunks
-from megatron_tpt.training.checkpoint import (
-    CheckpointSaving,
-    load_checkpoint,
-    load_weights,
-    random_state,
-    read_trainer_state,
-    set_random_state,
-    start_saving,
-)
+from megatron_tpt.objectives.objective import Objective
+from megatron_tpt.training.batches import Batch, take_batch
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint, step_folder
-from megatron_tpt.training.data import Loader, TrainingData
-from megatron_tpt.training.metrics import LossSums
-from megatron_tpt.training.model_files import model_files
-from megatron_tpt.training.new_tokens import start_new_tokens
-from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
-from megatron_tpt.training.resume import require_tokenizer, resume_warnings, start_warnings
-from megatron_tpt.training.steps import Batch, TimedIterator, attention_is_packed, reduce_sums, run_microbatches
-from megatron_tpt.training.stragglers import OwnWork
-
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.utils import get_model_config
+from megatron_tpt.training.checkpoint_loading import load_checkpoint, read_trainer_state
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_saving
+from megatron_tpt.training.checkpoint_state import random_state, set_random_state
+from megatron_tpt.training.data import TrainingData, ValidationLoader
+from megatron_tpt.training.model import TrainedModel
+from megatron_tpt.training.resume import require_tokenizer, resume_warnings
+from megatron_tpt.training.steps import reduce_sums
 
 
 @dataclasses.dataclass
 class StepReport:
     """What one optimizer step measured on this rank."""
 
-    loss_sums: torch.Tensor
-    """This rank's document loss, document tokens, thinking loss, thinking tokens by source: [num_sources, 4]."""
+    sums: torch.Tensor
+    """This rank's sums of the objective, fp64 [num_sums], in the order of its `sum_names`; 0 when the step was skipped.
+    """
     grad_norm: float
     """Global gradient norm before clipping."""
     learning_rate: float
@@ -76,13 +73,13 @@ class Callback:
     def before_training(self, trainer: "Trainer") -> None:
         """The model is built, and the last checkpoint, if any, is loaded."""
 
-    def before_update(self, trainer: "Trainer", loss_sums: torch.Tensor) -> bool:
-        """The gradients of the step after `trainer.step` are there, and this rank's losses as StepReport has them. An
-        answer of False leaves the update out; it must be the same on all ranks."""
+    def before_update(self, trainer: "Trainer", sums: torch.Tensor) -> bool:
+        """The gradients of the step after `trainer.global_step` are there, and this rank's sums as StepReport has them.
+        An answer of False skips the update; it must be the same on all ranks."""
         return True
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None:
-        """`trainer.step` optimizer steps are done."""
+        """`trainer.global_step` optimizer steps are done."""
 
     def after_training(self, trainer: "Trainer") -> None:
         """All steps are done, or all ranks stop together."""
@@ -99,239 +96,204 @@ class Callback:
 
 
 class Trainer:
-    """Trains the model of a recipe on some data, resuming from the run folder when it holds a checkpoint.
+    """Trains a model on batches, with callbacks around every step. Needs process groups.
 
-    Needs process groups. `step` is the number of steps done; `tokens` the tokens of their batches, skipped ones too.
+    `global_step` is the number of optimizer steps done; `tokens` the tokens of their batches, skipped ones too.
     """
 
-    def __init__(self, recipe: Recipe, data: TrainingData, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: TrainedModel,
+        objective: Objective,
+        data: TrainingData,
+        callbacks: Sequence[Callback],
+        *,
+        model_files: Mapping[str, bytes],
+    ) -> None:
+        """`model_files` are kept in every checkpoint, by their names in it."""
         self.recipe = recipe
+        self.model = model
+        self.objective = objective
         self.data = data
         self.callbacks = list(callbacks)
+        self.model_files = model_files
+        self.checkpoints: Path = recipe.run.output_dir / "checkpoints"
         self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
-        self.step = 0
+        self.global_step = 0
         self.tokens = 0
-        self.num_batches = 0  # micro-batches that this process has taken, to train or to validate: a sign of life
-        self._model_files: dict[str, bytes] = {}  # for checkpoints
+        self.excluded_steps: set[int] = set()  # skipped, beside those of training.skip_steps; numbered from 1
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
-        platform.seed_everything(recipe.run.seed)
-        self.checkpoints = recipe.run.output_dir / "checkpoints"
-        newest = newest_whole_checkpoint(self.checkpoints, reads_content=recipe.checkpoint.verify)
-        self._origin = newest or recipe.training.init_from
-        begins = self._origin is None
-        seed = recipe.run.seed if begins else None
-        gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
-        if newest is None and recipe.training.init_from is not None:
-            self._warn(start_warnings(recipe, recipe.training.init_from))
-            load_weights(recipe.training.init_from, gpts)
-            start_new_tokens(gpts, recipe, data.tokenizer_path)
-        self.chunks = wrap_model(gpts, recipe)
-        self.optimizer = build_optimizer(self.chunks, recipe)
-        self.own_work = OwnWork(self.chunks)
-        self.schedule = build_schedule(self.optimizer, recipe)
-        if newest is not None:
-            self._resume(newest)
-        self._write_recipe()
 
     def fit(self) -> None:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
-        if platform.is_first_rank():
-            print(describe_kernels(get_model_config(self.chunks[0])), flush=True)
-        # As they are now: the folder may be gone, or hold something else, when a checkpoint is due.
-        self._model_files, notes = model_files(self.recipe, self.data.tokenizer_path, self._origin)
-        if platform.is_first_rank() and notes:
-            print("\n".join(notes), flush=True)
+        with self.running():
+            batches = self.batches()
+            while not self.is_over:
+                try:
+                    self.step(next(batches))
+                except RollBack:
+                    self.roll_back()
+                    batches = self.batches()
+        if self.global_step < self.recipe.training.num_steps:
+            raise StoppedEarly(f"stopped after step {self.global_step} ({self.stop_reason}): the same command resumes")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Training from its beginning to its end, or to a failure, for one `with` block of steps."""
         try:
-            self._train()
+            self._begin()
+            try:
+                yield
+            except BadStep:
+                self._end()
+                raise
+            self._end()
         except BaseException:
             for callback in self.callbacks:
                 callback.after_failure(self)
             raise
-        if self.step < self.recipe.training.num_steps:
-            raise StoppedEarly(f"stopped after step {self.step} ({self.stop_reason}): the same command goes on")
-
-    def _train(self) -> None:
-        batches = self._begin()
-        while not self.is_over:
-            try:
-                report = self._train_step(batches)
-            except RollBack:
-                batches = self._roll_back()
-                continue
-            except BadStep:
-                self._end()
-                raise
-            for callback in self.callbacks:
-                callback.after_step(self, report)
-        self._end()
 
     @property
     def is_over(self) -> bool:
         """Whether there is no next step: all are done, or there is a reason to stop."""
-        return self.step == self.recipe.training.num_steps or self.stop_reason is not None
+        return self.global_step == self.recipe.training.num_steps or self.stop_reason is not None
 
-    def _begin(self) -> TimedIterator:
+    def _begin(self) -> None:
         for callback in self.callbacks:
             callback.before_training(self)
-        return TimedIterator(self.data.train.iterate(self.step, self.recipe.training.num_steps))
 
     def _end(self) -> None:
         for callback in self.callbacks:
             callback.after_training(self)
 
-    def _roll_back(self) -> TimedIterator:
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the data from the next step to the last; of steps to skip, without micro-batches."""
+        first, end = self.global_step, self.recipe.training.num_steps
+        skipped = frozenset(self.excluded_steps)
+        microbatches = self.data.train.iterate(first, end, skipped)
+        for step in range(first, end):
+            if step + 1 in skipped or self.recipe.training.skips(step + 1):
+                yield Batch([], [], self.recipe.training.batch_size(step) * self.recipe.training.sequence_length)
+            else:
+                yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed)
+
+    def step(self, batch: Batch) -> StepReport:
+        """One optimizer step, and what callbacks do after it. All ranks call it. Raises BadStep, or RollBack: then call
+        `roll_back`, and take new batches."""
+        report = self._update(batch)
+        for callback in self.callbacks:
+            callback.after_step(self, report)
+        return report
+
+    def roll_back(self) -> None:
+        """End training, and begin it again from the last checkpoint."""
         self._end()
         newest = newest_whole_checkpoint(self.checkpoints, reads_content=self.recipe.checkpoint.verify)
         if newest is None:
             raise UserError(
                 f"there is no checkpoint in {self.checkpoints} to go back to: give checkpoint.save_interval"
             )
-        self._resume(newest)
-        return self._begin()
+        self.resume(newest)
+        self._begin()
 
-    def _train_step(self, batches: TimedIterator) -> StepReport:
-        begin, waited_before = time.perf_counter(), batches.waited_s
-        self.own_work.start()
-        learning_rate = current_learning_rate(self.optimizer)
-        if self.recipe.training.skips(self.step + 1):
-            return self._pass_over(begin)
-        self._random_before = random_state()
-        loss_sums = self._forward_backward(batches)
-        if not all([callback.before_update(self, loss_sums) for callback in self.callbacks]):
-            return self._pass_over(begin)
-        _, grad_norm, _ = self.optimizer.step()
+    def _update(self, batch: Batch) -> StepReport:
+        begin, learning_rate = time.perf_counter(), self.model.learning_rate
+        self.model.own_work.start()
+        if not len(batch):
+            return self._skip(batch, begin)
+        self._batch, self._random_before = batch, random_state()
+        sums = self.model.forward_backward(batch, self.objective)
+        if not all([callback.before_update(self, sums) for callback in self.callbacks]):
+            return self._skip(batch, begin)
+        grad_norm = self.model.update()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"the gradient norm is {grad_norm} at step {self.step + 1} (learning rate {learning_rate:g}); "
+                f"the gradient norm is {grad_norm} at step {self.global_step + 1} (learning rate {learning_rate:g}); "
                 f"checkpoints of earlier steps are in {self.checkpoints}"
             )
-        num_tokens = self._advance()
-        seconds, waited_s = time.perf_counter() - begin, batches.waited_s - waited_before
-        return StepReport(loss_sums, grad_norm, learning_rate, num_tokens, seconds, waited_s, self.own_work.seconds)
-
-    def _forward_backward(self, batches: Any) -> torch.Tensor:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        return self._run(self.data.train, batches, self.step)
+        self._advance(batch)
+        seconds, own_work_s = time.perf_counter() - begin, self.model.own_work.seconds
+        return StepReport(sums, grad_norm, learning_rate, batch.num_tokens, seconds, batch.waited_s, own_work_s)
 
     def run_again(self) -> torch.Tensor:
         """For `before_update`: the same batch forward and backward once more, with the same random numbers. Returns the
-        loss sums; the gradients are replaced. All ranks call it."""
+        sums; the gradients are replaced. All ranks call it."""
         set_random_state(self._random_before)
-        return self._forward_backward(self.data.train.iterate(self.step, self.step + 1))
+        return self.model.forward_backward(self._batch, self.objective)
 
-    def _pass_over(self, begin: float) -> StepReport:
+    def _skip(self, batch: Batch, begin: float) -> StepReport:
         """Count a step that began at `begin` without an update."""
-        learning_rate = current_learning_rate(self.optimizer)
-        self._advance()
-        no_loss = torch.zeros(len(self.data.source_names), 4, device=platform.device())
-        return StepReport(no_loss, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0, 0.0)
+        learning_rate = self.model.learning_rate
+        self._advance(batch)
+        sums = torch.zeros(len(self.objective.sum_names), dtype=torch.float64, device=platform.device())
+        return StepReport(sums, 0.0, learning_rate, 0, time.perf_counter() - begin, 0.0, 0.0)
 
-    def _advance(self) -> int:
-        """Count a step. Returns the tokens of its global batch."""
-        num_tokens = self.recipe.training.batch_size(self.step) * self.recipe.training.sequence_length
-        self.schedule.step(1)
-        self.step += 1
-        self.tokens += num_tokens
-        return num_tokens
+    def _advance(self, batch: Batch) -> None:
+        self.model.schedule.step(1)
+        self.global_step += 1
+        self.tokens += batch.num_tokens
 
-    def _run(self, loader: Loader, batches: Any, step: int, *, forward_only: bool = False) -> torch.Tensor:
-        training = self.recipe.training
-        return run_microbatches(
-            self.chunks,
-            self._counted(batches),
-            num_microbatches=loader.num_microbatches(step),
-            micro_batch_size=training.micro_batch_size,
-            sequence_length=training.sequence_length,
-            packed_attention=attention_is_packed(self.chunks[0], self.data.has_segments),
-            num_sources=len(self.data.source_names),
-            forward_only=forward_only,
-        )
+    def named_sums(self, sums: torch.Tensor) -> dict[str, float]:
+        """This rank's sums [num_sums] -> those of all ranks by name. All ranks call it."""
+        return dict(zip(self.objective.sum_names, reduce_sums(sums).tolist(), strict=True))
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.num_batches += 1
-            yield batch
-
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses over the tokens of the validation batches, always the same ones: of all sets together and, where
-        there are several, of each. A mean over no token is omitted. All ranks call it."""
+        """The objective's metrics over the validation batches, always the same ones: of all sets together and, where
+        there are several, the loss of each. All ranks call it."""
         if not self.data.validation:
             raise UserError("there is no validation data: give data.validation")
-        self.gather_weights()
-        self._set_training(False)
-        sums = {}
-        for name, loader in self.data.validation.items():
-            batches = loader.iterate(0, loader.num_steps)
-            parts = [self._run(loader, batches, step, forward_only=True) for step in range(loader.num_steps)]
-            sums[name] = LossSums(*reduce_sums(torch.stack(parts).sum(dim=(0, 1))).tolist())
-        self._set_training(True)
-        own = {f"loss/{name}": one.means()["loss"] for name, one in sums.items() if one.tokens}
-        return sum(sums.values(), LossSums()).means(self.data.unmarked_name) | (own if len(sums) > 1 else {})
+        sums = {name: self._validation_sums(loader) for name, loader in self.data.validation.items()}
+        total = {name: sum(one[name] for one in sums.values()) for name in self.objective.sum_names}
+        losses = {f"loss/{name}": one["loss"] / one["tokens"] for name, one in sums.items() if one["tokens"]}
+        return self.objective.metrics(total) | (losses if len(sums) > 1 else {})
 
-    def _set_training(self, training: bool) -> None:
-        for chunk in self.chunks:
-            chunk.train(training)
-
-    @property
-    def gpts(self) -> list[GPTModel]:
-        """This rank's part of the model: one piece, or several under interleaved pipeline parallelism."""
-        return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
-
-    @torch.no_grad()
-    def gather_weights(self) -> None:
-        """For who reads the weights between steps: with parallel.overlap_param_gather the next training step would
-        gather what other data-parallel ranks have updated. It is done once after an update, for all who read and for
-        that step. All ranks call it."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
-                groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
-                if any(not one.param_gather_dispatched or one.param_gather_handle is not None for one in groups):
-                    chunk.start_param_sync(force_sync=True)
+    def _validation_sums(self, loader: ValidationLoader) -> dict[str, float]:
+        microbatches = loader.iterate(0, loader.num_steps)
+        batches = (take_batch(loader, microbatches, step, self.recipe.run.seed) for step in range(loader.num_steps))
+        parts = [self.model.evaluate(batch, self.objective) for batch in batches]
+        return self.named_sums(torch.stack(parts).sum(dim=0))
 
     def start_saving(self) -> CheckpointSaving:
         """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
-        self.gather_weights()
+        self.model.gather_weights()
         states = {type(callback).__name__: callback.state() for callback in self.callbacks}
-        num_samples = self.recipe.training.num_samples(self.step)
+        num_samples = self.recipe.training.num_samples(self.global_step)
         return start_saving(
-            step_folder(self.checkpoints, self.step),
-            self.gpts,
-            self.optimizer,
-            {"step": self.step, "tokens": self.tokens, "samples": num_samples, "callbacks": states}
-            | {"data": self.data.identity(num_samples), "learning_rate": current_learning_rate(self.optimizer)}
-            | self._source_tokens(),
+            step_folder(self.checkpoints, self.global_step),
+            self.model.gpts,
+            self.model.optimizer,
+            {"step": self.global_step, "tokens": self.tokens, "samples": num_samples, "callbacks": states}
+            | {"data": self.data.identity(num_samples), "learning_rate": self.model.learning_rate}
+            | self._source_tokens(num_samples),
             recipe_yaml=to_yaml(self.recipe),
-            model_files=self._model_files,
+            model_files=self.model_files,
             optimizer_sharding=self.recipe.checkpoint.optimizer_sharding,
         )
 
-    def _resume(self, folder: Path) -> None:
+    def _source_tokens(self, num_samples: int) -> dict[str, Any]:
+        """For a checkpoint: the tokens taken from each source."""
+        taken = self.data.source_tokens
+        return {"source_tokens": taken.after(num_samples)} if taken else {}
+
+    def resume(self, folder: Path) -> None:
+        """Load a checkpoint of this run: weights, optimizer, random state, and the state of callbacks. All ranks call
+        it. Raises UserError for one of another run."""
         require_tokenizer(folder, self.data.tokenizer_fingerprint)
-        self._warn(resume_warnings(self.recipe, folder, read_trainer_state(folder), self.data.identity))
-        state = load_checkpoint(folder, self.gpts, self.optimizer)
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.schedule.num_steps = 0
-        self.schedule.step(self.step)
+        warn(resume_warnings(self.recipe, folder, read_trainer_state(folder), self.data.identity))
+        state = load_checkpoint(folder, self.model.gpts, self.model.optimizer)
+        self.global_step, self.tokens = state["step"], state["tokens"]
+        self.model.schedule.num_steps = 0
+        self.model.schedule.step(self.global_step)
         for callback in self.callbacks:
             if callback_state := state["callbacks"].get(type(callback).__name__):
                 callback.load_state(callback_state)
         if platform.is_first_rank():
-            print(f"resumed from {folder} at step {self.step}", flush=True)
+            print(f"resumed from {folder} at step {self.global_step}", flush=True)
 
-    def _warn(self, warnings: Iterator[str]) -> None:
-        for warning in list(warnings):
-            if platform.is_first_rank():
-                print(f"WARNING: {warning}", flush=True)
 
-    def _source_tokens(self) -> dict[str, Any]:
-        """For a checkpoint: the tokens taken from each source."""
-        taken = self.data.source_tokens
-        return {"source_tokens": taken.after(self.recipe.training.num_samples(self.step))} if taken else {}
-
-    def _write_recipe(self) -> None:
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on the first rank. All of them are made before."""
+    for warning in list(warnings):
         if platform.is_first_rank():
-            with atomic_write(self.recipe.run.output_dir / "run.yaml") as path:
-                path.write_text(to_yaml(self.recipe))
+            print(f"WARNING: {warning}", flush=True)

@@ -32,8 +32,9 @@ import psutil
 import torch
 
 from megatron_tpt.files import atomic_write
-from megatron_tpt.training.checkpoint import CheckpointSaving, start_saving
-from megatron_tpt.training.steps import TimedIterator, run_microbatches
+from megatron_tpt.training.batches import Batch
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_saving
+from megatron_tpt.training.steps import run_microbatches
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core.distributed import finalize_model_grads
@@ -55,10 +56,10 @@ _PHASE_OF = {
         (Trainer.validate, "validation"),
         (start_saving, "checkpoint"),
         (CheckpointSaving.finish, "checkpoint"),
-        (TimedIterator.__next__, "waiting for data"),
+        (Batch._read, "waiting for data"),
         (finalize_model_grads, "gradient reduction"),
         (run_microbatches, "forward and backward"),
-        (Trainer._train_step, "update"),
+        (Trainer._update, "update"),
     )
 }
 _COLLECTIVES = "/torch/distributed/"
@@ -131,7 +132,7 @@ class Watchdog(Callback):
 
     def before_training(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.first_step = trainer.step
+        self.first_step = trainer.global_step
         self.rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.timeout_s = trainer.recipe.run.resolved_hang_timeout_s
         self.interval_s = min(_MAX_INTERVAL_S, self.timeout_s / 10)
@@ -149,13 +150,13 @@ class Watchdog(Callback):
     def after_training(self, trainer: Trainer) -> None:
         self.is_over.set()
         self.thread.join()
-        self._write(self._beat("done" if trainer.step == trainer.recipe.training.num_steps else "stopped"))
+        self._write(self._beat("done" if trainer.global_step == trainer.recipe.training.num_steps else "stopped"))
 
     def after_failure(self, trainer: Trainer) -> None:
         self.is_over.set()
 
     def _beat(self, phase: str, waits: bool = False, where: str = "") -> Heartbeat:
-        step, num_steps = self.trainer.step, self.trainer.recipe.training.num_steps
+        step, num_steps = self.trainer.global_step, self.trainer.recipe.training.num_steps
         return Heartbeat(
             self.rank, socket.gethostname(), os.getpid(), time.time(), step, num_steps, phase, waits, where
         )
@@ -191,7 +192,7 @@ class Watchdog(Callback):
             self._write(beat)
             # Only time in which this thread ran counts: a whole job may be suspended.
             waited_s += self.interval_s
-            if (latest := (beat.step, self.trainer.num_batches, beat.phase)) != progress:
+            if (latest := (beat.step, Batch.num_taken, beat.phase)) != progress:
                 progress, waited_s = latest, 0.0
             if waited_s >= self._limit_s(beat) or self.hang_folder.exists():
                 self._end(waited_s)

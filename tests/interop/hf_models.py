@@ -13,7 +13,7 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.interop.hf_export import read_model_config
 from megatron_tpt.models.gpt.build import build_model
-from megatron_tpt.training.checkpoint import load_weights
+from megatron_tpt.training.checkpoint_loading import load_weights
 
 VOCAB_SIZE = 300  # not a multiple of 128: Megatron Core's side is padded
 

@@ -12,7 +12,7 @@ from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.recipes.pretrain import PretrainRecipe
-from megatron_tpt.training.checkpoint import weights_state
+from megatron_tpt.training.checkpoint_state import weights_state
 from megatron_tpt.training.memory import stage_activations
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -32,11 +32,14 @@ from megatron_tpt.config.run import RunConfig  # noqa: E402
 from megatron_tpt.config.training import TrainingConfig  # noqa: E402
 from megatron_tpt.models.gpt.config import GPTConfig  # noqa: E402
 from megatron_tpt.models.spec import build_chunks  # noqa: E402
+from megatron_tpt.objectives.language_modeling import LanguageModeling  # noqa: E402
 from megatron_tpt.recipes.pretrain import PretrainRecipe  # noqa: E402
-from megatron_tpt.training.checkpoint import SaveError, load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_tpt.training.batches import Batch  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
+from megatron_tpt.training.checkpoint_loading import load_checkpoint  # noqa: E402
+from megatron_tpt.training.checkpoint_saving import SaveError, save_checkpoint  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
-from megatron_tpt.training.steps import run_microbatches  # noqa: E402
+from megatron_tpt.training.steps import compute_sums  # noqa: E402
 
 from megatron.core import jit  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
@@ -106,14 +109,7 @@ def main() -> None:
         for _ in range(2):
             chunks[0].zero_grad_buffer()
             optimizer.zero_grad()
-            run_microbatches(
-                chunks,
-                batches(100, 16),
-                num_microbatches=2,
-                micro_batch_size=2,
-                sequence_length=16,
-                packed_attention=False,
-            )
+            compute_sums(chunks, Batch(batches(100, 16), seeds=[1, 2], num_tokens=64), LanguageModeling())
             optimizer.step()
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(parents=True, exist_ok=True)

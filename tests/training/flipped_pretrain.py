@@ -11,6 +11,7 @@ from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
 from megatron_tpt.training.launch import distributed
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
@@ -22,8 +23,8 @@ class Flip(Callback):
         self.rank, self.step, self.name = int(rank), int(step), name
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if trainer.step == self.step and torch.distributed.get_rank() == self.rank:
-            weights = trainer.gpts[0].get_parameter(self.name).detach().view(-1)
+        if trainer.global_step == self.step and torch.distributed.get_rank() == self.rank:
+            weights = trainer.model.gpts[0].get_parameter(self.name).detach().view(-1)
             weights[:1].view(torch.int32).bitwise_xor_(1)
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     recipe = prepare(*load_recipe(PretrainRecipe, [argument for argument in sys.argv[1:] if argument != option]))
     with distributed(recipe, before=prepare_cache):
         flip = Flip(*option.removeprefix("--flip=").split(":"))
-        Trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), flip]).fit()
+        build_trainer(recipe, build_pretrain_data(recipe), [*default_callbacks(), flip]).fit()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
-from megatron_tpt.training.checkpoint import weights_state
+from megatron_tpt.training.checkpoint_state import weights_state
 from megatron_tpt.training.launch import distributed
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Trainer
@@ -27,7 +28,7 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 def gather_shards(trainer: Trainer) -> None:
     """Under the distributed optimizer every rank has reduced its own part of the gradients alone."""
-    for buffer in (buffer for chunk in trainer.chunks for buffer in chunk.buffers):
+    for buffer in (buffer for chunk in trainer.model.chunks for buffer in chunk.buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             own = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
@@ -52,20 +53,20 @@ def pieces_of(gpts: list[torch.nn.Module], value_of: Callable[[torch.nn.Paramete
 def main() -> None:
     recipe = prepare(*load_recipe(PretrainRecipe, sys.argv[1:]))
     with distributed(recipe, before=prepare_cache):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
-        update, rank = trainer.optimizer.step, torch.distributed.get_rank()
+        trainer = build_trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        update, rank = trainer.model.optimizer.step, torch.distributed.get_rank()
 
         def write_gradients_then_update():
-            if trainer.step == 0:
+            if trainer.global_step == 0:
                 if recipe.parallel.distributed_optimizer:
                     gather_shards(trainer)
-                gradients = pieces_of(trainer.gpts, lambda parameter: parameter.main_grad)
+                gradients = pieces_of(trainer.model.gpts, lambda parameter: parameter.main_grad)
                 torch.save(gradients, f"{recipe.run.output_dir}.gradients-{rank}.pt")
             return update()
 
-        trainer.optimizer.step = write_gradients_then_update
+        trainer.model.optimizer.step = write_gradients_then_update
         trainer.fit()
-        weights = pieces_of(trainer.gpts, lambda parameter: parameter.detach())
+        weights = pieces_of(trainer.model.gpts, lambda parameter: parameter.detach())
         torch.save(weights, f"{recipe.run.output_dir}.weights-{rank}.pt")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tpt.config.cli import run
-from megatron_tpt.training.checkpoint import CheckpointSaving
+from megatron_tpt.training.checkpoint_saving import CheckpointSaving
 
 LIMIT_S = 120
 

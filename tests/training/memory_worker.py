@@ -9,11 +9,11 @@ import torch
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
-from megatron_tpt.training.checkpoint import members
+from megatron_tpt.training.checkpoint_state import members
 from megatron_tpt.training.launch import distributed
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
-from megatron_tpt.training.trainer import Trainer
 
 from megatron.core import parallel_state
 
@@ -25,11 +25,11 @@ def num_bytes(tensors: list[torch.Tensor]) -> int:
 def main() -> None:
     recipe = prepare(*load_recipe(PretrainRecipe, sys.argv[1:]))
     with distributed(recipe, before=prepare_cache):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        trainer = build_trainer(recipe, build_pretrain_data(recipe), default_callbacks())
         trainer.fit()
-        parameters = [parameter for gpt in trainer.gpts for parameter in gpt.parameters()]
+        parameters = [parameter for gpt in trainer.model.gpts for parameter in gpt.parameters()]
         state = []
-        for member in members(trainer.optimizer):
+        for member in members(trainer.model.optimizer):
             for group in member.optimizer.param_groups:
                 for main in group["params"]:
                     state += [moment for name, moment in member.optimizer.state[main].items() if name != "step"]

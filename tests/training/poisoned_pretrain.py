@@ -14,10 +14,10 @@ from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
 from megatron_tpt.training.launch import distributed
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
-from megatron_tpt.training.trainer import Trainer
 
 
 def main() -> None:
@@ -25,14 +25,14 @@ def main() -> None:
     rank, step, factor, *kinds = poison.removeprefix("--poison=").split(":")
     recipe = prepare(*load_recipe(PretrainRecipe, [argument for argument in sys.argv[1:] if argument != poison]))
     with distributed(recipe, before=prepare_cache):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
+        trainer = build_trainer(recipe, build_pretrain_data(recipe), default_callbacks())
 
         noise: list[float] = []
         if "delayed" in kinds:
             recipe.training.fp8 = "delayed"
 
         def multiply(module, inputs, losses):
-            if trainer.step + 1 != int(step) or torch.distributed.get_rank() != int(rank):
+            if trainer.global_step + 1 != int(step) or torch.distributed.get_rank() != int(rank):
                 return None
             if "once" in kinds:
                 hook.remove()
@@ -43,7 +43,7 @@ def main() -> None:
                 return losses * float(factor)
             losses.register_hook(lambda gradients: gradients * float(factor))
 
-        hook = trainer.gpts[-1].register_forward_hook(multiply)
+        hook = trainer.model.gpts[-1].register_forward_hook(multiply)
         trainer.fit()
 
 

@@ -15,6 +15,7 @@ from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import default_callbacks
 from megatron_tpt.training.data import TrainingData
 from megatron_tpt.training.launch import distributed
@@ -67,10 +68,10 @@ def stall_forward(trainer: Trainer, rank: str, step: str) -> None:
     torch.cuda.synchronize = queued.synchronize
 
     def wait_for_ever(module, inputs):
-        if trainer.step + 1 == int(step) and torch.distributed.get_rank() == int(rank):
+        if trainer.global_step + 1 == int(step) and torch.distributed.get_rank() == int(rank):
             time.sleep(3600)
 
-    trainer.gpts[0].decoder.register_forward_pre_hook(wait_for_ever)
+    trainer.model.gpts[0].decoder.register_forward_pre_hook(wait_for_ever)
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def main() -> None:
         kind, *numbers = option.removeprefix("--stall=").split(":")
         if kind != "forward":
             stall(data, recipe, kind, *numbers)
-        trainer = Trainer(recipe, data, default_callbacks())
+        trainer = build_trainer(recipe, data, default_callbacks())
         if kind == "forward":
             stall_forward(trainer, *numbers)
         trainer.fit()

@@ -23,7 +23,7 @@ from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
-from megatron_tpt.training.checkpoint import read_trainer_state
+from megatron_tpt.training.checkpoint_loading import read_trainer_state
 from megatron_tpt.training.history import with_batches_of_run
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.resume import resume_warnings

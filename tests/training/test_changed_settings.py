@@ -1,6 +1,7 @@
 """Settings that are changed on resume: they take effect from the first step on, are warned of, or are refused."""
 
 import dataclasses
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -21,7 +22,8 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
-from megatron_tpt.training.checkpoint import members
+from megatron_tpt.training.builder import build_trainer
+from megatron_tpt.training.checkpoint_state import members
 from megatron_tpt.training.optimizer import build_schedule
 from megatron_tpt.training.pretrain_data import build_pretrain_data
 from megatron_tpt.training.trainer import Trainer
@@ -65,17 +67,19 @@ def make_recipe(folder: Path, *changes: dict, program: type = PretrainRecipe) ->
 
 def train_steps(trainer: Trainer, num_steps: int) -> list[tuple[float, float, float]]:
     """Loss, gradient norm and rate of so many steps."""
-    batches, rows = trainer._begin(), []
-    for _ in range(num_steps):
-        report = trainer._train_step(batches)
-        rows.append((float(report.loss_sums[:, 0].sum()), report.grad_norm, report.learning_rate))
+    rows = []
+    with trainer.running():
+        for batch in itertools.islice(trainer.batches(), num_steps):
+            report = trainer.step(batch)
+            sums = dict(zip(trainer.objective.sum_names, report.sums.tolist(), strict=True))
+            rows.append((sums["loss"], report.grad_norm, report.learning_rate))
     return rows
 
 
 def change_in_place(trainer: Trainer, recipe: PretrainRecipe) -> None:
     """What a user of the optimizer would do by hand between two steps."""
     new = recipe.optimizer
-    for member in members(trainer.optimizer):
+    for member in members(trainer.model.optimizer):
         member.config.clip_grad = new.clip_grad
         for group in member.param_groups:
             rate = (new.adam_learning_rate or new.learning_rate) if "betas" in group else new.learning_rate
@@ -84,8 +88,8 @@ def change_in_place(trainer: Trainer, recipe: PretrainRecipe) -> None:
                 group["betas"], group["eps"] = (new.adam_beta1, new.adam_beta2), new.adam_epsilon
             else:
                 group["momentum"] = new.muon_momentum
-    trainer.schedule = build_schedule(trainer.optimizer, recipe)
-    trainer.schedule.step(trainer.step)
+    trainer.model.schedule = build_schedule(trainer.model.optimizer, recipe)
+    trainer.model.schedule.step(trainer.global_step)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,15 +101,15 @@ def test_a_resumed_run_updates_as_one_that_was_changed_in_place(
     before = make_recipe(tmp_path, LAYOUTS[layout])
     after = make_recipe(tmp_path, LAYOUTS[layout], {"optimizer": new})
     with platform.process_groups(ParallelConfig()):
-        trainer = Trainer(before, build_pretrain_data(before), [])
+        trainer = build_trainer(before, build_pretrain_data(before), [])
         train_steps(trainer, 3)
         trainer.start_saving().finish()
-        unchanged = train_steps(Trainer(before, build_pretrain_data(before), []), 3)
+        unchanged = train_steps(build_trainer(before, build_pretrain_data(before), []), 3)
         change_in_place(trainer, after)
         expected = train_steps(trainer, 3)
     capsys.readouterr()
     with platform.process_groups(ParallelConfig()):
-        resumed = train_steps(Trainer(after, build_pretrain_data(after), []), 3)
+        resumed = train_steps(build_trainer(after, build_pretrain_data(after), []), 3)
     told = capsys.readouterr().out
     assert resumed == expected
     assert [row[2] for row in resumed] == pytest.approx([3e-3 - (k / 7) * 2e-3 for k in (2, 3, 4)])
@@ -148,11 +152,11 @@ def test_parameters_change_groups_with_decay_embeddings(tmp_path: Path) -> None:
         before = make_recipe(tmp_path / name, layout, tiny)
         after = make_recipe(tmp_path / name, layout, tiny, {"optimizer": {"decay_embeddings": False}})
         with platform.process_groups(ParallelConfig()):
-            trainer = Trainer(before, build_pretrain_data(before), [])
+            trainer = build_trainer(before, build_pretrain_data(before), [])
             train_steps(trainer, 3)
             trainer.start_saving().finish()
             expected = train_steps(trainer, 3)
-            resumed = Trainer(after, build_pretrain_data(after), [])
+            resumed = build_trainer(after, build_pretrain_data(after), [])
             assert train_steps(resumed, 3) == [pytest.approx(row, rel=1e-5) for row in expected]
             undecayed = [group["params"] for group in resumed.optimizer.param_groups if group["wd_mult"] == 0.0]
             num_embeddings = sum(parameter.ndim == 2 for parameters in undecayed for parameter in parameters)
@@ -173,11 +177,11 @@ def test_parameters_change_groups_with_decay_embeddings(tmp_path: Path) -> None:
 def test_what_is_said_to_take_effect_does(change: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = make_recipe(tmp_path), make_recipe(tmp_path, change)
     with platform.process_groups(ParallelConfig()):
-        trainer = Trainer(before, build_pretrain_data(before), [])
+        trainer = build_trainer(before, build_pretrain_data(before), [])
         train_steps(trainer, 2)
         trainer.start_saving().finish()
         unchanged = train_steps(trainer, 1)
-        resumed = train_steps(Trainer(after, build_pretrain_data(after), []), 1)
+        resumed = train_steps(build_trainer(after, build_pretrain_data(after), []), 1)
     assert resumed[0][:2] != unchanged[0][:2]
     assert resumed[0][0] == pytest.approx(unchanged[0][0], rel=0.2), "the weights are the checkpoint's"
     told = capsys.readouterr().out

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.training.checkpoint import read_trainer_state
 from megatron_tpt.training.checkpoint_files import write_checksums
+from megatron_tpt.training.checkpoint_loading import read_trainer_state
 from megatron_tpt.training.checkpoint_trust import METADATA, require_data_only
 
 REPOSITORY = Path(__file__).resolve().parents[2]

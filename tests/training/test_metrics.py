@@ -12,15 +12,8 @@ from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.sizes import model_flops_per_token
-from megatron_tpt.training.metrics import (
-    LossSums,
-    device_peak_tflops,
-    perplexity,
-    remaining_s,
-    source_losses,
-    step_times,
-    throughput,
-)
+from megatron_tpt.objectives.language_modeling import LanguageModeling, perplexity
+from megatron_tpt.training.metrics import device_peak_tflops, remaining_s, step_times, throughput
 
 MODEL = GPTConfig(vocab_size=256, num_layers=3, hidden_size=64, ffn_hidden_size=160, num_query_groups=2)
 
@@ -48,17 +41,28 @@ def test_number_of_parameters_is_that_of_the_model() -> None:
             assert sum(parameter.numel() for parameter in gpt.parameters()) == model.num_parameters()
 
 
+def sums_of(*values: float, **others: float) -> dict[str, float]:
+    return dict(zip(("loss", "tokens", "thinking_loss", "thinking_tokens"), values, strict=True)) | others
+
+
+def losses(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name != "perplexity"}
+
+
 def test_losses_are_means_over_their_own_tokens() -> None:
-    assert LossSums(6.0, 3, 8.0, 2).means() == {"loss": 14 / 5, "loss_document": 2.0, "loss_thinking": 4.0}
-    assert LossSums(6.0, 3, 0.0, 0).means("answer") == {"loss": 2.0, "loss_answer": 2.0}
-    assert LossSums().means() == {}, "0 / 0 is no loss"
+    metrics = LanguageModeling().metrics(sums_of(14.0, 5, 8.0, 2))
+    assert losses(metrics) == {"loss": 14 / 5, "loss_document": 2.0, "loss_thinking": 4.0}
+    metrics = LanguageModeling(unmarked_name="answer").metrics(sums_of(6.0, 3, 0.0, 0))
+    assert losses(metrics) == {"loss": 2.0, "loss_answer": 2.0}
+    assert LanguageModeling().metrics(sums_of(0.0, 0, 0.0, 0)) == {}, "0 / 0 is no loss"
 
 
 def test_losses_of_sources_are_told_apart_where_there_are_several() -> None:
-    sums = [LossSums(6.0, 3, 8.0, 1), LossSums(), LossSums(1.0, 2, 0.0, 0)]
-    assert source_losses(["a", "b", "c"], sums) == {"source_loss/a": 3.5, "source_loss/c": 0.5}
-    assert source_losses(["a"], sums[:1]) == {}
-    assert sums[0] + sums[2] == LossSums(7.0, 5, 8.0, 1)
+    sums = {"source_loss/a": 14.0, "source_tokens/a": 4, "source_loss/b": 0.0, "source_tokens/b": 0}
+    sums = sums_of(15.0, 6, 8.0, 1, **sums, **{"source_loss/c": 1.0, "source_tokens/c": 2})
+    of_sources = {n: v for n, v in LanguageModeling("abc").metrics(sums).items() if n.startswith("source_")}
+    assert of_sources == {"source_loss/a": 3.5, "source_loss/c": 0.5}
+    assert LanguageModeling(["a"]).sum_names == tuple(sums_of(0, 0, 0, 0))
 
 
 def test_step_times_are_quantiles_of_the_window() -> None:

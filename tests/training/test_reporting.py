@@ -11,10 +11,13 @@ import torch
 from small_disk import small_disk
 from training_runs import Train, read_metrics
 
+from megatron_tpt import platform
 from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.recipes.pretrain import PretrainRecipe
-from megatron_tpt.training.reporting import MetricsWriter, _measure_power, console_line, duration
+from megatron_tpt.training.reporting import MetricsWriter, Window, _measure_power, console_line, duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
 
@@ -37,6 +40,19 @@ def test_windows_of_a_run_resumed_twice_are_those_of_the_unbroken_run(train: Tra
         assert exact(resumed) == [pytest.approx(row, rel=1e-12) for row in exact(unbroken)]
         window = next(row for row in resumed if row["step"] > last_step)
         assert window["tokens_per_s"] == pytest.approx(4 * 8 * 32 / (4 * window["step_s"]))
+
+
+def test_a_window_from_before_sums_had_names_is_resumed() -> None:
+    times = {"step_seconds": [1.0], "data_wait_s": 0.0, "elapsed_s": 1.0, "num_tokens": 10}
+    state = {"loss_sums": {"a": [6.0, 3.0, 8.0, 1.0], "gone": [1.0, 2.0, 0.0, 0.0]}, **times}
+    objective = LanguageModeling(["a", "new"])
+    with platform.process_groups(ParallelConfig()):
+        window = Window.from_state(state, objective.sum_names)
+    sums = dict(zip(objective.sum_names, window.sums.tolist(), strict=True))
+    assert {name: value for name, value in sums.items() if value} == {
+        **{"loss": 15.0, "tokens": 6.0, "thinking_loss": 8.0, "thinking_tokens": 1.0},
+        **{"source_loss/a": 14.0, "source_tokens/a": 4.0},
+    }
 
 
 def test_norm_of_all_weights_is_the_same_under_any_layout(train: Train, recipe: dict, tmp_path: Path) -> None:

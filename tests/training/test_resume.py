@@ -20,7 +20,7 @@ from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.recipes.pretrain import PretrainRecipe
-from megatron_tpt.training import checkpoint
+from megatron_tpt.training import checkpoint_loading, checkpoint_saving
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "grad_norm", "learning_rate", "tokens")
@@ -121,13 +121,15 @@ def test_a_checkpoint_of_another_kind_of_device_loads_without_its_random_state(
         gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=1)
         optimizer = build_optimizer(wrap_model(gpts, recipe), recipe)
         optimizer.step()
-        own_layout = checkpoint._layout
+        own_layout = checkpoint_saving.layout
         for device in ("cpu", "cuda"):
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "_layout", lambda device=device: [device, *own_layout()[1:]])
-                checkpoint.save_checkpoint(tmp_path / device, gpts, optimizer, {}, recipe_yaml="", tokenizer_path=None)
+                patch.setattr(checkpoint_saving, "layout", lambda device=device: [device, *own_layout()[1:]])
+                checkpoint_saving.save_checkpoint(
+                    tmp_path / device, gpts, optimizer, {}, recipe_yaml="", tokenizer_path=None
+                )
             saved, drawn = torch.get_rng_state(), torch.rand(3)
-            checkpoint.load_checkpoint(tmp_path / device, gpts, optimizer)
+            checkpoint_loading.load_checkpoint(tmp_path / device, gpts, optimizer)
             assert torch.equal(torch.get_rng_state(), saved) == (device == "cpu")
             assert device != "cpu" or torch.equal(torch.rand(3), drawn)
 

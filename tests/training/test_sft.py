@@ -28,11 +28,12 @@ from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt.build import build_model
 from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data, open_sets
-from megatron_tpt.training.steps import _loss_function, _segment_mask
+from megatron_tpt.training.steps import _segment_mask
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +114,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
         batch = torch.utils.data.default_collate([data[i] for i in range(3)])
         mask = _segment_mask(batch["segment_ids"])
         losses = model(batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"])
-        packed_total, packed_num_tokens, _ = _loss_function(batch, 1, losses)
+        packed_total, sums = LanguageModeling()(losses, batch)
         order = np.random.RandomState(0).permutation(len(rows))
         examples = [rows[int(order[i])] for i in range(3)]
         assert max(map(len, examples)) > 1
@@ -125,7 +126,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
             counted = torch.from_numpy(example.has_loss[1:].copy())
             total += float(alone[counted].sum())
             num_tokens += int(counted.sum())
-    assert int(packed_num_tokens) == num_tokens
+    assert int(sums["tokens"]) == num_tokens
     assert float(packed_total) == pytest.approx(total, rel=1e-5)
 
 

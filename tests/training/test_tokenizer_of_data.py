@@ -19,8 +19,9 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import SaveCheckpoints
-from megatron_tpt.training.checkpoint import SaveError, _together
+from megatron_tpt.training.checkpoint_saving import SaveError, _together
 from megatron_tpt.training.launch import distributed
 from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
@@ -76,7 +77,7 @@ def test_checkpoints_keep_the_tokenizer_although_its_folder_goes_away(moved: Pat
     recipe = prepared(moved, f"--data.tokenizer={folder}", "--training.num_steps=3")
     assert recipe is not None
     with distributed(recipe, before=prepare_cache):
-        Trainer(recipe, build_pretrain_data(recipe), [_RemoveTokenizer(), SaveCheckpoints()]).fit()
+        build_trainer(recipe, build_pretrain_data(recipe), [_RemoveTokenizer(), SaveCheckpoints()]).fit()
     assert not folder.exists()
     kept = tmp_path / "run/checkpoints/latest/tokenizer"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == expected

@@ -1,0 +1,68 @@
+"""What a rank takes of the global batch of an optimizer step: its micro-batches, and what is random in them."""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+
+from megatron_tpt.objectives.objective import MicroBatch
+from megatron_tpt.training.data import Loader
+
+
+class Batch:
+    """The micro-batches of a step on this rank, read when they are needed and kept: a step can be computed once more,
+    and several chunks of a model go through the same. Without any, the step is skipped.
+
+    Each has a `seed`, int64 [], for what is random in it. A seed follows from the run's seed, the step and the place in
+    the global batch alone, so that resume, roll-back and re-run repeat it. (Dropout draws from the random streams of
+    Megatron Core instead, whose states a checkpoint holds and a re-run restores.)
+    """
+
+    num_taken: ClassVar[int] = 0
+    """Micro-batches that this process has taken from any batch: a sign of life."""
+
+    def __init__(self, microbatches: Iterable[MicroBatch], seeds: Sequence[int], num_tokens: int) -> None:
+        self.seeds = tuple(seeds)
+        """One for each micro-batch; of `microbatches` no more are read."""
+        self.num_tokens = num_tokens
+        """Tokens of the whole global batch."""
+        self.waited_s = 0.0
+        """Time spent waiting for the micro-batches."""
+        self._source = iter(microbatches)
+        self._kept: list[MicroBatch] = []
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for place in range(len(self)):
+            if place == len(self._kept):
+                self._kept.append({**self._read(), "seed": torch.tensor(self.seeds[place])})
+            Batch.num_taken += 1
+            yield self._kept[place]
+
+    def _read(self) -> MicroBatch:
+        begin = time.perf_counter()
+        try:
+            return next(self._source)
+        finally:
+            self.waited_s += time.perf_counter() - begin
+
+
+def microbatch_seed(run_seed: int, step: int, place: int) -> int:
+    """The seed of a micro-batch by its place in the global batch of the step that follows `step` others: 0 <= seed <
+    2**63."""
+    digest = hashlib.sha256(f"{run_seed}/{step}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def take_batch(loader: Loader, microbatches: Iterator[MicroBatch], step: int, run_seed: int) -> Batch:
+    """The batch of the step that follows `step` others, whose micro-batches come next in what the loader iterates."""
+    places = (
+        microbatch * loader.data_parallel_size + loader.data_parallel_rank
+        for microbatch in range(loader.num_microbatches(step))
+    )
+    num_tokens = loader.training.batch_size(step) * loader.training.sequence_length
+    return Batch(microbatches, [microbatch_seed(run_seed, step, place) for place in places], num_tokens)

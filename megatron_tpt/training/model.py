@@ -1,0 +1,117 @@
+"""A model on this rank: the chunks that Megatron Core's schedules run, and what is done with them as a whole.
+
+A `Model` only runs forward, as a frozen reference does; a `TrainedModel` has an optimizer. A process can hold several.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_tpt import platform
+from megatron_tpt.errors import UserError
+from megatron_tpt.objectives.objective import MicroBatch, Objective
+from megatron_tpt.training.batches import Batch
+from megatron_tpt.training.optimizer import current_learning_rate
+from megatron_tpt.training.steps import Report, broadcast_from_last_stage, compute_sums, run_microbatches
+from megatron_tpt.training.stragglers import OwnWork
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+class Model:
+    """This rank's part of a model: one chunk, or several under interleaved pipeline parallelism."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = list(chunks)
+
+    @property
+    def gpts(self) -> list[GPTModel]:
+        """The chunks without what is wrapped around them."""
+        return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
+
+    def gather_weights(self) -> None:
+        """Have this rank's weights up to date. All ranks call it."""
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients and dropout, for one `with` block. All ranks enter it."""
+        self.gather_weights()
+        was_training = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+        for chunk, training in zip(self.chunks, was_training, strict=True):
+            chunk.train(training)
+
+    def evaluate(self, batch: Batch, objective: Objective) -> torch.Tensor:
+        """This rank's sums of an objective, [num_sums], without gradients; zeros on all but the last stage. All ranks
+        call it."""
+        with self.evaluating():
+            return compute_sums(self.chunks, batch, objective, forward_only=True)
+
+    def log_probabilities(self, batch: Batch) -> torch.Tensor:
+        """Log-probability of every label given the tokens before it, in nats: fp32 [num_samples, s], in the order of
+        the samples of this rank's batch, on all tensor- and pipeline-parallel ranks. All ranks call it."""
+        if parallel_state.get_context_parallel_world_size() > 1:
+            raise UserError("log-probabilities are not put together again under parallel.context_parallel_size > 1")
+        with self.evaluating():
+            parts = run_microbatches(self.chunks, batch, "token_losses", _keep_log_probabilities, forward_only=True)
+        samples, length = next(iter(batch))["labels"].shape
+        values = torch.empty(len(batch) * samples, length, device=platform.device())
+        if parts:
+            values = torch.cat(parts)
+        return broadcast_from_last_stage(values)
+
+
+def _keep_log_probabilities(batch: MicroBatch, losses: torch.Tensor) -> Report:
+    kept = -losses.float().view_as(batch["labels"])
+    return kept.sum(), torch.ones((), dtype=torch.int, device=kept.device), kept
+
+
+class TrainedModel(Model):
+    """A model whose chunks have gradient buffers, with its optimizer and schedule."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+    ) -> None:
+        super().__init__(chunks)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.own_work = OwnWork(self.chunks)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return current_learning_rate(self.optimizer)
+
+    def forward_backward(self, batch: Batch, objective: Objective) -> torch.Tensor:
+        """Replace the gradients by those of a batch. Returns this rank's sums of the objective, [num_sums]. All ranks
+        call it."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return compute_sums(self.chunks, batch, objective)
+
+    def update(self) -> float:
+        """Update the weights. Returns the global gradient norm before clipping. All ranks call it."""
+        _, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm)
+
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        """For who reads the weights between steps: with parallel.overlap_param_gather the next training step would
+        gather what other data-parallel ranks have updated. It is done once after an update, for all who read and for
+        that step. All ranks call it."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
+                groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+                if any(not one.param_gather_dispatched or one.param_gather_handle is not None for one in groups):
+                    chunk.start_param_sync(force_sync=True)
