@@ -78,6 +78,12 @@ def resource_message(error: BaseException) -> str | None:
     return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None
 
 
+def one_line(error: BaseException) -> str:
+    """What `error` says, on one line of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] or type(error).__name__
+
+
 def causes_of(error: BaseException) -> list[BaseException]:
     """An error and those that it came from, the first last."""
     causes = [error]
