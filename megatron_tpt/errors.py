@@ -11,6 +11,21 @@ _USERS_ERRNOS = {
 
 FILE_LIMIT_ADVICE = "raise the limit of open files (ulimit -n 4096)"
 
+_AGAIN = " and run the same command again"
+_RESOURCES = {
+    errno.ENOSPC: f"the disk is full{{place}}; make room{_AGAIN}",
+    errno.EROFS: f"the file system can only be read{{place}}; have it mounted for writing{_AGAIN}",
+    errno.EPERM: "not permitted{place}; choose another path",
+    errno.EACCES: "permission denied{place}; have its owner allow it (umask 002 in shared folders), or choose another "
+    "path",
+    errno.ENAMETOOLONG: "the name is too long{place}; choose another path",
+    errno.ELOOP: "links lead to each other{place}; choose another path",
+    errno.EFBIG: f"a file would be larger than the system allows{{place}}; raise the limit (ulimit -f){_AGAIN}",
+    errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}{_AGAIN}",
+    errno.ENFILE: f"the machine has too many open files{{place}}; end other programs{_AGAIN}",
+}
+"""What ends a program that wants more than the machine has or allows, and what to do."""
+
 
 class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong and what to change.
@@ -54,6 +69,19 @@ def is_of_full_disk(error: BaseException) -> bool:
         or os.strerror(errno.ENOSPC) in str(cause)
         for cause in causes_of(error)
     )
+
+
+def resource_message(error: BaseException) -> str | None:
+    """What to say of an error that the machine, and not the program, is the reason of; None for any other."""
+    code = errno.ENOSPC if is_of_full_disk(error) else getattr(error, "errno", None)
+    name = str(getattr(error, "filename", None) or "")[:300]
+    return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None
+
+
+def one_line(error: BaseException) -> str:
+    """What `error` says, on one line of at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] or type(error).__name__
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

@@ -7,6 +7,7 @@ Run the same command again to resume after an interruption. docs/training.md say
 
 import sys
 
+import megatron_tpt.interrupts  # noqa: F401  (first: the others take time)
 from megatron_tpt.config.cli import program
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.program import train

@@ -1,6 +1,7 @@
 """A full disk is told in one line, and the same command completes the work when there is room."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,27 @@ def test_an_imported_model(kib: int, model: str, fails_then_succeeds) -> None:
 def test_an_exported_model(kib: int, model: str, tmp_path: Path, fails_then_succeeds) -> None:
     import_hf(ImportOptions(Path(model), tmp_path / "checkpoint"))
     fails_then_succeeds("export_hf", "--checkpoint", "checkpoint", "--output", "disk/model", num_bytes=kib << 10)
+
+
+@pytest.mark.parametrize("program", ["tools/check_env.py", "tools/index.py --help", "-m megatron_tpt.pretrain --help"])
+def test_standard_output(program: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, *program.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1] == "error: the disk is full; make room and run the same command again"
+    assert "Traceback" not in process.stderr and "Exception ignored" not in process.stderr
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_the_log_of_a_task(num_blocks: int, tmp_path: Path) -> None:
+    """There is room for the lock, and for the log or not."""
+    logs = tmp_path / "disk/logs"
+    command = [sys.executable, "-m", "megatron_tpt.scale", "--task=0", "--num-tasks=1", "--log-dir", str(logs), "--"]
+    with small_disk(tmp_path / "disk", num_blocks * 4096):
+        process = subprocess.run([*command, "true"], capture_output=True, text=True)
+        assert process.returncode == 2
+        said = process.stderr + (logs / "task_00000.log").read_text()
+        [line] = [line for line in said.splitlines() if not line.startswith("--- ")]
+        assert re.fullmatch("error: .*the disk is full.*; make room and run the same command again", line)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        assert subprocess.run([*command, "true"]).returncode == 0

@@ -9,6 +9,7 @@ Each operation begins with fresh inputs and depends on the seed and its number a
 import contextlib
 import faulthandler
 import hashlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -37,6 +38,7 @@ from small_disk import small_disk
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_tpt import interrupts
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 
 SEED = int(os.environ.get("RANDOM_OPERATION_SEED", time.time_ns() % 1_000_000))
@@ -69,6 +71,7 @@ def _run(argv: list[str], box: Path, is_cold: bool) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR2, sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    importlib.reload(interrupts)  # the server imported it, and ignores Ctrl-C
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
     os.environ |= {"HOME": str(box.parent), "TMPDIR": str(box.parent / "tmp"), "PYTHONUNBUFFERED": "1"}
     (box.parent / "started").touch()
@@ -256,8 +259,11 @@ def wrong_options(driver: Driver, operation: Operation, rng: random.Random) -> I
 
 def interrupted(driver: Driver, operation: Operation, rng: random.Random) -> Iterator[str]:
     _, duration = driver.reference(operation)
+    was_cold = False
     for _ in range(rng.choice([1, 1, 2, 3])):
-        process = driver.start(operation.arguments(driver.url), is_cold=rng.random() < 0.1)
+        is_cold = rng.random() < 0.1
+        was_cold |= is_cold
+        process = driver.start(operation.arguments(driver.url), is_cold=is_cold)
         while rng.random() < 0.2:
             process.join(rng.uniform(0, duration))
             _signal(process, signal.SIGSTOP, os.killpg)
@@ -273,8 +279,9 @@ def interrupted(driver: Driver, operation: Operation, rng: random.Random) -> Ite
         yield f"exit code {code}"
         allowed = {signal.SIGKILL: (-9,), signal.SIGTERM: (-15, 143, 75), signal.SIGINT: (-2, 130)}[signum]
         output = driver.output()
-        # Python's own end on Ctrl-C, before a program has begun; torchrun's, always.
-        is_others = "torch." in operation.command or (signum == signal.SIGINT and "KeyboardInterrupt" in output)
+        # Python's own end on Ctrl-C, before the first line of a program; torchrun's, always.
+        is_pythons = was_cold and "KeyboardInterrupt" in output and "megatron_tpt" not in output
+        is_others = "torch." in operation.command or is_pythons
         # What had its end already has 0, or 2 where a finished output is refused.
         expect(code in (*allowed, 0, 2) or (is_others and code == 1), f"exit code {code}")
         expect("Traceback (most recent" not in output or is_others, "a traceback")

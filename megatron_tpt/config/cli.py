@@ -3,7 +3,6 @@
 0 done, 2 a mistake that the user can fix, 75 stopped early in good order (the same command resumes), 1 a fault.
 """
 
-import errno
 import os
 import re
 import sys
@@ -15,26 +14,13 @@ from typing import Any, NoReturn, get_origin, get_type_hints
 
 import tyro
 
+from megatron_tpt import interrupts
 from megatron_tpt.config.convert import expand_path
-from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, StoppedEarly, UserError, causes_of, failure, is_of_full_disk
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, failure, resource_message
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
 
 _RECIPE = "--recipe"
-_AGAIN = " and run the same command again"
-_RESOURCES = {
-    errno.ENOSPC: f"the disk is full{{place}}; make room{_AGAIN}",
-    errno.EROFS: f"the file system can only be read{{place}}; have it mounted for writing{_AGAIN}",
-    errno.EPERM: "not permitted{place}; choose another path",
-    errno.EACCES: "permission denied{place}; have its owner allow it (umask 002 in shared folders), or choose another "
-    "path",
-    errno.ENAMETOOLONG: "the name is too long{place}; choose another path",
-    errno.ELOOP: "links lead to each other{place}; choose another path",
-    errno.EFBIG: f"a file would be larger than the system allows{{place}}; raise the limit (ulimit -f){_AGAIN}",
-    errno.EMFILE: f"too many open files{{place}}; {FILE_LIMIT_ADVICE}{_AGAIN}",
-    errno.ENFILE: f"the machine has too many open files{{place}}; end other programs{_AGAIN}",
-}
-"""What ends a program that wants more than the machine has or allows, and what to do."""
 _COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
 
 
@@ -149,7 +135,11 @@ def as_called(text: str) -> str:
 
 
 def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
-    """What a script or a console script calls: `main`, and then out of the process with the shared exit codes."""
+    """What a script or a console script calls: `main`, and then out of the process with the shared exit codes.
+
+    Called when the program's module has been imported: from here on Ctrl-C is a KeyboardInterrupt again.
+    """
+    interrupts.restore()
 
     def command() -> NoReturn:
         run(main)
@@ -157,36 +147,29 @@ def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
     return command
 
 
-def _of_resources(error: Exception) -> str | None:
-    """What to say of an error that the machine, and not the program, is the reason of; None for any other."""
-    code = errno.ENOSPC if is_of_full_disk(error) else getattr(error, "errno", None)
-    name = str(getattr(error, "filename", None) or "")[:300]
-    return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None
-
-
 def run(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the shared exit codes."""
     try:
         require_utf8(sys.argv)
         raise_file_limit()
-        main()
+        _call(main)
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
             print(f"error: {as_called(shown_lines(str(error)))}", file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except StoppedEarly as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(as_called(shown_lines(str(stop))), flush=True)
+            print(as_called(shown_lines(str(stop))))
         code = 75
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `... | head` closed our output: not a fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         code = 0
     except Exception as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes_of(error)):
             code = 130  # Ctrl-C, in the midst of a clean-up that then met what was half done
-        elif (refusal := _of_resources(error)) is None:
+        elif (refusal := resource_message(error)) is None:
             traceback.print_exc()
             code = 1
         else:
@@ -194,6 +177,24 @@ def run(main: Callable[[], Any]) -> NoReturn:
             code = 2
     else:
         code = 0
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # said above, where nothing worse was
+        _discard_output()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _call(main: Callable[[], Any]) -> None:
+    """Call `main`; what it printed is written when it ends, by SystemExit too."""
+    try:
+        main()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _discard_output() -> None:
+    """What is left to write to standard output goes nowhere: Python would try again, and complain, at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.errors import UserError, failure
+from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.generation.api import Failure, Prompt
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
+from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
 
 
 def check_model(model: str) -> None:
@@ -46,13 +47,15 @@ def _check_weights(folder: Path) -> None:
 def load_tokenizer(model: str) -> Any:
     """The Hugging Face tokenizer of `model`. Raises UserError where it is missing or names no EOS token."""
     check_model(model)
+    check_settings(Path(model))
     try:
         with quiet():
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer("")  # some settings of a wrong type are met here
     except Exception as error:  # foreign files may be anything
-        raise failure(f"{model}: its tokenizer cannot be loaded ({one_line(error)})", error) from error
+        raise loading_failure(Path(model), error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f'{model}: its tokenizer names no EOS token; set "eos_token" in tokenizer_config.json')
     return tokenizer
@@ -85,7 +88,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], **variabl
         program = _program(tokenizer.get_chat_template())
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.special_tokens_map}
         return program.run(list(messages), given | variables).text
-    except (ValueError, TemplateError) as error:
+    except (ValueError, TemplateError, UserError) as error:
         raise UserError(f"{tokenizer.name_or_path}: {one_line(error)}") from error
 
 
@@ -129,12 +132,6 @@ def check_context(model: str, num_prompt_tokens: int, max_new_tokens: int) -> in
             f"{max_new_tokens} new tokens need {needed}; lower --max-new-tokens or shorten the prompt"
         )
     return needed
-
-
-def one_line(error: Exception) -> str:
-    """What `error` says, on one line of at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tpt.errors import UserError, failure
+from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, FinishReason, Request
-from megatron_tpt.generation.models import check_prompt, encode_prompt, load_tokenizer, one_line, quiet
+from megatron_tpt.generation.models import check_prompt, encode_prompt, load_tokenizer, quiet
 from megatron_tpt.generation.vllm_engine import max_model_len
 
 _DEFAULT_MAX_NUM_SEQS = 8

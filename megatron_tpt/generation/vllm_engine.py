@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
-from megatron_tpt.errors import UserError, failure
+from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
-from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, one_line, quiet
+from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, quiet
 from megatron_tpt.processes import children_end_with_us
 
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}

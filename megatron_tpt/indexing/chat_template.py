@@ -15,7 +15,7 @@ from megatron_tpt.indexing.chat_program import ChatProgram, Span, TemplateError
 from megatron_tpt.indexing.chat_rendering import ConversationRenderer, Rendered
 from megatron_tpt.indexing.chat_shapes import TEMPLATE_VARIABLES
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, loading_failure
 
 # Around the name of a special token that stands in a message. Unicode keeps these two code points for internal use: no
 # text may hold them, and no template touches them, but for those that write JSON or Python, which may escape them.
@@ -65,10 +65,16 @@ class ChatTemplate:
 
         self._tokenizer = tokenizer
         self._raw_tags = RawTags(tokenizer.tag_spellings())
-        reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
+        try:
+            reference = PreTrainedTokenizerFast.from_pretrained(tokenizer.folder)
+        except Exception as error:  # foreign files may be anything
+            raise loading_failure(tokenizer.folder, error) from error
         self.text = template = _read_template(reference, tokenizer.folder, path)
         """The template itself."""
-        self._program = ChatProgram(template)
+        try:
+            self._program = ChatProgram(template)
+        except UserError as error:
+            raise UserError(f"{path or tokenizer.folder}: {error}") from None
         self._variables: dict[str, Any] = {**reference.special_tokens_map, **(variables or {})}
         for name in variables or {}:
             if name in TEMPLATE_VARIABLES or not self.reads(name):

@@ -48,13 +48,13 @@ class ExampleStore:
         """Tokens of each example, [n]."""
         return numpy.array(self._lengths, dtype=numpy.int64)
 
-    def write_packed(self, packing: Packing, folder: Path) -> dict[str, str]:
-        """Write the files of the packed index and drop the store's own. Returns the checksums."""
+    def write_packed(self, packing: Packing, prefix: Path) -> dict[str, str]:
+        """Write PREFIX.bin, .idx and .sft of the packed index and drop the store's own file. Returns the checksums."""
         self._file.flush()
         tokens = numpy.memmap(self._path, mode="r", dtype=self._dtype)
         ends = numpy.cumsum(self.lengths())
         begins = ends - self.lengths()
-        writer = IndexWriter(folder / "bin", folder / "idx", self._vocab_size)
+        writer = IndexWriter(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), self._vocab_size)
         with writer:
             for number in range(packing.num_rows):
                 row = packing.row(number)
@@ -65,9 +65,10 @@ class ExampleStore:
         # Where each run was, from where it is: its example's runs have moved together.
         moves = (numpy.cumsum(num_runs) - num_runs)[packing.order] - run_bounds[:-1]
         packed_runs = runs[numpy.arange(len(runs)) + numpy.repeat(moves, packed_num_runs)]
-        write_boundaries(folder / "sft", packing.bounds, run_bounds, packed_runs)
+        boundaries = Path(f"{prefix}.sft")
+        write_boundaries(boundaries, packing.bounds, run_bounds, packed_runs)
         self._path.unlink()
-        return {**writer.checksums(), "sft": file_checksum(folder / "sft")}
+        return {**writer.checksums(), "sft": file_checksum(boundaries)}
 
 
 class TurnEnds:

@@ -35,7 +35,7 @@ from megatron_tpt.indexing.encoders import (
 )
 from megatron_tpt.indexing.groups import Joined, grouped, join_blocks
 from megatron_tpt.indexing.join import Join
-from megatron_tpt.indexing.journal import Journal, working_folder, working_path
+from megatron_tpt.indexing.journal import Journal, clear_leftovers, working_folder, working_path
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source, ThinkTokens, TokenizerInfo, compare_sources
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.originals import check_against_original, has_original
@@ -73,9 +73,12 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # the threads of both tokenizers
     job = _Job(options)
     if (finished := job.finished()) is not None:
+        clear_leftovers(options.output)
         print(f"{options.output}: already done, {_summary(finished)}")
         return finished
     with working_folder(options.output) as folder:
+        if (finished := job.finished()) is not None:  # by another process, just now
+            return finished
         journal = job.journal(folder)
         if not journal.is_complete:
             job.build(folder, journal)

@@ -17,6 +17,8 @@ from megatron_tpt.indexing.writer import Extent
 from megatron_tpt.scale import locked
 
 _NAME = "journal"
+PUBLISHING = "publishing"
+"""A file in the working folder: what stands under the names of the output is ours."""
 
 
 def working_path(prefix: Path) -> Path:
@@ -24,9 +26,40 @@ def working_path(prefix: Path) -> Path:
     return prefix.with_name(f".tmp-{prefix.name}")
 
 
+def is_publishing(prefix: Path) -> bool:
+    """Whether what stands under the names of `prefix` is what an unfinished run has moved there."""
+    return (working_path(prefix) / PUBLISHING).exists()
+
+
+def clear_leftovers(prefix: Path, kinds: Sequence[str] = ()) -> None:
+    """Remove the working folder of a run that was killed after it had published everything."""
+    if is_publishing(prefix):
+        with working_folder(prefix, kinds):
+            pass
+
+
+def _withdraw(folder: Path, outputs: Sequence[Path]) -> None:
+    """Remove what an unfinished run has moved to its names; the last of `outputs` makes it a finished one."""
+    if (folder / PUBLISHING).exists() and not outputs[-1].exists():
+        for path in outputs:
+            _remove(path)
+    _remove(folder / PUBLISHING)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
-def working_folder(prefix: Path) -> Iterator[Path]:
-    """The working folder of `prefix`, for this run alone. It stays only with a journal in it to go on by."""
+def working_folder(prefix: Path, kinds: Sequence[str] = ()) -> Iterator[Path]:
+    """The working folder of `prefix`, for this run alone. It stays only with a journal in it to resume by.
+
+    Without a journal `kinds` are given, those of the files PREFIX.KIND, the manifest last: what a run that was stopped
+    or killed while it published has moved to these names is removed.
+    """
     if prefix.is_dir():
         raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'train'}")
     folder = working_path(prefix)
@@ -40,9 +73,16 @@ def working_folder(prefix: Path) -> Iterator[Path]:
             )
         if not locked(lock, folder, timeout_s=0):
             raise UserError(f"{prefix} is being written by another process; wait for it to end")
+        outputs = [Path(f"{prefix}.{kind}") for kind in kinds]
+        if outputs:
+            _withdraw(folder, outputs)
+            for leftover in folder.iterdir():
+                _remove(leftover)
         try:
             yield folder
         finally:
+            if outputs:
+                _withdraw(folder, outputs)
             if not (folder / _NAME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:

@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import file_checksum, no_links, real_path, sync_tree
-from megatron_tpt.indexing.journal import working_folder, working_path
+from megatron_tpt.files import file_checksum, no_links, real_path
+from megatron_tpt.indexing.journal import clear_leftovers, is_publishing, working_folder
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest
 from megatron_tpt.indexing.merge_options import MergeOptions
-from megatron_tpt.indexing.output import publish
+from megatron_tpt.indexing.output import KINDS, publish
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 from megatron_tpt.indexing.verification import check_structure, row_chunks
@@ -59,9 +59,10 @@ def merge(options: MergeOptions) -> Manifest | None:
     _require_alike(shards)
     manifest = _merged_manifest(shards)
     if _is_finished(options.output, manifest):
+        clear_leftovers(options.output, KINDS)
         print(f"{options.output}: already done, {_summary(shards)}")
         return Manifest.read(options.output)
-    with working_folder(options.output) as folder:
+    with working_folder(options.output, KINDS) as folder:
         _require_space(folder, shards)
         part = folder / "00000"
         checksums = {"bin": _copy_tokens(shards, Path(f"{part}.bin"), options.verify)}
@@ -70,7 +71,6 @@ def merge(options: MergeOptions) -> Manifest | None:
         if manifest is not None:
             manifest = dataclasses.replace(manifest, checksums=checksums)
             manifest.write(part)
-        sync_tree(folder)
         publish(folder, [options.output])
     print(f"{options.output}: {_summary(shards)}")
     return manifest
@@ -202,7 +202,7 @@ def _is_finished(prefix: Path, manifest: Manifest | None) -> bool:
     """Whether this very merger is there. Raises UserError when something else is in its place."""
     existing = [path for suffix in _SUFFIXES if (path := Path(f"{prefix}{suffix}")).exists()]
     has_manifest = Manifest.path(prefix) in existing
-    if not existing or (not has_manifest and working_path(prefix).exists()):
+    if not existing or (not has_manifest and is_publishing(prefix)):
         return False  # nothing there, or what a killed run was moving into place
     if has_manifest and manifest is not None:
         found = Manifest.read(prefix)

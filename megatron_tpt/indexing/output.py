@@ -1,8 +1,9 @@
 """The files that an indexing job writes: one index or a set of shards, complete or absent, and resumable per source."""
 
+import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Self
 
 import numpy
 
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import no_links, sync_tree
 from megatron_tpt.indexing.assemble import Documents
-from megatron_tpt.indexing.journal import ClosedShard, Counts, Journal, SourceDone, sync_folder
+from megatron_tpt.indexing.journal import PUBLISHING, ClosedShard, Counts, Journal, SourceDone, sync_folder
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source
 from megatron_tpt.indexing.writer import Extent, IndexWriter
 
-_KINDS = ("bin", "idx", "json")
+KINDS = ("bin", "idx", "json")
+"""The files of an index, the manifest last."""
 
 
 class Output:
@@ -208,12 +212,30 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def publish(folder: Path, prefixes: list[Path]) -> None:
-    """Move complete files from the working folder to their names, the manifests last. Can be done again."""
-    for kind in _KINDS:
-        for shard, prefix in enumerate(prefixes):
-            path = folder / f"{shard:05d}.{kind}"
-            if path.exists():
-                os.replace(path, f"{prefix}.{kind}")
+def publish(folder: Path, prefixes: Sequence[Path], kinds: Sequence[str] = KINDS) -> None:
+    """Flush complete files to the disk and move them from the working folder to their names, the manifests last. Can be
+    done again.
+
+    Raises UserError, and moves nothing, when one of these names is taken.
+    """
+    moves = [
+        [
+            (path, Path(f"{prefix}.{kind}"))
+            for shard, prefix in enumerate(prefixes)
+            if (path := folder / f"{shard:05d}.{kind}").exists()
+        ]
+        for kind in kinds
+    ]
+    for _, target in itertools.chain(*moves):  # what has been moved before is no longer in the folder
+        if target.exists():
+            raise UserError(
+                f"{target} exists and was not made by this program; remove it and run the same command again, or "
+                f"choose another --output"
+            )
+    open(folder / PUBLISHING, "ab", opener=no_links).close()
+    sync_tree(folder)
+    for moves_of_kind in moves:
+        for path, target in moves_of_kind:
+            os.replace(path, target)
         sync_folder(prefixes[0].parent)
     shutil.rmtree(folder)

@@ -8,7 +8,6 @@ same command clears away.
 import contextlib
 import functools
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import StoppedEarly, UserError
-from megatron_tpt.files import file_checksum, sync_tree
+from megatron_tpt.files import file_checksum
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode_batch, read_batches
 from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
-from megatron_tpt.indexing.journal import working_folder, working_path
+from megatron_tpt.indexing.journal import clear_leftovers, is_publishing, working_folder
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.ordered_workers import map_in_order
+from megatron_tpt.indexing.output import publish
 from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
@@ -36,8 +36,7 @@ from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
 
 _REPORT_EVERY_S = 10.0
-_KINDS = ("bin", "idx", "sft", "tokenizer")
-_PUBLISHING = "publishing"  # a file in the working folder: what stands under the names of the output is ours
+_KINDS = ("bin", "idx", "sft", "tokenizer", "sft.json")
 _MAX_NAMED = 3
 
 
@@ -57,19 +56,21 @@ def _pack(options: PackOptions, inputs: Mapping[Path, Input]) -> PackManifest:
     encoding = _Encoding.of(options)
     settings = encoding.settings(options)
     if (finished := _finished(options.output, settings, encoding.tokenizer, [*inputs])) is not None:
+        clear_leftovers(options.output, _KINDS)
         print(f"{options.output}: already done and whole; {_summary(finished)}")
         return finished
     with (
-        working_folder(options.output) as folder,
+        working_folder(options.output, _KINDS) as folder,
         ExampleStore(folder / "examples", encoding.tokenizer.vocab_size) as store,
     ):
         collector = _Collector(options, encoding, store)
         sources = collector.read(inputs)
         collector.finish()
         packing = pack(store.lengths(), options.sequence_length + 1)
-        checksums = store.write_packed(packing, folder)
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a run that was killed
-        copy_tokenizer(encoding.tokenizer.folder, folder / "tokenizer", encoding.template_text)
+        part = folder / "00000"
+        checksums = store.write_packed(packing, part)
+        tokenizer = PackManifest.tokenizer_path(part)
+        copy_tokenizer(encoding.tokenizer.folder, tokenizer, encoding.template_text)
         counts = collector.counts(packing)
         manifest = PackManifest(
             settings=settings,
@@ -80,11 +81,12 @@ def _pack(options: PackOptions, inputs: Mapping[Path, Input]) -> PackManifest:
             loss_mask=encoding.loss_mask,
             checksums=checksums,
             command=sys.argv,
-            tokenizer_checksums={path.name: file_checksum(path) for path in sorted((folder / "tokenizer").iterdir())},
+            tokenizer_checksums={path.name: file_checksum(path) for path in sorted(tokenizer.iterdir())},
             end_of_turn_ids=collector.turn_ends.ids(),
             chat_template_kwargs=options.template_variables(),
         )
-        _publish(folder, options.output, manifest)
+        manifest.write(part)
+        publish(folder, [options.output], _KINDS)
     print(f"{options.output}: {_summary(manifest)}")
     return manifest
 
@@ -273,7 +275,7 @@ def _finished(prefix: Path, settings: PackSettings, tokenizer: Tokenizer, files:
     """The manifest of this very index when it exists. Raises UserError when something else is in its place."""
     if not PackManifest.path(prefix).exists():
         existing = [path for kind in _KINDS if (path := Path(f"{prefix}.{kind}")).exists()]
-        if existing and not (working_path(prefix) / _PUBLISHING).exists():
+        if existing and not is_publishing(prefix):
             raise UserError(f"{existing[0]} exists and was not made by this program; choose another --output")
         return None
     manifest = PackManifest.read(prefix)
@@ -344,18 +346,6 @@ def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list
 def _names(paths: Sequence[str]) -> str:
     more = len(paths) - _MAX_NAMED
     return ", ".join(paths[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _publish(folder: Path, prefix: Path, manifest: PackManifest) -> None:
-    """Flush the finished files to the disk and move them to their names, the manifest last."""
-    (folder / _PUBLISHING).touch()
-    sync_tree(folder)
-    tokenizer = PackManifest.tokenizer_path(prefix)
-    if tokenizer.exists():  # from a run that was killed while it did this
-        shutil.rmtree(tokenizer)
-    for kind in _KINDS:
-        os.replace(folder / kind, f"{prefix}.{kind}")
-    manifest.write(prefix)
 
 
 class _StoppedError(BaseException):

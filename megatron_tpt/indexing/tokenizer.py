@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy
 import tokenizers
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError, failure, one_line
 from megatron_tpt.json_data import read_json
 
 OPEN_TAG = "<think>"
 CLOSE_TAG = "</think>"
 CONFIG = "tokenizer_config.json"
 _EOS_FILES = (CONFIG, "special_tokens_map.json")
+_SETTINGS = (*_EOS_FILES, "added_tokens.json")
+_KINDS_OF_TOKENS = ("bos", "eos", "pad", "unk")
 _MODEL_FILES = ("generation_config.json", "config.json")
 
 Tokens = numpy.ndarray[tuple[int], numpy.dtype[numpy.int32]]
@@ -69,6 +72,7 @@ class Tokenizer:
         self.folder = Path(folder)
         self.parse_special_tokens = parse_special_tokens
         self.fingerprint = tokenizer_fingerprint(self.folder)
+        check_settings(self.folder)
         self._backend, self.special_tokens = _load(_tokenizer_file(self.folder))
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = _find_eos(self.folder, self._backend)
@@ -95,7 +99,9 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # bare Exception, for instance without a token for the unknown
-            raise UserError(f"{self.folder}: this tokenizer cannot encode a text of the input ({error})") from error
+            raise UserError(
+                f"{self.folder}: this tokenizer cannot encode a text of the input ({one_line(error)})"
+            ) from error
         return [numpy.asarray(encoding.ids, dtype=numpy.int32) for encoding in encodings]
 
     def find_special(self, tokens: numpy.ndarray) -> numpy.ndarray:
@@ -125,6 +131,12 @@ class Tokenizer:
         if not ids:
             raise UserError(f"{self.folder}: this tokenizer cannot encode {tag!r}; add it as a special token")
         return ids
+
+    def named_id(self, kind: str) -> int | None:
+        """The id of the token that the folder's settings name, `kind` is "bos" or "pad"; None where they name none."""
+        names = (_named_token(self.folder / name, kind) for name in _EOS_FILES)
+        name = next(filter(None, names), None)
+        return None if name is None else self._backend.token_to_id(name)
 
     def tag_spellings(self) -> list[Spelling]:
         """Those of the think tags that raw text can make: none with think tokens, nor where it is to make them."""
@@ -180,6 +192,11 @@ def _tokenizer_file(folder: Path) -> Path:
     return path
 
 
+def load_backend(folder: Path) -> tokenizers.Tokenizer:
+    """The tokens of a folder's tokenizer.json. Raises UserError when it is missing or damaged."""
+    return _load(_tokenizer_file(folder))[0]
+
+
 def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
     """The backend, set to leave special tokens in text alone, and the names of these special tokens."""
     try:
@@ -190,7 +207,7 @@ def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
             token["special"] = token["special"] or token["content"] in (OPEN_TAG, CLOSE_TAG)
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
     except Exception as error:  # the library raises bare Exception for what it cannot read
-        raise UserError(f"{path}: not a readable tokenizer ({error})") from error
+        raise UserError(f"{path}: not a readable tokenizer ({one_line(error)})") from error
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -201,20 +218,21 @@ def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
 def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
     """The id of the end-of-sequence token that the folder's configuration names."""
     for name in _EOS_FILES:
-        token = _read_json(folder / name).get("eos_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token:
+        if token := _named_token(folder / name, "eos"):
             if (id := backend.token_to_id(token)) is None:
-                raise UserError(f"{folder / name}: eos_token {token!r} is not in the tokenizer's vocabulary")
+                raise UserError(
+                    f"{folder / name}: eos_token {reprlib.repr(token)} is not in the tokenizer's vocabulary"
+                )
             return id
     for name in _MODEL_FILES:
         id = _read_json(folder / name).get("eos_token_id")
         if isinstance(id, list):
             id = id[0] if id else None
         if id is not None:
-            if not isinstance(id, int) or backend.id_to_token(id) is None:
-                raise UserError(f"{folder / name}: eos_token_id {id!r} is not in the tokenizer's vocabulary")
+            if not isinstance(id, int) or not 0 <= id < 1 << 32 or backend.id_to_token(id) is None:
+                raise UserError(
+                    f"{folder / name}: eos_token_id {reprlib.repr(id)} is not in the tokenizer's vocabulary"
+                )
             return id
     raise UserError(
         f"{folder}: this tokenizer names no end-of-sequence token, so documents could not be told apart; "
@@ -222,14 +240,49 @@ def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
     )
 
 
+def _named_token(path: Path, kind: str, content: dict[str, Any] | None = None) -> str | None:
+    """The token that a file, with this content, names as `kind`_token. Raises UserError for what is no name."""
+    token = (_read_json(path) if content is None else content).get(f"{kind}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise UserError(f"{path}: {kind}_token is {reprlib.repr(token)}, not the name of a token; correct it")
+    return token
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         content = read_json(path)
+        json.dumps(content, ensure_ascii=False).encode()  # no halves of characters, which no file could hold
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
+        raise UserError(f"{path}: not JSON ({one_line(error)}); restore it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore it")
+    return content
+
+
+def check_settings(folder: Path) -> None:
+    """Raise UserError for a file beside tokenizer.json that is damaged, as far as can be seen without using it."""
+    for path in (folder / name for name in _SETTINGS):
+        content = _read_json(path)
+        for kind in _KINDS_OF_TOKENS:
+            _named_token(path, kind, content)
+        if not isinstance(template := content.get("chat_template"), str | list | dict | None):
+            raise UserError(f"{path}: chat_template is {reprlib.repr(template)}, not a text; restore it")
+
+
+def loading_failure(folder: Path, error: Exception) -> UserError | Fault:
+    """What to raise where transformers could not load the tokenizer of a folder that `check_settings` had passed."""
+    if (path := folder / "tokenizer.json").is_file():
+        try:
+            _load(path)
+        except UserError as damage:
+            return damage
+    names = [name for name in (*_SETTINGS, *_MODEL_FILES) if (folder / name).is_file()]
+    advice = f"; restore the one of these that is damaged: {', '.join(names)}" if names else ""
+    return failure(f"{folder}: its tokenizer cannot be loaded ({one_line(error)}){advice}", error)
 
 
 # What a model folder may hold besides is weights and settings of the model.

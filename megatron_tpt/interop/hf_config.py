@@ -1,5 +1,6 @@
 """config.json of Hugging Face's models, from and to our description of a model, by the family that computes it."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def adapter_for(config: dict[str, Any], source: Path) -> HuggingFaceAdapter[Any]
     found = [adapter for adapter in adapters if len(names) == 1 and names[0] in adapter.architectures]
     if not found:
         known = ", ".join(name for adapter in adapters for name in adapter.architectures)
-        raise UserError(f"{source}: architectures {names} are not supported: use a model of {known}")
+        raise UserError(f"{source}: architectures {reprlib.repr(names)} are not supported: use a model of {known}")
     return found[0]
 
 

@@ -20,7 +20,7 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.parallel import ParallelConfig
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from megatron_tpt.interop.hf_config import adapter_for
@@ -44,8 +44,11 @@ def import_hf(options: ImportOptions) -> None:
     refuse_existing(options.output)
     config_path = options.model / "config.json"
     config = _read_json(config_path)
-    adapter = adapter_for(config, config_path)
-    model = adapter.from_config(config, config_path)
+    try:
+        adapter = adapter_for(config, config_path)
+        model = adapter.from_config(config, config_path)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # foreign files may be anything
+        raise UserError(f"{config_path}: damaged: a field has a value of a wrong type ({one_line(error)})") from error
     tensors = HfTensors(options.model, adapter)
     model, notes = tensors.settle_tying(model)
     tensors.check_names(model)

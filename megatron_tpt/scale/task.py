@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, resource_message
 from megatron_tpt.files import atomic_write, no_links
 from megatron_tpt.names import shown_lines
 from megatron_tpt.processes import end_with_parent
@@ -147,6 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report(files: TaskFiles, text: str) -> None:
+    """Say what is wrong in the log of the task, or, where that cannot be written, to who started us."""
+    try:
+        with open(files.log, "ab", opener=no_links) as log:
+            log.write(f"error: {text}\n".encode())
+    except OSError:
+        print(f"error: task {files.task}: {text}", file=sys.stderr)
+
+
 def main() -> int:
     """Run the task of the command line; returns the exit code of the process."""
     arguments = _parser().parse_args()
@@ -167,8 +176,9 @@ def main() -> int:
     except TaskLocked as error:
         print(f"not run: {error}", file=sys.stderr)
         return LOCKED_EXIT_CODE
-    except UserError as error:
-        with open(TaskFiles(arguments.log_dir, task).log, "ab", opener=no_links) as log:
-            log.write(f"error: {shown_lines(str(error))}\n".encode())
+    except (UserError, OSError) as error:
+        if (text := str(error) if isinstance(error, UserError) else resource_message(error)) is None:
+            raise
+        _report(TaskFiles(arguments.log_dir, task), shown_lines(text))
         return 2
     return 128 + stopped_by if stopped_by is not None else code

@@ -15,14 +15,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
-
 from megatron_tpt import json_data
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.packing import PackManifest
-from megatron_tpt.indexing.tokenizer import Tokenizer, read_tokenizer_files, tokenizer_fingerprint
+from megatron_tpt.indexing.tokenizer import Tokenizer, load_backend, read_tokenizer_files, tokenizer_fingerprint
 
 GENERATION_CONFIG = "generation_config.json"
 HF_CONFIG = "hf_config.json"
@@ -122,14 +120,8 @@ def special_token_ids(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]
 
 
 def _ids_named_by(tokenizer: Path) -> dict[str, Any]:
-    backend = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    ids = dict[str, Any]()
-    for kind in ("bos", "pad"):
-        tokens = [read_json(tokenizer / name).get(f"{kind}_token") for name in TOKENIZER_SETTINGS]
-        names = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        name = next(filter(None, names), None)
-        ids[f"{kind}_token_id"] = None if name is None else backend.token_to_id(name)
-    return ids
+    loaded = Tokenizer(tokenizer)
+    return {f"{kind}_token_id": loaded.named_id(kind) for kind in ("bos", "pad")}
 
 
 def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[int]:
@@ -197,7 +189,7 @@ def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes:
         return settings
     if tokenizer_fingerprint(before) == tokenizer_fingerprint(tokenizer):
         return settings
-    old, new = (tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (before, tokenizer))
+    old, new = map(load_backend, (before, tokenizer))
 
     def translate(value: Any) -> Any:
         if isinstance(value, list):

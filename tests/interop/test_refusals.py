@@ -233,6 +233,30 @@ def test_incomplete_models_are_not_imported(spoil: Callable[[Path], str], model_
     assert_refused(lambda: import_hf(ImportOptions(model_folder, output)), output, word)
 
 
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("vocab_size", "x"),
+        ("num_hidden_layers", "y" * 100_000),
+        ("hidden_size", [1]),
+        ("num_key_value_heads", {}),
+        ("initializer_range", [None]),
+        ("rope_parameters", "\0"),
+        ("rope_scaling", 7),
+        ("architectures", 7),
+        ("architectures", {"a": 1}),
+        ("hidden_act", "y" * 100_000),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused_in_a_short_line(name: str, new: Any, model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {name: new}))
+    with pytest.raises(UserError, match=r"config\.json") as refusal:
+        import_hf(ImportOptions(model_folder, model_folder.parent / "out"))
+    assert len(str(refusal.value)) < 600 + len(str(model_folder))
+    assert not (model_folder.parent / "out").exists()
+
+
 def test_finished_folders_are_not_replaced(imported: Callable[[str], Path], model_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     output.mkdir()

@@ -1,5 +1,6 @@
 """config.json of Hugging Face's Llama, Qwen2 and Qwen3 (dense) models, from and to our description of a model."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _architecture_in(config: dict[str, Any], source: Path) -> str:
     architecture: str = config["architectures"][0]
     if config.get("model_type", MODEL_TYPES[architecture]) != MODEL_TYPES[architecture]:
         raise UserError(
-            f"{source}: model_type={config['model_type']!r} is not that of {architecture} "
+            f"{source}: model_type={reprlib.repr(config['model_type'])} is not that of {architecture} "
             f"({MODEL_TYPES[architecture]!r}), and transformers goes by model_type: correct one of them"
         )
     return architecture
@@ -133,6 +134,9 @@ def from_hf_config(config: dict[str, Any], source: Path) -> GPTConfig:
     missing = [name for name in _SHAPE_FIELDS if config.get(name) is None]
     if missing:
         raise UserError(f"{source}: {', '.join(missing)} missing: this is no complete config.json")
+    for name in (*_SHAPE_FIELDS, "num_key_value_heads", "head_dim"):
+        if not isinstance(config.get(name), int | None):
+            raise UserError(f"{source}: {name}={reprlib.repr(config[name])} is not a number: this is no config.json")
     refuse_unsupported({"model_type": MODEL_TYPES[architecture], **config}, source)
     epsilon, init_std = config.get("rms_norm_eps"), config.get("initializer_range")
     return GPTConfig(

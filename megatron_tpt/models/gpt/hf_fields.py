@@ -10,6 +10,7 @@ No field that may change what a model computes is ignored. A field is, in this o
 """
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,18 @@ def refuse_unsupported(config: dict[str, Any], source: Path) -> None:
     for name, supported in _FIXED.items():
         if name in config and config[name] not in supported:
             wanted = next(value for value in supported if value is not None or len(supported) == 1)
-            raise UserError(f"{source}: {name}={config[name]!r} is not supported, only {wanted!r} is")
+            raise UserError(f"{source}: {name}={reprlib.repr(config[name])} is not supported, only {wanted!r} is")
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
         raise UserError(f"{source}: layer_types other than full_attention are not supported")
     if config.get("sliding_window") is not None and config.get("model_type") == "llama":
-        raise UserError(f"{source}: sliding_window={config['sliding_window']!r} is not supported, only None is")
+        raise UserError(
+            f"{source}: sliding_window={reprlib.repr(config['sliding_window'])} is not supported, only None is"
+        )
     for name in _unknown(config):
         if _MAY_MATTER.search(name.lower()) and not _is_neutral(name, config[name]):
             raise UserError(
-                f"{source}: {name}={config[name]!r} may change what the model computes, and no supported model reads "
-                f"it: remove it there if transformers computes the same without it"
+                f"{source}: {name}={reprlib.repr(config[name])} may change what the model computes, and no supported "
+                f"model reads it: remove it there if transformers computes the same without it"
             )
 
 

@@ -4,6 +4,7 @@ transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 one dictionar
 there transformers takes `rope_scaling`, and so do we. Exports have all three, which say the same.
 """
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,16 @@ def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     rope = _parameters(config)
     kind = _kind(rope)
     if kind not in _NEEDED:
-        raise UserError(f"{source}: rope type {kind!r} is not supported, only {', '.join(_NEEDED)} are")
+        raise UserError(f"{source}: rope type {reprlib.repr(kind)} is not supported, only {', '.join(_NEEDED)} are")
     if rope.get("partial_rotary_factor") not in (None, 1.0):
         raise UserError(
             f"{source}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0 is"
         )
     known = _ALWAYS.union(*_NEEDED.values(), *_OPTIONAL.values())
     if unknown := sorted(rope.keys() - known):
-        raise UserError(f"{source}: {unknown[0]}={rope[unknown[0]]!r} of the rotary positions is not supported")
+        raise UserError(
+            f"{source}: {unknown[0]}={reprlib.repr(rope[unknown[0]])} of the rotary positions is not supported"
+        )
     for name in _NEEDED[kind]:
         if rope.get(name) is None:
             raise UserError(f"{source}: {name} of the {kind} rope is missing: this is no complete config.json")
