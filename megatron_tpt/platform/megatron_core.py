@@ -96,7 +96,7 @@ def require_version() -> None:
         raise UserError(
             f"Megatron Core {found} is installed ({place}), and this package knows the internals of {VERSION} alone: "
             f"pip install megatron-core=={VERSION}; where a container brings another, do it in a virtual environment "
-            f"(python -m venv --system-site-packages), and let no PYTHONPATH name the container's"
+            f"with access to the container's packages, and let no PYTHONPATH name the container's Megatron"
         )
 
 

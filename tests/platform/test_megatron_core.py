@@ -46,8 +46,9 @@ def train_without(name: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, program, name, str(folder)], capture_output=True, text=True)
 
 
-def test_with_all_of_it_a_run_trains_saves_and_loads(tmp_path: Path) -> None:
-    result = train_without("nothing", tmp_path)
+@pytest.mark.parametrize("name", ["nothing", "nothing-fsdp"])
+def test_with_all_of_it_a_run_trains_saves_and_loads(name: str, tmp_path: Path) -> None:
+    result = train_without(name, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -85,9 +86,7 @@ def test_another_version_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(package_info, "__version__", f"{megatron_core.VERSION}+abcdef0")  # a working tree's commit
     megatron_core.require_version()
     monkeypatch.setattr(package_info, "__version__", "0.20.0rc1")
-    told = (
-        rf"Megatron Core 0\.20\.0rc1 is installed \(.*\).*: pip install megatron-core=={megatron_core.VERSION}; .*venv"
-    )
+    told = rf"0\.20\.0rc1 is installed \(.*\).*: pip install megatron-core=={megatron_core.VERSION}; .*virtual env"
     with pytest.raises(UserError, match=told):
         megatron_core.require_version()
     monkeypatch.setitem(sys.modules, "megatron.core.package_info", None)
@@ -135,7 +134,8 @@ def test_private_names_are_in_the_one_module_alone() -> None:
         for path in PACKAGE.rglob("*.py")
     }
     assert {"_results_queue", "_get_cuda_rng_state"} <= set(found.pop(CONTACT))
-    assert {str(path): names for path, names in found.items() if names} == {}
+    of_transformer_engine = {PACKAGE / "training/desync.py": ["_data"]}  # a name that both have
+    assert {path: names for path, names in found.items() if names} == of_transformer_engine
 
 
 def test_no_line_numbers_of_megatron_core_are_left_to_grow_old() -> None:
