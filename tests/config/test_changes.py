@@ -13,7 +13,7 @@ from megatron_tpt.config.model import ModelConfig, section_classes
 from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
-from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes import recipe_types
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
@@ -25,9 +25,7 @@ def sections_of(hint: object) -> set[type]:
     return found.union(*map(sections_of, inner))
 
 
-SECTIONS = sorted(
-    (sections_of(PretrainRecipe) | sections_of(FinetuneRecipe)) - {PretrainRecipe, FinetuneRecipe}, key=str
-)
+SECTIONS = sorted(set[type]().union(*map(sections_of, recipe_types())) - {*recipe_types()}, key=str)
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

@@ -1,7 +1,9 @@
 """Callbacks that a recipe names: a user's own from a file of theirs, built-in ones with settings, and every mistake."""
 
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -166,3 +168,18 @@ def test_what_a_checkpoint_names_is_not_imported(
     recipe.check_callbacks({})
     assert recipe.callbacks == {} and len(recipe.data.phases) == 2
     assert [type(callback) for callback in recipe.build_callbacks()] == list(built_in_callbacks().values())
+
+
+def test_the_documentations_example_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text().partition("## Callbacks of your own")[2]
+    module, recipe = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    assert module and recipe
+    (tmp_path / "my_callbacks.py").write_text(module[1])
+    monkeypatch.chdir(tmp_path)  # of which a console script does not know
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    (own,) = [one for one in build_callbacks(yaml.safe_load(recipe[1])["callbacks"]) if hasattr(one, "norm")]
+    trainer = SimpleNamespace(stop_reason=None)
+    for norm in (0.04, 0.06, 0.04, 0.03, 0.02):
+        assert trainer.stop_reason is None
+        own.after_step(trainer, SimpleNamespace(grad_norm=norm))
+    assert trainer.stop_reason == "a gradient norm below 0.05" and own.state() == {"num_low": 3}
