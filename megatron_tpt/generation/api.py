@@ -108,7 +108,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """All that was generated, the token that ended it included; empty where the engine does not tell."""
     finish_reason: FinishReason
-    """"length": cut off at `max_new_tokens` or at the engine's context."""
+    """"length": truncated at `max_new_tokens` or at the engine's context."""
     num_prompt_tokens: int
     num_tokens: int
     """Generated tokens, the one that ended the completion included."""
@@ -204,8 +204,9 @@ class Engine(Protocol):
         """End each of `requests` exactly once, in the order in which they finish.
 
         The requests are taken lazily, a bounded number ahead, so that an endless source keeps the engine full.
-        Leaving the loop early abandons what is in flight. Raises EngineError when the engine as a whole cannot
-        continue, and UserError for log-probabilities that it does not have.
+        Leaving the loop early abandons what is in flight. One loop runs at a time, of `generate` or `score`. Raises
+        EngineError when the engine as a whole cannot continue, and UserError for log-probabilities that it does not
+        have.
         """
         ...
 
@@ -271,10 +272,10 @@ class EngineOptions:
     omit_fields: tuple[OmittableField, ...] = ()
     """Fields of a request that endpoints are not sent, as some models refuse them."""
     request_timeout_s: float = 1800.0
-    """A request that takes longer is given up and asked again."""
+    """A request that takes longer is abandoned and retried."""
     max_retries: int = 5
-    """How often a request is asked again after an answer that is no use, while others are completed. Servers that
-    are away or overloaded do not count: they are waited for.
+    """How often a request is retried after an unusable answer, while others are completed. Servers that cannot be
+    reached or are overloaded do not count: they are waited for.
     """
     endpoint_patience_s: float = 600.0
     """When no endpoint has answered for so long, generation ends with an error."""

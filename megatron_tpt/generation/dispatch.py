@@ -204,7 +204,7 @@ class Dispatcher:
         except Refused as refused:
             raise UserError(server.refuses_all(refused.failure.message)) from refused
         except UnusableAnswer as answer:
-            # Nothing is learned about the refused ones: they are asked again, elsewhere if possible.
+            # Nothing is learned about the refused ones: they are retried, elsewhere if possible.
             self._learn_of_failure(server, answer, sent_s)
             held, server.refusals = server.refusals, []
             for job in [refusal.job for refusal in held if refusal.job in self._jobs]:

@@ -15,7 +15,7 @@ from megatron_tpt.generation.api import Engine, LogLikelihood, ScoringRequest, e
 
 
 def prefix_id(tokenizer: Any) -> int:
-    """The token that stands for the begin of a text: begin-of-sequence, or end-of-sequence where there is none."""
+    """The token that stands for the beginning of a text: begin-of-sequence, or end-of-sequence where there is none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 

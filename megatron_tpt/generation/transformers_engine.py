@@ -156,7 +156,7 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         width = max(len(row.prompt_ids) for row in rows)
-        pad = self._tokenizer.eos_token_id  # masked before the prompts, cut off after the completions
+        pad = self._tokenizer.eos_token_id  # masked before the prompts, removed after the completions
         ids = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
         mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
         device = self._model.device
@@ -177,7 +177,7 @@ class TransformersEngine:
     def _completion(self, row: _Row, ids: list[int]) -> Completion:
         ended = row.finish_reason == "stop" and ids[-1] in self._eos_ids
         text = _decode(self._tokenizer, ids[:-1] if ended else ids)
-        text = text.rstrip("\ufffd")  # the begin of a character that was cut off
+        text = text.rstrip("\ufffd")  # the beginning of a truncated character
         for stop in row.request.sampling.stop:
             text = text.partition(stop)[0]
         assert row.finish_reason is not None

@@ -4,6 +4,7 @@ An engine can be closed and the next one opened in the same process, which spare
 every model after the first.
 """
 
+import contextlib
 import gc
 import itertools
 import os
@@ -53,6 +54,9 @@ _CPU_BLOCK_TOKENS = 128
 class VLLMEngine:
     """vLLM in this process (CPU), or driven from this process (GPU).
 
+    A trainer in the same process makes its process groups first: vLLM then uses what is there and leaves it open at
+    the end, while the other way round the trainer would find a default process group of vLLM's.
+
     On CPUs the engine runs in-process and eager: for the small models one runs there, a second process and
     compilation cost more than they bring. The processes that vLLM starts end at the latest with the thread that opened
     the engine; by itself vLLM leaves one behind, with the GPU's memory, when this process is killed. Raises UserError
@@ -60,6 +64,8 @@ class VLLMEngine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
+        import torch.distributed
+
         check_model(options.model)
         vllm = _import_vllm()
         on_cpu = vllm.platforms.current_platform.is_cpu()
@@ -71,6 +77,7 @@ class VLLMEngine:
             arguments = cpu_arguments(options)
         if options.max_num_seqs is not None:
             arguments["max_num_seqs"] = options.max_num_seqs
+        self._keeps_process_groups = torch.distributed.is_initialized()
         # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
         gc.freeze()
         try:
@@ -224,7 +231,8 @@ class VLLMEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            with _kept_process_groups() if self._keeps_process_groups else contextlib.nullcontext():
+                self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def __enter__(self) -> Self:
@@ -245,6 +253,24 @@ def _import_vllm() -> Any:
                 "on GPUs: pip install vllm"
             ) from error
     return vllm
+
+
+@contextlib.contextmanager
+def _kept_process_groups() -> Iterator[None]:
+    """Keep vLLM from destroying the default process group, which is a trainer's, together with its own groups."""
+    from vllm.distributed import parallel_state
+
+    def destroy_own() -> None:
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    destroy_all = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = destroy_own
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = destroy_all
 
 
 def dtype_name(options: EngineOptions) -> str:
