@@ -43,7 +43,9 @@ def make_tokenizer(folder: Path, *, eos: bool = True, chat_template: str | None 
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_model(folder: Path, *, seed: int = 0, context: int = 512, chat_template: str | None = None) -> str:
+def make_model(
+    folder: Path, *, seed: int = 0, context: int = 512, chat_template: str | None = None, tied: bool = False
+) -> str:
     """Write a 2-layer Llama of random weights with its tokenizer, and return its path."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +61,7 @@ def make_model(folder: Path, *, seed: int = 0, context: int = 512, chat_template
         max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=0,
+        tie_word_embeddings=tied,
         # Large weights, so that the choice of the next token is not a matter of rounding.
         initializer_range=0.3,
     )

@@ -5,13 +5,17 @@
             ...
 
 `vllm` runs vLLM in this process, `vllm-server` starts vLLM servers (one for every group of GPUs), `endpoint` asks
-servers that run already, `transformers` is for machines where vLLM cannot be installed. Light to import.
+servers that run already, `transformers` is for machines where vLLM cannot be installed. What only some of them can do
+(`Ability`) is asked for by `open_engine(options, needs=["log-likelihood"])`, which refuses an engine without it before
+it starts. Light to import; imports chat templates of indexing/ and nothing of the other stages.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from megatron_tpt.generation.api import (
+    ABILITIES,
+    Ability,
     Completion,
     DType,
     Engine,
@@ -21,12 +25,22 @@ from megatron_tpt.generation.api import (
     EngineStats,
     Failure,
     FinishReason,
+    LogLikelihood,
     Prompt,
     Request,
     Sampling,
+    ScoringRequest,
+    check_abilities,
     complete,
     derive_seed,
     expect_completion,
+)
+from megatron_tpt.generation.likelihood import (
+    document_log_likelihoods,
+    encode_pair,
+    log_likelihoods,
+    prefix_id,
+    rolling_requests,
 )
 from megatron_tpt.generation.models import (
     begin_ids,
@@ -39,6 +53,8 @@ from megatron_tpt.generation.models import (
 from megatron_tpt.generation.vllm_engine import VLLMEngine
 
 __all__ = [
+    "ABILITIES",
+    "Ability",
     "Completion",
     "DType",
     "Engine",
@@ -48,29 +64,40 @@ __all__ = [
     "EngineStats",
     "Failure",
     "FinishReason",
+    "LogLikelihood",
     "Prompt",
     "Request",
     "Sampling",
+    "ScoringRequest",
     "VLLMEngine",
     "begin_ids",
     "check_context",
     "check_model",
     "complete",
     "derive_seed",
+    "document_log_likelihoods",
+    "encode_pair",
     "expect_completion",
     "load_model_config",
     "load_tokenizer",
+    "log_likelihoods",
     "open_engine",
+    "prefix_id",
     "render_chat",
+    "rolling_requests",
 ]
 
 
 @contextlib.contextmanager
-def open_engine(options: EngineOptions) -> Iterator[Engine]:
-    """The engine that `options` describe, closed at the end of the block. Raises UserError or
-    EngineError when it cannot start."""
+def open_engine(options: EngineOptions, needs: Collection[Ability] = ()) -> Iterator[Engine]:
+    """The engine that `options` describe, closed at the end of the block; it has all abilities that the caller `needs`.
+
+    Raises UserError for an engine without one of them, and UserError or EngineError for one that cannot start.
+    """
+    check_abilities(options.kind, needs)
     engine = _start(options)
     try:
+        check_abilities(options.kind, needs, engine.abilities)
         yield engine
     finally:
         engine.close()

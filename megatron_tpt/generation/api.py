@@ -1,24 +1,50 @@
-"""What thinking, evaluation and later roll-outs ask of an engine. Light to import."""
+"""What thinking, evaluation and rollouts ask of an engine. Light to import.
+
+Every engine completes prompts. What only some of them can do is an `Ability`: an engine declares its own, and a caller
+names those that it needs when it opens one (`open_engine`).
+"""
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
 
+if TYPE_CHECKING:
+    import torch
+
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
+"""What an engine may be able to do beside completing prompts:
+
+- "log-probabilities" of the tokens that it samples (`Sampling.log_probabilities`);
+- "log-likelihood" of tokens that it is given (`Engine.score`): choices, documents, prompts;
+- "update_weights": other weights for the model that runs (`Engine.update_weights`).
+"""
+ABILITIES: Mapping[EngineKind, frozenset[Ability]] = {
+    "vllm": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
+    "vllm-server": frozenset({"log-probabilities", "log-likelihood"}),
+    "endpoint": frozenset({"log-probabilities", "log-likelihood"}),
+    "transformers": frozenset({"log-probabilities", "log-likelihood"}),
+}
+"""What each kind of engine can do at most; `Engine.abilities` says what the one that runs can do."""
+_CONDITIONS: Mapping[EngineKind, str] = {
+    "vllm": "only on a CPU, in this process: with tensor_parallel_size 1",
+    "endpoint": "only where vLLM serves the model, as its list of models says",
+}
 
 
 class EngineError(Fault):
-    """The engine as a whole cannot go on: no server answers, or its process died and does not start again."""
+    """The engine as a whole cannot continue: no server answers, or its process died and does not start again."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,8 @@ class Sampling:
     """Texts that end a completion; they are not part of it. The end-of-sequence token always ends it."""
     seed: int | None = None
     """With a seed, a request's random numbers are its own: they do not depend on the requests around it."""
+    log_probabilities: bool = False
+    """Whether to return the log-probability of every sampled token, see `Completion.log_probabilities`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 2:
@@ -44,13 +72,31 @@ class Sampling:
 
 
 class Request(NamedTuple):
-    """One prompt and how to go on from it."""
+    """One prompt and how to continue it."""
 
     prompt: Prompt
     """Text, token ids, or the messages of a chat: `[{"role": "user", "content": "..."}]`."""
     sampling: Sampling
     key: Any = None
     """Whatever the caller wants back beside the completion."""
+
+
+class ScoringRequest(NamedTuple):
+    """A continuation whose likelihood after its context is asked for, both as token ids.
+
+    A model predicts a token from those before it, so the first token of a sequence has no log-probability and the
+    context must not be empty. Three usual forms:
+
+    - a choice: the question and the choice, see `encode_pair`;
+    - a document from its first token on: the begin-of-sequence token (or the end-of-sequence token, which stands
+      between documents in pre-training) and the document, see `rolling_requests`;
+    - a prompt: its first token and all others.
+    """
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    key: Any = None
+    """Whatever the caller wants back beside the likelihood."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +108,47 @@ class Completion:
     token_ids: tuple[int, ...]
     """All that was generated, the token that ended it included; empty where the engine does not tell."""
     finish_reason: FinishReason
-    """"length": cut off at `max_new_tokens` or at the engine's context."""
+    """"length": truncated at `max_new_tokens` or at the engine's context."""
     num_prompt_tokens: int
     num_tokens: int
     """Generated tokens, the one that ended the completion included."""
     reasoning: str | None = None
-    """What a server with a reasoning parser hands out apart from the text."""
+    """What a server with a reasoning parser returns apart from the text."""
+    log_probabilities: tuple[float, ...] | None = None
+    """Where they were asked for: the natural logarithm of every token's probability in the distribution that it was
+    drawn from, after temperature and top-p; for temperature 0 in that of temperature 1. As long as `token_ids`.
+    """
+    weight_version: int = 0
+    """That of the weights that wrote it, see `Engine.weight_version`."""
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """How likely a model finds a continuation."""
+
+    log_probabilities: tuple[float, ...]
+    """Natural logarithms, one for every token of the continuation, at temperature 1."""
+    is_greedy: bool
+    """Whether no token of the vocabulary is likelier than the continuation's, at any of its positions."""
+    num_prompt_tokens: int
+    """Those of context and continuation together."""
+    weight_version: int = 0
+    """That of the weights that scored it, see `Engine.weight_version`."""
+
+    @property
+    def total(self) -> float:
+        """The log-likelihood of the whole continuation."""
+        return math.fsum(self.log_probabilities)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability of a token."""
+        return math.exp(-self.total / len(self.log_probabilities))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One request that cannot be completed; the others go on."""
+    """One request that cannot be completed; the others continue."""
 
     reason: str
     """A short, stable code: "prompt_too_long", "bad_request", "content_filter", "timeout", "connection",
@@ -86,36 +162,69 @@ class EngineStats:
     """What an engine has done so far."""
 
     num_sent: int = 0
-    """Attempts: a request that is asked again counts again."""
+    """Attempts: every retry counts again."""
     num_finished: int = 0
-    """Requests that ended in a Completion."""
+    """Requests that ended in a Completion or a LogLikelihood."""
     num_retried: int = 0
     num_failed: int = 0
     """Requests that ended in a Failure."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def count(self, outcome: Completion | Failure) -> None:
+    def count(self, outcome: Completion | LogLikelihood | Failure) -> None:
         """Add the end of one request."""
         if isinstance(outcome, Failure):
             self.num_failed += 1
-        else:
-            self.num_finished += 1
-            self.prompt_tokens += outcome.num_prompt_tokens
+            return
+        self.num_finished += 1
+        self.prompt_tokens += outcome.num_prompt_tokens
+        if isinstance(outcome, Completion):
             self.completion_tokens += outcome.num_tokens
 
 
 class Engine(Protocol):
-    """A model that completes prompts."""
+    """A model that completes prompts, and can do what its `abilities` say."""
 
     num_devices: int
     """GPUs (or CPUs) that it computes on; a server elsewhere counts as one."""
+    weight_version: int
+    """0 for the weights that it was opened with, then what `update_weights` was told."""
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it can do beside `generate`."""
+        ...
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt and completion together, in tokens; None where a server does not tell."""
+        ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """End each of `requests` exactly once, in the order in which they finish.
 
         The requests are taken lazily, a bounded number ahead, so that an endless source keeps the engine full.
-        Leaving the loop early abandons what is under way. Raises EngineError when the engine as a whole cannot go on.
+        Leaving the loop early abandons what is in flight. One loop runs at a time, of `generate` or `score`. Raises
+        EngineError when the engine as a whole cannot continue, and UserError for log-probabilities that it does not
+        have.
+        """
+        ...
+
+    def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
+        """The log-likelihood of every continuation, under the terms of `generate`. Ability: "log-likelihood".
+
+        Nothing is ever shortened: context and continuation, with room for one more token, must fit into
+        `max_model_len`; else the request ends in the Failure "prompt_too_long".
+        """
+        ...
+
+    def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """Replace all weights of the model. Ability: "update_weights".
+
+        `weights` are the tensors of the model's folder, whole, under their names there (Hugging Face's), each exactly
+        once. `version` becomes `weight_version`, and that of everything computed from now on; nothing that was cached
+        with the old weights is used again. Raises EngineError while requests are in flight, and for weights that are
+        missing or unknown; after the latter the engine must not be used.
         """
         ...
 
@@ -163,10 +272,10 @@ class EngineOptions:
     omit_fields: tuple[OmittableField, ...] = ()
     """Fields of a request that endpoints are not sent, as some models refuse them."""
     request_timeout_s: float = 1800.0
-    """A request that takes longer is given up and asked again."""
+    """A request that takes longer is abandoned and retried."""
     max_retries: int = 5
-    """How often a request is asked again after an answer that is no use, while others are completed. Servers that
-    are away or overloaded do not count: they are waited for.
+    """How often a request is retried after an unusable answer, while others are completed. Servers that cannot be
+    reached or are overloaded do not count: they are waited for.
     """
     endpoint_patience_s: float = 600.0
     """When no endpoint has answered for so long, generation ends with an error."""
@@ -210,6 +319,24 @@ def _check_url(url: str) -> None:
         raise UserError(f"endpoint {url!r}: not a URL such as http://host:8000/v1")
 
 
+def check_abilities(kind: EngineKind, needs: Collection[Ability], abilities: frozenset[Ability] | None = None) -> None:
+    """Raise UserError unless an engine of `kind` has all that the caller needs; the message names engines that do.
+
+    `abilities`: those of the engine that runs; by default what such an engine can have.
+    """
+    for ability in needs:
+        if ability not in (ABILITIES[kind] if abilities is None else abilities):
+            raise lacking(kind, ability)
+
+
+def lacking(kind: EngineKind, ability: Ability) -> UserError:
+    """The error of an engine that is asked for what it does not have."""
+    condition = f"has {ability} {_CONDITIONS[kind]}" if ability in ABILITIES[kind] else f"has no {ability}"
+    others = [f'"{other}"' for other, abilities in ABILITIES.items() if ability in abilities and other != kind]
+    choice = f"; choose the engine {' or '.join(others)}" if others else ""
+    return UserError(f'the engine "{kind}" {condition}{choice}')
+
+
 def derive_seed(seed: int, *names: str | int) -> int:
     """A seed for the request called `names`, the same wherever and whenever it is asked (63 bits)."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
@@ -230,8 +357,8 @@ def complete(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> l
     return [done[i] for i in range(len(prompts))]
 
 
-def expect_completion(outcome: Completion | Failure) -> Completion:
-    """`outcome`, for callers that cannot do without any; raises EngineError for a Failure."""
+def expect_completion[T: (Completion, LogLikelihood)](outcome: T | Failure) -> T:
+    """`outcome`, for callers that need every one; raises EngineError for a Failure."""
     if isinstance(outcome, Failure):
         raise EngineError(f"a request could not be completed: {outcome.message} ({outcome.reason})")
     return outcome

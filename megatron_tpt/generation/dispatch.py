@@ -1,7 +1,7 @@
 """Which server gets which request, and when again: the part of the endpoint engine that runs in its event loop.
 
-A request that ends in no usable answer is asked again, elsewhere if it can be, after a random wait that doubles. What
-the failure says of the server, and what of the request, is told apart:
+A request without a usable answer is retried, elsewhere if possible, after a random wait that doubles. Faults of the
+server and of the request are distinguished:
 
 - A server that cannot be reached, or cuts a connection, is closed until it lists its models again; one that is
   overloaded (429, 503) rests for as long as it asks, and gets less at once; one that keeps failing rests for a while.
@@ -17,121 +17,38 @@ the failure says of the server, and what of the request, is told apart:
 import asyncio
 import functools
 import math
-import queue
 import random
 import sys
 import time
 from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
-from megatron_tpt.generation.http_client import HttpAnswer, HttpClient
-from megatron_tpt.generation.openai_api import (
-    PATHS,
-    ListedModel,
-    Refused,
-    UnusableAnswer,
-    check_status,
-    parse_answer,
-    parse_models,
-    probe,
-    refuses_stop,
-    request_body,
-    without_stop,
-)
-from megatron_tpt.generation.request_fields import advice_on_refusal
+from megatron_tpt.generation.api import EngineError, EngineOptions, EngineStats, Failure
+from megatron_tpt.generation.http_client import HttpClient
+from megatron_tpt.generation.openai_api import Outcome, Refused, UnusableAnswer
+from megatron_tpt.generation.openai_requests import probe
+from megatron_tpt.generation.server import Job, Refusal, Results, Server
 
 DEFAULT_MAX_IN_FLIGHT = 64
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 30.0
 _MAX_LOCAL_WAIT_S = 1.0
-_MODELS_TIMEOUT_S = 30.0
 _FAILURES_UNTIL_REST = 3
 _REFUSALS_UNTIL_PROBE = 8
 
-Results = queue.SimpleQueue["tuple[Job, Completion | Failure] | Exception"]
-
-
-@dataclass(eq=False)
-class Job:
-    """A request under way, and where its end goes."""
-
-    request: Request
-    results: Results
-    num_failures: int = 0
-    """Those that may be the request's own fault."""
-    num_lonely_failures: int = 0
-    """Those of them before which others were completed since the last one: the servers did their work."""
-    last_failure_s: float = float("-inf")
-    last_server: "Server | None" = None
-    """The one that failed last."""
-    task: "asyncio.Task[None] | None" = None
-    is_held: bool = False
-    """Refused by a server of which it is not known yet whether it serves others."""
-
-
-class Refusal(NamedTuple):
-    """A request that a server refused."""
-
-    job: Job
-    failure: Failure
-    sent_s: float
-
-
-@dataclass(eq=False)
-class Server:
-    """One endpoint. Times are those of time.monotonic()."""
-
-    url: str
-    max_in_flight: int
-    limit: int
-    """How many requests it gets at once now: halved when it says that it is overloaded, and grown again."""
-    in_flight: int = 0
-    is_open: bool = False
-    """It has listed our model since it was last out of reach."""
-    listed: ListedModel = field(default_factory=ListedModel)
-    rests_until_s: float = 0.0
-    last_rest_s: float = float("-inf")
-    num_failures: int = 0
-    """In a row; those of requests sent before its last rest count as one."""
-    failing_since_s: float | None = None
-    takes_stop: bool = True
-    """Whether it takes texts that end a completion; some refuse them for models that think."""
-    was_open: bool = False
-    num_answers: int = 0
-    refusals: list[Refusal] = field(default_factory=list)
-    """Those of requests that are held."""
-    is_probed: bool = False
-
-    def is_free(self, now_s: float) -> bool:
-        return self.is_open and self.in_flight < self.limit and now_s >= self.rests_until_s
-
-    def succeeded(self) -> None:
-        self.num_answers += 1
-        self.num_failures = 0
-        self.failing_since_s = None
-        self.limit = min(self.limit + 1, self.max_in_flight)
-
-    def failed(self, now_s: float) -> None:
-        self.num_failures += 1
-        if self.failing_since_s is None:
-            self.failing_since_s = now_s
-
 
 class Dispatcher:
-    """Shares jobs among servers. All but `capacity` and `server` is for the event loop's thread."""
+    """Shares jobs among servers. All but `capacity`, `server` and `open_servers` is for the event loop's thread."""
 
     def __init__(self, options: EngineOptions, client: HttpClient, stats: EngineStats, *, is_local: bool) -> None:
         max_in_flight = options.max_num_seqs or DEFAULT_MAX_IN_FLIGHT
         urls = dict.fromkeys(url.rstrip("/") for url in options.endpoints)
-        self._servers = [Server(url, max_in_flight, max_in_flight) for url in urls]
+        self._servers = [Server(url, options, client, max_in_flight, max_in_flight) for url in urls]
         self.capacity = max_in_flight * len(self._servers)
         """How many jobs there may be at once."""
         self._options = options
-        self._client = client
         self._stats = stats
         self._patience_s = float("inf") if is_local else options.endpoint_patience_s
         self._max_wait_s = _MAX_LOCAL_WAIT_S if is_local else _MAX_WAIT_S
@@ -156,6 +73,11 @@ class Dispatcher:
         if self._error is not None:
             raise self._error
 
+    @property
+    def open_servers(self) -> list[Server]:
+        """Those that could ever be asked."""
+        return [server for server in self._servers if server.was_open]
+
     def server(self, url: str) -> Server:
         """The server at `url`. Its counts can be read from any thread."""
         return next(server for server in self._servers if server.url == url)
@@ -174,7 +96,7 @@ class Dispatcher:
         self._draining.add(id(results))
 
     def abandon(self, results: Results) -> None:
-        """Drop what is under way for `results`."""
+        """Drop what is in flight for `results`."""
         self._draining.discard(id(results))
         for job in [job for job in self._jobs if job.results is results]:
             self._drop(job)
@@ -193,7 +115,7 @@ class Dispatcher:
         self._waiting.clear()
 
     async def close(self) -> None:
-        """Stop all that is under way."""
+        """Stop all that is in flight."""
         self._jobs.clear()
         self._waiting.clear()
         tasks = list(self._background)
@@ -239,7 +161,7 @@ class Dispatcher:
     async def _attempt(self, job: Job, server: Server) -> None:
         sent_s = time.monotonic()
         try:
-            outcome = await self._ask(job.request, server)
+            outcome = await server.ask(job.call)
         except Refused as refused:
             if job in self._jobs:
                 job.is_held = True
@@ -276,11 +198,13 @@ class Dispatcher:
         """Ask `server` something short. Raises UserError when it refuses that too."""
         sent_s = time.monotonic()
         try:
-            await self._ask(probe(server.refusals[-1].job.request), server)
+            if not server.refusals:  # it has completed another request since this task was made
+                return
+            await server.ask(probe(server.refusals[-1].job.call))
         except Refused as refused:
-            raise UserError(self._refuses_all(server, refused.failure.message)) from refused
+            raise UserError(server.refuses_all(refused.failure.message)) from refused
         except UnusableAnswer as answer:
-            # Nothing is learned about the refused ones: they are asked again, elsewhere if possible.
+            # Nothing is learned about the refused ones: they are retried, elsewhere if possible.
             self._learn_of_failure(server, answer, sent_s)
             held, server.refusals = server.refusals, []
             for job in [refusal.job for refusal in held if refusal.job in self._jobs]:
@@ -294,39 +218,7 @@ class Dispatcher:
             server.is_probed = False
         self._probe_where_needed()
 
-    def _refuses_all(self, server: Server, sentence: str) -> str:
-        url = server.url + PATHS[self._options.api]
-        what = f"has completed {server.num_answers:,} requests and now refuses" if server.num_answers else "refuses"
-        return f"{url} {what} every request, a short test included: {sentence}" + advice_on_refusal(
-            sentence, self._options.length_field
-        )
-
-    async def _ask(self, request: Request, server: Server) -> Completion | Failure:
-        options = self._options
-        url = server.url + PATHS[options.api]
-        listed = server.listed
-        if options.max_model_len is None and request.sampling.max_new_tokens >= (listed.context or math.inf):
-            raise UserError(
-                f"{server.url}: its context is {listed.context} tokens, which leaves no room for a prompt beside "
-                f"{request.sampling.max_new_tokens} new ones; lower --max-new-tokens, or have a server with more"
-            )
-        if not server.takes_stop:
-            return parse_answer(url, *await self._post(url, without_stop(request), listed))
-        answer = await self._post(url, request, listed)
-        if request.sampling.stop and refuses_stop(answer.status, answer.body):
-            unstopped = await self._post(url, without_stop(request), listed)
-            if unstopped.status == 200:
-                server.takes_stop, answer = False, unstopped
-                print(
-                    f"{url} takes no stop texts: what comes after {request.sampling.stop} is paid for", file=sys.stderr
-                )
-        return parse_answer(url, *answer)
-
-    async def _post(self, url: str, request: Request, listed: ListedModel) -> HttpAnswer:
-        options = self._options
-        return await self._client.post(url, request_body(request, options, is_vllm=listed.is_vllm))
-
-    def _finish(self, job: Job, outcome: Completion | Failure) -> None:
+    def _finish(self, job: Job, outcome: Outcome) -> None:
         if job in self._jobs:
             del self._jobs[job]
             job.results.put((job, outcome))
@@ -334,7 +226,7 @@ class Dispatcher:
     def _learn_of_failure(self, server: Server, answer: UnusableAnswer, sent_s: float) -> None:
         now_s = time.monotonic()
         if sent_s < server.last_rest_s:
-            return  # what was under way when the server failed fails with it: that is nothing new
+            return  # what was in flight when the server failed fails with it: that is nothing new
         server.failed(now_s)
         if server.num_failures == _FAILURES_UNTIL_REST:
             self._tell(answer)
@@ -365,7 +257,7 @@ class Dispatcher:
         job.last_server = server
         if answer.counts:
             job.num_failures += 1
-            job.num_lonely_failures += self._last_success_s > job.last_failure_s
+            job.num_isolated_failures += self._last_success_s > job.last_failure_s
             job.last_failure_s = time.monotonic()
             if self._is_hopeless(job):
                 self._finish(job, Failure(answer.reason, str(answer)))
@@ -384,7 +276,7 @@ class Dispatcher:
 
     def _is_hopeless(self, job: Job) -> bool:
         max_failures = self._options.max_retries
-        if job.num_lonely_failures > max_failures:
+        if job.num_isolated_failures > max_failures:
             return True
         # At the end there may be no others that could show that the servers do their work.
         only_such_left = id(job.results) in self._draining and all(
@@ -414,7 +306,7 @@ class Dispatcher:
             if answer is not None:
                 await asyncio.sleep(self._wait_s(server.num_failures, answer))
             try:
-                await self._check_model(server)
+                await server.check_model()
                 server.is_open = server.was_open = True
             except UnusableAnswer as error:
                 answer = error
@@ -424,15 +316,3 @@ class Dispatcher:
                 self._check_patience(str(error))
         self._opened.set()
         self._dispatch()
-
-    async def _check_model(self, server: Server) -> None:
-        url = server.url + "/models"
-        answer = await self._client.get(url, timeout_s=_MODELS_TIMEOUT_S)
-        check_status(url, *answer)
-        if answer.status != 200:
-            raise UserError(f"{url} answered {answer.status}; check the URL")
-        models = parse_models(url, answer.body)
-        name = self._options.model
-        if name not in models and len(models) == 1:
-            raise UserError(f"{url} lists one model, {next(iter(models))!r}, and not {name!r}; ask for that one")
-        server.listed = models.get(name, ListedModel())

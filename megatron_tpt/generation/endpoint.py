@@ -1,7 +1,9 @@
 """Servers that speak OpenAI's protocol, one or many: the engine that shares requests among them.
 
 The caller's thread draws the requests; an event loop in a background thread sends them (`dispatch.py`). Each request
-comes back exactly once, as a Completion or a Failure.
+comes back exactly once, with its outcome or a Failure.
+
+Only vLLM is trusted with log-probabilities: other servers ignore what they are asked, or round what they return.
 """
 
 import asyncio
@@ -10,14 +12,32 @@ import os
 import queue
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request
-from megatron_tpt.generation.dispatch import Dispatcher, Job
+from megatron_tpt.generation.api import (
+    ABILITIES,
+    Ability,
+    Completion,
+    EngineOptions,
+    EngineStats,
+    Failure,
+    LogLikelihood,
+    Request,
+    ScoringRequest,
+    lacking,
+)
+from megatron_tpt.generation.dispatch import Dispatcher
 from megatron_tpt.generation.http_client import HttpClient
+from megatron_tpt.generation.models import check_scoring
+from megatron_tpt.generation.openai_api import Outcome
+from megatron_tpt.generation.openai_requests import Call, completion_call, scoring_call
+from megatron_tpt.generation.server import Job, Results
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EndpointEngine:
@@ -27,19 +47,23 @@ class EndpointEngine:
     they are asked often and waited for without limit (`wait_until_open`), and no proxy is between.
     """
 
+    weight_version = 0
+
     def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
         key = local_key or _read_key(options.api_key_env)
+        self._options = options
+        self._is_local = local_key is not None
         self.num_devices = len(options.endpoints)
         self._stats = EngineStats()
         self._told_of_usage = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoints", daemon=True)
         self._thread.start()
-        self._client = HttpClient(options.request_timeout_s, key, use_proxies=local_key is None)
-        self._dispatcher = Dispatcher(options, self._client, self._stats, is_local=local_key is not None)
+        self._client = HttpClient(options.request_timeout_s, key, use_proxies=not self._is_local)
+        self._dispatcher = Dispatcher(options, self._client, self._stats, is_local=self._is_local)
         try:
             self._run(self._dispatcher.start())
-            if local_key is None:
+            if not self._is_local:
                 self.wait_until_open()
         except BaseException:
             self.close()
@@ -49,10 +73,52 @@ class EndpointEngine:
         """Wait until one server can be asked. Raises UserError when none will be."""
         self._run(self._dispatcher.wait_until_open())
 
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """See `Engine.abilities`: none unless vLLM serves the model everywhere, as far as is known."""
+        is_vllm = all(server.listed.is_vllm for server in self._dispatcher.open_servers)
+        return ABILITIES["endpoint"] if is_vllm else frozenset()
+
+    @property
+    def max_model_len(self) -> int | None:
+        """See `Engine.max_model_len`: that of the smallest server, as far as is known."""
+        told = [server.listed.context for server in self._dispatcher.open_servers]
+        return self._options.max_model_len or min((context for context in told if context is not None), default=None)
+
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """See `Engine.generate`."""
+        return self._ended(requests, self._completion_call)
+
+    def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
+        """See `Engine.score`."""
+        if "log-likelihood" not in self.abilities:
+            raise lacking("endpoint", "log-likelihood")
+        return self._ended(requests, self._scoring_call)
+
+    def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """See `Engine.update_weights`: not here."""
+        raise lacking("endpoint", "update_weights")
+
+    def _completion_call(self, request: Request) -> Call:
+        sampling = request.sampling
+        if sampling.log_probabilities:
+            if "log-probabilities" not in self.abilities:
+                raise lacking("endpoint", "log-probabilities")
+            if not self._is_local and (sampling.temperature not in (0, 1) or sampling.top_p < 1):
+                raise UserError(
+                    f"log-probabilities at temperature {sampling.temperature:g} and top-p {sampling.top_p:g}: a server "
+                    "does not tell whether it takes them before or after temperature and top-p; choose temperature 1 "
+                    'and top-p 1, or the engine "vllm", "vllm-server" or "transformers"'
+                )
+        return completion_call(request, self._options.api)
+
+    def _scoring_call(self, request: ScoringRequest) -> Call | Failure:
+        return check_scoring(request, self.max_model_len) or scoring_call(request)
+
+    def _ended[R](self, requests: Iterable[R], call_of: Callable[[R], Call | Failure]) -> Iterator[tuple[R, Any]]:
+        """Every request with its outcome; a request that `call_of` makes a Failure of is not sent."""
         source = iter(requests)
-        results: queue.SimpleQueue[tuple[Job, Completion | Failure] | Exception] = queue.SimpleQueue()
+        results: Results = queue.SimpleQueue()
         num_in_flight = 0
         submit = self._loop.call_soon_threadsafe
         try:
@@ -61,12 +127,19 @@ class EndpointEngine:
                 num_drawn = 0
                 for request in itertools.islice(source, num_free):
                     num_drawn += 1
-                    submit(self._dispatcher.add, Job(request, results))
-                num_in_flight += num_drawn
+                    call = call_of(request)
+                    if isinstance(call, Failure):
+                        self._count(call)
+                        yield request, call
+                    else:
+                        num_in_flight += 1
+                        submit(self._dispatcher.add, Job(request, call, results))
                 if num_drawn < num_free:
                     submit(self._dispatcher.drain, results)
                 if not num_in_flight:
-                    return
+                    if num_drawn < num_free:
+                        return
+                    continue
                 result = results.get()
                 if isinstance(result, Exception):
                     raise result
@@ -78,7 +151,7 @@ class EndpointEngine:
             if not self._loop.is_closed():
                 submit(self._dispatcher.abandon, results)
 
-    def _count(self, outcome: Completion | Failure) -> None:
+    def _count(self, outcome: Outcome) -> None:
         self._stats.count(outcome)
         is_silent = isinstance(outcome, Completion) and not (outcome.num_prompt_tokens and outcome.num_tokens)
         if is_silent and not self._told_of_usage:

@@ -5,13 +5,14 @@ import functools
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure, one_line
-from megatron_tpt.generation.api import Failure, Prompt
+from megatron_tpt.generation.api import Failure, Prompt, ScoringRequest
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
 
@@ -42,6 +43,19 @@ def _check_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise UserError(f"{file}: damaged or cut short ({error}); export or fetch the model again") from error
+
+
+def weight_names(model: str) -> set[str]:
+    """The names of the tensors in `model`'s folder, or in the local copy of a model on the Hub."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            names.update(file.keys())
+    return names
 
 
 def load_tokenizer(model: str) -> Any:
@@ -102,6 +116,15 @@ def check_prompt(ids: Sequence[int], max_model_len: int) -> Failure | None:
     if len(ids) >= max_model_len:
         return Failure("prompt_too_long", f"a prompt of {len(ids)} tokens, but the context is {max_model_len}")
     return None
+
+
+def check_scoring(request: ScoringRequest, max_model_len: int | None) -> Failure | None:
+    """The failure of a request for a likelihood that has none, or whose tokens do not fit beside one new token."""
+    if not request.context:
+        return Failure("bad_request", "the context is empty: a token's probability needs at least one token before it")
+    if not request.continuation:
+        return Failure("bad_request", "the continuation is empty")
+    return check_prompt([*request.context, *request.continuation], max_model_len or sys.maxsize)
 
 
 def load_model_config(model: str) -> Any:

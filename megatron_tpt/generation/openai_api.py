@@ -1,24 +1,26 @@
-"""OpenAI's completions and chat protocol: what is sent, and what may come back. No network here.
+"""OpenAI's completions and chat protocol: what may come back. No network here.
 
-Servers differ in what they take and give. Fields that only vLLM knows are sent to vLLM alone; whatever comes back is
-checked before it is believed.
+Servers differ in what they return: everything is checked before it is believed.
 """
 
 import email.utils
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, EngineOptions, Failure, FinishReason, Request
+from megatron_tpt.generation.api import Completion, Failure, FinishReason, LogLikelihood
 from megatron_tpt.names import shown
 
 Api = Literal["completions", "chat"]
+Outcome = Completion | LogLikelihood | Failure
+Reader = Callable[[str, Any], Outcome]
+"""Takes a server's URL and the JSON that it answered."""
 
 PATHS: dict[Api, str] = {"completions": "/completions", "chat": "/chat/completions"}
 _FINISH_REASONS: dict[Any, FinishReason] = {
@@ -27,23 +29,15 @@ _FINISH_REASONS: dict[Any, FinishReason] = {
     "stop_sequence": "stop",
     "length": "length",
 }
-# Neutral values: else vLLM takes what the model's generation_config.json recommends.
-_VLLM_FIELDS = {
-    "return_token_ids": True,
-    "skip_special_tokens": False,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
-_MASK_31_BITS = (1 << 31) - 1
 _MAX_MESSAGE = 300
 _MAX_COUNT = 1 << 31
 """No context is as long: a larger number of tokens is none."""
-_PROBE = "Hello."
+_LEAST_LOG_PROBABILITY = -9999.0
+"""What vLLM writes for minus infinity, which JSON does not have."""
 
 
 class UnusableAnswer(Exception):
-    """A server answered, and the answer is no use. Asking again may help.
+    """A server answered, and the answer is of no use. A retry may help.
 
     `counts`: it may be this request that the server cannot answer; else the server is away or overloaded.
     """
@@ -56,63 +50,60 @@ class UnusableAnswer(Exception):
 
 
 class Refused(UnusableAnswer):
-    """A server answered that it will not do this request. Asking again does not help; other requests may be served."""
+    """A server answered that it will not do this request. A retry does not help; other requests may be served."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason, failure.message, counts=True)
         self.failure = failure
 
 
-def request_body(request: Request, options: EngineOptions, *, is_vllm: bool) -> bytes:
-    """The JSON body that asks for `request`. Raises UserError for a kind of prompt that `options.api` does not take."""
-    sampling = request.sampling
-    greedy = sampling.temperature == 0
-    body: dict[str, Any] = {
-        "model": options.model,
-        **_prompt_field(request, options.api),
-        options.length_field: min(sampling.max_new_tokens, options.max_model_len or sampling.max_new_tokens),
-        "temperature": sampling.temperature,
-        "top_p": 1.0 if greedy else sampling.top_p,
-    }
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.seed is not None and not greedy:
-        # Elsewhere a seed may be a signed number of 32 bits, or a double.
-        body["seed"] = sampling.seed if is_vllm else sampling.seed & _MASK_31_BITS
-    if is_vllm:
-        body |= _VLLM_FIELDS
-    for name in options.omit_fields:
-        body.pop(name, None)
-    return orjson.dumps(body | dict(options.request_fields))
-
-
-def probe(request: Request) -> Request:
-    """A short, harmless request of the same form as `request`: a server that refuses it blames what all requests
-    have in common, not a prompt."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return request._replace(prompt=_PROBE)
-    if prompt and isinstance(prompt[0], Mapping):
-        messages = [{"role": str(message["role"]), "content": _PROBE} for message in prompt]  # type: ignore[index,call-overload]
-        return request._replace(prompt=messages)
-    return request._replace(prompt=list(prompt[:1]))  # type: ignore[arg-type]
-
-
-def _prompt_field(request: Request, api: Api) -> dict[str, Any]:
-    prompt = request.prompt
-    is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
-    if is_chat != (api == "chat"):
-        raise UserError(
-            'a chat needs the API "chat" of the endpoint; choose --api chat'
-            if is_chat
-            else 'the API "chat" takes messages, not a prompt as text or token ids; choose --api completions'
+def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = False) -> Completion | Failure:
+    """The completion in the decoded `answer` of the server at `url`. Raises UnusableAnswer, or what Python raises for
+    something of another form."""
+    choice = answer["choices"][0]
+    reason = choice["finish_reason"]
+    text, reasoning = _texts(choice)
+    usage = answer.get("usage") or {}
+    token_ids = tuple(map(_token_id, choice.get("token_ids") or ()))
+    num_prompt_tokens = _told(usage.get("prompt_tokens"))
+    num_tokens = _told(usage.get("completion_tokens")) or len(token_ids)
+    if reason == "content_filter":
+        return Failure("content_filter", "the server's filter held the completion back")
+    if not isinstance(reason, str) or reason not in _FINISH_REASONS:
+        known = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
+        raise _invalid(url, f"the completion ended with {known}")
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise _invalid(url, "the completion holds no text")
+    completion = Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
+    if not with_log_probabilities:
+        return completion
+    given = choice["logprobs"]
+    values = given["token_logprobs"] if "token_logprobs" in given else [t["logprob"] for t in given["content"]]
+    log_probabilities = tuple(map(_log_probability, values))
+    if not len(log_probabilities) == len(token_ids) == num_tokens:
+        raise _invalid(
+            url, f"{len(log_probabilities)} log-probabilities and {len(token_ids)} ids for {num_tokens} tokens"
         )
-    return {"messages": list(prompt)} if is_chat else {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    return replace(completion, log_probabilities=log_probabilities)
 
 
-def without_stop(request: Request) -> Request:
-    """`request` with a completion that goes on to its end."""
-    return request._replace(sampling=replace(request.sampling, stop=()))
+def read_log_likelihood(url: str, answer: Any, *, ids: Sequence[int], num_context: int) -> LogLikelihood:
+    """The log-likelihood of the tokens `ids` from number `num_context` on, in the decoded `answer` of vLLM at `url`.
+    Raises UnusableAnswer, or what Python raises for something of another form."""
+    entries = answer["choices"][0]["prompt_logprobs"]
+    if len(entries) != len(ids):
+        raise _invalid(url, f"log-probabilities of {len(entries)} tokens for a prompt of {len(ids)}")
+    own, likeliest = [], []
+    for id, entry in zip(ids[num_context:], entries[num_context:], strict=True):
+        own.append(_log_probability(entry[str(id)]["logprob"]))
+        likeliest.append(max(_log_probability(other["logprob"]) for other in entry.values()))
+    return LogLikelihood(tuple(own), own == likeliest, len(ids))
+
+
+def _log_probability(value: Any) -> float:
+    if type(value) not in (int, float) or not value <= 0:
+        raise ValueError(f"{str(value)[:20]!r} is no log-probability")
+    return float(value) if value > _LEAST_LOG_PROBABILITY else -math.inf
 
 
 def refuses_stop(status: int, body: bytes) -> bool:
@@ -120,16 +111,21 @@ def refuses_stop(status: int, body: bytes) -> bool:
     return status in (400, 422) and re.search(r"\bstop\b", _error_message(body), re.IGNORECASE) is not None
 
 
-def parse_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Completion | Failure:
-    """What the server at `url` made of a request.
+def parse_answer(
+    url: str, status: int, headers: Mapping[str, str], body: bytes, read: Reader = read_completion
+) -> Outcome:
+    """What the server at `url` made of a request, as `read` reads it.
 
-    Raises UnusableAnswer for what may be better when asked again, Refused for what blames the request, and UserError
+    Raises UnusableAnswer for what a retry may change, Refused for what blames the request, and UserError
     for what no other request could fix.
     """
     if status == 200:
         status = _status_in(body)
     if status == 200:
-        return _parse_completion(url, body)
+        try:
+            return read(url, orjson.loads(body))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
     message = _error_message(body) or f"status {status}"
     # Some refuse with 429 what is more than a minute's quota by itself, as they do what is to wait for the next minute.
     over_quota = status == 429 and re.search(r"request too large|tokens must be reduced", message, re.IGNORECASE)
@@ -222,28 +218,6 @@ def parse_models(url: str, body: bytes) -> dict[str, ListedModel]:
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnusableAnswer("invalid_response", f"{url}: the list of models cannot be read", counts=False) from error
-
-
-def _parse_completion(url: str, body: bytes) -> Completion | Failure:
-    try:
-        answer = orjson.loads(body)
-        choice = answer["choices"][0]
-        reason = choice["finish_reason"]
-        text, reasoning = _texts(choice)
-        usage = answer.get("usage") or {}
-        token_ids = tuple(map(_token_id, choice.get("token_ids") or ()))
-        num_prompt_tokens = _told(usage.get("prompt_tokens"))
-        num_tokens = _told(usage.get("completion_tokens")) or len(token_ids)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
-    if reason == "content_filter":
-        return Failure("content_filter", "the server's filter held the completion back")
-    if not isinstance(reason, str) or reason not in _FINISH_REASONS:
-        known = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
-        raise _invalid(url, f"the completion ended with {known}")
-    if not isinstance(text, str) or not isinstance(reasoning, str | None):
-        raise _invalid(url, "the completion holds no text")
-    return Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
 
 
 def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:

@@ -6,13 +6,27 @@ requests around it: the likeliest of log p + Gumbel noise is a sample of p.
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from megatron_tpt.errors import UserError, failure, one_line
-from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, FinishReason, Request
-from megatron_tpt.generation.models import check_prompt, encode_prompt, load_tokenizer, quiet
+from megatron_tpt.generation.api import (
+    ABILITIES,
+    Completion,
+    EngineOptions,
+    EngineStats,
+    Failure,
+    FinishReason,
+    LogLikelihood,
+    Request,
+    ScoringRequest,
+    lacking,
+)
+from megatron_tpt.generation.models import check_prompt, check_scoring, encode_prompt, load_tokenizer, quiet
 from megatron_tpt.generation.vllm_engine import max_model_len
+
+if TYPE_CHECKING:
+    import torch
 
 _DEFAULT_MAX_NUM_SEQS = 8
 
@@ -28,12 +42,16 @@ class _Row:
     """A torch.Generator; None takes the likeliest token."""
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
+    log_probabilities: list[float] = field(default_factory=list)
+    """One for every sampled token, where they are asked for."""
 
 
 class TransformersEngine:
     """AutoModelForCausalLM on one GPU, or on the CPU. Raises UserError for a model that cannot be loaded."""
 
     num_devices = 1
+    weight_version = 0
+    abilities = ABILITIES["transformers"]
 
     def __init__(self, options: EngineOptions) -> None:
         import torch
@@ -42,7 +60,7 @@ class TransformersEngine:
         if options.tensor_parallel_size > 1:
             raise UserError('the engine "transformers" uses one device; leave out --tensor-parallel-size')
         self._tokenizer = load_tokenizer(options.model)
-        self._max_model_len = max_model_len(options)
+        self.max_model_len = max_model_len(options)
         self._batch_size = options.max_num_seqs or _DEFAULT_MAX_NUM_SEQS
         self._stats = EngineStats()
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -72,11 +90,54 @@ class TransformersEngine:
                 self._stats.count(completion)
                 yield row.request, completion
 
+    def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
+        """See `Engine.score`."""
+        source = iter(requests)
+        while batch := list(itertools.islice(source, self._batch_size)):
+            accepted = []
+            for request in batch:
+                refusal = check_scoring(request, self.max_model_len)
+                if refusal is None:
+                    accepted.append(request)
+                else:
+                    self._stats.count(refusal)
+                    yield request, refusal
+            self._stats.num_sent += len(accepted)
+            for request, likelihood in self._log_likelihoods(accepted) if accepted else ():
+                self._stats.count(likelihood)
+                yield request, likelihood
+
+    def _log_likelihoods(self, requests: list[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood]]:
+        """Those of one batch."""
+        import torch
+
+        rows = [[*request.context, *request.continuation] for request in requests]
+        width = max(map(len, rows))
+        device = self._model.device
+        # Padding follows what is scored, which does not look ahead.
+        ids = torch.tensor([row + [self._tokenizer.eos_token_id] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        first = min(len(request.context) for request in requests) - 1  # before it no logits are needed
+        with torch.inference_mode():
+            kept = torch.arange(first, width - 1, device=device)
+            logits = self._model(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        for request, row, row_logits in zip(requests, rows, logits, strict=True):
+            start, end = len(request.context) - 1 - first, len(row) - 1 - first
+            log_probabilities = row_logits[start:end].float().log_softmax(-1)
+            continuation = torch.tensor(list(request.continuation), device=device)
+            own = log_probabilities.gather(-1, continuation[:, None])[:, 0]
+            is_greedy = bool((own >= log_probabilities.amax(-1)).all())
+            yield request, LogLikelihood(tuple(own.tolist()), is_greedy, len(row))
+
+    def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """See `Engine.update_weights`: not here."""
+        raise lacking("transformers", "update_weights")
+
     def _row(self, request: Request) -> _Row | Failure:
         import torch
 
         ids = encode_prompt(self._tokenizer, request.prompt)
-        failure = check_prompt(ids, self._max_model_len)
+        failure = check_prompt(ids, self.max_model_len)
         if failure is not None:
             return failure
         sampling = request.sampling
@@ -87,7 +148,7 @@ class TransformersEngine:
                 generator.seed()
             else:
                 generator.manual_seed(sampling.seed)
-        max_new_tokens = min(sampling.max_new_tokens, self._max_model_len - len(ids))
+        max_new_tokens = min(sampling.max_new_tokens, self.max_model_len - len(ids))
         return _Row(request, ids, max_new_tokens, generator)
 
     def _complete(self, rows: list[_Row]) -> Iterator[tuple[_Row, Completion]]:
@@ -95,7 +156,7 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         width = max(len(row.prompt_ids) for row in rows)
-        pad = self._tokenizer.eos_token_id  # masked before the prompts, cut off after the completions
+        pad = self._tokenizer.eos_token_id  # masked before the prompts, removed after the completions
         ids = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
         mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
         device = self._model.device
@@ -116,11 +177,14 @@ class TransformersEngine:
     def _completion(self, row: _Row, ids: list[int]) -> Completion:
         ended = row.finish_reason == "stop" and ids[-1] in self._eos_ids
         text = _decode(self._tokenizer, ids[:-1] if ended else ids)
-        text = text.rstrip("\ufffd")  # the begin of a character that was cut off
+        text = text.rstrip("\ufffd")  # the beginning of a truncated character
         for stop in row.request.sampling.stop:
             text = text.partition(stop)[0]
         assert row.finish_reason is not None
-        return Completion(text, tuple(ids), row.finish_reason, len(row.prompt_ids), len(ids))
+        log_probabilities = tuple(row.log_probabilities) if row.request.sampling.log_probabilities else None
+        return Completion(
+            text, tuple(ids), row.finish_reason, len(row.prompt_ids), len(ids), log_probabilities=log_probabilities
+        )
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -143,11 +207,15 @@ class _Sampler:
 
         scores = scores.float()
         for i, row in enumerate(self._rows):
-            if row.generator is None or row.finish_reason is not None:
+            if row.finish_reason is not None:
                 continue
             sampling = row.request.sampling
-            logits = _keep_top_p(scores[i] / sampling.temperature, sampling.top_p)
-            scores[i] = logits - torch.empty_like(logits).exponential_(generator=row.generator).log()
+            logits = scores[i].clone()
+            if row.generator is not None:
+                logits = _keep_top_p(logits / sampling.temperature, sampling.top_p)
+                scores[i] = logits - torch.empty_like(logits).exponential_(generator=row.generator).log()
+            if sampling.log_probabilities:
+                row.log_probabilities.append(float(logits.log_softmax(-1)[scores[i].argmax()]))
         return scores
 
 

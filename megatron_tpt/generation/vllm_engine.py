@@ -4,20 +4,46 @@ An engine can be closed and the next one opened in the same process, which spare
 every model after the first.
 """
 
+import contextlib
 import gc
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from megatron_tpt.errors import UserError, failure, one_line
-from megatron_tpt.generation.api import Completion, EngineOptions, EngineStats, Failure, Request, Sampling
-from megatron_tpt.generation.models import check_model, check_prompt, encode_prompt, load_model_config, quiet
+from megatron_tpt.generation.api import (
+    ABILITIES,
+    Completion,
+    EngineError,
+    EngineOptions,
+    EngineStats,
+    Failure,
+    LogLikelihood,
+    Request,
+    Sampling,
+    ScoringRequest,
+    lacking,
+)
+from megatron_tpt.generation.models import (
+    check_model,
+    check_prompt,
+    check_scoring,
+    encode_prompt,
+    load_model_config,
+    quiet,
+    weight_names,
+)
 from megatron_tpt.processes import children_end_with_us
+
+if TYPE_CHECKING:
+    import torch
 
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node for every process that shares a model."""
+LOGPROBS_MODE = "processed_logprobs"
+"""Log-probabilities of sampled tokens are those of the distribution that they were drawn from."""
 _GIB = 1 << 30
 _MAX_CPU_KV_CACHE_BYTES = 4 * _GIB
 CPU_MAX_NUM_SEQS = 256
@@ -27,6 +53,9 @@ _CPU_BLOCK_TOKENS = 128
 class VLLMEngine:
     """vLLM in this process (CPU), or driven from this process (GPU).
 
+    A trainer in the same process makes its process groups first: vLLM then uses what is there and leaves it open at
+    the end, while the other way round the trainer would find a default process group of vLLM's.
+
     On CPUs the engine runs in-process and eager: for the small models one runs there, a second process and
     compilation cost more than they bring. The processes that vLLM starts end at the latest with the thread that opened
     the engine; by itself vLLM leaves one behind, with the GPU's memory, when this process is killed. Raises UserError
@@ -34,6 +63,8 @@ class VLLMEngine:
     """
 
     def __init__(self, options: EngineOptions) -> None:
+        import torch.distributed
+
         check_model(options.model)
         vllm = _import_vllm()
         on_cpu = vllm.platforms.current_platform.is_cpu()
@@ -45,6 +76,7 @@ class VLLMEngine:
             arguments = cpu_arguments(options)
         if options.max_num_seqs is not None:
             arguments["max_num_seqs"] = options.max_num_seqs
+        self._keeps_process_groups = torch.distributed.is_initialized()
         # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
         gc.freeze()
         try:
@@ -54,6 +86,7 @@ class VLLMEngine:
                     dtype=dtype_name(options),
                     max_model_len=max_model_len(options),
                     tensor_parallel_size=options.tensor_parallel_size,
+                    logprobs_mode=LOGPROBS_MODE,
                     trust_remote_code=False,
                     use_tqdm_on_load=False,
                     **arguments,
@@ -63,20 +96,35 @@ class VLLMEngine:
         self._params = vllm.SamplingParams
         self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
         config = self._llm.llm_engine.vllm_config
-        self._max_model_len: int = config.model_config.max_model_len
+        self.max_model_len: int = config.model_config.max_model_len
         self.num_devices = options.tensor_parallel_size
+        self.weight_version = 0
+        self._model = options.model
+        # In another process, or in several, the tensors of an update would have to travel.
+        in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and options.tensor_parallel_size == 1
+        self.abilities = ABILITIES["vllm"] - (frozenset() if on_cpu and in_process else {"update_weights"})
         self._stats = EngineStats()
         # As many again wait at the engine, so that a place set free is filled in the same step.
         self._max_in_flight = 2 * config.scheduler_config.max_num_seqs
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """See `Engine.generate`. The only Failures are prompts that are empty or leave no room for a completion."""
+        return self._run(requests, self._enqueue_prompt, lambda _, output: self._completion(output))
+
+    def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
+        """See `Engine.score`."""
+        return self._run(requests, self._enqueue_continuation, self._log_likelihood)
+
+    def _run[R, T: (Completion, LogLikelihood)](
+        self, requests: Iterable[R], enqueue: Callable[[R], str | Failure], read: Callable[[R, Any], T]
+    ) -> Iterator[tuple[R, T | Failure]]:
+        """Every request with what `read` makes of vLLM's output; `enqueue` gives a request's name."""
         source = iter(requests)
-        in_flight: dict[str, Request] = {}
+        in_flight: dict[str, R] = {}
         try:
             while True:
                 for request in itertools.islice(source, self._max_in_flight - len(in_flight)):
-                    name = self._enqueue(request)
+                    name = enqueue(request)
                     if isinstance(name, Failure):
                         self._stats.count(name)
                         yield request, name
@@ -86,22 +134,80 @@ class VLLMEngine:
                     return
                 for output in self._llm.llm_engine.step():
                     if output.finished:
-                        completion = _completion(output)
-                        self._stats.count(completion)
-                        yield in_flight.pop(output.request_id), completion
+                        request = in_flight.pop(output.request_id)
+                        outcome = read(request, output)
+                        self._stats.count(outcome)
+                        yield request, outcome
         finally:
             if in_flight:
                 self._llm.llm_engine.abort_request(list(in_flight))
 
-    def _enqueue(self, request: Request) -> str | Failure:
+    def _enqueue_prompt(self, request: Request) -> str | Failure:
         ids = encode_prompt(self._llm.get_tokenizer(), request.prompt)
-        failure = check_prompt(ids, self._max_model_len)
-        if failure is not None:
-            return failure
+        return check_prompt(ids, self.max_model_len) or self._enqueue(ids, self._sampling_params(request.sampling))
+
+    def _enqueue_continuation(self, request: ScoringRequest) -> str | Failure:
+        # vLLM writes one token at least, and gives the likeliest token beside every token of the prompt.
+        params = self._params(temperature=0, max_tokens=1, prompt_logprobs=1)
+        ids = [*request.context, *request.continuation]
+        return check_scoring(request, self.max_model_len) or self._enqueue(ids, params)
+
+    def _enqueue(self, ids: Sequence[int], params: Any) -> str:
         self._stats.num_sent += 1
         prompt: Any = {"prompt_token_ids": ids}
-        [name] = self._llm.enqueue([prompt], self._sampling_params(request.sampling), use_tqdm=False)
-        return name.partition("-")[0]  # vLLM adds a random suffix, and leaves it out in the output
+        [name] = self._llm.enqueue([prompt], params, use_tqdm=False)
+        return name.partition("-")[0]  # vLLM adds a random suffix, and omits it in the output
+
+    def _completion(self, output: Any) -> Completion:
+        [result] = output.outputs
+        reason = result.finish_reason
+        if reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {output.request_id} with {reason!r}")
+        ids = tuple(result.token_ids)
+        log_probabilities = None
+        if result.logprobs is not None:
+            log_probabilities = tuple(entry[id].logprob for id, entry in zip(ids, result.logprobs, strict=True))
+        return Completion(
+            result.text,
+            ids,
+            reason,
+            len(output.prompt_token_ids),
+            len(ids),
+            log_probabilities=log_probabilities,
+            weight_version=self.weight_version,
+        )
+
+    def _log_likelihood(self, request: ScoringRequest, output: Any) -> LogLikelihood:
+        entries = output.prompt_logprobs[len(request.context) :]
+        own = [entry[id].logprob for id, entry in zip(request.continuation, entries, strict=True)]
+        is_greedy = own == [max(other.logprob for other in entry.values()) for entry in entries]
+        return LogLikelihood(tuple(own), is_greedy, len(output.prompt_token_ids), self.weight_version)
+
+    def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """See `Engine.update_weights`."""
+        if "update_weights" not in self.abilities:
+            raise lacking("vllm", "update_weights")
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise EngineError("weights cannot be updated while requests are in flight: take all their outcomes first")
+        known, given = weight_names(self._model), set()
+
+        def recorded() -> "Iterator[tuple[str, torch.Tensor]]":
+            for name, tensor in weights:
+                given.add(name)
+                yield name, tensor
+
+        with quiet():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
+        if given != known:
+            names = ", ".join(sorted(given ^ known)[:3])
+            raise EngineError(
+                f"{len(known - given)} weights of {self._model} are missing in the update, {len(given - known)} are "
+                f"unknown to it: {names}"
+            )
+        self._llm.collective_rpc(_repack_tied_head)
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM does not empty its prefix cache, which holds keys and values of the old weights")
+        self.weight_version = version
 
     def _sampling_params(self, sampling: Sampling) -> Any:
         greedy = sampling.temperature == 0
@@ -114,6 +220,7 @@ class VLLMEngine:
             # A stop text that is a token of its own also ends the completion as that token.
             stop_token_ids=[self._vocabulary[text] for text in sampling.stop if text in self._vocabulary],
             skip_special_tokens=False,
+            logprobs=0 if sampling.log_probabilities else None,
         )
 
     def stats(self) -> EngineStats:
@@ -123,7 +230,8 @@ class VLLMEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            with _kept_process_groups() if self._keeps_process_groups else contextlib.nullcontext():
+                self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def __enter__(self) -> Self:
@@ -144,6 +252,24 @@ def _import_vllm() -> Any:
                 "on GPUs: pip install vllm"
             ) from error
     return vllm
+
+
+@contextlib.contextmanager
+def _kept_process_groups() -> Iterator[None]:
+    """Keep vLLM from destroying the default process group, which is a trainer's, together with its own groups."""
+    from vllm.distributed import parallel_state
+
+    def destroy_own() -> None:
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    destroy_all = parallel_state.destroy_distributed_environment
+    parallel_state.destroy_distributed_environment = destroy_own
+    try:
+        yield
+    finally:
+        parallel_state.destroy_distributed_environment = destroy_all
 
 
 def dtype_name(options: EngineOptions) -> str:
@@ -184,10 +310,13 @@ def _cpu_kv_cache_bytes(config: Any, max_model_len: int, max_num_seqs: int) -> i
     return min(num_blocks * _CPU_BLOCK_TOKENS * bytes_per_token, _MAX_CPU_KV_CACHE_BYTES)
 
 
-def _completion(output: Any) -> Completion:
-    [result] = output.outputs
-    reason = result.finish_reason
-    if reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended request {output.request_id} with {reason!r}")
-    ids = tuple(result.token_ids)
-    return Completion(result.text, ids, reason, len(output.prompt_token_ids), len(ids))
+def _repack_tied_head(worker: Any) -> None:
+    """Renew what vLLM keeps of an output layer that shares the embedding's weights.
+
+    On CPUs it packs a copy for its matrix product when it loads a model, but not when it reloads one (0.32).
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    model = worker.model_runner.get_model()
+    if model.config.tie_word_embeddings:
+        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

@@ -24,19 +24,34 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, EngineError, EngineOptions, EngineStats, Failure, Request
+from megatron_tpt.generation.api import (
+    ABILITIES,
+    Completion,
+    EngineError,
+    EngineOptions,
+    EngineStats,
+    Failure,
+    LogLikelihood,
+    Request,
+    ScoringRequest,
+    lacking,
+)
 from megatron_tpt.generation.endpoint import EndpointEngine
 from megatron_tpt.generation.models import check_model
 from megatron_tpt.generation.vllm_engine import (
     CPU_ENVIRONMENT,
     CPU_MAX_NUM_SEQS,
+    LOGPROBS_MODE,
     cpu_arguments,
     dtype_name,
     max_model_len,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _POLL_S = 0.5
 _MAX_DEATHS_IN_A_ROW = 3
@@ -81,9 +96,13 @@ class _Server:
 class VLLMServerEngine:
     """`options.num_engines` vLLM servers behind an EndpointEngine. Raises EngineError when one dies at its start."""
 
+    abilities = ABILITIES["vllm-server"]
+    weight_version = 0
+
     def __init__(self, options: EngineOptions) -> None:
         check_model(options.model)
         key = secrets.token_urlsafe(32)  # the servers listen to this machine, where others may be logged in
+        self.max_model_len = max_model_len(options)
         log_dir = options.log_dir or Path(tempfile.mkdtemp(prefix="vllm-servers-"))
         log_dir.mkdir(parents=True, exist_ok=True)
         self._temporary_logs = log_dir if options.log_dir is None else None
@@ -114,6 +133,14 @@ class VLLMServerEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """See `Engine.generate`."""
         return self._engine.generate(requests)
+
+    def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
+        """See `Engine.score`."""
+        return self._engine.score(requests)
+
+    def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
+        """See `Engine.update_weights`: not here."""
+        raise lacking("vllm-server", "update_weights")
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -212,6 +239,7 @@ def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str
         "dtype": dtype_name(options),
         "max_model_len": max_model_len(options),
         "tensor_parallel_size": options.tensor_parallel_size,
+        "logprobs_mode": LOGPROBS_MODE,
         "generation_config": "vllm",  # no sampling but ours
         "disable_uvicorn_access_log": True,
     }

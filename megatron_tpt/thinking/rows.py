@@ -217,7 +217,8 @@ def failed_thought(reason: str, detail: str, attempt: int) -> Thought:
 def answer_fields(outcome: Answered | None, attempt: int) -> dict[str, Any]:
     """`outcome` as a journal keeps it; None is a request that is to be asked again."""
     fields = asdict(outcome) if outcome is not None else {}
-    fields.pop("token_ids", None)
+    for name in ("token_ids", "log_probabilities", "weight_version"):
+        fields.pop(name, None)
     return fields | ({"attempt": attempt} if attempt or outcome is None else {})
 
 
