@@ -118,7 +118,7 @@ def make_finished(options: BenchmarkOptions, data: Path, output: Path, port: int
     """A job that lacks its last block, made by the job's own code."""
     from dataclasses import asdict
 
-    from megatron_tpt.job_settings import write_settings
+    from megatron_tpt.jobs.settings import write_settings
     from megatron_tpt.records import Record, content_id
     from megatron_tpt.thinking.job import plan
     from megatron_tpt.thinking.journal import Line

@@ -32,9 +32,9 @@ from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
-from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
-from megatron_tpt.job_settings import (
+from megatron_tpt.jobs.lock import exclusive
+from megatron_tpt.jobs.settings import (
     added_names,
     check_settings,
     describe_names,
@@ -42,9 +42,9 @@ from megatron_tpt.job_settings import (
     require_apart,
     write_settings,
 )
+from megatron_tpt.jobs.workers import Workers
 from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
-from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
 _WRITER = "prepare"

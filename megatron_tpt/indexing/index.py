@@ -46,7 +46,7 @@ from megatron_tpt.indexing.sample import sample_texts
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import MAX_DOCUMENT_TOKENS, token_dtype
-from megatron_tpt.job_settings import EntryChanges, require_apart
+from megatron_tpt.jobs.settings import EntryChanges, require_apart
 from megatron_tpt.records import DAMAGED, Columns, Row, describe, expand_sources
 from megatron_tpt.records import Source as Input
 from megatron_tpt.sizes import num_bytes

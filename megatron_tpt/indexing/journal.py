@@ -14,7 +14,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links
 from megatron_tpt.indexing.manifest import Source
 from megatron_tpt.indexing.writer import Extent
-from megatron_tpt.scale import locked
+from megatron_tpt.jobs import locked
 
 _NAME = "journal"
 

@@ -27,11 +27,11 @@ from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode
 from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
 from megatron_tpt.indexing.journal import working_folder, working_path
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo
-from megatron_tpt.indexing.ordered_workers import map_in_order
 from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
-from megatron_tpt.job_settings import require_apart
+from megatron_tpt.jobs.ordered_workers import map_in_order
+from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
 

@@ -17,7 +17,7 @@ from megatron_tpt.config.convert import Converter, expected
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.job_settings import read_settings
+from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, read_points, summarize

@@ -27,10 +27,10 @@ from megatron_tpt.config.cli import as_called
 from megatron_tpt.errors import FILE_LIMIT_ADVICE, Fault, UserError
 from megatron_tpt.generation import Completion, EngineOptions, Request, open_engine
 from megatron_tpt.generation.dispatch import DEFAULT_MAX_IN_FLIGHT
+from megatron_tpt.jobs import TaskReport, run_tasks, task_lock
 from megatron_tpt.processes import num_files_left
 from megatron_tpt.records import Progress as ReadProgress
 from megatron_tpt.records import Row, Source, describe, notes_of_columns_not_kept, read_blocks
-from megatron_tpt.scale import TaskReport, run_tasks, task_lock
 from megatron_tpt.thinking.card import write_card
 from megatron_tpt.thinking.first_answers import FirstAnswers
 from megatron_tpt.thinking.job import Generator, Job, note_settings, plan

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling, check_context, check_model, load_tokenizer
-from megatron_tpt.job_settings import added_names, describe_names, in_job_order, require_apart, write_settings
+from megatron_tpt.jobs.settings import added_names, describe_names, in_job_order, require_apart, write_settings
 from megatron_tpt.records import Columns, Source, expand_sources, read_blocks
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Prompt, Template, ends_in, load_template, render

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from megatron_tpt.files import atomic_write, no_links
-from megatron_tpt.scale import TaskLocked, locked
+from megatron_tpt.jobs import TaskLocked, locked
 
 _LOCK_TIMEOUT_S = 10.0
 _SUFFIX = ".jsonl"

@@ -14,7 +14,7 @@ from megatron_tpt.generation.request_fields import (
     OmittableField,
     parse_request_fields,
 )
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs import ScaleOptions
 from megatron_tpt.thinking.filter_options import FilterOptions
 
 type Repeated[T] = Annotated[list[list[T]], tyro.conf.UseAppendAction]

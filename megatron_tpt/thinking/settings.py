@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.job_settings import check_settings, describe_inputs
+from megatron_tpt.jobs.settings import check_settings, describe_inputs
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions

@@ -12,9 +12,9 @@ import zstandard
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.jobs import is_task_locked
 from megatron_tpt.records import REJECTS, Record, read_records, write_records
 from megatron_tpt.records.inventory import Inventory
-from megatron_tpt.scale import is_task_locked
 from megatron_tpt.thinking.journal import Journal, holds_answers, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
 from megatron_tpt.thinking.progress import task_name

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.jobs import TaskFiles, is_task_locked
 from megatron_tpt.records import Source, expand_sources
-from megatron_tpt.scale import TaskFiles, is_task_locked
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, reject_lines, share_and_eta
 from megatron_tpt.thinking.settings import SETTINGS_NAME

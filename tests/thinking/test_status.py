@@ -14,8 +14,8 @@ from augment_runs import TOOL, good_texts, job, write_documents
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.jobs import ScaleOptions
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.scale import ScaleOptions
 from megatron_tpt.thinking import progress as progress_module
 from megatron_tpt.thinking.augment import augment, launch
 from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, write_progress

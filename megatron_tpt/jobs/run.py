@@ -5,11 +5,11 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import real_path
-from megatron_tpt.scale.local_tasks import run_local
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.ray_tasks import run_ray
-from megatron_tpt.scale.report import TaskFiles, TaskReport, TaskResult, say
-from megatron_tpt.scale.slurm_tasks import run_slurm
+from megatron_tpt.jobs.local_tasks import run_local
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.ray_tasks import run_ray
+from megatron_tpt.jobs.report import TaskFiles, TaskReport, TaskResult, say
+from megatron_tpt.jobs.slurm_tasks import run_slurm
 
 _EXECUTORS = {"local": run_local, "slurm": run_slurm, "ray": run_ray}
 

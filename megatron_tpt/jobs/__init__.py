@@ -9,10 +9,10 @@ files. `run_tasks(command, ScaleOptions(...), log_dir)` runs all its tasks and s
 - `LOG_DIR/task_00003.log` is what task 3 printed, `task_00003.exit` its exit code.
 """
 
-from megatron_tpt.scale.lock import TaskLocked, is_task_locked, locked, task_lock
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.report import TaskFiles, TaskReport, TaskResult
-from megatron_tpt.scale.run import run_tasks
+from megatron_tpt.jobs.lock import TaskLocked, is_task_locked, locked, task_lock
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskFiles, TaskReport, TaskResult
+from megatron_tpt.jobs.run import run_tasks
 
 __all__ = [
     "ScaleOptions",
