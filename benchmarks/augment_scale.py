@@ -124,8 +124,7 @@ def make_finished(options: BenchmarkOptions, data: Path, output: Path, port: int
     from megatron_tpt.thinking.journal import Line
     from megatron_tpt.thinking.ledger import Ledger
     from megatron_tpt.thinking.options import AugmentOptions
-    from megatron_tpt.thinking.settings import SETTINGS_NAME
-    from megatron_tpt.thinking.shards import Output, block_name
+    from megatron_tpt.thinking.shards import SETTINGS_NAME, Output, block_name
 
     with data.open("w") as file:
         for number in range(options.num_finished + 10):

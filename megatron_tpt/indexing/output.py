@@ -11,8 +11,9 @@ from typing import Self
 
 import numpy
 
+from megatron_tpt.files import sync
 from megatron_tpt.indexing.assemble import Documents
-from megatron_tpt.indexing.journal import ClosedShard, Counts, Journal, SourceDone, sync_folder
+from megatron_tpt.indexing.journal import ClosedShard, Counts, Journal, SourceDone
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source
 from megatron_tpt.indexing.writer import Extent, IndexWriter
 
@@ -149,7 +150,7 @@ class Output:
         self._wait()
         closed = ClosedShard(len(self._journal.shards), self._writer.extent, self._counts, self._writer.checksums())
         for kind in ("bin", "idx"):
-            _sync(self._path(len(self._journal.shards), kind))
+            sync(self._path(len(self._journal.shards), kind))
         self._journal.shards.append(closed)
         self._pending.append(closed)
         if not is_last:
@@ -167,12 +168,12 @@ class Output:
             if (path := self._path(len(self._journal.shards), kind)).exists()
         ]
 
-        def sync() -> None:
+        def write() -> None:
             for path in paths:
-                _sync(path)
+                sync(path)
             self._journal.write(entries)
 
-        self._syncing = self._beside.submit(sync)
+        self._syncing = self._beside.submit(write)
 
     def _wait(self) -> None:
         if self._syncing is not None:
@@ -203,11 +204,6 @@ def _copy(counts: Counts) -> Counts:
     return replace(counts, skipped=dict(counts.skipped))
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def publish(folder: Path, prefixes: list[Path]) -> None:
     """Move complete files from the working folder to their names, the manifests last. Can be done again."""
     for kind in _KINDS:
@@ -215,5 +211,5 @@ def publish(folder: Path, prefixes: list[Path]) -> None:
             path = folder / f"{shard:05d}.{kind}"
             if path.exists():
                 os.replace(path, f"{prefix}.{kind}")
-        sync_folder(prefixes[0].parent)
+        sync(prefixes[0].parent)
     shutil.rmtree(folder)

@@ -7,8 +7,11 @@ import pytest
 from toy_runs import Toy, all_parts, runs, wait_until, wait_until_gone
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.jobs import ScaleOptions, TaskReport, run_tasks, task_lock
 from megatron_tpt.jobs.local_tasks import ended, worker_environments
+from megatron_tpt.jobs.lock import task_lock
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskReport
+from megatron_tpt.jobs.run import run_tasks
 from megatron_tpt.jobs.task import LOCKED_EXIT_CODE
 
 

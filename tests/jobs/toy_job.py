@@ -16,7 +16,9 @@ from pathlib import Path
 from megatron_tpt.config.cli import run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.jobs import ScaleOptions, run_tasks, task_lock
+from megatron_tpt.jobs.lock import task_lock
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.run import run_tasks
 
 
 def main() -> int:
