@@ -118,14 +118,13 @@ def make_finished(options: BenchmarkOptions, data: Path, output: Path, port: int
     """A job that lacks its last block, made by the job's own code."""
     from dataclasses import asdict
 
-    from megatron_tpt.job_settings import write_settings
+    from megatron_tpt.jobs.settings import write_settings
     from megatron_tpt.records import Record, content_id
     from megatron_tpt.thinking.job import plan
     from megatron_tpt.thinking.journal import Line
     from megatron_tpt.thinking.ledger import Ledger
     from megatron_tpt.thinking.options import AugmentOptions
-    from megatron_tpt.thinking.settings import SETTINGS_NAME
-    from megatron_tpt.thinking.shards import Output, block_name
+    from megatron_tpt.thinking.shards import SETTINGS_NAME, Output, block_name
 
     with data.open("w") as file:
         for number in range(options.num_finished + 10):

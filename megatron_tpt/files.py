@@ -9,11 +9,12 @@ import errno
 import functools
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
@@ -21,7 +22,8 @@ from megatron_tpt.errors import UserError
 _BLOCK_BYTES = 1 << 16
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk: it outlives a power cut then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,8 +35,8 @@ def sync_tree(folder: str | Path) -> None:
     """Flush a folder and everything in it to the disk."""
     for place, _, names in os.walk(folder):
         for name in names:
-            _fsync(Path(place, name))
-        _fsync(Path(place))
+            sync(Path(place, name))
+        sync(Path(place))
 
 
 def real_path(path: str | Path) -> Path:
@@ -98,10 +100,10 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            _fsync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         if durable:
-            _fsync(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,7 +124,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.rename(temporary, path)
         except OSError as error:
             raise FileExistsError(f"{path} exists already and is not empty") from error
-        _fsync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -133,7 +135,7 @@ def atomic_symlink(target: str, link: str | Path) -> None:
     temporary = _temporary_beside(link)
     os.symlink(target, temporary)
     os.replace(temporary, link)
-    _fsync(link.parent)
+    sync(link.parent)
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -145,6 +147,16 @@ def append_line(path: Path, line: bytes) -> None:
         file.write((b"" if is_whole else b"\n") + line + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def appended_lines[T](path: Path, parse: Callable[..., T]) -> Iterator[T]:
+    """`parse(**fields)` of the JSON objects that `append_line` has added; lines that a crash truncated are skipped."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield parse(**json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue
 
 
 def no_links(path: str, flags: int) -> int:

@@ -74,7 +74,7 @@ def test_standard_output(program: str) -> None:
 def test_the_log_of_a_task(num_blocks: int, tmp_path: Path) -> None:
     """There is room for the lock, and for the log or not."""
     logs = tmp_path / "disk/logs"
-    command = [sys.executable, "-m", "megatron_tpt.scale", "--task=0", "--num-tasks=1", "--log-dir", str(logs), "--"]
+    command = [sys.executable, "-m", "megatron_tpt.jobs", "--task=0", "--num-tasks=1", "--log-dir", str(logs), "--"]
     with small_disk(tmp_path / "disk", num_blocks * 4096):
         process = subprocess.run([*command, "true"], capture_output=True, text=True)
         assert process.returncode == 2

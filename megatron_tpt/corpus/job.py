@@ -26,7 +26,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What all tasks of a run know."""
 
     options: PrepareOptions
@@ -92,7 +92,7 @@ class Job:
 class SourceTask:
     """Every `num_stripes`-th shard of one source, from number `stripe` on."""
 
-    job: Job
+    job: PrepareJob
     source: int
     stripe: int
     num_stripes: int
@@ -126,7 +126,7 @@ class SourceTasks(tuple[SourceTask, ...]):
 class PartitionTask:
     """One partition of the keys of the stage "exact" or "near"."""
 
-    job: Job
+    job: PrepareJob
     stage: str
     number: int
 

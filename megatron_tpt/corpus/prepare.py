@@ -17,7 +17,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,14 +26,15 @@ from typing import Any
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import Pairs, write_clusters
-from megatron_tpt.corpus.job import Job, PartitionTask, Shard, SourceTask, SourceTasks, write_json
+from megatron_tpt.corpus.job import PartitionTask, PrepareJob, Shard, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
-from megatron_tpt.corpus.workers import Workers
 from megatron_tpt.errors import UserError
-from megatron_tpt.job_settings import (
+from megatron_tpt.jobs.lock import exclusive
+from megatron_tpt.jobs.progress import ProgressLine
+from megatron_tpt.jobs.settings import (
     added_names,
     check_settings,
     describe_names,
@@ -42,9 +42,9 @@ from megatron_tpt.job_settings import (
     require_apart,
     write_settings,
 )
+from megatron_tpt.jobs.workers import Workers
 from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
-from megatron_tpt.scale.lock import exclusive
 
 _BYTES_PER_STRIPE = 4 << 20
 _WRITER = "prepare"
@@ -59,7 +59,7 @@ def prepare(options: PrepareOptions) -> Report:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
             path = settings_path(options.output)
-            job = Job(options, in_job_order(path, sources))
+            job = PrepareJob(options, in_job_order(path, sources))
             settings = make_settings(options, job.sources)
             check_settings(path, settings)
             added = added_names(path, settings)
@@ -105,14 +105,14 @@ def _forget_report(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _evaluation_index(job: Job) -> EvaluationIndex:
+def _evaluation_index(job: PrepareJob) -> EvaluationIndex:
     """What a killed run looked for, even where a data set of the Hub has changed since; else the sets as they are."""
     if job.index_path.exists():
         return EvaluationIndex.load(job.index_path)
     return EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
 
 
-def _scan(job: Job, workers: Workers, can_forget: bool) -> Job:
+def _scan(job: PrepareJob, workers: Workers, can_forget: bool) -> PrepareJob:
     """Look at all documents; the job with what is known then. What cannot be read leaves no job behind where
     `can_forget`."""
     try:
@@ -127,7 +127,7 @@ def _scan(job: Job, workers: Workers, can_forget: bool) -> Job:
     return _after_scan(job, can_forget)
 
 
-def _compare_and_write(job: Job, workers: Workers) -> None:
+def _compare_and_write(job: PrepareJob, workers: Workers) -> None:
     """Run the stages after the scan; tasks that were done before are skipped."""
     if job.options.deduplicate != "none":
         _over_partitions(job, workers, "exact")
@@ -142,7 +142,7 @@ def _compare_and_write(job: Job, workers: Workers) -> None:
     _over_sources(job, workers, "write", ".json", stages.write)
 
 
-def _forget_damaged(job: Job) -> None:
+def _forget_damaged(job: PrepareJob) -> None:
     """Have the shards written again of which a file is not as it was recorded."""
     for shard in job.shards():
         path = job.path("write", shard, ".json")
@@ -152,7 +152,7 @@ def _forget_damaged(job: Job) -> None:
 
 
 def _over_sources(
-    job: Job, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTasks], Iterator[int]]
+    job: PrepareJob, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTasks], Iterator[int]]
 ) -> None:
     """Do a stage that reads documents. Large sources are shared among the workers, small ones are done together."""
     num_workers = job.options.worker_count
@@ -163,11 +163,23 @@ def _over_sources(
         if not _is_done(job, stage, suffix, source):
             num_stripes = max(1, min(num_workers, math.ceil(num_bytes[source] / stripe_bytes)))
             tasks += [SourceTask(job, source, stripe, num_stripes) for stripe in range(num_stripes)]
-    progress = _Progress(stage)
     most_tasks = math.ceil(len(tasks) / num_workers / 4)
-    for num_rows in workers.run(work, _batches(tasks, num_bytes, stripe_bytes, most_tasks)):
-        progress.add(num_rows)
-    progress.finish()
+    _run(stage, workers, work, _batches(tasks, num_bytes, stripe_bytes, most_tasks))
+
+
+def _run[T](stage: str, workers: Workers, work: Callable[[T], Iterator[int]], tasks: Sequence[T]) -> None:
+    """Do the tasks of a stage, and say how far it is."""
+    num_done = 0
+
+    def summary() -> str:
+        rows = f"{num_done:,} rows, {num_done / line.elapsed_s:,.0f} rows/s, " if num_done else ""
+        return f"{stage}: {rows}{line.elapsed_s:,.1f} s"
+
+    with ProgressLine() as line:
+        for num_rows in workers.run(work, tasks):
+            num_done += num_rows
+            line.show(summary)
+    print(summary(), file=sys.stderr, flush=True)
 
 
 def _batches(
@@ -186,22 +198,19 @@ def _batches(
     return [SourceTasks(batch) for batch in batches]
 
 
-def _is_done(job: Job, stage: str, suffix: str, source: int) -> bool:
+def _is_done(job: PrepareJob, stage: str, suffix: str, source: int) -> bool:
     if not job.num_shards:
         return job.scanned_path(source).exists()
     return all(job.path(stage, Shard(source, i), suffix).exists() for i in range(job.num_shards[source]))
 
 
-def _over_partitions(job: Job, workers: Workers, stage: str) -> None:
+def _over_partitions(job: PrepareJob, workers: Workers, stage: str) -> None:
     """Do a stage that compares keys."""
-    progress = _Progress(stage)
     tasks = [PartitionTask(job, stage, i) for i, path in enumerate(job.pair_files(stage)) if not path.exists()]
-    for _ in workers.run(stages.compare, tasks):
-        pass
-    progress.finish()
+    _run(stage, workers, stages.compare, tasks)
 
 
-def _after_scan(job: Job, can_forget: bool) -> Job:
+def _after_scan(job: PrepareJob, can_forget: bool) -> PrepareJob:
     """The job with what is known after the scan. Says which sources and columns came to nothing."""
     num_shards: list[int] = []
     num_rows = num_keys = 0
@@ -232,7 +241,7 @@ def _after_scan(job: Job, can_forget: bool) -> Job:
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
-def _scanned(job: Job, source: int) -> Iterator[dict[str, Any]]:
+def _scanned(job: PrepareJob, source: int) -> Iterator[dict[str, Any]]:
     """What the scan found in each shard of a source."""
     for number in itertools.count():
         path = job.path("scan", Shard(source, number), ".json")
@@ -271,7 +280,7 @@ def _say(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _forget_other_additions(job: Job, entries: list[dict[str, Any]]) -> None:
+def _forget_other_additions(job: PrepareJob, entries: list[dict[str, Any]]) -> None:
     """Keep what was scanned of the files that are being added, and nothing of others that were to be added."""
     note = job.work / "added.json"
     if note.exists() and json.loads(note.read_bytes()) == entries:
@@ -282,7 +291,7 @@ def _forget_other_additions(job: Job, entries: list[dict[str, Any]]) -> None:
     write_json(note, entries)
 
 
-def _reopen(job: Job) -> None:
+def _reopen(job: PrepareJob) -> None:
     """Make the job one that has not finished, with all that files after those that it has cannot change.
 
     A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
@@ -295,7 +304,7 @@ def _reopen(job: Job) -> None:
         shutil.rmtree(job.work / stage, ignore_errors=True)
 
 
-def _tidy(job: Job) -> None:
+def _tidy(job: PrepareJob) -> None:
     """Keep what a job with more input needs of this one: keys, ids and counts of its documents."""
     for stage in ("exact", "minhash", "near"):
         shutil.rmtree(job.work / stage, ignore_errors=True)
@@ -303,13 +312,13 @@ def _tidy(job: Job) -> None:
         path.unlink(missing_ok=True)
 
 
-def _forget(job: Job) -> None:
+def _forget(job: PrepareJob) -> None:
     """Leave the output as if this run had never started, so that it can be started with other settings."""
     shutil.rmtree(job.work, ignore_errors=True)
     settings_path(job.options.output).unlink(missing_ok=True)
 
 
-def _collect(job: Job, index: EvaluationIndex) -> Report:
+def _collect(job: PrepareJob, index: EvaluationIndex) -> Report:
     """Add up the tallies of all shards."""
     counts: Counter[str] = Counter()
     contaminated_by: Counter[str] = Counter()
@@ -337,28 +346,3 @@ def _collect(job: Job, index: EvaluationIndex) -> Report:
             "other options and another --output"
         )
     return report
-
-
-class _Progress:
-    """A line on the terminal every second, or a line in a log every half minute, and one when the stage is done."""
-
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
-        self._num_rows = 0
-        self._start_s = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._next_s = self._interval_s = 1.0 if self._on_terminal else 30.0
-
-    def add(self, num_rows: int) -> None:
-        self._num_rows += num_rows
-        if time.monotonic() - self._start_s >= self._next_s:
-            self._next_s = time.monotonic() - self._start_s + self._interval_s
-            self._show("\r" if self._on_terminal else "\n")
-
-    def finish(self) -> None:
-        self._show("\n")
-
-    def _show(self, end: str) -> None:
-        elapsed_s = time.monotonic() - self._start_s
-        rows = f"{self._num_rows:,} rows, {self._num_rows / elapsed_s:,.0f} rows/s, " if self._num_rows else ""
-        print(f"{self._stage}: {rows}{elapsed_s:,.1f} s", end=end, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.job_settings import describe_inputs
+from megatron_tpt.jobs.settings import describe_inputs
 from megatron_tpt.records import Source, expand_sources
 
 FORMAT_VERSION = 1

@@ -13,7 +13,7 @@ does what, or how often a run was killed.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from megatron_tpt.corpus.near_duplicates import MinHash
 from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import Record, Row, write_records
+from megatron_tpt.records import Record, Row, json_lines, write_records
 from megatron_tpt.records.inventory import Entry
 
 _MAX_BATCH_ROWS = 1000
 _MAX_BATCH_CHARACTERS = 1 << 18
+_CHANGED = "has changed while it was read; choose another --output"
 
 
 def scan(tasks: SourceTasks) -> Iterator[int]:
@@ -148,14 +149,14 @@ def write(tasks: SourceTasks) -> Iterator[int]:
         part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
         rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
-        with _json_lines(rejects) if num_rejects else nullcontext(_unexpected) as add_reject:
+        with json_lines(rejects) if num_rejects else nullcontext() as add_reject:
             kept = _kept_records(rows, tally, add_reject, job.sources[shard.source].name)
             if verdicts.num_kept:
                 write_records(part, kept)
             else:
                 deque(kept, maxlen=0)
         if tally.counts["kept"] != verdicts.num_kept or tally.counts.total() != verdicts.num_rows:
-            raise UserError(f"{job.sources[shard.source].name}: has changed while it was read; choose another --output")
+            raise UserError(f"{job.sources[shard.source].name}: {_CHANGED}")
         write_json(
             job.path("write", shard, ".json"),
             {
@@ -169,31 +170,13 @@ def write(tasks: SourceTasks) -> Iterator[int]:
 
 
 def _kept_records(
-    rows: Iterator[Row], tally: ShardTally, add_reject: Callable[[dict[str, Any]], None], source: str
+    rows: Iterator[Row], tally: ShardTally, add_reject: Callable[[bytes], object] | None, source: str
 ) -> Iterator[Record]:
     for row in rows:
         reject = tally.reject(row)
         if reject is not None:
-            add_reject(reject)
+            if add_reject is None:
+                raise UserError(f"{source}: {_CHANGED}")
+            add_reject(orjson.dumps(reject))
         elif row.record is not None:
             yield replace(row.record, meta={"source": source} | row.record.meta)
-
-
-@contextmanager
-def _json_lines(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    import zstandard
-
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("wb") as file,
-        zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed,
-    ):
-
-        def add(line: dict[str, Any]) -> None:
-            packed.write(orjson.dumps(line) + b"\n")
-
-        yield add
-
-
-def _unexpected(line: dict[str, Any]) -> None:
-    raise UserError(f"{line['source']}: has changed while it was read; choose another --output")

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from megatron_tpt.corpus.deduplication import Pairs, document_number, document_place
-from megatron_tpt.corpus.job import Job, Shard
+from megatron_tpt.corpus.job import PrepareJob, Shard
 from megatron_tpt.records import Row
 
 EXAMPLES_PER_REASON = 3
@@ -19,7 +19,7 @@ _SNIPPET_LENGTH = 300
 class Verdicts:
     """What the stages before found about the documents of a shard."""
 
-    def __init__(self, job: Job, shard: Shard, stages: Sequence[str]) -> None:
+    def __init__(self, job: PrepareJob, shard: Shard, stages: Sequence[str]) -> None:
         """`stages`: of "exact" and "near", those whose findings count."""
         scanned = orjson.loads(job.path("scan", shard, ".json").read_bytes())
         self.num_rows: int = scanned["rows"]
@@ -28,7 +28,7 @@ class Verdicts:
         self.duplicates = {stage: self._pairs(job, shard, stage) for stage in stages}
 
     @staticmethod
-    def _pairs(job: Job, shard: Shard, stage: str) -> dict[int, int]:
+    def _pairs(job: PrepareJob, shard: Shard, stage: str) -> dict[int, int]:
         """Row -> number of the document that is kept."""
         rows = job.options.rows_per_shard
         begin = document_number(shard.source, shard.number * rows)
@@ -55,7 +55,7 @@ REASONS = {"exact": "duplicate", "near": "near_duplicate"}
 class ShardTally:
     """What became of the rows of one shard: the counts and examples for the report, and the lines of the rejects."""
 
-    def __init__(self, job: Job, shard: Shard, verdicts: Verdicts) -> None:
+    def __init__(self, job: PrepareJob, shard: Shard, verdicts: Verdicts) -> None:
         self.counts: Counter[str] = Counter()
         self.contaminated_by: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, Any]]] = {}
@@ -98,7 +98,7 @@ class ShardTally:
         return None, {}
 
 
-def _kept_documents(job: Job, verdicts: Verdicts) -> dict[int, dict[str, Any]]:
+def _kept_documents(job: PrepareJob, verdicts: Verdicts) -> dict[int, dict[str, Any]]:
     """For each document that the verdicts name as kept: its id, source and row (from 1).
 
     The first of several equal documents may be a near-duplicate of another: then that one is kept for all of them.

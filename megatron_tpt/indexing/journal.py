@@ -1,6 +1,5 @@
 """The working folder of an indexing job, and the journal in it by which a killed job goes on."""
 
-import json
 import os
 import shutil
 import stat
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import no_links
+from megatron_tpt.files import no_links, sync
 from megatron_tpt.indexing.manifest import Source
 from megatron_tpt.indexing.writer import Extent
-from megatron_tpt.scale import locked
+from megatron_tpt.jobs.journal import append, encode, read_journal
+from megatron_tpt.jobs.lock import locked
 
 _NAME = "journal"
 PUBLISHING = "publishing"
@@ -152,9 +152,9 @@ class Journal:
     def read(cls, folder: Path) -> "Journal":
         """The journal in `folder`; an empty one, without settings, when there is none."""
         journal = cls(folder / _NAME, {})
-        for entry, num_bytes in _entries(journal.path):
+        for entry, _, end in read_journal(journal.path):
             journal._take(entry)
-            journal.num_bytes = num_bytes
+            journal.num_bytes = end
         return journal
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -177,39 +177,15 @@ class Journal:
                 lines.append({"shard": asdict(entry)})
             else:
                 lines.append({entry: True} if isinstance(entry, str) else asdict(entry))
-        data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        with open(self.path, "ab", opener=no_links) as file:
+        data = encode(lines)
+        with open(self.path, "ab", buffering=0, opener=no_links) as file:
             file.truncate(self.num_bytes)  # of a line that was not written whole
-            file.write(data)
-            file.flush()
+            append(file.fileno(), self.path, data)
             os.fsync(file.fileno())
         self.num_bytes += len(data)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
 
 def _source_done(entry: dict[str, Any]) -> SourceDone:
     by_shard = {int(shard): documents for shard, documents in entry["documents_by_shard"].items()}
     return SourceDone(Source(**entry["source"]), by_shard, Extent(*entry["extent"]), Counts(**entry["counts"]))
-
-
-def _entries(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The lines of a journal and where they end, as far as they are whole: after a power cut the last may not be."""
-    end = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        end += len(line)
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith(b"\n"):
-            return
-        yield entry, end
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

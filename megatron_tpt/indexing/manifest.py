@@ -18,7 +18,7 @@ import numpy
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write, file_checksum
 from megatron_tpt.indexing.writer import idx_bytes
-from megatron_tpt.job_settings import EntryChanges
+from megatron_tpt.jobs.settings import EntryChanges
 from megatron_tpt.json_data import read_json
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Self
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import no_links, sync_tree
+from megatron_tpt.files import no_links, sync, sync_tree
 from megatron_tpt.indexing.assemble import Documents
-from megatron_tpt.indexing.journal import PUBLISHING, ClosedShard, Counts, Journal, SourceDone, sync_folder
+from megatron_tpt.indexing.journal import PUBLISHING, ClosedShard, Counts, Journal, SourceDone
 from megatron_tpt.indexing.manifest import IndexCounts, Manifest, Source
 from megatron_tpt.indexing.writer import Extent, IndexWriter
 
@@ -153,7 +153,7 @@ class Output:
         self._wait()
         closed = ClosedShard(len(self._journal.shards), self._writer.extent, self._counts, self._writer.checksums())
         for kind in ("bin", "idx"):
-            _sync(self._path(len(self._journal.shards), kind))
+            sync(self._path(len(self._journal.shards), kind))
         self._journal.shards.append(closed)
         self._pending.append(closed)
         if not is_last:
@@ -171,12 +171,12 @@ class Output:
             if (path := self._path(len(self._journal.shards), kind)).exists()
         ]
 
-        def sync() -> None:
+        def write() -> None:
             for path in paths:
-                _sync(path)
+                sync(path)
             self._journal.write(entries)
 
-        self._syncing = self._beside.submit(sync)
+        self._syncing = self._beside.submit(write)
 
     def _wait(self) -> None:
         if self._syncing is not None:
@@ -207,11 +207,6 @@ def _copy(counts: Counts) -> Counts:
     return replace(counts, skipped=dict(counts.skipped))
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def publish(folder: Path, prefixes: Sequence[Path], kinds: Sequence[str] = KINDS) -> None:
     """Flush complete files to the disk and move them from the working folder to their names, the manifests last. Can be
     done again.
@@ -237,5 +232,5 @@ def publish(folder: Path, prefixes: Sequence[Path], kinds: Sequence[str] = KINDS
     for moves_of_kind in moves:
         for path, target in moves_of_kind:
             os.replace(path, target)
-        sync_folder(prefixes[0].parent)
+        sync(prefixes[0].parent)
     shutil.rmtree(folder)

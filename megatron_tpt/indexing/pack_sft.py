@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,17 +24,18 @@ from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, 
 from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode_batch, read_batches
 from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
 from megatron_tpt.indexing.journal import clear_leftovers, is_publishing, working_folder
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo
-from megatron_tpt.indexing.ordered_workers import map_in_order
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo, compare_sources
 from megatron_tpt.indexing.output import publish
 from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
-from megatron_tpt.job_settings import require_apart
+from megatron_tpt.jobs.ordered_workers import map_in_order
+from megatron_tpt.jobs.progress import ProgressLine
+from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
 
-_REPORT_EVERY_S = 10.0
+_LOG_EVERY_S = 10.0
 _KINDS = ("bin", "idx", "sft", "tokenizer", "sft.json")
 _MAX_NAMED = 3
 
@@ -151,7 +151,6 @@ class _Collector:
         self._notes = encoding.format.take_notes()
         self._num_truncated = 0
         self._open_ended: list[str] = []
-        self._last_report = time.monotonic()
 
     def read(self, inputs: Mapping[Path, Input]) -> list[Source]:
         """Read all files to their ends. Raises UserError for one that is not what the job that wrote it recorded."""
@@ -160,14 +159,14 @@ class _Collector:
         beside = ThreadPoolExecutor(max_workers=1)  # hashing lets go of the interpreter lock
         try:
             about = {path: (path.stat(), beside.submit(file_checksum, path)) for path in files}
-            with contextlib.closing(self._encoded(files)) as encoded:
+            with contextlib.closing(self._encoded(files)) as encoded, ProgressLine(_LOG_EVERY_S) as line:
                 for batch, (outcomes, notes) in encoded:
                     before = len(self._store)
                     self._notes.update(notes)
                     for number, outcome in outcomes:
                         self._take(f"{batch.path}:{number}", outcome)
                     num_examples[batch.path] += len(self._store) - before
-                    self._report()
+                    line.show(lambda: f"{len(self._store):,} examples read")
             for path, input in inputs.items():
                 input.require_content(about[path][1].result())
             return [_source(path, num_examples[path], *about[path]) for path in files]
@@ -212,11 +211,6 @@ class _Collector:
     def _skip(self, reason: str, place: str, detail: str) -> None:
         self._skipped[reason] += 1
         self._skipped_example.setdefault(reason, f"{place}: {detail}")
-
-    def _report(self) -> None:
-        if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
-            self._last_report = time.monotonic()
-            print(f"{len(self._store):,} examples read", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Warn of what is odd about the examples. Raises UserError when there is nothing to learn."""
@@ -330,15 +324,15 @@ def _short(value: Any) -> str:
 
 
 def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list[str]:
-    before = {source.path: source for source in sources}
     now = {str(path.resolve()): path for path in files}
+    changes = compare_sources(sources, now)
     found = {
-        "added to the input": [path for path in now if path not in before],
-        "removed from the input": [path for path in before if path not in now],
-        "changed in the input": [path for path in now if path in before and not before[path].is_still(now[path])],
+        "added to the input": changes.added,
+        "removed from the input": changes.removed,
+        "changed in the input": changes.changed,
     }
     differences = [f"{what}: {_names(paths)}" for what, paths in found.items() if paths]
-    if not differences and list(before) != list(now):
+    if not differences and [source.path for source in sources] != list(now):
         differences = ["the input files are the same in another order"]
     return differences
 

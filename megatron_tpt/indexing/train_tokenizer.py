@@ -17,7 +17,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.options import TrainTokenizerOptions
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
-from megatron_tpt.job_settings import require_apart
+from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.records import expand_sources, read_records
 
 EOS = "<|endoftext|>"

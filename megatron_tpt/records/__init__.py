@@ -12,8 +12,8 @@ from megatron_tpt.records.folders import REJECTS
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.reading import (
     DAMAGED,
-    Progress,
     ReadCounts,
+    ReadProgress,
     Row,
     can_start_inside,
     describe,
@@ -24,16 +24,16 @@ from megatron_tpt.records.reading import (
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.rows import RawRow, notes_of_columns_not_kept, read_rows
 from megatron_tpt.records.sources import SUFFIXES, Source, expand_files, expand_inputs, expand_sources
-from megatron_tpt.records.writing import write_records
+from megatron_tpt.records.writing import json_lines, write_records
 
 __all__ = [
     "DAMAGED",
     "REJECTS",
     "SUFFIXES",
     "Columns",
-    "Progress",
     "RawRow",
     "ReadCounts",
+    "ReadProgress",
     "Record",
     "Row",
     "Source",
@@ -43,6 +43,7 @@ __all__ = [
     "expand_files",
     "expand_inputs",
     "expand_sources",
+    "json_lines",
     "notes_of_columns_not_kept",
     "read_between",
     "read_blocks",

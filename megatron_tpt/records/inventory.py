@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import append_line, atomic_write, file_checksum
+from megatron_tpt.files import append_line, appended_lines, atomic_write, file_checksum
 from megatron_tpt.names import shown
 from megatron_tpt.records.folders import REJECTS
 
@@ -57,7 +57,7 @@ class Inventory:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for path in sorted((folder / FOLDER).glob("*.jsonl")):
-            for entry in _read(path):
+            for entry in appended_lines(path, Entry):
                 if entry.name not in self.entries or entry.revision >= self.entries[entry.name].revision:
                     self.entries[entry.name] = entry
 
@@ -107,15 +107,6 @@ def size_of(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _read(path: Path) -> Iterator[Entry]:
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                yield Entry(**json.loads(line))
-            except (ValueError, TypeError):  # truncated by a crash
-                continue
 
 
 class Inventories:

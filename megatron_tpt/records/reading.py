@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 @dataclass
-class Progress:
+class ReadProgress:
     """How far `read_blocks` is in its source."""
 
     _begin: int = 0
@@ -87,7 +87,7 @@ def read_blocks(
     columns: Columns,
     rows_per_block: int,
     wanted: Callable[[int], bool],
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> Iterator[tuple[int, Iterator[Row]]]:
     """Yield (k, rows) for every block k of a source with `wanted(k)`: rows k * rows_per_block and on, lazily.
 
@@ -100,7 +100,7 @@ def read_blocks(
     still read). Raises UserError for a source that cannot be opened or has no text column, and Fault where the storage
     or the network fails.
     """
-    reader, parse = _open(source, columns, progress or Progress())
+    reader, parse = _open(source, columns, progress or ReadProgress())
     with contextlib.closing(reader):
         for block in itertools.count():
             end = (block + 1) * rows_per_block
@@ -132,7 +132,7 @@ def read_between(source: Source, columns: Columns, begin: int, end: int) -> Iter
     """
     assert source.path is not None and source.num_bytes is not None
     if _is_parquet(source.path):
-        reader, parse = _open(source, columns, Progress())
+        reader, parse = _open(source, columns, ReadProgress())
         first, last = (-(-place * num_parquet_rows(source.path) // source.num_bytes) for place in (begin, end))
         reader.skip_to(first)
         yield from _rows(reader, parse, columns, last)
@@ -176,7 +176,7 @@ class Reader(Protocol):
         """Close the file. (It would stay open until garbage is collected: reader and progress know each other.)"""
 
 
-def _open(source: Source, columns: Columns, progress: Progress) -> tuple[Reader, _Parse]:
+def _open(source: Source, columns: Columns, progress: ReadProgress) -> tuple[Reader, _Parse]:
     """The rows of a source and what makes records of them (None of a blank line)."""
     reader, is_table = open_rows(source, functools.partial(_record_columns, columns), progress)
     return reader, parse_row if is_table else parse_line
@@ -186,7 +186,7 @@ def _record_columns(columns: Columns, source_name: str, schema: Any) -> list[str
     return record_columns(source_name, schema, columns)
 
 
-def open_rows(source: Source, choose: Choose, progress: Progress) -> tuple[Reader, bool]:
+def open_rows(source: Source, choose: Choose, progress: ReadProgress) -> tuple[Reader, bool]:
     """The rows of a source, and whether they are rows of a table: `choose` names the columns to read of it."""
     format = file_format(source.path) if source.path else None
     if source.path is not None and (format is None or not format.is_table):

@@ -9,7 +9,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.names import shown
 from megatron_tpt.records.folders import listed
 from megatron_tpt.records.parsing import Columns, parse_object
-from megatron_tpt.records.reading import DAMAGED, Progress, open_rows
+from megatron_tpt.records.reading import DAMAGED, ReadProgress, open_rows
 from megatron_tpt.records.record import BadRecord, DamagedSource
 from megatron_tpt.records.sources import Source
 from megatron_tpt.records.tables import row_columns
@@ -43,7 +43,7 @@ def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = Non
     problem DAMAGED. Raises UserError for a source that cannot be opened or has one of the columns twice, and Fault
     where the storage or the network fails.
     """
-    reader, is_table = open_rows(source, partial(_chosen, columns), Progress())
+    reader, is_table = open_rows(source, partial(_chosen, columns), ReadProgress())
     named = None if callable(columns) else columns
     with closing(reader):
         while True:

@@ -3,7 +3,7 @@
 import gzip
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -50,7 +50,15 @@ def _to_json(value: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def _create(path: Path) -> Iterator[IO[bytes]]:
+def json_lines(path: Path) -> Iterator[Callable[[bytes], object]]:
+    """Write a `.jsonl`, packed as its suffix says, that appears whole or not at all: yields what adds a line."""
+    with atomic_write(path) as temporary, _create(temporary, has_checksum=False) as file:
+        yield lambda line: file.write(line + b"\n")
+
+
+@contextmanager
+def _create(path: Path, *, has_checksum: bool = True) -> Iterator[IO[bytes]]:
+    """`has_checksum`: put one into a .zst file."""
     with path.open("wb") as file:
         if path.name.endswith(".gz"):  # without name and time: the same records, the same bytes
             with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
@@ -58,7 +66,7 @@ def _create(path: Path) -> Iterator[IO[bytes]]:
         elif path.name.endswith(".zst"):
             import zstandard
 
-            with zstandard.ZstdCompressor(write_checksum=True).stream_writer(file, closefd=False) as packed:
+            with zstandard.ZstdCompressor(write_checksum=has_checksum).stream_writer(file, closefd=False) as packed:
                 yield packed
         else:
             yield file

@@ -17,7 +17,7 @@ from megatron_tpt.config.convert import Converter, expected
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.job_settings import read_settings
+from megatron_tpt.jobs.settings import describe_changes, read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, read_points, summarize
@@ -68,8 +68,11 @@ def run_study(options: StudyOptions) -> list[Point]:
     config = load_study(options.study)
     settings = options.output / "study.json"
     wanted = {"command": config.command, "results": config.results}
-    if (before := read_settings(settings)) is not None and before != wanted:
-        raise UserError(f"{options.output}: holds runs of another command; choose another --output or remove it")
+    if (before := read_settings(settings)) is not None and (changes := list(describe_changes(before, wanted))):
+        raise UserError(
+            f"{options.output}: holds runs of another command ({'; '.join(changes)}); choose another --output, or "
+            "remove it"
+        )
     with atomic_write(settings) as temporary:
         temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     points: list[Point] = []

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.job_settings import require_apart
+from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.markdown import inline, table
 from megatron_tpt.records import ReadCounts, expand_sources, read_records
 from megatron_tpt.rich_text import plotted

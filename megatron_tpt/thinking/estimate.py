@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from megatron_tpt.generation import Completion, Request, open_engine
+from megatron_tpt.jobs.progress import duration
 from megatron_tpt.thinking.input_sample import Drawn, draw_rows
 from megatron_tpt.thinking.job import Generator, plan
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import counts, duration
+from megatron_tpt.thinking.progress import counts
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import LengthStatistics
 

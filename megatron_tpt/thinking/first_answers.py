@@ -5,7 +5,7 @@ They say more of the generator, or of the options, than of the documents, and no
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Failure, Request
-from megatron_tpt.thinking.progress import Progress
+from megatron_tpt.thinking.progress import AugmentProgress
 from megatron_tpt.thinking.rows import Outcome
 from megatron_tpt.thinking.shards import Output
 from megatron_tpt.thinking.thoughts import THOUGHT_REASONS
@@ -16,7 +16,7 @@ _FAILURES_UNTIL_STOP = 32
 class FirstAnswers:
     """Holds failures back until something is completed, by this task or by whichever one earlier."""
 
-    def __init__(self, output: Output, progress: Progress) -> None:
+    def __init__(self, output: Output, progress: AugmentProgress) -> None:
         self._output = output
         self._progress = progress
         self._has_completed = False

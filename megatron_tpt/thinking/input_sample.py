@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.records import Progress, Row, Source, can_start_inside, read_between, read_blocks
-from megatron_tpt.thinking.job import Job
+from megatron_tpt.records import ReadProgress, Row, Source, can_start_inside, read_between, read_blocks
+from megatron_tpt.thinking.job import AugmentJob
 
 _MAX_BYTES = 256 << 20
 _NUM_STRETCHES = 128
@@ -61,7 +61,7 @@ class _Reservoir:
             self.rows[at] = source, row
 
 
-def draw_rows(job: Job, num_rows: int) -> InputSample:
+def draw_rows(job: AugmentJob, num_rows: int) -> InputSample:
     """`num_rows` good rows of the input of `job`, or all there are. Raises UserError where none is found, and for a
     streamed data set that does not say how many rows it has."""
     chance = random.Random(job.options.seed)
@@ -74,8 +74,8 @@ def draw_rows(job: Job, num_rows: int) -> InputSample:
     return sample
 
 
-def _of_all(job: Job, num_rows: int, chance: random.Random) -> InputSample:
-    kinds: dict[Callable[[Job, Sequence[Source], _Reservoir], InputSample], list[Source]] = {}
+def _of_all(job: AugmentJob, num_rows: int, chance: random.Random) -> InputSample:
+    kinds: dict[Callable[[AugmentJob, Sequence[Source], _Reservoir], InputSample], list[Source]] = {}
     for source in job.sources:
         is_file = source.num_bytes is not None
         kind = _of_streams if not is_file else _of_files if can_start_inside(source) else _of_packed_files
@@ -91,7 +91,7 @@ def _of_all(job: Job, num_rows: int, chance: random.Random) -> InputSample:
     return InputSample(rows, documents, all(part.is_counted for part in parts), looked_at)
 
 
-def _of_beginning(job: Job, reservoir: _Reservoir, limit: int) -> InputSample:
+def _of_beginning(job: AugmentJob, reservoir: _Reservoir, limit: int) -> InputSample:
     end = min(limit, _MAX_ROWS)
     rows = ((source, row) for source in job.sources for row in _rows(job, source))
     for source, row in itertools.islice(rows, end):
@@ -106,7 +106,7 @@ def _of_beginning(job: Job, reservoir: _Reservoir, limit: int) -> InputSample:
     return InputSample(reservoir.rows, documents, is_counted, looked_at)
 
 
-def _of_streams(job: Job, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
+def _of_streams(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
     datasets = dict.fromkeys(source.dataset for source in sources if source.dataset is not None)
     sizes = [dataset.num_rows() for dataset in datasets]
     looked_at = list(sources)
@@ -132,7 +132,7 @@ def _of_streams(job: Job, sources: Sequence[Source], reservoir: _Reservoir) -> I
     return InputSample(reservoir.rows, documents, is_counted, f"{places} of {len(looked_at)} streamed shards")
 
 
-def _of_files(job: Job, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
+def _of_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
     total = sum(source.num_bytes or 0 for source in sources)
     num_bytes = 0
     for source, stretches in _spread(sources, total, reservoir.chance).items():
@@ -145,7 +145,7 @@ def _of_files(job: Job, sources: Sequence[Source], reservoir: _Reservoir) -> Inp
     return InputSample(reservoir.rows, reservoir.num_good * total / num_bytes, is_counted, looked_at)
 
 
-def _of_packed_files(job: Job, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
+def _of_packed_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
     total = sum(source.num_bytes or 0 for source in sources)
     by_source = _spread(sources, total, reservoir.chance)
     documents, allotted, num_cut = 0.0, 0, 0
@@ -178,9 +178,9 @@ def _spread(sources: Sequence[Source], total: int, chance: random.Random) -> dic
     return by_source
 
 
-def _show_beginning(job: Job, source: Source, length: int, reservoir: _Reservoir) -> int:
+def _show_beginning(job: AugmentJob, source: Source, length: int, reservoir: _Reservoir) -> int:
     """Show the rows in about the first `length` bytes of a file; returns the bytes that they take."""
-    position, num_bytes = Progress(), source.num_bytes or 0
+    position, num_bytes = ReadProgress(), source.num_bytes or 0
     for row in _rows(job, source, position):
         reservoir.show(source, row)
         if length <= position.num_bytes < num_bytes:  # at the last byte there may be rows left: it stands for many
@@ -188,6 +188,6 @@ def _show_beginning(job: Job, source: Source, length: int, reservoir: _Reservoir
     return num_bytes
 
 
-def _rows(job: Job, source: Source, position: Progress | None = None) -> Iterator[Row]:
+def _rows(job: AugmentJob, source: Source, position: ReadProgress | None = None) -> Iterator[Row]:
     for _, rows in read_blocks(source, job.columns, _ROWS_PER_BLOCK, lambda block: True, position):
         yield from rows

@@ -1,19 +1,18 @@
 """What the options of an augment run come to: its input, its template, its settings, and the generator behind it."""
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling, check_context, check_model, load_tokenizer
-from megatron_tpt.job_settings import added_names, describe_names, in_job_order, require_apart, write_settings
-from megatron_tpt.records import Columns, Source, expand_sources, read_blocks
+from megatron_tpt.jobs.folder import JobFolder
+from megatron_tpt.records import Columns, Source, read_blocks
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Prompt, Template, ends_in, load_template, render
 from megatron_tpt.thinking.rows import RowWorker
-from megatron_tpt.thinking.settings import SETTINGS_NAME, make_settings
-from megatron_tpt.thinking.shards import Output
+from megatron_tpt.thinking.settings import make_settings
+from megatron_tpt.thinking.shards import SETTINGS_NAME
 from megatron_tpt.thinking.thoughts import ThoughtReader
 
 # So many bad rows and no good one at the start of the input are a wrong column name, not bad luck.
@@ -30,7 +29,7 @@ class Generator:
 
 
 @dataclass(frozen=True)
-class Job:
+class AugmentJob:
     """A run that was looked over and can begin."""
 
     options: AugmentOptions
@@ -86,29 +85,18 @@ class Job:
         )
 
 
-def plan(options: AugmentOptions) -> Job:
+def plan(options: AugmentOptions) -> AugmentJob:
     """Look over what `options` name. Raises UserError for what the user can fix; nothing is written."""
-    sources = in_job_order(options.output / SETTINGS_NAME, expand_sources(options.input))
-    require_apart(options.output, options.input, [source.path for source in sources if source.path])
+    sources = JobFolder(options.output, SETTINGS_NAME).sources(options.input)
     template = load_template(options.prompt, options.text_columns())
     if options.engine != "endpoint":
         check_model(options.model)
-    job = Job(options, sources, template, make_settings(options, sources, template))
+    job = AugmentJob(options, sources, template, make_settings(options, sources, template))
     _check_first_rows(job)
     return job
 
 
-def note_settings(job: Job) -> None:
-    """Note the settings of a job that starts, or that its input has grown: then none of its tasks has finished."""
-    path = job.options.output / SETTINGS_NAME
-    if added := added_names(path, job.settings):
-        print(f"{job.options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
-        for note in Output(job.options.output).finished.glob("*"):
-            note.unlink(missing_ok=True)
-    write_settings(path, job.settings)
-
-
-def _check_first_rows(job: Job) -> None:
+def _check_first_rows(job: AugmentJob) -> None:
     problems = []
     for source in job.sources:
         for _, rows in read_blocks(source, job.columns, _MAX_BAD_AT_START, lambda block: True):

@@ -10,7 +10,6 @@ row was rejected, its rejects) is there and its journal is not.
 One process has a journal at a time: it is locked while it is open (see `task_lock` on the locks of file systems).
 """
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from megatron_tpt.files import atomic_write, no_links
-from megatron_tpt.scale import TaskLocked, locked
+from megatron_tpt.jobs.journal import append, encode, read_journal
+from megatron_tpt.jobs.lock import TaskLocked, locked
 
 _LOCK_TIMEOUT_S = 10.0
 _SUFFIX = ".jsonl"
@@ -54,22 +54,10 @@ class Journal:
         self._rows: dict[int, tuple[int, int]] = {}
         self._answers: dict[int, dict[int, tuple[int, int]]] = {}
         self._end = 0
-        for begin, line in self._lines():
-            self._note(line, begin, self._end - begin)
+        for line, begin, end in read_journal(path):
+            self._note(line, begin, end - begin)
+            self._end = end
         os.ftruncate(self._file, self._end)
-
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The whole lines and where they begin; what a crash left behind the last of them is passed over."""
-        with self.path.open("rb") as file:
-            for raw in file:
-                try:
-                    line = json.loads(raw) if raw.endswith(b"\n") else None
-                except ValueError:
-                    line = None
-                if not isinstance(line, dict):
-                    return
-                begin, self._end = self._end, self._end + len(raw)
-                yield begin, line
 
     def _note(self, line: dict[str, Any], begin: int, length: int) -> None:
         if "request" in line:
@@ -110,9 +98,8 @@ class Journal:
         self._append(line._asdict())
 
     def _append(self, line: dict[str, Any]) -> None:
-        raw = _encode(line)
-        if os.write(self._file, raw) != len(raw):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        raw = encode([line])
+        append(self._file, self.path, raw)
         self._note(line, self._end, len(raw))
         self._end += len(raw)
 
@@ -153,11 +140,7 @@ def write_journal(path: Path, lines: Iterable[Line | Answer]) -> None:
         leftover.unlink(missing_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         for line in lines:
-            file.write(_encode(line._asdict()))
-
-
-def _encode(line: dict[str, Any]) -> bytes:
-    return json.dumps(line).encode() + b"\n"  # escaped, so that whatever a `meta` holds comes back as it was
+            file.write(encode([line._asdict()]))
 
 
 def _open_locked(path: Path) -> int:

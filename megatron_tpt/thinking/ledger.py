@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 
-from megatron_tpt.files import append_line
+from megatron_tpt.files import append_line, appended_lines
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 
@@ -45,12 +46,10 @@ class Entry:
         )
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> "Entry":
-        """The entry in a line. Raises ValueError or KeyError for what is none."""
-        fields = json.loads(line)
-        digests = numpy.frombuffer(base64.b64decode(fields["ids"]), dtype=numpy.uint64)
-        statistics = ThinkingStatistics.from_json(fields["statistics"])
-        return cls(fields["block"], fields["end"], digests, statistics, fields.get("revision", 0))
+    def of(cls, *, block: str, end: int, ids: str, statistics: dict[str, Any], revision: int = 0) -> "Entry":
+        """The entry in the fields of a line."""
+        digests = numpy.frombuffer(base64.b64decode(ids), dtype=numpy.uint64)
+        return cls(block, end, digests, ThinkingStatistics.from_json(statistics), revision)
 
 
 class Ledger:
@@ -69,14 +68,9 @@ class Ledger:
 
 
 def read_entries(paths: Iterable[Path]) -> Iterator[Entry]:
-    """The entries in ledger files, but for lines that a crash cut off."""
+    """The entries in ledger files."""
     for path in sorted(paths):
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    yield Entry.from_json(line)
-                except (ValueError, KeyError, TypeError):
-                    continue
+        yield from appended_lines(path, Entry.of)
 
 
 def latest_entries(folder: Path) -> Iterator[Entry]:

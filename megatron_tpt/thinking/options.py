@@ -14,7 +14,7 @@ from megatron_tpt.generation.request_fields import (
     OmittableField,
     parse_request_fields,
 )
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.filter_options import FilterOptions
 
 type Repeated[T] = Annotated[list[list[T]], tyro.conf.UseAppendAction]
@@ -210,9 +210,7 @@ class AugmentOptions:
             notes.append(f"--top-p {self.top_p} has no effect with --temperature 0")
         if self.temperature == 0 and self.rollouts > 1:
             notes.append(f"--rollouts {self.rollouts} with --temperature 0 gives the same thought again and again")
-        if (self.estimate is not None or self.refilter) and (
-            self.scale.executor != "local" or self.scale.num_tasks > 1
-        ):
+        if (self.estimate is not None or self.refilter) and self.scale.is_split:
             mode = "--refilter" if self.refilter else "--estimate"
             notes.append(f"--executor and --num-tasks have no effect with {mode}, which is one process on this machine")
         return notes

@@ -1,26 +1,19 @@
-"""How far a task of an augment run is: a line on the terminal, and a small file that others can read (`status.py`).
-
-OUTPUT/.work/progress/task-00003-of-00064.json
-"""
+"""How far a task of an augment run is."""
 
 import json
-import math
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.files import atomic_write
+from megatron_tpt.jobs.progress import Progress, read_fields, share_and_eta
 
-_FILE_EVERY_S = 5.0
 _MAX_EXAMPLE = 160
 
 
 @dataclass
-class Progress:
+class AugmentProgress(Progress):
     """What one task has done since it was started."""
 
     records: int = 0
@@ -45,13 +38,8 @@ class Progress:
     """Generated tokens, those of rejected thoughts included."""
     generation_s: float = 0.0
     """Seconds since the engine was ready."""
-    input_bytes: int = 0
-    """Size of this task's part of the input, as far as it is known."""
-    input_bytes_done: int = 0
-    """Of these, what was passed, but for rows that are being thought about."""
     input_bytes_answered: int = 0
-    """Of these, what this run has thought about."""
-
+    """Of the input, what this run has thought about. What is being thought about is not done."""
     examples: dict[str, str] = field(default_factory=dict)
     """One reject of every reason, in words."""
 
@@ -86,14 +74,6 @@ class Progress:
         )
 
 
-def share_and_eta(done: float, whole: float, per_s: float) -> str:
-    """As in "; 12% of the input, 3 h 05 min left"; nothing where the size is not known."""
-    if not whole:
-        return ""
-    eta = f", {duration((whole - done) / per_s)} left" if per_s and done < whole else ""
-    return f"; {math.floor(100 * done / whole)}% of the input{eta}"
-
-
 def counts(by_reason: Counter[str]) -> str:
     """As in "loop 12, too_short 3", the most frequent first."""
     return ", ".join(f"{reason} {count:,}" for reason, count in by_reason.most_common())
@@ -123,63 +103,11 @@ def _example(reject: Mapping[str, Any]) -> str:
     return f"{place}{chunk}" + (f": {said}" if said else "")
 
 
-def duration(seconds: float) -> str:
-    """As in "3 h 05 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-class Reporter:
-    """Shows a Progress every second on a terminal, every half minute in a log, and in its file."""
-
-    def __init__(self, progress: Progress, path: Path, input_bytes_done: Callable[[], int]) -> None:
-        self._progress = progress
-        self._path = path
-        self._input_bytes_done = input_bytes_done
-        self._start = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._interval_s = 1.0 if self._on_terminal else 30.0
-        self._next_line_s = self._interval_s
-        self._next_file_s = 0.0
-
-    def show(self, *, last: bool = False) -> None:
-        """To be called often; does something only when it is time."""
-        elapsed_s = self._progress.generation_s = time.monotonic() - self._start
-        if elapsed_s >= self._next_file_s or elapsed_s >= self._next_line_s or last:
-            self._progress.input_bytes_done = self._input_bytes_done()
-        if elapsed_s >= self._next_file_s or last:
-            self._next_file_s = elapsed_s + _FILE_EVERY_S
-            write_progress(self._progress, self._path)
-        if elapsed_s >= self._next_line_s or last:
-            self._next_line_s = elapsed_s + self._interval_s
-            end = "\r" if self._on_terminal and not last else "\n"
-            print(self._progress.summary(), end=end, file=sys.stderr, flush=True)
-
-
-def task_name(task: int, num_tasks: int) -> str:
-    """What the files of task `task` of `num_tasks` are called."""
-    return f"task-{task:05d}-of-{num_tasks:05d}"
-
-
-def progress_path(folder: Path, task: int, num_tasks: int) -> Path:
-    """Where task `task` of `num_tasks` says how far it is."""
-    return folder / f"{task_name(task, num_tasks)}.json"
-
-
-def write_progress(progress: Progress, path: Path) -> None:
-    """Put `progress` where `read_progress` finds it."""
-    with atomic_write(path, durable=False) as temporary:  # surviving a power cut is of no use to anyone
-        temporary.write_text(json.dumps(vars(progress)))
-
-
-def read_progress(path: Path) -> Progress | None:
+def read_progress(path: Path) -> AugmentProgress | None:
     """What a task has said last, None before it has."""
-    try:
-        fields = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # the latter after a power cut
+    if (fields := read_fields(path)) is None:
         return None
     counters = {
         name: Counter(value) for name, value in fields.items() if isinstance(value, dict) and name != "examples"
     }
-    return Progress(**fields | counters)
+    return AugmentProgress(**fields | counters)

@@ -11,19 +11,20 @@ when all tasks are at its end.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.jobs.folder import Share, task_name
 from megatron_tpt.records import Row, Source, read_blocks
-from megatron_tpt.thinking.job import Job
+from megatron_tpt.thinking.job import AugmentJob
 from megatron_tpt.thinking.journal import Answer, Line, path_of, write_journal
 from megatron_tpt.thinking.ledger import Ledger
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import counts, task_name
+from megatron_tpt.thinking.progress import counts
 from megatron_tpt.thinking.revive import BlockLines, revive
 from megatron_tpt.thinking.rows import ENGINE, RowWorker, answer_fields
 from megatron_tpt.thinking.shards import Output, block_name
@@ -35,7 +36,7 @@ _OPENING, _OPEN, _DONE = "opening", "open", "done"
 class Retry:
     """A round of asking again, of one task."""
 
-    def __init__(self, job: Job, output: Output, task: int) -> None:
+    def __init__(self, job: AugmentJob, output: Output, task: int) -> None:
         self._job = job
         self._output = output
         self._task = task
@@ -45,9 +46,9 @@ class Retry:
         self._num_rows = 0
         self._num_of_input = Counter[str]()
 
-    def begin(self, worker: RowWorker, sources: Iterable[tuple[int, Source]], owns: Callable[[int, int], bool]) -> None:
-        """Open the blocks of `sources` that the task owns and that have such rejects, unless an earlier run has done so
-        and was killed. Raises UserError where there are none."""
+    def begin(self, worker: RowWorker, share: Share) -> None:
+        """Open the blocks of the task that have such rejects, unless an earlier run has done so and was killed. Raises
+        UserError where there are none."""
         state = _read(self._path)
         if state is not None and state["reasons"] != self._reasons:
             raise UserError(
@@ -58,8 +59,8 @@ class Retry:
             print(f"{self._output.folder}: an interrupted round of --retry-rejects is resumed", file=sys.stderr)
             return
         self._note(_OPENING)
-        for number, source in sources:
-            self._open_blocks(worker, number, source, owns)
+        for number, source in share.of(self._job.sources):
+            self._open_blocks(worker, number, source, share)
         self._note(_OPEN)
         print(self._summary(), file=sys.stderr)
 
@@ -79,12 +80,12 @@ class Retry:
         with atomic_write(self._path) as temporary:
             temporary.write_text(json.dumps({"reasons": self._reasons, "stage": stage}))
 
-    def _open_blocks(self, worker: RowWorker, number: int, source: Source, owns: Callable[[int, int], bool]) -> None:
+    def _open_blocks(self, worker: RowWorker, number: int, source: Source, share: Share) -> None:
         ledger = Ledger(self._output.ledgers, number, self._task)
 
         def is_wanted(block: int) -> bool:
             name = block_name(number, block)
-            if not (owns(number, block) and self._output.is_done(name)):
+            if not (share.owns(number, block) and self._output.is_done(name)):
                 return False
             statistics = ledger.entries[name].statistics if name in ledger.entries else None
             return statistics is None or any(map(self._is_wanted, statistics.rejects + statistics.chunk_rejects))

@@ -8,14 +8,13 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.job_settings import check_settings, describe_inputs
+from megatron_tpt.jobs.settings import check_settings, describe_inputs
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
-from megatron_tpt.thinking.shards import Output
+from megatron_tpt.thinking.shards import SETTINGS_NAME, Output
 
-SETTINGS_NAME = "augment.json"
 FORMAT_VERSION = 2
 
 
@@ -59,7 +58,7 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
 def check_job(output: Output, settings: dict[str, Any]) -> None:
     """Raise UserError when the folder of `output` holds a job with other settings, or one whose filters are being
     changed. A job of which nothing has come may be begun with others."""
-    path = output.folder / SETTINGS_NAME
+    path = output.settings_path
     if output.refilter_mark.exists():
         raise UserError(
             f"{output.folder}: --refilter was interrupted here; run it again to its end before the job is resumed"

@@ -11,18 +11,15 @@ import numpy
 import zstandard
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
-from megatron_tpt.records import REJECTS, Record, read_records, write_records
+from megatron_tpt.jobs.folder import WORK, JobFolder
+from megatron_tpt.records import REJECTS, Record, json_lines, read_records, write_records
 from megatron_tpt.records.inventory import Inventory
-from megatron_tpt.scale import is_task_locked
 from megatron_tpt.thinking.journal import Journal, holds_answers, name_of, path_of
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
-from megatron_tpt.thinking.progress import task_name
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
-WORK = ".work"
-"""The folder in the output for what only the next run needs; hidden, so that it is not read as records."""
+SETTINGS_NAME = "augment.json"
 _SUFFIX = ".jsonl.zst"
 
 
@@ -36,20 +33,16 @@ def _files_of(name: str) -> tuple[str, str]:
     return f"{name}{_SUFFIX}", f"{REJECTS}/{name}{_SUFFIX}"
 
 
-class Output:
+class Output(JobFolder):
     """Which blocks are done, and how one is written out."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder, SETTINGS_NAME)
         self.rejects = folder / REJECTS
         self.journals = folder / WORK / "journal"
         self.ledgers = folder / WORK / "ledger"
-        self.progress = folder / WORK / "progress"
-        self.finished = folder / WORK / "finished"
         self.retries = folder / WORK / "retries"
         self.refilter_mark = folder / WORK / "refilter.json"
-        self.locks = folder / WORK / "locks"
-        self.logs = folder / "logs"
         self._done = {
             path.name.removesuffix(_SUFFIX)
             for place in (self.folder, self.rejects)
@@ -100,17 +93,6 @@ class Output:
             journal.close()
         self._open.clear()
 
-    def note_finished(self, task: int, num_tasks: int) -> None:
-        """Note that task `task` has come to the end of its share."""
-        self.finished.mkdir(parents=True, exist_ok=True)
-        (self.finished / task_name(task, num_tasks)).touch()
-
-    def note_reopened(self, task: int, num_tasks: int) -> None:
-        """Note that task `task` has work again; whether those of other splits had is unknown."""
-        for path in self.finished.glob("*-of-*"):
-            if path.name == task_name(task, num_tasks) or path.name.rpartition("-")[2] != f"{num_tasks:05d}":
-                path.unlink(missing_ok=True)
-
     def is_blank(self) -> bool:
         """Whether nothing has come of the job so far, and no task of it is running."""
         has_blocks = any(any(place.glob(f"part-*{_SUFFIX}")) for place in (self.folder, self.rejects))
@@ -121,19 +103,6 @@ class Output:
         """Forget what is under way."""
         for path in self.journals.glob("part-*"):
             path.unlink(missing_ok=True)
-
-    def running_tasks(self) -> list[int]:
-        """The tasks, of whatever split, that hold their lock now."""
-        numbers = [int(path.stem.rpartition("_")[2]) for path in sorted(self.locks.glob(".task_*.lock"))]
-        return [number for number in numbers if is_task_locked(self.locks, number)]
-
-    def unfinished_tasks(self, num_tasks: int) -> list[int]:
-        """The tasks of `num_tasks` that never came to their end; none when the tasks of another split all did."""
-        names = {path.name for path in self.finished.glob("*-of-*")}
-        splits = {int(name.rpartition("-")[2]) for name in names}
-        if any(all(task_name(task, split) in names for task in range(split)) for split in splits):
-            return []
-        return [task for task in range(num_tasks) if task_name(task, num_tasks) not in names]
 
     def totals(self) -> tuple[ThinkingStatistics, int]:
         """What all finished blocks hold, and how many of them are missing or not as they were written."""
@@ -204,14 +173,10 @@ class Output:
         return sorted(name_of(path) for path in self.journals.glob("part-*"))
 
     def _write_rejects(self, path: Path, journal: Journal) -> None:
-        with (
-            atomic_write(path) as temporary,
-            temporary.open("wb") as file,
-            zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed,
-        ):
+        with json_lines(path) as add:
             for line in journal.lines():
                 for reject in line.rejects:
-                    packed.write(json.dumps(reject).encode() + b"\n")
+                    add(json.dumps(reject).encode())
 
 
 def read_rejects(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,28 +1,21 @@
 """How far a whole job is, read from its folder: by whoever wants to know, on any machine that sees the folder.
 
-A task is running while it holds its lock, finished when it came to the end of its share, failed when its last run ended
-with an exit code, stopped when it was killed or cut off (or runs without locks, see `task_lock`); the others wait, in
-SLURM's queue or to be started.
+The states of tasks are explained in jobs/folder.py.
 """
 
-import contextlib
-import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.jobs.folder import TaskState, count_states
+from megatron_tpt.jobs.progress import share_and_eta
+from megatron_tpt.jobs.report import TaskFiles
 from megatron_tpt.records import Source, expand_sources
-from megatron_tpt.scale import TaskFiles, is_task_locked
 from megatron_tpt.thinking.options import AugmentOptions
-from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, reject_lines, share_and_eta
-from megatron_tpt.thinking.settings import SETTINGS_NAME
+from megatron_tpt.thinking.progress import AugmentProgress, read_progress, reject_lines
 from megatron_tpt.thinking.shards import Output
 
-TaskState = Literal["running", "waiting", "stopped", "failed", "finished"]
 _MAX_FAILURES = 5
 
 
@@ -47,7 +40,7 @@ class Status:
     prompt_tokens_per_s: float = 0.0
     thinking_tokens_per_s: float = 0.0
 
-    def add(self, progress: Progress, *, is_running: bool) -> None:
+    def add(self, progress: AugmentProgress, *, is_running: bool) -> None:
         """Add what one task says of itself."""
         self.records += progress.records_before + progress.records
         self.rejects.update(progress.rejects_before + progress.rejects)
@@ -65,7 +58,7 @@ class Status:
         accepted = f" ({self.records / judged:.1%} accepted)" if judged else ""
         speed = f"{self.prompt_tokens_per_s:,.0f} tokens/s in, {self.thinking_tokens_per_s:,.0f} out"
         left = share_and_eta(self.input_bytes_done, self.input_bytes, self.bytes_per_s)
-        return f"{self.records:,} records{accepted}; {speed}{left}; tasks: {self._tasks()}"
+        return f"{self.records:,} records{accepted}; {speed}{left}; tasks: {count_states(self.states)}"
 
     def screen(self) -> str:
         """Some lines, with reasons of rejects and failures."""
@@ -84,35 +77,22 @@ class Status:
             lines.append(f"  ... and {len(failed) - _MAX_FAILURES} more; logs in {self.logs}")
         return "\n".join(lines)
 
-    def _tasks(self) -> str:
-        number = Counter(self.states)
-        order: tuple[TaskState, ...] = ("running", "waiting", "stopped", "failed", "finished")
-        return ", ".join(f"{number[state]:,} {state}" for state in order if number[state])
-
 
 def status(options: AugmentOptions) -> Status:
     """How far the job is that `options` describe. Raises UserError when its folder holds none."""
-    if not (options.output / SETTINGS_NAME).exists():
-        raise UserError(f"{options.output}: no job was begun here; give the same command as for the job, and --status")
     output = Output(options.output)
-    num_tasks = options.scale.num_tasks if options.scale.num_tasks > 1 else _latest_split(output.progress)
+    if not output.settings_path.exists():
+        raise UserError(f"{options.output}: no job was begun here; give the same command as for the job, and --status")
+    num_tasks = options.scale.num_tasks if options.scale.num_tasks > 1 else output.latest_split()
     sources = expand_sources(options.input) if options.limit is None else []
     return read_status(output, num_tasks, total_input_bytes(sources))
 
 
 def read_status(output: Output, num_tasks: int, input_bytes: int) -> Status:
     """How far the job in `output` is as one of `num_tasks` tasks."""
-    unfinished = set(output.unfinished_tasks(num_tasks))
-    result = Status(output.folder, [], input_bytes, output.logs)
-    for task in range(num_tasks):
-        progress = read_progress(progress_path(output.progress, task, num_tasks))
-        state: TaskState = "finished"
-        if is_task_locked(output.locks, task):
-            state = "running"
-        elif task in unfinished:
-            state = "failed" if TaskFiles(output.logs, task).read_exit_code() else "stopped" if progress else "waiting"
-        result.states.append(state)
-        if progress is not None:
+    result = Status(output.folder, output.states(num_tasks), input_bytes, output.logs)
+    for task, state in enumerate(result.states):
+        if (progress := read_progress(output.progress_path(task, num_tasks))) is not None:
             result.add(progress, is_running=state == "running")
     return result
 
@@ -120,27 +100,3 @@ def read_status(output: Output, num_tasks: int, input_bytes: int) -> Status:
 def total_input_bytes(sources: list[Source]) -> int:
     """The size of an input, as far as it is known."""
     return sum(source.num_bytes or 0 for source in sources)
-
-
-def _latest_split(folder: Path) -> int:
-    """The number of tasks of the run that said last how far it is."""
-    paths = sorted(folder.glob("task-*-of-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return int(paths[-1].stem.rpartition("-")[2]) if paths else 1
-
-
-@contextlib.contextmanager
-def show_status(output: Output, num_tasks: int, input_bytes: int) -> Iterator[None]:
-    """Meanwhile say every half minute how far the job is."""
-    ended = threading.Event()
-
-    def show() -> None:
-        while not ended.wait(30.0):
-            print(read_status(output, num_tasks, input_bytes).line(), file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

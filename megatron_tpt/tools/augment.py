@@ -28,7 +28,7 @@ def main() -> None:
         from megatron_tpt.thinking.estimate import estimate
 
         print(estimate(options).summary())
-    elif options.task is None and (options.scale.num_tasks > 1 or options.scale.executor != "local"):
+    elif options.task is None and options.scale.is_split:
         from megatron_tpt.thinking.augment import conclude, launch
 
         report = launch(options, [sys.executable, *sys.argv])

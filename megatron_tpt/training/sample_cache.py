@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links, sync_tree
-from megatron_tpt.scale.lock import has_locks, locked
+from megatron_tpt.jobs.lock import has_locks, locked
 
 _LARGE_BYTES = 64 << 20
 _ABANDONED_AFTER_S = 24 * 3600

@@ -19,7 +19,7 @@ from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import HEADER, MAGIC, VERSION
-from megatron_tpt.job_settings import read_settings
+from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.records import expand_sources
 from megatron_tpt.studies.results import read_points
 from megatron_tpt.studies.study import load_study

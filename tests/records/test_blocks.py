@@ -22,7 +22,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.records import (
     DAMAGED,
     Columns,
-    Progress,
+    ReadProgress,
     Record,
     Row,
     content_id,
@@ -197,7 +197,7 @@ def test_progress_grows_to_the_size_of_the_file(tmp_path: Path, suffix: str) -> 
     lines = (json.dumps({"text": text[i : i + 500]}) for i in range(0, len(text), 500))
     path = packed(tmp_path / f"x{suffix}", "\n".join(lines).encode())
     (source,) = expand_sources([path])
-    progress = Progress()
+    progress = ReadProgress()
     seen = [progress.num_bytes for _ in read_blocks(source, TEXT, 100, every, progress)]
     assert seen == sorted(seen) and len(set(seen)) > 1
     assert progress.num_bytes == source.num_bytes == path.stat().st_size
@@ -207,7 +207,7 @@ def test_progress_in_tables(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 100}), path, row_group_size=10)
     (source,) = expand_sources([path])
-    progress = Progress()
+    progress = ReadProgress()
     seen = [progress.num_bytes for _ in read_blocks(source, TEXT, 20, every, progress)]
     assert seen == sorted(set(seen)) and progress.num_bytes == source.num_bytes
 

@@ -12,7 +12,7 @@ from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation import load_tokenizer
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.augment import augment
 from megatron_tpt.thinking.options import AugmentOptions
 

@@ -9,7 +9,7 @@ from augment_runs import good_texts, job, records, shards, write_documents
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.augment import augment
 from megatron_tpt.thinking.shards import Output
 

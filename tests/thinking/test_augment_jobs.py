@@ -14,7 +14,8 @@ from augment_runs import NO_FILTERS, good_texts, job, records, rejects
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions, TaskLocked
+from megatron_tpt.jobs.lock import TaskLocked
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.augment import augment, launch
 from megatron_tpt.thinking.journal import Journal, Line
 from megatron_tpt.thinking.options import AugmentOptions

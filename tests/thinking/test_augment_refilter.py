@@ -107,7 +107,7 @@ def test_a_job_that_was_interrupted_is_filtered_as_far_as_it_is_and_resumed(
 
 
 def test_only_the_filters_may_differ_and_no_task_may_run(server: UnrulyServer, tmp_path: Path) -> None:
-    from megatron_tpt.scale import task_lock
+    from megatron_tpt.jobs.lock import task_lock
 
     options = mixed_job(tmp_path, server)
     with pytest.raises(UserError, match="no job was begun here"):

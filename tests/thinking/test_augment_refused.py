@@ -13,7 +13,7 @@ from augment_runs import NO_FILTERS, command, good_texts, job, options_for, reco
 from unruly_server import MODEL, UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.augment import augment
 from megatron_tpt.thinking.filter_options import FilterOptions
 from megatron_tpt.thinking.options import AugmentOptions

@@ -14,7 +14,7 @@ from rework_runs import FILTERS, NUM_GOOD, SHORT, as_earlier_version, killed_at,
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.augment import augment, launch
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.status import status

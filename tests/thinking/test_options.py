@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import megatron_tpt
-from megatron_tpt.scale import ScaleOptions
+from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.filter_options import FilterOptions
 from megatron_tpt.thinking.options import AugmentOptions
 

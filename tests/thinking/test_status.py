@@ -14,11 +14,13 @@ from augment_runs import TOOL, good_texts, job, write_documents
 from unruly_server import UnrulyServer, unruly_server
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.jobs import progress as progress_module
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.progress import write_progress
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.scale import ScaleOptions
-from megatron_tpt.thinking import progress as progress_module
 from megatron_tpt.thinking.augment import augment, launch
-from megatron_tpt.thinking.progress import Progress, progress_path, read_progress, write_progress
+from megatron_tpt.thinking.progress import AugmentProgress, read_progress
+from megatron_tpt.thinking.shards import Output
 from megatron_tpt.thinking.status import Status, status
 
 
@@ -34,7 +36,7 @@ def test_the_share_of_the_input_is_that_of_the_answered_documents(
 ) -> None:
     seen: list[tuple[int, float]] = []
 
-    def note(progress: Progress, path: Path) -> None:
+    def note(progress: AugmentProgress, path: Path) -> None:
         seen.append((progress.records, progress.input_bytes_done / progress.input_bytes))
         write_progress(progress, path)
 
@@ -85,7 +87,7 @@ def test_the_time_left_is_that_of_all_tasks_at_the_speed_of_those_that_run(tmp_p
     # 2 of 8 tasks run; each has done 1 MB of its 4 MB in 100 s, so 30 MB are left at 20 kB/s.
     now = Status(tmp_path, ["running"] * 2 + ["waiting"] * 6, 32_000_000, tmp_path)
     for _ in range(2):
-        half = Progress(
+        half = AugmentProgress(
             records=10,
             generation_s=100,
             input_bytes=4_000_000,
@@ -100,7 +102,7 @@ def test_tasks_that_share_a_file_have_each_a_part_of_it(server: UnrulyServer, tm
     whole = job(tmp_path, server, good_texts(40), records_per_shard=2, scale=ScaleOptions(num_tasks=4))
     size = (tmp_path / "in.jsonl").stat().st_size
     augment(dataclasses.replace(whole, task=2))
-    now, own = status(whole), read_progress(progress_path(whole.output / ".work" / "progress", 2, 4))
+    now, own = status(whole), read_progress(Output(whole.output).progress_path(2, 4))
     assert own is not None and own.input_bytes == own.input_bytes_done == now.input_bytes_done == round(size / 4)
     assert own.input_bytes_answered == pytest.approx(size / 4, rel=0.05)  # so that the time left fits
     assert (now.input_bytes, now.states) == (size, ["waiting", "waiting", "finished", "waiting"])

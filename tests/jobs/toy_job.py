@@ -1,4 +1,4 @@
-"""A small job of the shape that `megatron_tpt.scale` runs: without --task it runs all its tasks, with it that one.
+"""A small job of the shape that `megatron_tpt.jobs` runs: without --task it runs all its tasks, with it that one.
 
 Task I writes OUTPUT/part-0000I.txt and is finished when that is there. OUTPUT/runs.jsonl says when which task ran. The
 task named by --fault-task goes wrong in the way that --fault says until OUTPUT/mended exists.
@@ -16,7 +16,9 @@ from pathlib import Path
 from megatron_tpt.config.cli import run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.scale import ScaleOptions, run_tasks, task_lock
+from megatron_tpt.jobs.lock import task_lock
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.run import run_tasks
 
 
 def main() -> int:

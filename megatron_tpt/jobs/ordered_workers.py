@@ -1,11 +1,11 @@
-"""One function over a stream of items in several processes: results in order, few items in flight."""
+"""One function over a stream of items in several processes or threads: results in order, few items in flight."""
 
 import multiprocessing
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -32,24 +32,50 @@ def map_in_order[S, T](
         executor = ProcessPoolExecutor(
             num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(make_work,)
         )
-        in_flight: deque[tuple[S, Future[T]]] = deque()
+        in_flight: deque[S] = deque()
+
+        def submit(item: S) -> Future[T]:
+            in_flight.append(item)
+            return executor.submit(_do, item)
+
         try:
-            for item in items:
-                in_flight.append((item, executor.submit(_do, item)))
-                if len(in_flight) >= _IN_FLIGHT_PER_WORKER * num_workers:
-                    yield in_flight[0][0], in_flight[0][1].result()
-                    in_flight.popleft()
-            while in_flight:
-                yield in_flight[0][0], in_flight[0][1].result()
-                in_flight.popleft()
+            for result in _in_order(submit, items, _IN_FLIGHT_PER_WORKER * num_workers):
+                yield in_flight.popleft(), result
         except BrokenProcessPool:
-            places = dict.fromkeys(describe(item) for item, _ in (in_flight[0], in_flight[-1])) if in_flight else {}
+            places = dict.fromkeys(map(describe, (in_flight[0], in_flight[-1]))) if in_flight else {}
             raise Fault(
                 f"a worker process died (out of memory?) at {' to '.join(places) or 'its start'}: run the same command "
                 f"again, with fewer --num-workers where memory is short"
             ) from None
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def map_in_threads[S, T](function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Generator[T]:
+    """`function(item)` of every item, in the order of the items, done by so many threads."""
+    with ThreadPoolExecutor(num_threads) as executor:
+        yield from _in_order(lambda item: executor.submit(function, item), items, num_threads + 2)
+
+
+def _in_order[S, T](submit: Callable[[S], Future[T]], items: Iterable[S], max_in_flight: int) -> Generator[T]:
+    """The results of items. What came before an error of `items` is handed out before it is raised."""
+    in_flight: deque[Future[T]] = deque()  # without the items, which may be large
+    iterator, end, error = iter(items), object(), None
+    while True:
+        try:
+            item: Any = next(iterator, end)
+        except Exception as caught:
+            error = caught
+            break
+        if item is end:
+            break
+        in_flight.append(submit(item))
+        if len(in_flight) >= max_in_flight:
+            yield in_flight.popleft().result()
+    while in_flight:
+        yield in_flight.popleft().result()
+    if error is not None:
+        raise error
 
 
 def _start(make_work: Callable[[], Callable[[Any], Any]]) -> None:

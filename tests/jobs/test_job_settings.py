@@ -7,7 +7,7 @@ import pytest
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.job_settings import (
+from megatron_tpt.jobs.settings import (
     EntryChanges,
     added_names,
     check_settings,

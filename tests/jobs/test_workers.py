@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tpt.corpus.workers import Workers, _serve
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.jobs.workers import Workers, _serve
 
 
 def count(task: tuple[Path, int]) -> Iterator[int]:
@@ -72,7 +72,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, pathlib, time\n"
-        "from megatron_tpt.corpus.workers import Workers\n"
+        "from megatron_tpt.jobs.workers import Workers\n"
         "def work(task):\n"
         "    pathlib.Path(task).write_text(str(os.getpid()))\n"
         "    yield 1\n"

@@ -7,7 +7,8 @@ import pytest
 from toy_runs import Toy, all_parts, wait_until_gone
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions, run_tasks
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.run import run_tasks
 
 # Each start of Ray takes two cores several seconds.
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra: pip install ".[ray]"')

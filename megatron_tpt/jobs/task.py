@@ -1,6 +1,6 @@
 """Run one task of a job under supervision; every executor starts tasks by it.
 
-python -m megatron_tpt.scale --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ...
+python -m megatron_tpt.jobs --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ...
 
 - `COMMAND ... --task 3 --num-tasks 16` runs with its output in LOGS/task_00003.log, and its exit code is kept.
 - It holds the lock of the task meanwhile: the same task started twice runs once.
@@ -25,10 +25,10 @@ from typing import BinaryIO
 
 from megatron_tpt.errors import UserError, resource_message
 from megatron_tpt.files import atomic_write, no_links
+from megatron_tpt.jobs.lock import TaskLocked, task_lock
+from megatron_tpt.jobs.report import TaskFiles, log_mark
 from megatron_tpt.names import shown_lines
 from megatron_tpt.processes import end_with_parent
-from megatron_tpt.scale.lock import TaskLocked, task_lock
-from megatron_tpt.scale.report import TaskFiles, log_mark
 
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
@@ -40,7 +40,7 @@ _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
 def supervised_command(command: Sequence[str], num_tasks: int, log_dir: Path, *which: str) -> list[str]:
     """The command line that runs one task under supervision; `which` are the options that say which task."""
-    supervisor = [sys.executable, "-m", "megatron_tpt.scale", *which]
+    supervisor = [sys.executable, "-m", "megatron_tpt.jobs", *which]
     return [*supervisor, "--num-tasks", str(num_tasks), "--log-dir", str(log_dir), "--", *command]
 
 
@@ -135,7 +135,7 @@ def _now() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_tpt.scale", description="Run one task under supervision.")
+    parser = argparse.ArgumentParser(prog="megatron_tpt.jobs", description="Run one task under supervision.")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", type=int)
     which.add_argument("--slurm-array-offset", type=int, help="the task is this plus the index in the SLURM array")

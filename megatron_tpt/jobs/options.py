@@ -46,6 +46,11 @@ class ScaleOptions:
     ray_address: str | None = None
     """Ray: address of the cluster, as in `auto` or `ray://head:10001`; by default RAY_ADDRESS, else this machine."""
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the job runs as tasks of their own, and not within the process of the command."""
+        return self.num_tasks > 1 or self.executor != "local"
+
     def __post_init__(self) -> None:
         for name, least in {"num_tasks": 1, "gpus_per_task": 0, "requeue_before_limit_s": 1, "max_requeues": 0}.items():
             if getattr(self, name) < least:

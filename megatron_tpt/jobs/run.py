@@ -1,15 +1,24 @@
-"""Run all tasks of a job."""
+"""One command as many tasks: on this machine, as a SLURM array, or on Ray.
+
+A job that can be split takes `--task I --num-tasks N` and does part I of N, skips what is finished, and writes whole
+files. `run_tasks(command, ScaleOptions(...), log_dir)` runs all its tasks and says which finished:
+
+- A task that fails or is killed stops no other; a task that ends with exit code 2 (the user can fix it) stops the
+  start of further ones.
+- The same command again runs what is missing. No task runs twice at once.
+- `LOG_DIR/task_00003.log` is what task 3 printed, `task_00003.exit` its exit code.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import real_path
-from megatron_tpt.scale.local_tasks import run_local
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.ray_tasks import run_ray
-from megatron_tpt.scale.report import TaskFiles, TaskReport, TaskResult, say
-from megatron_tpt.scale.slurm_tasks import run_slurm
+from megatron_tpt.jobs.local_tasks import run_local
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.ray_tasks import run_ray
+from megatron_tpt.jobs.report import TaskFiles, TaskReport, say
+from megatron_tpt.jobs.slurm_tasks import run_slurm
 
 _EXECUTORS = {"local": run_local, "slurm": run_slurm, "ray": run_ray}
 
@@ -40,6 +49,3 @@ def run_tasks(
         if result.exit_code == 2:
             raise UserError(f"task {result.task}: {TaskFiles(folder, result.task).user_error()}")
     return report
-
-
-__all__ = ["TaskReport", "TaskResult", "run_tasks"]

@@ -7,9 +7,12 @@ import pytest
 from toy_runs import Toy, all_parts, runs, wait_until, wait_until_gone
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import ScaleOptions, TaskReport, run_tasks, task_lock
-from megatron_tpt.scale.local_tasks import ended, worker_environments
-from megatron_tpt.scale.task import LOCKED_EXIT_CODE
+from megatron_tpt.jobs.local_tasks import ended, worker_environments
+from megatron_tpt.jobs.lock import task_lock
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskReport
+from megatron_tpt.jobs.run import run_tasks
+from megatron_tpt.jobs.task import LOCKED_EXIT_CODE
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_two_programs_at_once_run_no_task_twice(toy):
 def test_a_task_that_another_process_runs_is_not_run_and_not_called_finished(toy):
     logs = toy.output / "logs"
     program = (
-        "import sys, pathlib; from megatron_tpt.scale.task import run_task;"
+        "import sys, pathlib; from megatron_tpt.jobs.task import run_task;"
         f"run_task({toy.command()!r}, 0, pathlib.Path({str(logs)!r}), lock_timeout_s=0.3)"
     )
     with task_lock(logs, 0):

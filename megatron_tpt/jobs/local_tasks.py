@@ -14,9 +14,9 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.report import TaskFiles, TaskResult, say
-from megatron_tpt.scale.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
 
 
 def run_local(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale.local_tasks import announce, ended, finished_before
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.report import TaskFiles, TaskResult, say
-from megatron_tpt.scale.task import supervised_command
+from megatron_tpt.jobs.local_tasks import announce, ended, finished_before
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.task import supervised_command
 
 
 def run_ray(

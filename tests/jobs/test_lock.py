@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.scale import TaskLocked, task_lock
+from megatron_tpt.jobs.lock import TaskLocked, task_lock
 
 _HOLDER = """
 import sys, time
-from megatron_tpt.scale import task_lock
+from megatron_tpt.jobs.lock import task_lock
 with task_lock(sys.argv[1], 3):
     print("held", flush=True)
     time.sleep(60)

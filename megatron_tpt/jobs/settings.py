@@ -10,7 +10,7 @@ import fnmatch
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,13 @@ def _files(value: Any) -> list[dict[str, Any]]:
     return [{"name": name, "fingerprint": each} for name, each in value.items()] if isinstance(value, dict) else []
 
 
-def describe_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def describe_changes(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = "", *, as_text: Callable[[Any], str] = _as_json
+) -> Iterator[str]:
     """What differs between settings, one phrase each: which of them from what to what, which file and how."""
     for name in {**now, **before}:
         old, new = before.get(name), now.get(name)
@@ -150,11 +156,12 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = 
         if name in _FILES_BY_NAME:
             yield f"{prefix}{name}: {EntryChanges(_files(old), _files(new)).describe()}"
         elif isinstance(old, dict) and isinstance(new, dict):
-            yield from describe_changes(old, new, f"{prefix}{name}.")
+            yield from describe_changes(old, new, f"{prefix}{name}.", as_text=as_text)
         elif _entries(old) or _entries(new):
             yield f"{prefix}{name}: {EntryChanges(_entries(old), _entries(new)).describe()}"
         else:
-            yield f"{prefix}{name} was {_short(old, new)}, now {_short(new, old)}"
+            before_text, now_text = as_text(old), as_text(new)
+            yield f"{prefix}{name} was {_short(before_text, now_text)}, now {_short(now_text, before_text)}"
 
 
 class EntryChanges:
@@ -220,9 +227,8 @@ def _order(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _short(value: Any, other: Any) -> str:
+def _short(text: str, compared: str) -> str:
     """A value on one line; of a long one the part where it begins to differ from the other."""
-    text, compared = (json.dumps(each, ensure_ascii=False) for each in (value, other))
     if len(text) <= _MAX_VALUE:
         return text
     differing = (i for i, (a, b) in enumerate(zip(text, compared, strict=False)) if a != b)

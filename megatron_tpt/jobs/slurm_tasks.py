@@ -1,7 +1,7 @@
 """Tasks as elements of a SLURM job array.
 
 Element J of an array is task `offset + J`, whenever it runs: after a requeue, and beside arrays that were submitted
-later. Each element runs `megatron_tpt.scale.task` as its batch script, without srun: one process on one node needs no
+later. Each element runs `megatron_tpt.jobs.task` as its batch script, without srun: one process on one node needs no
 job step, the signal before the time limit reaches it directly, and options that srun reads cannot differ.
 
 (datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
-from megatron_tpt.scale.local_tasks import announce, finished_before
-from megatron_tpt.scale.lock import exclusive
-from megatron_tpt.scale.options import ScaleOptions
-from megatron_tpt.scale.report import TaskFiles, TaskResult, say
-from megatron_tpt.scale.task import supervised_command
+from megatron_tpt.jobs.local_tasks import announce, finished_before
+from megatron_tpt.jobs.lock import exclusive
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.task import supervised_command
 
 _SCRIPT = """\
 #!/bin/bash

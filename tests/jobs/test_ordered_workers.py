@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.indexing.ordered_workers import map_in_order
+from megatron_tpt.jobs.ordered_workers import map_in_order
 
 
 def work(item: int, factor: int) -> int:

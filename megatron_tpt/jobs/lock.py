@@ -1,14 +1,19 @@
-"""A lock per task: of two processes that start the same task, on one machine or two, only one does it."""
+"""Locks: of two processes that start the same task, on one machine or two, only one does it.
+
+filelock's `lock_descriptor` takes the lock. Its `FileLock` opens files itself, and what is locked here is also a folder
+(of an index), and a journal that its holder writes.
+"""
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import lock_descriptor, unlock_descriptor
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links
@@ -34,7 +39,7 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterat
     Waits up to `timeout_s` for another holder to end (one that was killed may take a moment), then raises `TaskLocked`,
     which says who holds it.
 
-    The lock is flock(2) on `folder/.task_00003.lock`. The kernel gives it up when its holder ends, however it ends, so
+    The lock is flock(2) on `folder/.task_00003.lock`. The kernel releases it when its holder ends, however it ends, so
     none is ever left over; the file stays, since removing it would let two processes lock two files of one name. (A
     child that was forked without exec shares the lock, and keeps it while it lives.) Between machines it is as good as
     the file system's locks: NFS needs version 4, or 3 with lockd, and no `nolock` or `local_lock` among its mount
@@ -77,7 +82,7 @@ def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            unlock_descriptor(file.fileno())  # not only by closing it: a fork may have it open as well
 
 
 def locked(descriptor: int, path: Path, *, timeout_s: float) -> bool:
@@ -92,14 +97,11 @@ def locked(descriptor: int, path: Path, *, timeout_s: float) -> bool:
 
 def _try_lock(descriptor: int, path: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_descriptor(descriptor, blocking=False)
     except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
         if error.errno in _MISSING:
             raise UserError(
                 f"{path.parent} is on a file system without locks (Lustre: mount it with -o flock); choose another "
                 f"folder, or set {_NO_LOCKS}=1 and make sure yourself that nothing runs twice at once"
             ) from error
         raise
-    return True
