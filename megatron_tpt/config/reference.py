@@ -1,16 +1,11 @@
 """All fields of recipes as Markdown: python -m megatron_tpt.config.reference > docs/recipe.md"""
 
 import dataclasses
-import re
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from docstring_parser import parse_from_object
 
 from megatron_tpt.config.changes import Effect, effects_of
-from megatron_tpt.config.load import to_dict
+from megatron_tpt.config.describe import default_of, documentation_of, field_cells, help_lines, sections_in, table_row
+from megatron_tpt.config.fields import hints_of
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
 _INTRODUCTION = """# Recipes
@@ -24,60 +19,24 @@ resumes from it, and when a new run starts from its weights (`training.init_from
 """
 
 
-def _name_of(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{to_dict(value)}`" for value in get_args(hint))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return f"[{hint.__name__}](#{hint.__name__.lower()})"
-    arguments = [_name_of(one) for one in get_args(hint) if one is not type(None) and one is not Ellipsis]
-    if get_origin(hint) in (list, tuple):
-        return f"list of {arguments[0]}"
-    if get_origin(hint) is dict:
-        return f"mapping of {arguments[0]} to {arguments[1]}"
-    if arguments:
-        return " or ".join(arguments)
-    return {Path: "path", str: "text", float: "number", int: "whole number", bool: "true, false"}.get(hint, str(hint))
-
-
-def _default_of(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-        return "required"
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if value is None or dataclasses.is_dataclass(value):
-        return ""
-    return f"`{str(value).lower() if isinstance(value, bool) else to_dict(value)}`"
-
-
-def _dataclasses_in(hint: Any) -> Iterator[type]:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        yield hint
-    for one in get_args(hint):
-        yield from _dataclasses_in(one)
-
-
-def _meanings_of(cls: type) -> dict[str, str]:
-    return {one.arg_name: " ".join((one.description or "").split()) for one in parse_from_object(cls).params}
-
-
 def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
     """The section of a dataclass; of one that extends a section described before, only what it adds."""
-    documentation = parse_from_object(cls)
-    meanings = _meanings_of(cls)
-    hints = get_type_hints(cls)
+    text, meanings = documentation_of(cls)
+    hints = hints_of(cls)
     base = next((base for base in cls.__mro__[1:] if base in described), None)
-    known = {field.name: _default_of(field) for field in dataclasses.fields(base)} if base else {}
+    known = {field.name: default_of(field) for field in dataclasses.fields(base)} if base else {}
     yield f"\n## {title}\n"
-    yield " ".join(filter(None, [documentation.short_description, documentation.long_description])) + "\n"
+    yield text + "\n"
     if base:
         yield f"The fields of [{described[base]}](#{described[base]}), and these.\n"
-    yield "| field | values | default | meaning | on resume | from `init_from` |\n|---|---|---|---|---|---|"
+    yield "| field | type | default | meaning | on resume | from `init_from` |\n|---|---|---|---|---|---|"
     for field in dataclasses.fields(cls):
-        cells = [f"`{field.name}`", _name_of(hints[field.name]), _default_of(field), meanings.get(field.name, "")]
+        cells = [*field_cells(field.name, hints[field.name], field, meanings.get(field.name, ""))]
         cells += [effect.label for effect in effects_of(cls, field.name)]
-        if known.get(field.name) != _default_of(field):
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        if known.get(field.name) != default_of(field):
+            yield table_row(cells)
     described[cls] = title
-    for inner in [one for hint in hints.values() for one in _dataclasses_in(hint)]:
+    for inner in [one for hint in hints.values() for one in sections_in(hint)]:
         if inner not in described:
             yield from _table(inner, inner.__name__, described)
 
@@ -87,7 +46,7 @@ def reference() -> str:
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
     for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
-        for name, cls in get_type_hints(recipe).items():
+        for name, cls in hints_of(recipe).items():
             if cls not in described:
                 lines += _table(cls, name + suffix, described)
     return "\n".join(lines) + "\n"
@@ -99,15 +58,12 @@ def help_text(cls: type, module: str, usage: str) -> str:
     lines.append(f"  python -m {module} recipe.yaml --training.num_steps=100 --run.output_dir=runs/a")
     lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
     lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
-    for name, section in get_type_hints(cls).items():
-        meanings = _meanings_of(section)
-        lines += [f"{name}: {' '.join((section.__doc__ or '').split())}", ""]
+    for name, section in hints_of(cls).items():
+        text, meanings = documentation_of(section)
+        lines += [f"{name}: {text}", ""]
         for field in dataclasses.fields(section):
-            default = _default_of(field).strip("`")
-            values = _name_of(get_type_hints(section)[field.name]).replace("`", "")
-            values = re.sub(r"\[(\w+)\]\(#\w+\)", r"\1", values)
-            lines.append(f"  --{name}.{field.name}  ({values}{f'; default: {default}' if default else ''})")
-            lines += textwrap.wrap(meanings.get(field.name, ""), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            hint = hints_of(section)[field.name]
+            lines += help_lines(f"--{name}.{field.name}", hint, field, meanings.get(field.name, ""))
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.fields import hints_of
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.config.yaml_file import Key
 
@@ -26,7 +27,7 @@ def _section_in(hint: Any) -> Any:
 def _names_in(cls: Any, key: Key) -> list[str]:
     """The fields of the section at `key`, in which places in lists do not count."""
     for name in [part for part in key if isinstance(part, str)]:
-        cls = _section_in(get_type_hints(cls).get(name)) if cls is not None else None
+        cls = _section_in(hints_of(cls).get(name)) if cls is not None else None
     return [field.name for field in dataclasses.fields(cls)] if cls is not None else []
 
 
@@ -35,7 +36,7 @@ def _all_names(cls: type) -> tuple[str, ...]:
     """Every dotted name that the command line takes."""
 
     def walk(cls: Any, prefix: str) -> Iterator[str]:
-        for name, hint in get_type_hints(cls).items():
+        for name, hint in hints_of(cls).items():
             if is_section(hint):
                 yield from walk(hint, f"{prefix}{name}.")
             else:

@@ -70,7 +70,7 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     When that very index is there already, it is left alone. Raises UserError for bad input, for an output of
     other settings or of other hands, and when no document is left; then nothing new is there.
     """
-    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # the threads of both tokenizers
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.worker_count))  # the threads of both tokenizers
     job = _Job(options)
     if (finished := job.finished()) is not None:
         print(f"{options.output}: already done, {_summary(finished)}")
@@ -294,7 +294,7 @@ class _Job:
         sample = sample_texts(self.inputs, self.columns) if needs_sample else []
         if original:
             check_against_original(self.tokenizer, sample)
-        return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
+        return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.worker_count)
 
     def _encode_function(self) -> Callable[["list[Block | End]"], "list[_Result | End]"]:
         options, encoder = self.options, self._encoder
@@ -359,7 +359,7 @@ class _Job:
 
     def _write(self, inputs: Sequence[Input], output: Output) -> None:
         """Read, encode and write the inputs, all at the same time."""
-        workers = self.options.workers
+        workers = self.options.worker_count
         memory = num_bytes("--max-memory", self.options.max_memory) - _BASE_BYTES
         block_bytes = memory // (_BYTES_PER_BLOCK_BYTE * (2 * workers + 2))
         block_bytes = max(_MIN_BLOCK_BYTES, min(_MAX_BLOCK_BYTES, block_bytes))

@@ -29,7 +29,7 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
         "meta_columns": options.meta_columns,
         "on_bad_record": options.on_bad_record,
         "limit": options.limit,
-        "records_per_shard": options.records_per_shard,
+        "records_per_shard": options.rows_per_shard,  # the name in the settings of all versions
         "model": options.model,
         "model_files": {path.name: file_fingerprint(path) for path in _model_files(options.model)},
         "dtype": options.dtype,
