@@ -125,7 +125,7 @@ PREPARE = "prepare --input documents --output out/job --rows-per-shard 13"
 PACK = "pack_sft --tokenizer tokenizer --output out/job --sequence-length 64"
 AUGMENT = (
     f"augment --input documents --output out/job --model teacher --engine endpoint --endpoints {URL} --api chat "
-    f"--prompt bare.txt --rows-per-shard 7 --max-new-tokens 40 --request-timeout-s 10 {ALL_PASS}"
+    f"--prompt bare.txt --rows-per-shard 7 --max-new-tokens 40 --request-timeout-s 10 {ALL_PASS} --on-bad-record skip"
 )
 PRETRAIN, FINETUNE = "megatron_tpt.pretrain pretrain.yaml", "megatron_tpt.finetune finetune.yaml"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"

@@ -46,8 +46,8 @@ class AugmentOptions:
     """The column with the record's id; without a column "id" the id is made from the content."""
     meta_columns: list[str] = field(default_factory=list)
     """Other columns to keep in the record's `meta`, for tools/analyze_thinking.py and for you."""
-    on_bad_record: Literal["skip", "stop"] = "skip"
-    """Put a record without usable text among the rejects, or stop at it."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """Stop at a record without usable text, or put it among the rejects. It may change while a job is unfinished."""
     limit: PositiveInt | None = None
     """Look only at the first so many rows of the input."""
 

@@ -34,6 +34,15 @@ def permanent(output: Path) -> list[str]:
     return [str(path) for name in names for path in output.glob(name)]
 
 
+def test_what_is_done_at_bad_records_may_change_in_an_unfinished_job(server: UnrulyServer, tmp_path: Path) -> None:
+    texts = [*good_texts(6), " ", *good_texts(2)]
+    with pytest.raises(UserError, match=r"in\.jsonl:7: empty text; .*--on-bad-record skip"):
+        augment(job(tmp_path, server, texts, rows_per_shard=2, on_bad_record="stop"))
+    progress = augment(job(tmp_path, server, texts, rows_per_shard=2))
+    assert (progress.records + progress.records_before, progress.rejects["empty text"]) == (6, 1)
+    augment(job(tmp_path, server, texts, rows_per_shard=2, on_bad_record="stop"))  # nothing is left to do
+
+
 @pytest.mark.parametrize("status_code,sentence", [(400, "Unsupported parameter: 'max_tokens'"), (422, TOO_LONG)])
 @pytest.mark.parametrize("changes", [{}, {"rollouts": 2}, {"max_num_seqs": 1}])
 def test_a_server_that_refuses_everything_leaves_nothing_done_and_other_settings_can_follow(
