@@ -22,7 +22,7 @@ from random_corpus import VOCAB_SIZE, make_indices
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10
@@ -81,8 +81,8 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
 def train(recipe: PretrainRecipe) -> list[tuple[float, float]]:
     """Seconds of waiting, and of the whole, for every step."""
     from megatron_tpt.training.callbacks import default_callbacks
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
     steps: list[tuple[float, float]] = []

@@ -27,7 +27,7 @@ from random_corpus import VOCAB_SIZE, make_indices
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -118,8 +118,8 @@ def since(begin: tuple[float, float]) -> tuple[float, float]:
 def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[str, list[tuple[float, float]]]:
     """Seconds (clock, cores) of every piece of either loop, the first of each left out."""
     from megatron_tpt.training.callbacks import default_callbacks
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
     pieces: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}

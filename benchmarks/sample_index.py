@@ -151,15 +151,15 @@ def measure_documents(options: Options) -> list[dict[str, object]]:
 def start_data(options: Options, prefixes: list[Path], num_samples: int, cache: Path) -> None:
     """What the first process of a machine does with its data before the first step."""
     from megatron_tpt.config.load import recipe_from_dict
-    from megatron_tpt.config.recipe import PretrainRecipe
-    from megatron_tpt.training.data import cache_folder, open_splits, prepare_cache
-    from megatron_tpt.training.launch import data_tokenizer, with_vocabulary
+    from megatron_tpt.recipes.pretrain import PretrainRecipe
+    from megatron_tpt.training.blend import cache_folder
+    from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
     from megatron_tpt.training.sample_cache import SampleCache
 
     training = {"num_steps": num_samples, "global_batch_size": 1, "sequence_length": options.sequence_length}
     data = {"train": [str(prefix) for prefix in prefixes], "cache_dir": str(cache)}
     recipe = recipe_from_dict(PretrainRecipe, {"training": training, "data": data})
-    recipe = with_vocabulary(recipe, data_tokenizer(recipe))
+    recipe = recipe.with_vocabulary(recipe.tokenizer())
     prepare_cache(recipe)
     open_splits(recipe, SampleCache(cache_folder(recipe)))[0][0]
 

@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict, to_dict
-from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,6 @@ class BenchmarkOptions:
 
 def recipe_of(model: dict, training: dict, folder: Path, index: Path | None) -> PretrainRecipe:
     """A run on one device that saves and reports nothing by itself; random tokens without an index."""
-    from megatron_tpt.training.launch import data_tokenizer, with_vocabulary
 
     raw = {
         "run": {"output_dir": str(folder)},
@@ -91,7 +90,7 @@ def recipe_of(model: dict, training: dict, folder: Path, index: Path | None) -> 
         "data": {"mock": True} if index is None else {"train": str(index)},
     }
     recipe = recipe_from_dict(PretrainRecipe, raw)
-    return with_vocabulary(recipe, data_tokenizer(recipe))
+    return recipe.with_vocabulary(recipe.tokenizer())
 
 
 @contextlib.contextmanager
@@ -99,8 +98,8 @@ def trainer_of(recipe: PretrainRecipe) -> Iterator[Any]:
     """A trainer without callbacks; what it held is free again afterwards."""
     import torch
 
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.launch import distributed
+    from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
     from megatron_tpt.training.trainer import Trainer
 
     with distributed(recipe, before=prepare_cache), contextlib.redirect_stdout(io.StringIO()):

@@ -8,30 +8,13 @@ Run the same command again to resume after an interruption. docs/training.md say
 import sys
 
 from megatron_tpt.config.cli import program
-from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import PretrainRecipe
-from megatron_tpt.training.launch import distributed, prepare
-from megatron_tpt.training.launchers import join_launcher
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import train
 
 
 def main() -> None:
     """Read the recipe, check it, train."""
-    join_launcher()
-    recipe = prepare(*load_recipe(PretrainRecipe, sys.argv[1:]))
-    if recipe is None:  # a dry run
-        return
-
-    from megatron_tpt.platform import is_first_rank
-    from megatron_tpt.training.callbacks import default_callbacks
-    from megatron_tpt.training.data import build_pretrain_data, prepare_cache
-    from megatron_tpt.training.outcome import next_steps
-    from megatron_tpt.training.trainer import Trainer
-
-    with distributed(recipe, before=prepare_cache):
-        trainer = Trainer(recipe, build_pretrain_data(recipe), default_callbacks())
-        trainer.fit()
-        if is_first_rank():
-            print(next_steps(recipe, trainer.tokens), flush=True)
+    train(PretrainRecipe, sys.argv[1:])
 
 
 command = program(main)

@@ -9,7 +9,8 @@ import numpy as np
 import zstandard
 from test_messages import options_of_recipe, options_of_tools
 
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import read_records
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"

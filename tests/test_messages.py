@@ -14,7 +14,8 @@ import pytest
 
 from megatron_tpt.config import cli
 from megatron_tpt.config.command_line import options_of
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).parents[1]
 # A star or a hyphen at the end stands for several options, as in --minhash-*.

@@ -17,10 +17,11 @@ from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, opt
 from test_tutorial import NOISE
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.options import IndexOptions, TrainTokenizerOptions
 from megatron_tpt.indexing.train_tokenizer import train_tokenizer
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

@@ -39,6 +39,11 @@ def is_list(hint: Any) -> bool:
     return get_origin(plain(hint)) in (list, tuple)
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether a field of this type takes names of a user's own, each with a value."""
+    return get_origin(plain(hint)) is dict
+
+
 def is_optional(hint: Any) -> bool:
     """Whether a field of this type may be left open."""
     return type(None) in alternatives(plain(hint))
@@ -63,6 +68,8 @@ def expected(hint: Any) -> str:
         return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
     if is_list(hint):
         return f"a list, of which each is {expected(get_args(hint)[0])}"
+    if is_mapping(hint):
+        return "a mapping"
     if is_section(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
     if len(alternatives(hint)) > 1:
@@ -152,8 +159,15 @@ class Converter:
             return self.section(plain(hint), value, key)
         if is_list(hint):
             return self._list(plain(hint), value, key)
+        if is_mapping(hint):
+            return self._mapping(get_args(plain(hint))[1], value, key)
+        if hint is Any:
+            return value
         if value is None and not is_optional(hint):
             return self._wrong(key, f"has no value: give {expected(hint)}, or remove it")
+        others = [one for one in alternatives(plain(hint)) if one is not type(None)]
+        if value is not None and is_optional(hint) and len(others) == 1:
+            return self.value(others[0], value, key)
         try:
             result = _scalar(hint, value)
         except ValueError as error:
@@ -170,6 +184,13 @@ class Converter:
             return self._wrong(key, f"{_shown(value)} is not {expected(hint)}")
         items = (self.value(get_args(hint)[0], item, (*key, place)) for place, item in enumerate(value))
         return get_origin(hint)(items)
+
+    def _mapping(self, hint: Any, value: Any, key: Key) -> Any:
+        """Names with values of one type; one without content is empty."""
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            return self._wrong(key, f"{_shown(value)} is not {expected(dict[str, hint])}")
+        return {str(name): self.value(hint, item, (*key, str(name))) for name, item in value.items()}
 
     def _out_of_bounds(self, key: Key, value: Any, words: str) -> Any:
         name = self.name_of(key)

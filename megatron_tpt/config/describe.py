@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -65,12 +65,16 @@ def table_row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-@functools.cache
-def documentation_of(cls: type) -> tuple[str, dict[str, str]]:
-    """The docstring of a dataclass in one line, and those of its fields by name."""
+def _document(cls: type) -> tuple[str, dict[str, str]]:
     documentation = parse_from_object(cls)
     text = " ".join(filter(None, [documentation.short_description, documentation.long_description]))
-    return text, {one.arg_name: " ".join((one.description or "").split()) for one in documentation.params}
+    sections = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    params = [one for section in sections for one in parse_from_object(section).params]
+    return text, {one.arg_name: " ".join((one.description or "").split()) for one in params}
+
+
+documentation_of: Callable[[type], tuple[str, dict[str, str]]] = functools.cache(_document)
+"""The docstring of a dataclass in one line, and those of its fields by name, inherited ones included."""
 
 
 def help_lines(name: str, hint: Any, field: dataclasses.Field, meaning: str) -> Iterator[str]:

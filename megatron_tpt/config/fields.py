@@ -46,7 +46,7 @@ _WORDS = {
     ("gt", "le"): "be above {} and at most {}",
 }
 
-hints_of = functools.cache(functools.partial(get_type_hints, include_extras=True))
+hints_of: Callable[[type], dict[str, Any]] = functools.cache(functools.partial(get_type_hints, include_extras=True))
 """The annotations of a dataclass by field, with what they say besides the type."""
 
 

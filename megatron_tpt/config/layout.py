@@ -1,6 +1,6 @@
 """Whether a model, its batches and its parallel layout fit together, before anything is started."""
 
-from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 
 
@@ -26,11 +26,6 @@ def _check_model(recipe: Recipe) -> None:
             raise UserError(
                 f"parallel.context_parallel_size={cp} needs Transformer Engine's attention: leave "
                 f"model.transformer_impl=local out, or set the size to 1"
-            )
-        if isinstance(recipe, FinetuneRecipe):
-            raise UserError(
-                f"parallel.context_parallel_size={cp} cannot split packed examples: set it to 1, and "
-                f"parallel.tensor_parallel_size higher with parallel.sequence_parallel where memory is short"
             )
         if parallel.context_parallel_exchange == "a2a":
             name = "parallel.tensor_parallel_size x context_parallel_size"
@@ -80,6 +75,12 @@ def _check_optimizer(recipe: Recipe) -> None:
         raise UserError(
             f"optimizer.warmup_steps={recipe.optimizer.warmup_steps} must be below optimizer.decay_steps (or "
             f"training.num_steps)={decay_steps}: lower it, or train longer"
+        )
+    wsd_decay_steps = recipe.optimizer.wsd_decay_steps or 0
+    if recipe.optimizer.schedule == "wsd" and wsd_decay_steps > decay_steps - recipe.optimizer.warmup_steps:
+        raise UserError(
+            f"optimizer.wsd_decay_steps={wsd_decay_steps} do not fit between the warm-up and the end of the schedule "
+            f"({decay_steps - recipe.optimizer.warmup_steps} steps): lower it"
         )
     if recipe.training.fp8_param_gather and (
         recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"

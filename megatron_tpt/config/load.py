@@ -2,14 +2,14 @@
 
     recipe, arguments = load_recipe(PretrainRecipe, ["recipe.yaml", "--training.num_steps=50", "--dry-run"])
 
-The YAML is read, dotted overrides are written into it, a model preset is filled in, and the result becomes dataclasses.
+The YAML is read, dotted overrides are written into it, the recipe fills in what comes from elsewhere (a model preset),
+and the result becomes dataclasses.
 Unknown keys and wrong types are refused, all of them at once, each with its file and line. No torch is imported: a
 mistake is reported within a second.
 """
 
 import copy
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -20,14 +20,10 @@ import yaml
 
 from megatron_tpt.config.command_line import COMMAND_LINE, read_words
 from megatron_tpt.config.convert import Converter, expand_path
-from megatron_tpt.config.layout import check_layout
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
-from megatron_tpt.config.sources import spell_out_sources
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.suggestions import suggest
 from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
-from megatron_tpt.models.presets import PRESETS
-from megatron_tpt.training.checkpoint_files import checkpoint_named
 
 USAGE = (
     "RECIPE.yaml [--section.key=value ...] [--help]\n"
@@ -83,6 +79,8 @@ class Arguments:
     """Device the dry run is to assume, such as h100; that of this machine when not given."""
     mfu: float | None = None
     """Share of the device's peak that the dry run is to assume."""
+    places: dict[Key, str] = dataclasses.field(default_factory=dict)
+    """Where every key of the recipe is from: FILE:LINE, or the command line."""
 
 
 def _read_option(arguments: Arguments, name: str, value: str) -> None:
@@ -121,26 +119,6 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def _fill_in_preset(raw: dict[str, Any]) -> None:
-    model = raw.get("model")
-    if not isinstance(model, dict) or model.get("preset") is None:
-        return
-    if not isinstance(model["preset"], str) or model["preset"] not in PRESETS:
-        raise UserError(f"model.preset={model['preset']} is not known: use one of {', '.join(sorted(PRESETS))}")
-    raw["model"] = {**PRESETS[model["preset"]], **model}
-
-
-def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
-    """A run that starts from a checkpoint takes over the checkpoint's model, but for the fields that it gives."""
-    training, model = raw.get("training"), raw.get("model") or {}
-    if isinstance(training, dict) and training.get("init_from") is not None and isinstance(model, dict):
-        folder = checkpoint_named(expand_path(str(training["init_from"])))
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
-        training["init_from"] = str(folder)  # `latest` may name another one later
-        raw["model"] = {**(read_yaml(folder / "recipe.yaml").get("model") or {}), **model}
-
-
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str], warnings: list[str]) -> R:
     """Raises UserError with all that is wrong, one line each; notes what is written under a name of before."""
 
@@ -162,12 +140,12 @@ def recipe_from_dict[R: Recipe](
     """Dataclasses from nested mappings. Raises UserError that names every unknown key and wrong type, with its place in
     `places` where it is known. What is written under a name of before is added to `warnings`."""
     raw, places, warnings = copy.deepcopy(raw), places or {}, [] if warnings is None else warnings
-    _fill_in_preset(raw)
-    _take_shape_of_checkpoint(raw)
+    cls.complete(raw)
     recipe = _build(cls, raw, places, warnings)
-    if cls is not PretrainRecipe or not isinstance(raw.get("data"), dict):
+    given = copy.deepcopy(raw)
+    cls.expand(raw)
+    if raw == given:
         return recipe
-    spell_out_sources(raw["data"])
     # The items of its lists are others now: what is wrong with those that files hold is told by the list.
     places = {key: place for key, place in places.items() if not any(isinstance(k, int) for k in key)}
     return _build(cls, raw, places, [])
@@ -181,7 +159,7 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
     if "--help" in argv or "-h" in argv:
         from megatron_tpt.config.reference import help_text
 
-        print(help_text(cls, f"megatron_tpt.{'finetune' if cls is FinetuneRecipe else 'pretrain'}", USAGE))
+        print(help_text(cls, f"megatron_tpt.{cls.program}", USAGE))
         raise SystemExit(0)
     arguments = _read_arguments(argv)
     file = read_yaml_file(arguments.path)
@@ -191,6 +169,7 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
             print(f"WARNING: --{key} is given twice: {value} counts, and {given[key]} does not", flush=True)
         given[key] = value
         _apply_override(file, key, value)
+    arguments.places = file.places
     warnings: list[str] = []
     recipe = recipe_from_dict(cls, file.content, file.places, warnings)
     for warning in warnings if os.environ.get("RANK", "0") == "0" else []:
@@ -202,6 +181,8 @@ def to_dict(value: Any) -> Any:
     """A recipe (or a part of one) as plain mappings, lists and strings for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -210,68 +191,3 @@ def to_dict(value: Any) -> Any:
 def to_yaml(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML, which load_recipe reads back to the same recipe."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
-
-
-def check(recipe: Recipe, world_size: int) -> None:
-    """Refuse what cannot run: combinations of sections, and a layout that does not fit `world_size` processes.
-
-    Raises UserError that says what to change.
-    """
-    training, optimizer = recipe.training, recipe.optimizer
-    check_layout(recipe, world_size)
-    if beyond := [rank for rank in recipe.profiling.ranks if rank >= world_size]:
-        raise UserError(f"profiling.ranks: there is no rank {beyond[0]} among {world_size} processes: remove it")
-    decay_steps = optimizer.decay_steps or training.num_steps
-    if optimizer.warmup_steps >= decay_steps:
-        raise UserError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} must be below the {decay_steps} steps of the schedule"
-        )
-    if optimizer.schedule == "wsd" and (optimizer.wsd_decay_steps or 0) > decay_steps - optimizer.warmup_steps:
-        raise UserError(
-            f"optimizer.wsd_decay_steps={optimizer.wsd_decay_steps} do not fit between the warm-up and the end of the "
-            f"schedule ({decay_steps - optimizer.warmup_steps} steps): lower it"
-        )
-    if recipe.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb_project needs the package wandb: install it, or leave the project out")
-    if isinstance(recipe, PretrainRecipe):
-        _check_data(recipe)
-    elif isinstance(recipe, FinetuneRecipe) and not recipe.data.train:
-        raise UserError("data.train is empty: give the training data")
-    _check_validation(recipe)
-
-
-def _check_validation(recipe: Recipe) -> None:
-    """Refuse an interval without data, and data that no interval asks for."""
-    if not isinstance(recipe, PretrainRecipe | FinetuneRecipe):
-        return
-    interval, sets = recipe.training.validation_interval, recipe.data.validation
-    if isinstance(recipe, PretrainRecipe) and recipe.data.mock and (interval or sets):
-        raise UserError(
-            "data.mock has nothing to validate with: remove training.validation_interval and data.validation"
-        )
-    if interval and not sets:
-        raise UserError(
-            f"training.validation_interval={interval} has nothing to validate with: give data.validation, or "
-            f"--training.validation_interval=0"
-        )
-    if sets and not interval:
-        raise UserError(
-            f"data.validation ({sets[0].path}) is never read: give training.validation_interval (the steps between "
-            f"validations), or --data.validation=[]"
-        )
-
-
-def _check_data(recipe: PretrainRecipe) -> None:
-    data, training = recipe.data, recipe.training
-    if not (data.train or data.phases or data.mock):
-        raise UserError("data.train is empty: give the training data")
-    if data.mock and recipe.model.vocab_size is None:
-        raise UserError("data.mock has no tokenizer that decides it: give model.vocab_size")
-    if data.reset_at_documents and recipe.parallel.context_parallel_size > 1:
-        raise UserError("data.reset_at_documents does not go with parallel.context_parallel_size: turn one off")
-    end = data.phases[-1].end_sample(training.sequence_length) if data.phases else None
-    if end is not None and end < training.num_samples(training.num_steps):
-        raise UserError(
-            f"data.phases end after {data.phases[-1].until_tokens:,} tokens, and training.num_steps goes on for "
-            f"{training.num_samples(training.num_steps) * training.sequence_length:,}: leave out the last until_tokens"
-        )

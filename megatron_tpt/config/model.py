@@ -4,9 +4,28 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.REFUSED): """
+            num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim
+            tie_embeddings qkv_bias attention_output_bias mlp_bias qk_norm
+        """,
+        # Rows of the embedding are added for tokens that the checkpoint lacks (training.new_token_rows).
+        (Effect.REFUSED, Effect.FREE): "vocab_size vocab_padding_multiple",
+        (Effect.WARNED, Effect.WARNED): """
+            rotary_base rope_scaling_factor rope_scaling_type rope_original_context rope_low_freq_factor
+            rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor
+            norm_epsilon
+        """,
+        (Effect.WARNED, Effect.FREE): "hidden_dropout attention_dropout",
+        (Effect.NONE, Effect.NONE): "init_std",
+        (Effect.FREE, Effect.FREE): "preset max_position_embeddings transformer_impl",
+    }
+)
 @dataclass
 class ModelConfig:
     """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""

@@ -3,9 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
 
+@on_change(
+    {
+        (Effect.REFUSED, Effect.FREE): "name",
+        (Effect.WARNED, Effect.FREE): """
+            learning_rate adam_learning_rate min_learning_rate schedule warmup_steps decay_steps
+            wsd_decay_steps wsd_decay_shape weight_decay decay_embeddings adam_beta1 adam_beta2
+            adam_epsilon muon_momentum muon_nesterov muon_newton_schulz_steps muon_coefficients muon_scale
+            muon_scale_factor muon_split_qkv muon_tensor_parallel muon_matmul_precision clip_grad
+        """,
+    }
+)
 @dataclass
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""

@@ -1,17 +1,27 @@
-"""All fields of recipes as Markdown: python -m megatron_tpt.config.reference > docs/recipe.md"""
+"""All fields of recipes, as the Markdown of docs/recipe.md and as the text of --help."""
 
 import dataclasses
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
-from megatron_tpt.config.changes import Effect, effects_of
-from megatron_tpt.config.describe import default_of, documentation_of, field_cells, help_lines, sections_in, table_row
+from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.describe import (
+    WIDTH,
+    default_of,
+    documentation_of,
+    field_cells,
+    help_lines,
+    sections_in,
+    table_row,
+)
 from megatron_tpt.config.fields import hints_of
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.on_change import Effect, effects_of
+from megatron_tpt.config.recipe import Recipe
 
 _INTRODUCTION = """# Recipes
 
 All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
-option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.config.reference`.
+option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes.reference`.
 
 The last two columns say what becomes of a value that is not the one in the `recipe.yaml` of the checkpoint: when a run
 resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the fields of
@@ -41,14 +51,17 @@ def _table(cls: type, title: str, described: dict[type, str]) -> Iterator[str]:
             yield from _table(inner, inner.__name__, described)
 
 
-def reference() -> str:
-    """Every section of the recipes as a table, and the dataclasses in them; what both kinds share is there once."""
+def reference(kinds: Sequence[type[Recipe]]) -> str:
+    """Every section of the recipes as a table, and the dataclasses in them; what several kinds share is there once."""
     lines, described = [_INTRODUCTION], dict[type, str]()
     lines += [f"- **{effect.label}**: {effect.meaning}." for effect in Effect]
-    for recipe, suffix in ((PretrainRecipe, ""), (FinetuneRecipe, " (fine-tuning)")):
-        for name, cls in hints_of(recipe).items():
-            if cls not in described:
-                lines += _table(cls, name + suffix, described)
+    for name, cls in hints_of(Recipe).items():
+        if is_section(cls) and name != "data":
+            lines += _table(cls, name, described)
+    for kind in kinds:
+        for name, cls in hints_of(kind).items():
+            if is_section(cls) and cls not in described:
+                lines += _table(cls, f"{name} ({kind.activity})", described)
     return "\n".join(lines) + "\n"
 
 
@@ -59,6 +72,10 @@ def help_text(cls: type, module: str, usage: str) -> str:
     lines.append(f"  torchrun --nproc-per-node 8 -m {module} recipe.yaml")
     lines += [f"  python -m {module} recipe.yaml --dry-run=64 --device=h100", ""]
     for name, section in hints_of(cls).items():
+        if not is_section(section):
+            lines += textwrap.wrap(f"{name}: {documentation_of(cls)[1][name]}", WIDTH, subsequent_indent=" " * 8)
+            lines += ["", f"  --{name}.NAME.SETTING, or --{name}={{NAME: {{SETTING: VALUE}}}}", ""]
+            continue
         text, meanings = documentation_of(section)
         lines += [f"{name}: {text}", ""]
         for field in dataclasses.fields(section):
@@ -66,7 +83,3 @@ def help_text(cls: type, module: str, usage: str) -> str:
             lines += help_lines(f"--{name}.{field.name}", hint, field, meanings.get(field.name, ""))
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

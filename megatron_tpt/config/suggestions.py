@@ -3,19 +3,15 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from megatron_tpt.config.convert import is_section
 from megatron_tpt.config.fields import hints_of
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.yaml_file import Key
 
 _OPTIONS = ("dry-run", "device", "mfu", "help")
-_PROGRAMS = {
-    PretrainRecipe: "pre-training (megatron_tpt.pretrain)",
-    FinetuneRecipe: "fine-tuning (megatron_tpt.finetune)",
-}
 _MOST_LISTED = 12
 
 
@@ -31,10 +27,7 @@ def _names_in(cls: Any, key: Key) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)] if cls is not None else []
 
 
-@functools.cache
-def _all_names(cls: type) -> tuple[str, ...]:
-    """Every dotted name that the command line takes."""
-
+def _names_below(cls: type) -> tuple[str, ...]:
     def walk(cls: Any, prefix: str) -> Iterator[str]:
         for name, hint in hints_of(cls).items():
             if is_section(hint):
@@ -45,14 +38,18 @@ def _all_names(cls: type) -> tuple[str, ...]:
     return tuple(walk(cls, ""))
 
 
-def suggest(cls: type, key: Key) -> str:
+_all_names: Callable[[type], tuple[str, ...]] = functools.cache(_names_below)
+"""Every dotted name that the command line takes."""
+
+
+def suggest(cls: type[Recipe], key: Key) -> str:
     """What to write behind "unknown" for a key that a recipe of type `cls` does not have."""
     name = str(key[-1]).replace("-", "_")
     siblings = _names_in(cls, key[:-1])
     own = ".".join(part for part in key if isinstance(part, str))
-    for other, program in _PROGRAMS.items():
+    for other in cls.kinds():
         if other is not cls and own in _all_names(other):
-            return f"; it is a setting of {program}"
+            return f"; it is a setting of {other.activity} (megatron_tpt.{other.program})"
     if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
         return f"; did you mean {close[0]}?"
     if len(key) == 1 and (close := difflib.get_close_matches(str(key[0]), _OPTIONS, n=1, cutoff=0.7)):

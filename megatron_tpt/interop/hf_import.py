@@ -19,7 +19,7 @@ from megatron_tpt import platform
 # isort: split
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer

@@ -11,7 +11,8 @@ import torch
 
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.precision import (
     fp8_settings,

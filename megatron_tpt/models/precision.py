@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_tpt.config.recipe import TrainingConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 
 _TE_CHECKS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_tpt.config.recipe import ParallelConfig
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.platform.noise import silence_known_messages
 
 # Checkpoints may be foreign: torch.load builds tensors and plain containers only, also where a library asks for more.

@@ -16,21 +16,18 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(as_called(__doc__ or ""))
         return
-    from megatron_tpt.config.load import check, load_recipe
-    from megatron_tpt.config.recipe import PretrainRecipe
+    from megatron_tpt.config.load import load_recipe
+    from megatron_tpt.recipes.pretrain import PretrainRecipe
+    from megatron_tpt.training.blend import describe_data
 
     # The option is the recipe's field under a shorter name.
     argv = [argument.replace("--cache-dir", "--data.cache_dir", 1) for argument in sys.argv[1:]]
     recipe, _ = load_recipe(PretrainRecipe, argv)
-    check(recipe, recipe.parallel.model_parallel_size)
-    from megatron_tpt.training.blend import describe_data, with_data_of_run
-    from megatron_tpt.training.data import prepare_cache
-
-    recipe = with_data_of_run(recipe)
-
+    recipe = recipe.resolve()
+    recipe.check(recipe.parallel.model_parallel_size)
     print(describe_data(recipe), flush=True)
     started = time.monotonic()
-    prepare_cache(recipe)
+    recipe.prepare_data()
     print(f"built or found whole in {time.monotonic() - started:.1f} s")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import FaultsConfig
+from megatron_tpt.config.run import FaultsConfig
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training.optimizer import local_gradient
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer

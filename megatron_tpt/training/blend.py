@@ -9,16 +9,29 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from megatron_tpt.config.load import read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, PretrainRecipe, Recipe
+from megatron_tpt.config.data import DataConfig, DataPhase, DatasetSource
+from megatron_tpt.config.model import ModelConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
-from megatron_tpt.training.history import newest_recipe, step_of
 
 MAX_NAMES = 64
+
+
+class BlendRecipe(Protocol):
+    """The sections of a recipe that samples of indexed datasets depend on."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    training: TrainingConfig
+    data: DataConfig
 
 
 def num_whole_samples(num_tokens: int, sequence_length: int) -> int:
@@ -86,7 +99,7 @@ def _phase_samples(phases: list[DataPhase], num_samples: int, sequence_length: i
     return [max(0, end - begin) for begin, end in itertools.pairwise([0, *ends])]
 
 
-def blends(recipe: PretrainRecipe) -> list[Blend]:
+def blends(recipe: BlendRecipe) -> list[Blend]:
     """The training blend and, where the recipe validates, one blend for every name among data.validation."""
     training, data = recipe.training, recipe.data
     phases = data.all_phases
@@ -118,7 +131,7 @@ def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) 
     return result
 
 
-def describe_data(recipe: PretrainRecipe) -> str:
+def describe_data(recipe: BlendRecipe) -> str:
     """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests alone."""
     if recipe.data.mock:
         return "data: random tokens (data.mock)"
@@ -143,7 +156,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def cache_folder(recipe: PretrainRecipe) -> Path:
+def cache_folder(recipe: BlendRecipe) -> Path:
     """Where the sample indices of a run are kept."""
     return recipe.data.cache_dir or recipe.data.all_phases[0].train[0].path.parent / "cache"
 
@@ -172,26 +185,3 @@ def continue_phases(
     if before and new_rest and before[-1].train == new_rest[0].train:
         before.pop()
     return [*before, *new_rest], True
-
-
-def with_data_of_run[R: Recipe](recipe: R) -> R:
-    """The recipe that goes on from the newest checkpoint of its run folder with other data, where it allows that.
-
-    What the run was trained on until then becomes phases of its own, so that the order of all samples again follows
-    from the recipe alone.
-    """
-    path = newest_recipe(recipe.run.output_dir)
-    if not isinstance(recipe, PretrainRecipe) or not recipe.data.allow_change or recipe.data.mock or path is None:
-        return recipe
-    step = step_of(path)
-    old = recipe_from_dict(PretrainRecipe, read_yaml(path)).data.all_phases
-    length = recipe.training.sequence_length
-    phases, changed = continue_phases(old, recipe.data.all_phases, recipe.training.num_samples(step), length)
-    if changed:
-        print(
-            f"WARNING: the training data changes after step {step} (data.allow_change): from there "
-            + ", ".join(f"{source.path} x {source.weight:g}" for source in phases[-1].train[:8])
-            + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else ""),
-            flush=True,
-        )
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=[], phases=phases))

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.packing import PackManifest
-from megatron_tpt.training.blend import Blend, blends, check_epochs
+from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
 # Beyond these somebody has most likely mistaken a set or a number: repeating data pays for some 16 epochs at most
 # (arXiv 2305.16264), and a source of which a hundredth is read could as well be a hundredth of its size.
 _MANY_EPOCHS, _FEW_EPOCHS = 100.0, 0.01
 
 
-def _num_learned(recipe: PretrainRecipe, manifest: Manifest) -> float:
+def _num_learned(recipe: BlendRecipe, manifest: Manifest) -> float:
     """Tokens of an index that the loss is on; infinite where the manifest does not tell."""
     counts, loss_on = manifest.counts, recipe.data.loss_on
     if loss_on == "all":
@@ -24,7 +24,7 @@ def _num_learned(recipe: PretrainRecipe, manifest: Manifest) -> float:
     return counts.thinking_tokens if loss_on == "thinking" else counts.document_tokens
 
 
-def _blend_warnings(recipe: PretrainRecipe, blend: Blend, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _warnings_of(recipe: BlendRecipe, blend: Blend, manifests: Sequence[Manifest]) -> Iterator[str]:
     """What is odd about the sources of a blend. Raises UserError when there is nothing to learn from in any."""
     learned = [_num_learned(recipe, manifest) for manifest in manifests]
     name = "data.train" if blend.name == "train" else f"data.validation ({blend.name})"
@@ -54,9 +54,17 @@ def epoch_warnings(name: str, epochs: float) -> Iterator[str]:
         yield f"of {name} only {epochs:.2g} of the tokens are read: raise training.num_steps or its weight if not meant"
 
 
-def _packed_warnings(recipe: FinetuneRecipe) -> Iterator[str]:
-    sets = {"data.train": list(recipe.data.train)}
-    for one in recipe.data.validation:
+def blend_warnings(recipe: BlendRecipe) -> Iterator[str]:
+    """What is odd about indexed datasets, one line each. Raises UserError when a blend has no token to learn from, or
+    when a manifest cannot be read."""
+    for blend in blends(recipe):
+        yield from _warnings_of(recipe, blend, read_manifests(source.path for source in blend.sources))
+
+
+def packed_warnings(data: SftDataConfig) -> Iterator[str]:
+    """The same of examples, as far as they are packed."""
+    sets = {"data.train": list(data.train)}
+    for one in data.validation:
         sets.setdefault(f"data.validation ({one.shown_name})", []).append(one.path)
     for name, paths in sets.items():
         packed = [path for path in paths if PackManifest.path(path).exists()]
@@ -69,18 +77,7 @@ def _packed_warnings(recipe: FinetuneRecipe) -> Iterator[str]:
         yield from (f"{name}: {path} has no token to learn from" for path, number in learned.items() if not number)
 
 
-def data_warnings(recipe: PretrainRecipe | FinetuneRecipe) -> Iterator[str]:
-    """What is odd about a recipe's data, one line each. Raises UserError when a set has no token to learn from, or
-    when its manifests cannot be read."""
-    if isinstance(recipe, FinetuneRecipe):
-        yield from _packed_warnings(recipe)
-    elif not recipe.data.mock:
-        for blend in blends(recipe):
-            manifests = read_manifests(source.path for source in blend.sources)
-            yield from _blend_warnings(recipe, blend, manifests)
-
-
-def is_all_packed(recipe: FinetuneRecipe) -> bool:
+def is_all_packed(data: SftDataConfig) -> bool:
     """Whether everything that a fine-tuning run reads is packed."""
-    paths = [*recipe.data.train, *(one.path for one in recipe.data.validation)]
+    paths = [*data.train, *(one.path for one in data.validation)]
     return all(PackManifest.path(path).exists() for path in paths)

@@ -1,7 +1,7 @@
 """A run that resumes with another batch size or sequence length: its recipe says what was consumed before. No torch.
 
 The steps done become stages of training.batch_size_ramp, so that the place in the data again follows from the recipe
-alone, as the phases of blend.with_data_of_run do for other data.
+alone, as the phases of PretrainRecipe.resolve do for other data.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.config.load import read_yaml
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainRecipe, Recipe, TrainingConfig
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.packing import is_packed
 
 
 def newest_recipe(run_folder: Path) -> Path | None:
@@ -36,7 +36,7 @@ def with_batches_of_run[R: Recipe](recipe: R) -> R:
         raise UserError(
             "training.batch_size_ramp: sequence_length is of steps that a run has done, and this one is new: remove it"
         )
-    if path is None or not isinstance(recipe, PretrainRecipe | FinetuneRecipe) or not recipe.data.allow_change:
+    if path is None or not recipe.data.allow_change:
         return recipe
     old, new, step = _read_batches(path), recipe.training, step_of(path)
     _warn_of_past(new, old, step)
@@ -46,7 +46,7 @@ def with_batches_of_run[R: Recipe](recipe: R) -> R:
         dataclasses.replace(stage, sequence_length=stage.sequence_length or old.sequence_length)
         for stage in _stages(old, 0, step)
     ]
-    if isinstance(recipe, FinetuneRecipe) and is_packed(recipe.data.train):  # a row is a row, whatever is padded to it
+    if recipe.packed_prefixes():  # a row is a row, whatever is padded to it
         done = [dataclasses.replace(stage, sequence_length=new.sequence_length) for stage in done]
     *ramp, _ = _stages(new, step, None)
     return _with_batches(recipe, [*_merged(done), *ramp], new.global_batch_size)

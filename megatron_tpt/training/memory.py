@@ -8,7 +8,8 @@ allocator's waste are not in the numbers.
 import dataclasses
 
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig, Recipe
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.training.devices import Device
 from megatron_tpt.training.metrics import device_peak_tflops, model_flops_per_token
 

@@ -19,9 +19,9 @@ import tokenizers
 
 from megatron_tpt import json_data
 from megatron_tpt.config.load import read_yaml
-from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.tokenizer import Tokenizer, read_tokenizer_files, tokenizer_fingerprint
 
 GENERATION_CONFIG = "generation_config.json"
@@ -139,12 +139,8 @@ def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[in
     return [*added, *known] if added else ends
 
 
-def _packed_prefixes(recipe: Recipe) -> list[Path]:
-    return recipe.data.train if isinstance(recipe, FinetuneRecipe) and is_packed(recipe.data.train) else []
-
-
 def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
-    manifests = {prefix: PackManifest.read(prefix) for prefix in _packed_prefixes(recipe)}
+    manifests = {prefix: PackManifest.read(prefix) for prefix in recipe.packed_prefixes()}
     for prefix, manifest in manifests.items():
         if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
             notes.append(
@@ -174,7 +170,7 @@ def _tokenizer_contents(
         return {}
     files = read_tokenizer_files(tokenizer_path)
     own = chat_template(tokenizer_path)
-    of_data = [Path(f"{prefix}.tokenizer") for prefix in _packed_prefixes(recipe)]
+    of_data = [Path(f"{prefix}.tokenizer") for prefix in recipe.packed_prefixes()]
     packed = [folder for folder in of_data if chat_template(folder)]
     start = [origin / "tokenizer"] if origin else []
     other = next((folder for folder in [*packed, *start] if chat_template(folder)), None)

@@ -8,7 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import OptimizerConfig, Recipe
+from megatron_tpt.config.optimizer import OptimizerConfig
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import TORCH_DTYPES
 

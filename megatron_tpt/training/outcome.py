@@ -8,8 +8,8 @@ from pathlib import Path
 
 import megatron_tpt
 from megatron_tpt.config.cli import console_name
-from megatron_tpt.config.recipe import FinetuneRecipe, Recipe
-from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.model_files import read_json
 
@@ -45,11 +45,9 @@ def _has_chat_template(checkpoint: Path) -> bool:
     return bool(read_json(settings).get("chat_template"))
 
 
-def _learned_chats(recipe: FinetuneRecipe) -> bool:
+def _learned_chats(recipe: Recipe) -> bool:
     """Whether a run learned what a chat template makes of its data, not texts as they are."""
-    if not is_packed(recipe.data.train):
-        return False
-    manifests = [PackManifest.read(prefix) for prefix in recipe.data.train]
+    manifests = [PackManifest.read(prefix) for prefix in recipe.packed_prefixes()]
     # Texts, which "response" may have, end with the end of a document alone.
     return any(
         manifest.loss_mask != "response" or set(manifest.end_of_turn_ids) - {manifest.settings.eos_id}
@@ -57,24 +55,38 @@ def _learned_chats(recipe: FinetuneRecipe) -> bool:
     )
 
 
-def next_steps(recipe: Recipe, num_tokens: int) -> str:
-    """The checkpoint of a run that has done all its steps, and what to do with it: commands to copy. Words in capitals
-    stand for what only the user knows."""
-    step = recipe.training.num_steps
-    checkpoint = step_folder(recipe.run.output_dir / "checkpoints", step)
-    exported = recipe.run.output_dir / f"hf_{checkpoint.name}"
-    export = f"{_tool('export_hf')} --checkpoint {_shown(checkpoint)} --output {_shown(exported)}"
-    lines = [f"finished: {step} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}", f"next, to export: {export}"]
-    if isinstance(recipe, FinetuneRecipe):
-        chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
-        results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
-        lines.append(
-            f"then, to evaluate: {_tool('evaluate')} --model {_shown(exported)} --data PROBLEMS.jsonl "
-            f"--output {results}{chat}"
-        )
-    else:
-        lines.append(
-            f"or, to fine-tune: {_python()} -m megatron_tpt.finetune FINETUNE.yaml "
-            f"--training.init_from={_shown(checkpoint)}"
-        )
-    return "\n".join(lines)
+def _checkpoint(recipe: Recipe) -> Path:
+    return step_folder(recipe.run.output_dir / "checkpoints", recipe.training.num_steps)
+
+
+def _exported(recipe: Recipe) -> Path:
+    return recipe.run.output_dir / f"hf_{_checkpoint(recipe).name}"
+
+
+def describe_outcome(recipe: Recipe, num_tokens: int) -> str:
+    """The checkpoint of a run that has done all its steps, and the command that exports it."""
+    checkpoint = _checkpoint(recipe)
+    export = f"{_tool('export_hf')} --checkpoint {_shown(checkpoint)} --output {_shown(_exported(recipe))}"
+    return (
+        f"finished: {recipe.training.num_steps} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}\n"
+        f"next, to export: {export}"
+    )
+
+
+def evaluate_command(recipe: Recipe) -> str:
+    """What evaluates the exported model. Words in capitals stand for what only the user knows."""
+    checkpoint = _checkpoint(recipe)
+    chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
+    results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
+    return (
+        f"then, to evaluate: {_tool('evaluate')} --model {_shown(_exported(recipe))} --data PROBLEMS.jsonl "
+        f"--output {results}{chat}"
+    )
+
+
+def fine_tune_command(recipe: Recipe) -> str:
+    """What fine-tunes the checkpoint. Words in capitals stand for what only the user knows."""
+    return (
+        f"or, to fine-tune: {_python()} -m megatron_tpt.finetune FINETUNE.yaml "
+        f"--training.init_from={_shown(_checkpoint(recipe))}"
+    )

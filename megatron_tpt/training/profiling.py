@@ -1,5 +1,6 @@
 """Traces of some steps: what the CPU and the GPU did when (torch.profiler), and who held GPU memory."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
-_MAX_MEMORY_EVENTS = 1_000_000
 
-
+@dataclass(eq=False)
 class Profile(Callback):
     """Writes RUN/profile/steps-FIRST-LAST-rank-R.trace.json.gz (chrome://tracing, Perfetto) of the ranks and steps in
     the section `profiling`; with `memory` also .memory.pickle, which https://pytorch.org/memory_viz opens."""
 
-    def __init__(self) -> None:
-        self.profiler: Any = None
+    max_memory_events: int = 1_000_000
+    """Allocations that profiling.memory keeps: the newest."""
+    profiler: Any = field(default=None, init=False)
 
     def before_training(self, trainer: Trainer) -> None:
         settings = trainer.recipe.profiling
@@ -48,7 +49,7 @@ class Profile(Callback):
         if trainer.step + 1 != settings.first_step or torch.distributed.get_rank() not in settings.ranks:
             return
         if settings.memory:
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_MEMORY_EVENTS)
+            torch.cuda.memory._record_memory_history(max_entries=self.max_memory_events)
         self.profiler = torch.profiler.profile(record_shapes=settings.shapes, with_stack=settings.stacks)
         self.profiler.start()
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_tpt.config.changes import Change, Effect, changes
+from megatron_tpt.config.changes import Change, changes
 from megatron_tpt.config.effects import is_default
 from megatron_tpt.config.load import read_yaml
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.on_change import Effect
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.training.checkpoint_files import checkpoints_to_read, damage_of_files
@@ -53,10 +54,6 @@ def resume_warnings(
     yield from _rate_warnings(recipe, folder, state)
 
 
-def _allows_change(recipe: Recipe) -> bool:
-    return isinstance(recipe, PretrainRecipe | FinetuneRecipe) and recipe.data.allow_change
-
-
 def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, saved: dict[str, Any]) -> None:
     """Raise UserError where the table refuses changes."""
     fixed = {Effect.REFUSED} | (set() if recipe.parallel.distributed_optimizer else {Effect.PRECISION})
@@ -64,7 +61,7 @@ def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, 
     if (saved.get("checkpoint") or {}).get("optimizer_sharding") == "dp_reshardable":
         of_layout = [change for change in differences if change.on_resume is Effect.LAYOUT]
         _refuse(folder, of_layout, beside=("checkpoint.optimizer_sharding=dp_reshardable",))
-    if not _allows_change(recipe):
+    if not recipe.data.allow_change:
         advice = ", or give --data.allow_change=true to continue at the samples consumed"
         _refuse(folder, [change for change in differences if change.on_resume is Effect.ALLOWED], advice=advice)
 
@@ -108,7 +105,7 @@ def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: di
     changed = [name for name, value in here.items() if there.get(name, value if name == TEXT else None) != value]
     if not changed:
         return
-    if not _allows_change(recipe):
+    if not recipe.data.allow_change:
         raise UserError(
             f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with "
             f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights); "
@@ -157,7 +154,7 @@ def _damage(folder: Path) -> str:
 
 
 def describe_start(
-    recipe: PretrainRecipe | FinetuneRecipe, tokenizer: TokenizerInfo | None, data_identity: DataIdentity | None
+    recipe: Recipe, tokenizer: TokenizerInfo | None, data_identity: DataIdentity | None
 ) -> Iterator[str]:
     """Where a run would start, and what would be told then, one line each; nothing is loaded.
 
@@ -185,7 +182,7 @@ def describe_start(
 
 
 def _describe_resumption(
-    recipe: PretrainRecipe | FinetuneRecipe,
+    recipe: Recipe,
     folder: Path,
     tokenizer: TokenizerInfo | None,
     data_identity: DataIdentity | None,

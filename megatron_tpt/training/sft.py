@@ -15,16 +15,33 @@ import numpy as np
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import FinetuneRecipe, SftDataConfig
+from megatron_tpt.config.data import SftDataConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import SftTrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
+from megatron_tpt.indexing.marks import mark_thinking
 from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.blend import format_table
-from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader, mark_thinking
+from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader
 from megatron_tpt.training.data_checks import epoch_warnings
+
+
+class SftRecipe(Protocol):
+    """What fine-tuning samples depend on in a recipe."""
+
+    run: RunConfig
+    parallel: ParallelConfig
+    training: SftTrainingConfig
+    data: SftDataConfig
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer to fine-tune with."""
 
 
 class RowCounts(NamedTuple):
@@ -205,7 +222,7 @@ def _open_rows(paths: Sequence[Path], config: SftDataConfig, tokenizer: Tokenize
     return JoinedRows([_open_packed(prefix, tokenizer, sequence_length) for prefix in paths])
 
 
-def _open_validation(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> dict[str, Rows]:
+def _open_validation(recipe: SftRecipe, tokenizer: Tokenizer) -> dict[str, Rows]:
     """The rows of each validation set, where the recipe validates."""
     data, sets = recipe.data, dict[str, list[Rows]]()
     for one in data.validation if recipe.training.validation_interval else []:
@@ -214,7 +231,7 @@ def _open_validation(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> dict[str, 
     return {name: JoinedRows(parts) for name, parts in sets.items()}
 
 
-def open_sets(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
+def open_sets(recipe: SftRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
     """The training rows, and those of every validation set by name. Raises UserError for a set without a token to learn
     from."""
     train = _open_rows(recipe.data.train, recipe.data, tokenizer, recipe.training.sequence_length)
@@ -226,7 +243,7 @@ def open_sets(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[
     return train, validation
 
 
-def describe_examples(recipe: FinetuneRecipe) -> tuple[str, Callable[[int], dict[str, str]]]:
+def describe_examples(recipe: SftRecipe) -> tuple[str, Callable[[int], dict[str, str]]]:
     """What is in the sets of a recipe, as text, and what a run that resumes must find the same."""
     train, validation = open_sets(recipe, Tokenizer(recipe.tokenizer_path))
     epochs = recipe.training.num_samples(recipe.training.num_steps) / len(train)
@@ -240,7 +257,7 @@ def _identity_of(rows: Rows) -> Callable[[int], dict[str, str]]:
     return lambda num_samples: {"content of data.train": rows.checksum}
 
 
-def build_sft_data(recipe: FinetuneRecipe) -> TrainingData:
+def build_sft_data(recipe: SftRecipe) -> TrainingData:
     """Read the examples of a recipe, or open its packed indices. Needs process groups."""
     tokenizer = Tokenizer(recipe.tokenizer_path)
     sequence_length, seed = recipe.training.sequence_length, recipe.run.seed

@@ -7,9 +7,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 # Where 0 is a quantity, or turns something off.
 ZERO_IS_MEANT = {
@@ -91,5 +92,5 @@ def test_sections_without_content_have_the_defaults() -> None:
 def test_a_trace_of_a_rank_that_is_not_there_is_refused() -> None:
     recipe = recipe_from_dict(PretrainRecipe, {"data": {"train": "a"}, "profiling": {"ranks": [0, 4], "first_step": 1}})
     with pytest.raises(UserError, match="there is no rank 4 among 4 processes"):
-        check(recipe, 4)
-    check(recipe, 8)
+        recipe.check(4)
+    recipe.check(8)

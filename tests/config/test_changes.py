@@ -1,4 +1,4 @@
-"""The table of what each field may do on resume and from init_from: no field is forgotten, none is there twice."""
+"""The entries of what each field may do on resume and from init_from: no field is forgotten, none is there twice."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from megatron_tpt.config import changes
-from megatron_tpt.config.changes import Effect, effects_of
+from megatron_tpt.config import changes, on_change
 from megatron_tpt.config.load import recipe_from_dict, to_dict
+from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.optimizer import OptimizerConfig
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
 def sections_of(hint: object) -> set[type]:
@@ -41,8 +43,8 @@ def test_a_new_field_without_an_entry_is_found() -> None:
 
 
 def test_no_entry_is_of_a_field_that_is_gone_or_there_twice() -> None:
-    assert set(changes._TABLE) <= set(SECTIONS) | {TrainingConfig}
-    for section, entries in changes._TABLE.items():
+    assert set(on_change.TABLE) <= set(SECTIONS) | {TrainingConfig}
+    for section, entries in on_change.TABLE.items():
         names = " ".join(entries.values()).split()
         assert len(names) == len(set(names)), section
         assert set(names) <= {field.name for field in dataclasses.fields(section)}, section

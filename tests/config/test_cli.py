@@ -11,13 +11,14 @@ import pytest
 from megatron_tpt.config import renamed
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.command_line import options_of
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.packing_options import PackOptions
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.thinking.options import AugmentOptions
 
 

@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from megatron_tpt.config.load import Arguments, load_recipe
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
-from megatron_tpt.training.launch import prepare
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TPT = sorted((EXAMPLES / "tpt").glob("*.yaml"))

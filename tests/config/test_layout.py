@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.steps import part_of_sequence
 
 MODEL = {"vocab_size": 1000, "num_layers": 8, "num_query_groups": 4}
@@ -15,7 +17,7 @@ TRAINING = {"global_batch_size": 16, "sequence_length": 32}
 def checked(world_size: int, cls: type = PretrainRecipe, **parallel: object) -> PretrainRecipe:
     raw = {"model": MODEL, "training": TRAINING, "data": {"train": "prefix"}}
     recipe = recipe_from_dict(cls, {**raw, "parallel": parallel})
-    check(recipe, world_size)
+    recipe.check(world_size)
     return recipe
 
 
@@ -48,13 +50,13 @@ def test_a_layout_that_does_not_fit_is_refused(parallel: dict, world_size: int, 
 def test_the_ramp_of_batch_sizes_must_fit_too() -> None:
     raw = {"training": {**TRAINING, "batch_size_ramp": [{"num_steps": 5, "global_batch_size": 6}]}}
     with pytest.raises(UserError, match="global_batch_size=6 is not a multiple of"):
-        check(recipe_from_dict(PretrainRecipe, {**raw, "model": MODEL, "data": {"train": "prefix"}}), 4)
+        recipe_from_dict(PretrainRecipe, {**raw, "model": MODEL, "data": {"train": "prefix"}}).check(4)
 
 
 def test_the_warm_up_ends_before_the_decay() -> None:
     raw = {"model": MODEL, "training": TRAINING, "data": {"train": "prefix"}, "optimizer": {"warmup_steps": 100}}
     with pytest.raises(UserError, match=r"optimizer\.warmup_steps=100 must be below"):
-        check(recipe_from_dict(PretrainRecipe, raw), 1)
+        recipe_from_dict(PretrainRecipe, raw).check(1)
 
 
 def test_packed_examples_are_not_split_over_processes() -> None:

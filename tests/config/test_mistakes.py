@@ -6,10 +6,13 @@ import pytest
 
 from megatron_tpt.config.cli import parse
 from megatron_tpt.config.effects import without_effect
-from megatron_tpt.config.load import check, load_recipe, read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, Recipe
+from megatron_tpt.config.load import load_recipe, read_yaml, recipe_from_dict
+from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.interop.options import ImportOptions
+from megatron_tpt.recipes import finetune
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
 def load(tmp_path: Path, text: str, *arguments: str, cls: type[Recipe] = PretrainRecipe) -> Recipe:
@@ -196,7 +199,7 @@ def test_validation_without_data_and_data_without_validation_are_refused(
     cls: type[Recipe], training: dict, data: dict, told: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        check(recipe_from_dict(cls, {"model": MODEL, "training": training, "data": data}), 1)
+        recipe_from_dict(cls, {"model": MODEL, "training": training, "data": data}).check(1)
     assert told in str(error.value)
 
 
@@ -232,7 +235,7 @@ def test_what_has_no_effect_is_told(raw: dict, told: str) -> None:
     assert told in line
 
 
-def test_nothing_is_told_of_settings_that_have_an_effect() -> None:
+def test_nothing_is_told_of_settings_that_have_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = {
         "optimizer": {"name": "muon", "muon_scale_factor": 1.0, "schedule": "wsd", "wsd_decay_steps": 5},
         "checkpoint": {"keep_last": 2, "keep_every": 5, "save_interval": 5, "asynchronous": True},
@@ -244,7 +247,8 @@ def test_nothing_is_told_of_settings_that_have_an_effect() -> None:
     pairs = {"data": {"train": ["a.jsonl"], "prompt_field": "q", "on_too_long": "skip"}, "model": MODEL}
     recipe = recipe_from_dict(FinetuneRecipe, pairs)
     assert list(without_effect(recipe)) == []
-    assert [line.split("=")[0] for line in without_effect(recipe, all_packed=True)] == [
+    monkeypatch.setattr(finetune, "is_all_packed", lambda data: True)
+    assert [line.split("=")[0] for line in without_effect(recipe)] == [
         "data.prompt_field",
         "data.on_too_long",
     ]

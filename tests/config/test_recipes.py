@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_tpt.config.load import check, load_recipe, recipe_from_dict, to_yaml
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_yaml
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 MINIMAL = {"data": {"train": "prefix"}, "model": {"vocab_size": 1000}}
 
@@ -97,7 +98,7 @@ def test_what_cannot_run_together_is_refused(
     recipe_path: Path, arguments: list[str], world_size: int, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        check(load(recipe_path, *arguments), world_size)
+        load(recipe_path, *arguments).check(world_size)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", ""])

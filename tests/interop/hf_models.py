@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.interop.hf_export import read_model_config
 from megatron_tpt.models.gpt import build_model
 from megatron_tpt.training.checkpoint import load_weights

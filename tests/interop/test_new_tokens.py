@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import FinetuneRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.options import ExportOptions
-from megatron_tpt.training.launch import prepare
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.program import prepare
 
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 

@@ -23,14 +23,12 @@ import torch  # noqa: E402
 
 from megatron_tpt import platform  # noqa: E402
 from megatron_tpt.config.model import ModelConfig  # noqa: E402
-from megatron_tpt.config.recipe import (  # noqa: E402
-    OptimizerConfig,
-    ParallelConfig,
-    PretrainRecipe,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.optimizer import OptimizerConfig  # noqa: E402
+from megatron_tpt.config.parallel import ParallelConfig  # noqa: E402
+from megatron_tpt.config.run import RunConfig  # noqa: E402
+from megatron_tpt.config.training import TrainingConfig  # noqa: E402
 from megatron_tpt.models.gpt import build_chunks  # noqa: E402
+from megatron_tpt.recipes.pretrain import PretrainRecipe  # noqa: E402
 from megatron_tpt.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_tpt.training.checkpoint_files import step_folder  # noqa: E402
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402

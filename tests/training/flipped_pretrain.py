@@ -9,10 +9,11 @@ import torch
 
 from megatron_tpt.config.cli import run
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.callbacks import default_callbacks
-from megatron_tpt.training.data import build_pretrain_data, prepare_cache
-from megatron_tpt.training.launch import distributed, prepare
+from megatron_tpt.training.launch import distributed
+from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
 

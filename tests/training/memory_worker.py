@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.callbacks import default_callbacks
 from megatron_tpt.training.checkpoint import members
-from megatron_tpt.training.data import build_pretrain_data, prepare_cache
-from megatron_tpt.training.launch import distributed, prepare
+from megatron_tpt.training.launch import distributed
+from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Trainer
 
 from megatron.core import parallel_state

@@ -12,23 +12,21 @@ import yaml
 from training_runs import PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
-from megatron_tpt.config.load import check, recipe_from_dict, to_yaml
-from megatron_tpt.config.recipe import DataPhase, DatasetSource, ParallelConfig, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.data import DataPhase, DatasetSource
+from megatron_tpt.config.load import recipe_from_dict, to_yaml
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.models.gpt import build_model
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
-from megatron_tpt.training.data import (
-    MockDataset,
-    SourceTokens,
-    build_pretrain_data,
-    open_splits,
-    prepare_cache,
-    segments,
-)
+from megatron_tpt.training.data import SourceTokens
+from megatron_tpt.training.pretrain_data import build_pretrain_data, open_splits, prepare_cache
+from megatron_tpt.training.pretrain_samples import MockDataset, segments
 from megatron_tpt.training.sample_cache import SampleCache
 from megatron_tpt.training.sample_index import build_blend_index, build_phased_index
 from megatron_tpt.training.steps import forward_step
@@ -236,7 +234,7 @@ def test_a_recipe_with_phases_reads_back_as_itself(recipe: dict) -> None:
 )
 def test_data_that_cannot_be_meant_is_refused(recipe: dict, data: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check(make(recipe, data), 1)
+        make(recipe, data).check(1)
 
 
 def test_more_epochs_than_allowed_are_refused_and_repetition_is_shown(recipe: dict, two_sources: list[Path]) -> None:

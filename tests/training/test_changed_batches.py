@@ -12,16 +12,19 @@ from training_runs import FINETUNE, PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe, read_yaml, recipe_from_dict
-from megatron_tpt.config.recipe import BatchSizeStage, FinetuneRecipe, ParallelConfig, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, file_checksum
 from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint import read_trainer_state
-from megatron_tpt.training.data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.history import with_batches_of_run
-from megatron_tpt.training.launch import prepare
+from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.resume import resume_warnings
 
 ALLOW = "--data.allow_change=true"

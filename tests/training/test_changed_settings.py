@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from training_runs import FINETUNE, PRETRAIN, Train, Workers
 
 from megatron_tpt import platform
-from megatron_tpt.config.changes import Effect, effects_of
 from megatron_tpt.config.effects import has_effect
 from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.on_change import Effect, effects_of
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint import members
-from megatron_tpt.training.data import build_pretrain_data
-from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.optimizer import build_schedule
+from megatron_tpt.training.pretrain_data import build_pretrain_data
 from megatron_tpt.training.trainer import Trainer
 
 PLAIN = {"parallel": {"distributed_optimizer": False}}
@@ -200,6 +202,7 @@ class Finished:
         return [
             (section, cls, field.name)
             for section, cls in get_type_hints(self.cls).items()
+            if dataclasses.is_dataclass(cls)
             for field in dataclasses.fields(cls)
         ]
 

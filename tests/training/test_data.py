@@ -7,14 +7,16 @@ import pytest
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import BatchSizeStage, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.indexing import marks
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training.data import Loader, open_splits, prepare_cache
+from megatron_tpt.training.data import Loader
+from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -9,12 +9,13 @@ import yaml
 from training_runs import PRETRAIN, Workers
 
 from megatron_tpt.config.load import load_recipe, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training import devices
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
-from megatron_tpt.training.launch import prepare
 from megatron_tpt.training.memory import checkpoint_bytes, num_checkpoints
 
 DryRun = Callable[..., str]
@@ -206,7 +207,7 @@ def test_checkpoints_at_once_are_those_kept_and_the_one_being_written(checkpoint
 def test_steps_and_epochs_that_differ_are_not_both_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_tpt.training import launch
+    from megatron_tpt.recipes import finetune
 
     class Counts:
         rows = 40
@@ -214,16 +215,16 @@ def test_steps_and_epochs_that_differ_are_not_both_taken(
     class Packed:
         counts = Counts()
 
-    monkeypatch.setattr(launch, "is_packed", lambda paths: True)
-    monkeypatch.setattr(launch.PackManifest, "read", lambda prefix: Packed())
+    monkeypatch.setattr(finetune, "is_packed", lambda paths: True)
+    monkeypatch.setattr(finetune.PackManifest, "read", lambda prefix: Packed())
     raw = {"data": {"train": ["a"]}, "training": {"num_epochs": 2, "num_steps": 7}}
     with pytest.raises(
         UserError, match=r"num_steps=7 and training.num_epochs=2 \(which takes 10 steps\) were both given"
     ):
-        launch.with_steps(recipe_from_dict(FinetuneRecipe, raw))
+        recipe_from_dict(FinetuneRecipe, raw).with_steps()
     for given in ({}, {"num_steps": 10}):
         raw["training"] = {"num_epochs": 2, **given}
-        assert launch.with_steps(recipe_from_dict(FinetuneRecipe, raw)).training.num_steps == 10
+        assert recipe_from_dict(FinetuneRecipe, raw).with_steps().training.num_steps == 10
         assert capsys.readouterr().out == "training.num_epochs=2 takes 10 steps\n"
 
 

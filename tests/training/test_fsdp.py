@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from training_runs import Train
 
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 OVERLAP = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true"]
 STRATEGIES = {
@@ -85,7 +85,5 @@ def test_what_it_cannot_do_is_refused(raw: dict, words: str) -> None:
     parallel = {"fsdp": "optim_grads", **raw.get("parallel", {})}
     with pytest.raises(UserError) as error:
         model = {"vocab_size": 100}
-        check(
-            recipe_from_dict(PretrainRecipe, {"model": model, "data": {"train": "p"}, **raw, "parallel": parallel}), 2
-        )
+        recipe_from_dict(PretrainRecipe, {"model": model, "data": {"train": "p"}, **raw, "parallel": parallel}).check(2)
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -9,7 +9,8 @@ import yaml
 from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.memory import (
     Memory,

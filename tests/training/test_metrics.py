@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import ParallelConfig, TrainingConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.models.gpt import build_model
 from megatron_tpt.training.metrics import (
     LossSums,

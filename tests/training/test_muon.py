@@ -8,10 +8,12 @@ import torch
 from training_runs import Train
 
 from megatron_tpt import platform
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import OptimizerConfig, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.optimizer import OptimizerConfig
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, current_learning_rate, wrap_model
 
 MUON = {"name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "warmup_steps": 2}
@@ -189,5 +191,5 @@ def test_both_learning_rates_follow_the_schedule(tmp_path: Path) -> None:
 def test_what_muon_cannot_do_is_refused(raw: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
         base = {"model": SHAPE, "data": {"train": "prefix"}, "optimizer": {"name": "muon"}}
-        check(recipe_from_dict(PretrainRecipe, {**base, **raw}), 1)
+        recipe_from_dict(PretrainRecipe, {**base, **raw}).check(1)
     assert words in str(error.value) and "\n" not in str(error.value)

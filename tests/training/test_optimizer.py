@@ -10,16 +10,13 @@ from training_runs import Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import (
-    BatchSizeStage,
-    OptimizerConfig,
-    ParallelConfig,
-    PretrainRecipe,
-    RunConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.optimizer import OptimizerConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
 
 

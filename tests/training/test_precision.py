@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt import core_settings, describe_kernels, transformer_config
 from megatron_tpt.models.precision import fuses_gradient_accumulation
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.optimizer import buffer_settings
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,7 +28,7 @@ def recipe(training: dict, **parallel: object) -> PretrainRecipe:
 def config_on_gpu(training: dict, **parallel: object) -> TransformerConfig:
     """What Megatron Core would be told on a GPU with Transformer Engine, whose own fields cannot be checked here."""
     asked = recipe(training, **parallel)
-    check(asked, asked.parallel.model_parallel_size)
+    asked.check(asked.parallel.model_parallel_size)
     settings = core_settings(asked.model, asked.parallel, asked.training, transformer_engine=True, on_gpu=True)
     assert settings.pop("apply_rope_fusion")
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -109,14 +109,14 @@ def test_offloaded_layers_and_parallel_sizes_reach_megatron_core() -> None:
 )
 def test_what_does_not_go_together_is_refused(training: dict, words: str) -> None:
     with pytest.raises(UserError) as error:
-        check(recipe(training), 1)
+        recipe(training).check(1)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("parallel", [{"distributed_optimizer": False}, {"fsdp": "optim_grads_params"}])
 def test_parameters_in_fp8_need_the_distributed_optimizer(parallel: dict) -> None:
     with pytest.raises(UserError, match=r"fp8_param_gather needs optimizer\.name=adam and"):
-        check(recipe({"fp8": "delayed", "fp8_param_gather": True}, **parallel), 1)
+        recipe({"fp8": "delayed", "fp8_param_gather": True}, **parallel).check(1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is active")

@@ -11,9 +11,9 @@ import torch
 from small_disk import small_disk
 from training_runs import Train, read_metrics
 
-from megatron_tpt.config.load import check, recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.reporting import MetricsWriter, _measure_power, console_line, duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
@@ -82,7 +82,7 @@ def test_a_wish_that_cannot_be_met_is_refused(train: Train, recipe: dict) -> Non
     with pytest.raises(AssertionError, match=r"there is no rank 3 among 1"):
         train("rank", "--profiling.first_step=2", "--profiling.ranks=[0,3]")
     with pytest.raises(UserError, match=r"logging\.wandb_project needs the package wandb"):
-        check(recipe_from_dict(PretrainRecipe, {**recipe, "logging": {"wandb_project": "p"}}), 1)
+        recipe_from_dict(PretrainRecipe, {**recipe, "logging": {"wandb_project": "p"}}).check(1)
 
 
 def test_the_console_shows_what_is_worth_a_look() -> None:

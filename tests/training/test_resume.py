@@ -17,8 +17,9 @@ from training_runs import Train, finish, read_metrics, start_training
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.models.gpt import build_chunks
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training import checkpoint
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model
 

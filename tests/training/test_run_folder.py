@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ from training_runs import PRETRAIN, Workers, read_metrics
 
 from megatron_tpt import platform  # noqa: F401  (before Megatron Core)
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training import data
-from megatron_tpt.training.data import open_splits, prepare_cache
+from megatron_tpt.training import pretrain_samples
+from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import build_blend_index
 
@@ -217,7 +217,7 @@ def test_a_cached_index_is_not_built_again(
 ) -> None:
     ours = make_recipe(recipe, [index_prefix], tmp_path / "cache")
     prepare_cache(ours)
-    monkeypatch.setattr(data, "build_sample_index", None)
+    monkeypatch.setattr(pretrain_samples, "build_sample_index", None)
     prepare_cache(ours)
 
 

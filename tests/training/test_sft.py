@@ -14,16 +14,12 @@ from chat_templates import CHATML
 from training_runs import FINETUNE, Train
 
 from megatron_tpt import platform
+from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.config.load import load_recipe
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.recipe import (
-    FinetuneRecipe,
-    ParallelConfig,
-    RunConfig,
-    SftDataConfig,
-    SftTrainingConfig,
-    TrainingConfig,
-)
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
+from megatron_tpt.config.training import SftTrainingConfig, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
@@ -32,9 +28,9 @@ from megatron_tpt.indexing.packing import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt import build_model
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint_files import step_folder
-from megatron_tpt.training.launch import prepare
-from megatron_tpt.training.outcome import next_steps
 from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data, open_sets
 from megatron_tpt.training.steps import _loss_function, _segment_mask
 
@@ -298,4 +294,4 @@ def test_the_command_to_evaluate_asks_as_the_data_did(tokenizer_path: Path, tmp_
 def _asks_for_chat(data: Path, run: Path) -> bool:
     training = SftTrainingConfig(num_steps=1)
     recipe = FinetuneRecipe(run=RunConfig(output_dir=run), data=SftDataConfig(train=[data]), training=training)
-    return next_steps(recipe, 1).endswith(" --chat")
+    return recipe.next_steps(1).endswith(" --chat")

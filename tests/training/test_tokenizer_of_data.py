@@ -11,15 +11,18 @@ from training_runs import Train
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.config.recipe import FinetuneRecipe, ParallelConfig, PretrainRecipe
+from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.manifest import Manifest, ThinkTokens
 from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.callbacks import SaveCheckpoints
 from megatron_tpt.training.checkpoint import SaveError, _together
-from megatron_tpt.training.data import build_pretrain_data, prepare_cache
-from megatron_tpt.training.launch import distributed, prepare
+from megatron_tpt.training.launch import distributed
+from megatron_tpt.training.pretrain_data import build_pretrain_data, prepare_cache
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.config.recipe import PretrainRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.metrics import model_flops_per_token
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks/training.py"

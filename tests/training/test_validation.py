@@ -14,7 +14,7 @@ from chat_templates import CHATML
 from training_runs import FINETUNE, Train
 
 from megatron_tpt.config.load import load_recipe, recipe_from_dict
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe, TrainingConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.options import IndexOptions
@@ -22,10 +22,12 @@ from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.program import prepare
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training.data import ValidationLoader, _PaddedDataset, open_splits, prepare_cache
-from megatron_tpt.training.data_checks import data_warnings
-from megatron_tpt.training.launch import prepare
+from megatron_tpt.training.data import ValidationLoader, _PaddedDataset
+from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import SampleCache
 from megatron_tpt.training.sft import open_sets
 
@@ -234,15 +236,15 @@ def test_indices_without_a_token_to_learn_from_are_refused(
         PretrainRecipe, {**recipe, "training": training, "data": {k: paths.get(v, v) for k, v in data.items()}}
     )
     with pytest.raises(UserError, match=told):
-        list(data_warnings(ours))
+        list(ours.data_warnings())
     blend = recipe_from_dict(
         PretrainRecipe,
         {**recipe, "data": {"train": [paths["PLAIN"], {"path": paths["BOTH"], "weight": 1e-5}], "loss_on": "thinking"}},
     )
-    lines = list(data_warnings(blend))
+    lines = list(blend.data_warnings())
     assert [line.split(" ")[-1] for line in lines] == ["data.loss_on=thinking", "meant"]
     blend.training.num_steps = 10000
-    assert any(" times: give more data" in line for line in data_warnings(blend))
+    assert any(" times: give more data" in line for line in blend.data_warnings())
 
 
 def test_steps_without_a_learned_token_have_no_loss_and_are_no_spikes(

@@ -13,7 +13,8 @@ import yaml
 from training_runs import PRETRAIN, Train, read_metrics, start_ranks
 
 from megatron_tpt import platform
-from megatron_tpt.config.recipe import ParallelConfig, RunConfig
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.run import RunConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.watchdog import Heartbeat, is_waiting, name_the_late, stack_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.config.convert import Converter, expand_path
-from megatron_tpt.config.recipe import DatasetSource
+from megatron_tpt.config.data import DatasetSource
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets

@@ -1,0 +1,24 @@
+"""Kinds of runs: a recipe's sections, and what is particular to the kind, as methods of one class in a file of its own.
+
+A module here is imported before torch is: what needs torch or Megatron Core is imported inside of methods, so that
+`--help` and mistakes are answered at once. Stands on config/ and training/; only the programs stand on it.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+from megatron_tpt.recipes.base import TrainingRecipe
+
+
+def recipe_types() -> list[type[TrainingRecipe]]:
+    """The kinds of recipes: the class of every module of this package, by its program's name."""
+    found = []
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        members = vars(importlib.import_module(module.name)).values()
+        found += [one for one in members if _is_kind(one) and one.__module__ == module.name]
+    return sorted(found, key=lambda kind: kind.program)
+
+
+def _is_kind(member: object) -> bool:
+    return isinstance(member, type) and issubclass(member, TrainingRecipe) and not inspect.isabstract(member)

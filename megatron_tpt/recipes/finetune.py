@@ -1,0 +1,123 @@
+"""Supervised fine-tuning on conversations, or prompts and responses."""
+
+import bisect
+import dataclasses
+import glob
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from megatron_tpt.config.data import SftDataConfig
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.rules import Rule
+from megatron_tpt.config.training import SftTrainingConfig
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
+from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
+from megatron_tpt.training.outcome import describe_outcome, evaluate_command
+
+if TYPE_CHECKING:  # it imports torch
+    from megatron_tpt.training.data import TrainingData
+
+_NEEDS_FILES = Rule(
+    "data",
+    ("prompt_field", "response_field", "on_too_long"),
+    lambda recipe: not is_all_packed(recipe.data),
+    "files of examples: what is packed was read and cut to length by tools/pack_sft.py",
+)
+
+
+@dataclass
+class FinetuneRecipe(TrainingRecipe):
+    """A supervised fine-tuning run."""
+
+    program = "finetune"
+    activity = "fine-tuning"
+    rules = (*Recipe.rules, _NEEDS_FILES)
+
+    training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
+    """Steps or epochs, batch, precision."""
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    """Conversations, or prompts and responses."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
+        with the checkpoint to start from."""
+        if self.data.tokenizer is not None:
+            return self.data.tokenizer
+        for prefix in self.data.train:
+            if (folder := Path(f"{prefix}.tokenizer")).is_dir():
+                return folder
+        if self.training.init_from is None:
+            raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
+        return self.training.init_from / "tokenizer"
+
+    def packed_prefixes(self) -> list[Path]:
+        return self.data.train if is_packed(self.data.train) else []
+
+    def resolve(self) -> Self:
+        return super().resolve().with_steps()
+
+    def with_steps(self) -> Self:
+        """The recipe with the number of steps that `training.num_epochs` asks for, where it does.
+
+        The last step may reach into one more epoch. Raises UserError for data that is not packed.
+        """
+        training = self.training
+        if training.num_epochs is None:
+            return self
+        if not is_packed(self.data.train):
+            raise UserError(
+                "training.num_epochs needs packed indices: pack data.train (tools/pack_sft.py), or give "
+                "training.num_steps"
+            )
+        num_rows = sum(PackManifest.read(prefix).counts.rows for prefix in self.data.train)
+        num_samples = math.ceil(num_rows * training.num_epochs)
+        num_steps = bisect.bisect_left(range(num_samples), num_samples, key=training.num_samples)
+        if training.num_steps not in (num_steps, type(training)().num_steps):
+            raise UserError(
+                f"training.num_steps={training.num_steps} and training.num_epochs={training.num_epochs:g} "
+                f"(which takes {num_steps} steps) were both given: give one of them"
+            )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"training.num_epochs={training.num_epochs:g} takes {num_steps} steps", flush=True)
+        return dataclasses.replace(self, training=dataclasses.replace(training, num_steps=num_steps))
+
+    def check_data(self) -> None:
+        if (cp := self.parallel.context_parallel_size) > 1:
+            raise UserError(
+                f"parallel.context_parallel_size={cp} cannot split packed examples: set it to 1, and "
+                f"parallel.tensor_parallel_size higher with parallel.sequence_parallel where memory is short"
+            )
+        if not self.data.train:
+            raise UserError("data.train is empty: give the training data")
+
+    def read_tokenizer(self) -> TokenizerInfo | None:
+        return read_tokenizer_info(self.tokenizer_path)
+
+    def missing_data(self) -> list[Path]:
+        paths = [*self.data.train, *(one.path for one in self.data.validation)]
+        here = [path for path in paths if path.exists() or PackManifest.path(path).exists()]
+        return [path for path in paths if path not in here and not glob.has_magic(str(path))]
+
+    def data_warnings(self) -> Iterator[str]:
+        return packed_warnings(self.data)
+
+    def describe_data(self) -> tuple[str, DataIdentity]:
+        from megatron_tpt.training.sft import describe_examples
+
+        return describe_examples(self)
+
+    def build_data(self) -> "TrainingData":
+        from megatron_tpt.training.sft import build_sft_data
+
+        return build_sft_data(self)
+
+    def next_steps(self, num_tokens: int) -> str:
+        return "\n".join([describe_outcome(self, num_tokens), evaluate_command(self)])

@@ -1,0 +1,80 @@
+"""The training programs, the same for all kinds of recipes: check, describe, start the processes, train.
+
+No torch is imported before a recipe is found right.
+"""
+
+import os
+from collections.abc import Sequence
+
+from megatron_tpt.config.load import Arguments, load_recipe
+from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.recipes.base import TrainingRecipe
+from megatron_tpt.training.describe import describe
+from megatron_tpt.training.devices import find_device
+from megatron_tpt.training.launch import distributed, make_run_folder, require_shared_memory
+from megatron_tpt.training.launchers import join_launcher
+from megatron_tpt.training.resume import describe_start
+
+
+def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
+    """What a training program does with its command line."""
+    join_launcher()
+    recipe = prepare(*load_recipe(kind, argv))
+    if recipe is None:  # a dry run
+        return
+
+    from megatron_tpt.platform import is_first_rank
+    from megatron_tpt.training.trainer import Trainer
+
+    with distributed(recipe, before=kind.prepare_data):
+        trainer = Trainer(recipe, recipe.build_data(), recipe.build_callbacks())
+        trainer.fit()
+        if is_first_rank():
+            print(recipe.next_steps(trainer.tokens), flush=True)
+
+
+def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
+    """Check a recipe against its data and the number of processes before anything is started.
+
+    Returns it with everything resolved, or None after printing the description that --dry-run asks for. Raises
+    UserError with what is refused; of a dry run, behind the description.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.dry_run:
+        world_size = arguments.num_processes or max(world_size, recipe.parallel.model_parallel_size)
+    recipe = recipe.resolve()
+    recipe.check(world_size)
+    recipe.check_callbacks(arguments.places)
+    tokenizer = recipe.tokenizer(needs_data=not arguments.dry_run)
+    if tokenizer is not None:
+        recipe.check_tokenizer(tokenizer)
+    recipe = recipe.with_vocabulary(tokenizer)
+    if not arguments.dry_run:
+        _warn(recipe)
+        require_shared_memory(recipe.data.num_workers)
+        make_run_folder(recipe.run.output_dir)
+        return recipe
+    print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
+    _warn(recipe)
+    _describe_data_and_start(recipe, tokenizer)
+    return None
+
+
+def _warn(recipe: TrainingRecipe) -> None:
+    """Say what has no effect, and what is odd about the data. Raises UserError where there is nothing to learn from."""
+    lines = list(recipe.warnings())
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(f"WARNING: {line}", flush=True)
+
+
+def _describe_data_and_start(recipe: TrainingRecipe, tokenizer: TokenizerInfo | None) -> None:
+    """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
+    identity = None
+    if missing := recipe.missing_data():
+        print(f"WARNING: the data is not here: {missing[0]}; it is neither checked nor described")
+    else:
+        text, identity = recipe.describe_data()
+        print(text)
+    for line in describe_start(recipe, tokenizer, identity):
+        print(line)

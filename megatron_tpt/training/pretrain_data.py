@@ -1,0 +1,181 @@
+"""Pre-training data: the indexed datasets of a recipe, opened over a cache of sample indices.
+
+prepare_cache(recipe)            # before the process groups: builds the sample indices, whole or not at all
+data = build_pretrain_data(recipe)
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.training.blend import MAX_NAMES, Blend, BlendRecipe, blends, cache_folder, check_epochs
+from megatron_tpt.training.data import SourceTokens, TrainingData, make_loader, make_validation_loader
+from megatron_tpt.training.pretrain_samples import DatasetConfig, MockDataset, open_blend, samples_wanted
+from megatron_tpt.training.resume import TEXT
+from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
+from megatron_tpt.training.sample_index import epochs_of
+
+from megatron.core.datasets.utils import Split
+
+_FILES_PER_DATASET = 8
+_OTHER_FILES = 512
+
+
+def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache) -> DatasetConfig:
+    tokenizer = SimpleNamespace(  # the attributes that GPTDataset reads, and the think tags
+        eod=manifest.tokenizer.eos_id,
+        vocab_size=manifest.tokenizer.vocab_size,
+        unique_identifiers={"fingerprint": manifest.tokenizer.fingerprint},
+        open=manifest.think.open,
+        close=manifest.think.close,
+    )
+    return DatasetConfig(
+        random_seed=recipe.run.seed,
+        sequence_length=recipe.training.sequence_length,
+        # Only says that the data is real: the datasets are made below.
+        blend_per_split=[([], None), None, None],
+        path_to_cache=str(cache.folder),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,  # plain causal attention: the kernels make the mask
+        cache=cache,
+        resets_at_documents=recipe.data.reset_at_documents,
+        loss_on=recipe.data.loss_on,
+    )
+
+
+def _raise_open_file_limit(num_datasets: int) -> None:
+    """Each dataset keeps two files and their maps, and the maps of three arrays, open, beside what is open already."""
+    needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES + _highest_open_file()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"data: {num_datasets} datasets need {needed} open files and the limit is {hard}: raise it "
+                f"(ulimit -Hn {needed}), or merge them with tools/merge_index.py"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _highest_open_file() -> int:
+    """The limit is on the number of a file, not on how many there are."""
+    try:
+        return max(map(int, os.listdir("/proc/self/fd")))
+    except OSError:  # no /proc
+        return 0
+
+
+def _read_manifests(recipe: BlendRecipe, opened: list[Blend]) -> list[list[Manifest]]:
+    """The manifests of each blend. Raises UserError where they do not suit the recipe."""
+    manifests = read_manifests(source.path for blend in opened for source in blend.sources)
+    unmarked = next((manifest for manifest in manifests if not manifest.append_eos), None)
+    if recipe.data.reset_at_documents and unmarked is not None:
+        raise UserError(
+            "data.reset_at_documents needs documents that end with the end-of-sequence token: index again with it"
+        )
+    remaining = iter(manifests)
+    parts = [list(itertools.islice(remaining, len(blend.sources))) for blend in opened]
+    for blend, part in zip(opened, parts, strict=True):
+        check_epochs(blend, part, recipe.training.sequence_length)
+    return parts
+
+
+def open_splits(recipe: BlendRecipe, cache: SampleCache) -> list[Any]:
+    """The training dataset and, where the recipe validates, the validation datasets."""
+    opened = blends(recipe)
+    manifests = _read_manifests(recipe, opened)
+    _raise_open_file_limit(sum(len(blend.sources) for blend in opened))
+    splits = [Split.train, *[Split.valid] * (len(opened) - 1)]
+    config = _dataset_config(recipe, manifests[0][0], cache)
+    return [open_blend(*parts, config) for parts in zip(opened, manifests, splits, strict=True)]
+
+
+def prepare_cache(recipe: BlendRecipe) -> None:
+    """Build the sample indices that are not in the cache yet. One process per machine calls it, before the others read.
+
+    Any number of machines may do so at once, on one folder or on one each. Needs no process group and no GPU.
+    """
+    if recipe.data.mock:
+        return
+    cache = SampleCache(cache_folder(recipe))
+    try:
+        open_splits(recipe, cache)
+    except MissingEntryError:
+        with cache.building():
+            open_splits(recipe, cache)
+
+
+def _build_mock_data(recipe: BlendRecipe) -> TrainingData:
+    assert recipe.model.vocab_size is not None
+    dataset = MockDataset(recipe.model.vocab_size, recipe.training.sequence_length, recipe.run.seed)
+    return TrainingData(train=make_loader(dataset, recipe), validation={}, tokenizer_path=None)
+
+
+def _identity(recipe: BlendRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
+    """What decides the first `num_samples` samples: the content and share of every source in the phases until then;
+    and the epochs of each in the whole run, which are shuffled together."""
+    remaining, phases = num_samples, []
+    for phase in blend.phases:
+        own = min(remaining, phase.num_samples)
+        remaining -= own
+        if own:
+            phases.append((own, phase.weights))
+    rows, epochs, texts = [], [], []
+    for place, (manifest, wanted) in enumerate(zip(manifests, samples_wanted(blend), strict=True)):
+        weights = [weights[place] for _, weights in phases]
+        if any(weights):
+            rows.append((manifest.checksums["idx"], weights))
+            epochs.append(epochs_of(manifest.counts.tokens, wanted, recipe.training.sequence_length))
+            texts.append(manifest.checksums["bin"])
+    sources = [[own for own, _ in phases], rows]
+    return {
+        "data.train": _digest(sources),
+        "number of times through data.train (training.num_steps)": _digest(epochs),
+        TEXT: _digest(texts),
+    }
+
+
+def pretrain_identity(recipe: BlendRecipe) -> Callable[[int], dict[str, str]]:
+    """What the first samples of a recipe depend on, given their number, besides its settings. Reads manifests alone."""
+    if recipe.data.mock:
+        return lambda num_samples: {}
+    blend = blends(recipe)[0]
+    manifests = read_manifests(source.path for source in blend.sources)
+    return functools.partial(_identity, recipe, blend, manifests)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
+    """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
+    if recipe.data.mock:
+        return _build_mock_data(recipe)
+    train, *validation = open_splits(recipe, SampleCache(cache_folder(recipe)))
+    blend, *others = blends(recipe)
+    manifests = read_manifests(source.path for source in blend.sources)
+    return TrainingData(
+        train=make_loader(train, recipe),
+        validation={
+            other.name: make_validation_loader(dataset, recipe, repeats=not other.is_whole)
+            for other, dataset in zip(others, validation, strict=True)
+        },
+        tokenizer_path=recipe.data.tokenizer or Path(manifests[0].tokenizer.path),
+        tokenizer_fingerprint=manifests[0].tokenizer.fingerprint,
+        has_segments=recipe.data.reset_at_documents,
+        source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
+        source_tokens=SourceTokens(train, blend, manifests),
+        identity=pretrain_identity(recipe),
+    )
