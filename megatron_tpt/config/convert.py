@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_tpt.config.bounds import range_missed
-from megatron_tpt.config.fields import alternatives, bounds_missed, hints_of, plain
+from megatron_tpt.config.fields import alternatives, bounds_missed, hints_of, out_of_bounds, plain
 from megatron_tpt.config.renamed import names_of_before, value_of_now
 from megatron_tpt.config.yaml_file import Key, dotted
 from megatron_tpt.errors import UserError
@@ -193,9 +193,7 @@ class Converter:
         return {str(name): self.value(hint, item, (*key, str(name))) for name, item in value.items()}
 
     def _out_of_bounds(self, key: Key, value: Any, words: str) -> Any:
-        name = self.name_of(key)
-        given = f"{name} {value}:" if name.startswith("--") else f"{name}={value}"
-        self.problems.append(f"{self.where(key)}{given} must {words}")
+        self.problems.append(f"{self.where(key)}{out_of_bounds(self.name_of(key), value, words)}")
         return WRONG
 
     def _wrong(self, key: Key, problem: str) -> Any:

@@ -97,11 +97,18 @@ def _bounded_fields(cls: type) -> tuple[tuple[str, Any], ...]:
     return tuple((name, hint) for name, hint in items if bounds_of(hint))
 
 
-def check_bounds(section: Any) -> None:
-    """Raise UserError when a field of a dataclass is out of the bounds that it is declared with."""
+def out_of_bounds(name: str, value: Any, words: str) -> str:
+    """What to say of a value that misses its bounds: "--limit 0: must be 1 or more", "model.num_layers=0 must ..."."""
+    return f"{name} {value}: must {words}" if name.startswith("--") else f"{name}={value} must {words}"
+
+
+def check_bounds(section: Any, prefix: str = "--") -> None:
+    """Raise UserError when a field of a dataclass is out of the bounds that it is declared with. `prefix` is what is
+    written before its name: "--" of an option, "training." of a section of a recipe."""
     cls: type = type(section)
     for name, hint in _bounded_fields(cls):
         value = getattr(section, name)
         for item in value if isinstance(value, list) else [value]:
             if words := bounds_missed(hint, item):
-                raise UserError(f"{name} is {item}: it must {words}")
+                shown = name.replace("_", "-") if prefix.startswith("--") else name
+                raise UserError(out_of_bounds(f"{prefix}{shown}", item, words))

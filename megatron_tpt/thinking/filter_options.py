@@ -70,4 +70,4 @@ class FilterOptions:
     switches it off. Thoughts quote, so the limit is high; the highest share among the answers of GSM8K is 0.6."""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_bounds(self, "--filters.")

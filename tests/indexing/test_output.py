@@ -407,7 +407,7 @@ def test_an_index_without_documents_is_refused(documents: Path, tokenizer_dir: P
 
 def test_sizes_are_read_as_people_write_them(tokenizer_dir: Path) -> None:
     for wrong in ({"max_memory": "lots"}, {"max_memory": "1MB"}, {"shard_size": "0GB"}, {"num_workers": 0}):
-        with pytest.raises(UserError, match=r"--(max-memory|shard-size)|num_workers"):
+        with pytest.raises(UserError, match=r"--(max-memory|shard-size|num-workers)"):
             IndexOptions([], tokenizer_dir, Path("x"), **wrong)
 
 
