@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from megatron_tpt.config.bounds import range_missed
 from megatron_tpt.config.fields import alternatives, bounds_missed, hints_of, out_of_bounds, plain
 from megatron_tpt.config.renamed import names_of_before, value_of_now
 from megatron_tpt.config.yaml_file import Key, dotted
@@ -172,8 +171,6 @@ class Converter:
             result = _scalar(hint, value)
         except ValueError as error:
             return self._wrong(key, f"{_shown(value)} is not {expected(hint)}{error}")
-        if (range_words := range_missed(key, result)) is not None:
-            return self._wrong(key, f"{_shown(value)} is out of range: it must be {range_words}")
         if words := bounds_missed(hint, result):
             return self._out_of_bounds(key, value, words)
         return result

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.fields import Decay, NonNegativeFloat, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
 
@@ -32,49 +33,49 @@ class ModelConfig:
 
     preset: str | None = None
     """Name of a size preset (see megatron_tpt/models/presets.py) that fills in every field not given."""
-    num_layers: int = 2
+    num_layers: PositiveInt = 2
     """Transformer blocks."""
-    hidden_size: int = 64
+    hidden_size: PositiveInt = 64
     """Width of the residual stream."""
-    ffn_hidden_size: int = 192
+    ffn_hidden_size: PositiveInt = 192
     """Width inside the feed-forward network (each of its two gated halves)."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: PositiveInt | None = None
     """Key/value heads (grouped-query attention); as many as query heads when not given."""
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """Width of one head; hidden_size / num_attention_heads when not given."""
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Tokens in the vocabulary; the training data's tokenizer decides when not given."""
-    vocab_padding_multiple: int = 128
+    vocab_padding_multiple: PositiveInt = 128
     """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not
     depend on the layout: a checkpoint fits any."""
-    max_position_embeddings: int = 8192
+    max_position_embeddings: PositiveInt = 8192
     """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
-    rotary_base: float = 10000.0
+    rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
-    rope_scaling_factor: float | None = None
+    rope_scaling_factor: PositiveFloat | None = None
     """How many times the context is stretched by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
     no change when not given."""
     rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
     """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
     attention gets a temperature (yarn)."""
-    rope_original_context: int = 8192
+    rope_original_context: PositiveInt = 8192
     """Context before stretching, in tokens, from which llama3 and yarn decide what a low frequency is
     (original_max_position_embeddings)."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: PositiveFloat = 4.0
     """llama3: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_fast: float = 32.0
+    rope_beta_fast: PositiveFloat = 32.0
     """yarn: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_slow: float = 1.0
+    rope_beta_slow: PositiveFloat = 1.0
     """yarn: frequencies with fewer turns than this in the original context are divided by the factor."""
     rope_truncate: bool = True
     """yarn: round the dimensions where these limits lie to whole ones."""
-    rope_attention_factor: float | None = None
+    rope_attention_factor: PositiveFloat | None = None
     """yarn: factor on the cosines and sines; 0.1 ln(rope_scaling_factor) + 1 when not given."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: NonNegativeFloat = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output matrix too."""
@@ -86,18 +87,19 @@ class ModelConfig:
     """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Qwen3)."""
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
     """Standard deviation of the initial weights; the two projections back into the residual stream get
     init_std / sqrt(2 * num_layers)."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Decay = 0.0
     """Dropout on the residual branches."""
-    attention_dropout: float = 0.0
+    attention_dropout: Decay = 0.0
     """Dropout on the attention weights."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Kernels: Transformer Engine's, Megatron Core's own in plain torch (local), or auto: local on a CPU,
     Transformer Engine on a GPU (an error when it is not installed)."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "model.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="
@@ -111,10 +113,6 @@ class ModelConfig:
         self._check_rope()
 
     def _check_rope(self) -> None:
-        if self.rope_scaling_factor is not None and self.rope_scaling_factor <= 0:
-            raise UserError(f"model.rope_scaling_factor={self.rope_scaling_factor} must be above 0")
-        if self.rope_original_context < 1:
-            raise UserError(f"model.rope_original_context={self.rope_original_context} must be 1 or more")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise UserError(
                 f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be above model.rope_low_freq_factor="
