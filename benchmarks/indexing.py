@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tyro
+from megatron_tpt.config.cli import parse
 
 ROOT = Path(__file__).parents[1]
 NUM_COPIES = 12
@@ -275,7 +275,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse(Options, description=__doc__)
     options.scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="indexing-benchmark-", dir=options.scratch))
     try:

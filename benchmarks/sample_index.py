@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import tyro
+
+from megatron_tpt.config.cli import parse
 
 FINGERPRINT = "sha256:" + "0" * 64
 
@@ -174,7 +175,7 @@ def measure_files(options: Options) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse(Options, description=__doc__)
     options.folder.mkdir(parents=True)
     try:
         results = measure_documents(options) + measure_files(options)

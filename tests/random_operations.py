@@ -126,7 +126,7 @@ PREPARE = "prepare --input documents --output out/job --rows-per-shard 13"
 PACK = "pack_sft --tokenizer tokenizer --output out/job --sequence-length 64"
 AUGMENT = (
     f"augment --input documents --output out/job --model teacher --engine endpoint --endpoints {URL} --api chat "
-    f"--prompt bare.txt --records-per-shard 7 --max-new-tokens 40 --request-timeout-s 10 {ALL_PASS}"
+    f"--prompt bare.txt --rows-per-shard 7 --max-new-tokens 40 --request-timeout-s 10 {ALL_PASS} --on-bad-record skip"
 )
 PRETRAIN, FINETUNE = "megatron_tpt.pretrain pretrain.yaml", "megatron_tpt.finetune finetune.yaml"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"
@@ -151,7 +151,7 @@ OPERATIONS = (
     Operation("inspect_index index/sft --document 3", ("index/sft",)),
     Operation(f"{PACK} --input chats.jsonl", ("chats.jsonl", "tokenizer"), _check_packed),
     Operation(
-        f"{PACK} --input chats.jsonl --on-bad-example skip --on-too-long truncate", ("chats.jsonl",), _check_packed
+        f"{PACK} --input chats.jsonl --on-bad-record skip --on-too-long truncate", ("chats.jsonl",), _check_packed
     ),
     Operation(f"{PACK} {PAIRS}", ("pairs.jsonl",), _check_packed),
     Operation(AUGMENT, (*DOCUMENTS, "bare.txt"), _check_thoughts),

@@ -5,16 +5,15 @@ import dataclasses
 import importlib.util
 import re
 import typing
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
 from megatron_tpt.config import cli
+from megatron_tpt.config.command_line import options_of
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
@@ -36,11 +35,8 @@ def options_of_tools() -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
 
     def note(options: type, *_: Any, **__: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            names = set(tyro.extras.get_parser(options)._option_string_actions)
-        names |= {name.replace("--", "--no-", 1) for name in names}
-        found[tool.stem] = frozenset(name.replace("_", "-") for name in names)
+        names = {option.name for option in options_of(options)}
+        found[tool.stem] = frozenset(f"--{no}{name}" for name in names for no in ("", "no-"))
         raise _Parsed
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,20 +7,17 @@ import os
 import re
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_origin, get_type_hints
-
-import tyro
+from typing import Any, NoReturn
 
 from megatron_tpt import interrupts
-from megatron_tpt.config.convert import expand_path
-from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, failure, resource_message
+from megatron_tpt.config.command_line import GivenOptions
+from megatron_tpt.config.convert import Converter
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, resource_message
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
 
-_RECIPE = "--recipe"
 _COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
 
 
@@ -28,97 +25,23 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     """Build a `cls` (a dataclass) from command-line options: `--text-column VALUE` for the field `text_column`.
 
     The docstring under a field is its help; a list takes several values. `--recipe FILE` puts the options of a YAML
-    file in its place, `text_column: VALUE`; options after it win. An unknown option or a value of the wrong type ends
-    the program with exit code 2; a `UserError` raised in `__post_init__` passes through. Raises UserError for a list
-    that is given twice, of which only the last would count; of other options the last wins, with a line that says so.
+    file in its place, `text_column: VALUE`; options after it win. Raises UserError with all that is wrong, one line
+    each. `--help` prints every option and leaves with code 0.
     """
     argv = sys.argv[1:] if argv is None else argv
-    _check_repeats(cls, argv)
-    arguments = _with_recipes(argv)
-    text = description and _one_command_a_line(as_called(description))
-    return tyro.cli(cls, args=arguments, description=text, registry=_registry())
+    if {"--help", "-h"} & set(argv):
+        from megatron_tpt.config.describe import options_help
 
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    """How options become values: as tyro has it, but for `~` in paths, which a shell leaves alone after "="."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
-        if info.type is not Path:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="PATH",
-            instance_from_str=lambda words: expand_path(words[0]),
-            is_instance=lambda value: isinstance(value, Path),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return registry
-
-
-def _one_command_a_line(description: str) -> str:
-    """The examples of a tool's description as paragraphs: tyro joins the lines of a paragraph."""
-    return re.sub(r"\n+(?=(?:python|torchrun|tpt-[a-z-]+) )", "\n\n", description)
-
-
-def _check_repeats(cls: type, argv: Sequence[str]) -> None:
-    given = Counter(_option_name(argument) for argument in argv if argument.startswith("--") and len(argument) > 2)
-    kinds = {f"--{name.replace('_', '-')}": hint for name, hint in get_type_hints(cls, include_extras=True).items()}
-    for name, count in given.items():
-        if count == 1 or name == _RECIPE:
-            continue
-        declared = getattr(get_origin(kinds.get(name)), "__value__", kinds.get(name))
-        if tyro.conf.UseAppendAction in getattr(declared, "__metadata__", ()):
-            continue  # collects the values of all
-        if get_origin(declared) is list:
-            raise UserError(f"{name} is given {count} times: give it once, with all its values after it")
-        print(f"note: {name} is given {count} times; the last one counts", file=sys.stderr)
-
-
-def _option_name(argument: str) -> str:
-    """`--text_column=x` and `--no-text-column` are the option `--text-column`."""
-    name = argument.partition("=")[0].replace("_", "-")
-    return f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
-
-
-def _with_recipes(argv: Sequence[str]) -> list[str]:
-    """`argv` with each `--recipe FILE` replaced by the options in the file."""
-    arguments: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
-        name, equals, path = argument.partition("=")
-        if name == _RECIPE:
-            arguments += _recipe_options(expand_path(path if equals else next(rest, "")))
-        else:
-            arguments.append(argument)
-    return arguments
-
-
-def _recipe_options(path: Path) -> Iterator[str]:
-    from megatron_tpt.config.yaml_file import load_yaml
-
-    try:
-        recipe, _ = load_yaml(path)
-    except OSError as error:
-        raise failure(f"{_RECIPE} {path}: cannot be read ({error.strerror})", error) from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: a recipe is a list of options, as in `model: DIR`")
-    return _options(recipe, "--")
-
-
-def _options(recipe: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in recipe.items():
-        option = prefix + str(name).replace("_", "-")
-        if isinstance(value, Mapping):
-            yield from _options(value, f"{option}.")
-        elif isinstance(value, bool):
-            yield option if value else f"{prefix}no-{option.removeprefix(prefix)}"
-        elif isinstance(value, list):
-            yield from (option, *map(str, value))
-        elif value is not None:
-            yield from (option, str(value))
+        print(options_help(cls, as_called(description or cls.__doc__ or "")))
+        raise SystemExit(0)
+    given = GivenOptions(cls, argv)
+    converter = Converter(given.where, given.suggest, given.name_of, given.problems)
+    options = converter.section(cls, given.content, ())
+    for warning in converter.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if converter.problems:
+        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    return options
 
 
 def console_name(name: str) -> str:

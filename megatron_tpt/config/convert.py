@@ -1,24 +1,25 @@
-"""Dataclasses from nested mappings, as YAML gives them: every mistake in them is found, not the first alone.
+"""Dataclasses from nested mappings, as YAML and command lines give them: the one validator of recipes and of options.
 
     converter = Converter(where=lambda key: "recipe.yaml:7: ", suggest=lambda key: "")
     recipe = converter.section(PretrainRecipe, raw, ())
     converter.problems                     # one line each: where, what is wrong, what to change
 
-Values are taken as people write them: 1e4 for a whole number, a text where a list of texts is due, ~ in paths.
+Every mistake is found, not the first alone. Values are taken as people write them: 1e4 for a whole number, a text where
+a list of texts is due, ~ in paths; all of them may be texts, as on a command line.
 """
 
 import dataclasses
 import datetime
-import functools
+import enum
 import math
 import re
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from megatron_tpt.config.bounds import range_missed
+from megatron_tpt.config.fields import alternatives, bounds_missed, hints_of, out_of_bounds, plain
 from megatron_tpt.config.model import ModelConfig, config_class
+from megatron_tpt.config.renamed import names_of_before, value_of_now
 from megatron_tpt.config.yaml_file import Key, dotted
 from megatron_tpt.errors import UserError
 
@@ -26,31 +27,53 @@ WRONG = object()
 """What stands for a value that a problem was found in."""
 
 _TOO_LARGE = 2**63  # for the whole numbers of torch and NumPy
-_hints_of = functools.cache(get_type_hints)
 
 
 def is_section(hint: Any) -> bool:
     """Whether a field of this type is a mapping with fields of its own."""
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    return isinstance(plain(hint), type) and dataclasses.is_dataclass(plain(hint))
+
+
+def is_list(hint: Any) -> bool:
+    """Whether a field of this type takes several values."""
+    return get_origin(plain(hint)) in (list, tuple)
+
+
+def is_mapping(hint: Any) -> bool:
+    """Whether a field of this type takes names of a user's own, each with a value."""
+    return get_origin(plain(hint)) is dict
 
 
 def is_optional(hint: Any) -> bool:
     """Whether a field of this type may be left open."""
-    return type(None) in get_args(hint)
+    return type(None) in alternatives(plain(hint))
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values of a type that lists them; none for another."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return tuple(one.value for one in hint)
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field must be given."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def expected(hint: Any) -> str:
     """What a field of this type takes, in words."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}" if len(get_args(hint)) > 1 else str(get_args(hint)[0])
-    if get_origin(hint) is list:
+    hint = plain(hint)
+    if choices := choices_of(hint):
+        return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+    if is_list(hint):
         return f"a list, of which each is {expected(get_args(hint)[0])}"
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(expected(one) for one in get_args(hint) if one is not type(None))
-    if get_origin(hint) is dict:
+    if is_mapping(hint):
         return "a mapping"
     if is_section(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if len(alternatives(hint)) > 1:
+        return " or ".join(expected(one) for one in alternatives(hint) if one is not type(None))
     return {Path: "a path", str: "a text", float: "a number", int: "a whole number", bool: "true or false"}[hint]
 
 
@@ -62,7 +85,11 @@ class Converter:
     """What to write before a message about a key: the file and line, or nothing."""
     suggest: Callable[[Key], str]
     """What an unknown key may have been meant to be: "; did you mean ...?", or nothing."""
+    name_of: Callable[[Key], str] = dotted
+    """A key as it was written: data.train[0].weight, --num-workers."""
     problems: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    """What is right, and will not be in the next release."""
 
     def section(self, cls: type, raw: Any, key: Key) -> Any:
         """A `cls` from a mapping; WRONG when a problem was found in it. One without content has the defaults."""
@@ -76,19 +103,18 @@ class Converter:
             except UserError as error:
                 self.problems.append(self._with_place(str(error), key))
                 return WRONG
-        hints, fields = _hints_of(cls), {field.name: field for field in dataclasses.fields(cls)}
+        hints, fields = hints_of(cls), {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         num_problems = len(self.problems)
-        for name, value in raw.items():
-            own = (*key, str(name))
+        for written, value in raw.items():
+            own, name = (*key, str(written)), self._name_of_now(cls, raw, key, str(written))
             if name in fields:
-                values[name] = self.value(hints[name], value, own)
+                values[name] = self.value(hints[name], self._value_of_now(cls, name, value, own), own)
             else:
                 self._wrong(own, f"unknown{self.suggest(own)}")
         for name, field in fields.items():
-            is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if is_required and name not in raw:
-                self._wrong(key, f"lacks {name}: give {expected(hints[name])}")
+            if is_required(field) and name not in values:
+                self._lacks(key, name, hints[name])
         if len(self.problems) > num_problems:
             return WRONG
         try:
@@ -97,41 +123,71 @@ class Converter:
             self.problems.append(self._with_place(str(error), key))
             return WRONG
 
+    def _name_of_now(self, cls: type, raw: Mapping, key: Key, written: str) -> str:
+        """The name that a field has now; with a warning, where it was written under that of before."""
+        name = names_of_before(cls).get(written)
+        if name is None:
+            return written
+        before = self.name_of((*key, written))
+        now = f"--{name.replace('_', '-')}" if before.startswith("--") else name
+        if name in raw:
+            self._wrong((*key, written), f"is called {now} now, and that is given too: remove one of them")
+        else:
+            self._renamed((*key, written), before, now)
+        return name
+
+    def _value_of_now(self, cls: type, name: str, value: Any, key: Key) -> Any:
+        now = value_of_now(cls, name, value)
+        if now != value:
+            self._renamed(key, f"{self.name_of(key)}: {value}", str(now))
+        return now
+
+    def _renamed(self, key: Key, before: str, now: str) -> None:
+        self.warnings.append(f"{self.where(key)}{before} is called {now} now; the next release knows the new name only")
+
+    def _lacks(self, key: Key, name: str, hint: Any) -> None:
+        if key:
+            self._wrong(key, f"lacks {name}: give {expected(hint)}")
+        else:
+            self.problems.append(f"{self.where((name,))}{self.name_of((name,))} is missing: give {expected(hint)}")
+
     def _with_place(self, message: str, key: Key) -> str:
         """A message that begins with the name of a field, behind the place of the field."""
-        named = re.match(r"(\w+)\.(\w+)", message)
-        return self.where(named.groups() if named else key) + message
+        named = re.match(r"(\w+)\.(\w+)|--([\w-]+)", message)
+        names = (name.replace("-", "_") for name in named.groups() if name) if named else key
+        return self.where(tuple(names)) + message
 
     def value(self, hint: Any, value: Any, key: Key) -> Any:
         """A value of type `hint`; WRONG when it is none."""
         if is_section(hint):
-            if isinstance(value, str) and "path" in _hints_of(hint):
+            if isinstance(value, str) and "path" in hints_of(plain(hint)):
                 value = {"path": value}
-            return self.section(hint, value, key)
-        if get_origin(hint) is list:
-            return self._list(get_args(hint)[0], value, key)
-        if get_origin(hint) is dict:
-            return self._mapping(get_args(hint)[1], value, key)
+            return self.section(plain(hint), value, key)
+        if is_list(hint):
+            return self._list(plain(hint), value, key)
+        if is_mapping(hint):
+            return self._mapping(get_args(plain(hint))[1], value, key)
         if hint is Any:
             return value
         if value is None and not is_optional(hint):
             return self._wrong(key, f"has no value: give {expected(hint)}, or remove it")
-        others = [one for one in get_args(hint) if one is not type(None)]
+        others = [one for one in alternatives(plain(hint)) if one is not type(None)]
         if value is not None and is_optional(hint) and len(others) == 1:
             return self.value(others[0], value, key)
         try:
             result = _scalar(hint, value)
         except ValueError as error:
             return self._wrong(key, f"{_shown(value)} is not {expected(hint)}{error}")
-        if (words := range_missed(key, result)) is not None:
-            return self._wrong(key, f"{_shown(value)} is out of range: it must be {words}")
+        if words := bounds_missed(hint, result):
+            return self._out_of_bounds(key, value, words)
         return result
 
     def _list(self, hint: Any, value: Any, key: Key) -> Any:
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list):
-            return self._wrong(key, f"{_shown(value)} is not {expected(list[hint])}")
-        return [self.value(hint, item, (*key, place)) for place, item in enumerate(value)]
+            return self._wrong(key, f"{_shown(value)} is not {expected(hint)}")
+        items = (self.value(get_args(hint)[0], item, (*key, place)) for place, item in enumerate(value))
+        return get_origin(hint)(items)
 
     def _mapping(self, hint: Any, value: Any, key: Key) -> Any:
         """Names with values of one type; one without content is empty."""
@@ -140,8 +196,13 @@ class Converter:
             return self._wrong(key, f"{_shown(value)} is not {expected(dict[str, hint])}")
         return {str(name): self.value(hint, item, (*key, str(name))) for name, item in value.items()}
 
+    def _out_of_bounds(self, key: Key, value: Any, words: str) -> Any:
+        self.problems.append(f"{self.where(key)}{out_of_bounds(self.name_of(key), value, words)}")
+        return WRONG
+
     def _wrong(self, key: Key, problem: str) -> Any:
-        self.problems.append(f"{self.where(key)}{dotted(key)}: {problem}")
+        name = self.name_of(key)
+        self.problems.append(f"{self.where(key)}{name}{': ' if name else ''}{problem}")
         return WRONG
 
 
@@ -152,26 +213,29 @@ def _shown(value: Any) -> str:
 
 def _scalar(hint: Any, value: Any) -> Any:
     """A value of a type without parts. Raises ValueError, with what to add to the message, for another."""
-    if get_origin(hint) in (Union, types.UnionType):
+    hint = plain(hint)
+    if len(alternatives(hint)) > 1:
         if value is None:
             return None
         notes = ""
-        for one in get_args(hint):
+        for one in alternatives(hint):
             try:
                 if one is not type(None):
                     return _scalar(one, value)
             except ValueError as error:
                 notes = notes or str(error)
         raise ValueError(notes)
-    if get_origin(hint) is Literal:
+    if choices := choices_of(hint):
         value = "off" if value is False else value  # YAML takes the word for a truth value
-        if value not in get_args(hint):
+        if value not in choices:
             raise ValueError("")
-        return value
+        return hint(value) if isinstance(hint, type) else value
     return _OF_TYPE[hint](value)
 
 
 def _whole_number(value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,30}\s*", value):
+        value = int(value)
     number = _number(value)
     if not (isinstance(value, int) or number.is_integer()):
         raise ValueError("")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
@@ -21,7 +22,7 @@ class DataSection:
     """Folder of the tokenizer."""
     allow_change: bool = False
     """Resume from a checkpoint with other training data than before."""
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """Processes per rank that read ahead; 0 reads in the training process."""
 
 
@@ -64,7 +65,7 @@ class DataPhase:
 
     train: list[DatasetSource] = field(default_factory=list)
     """The blend to train on, as in data.train."""
-    until_tokens: float | None = None
+    until_tokens: PositiveFloat | None = None
     """Training tokens of the run, from its start, after which the next phase begins; the last phase needs none."""
 
     def end_sample(self, sequence_length: int) -> int | None:

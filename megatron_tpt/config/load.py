@@ -11,12 +11,14 @@ mistake is reported within a second.
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_tpt.config.command_line import COMMAND_LINE, read_words
 from megatron_tpt.config.convert import Converter, expand_path
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.suggestions import suggest
@@ -27,7 +29,6 @@ USAGE = (
     "RECIPE.yaml [--section.key=value ...] [--help]\n"
     "       [--dry-run[=PROCESSES] [--device=cpu|a100|h100|h200|b200|gb200] [--mfu=0.4]]"
 )
-_COMMAND_LINE = "command line"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def _write(file: YamlFile, key: tuple[str, ...], value: Any) -> None:
     raw[key[-1]] = value
     for known in [known for known in file.places if known[: len(key)] == key]:
         del file.places[known]
-    file.places[key] = _COMMAND_LINE
+    file.places[key] = COMMAND_LINE
 
 
 @dataclasses.dataclass
@@ -102,19 +103,9 @@ def _read_option(arguments: Arguments, name: str, value: str) -> None:
 
 def _read_arguments(argv: Sequence[str]) -> Arguments:
     arguments = Arguments(Path(), [])
-    paths, rest = [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        name, has_value, value = argument[2:].partition("=")
-        if not argument.startswith("-"):
-            paths.append(argument)
-            continue
-        if not argument.startswith("--") or not name:
-            raise UserError(f"{argument}: unknown; options begin with two dashes: usage: {' '.join(USAGE.split())}")
-        if not has_value and name != "dry-run":
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"{argument} lacks its value: write {argument}=VALUE")
-            value = rest.pop(0)
+    paths, options = read_words(argv, lambda name: 0 if name == "dry-run" else 1)
+    for name, words in options:
+        value = words[0] if words else ""
         if name in ("dry-run", "device", "mfu"):
             _read_option(arguments, name, value)
         else:
@@ -128,8 +119,8 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str]) -> R:
-    """Raises UserError with all that is wrong, one line each."""
+def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str], warnings: list[str]) -> R:
+    """Raises UserError with all that is wrong, one line each; notes what is written under a name of before."""
 
     def where(key: Key) -> str:
         place = place_of(places, key)
@@ -139,21 +130,25 @@ def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str])
     recipe = converter.section(cls, raw, ())
     if converter.problems:
         raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    warnings += converter.warnings
     return recipe
 
 
-def recipe_from_dict[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str] | None = None) -> R:
+def recipe_from_dict[R: Recipe](
+    cls: type[R], raw: dict[str, Any], places: dict[Key, str] | None = None, warnings: list[str] | None = None
+) -> R:
     """Dataclasses from nested mappings. Raises UserError that names every unknown key and wrong type, with its place in
-    `places` where it is known."""
-    raw, places = copy.deepcopy(raw), places or {}
+    `places` where it is known. What is written under a name of before is added to `warnings`."""
+    raw, places, warnings = copy.deepcopy(raw), places or {}, [] if warnings is None else warnings
     cls.complete(raw)
-    recipe = _build(cls, raw, places)
+    recipe = _build(cls, raw, places, warnings)
     given = copy.deepcopy(raw)
     cls.expand(raw)
     if raw == given:
         return recipe
     # The items of its lists are others now: what is wrong with those that files hold is told by the list.
-    return _build(cls, raw, {key: place for key, place in places.items() if not any(isinstance(k, int) for k in key)})
+    places = {key: place for key, place in places.items() if not any(isinstance(k, int) for k in key)}
+    return _build(cls, raw, places, [])
 
 
 def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Arguments]:
@@ -175,7 +170,11 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
         given[key] = value
         _apply_override(file, key, value)
     arguments.places = file.places
-    return recipe_from_dict(cls, file.content, file.places), arguments
+    warnings: list[str] = []
+    recipe = recipe_from_dict(cls, file.content, file.places, warnings)
+    for warning in warnings if os.environ.get("RANK", "0") == "0" else []:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+    return recipe, arguments
 
 
 def to_dict(value: Any) -> Any:

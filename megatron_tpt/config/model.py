@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tpt.config.fields import NonNegativeFloat, PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
 
@@ -77,28 +78,28 @@ class ModelConfig(ABC):
     preset: str | None = None
     """Name of a size preset of the family (gpt: megatron_tpt/models/gpt/presets.py) that fills in every field not
     given."""
-    num_layers: int = 2
+    num_layers: PositiveInt = 2
     """Transformer blocks."""
-    hidden_size: int = 64
+    hidden_size: PositiveInt = 64
     """Width of the residual stream."""
-    ffn_hidden_size: int = 192
+    ffn_hidden_size: PositiveInt = 192
     """Width inside the feed-forward network (each of its two gated halves)."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: PositiveInt | None = None
     """Key/value heads (grouped-query attention); as many as query heads when not given."""
-    head_dim: int | None = None
+    head_dim: PositiveInt | None = None
     """Width of one head; hidden_size / num_attention_heads when not given."""
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Tokens in the vocabulary; the training data's tokenizer decides when not given."""
-    vocab_padding_multiple: int = 128
+    vocab_padding_multiple: PositiveInt = 128
     """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not
     depend on the layout: a checkpoint fits any."""
-    max_position_embeddings: int = 8192
+    max_position_embeddings: PositiveInt = 8192
     """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output matrix too."""
-    init_std: float = 0.02
+    init_std: NonNegativeFloat = 0.02
     """Standard deviation of the initial weights; the two projections back into the residual stream get
     init_std / sqrt(2 * num_layers)."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -106,6 +107,7 @@ class ModelConfig(ABC):
     Transformer Engine on a GPU (an error when it is not installed)."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "model.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="

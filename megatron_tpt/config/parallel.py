@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
@@ -24,18 +25,18 @@ from megatron_tpt.errors import require
 class ParallelConfig:
     """How the model and the data are spread over processes. The data-parallel size is what remains of the world."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Processes that share each matrix."""
-    pipeline_parallel_size: int = 1
+    pipeline_parallel_size: PositiveInt = 1
     """Processes that share the layers."""
-    virtual_pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: PositiveInt = 1
     """Pieces of the model that each pipeline stage holds, taken in turns with the other stages: a shorter idle time at
     the begin and end of a step for more communication (interleaved 1F1B). 1 is the plain 1F1B schedule."""
-    first_stage_layers: int | None = None
+    first_stage_layers: PositiveInt | None = None
     """Layers of the first pipeline stage, which has the embedding too; the rest is shared evenly."""
-    last_stage_layers: int | None = None
+    last_stage_layers: PositiveInt | None = None
     """Layers of the last pipeline stage, which has the output matrix and the loss too; the rest is shared evenly."""
-    context_parallel_size: int = 1
+    context_parallel_size: PositiveInt = 1
     """Processes that share each sequence, attention included; needs Transformer Engine's attention, so a GPU."""
     context_parallel_exchange: Literal["p2p", "all_gather", "a2a"] = "p2p"
     """How keys and values reach the other processes of a sequence: round a ring while attention is computed, all at
@@ -56,10 +57,7 @@ class ParallelConfig:
     """Gather updated parameters while the next forward pass begins; needs the two settings above."""
 
     def __post_init__(self) -> None:
-        sizes = ("tensor", "pipeline", "virtual_pipeline", "context")
-        for name in [f"{size}_parallel_size" for size in sizes] + ["first_stage_layers", "last_stage_layers"]:
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"parallel.{name}={value} must be 1 or more")
+        check_bounds(self, "parallel.")
         for name, default in (
             ("virtual_pipeline_parallel_size", 1),
             ("first_stage_layers", None),

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
+
+from megatron_tpt.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
@@ -23,33 +26,34 @@ class RunConfig:
 
     output_dir: Path = Path("runs/default")
     """The run folder: run.yaml, checkpoints/, tensorboard/, metrics.jsonl. The same folder again resumes the run."""
-    seed: int = 1234
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 1234
     """Decides the initial weights, the data order and dropout."""
-    threads_per_process: int | None = None
+    threads_per_process: PositiveInt | None = None
     """CPU threads of each process; torch's choice (OMP_NUM_THREADS) when not given. Losses are the same to the bit only
     for the same number."""
-    distributed_timeout_s: int = 600
+    distributed_timeout_s: PositiveInt = 600
     """A collective that waits longer for another rank fails."""
-    time_limit_min: float | None = None
+    time_limit_min: NonNegativeFloat | None = None
     """Minutes from the start after which the program must have stopped; the end of the SLURM job when not given."""
-    time_limit_margin_min: float = 5.0
+    time_limit_margin_min: NonNegativeFloat = 5.0
     """Minutes before that limit to stop with a checkpoint (exit code 75: the same command resumes), but at most a tenth
     of the time that there was."""
-    first_step_timeout_s: int = 1800
+    first_step_timeout_s: PositiveInt = 1800
     """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
-    hang_timeout_s: float | None = None
+    hang_timeout_s: NonNegativeFloat | None = None
     """When a rank takes no micro-batch and ends no step for so long, the rank that the others wait for is named, the
     stacks of all go to RUN/logs/, and the run ends with code 1. Half of distributed_timeout_s when not given; 0: never.
     A checkpoint may take as long as the first step."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "run.")
         require(
-            0 < self.distributed_timeout_s <= self.first_step_timeout_s,
-            f"run.distributed_timeout_s={self.distributed_timeout_s} must lie between 1 and run.first_step_timeout_s="
+            self.distributed_timeout_s <= self.first_step_timeout_s,
+            f"run.distributed_timeout_s={self.distributed_timeout_s} must be at most run.first_step_timeout_s="
             f"{self.first_step_timeout_s}: raise that or lower it",
         )
         require(
-            self.hang_timeout_s is None or 0 <= self.hang_timeout_s < self.distributed_timeout_s,
+            self.hang_timeout_s is None or self.hang_timeout_s < self.distributed_timeout_s,
             f"run.hang_timeout_s={self.hang_timeout_s} must lie below run.distributed_timeout_s="
             f"{self.distributed_timeout_s}, or collectives fail before it is known why: lower it or raise that",
         )
@@ -73,11 +77,11 @@ class RunConfig:
 class CheckpointConfig:
     """What is kept to resume from."""
 
-    save_interval: int = 0
+    save_interval: NonNegativeInt = 0
     """Steps between checkpoints; the last step is always saved, 0 saves nothing else."""
-    keep_last: int | None = None
+    keep_last: PositiveInt | None = None
     """Older checkpoints are deleted when there are more than this; all are kept when not given."""
-    keep_every: int | None = None
+    keep_every: PositiveInt | None = None
     """Checkpoints of steps that this divides are never deleted."""
     asynchronous: bool = False
     """Write checkpoints beside training, which continues after a copy of weights and optimizer to host memory: there
@@ -92,9 +96,7 @@ class CheckpointConfig:
     files. A damaged one is set aside, and the run resumes from the one before."""
 
     def __post_init__(self) -> None:
-        for name in ("keep_last", "keep_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"checkpoint.{name}={value} must be 1 or more")
+        check_bounds(self, "checkpoint.")
 
 
 @on_change(
@@ -114,15 +116,15 @@ class FaultsConfig:
     the last checkpoint and skip the data of the steps since."""
     on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     """The same for a loss above loss_spike_factor times the median loss of the last loss_spike_window good steps."""
-    loss_spike_factor: float = 2.0
+    loss_spike_factor: Annotated[float, Gt(1)] = 2.0
     """How much higher than usual a loss must be."""
-    loss_spike_window: int = 50
+    loss_spike_window: Annotated[int, Ge(2)] = 50
     """Steps that say what is usual."""
-    max_skips: int = 10
+    max_skips: NonNegativeInt = 10
     """Batches skipped in a row before the run stops."""
-    max_rollbacks: int = 3
+    max_rollbacks: NonNegativeInt = 3
     """Times that a run returns to a checkpoint before it stops."""
-    desync_interval: int = 100
+    desync_interval: NonNegativeInt = 100
     """Steps between comparisons of the weights of all ranks that hold a copy of them, by checksums; where they differ
     the run ends with code 1 and names the ranks. 0: never."""
     rerun: Literal["off", "diagnose", "recover"] = "diagnose"
@@ -131,9 +133,7 @@ class FaultsConfig:
     on. Not under training.fp8=delayed, whose scales the first time has changed."""
 
     def __post_init__(self) -> None:
-        require(self.loss_spike_factor > 1, f"faults.loss_spike_factor={self.loss_spike_factor} must be above 1")
-        require(self.desync_interval >= 0, f"faults.desync_interval={self.desync_interval} must be 0 or more")
-        require(self.loss_spike_window >= 2, f"faults.loss_spike_window={self.loss_spike_window} must be 2 or more")
+        check_bounds(self, "faults.")
 
 
 @on_change({(Effect.FREE, Effect.FREE): "log_interval tensorboard peak_tflops straggler_factor wandb_project"})
@@ -141,21 +141,20 @@ class FaultsConfig:
 class LoggingConfig:
     """What is reported and how often."""
 
-    log_interval: int = 10
+    log_interval: PositiveInt = 10
     """Steps between lines on the console, in metrics.jsonl and in TensorBoard; the values are means over them."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     """Dense peak of one accelerator in TFLOP/s, of which MFU is a part; from a table of NVIDIA's A100, H100, H200 and
     B200 when not given. There is no MFU on devices that are not in it."""
-    straggler_factor: float = 1.5
+    straggler_factor: Annotated[float, Gt(1)] = 1.5
     """Name the ranks that take more than this many times as long as the median rank for data, forward and backward."""
     wandb_project: str | None = None
     """Also report to this project of Weights & Biases (package wandb; its key is read from its own settings)."""
 
     def __post_init__(self) -> None:
-        require(self.log_interval >= 1, f"logging.log_interval={self.log_interval} must be 1 or more")
-        require(self.straggler_factor > 1, f"logging.straggler_factor={self.straggler_factor} must be above 1")
+        check_bounds(self, "logging.")
 
 
 @on_change({(Effect.FREE, Effect.FREE): "first_step num_steps ranks shapes stacks memory"})
@@ -163,11 +162,11 @@ class LoggingConfig:
 class ProfilingConfig:
     """A trace of some steps, in RUN/profile/."""
 
-    first_step: int | None = None
+    first_step: PositiveInt | None = None
     """First step to trace, as the console numbers them; nothing is traced when not given."""
-    num_steps: int = 3
+    num_steps: PositiveInt = 3
     """Steps to trace."""
-    ranks: list[int] = field(default_factory=lambda: [0])
+    ranks: list[NonNegativeInt] = field(default_factory=lambda: [0])
     """Ranks that trace themselves."""
     shapes: bool = False
     """Record the shapes of what every operation is given."""
@@ -177,6 +176,4 @@ class ProfilingConfig:
     """Also record every allocation of GPU memory, and write a snapshot for https://pytorch.org/memory_viz."""
 
     def __post_init__(self) -> None:
-        for name in ("first_step", "num_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"profiling.{name}={value} must be 1 or more")
+        check_bounds(self, "profiling.")

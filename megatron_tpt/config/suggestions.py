@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.fields import hints_of
 from megatron_tpt.config.model import families, section_classes, spec_named
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.yaml_file import Key
@@ -23,14 +24,14 @@ def _section_in(hint: Any) -> Any:
 def _names_in(cls: Any, key: Key) -> list[str]:
     """The fields of the section at `key`, in which places in lists do not count."""
     for name in [part for part in key if isinstance(part, str)]:
-        cls = _section_in(get_type_hints(cls).get(name)) if cls is not None else None
+        cls = _section_in(hints_of(cls).get(name)) if cls is not None else None
     classes = section_classes(cls) if cls is not None else []
     return list(dict.fromkeys(field.name for one in classes for field in dataclasses.fields(one)))
 
 
 def _names_below(cls: type) -> tuple[str, ...]:
     def walk(cls: Any, prefix: str) -> Iterator[str]:
-        hints = get_type_hints(cls)
+        hints = hints_of(cls)
         for name in (field.name for field in dataclasses.fields(cls)):
             if is_section(hints[name]):
                 for one in section_classes(hints[name]):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError, require
 
@@ -13,18 +14,16 @@ from megatron_tpt.errors import UserError, require
 class BatchSizeStage:
     """Some steps with another batch size, at the beginning of a run."""
 
-    num_steps: int
+    num_steps: PositiveInt
     """Optimizer steps with this size."""
-    global_batch_size: int
+    global_batch_size: PositiveInt
     """Samples per optimizer step, over all processes."""
-    sequence_length: int | None = None
+    sequence_length: PositiveInt | None = None
     """Of steps that are done, their tokens per sample. A run that resumes with another batch size or length
     (data.allow_change) writes it, so that its recipe says what it has consumed; not for new runs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "sequence_length"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"training.batch_size_ramp: {name}={value} must be 1 or more")
+        check_bounds(self, "training.batch_size_ramp: ")
 
 
 def _step_range(text: int | str) -> range:
@@ -56,21 +55,21 @@ def _step_range(text: int | str) -> range:
 class TrainingConfig:
     """How long, in what portions and in which precision."""
 
-    num_steps: int = 100
+    num_steps: PositiveInt = 100
     """Optimizer steps of the whole run. A run resumes from its checkpoints with more of them than it was started with,
     unless pre-training data is then read more often than planned: its epochs are shuffled together. A schedule
     that decays until num_steps is stretched, and the rate jumps: resume from before the decay (constant, wsd), or give
     optimizer.decay_steps."""
-    sequence_length: int = 128
+    sequence_length: PositiveInt = 128
     """Tokens per sample."""
-    global_batch_size: int = 8
+    global_batch_size: PositiveInt = 8
     """Samples per optimizer step, over all processes."""
     batch_size_ramp: list[BatchSizeStage] = field(default_factory=list)
     """Batch sizes to begin with, one after the other, before global_batch_size holds."""
     skip_steps: list[int | str] = field(default_factory=list)
     """Steps whose data is skipped without an update, as the console numbers them: numbers and ranges (1200-1250).
     The learning rate continues as if they were done."""
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Samples in one forward pass of one process."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of the forward and backward pass; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
@@ -80,14 +79,14 @@ class TrainingConfig:
     (blockwise, Hopper with CUDA 12.9), one per 32 values (mxfp8, Blackwell). It is an error where it is not active."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
     """E4M3 forward and E5M2 for gradients, or E4M3 for both."""
-    fp8_amax_history: int = 1024
+    fp8_amax_history: PositiveInt = 1024
     """Steps over which delayed scaling takes the largest value."""
     fp8_param_gather: bool = False
     """Keep the matrices of the layers in FP8 alone and gather them so after an update: half the memory and traffic of
     bf16. The optimizer's fp32 main weights stay. Not with mxfp8."""
-    bf16_layers_at_start: int = 0
+    bf16_layers_at_start: NonNegativeInt = 0
     """First layers to leave in bf16 under fp8; not with delayed scaling."""
-    bf16_layers_at_end: int = 0
+    bf16_layers_at_end: NonNegativeInt = 0
     """Last layers to leave in bf16 under fp8; not with delayed scaling."""
     recompute: Literal["none", "selective", "full", "block"] = "none"
     """Activations to compute again in the backward pass instead of keeping them: those of recompute_modules, all of
@@ -95,9 +94,9 @@ class TrainingConfig:
     recompute_modules: list[Literal["core_attn", "mlp"]] = field(default_factory=lambda: ["core_attn"])
     """What selective recomputation computes again. Transformer Engine's attention keeps no scores: there core_attn
     saves little, and mlp much."""
-    recompute_layers: int = 1
+    recompute_layers: PositiveInt = 1
     """Layers of each pipeline stage that block recomputation computes again."""
-    cpu_offload_layers: int = 0
+    cpu_offload_layers: NonNegativeInt = 0
     """Layers whose activations wait in CPU memory for the backward pass; needs Transformer Engine, no pipeline, no
     recomputation."""
     init_from: Path | None = None
@@ -107,16 +106,15 @@ class TrainingConfig:
     new_token_rows: Literal["mean", "keep"] = "mean"
     """Rows of the embedding and the output matrix for tokens that the tokenizer of init_from lacks: the mean of the
     others (mean), or as the checkpoint has them, zeros beyond its vocabulary (keep)."""
-    validation_interval: int = 0
+    validation_interval: NonNegativeInt = 0
     """Steps between validations on data.validation, with one more after the last step; 0 never validates."""
-    validation_steps: int | Literal["all"] = 8
+    validation_steps: PositiveInt | Literal["all"] = 8
     """Global batches per validation and set, the same every time; or all: every sample of a set exactly once."""
-    manual_gc_interval: int = 0
+    manual_gc_interval: NonNegativeInt = 0
     """Steps between collections of Python garbage, on all ranks at once; 0 leaves them to Python."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "sequence_length", "global_batch_size", "micro_batch_size"):
-            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
+        check_bounds(self, "training.")
         self.skips(0)  # refuses what names no step
         require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
         require(
@@ -129,20 +127,6 @@ class TrainingConfig:
             f"training.bf16_layers_at_start and bf16_layers_at_end need training.fp8=tensorwise, blockwise or mxfp8, "
             f"not {self.fp8}",
         )
-        require(
-            self.validation_steps == "all" or self.validation_steps >= 1,
-            f"training.validation_steps={self.validation_steps} must be 1 or more, or all",
-        )
-        for name in (
-            "bf16_layers_at_start",
-            "bf16_layers_at_end",
-            "cpu_offload_layers",
-            "validation_interval",
-            "manual_gc_interval",
-        ):
-            require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must be 0 or more")
-        for name in ("fp8_amax_history", "recompute_layers"):
-            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be 1 or more")
         require(
             self.recompute != "selective" or len(self.recompute_modules) > 0,
             "training.recompute_modules is empty: name some, or give training.recompute=none",
@@ -191,14 +175,7 @@ class TrainingConfig:
 class SftTrainingConfig(TrainingConfig):
     """How long, in what portions and in which precision."""
 
-    num_epochs: float | None = None
+    num_epochs: PositiveFloat | None = None
     """Times over the data, in place of num_steps, which follows from it; for packed indices (tools/pack_sft.py)."""
-    validation_steps: int | Literal["all"] = "all"
+    validation_steps: PositiveInt | Literal["all"] = "all"
     """Global batches per validation and set, the same every time and no example twice; or all."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.num_epochs is None or self.num_epochs > 0,
-            f"training.num_epochs={self.num_epochs} must be above 0",
-        )

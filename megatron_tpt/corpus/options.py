@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 
 
@@ -45,16 +46,16 @@ class PrepareOptions:
     """Texts that differ in upper and lower case alone are exact duplicates too."""
     ignore_whitespace: bool = False
     """Texts that differ in the number and kind of spaces and newlines alone are exact duplicates too."""
-    minhash_ngram: int = 5
+    minhash_ngram: PositiveInt = 5
     """Near-duplicates are documents that share many runs of so many words (in lower case, without punctuation and
     accents).
     """
-    minhash_num_buckets: int = 14
+    minhash_num_buckets: PositiveInt = 14
     """Two documents are near-duplicates when all hashes of one bucket agree. With the default of 14 buckets of 8
     hashes that happens for 92% of the pairs that share 80% of their runs of words, for 56% of those that share 70%,
     for 5% of those that share 50%. More buckets find more and less similar pairs.
     """
-    minhash_hashes_per_bucket: int = 8
+    minhash_hashes_per_bucket: PositiveInt = 8
     """More hashes per bucket find fewer and more similar pairs. The similarity that is found as often as not is about
     (1 / buckets) ^ (1 / hashes): 0.72.
     """
@@ -68,30 +69,19 @@ class PrepareOptions:
     numbers, lists or objects, and a.b is the field b in column a. Documents that share a run of words with an item are
     dropped.
     """
-    ngram: int = 13
+    ngram: PositiveInt = 13
     """The length of such a run, in words (in lower case, without punctuation). Items of 8 words or more that are
     shorter are looked for as a whole; still shorter ones match only a document that holds nothing else.
     """
-    min_matches: int = 1
+    min_matches: PositiveInt = 1
     """Drop a document when it shares at least so many different runs of words with an evaluation set."""
-    rows_per_shard: int = 20_000
+    rows_per_shard: PositiveInt = 20_000
     """Rows of input per output file, which holds what is left of them."""
-    num_workers: int | None = None
+    num_workers: PositiveInt | None = None
     """Processes to use; by default one per core. The output is the same for any number."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "minhash_ngram",
-            "minhash_num_buckets",
-            "minhash_hashes_per_bucket",
-            "ngram",
-            "min_matches",
-            "rows_per_shard",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
+        check_bounds(self)
         self.evaluation_sets()
 
     def warn_of_unused(self) -> None:

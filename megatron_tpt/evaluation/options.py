@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import Sampling
+from megatron_tpt.generation import Sampling, Temperature, TopP
 from megatron_tpt.grading import AnswerKind, Reading, Rules
 
 
@@ -57,35 +58,31 @@ class EvaluateOptions:
     """
     allow_unsandboxed_code: bool = False
     """Run the code of answers with your own rights where there is no sandbox (bubblewrap)."""
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     """Answers per problem; accuracy is their mean (pass@1)."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """0 takes the likeliest token."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Choose among the likeliest tokens that together have this probability."""
-    max_new_tokens: int = 1024
+    max_new_tokens: PositiveInt = 1024
     """Longest answer, thinking included, in tokens."""
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer, such as "Question:" after few-shot examples."""
     seed: int = 0
     """Every sample gets its own seed from this one, the problem's id and its number."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Take only so many problems."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; "auto" is what its config.json says."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
-    max_num_seqs: int | None = None
+    max_num_seqs: PositiveInt | None = None
     """Most answers computed at once; by default 256 on CPUs and vLLM's own choice on GPUs."""
 
     def __post_init__(self) -> None:
-        self.sampling()
+        check_bounds(self)
         if not self.model:
             raise UserError("no model was given")
-        for name in ("num_samples", "tensor_parallel_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError("--num-samples above 1 needs --temperature above 0: greedy answers are all the same")
         if self.answer_pattern is not None:

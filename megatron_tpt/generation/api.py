@@ -10,9 +10,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from annotated_types import Ge, Gt, Le
+
+from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Temperature = Annotated[float, Ge(0), Le(2)]
+TopP = Annotated[float, Gt(0), Le(1)]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
 """What an engine may be able to do beside completing prompts:
@@ -51,10 +56,10 @@ class EngineError(Fault):
 class Sampling:
     """How the next token is chosen and when to end. The defaults are those of thinking generation."""
 
-    temperature: float = 0.6
+    temperature: Temperature = 0.6
     """0 takes the likeliest token."""
-    top_p: float = 0.9
-    max_new_tokens: int = 8192
+    top_p: TopP = 0.9
+    max_new_tokens: PositiveInt = 8192
     stop: tuple[str, ...] = ()
     """Texts that end a completion; they are not part of it. The end-of-sequence token always ends it."""
     seed: int | None = None
@@ -63,12 +68,7 @@ class Sampling:
     """Whether to return the log-probability of every sampled token, see `Completion.log_probabilities`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 2:
-            raise UserError(f"temperature {self.temperature}: must be from 0 to 2")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max-new-tokens {self.max_new_tokens}: must be 1 or more")
+        check_bounds(self)
 
 
 class Request(NamedTuple):
@@ -243,13 +243,13 @@ class EngineOptions:
 
     model: str
     """A Hugging Face model folder or a Hub id (owner/name); for "endpoint", the name under which it is served."""
-    max_model_len: int | None = None
+    max_model_len: PositiveInt | None = None
     """Longest prompt and completion together, in tokens; by default what the model was made for."""
     dtype: DType = "auto"
     """Number format of the model; "auto" is what its config.json says."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
-    max_num_seqs: int | None = None
+    max_num_seqs: PositiveInt | None = None
     """Most requests computed at once (by each server, where there are several); by default 256 on CPUs and vLLM's
     own choice on GPUs, 64 for every endpoint, 8 for "transformers".
     """
@@ -257,7 +257,7 @@ class EngineOptions:
     """"vllm" in this process; "vllm-server": vLLM servers, started here, one for every group of GPUs; "endpoint":
     servers that run already and speak OpenAI's protocol; "transformers": slow, where vLLM cannot be installed.
     """
-    num_engines: int | None = None
+    num_engines: PositiveInt | None = None
     """Servers to start for "vllm-server"; by default as many as the visible GPUs have room for, one on a CPU."""
     endpoints: tuple[str, ...] = ()
     """Base URLs for "endpoint", such as http://host:8000/v1; requests are shared among them."""
@@ -271,29 +271,21 @@ class EngineOptions:
     """The name under which endpoints are told `Sampling.max_new_tokens`."""
     omit_fields: tuple[OmittableField, ...] = ()
     """Fields of a request that endpoints are not sent, as some models refuse them."""
-    request_timeout_s: float = 1800.0
+    request_timeout_s: PositiveFloat = 1800.0
     """A request that takes longer is abandoned and retried."""
-    max_retries: int = 5
+    max_retries: NonNegativeInt = 5
     """How often a request is retried after an unusable answer, while others are completed. Servers that cannot be
     reached or are overloaded do not count: they are waited for.
     """
-    endpoint_patience_s: float = 600.0
+    endpoint_patience_s: PositiveFloat = 600.0
     """When no endpoint has answered for so long, generation ends with an error."""
-    hang_timeout_s: float = 600.0
+    hang_timeout_s: PositiveFloat = 600.0
     """A server of "vllm-server" that has requests, and has written no token for so long, is ended and started again."""
     log_dir: Path | None = None
     """The folder for the logs of the servers that "vllm-server" starts; by default a temporary one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "tensor_parallel_size", "max_num_seqs", "num_engines"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-        if self.max_retries < 0:
-            raise UserError(f"max_retries {self.max_retries}: must be 0 or more")
-        for name in ("request_timeout_s", "endpoint_patience_s", "hang_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} {getattr(self, name)}: must be above 0")
+        check_bounds(self)
         if self.kind == "endpoint" and not self.endpoints:
             raise UserError("no endpoint was given; name one or more, such as --endpoints http://host:8000/v1")
         if self.kind != "endpoint" and self.endpoints:

@@ -54,7 +54,7 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     When that very index is there already, it is left alone. Raises UserError for bad input, for an output of
     other settings or of other hands, and when no document is left; then nothing new is there.
     """
-    os.environ.setdefault("RAYON_NUM_THREADS", str(options.workers))  # the threads of both tokenizers
+    os.environ.setdefault("RAYON_NUM_THREADS", str(options.worker_count))  # the threads of both tokenizers
     job = IndexJob(options)
     if (finished := job.finished()) is not None:
         clear_leftovers(options.output)
@@ -130,7 +130,7 @@ def _publish(job: IndexJob, folder: Path) -> list[Manifest]:
 
 def _write(job: IndexJob, inputs: Sequence[Input], output: Output) -> None:
     """Read, encode and write the inputs, all at the same time."""
-    workers = job.options.workers
+    workers = job.options.worker_count
     memory = num_bytes("--max-memory", job.options.max_memory) - _BASE_BYTES
     block_bytes = memory // (_BYTES_PER_BLOCK_BYTE * (2 * workers + 2))
     block_bytes = max(_MIN_BLOCK_BYTES, min(_MAX_BLOCK_BYTES, block_bytes))

@@ -173,7 +173,7 @@ class IndexJob:
         sample = sample_texts(self.inputs, self.columns) if needs_sample else []
         if original:
             check_against_original(self.tokenizer, sample)
-        return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.workers)
+        return choose_encoder(self.tokenizer, options.tokenizer_backend, sample, options.worker_count)
 
 
 def manifest_name(input: Input) -> str:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
+from megatron_tpt.config.fields import POSITIONAL
 from megatron_tpt.errors import UserError
 
 
@@ -12,7 +12,7 @@ from megatron_tpt.errors import UserError
 class InspectOptions:
     """What to look at in an index."""
 
-    prefix: tyro.conf.Positional[Path]
+    prefix: Annotated[Path, POSITIONAL]
     """The index: PREFIX.bin, PREFIX.idx and, where it is ours, PREFIX.json, or PREFIX.sft.json of a packed one."""
     document: int | None = None
     """Show this document, counted from 0, as text and tokens: thinking apart, or of a row of a packed index its

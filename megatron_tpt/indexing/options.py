@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.sizes import num_bytes
@@ -47,7 +48,7 @@ class IndexOptions:
     """auto: gigatoken where it gives the very tokens of Hugging Face tokenizers, else these, and says so. gigatoken:
     stop where it does not. reference: Hugging Face tokenizers.
     """
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    num_workers: PositiveInt | None = None
     """Threads that parse and encode; by default as many as there are cores. One thread reads and unpacks, file after
     file; from .gz come some 200 MB/s, which two or three workers use up. For more, run a job for each part of the input
     and merge (tools/merge_index.py).
@@ -57,12 +58,16 @@ class IndexOptions:
     bad records; the environment variable MEGATRON_TPT_MAX_RECORD_SIZE sets another limit.)"""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: at least one is needed")
+        check_bounds(self)
         if num_bytes("--max-memory", self.max_memory) < MIN_MEMORY_BYTES:
             raise UserError(f"--max-memory {self.max_memory} is too little: give {MIN_MEMORY_BYTES >> 20}MiB or more")
         if self.shard_size is not None:
             num_bytes("--shard-size", self.shard_size)
+
+    @property
+    def worker_count(self) -> int:
+        """Threads to use."""
+        return self.num_workers or len(os.sched_getaffinity(0))
 
 
 MIN_MEMORY_BYTES = 512 << 20
@@ -97,7 +102,7 @@ class TrainTokenizerOptions:
     """The folder to make: a Hugging Face tokenizer. It must not exist."""
     text_column: str = "text"
     """The column with the document; several, as in "question,answer", are joined by a newline."""
-    vocab_size: int = 16384
+    vocab_size: PositiveInt = 16384
     """Number of tokens: 256 bytes, the special tokens, and merges found in the input."""
     special_tokens: list[str] = field(default_factory=list)
     """More special tokens, besides <|endoftext|> (end of sequence), <|pad|>, <think> and </think>."""

@@ -125,7 +125,7 @@ class _Encoding(NamedTuple):
             date=options.date,
             sequence_length=options.sequence_length,
             on_too_long=options.on_too_long,
-            on_bad_example=options.on_bad_example,
+            on_bad_example=options.on_bad_record,
             chat_template_kwargs=options.template_variables(),
             tools_column=options.tools_column,
             inline_reasoning=options.inline_reasoning,
@@ -185,10 +185,10 @@ class _Collector:
         if not isinstance(outcome, BadExample):
             for example in outcome:
                 self._add(place, example)
-        elif self._options.on_bad_example == "skip":
+        elif self._options.on_bad_record == "skip":
             self._skip(outcome.reason, place, outcome.detail)
         else:
-            raise UserError(f"{place}: {outcome}; or skip such records and count them: --on-bad-example skip")
+            raise UserError(f"{place}: {outcome}; or skip such records and count them: --on-bad-record skip")
 
     def _add(self, place: str, example: Example) -> None:
         capacity = self._options.sequence_length + 1

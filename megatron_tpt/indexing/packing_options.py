@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 from megatron_tpt.json_data import loads
 
@@ -24,7 +25,7 @@ class PackOptions:
     output: Path
     """The prefix of the output: PREFIX.bin, PREFIX.idx, PREFIX.sft, PREFIX.sft.json, and PREFIX.tokenizer with the chat
     template that was used."""
-    sequence_length: int
+    sequence_length: PositiveInt
     """training.sequence_length of the fine-tuning."""
     messages_column: str | None = None
     """The column with the conversation, in any of the shapes of docs/chats.md; "messages" when not given. Where a
@@ -53,22 +54,19 @@ class PackOptions:
     """Fields of messages to ignore; else a message with a field that is not understood is a bad example."""
     on_too_long: Literal["skip", "truncate", "stop"] = "skip"
     """What to do with an example longer than a row: skip it and count it, truncate it, or stop."""
-    on_bad_example: Literal["stop", "skip"] = "stop"
+    on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at a record that makes no example (bad fields, a loss mask of all ones or all zeros, what the chat template
     cannot show whole), or skip it and count it."""
-    num_workers: int | None = None
+    num_workers: PositiveInt | None = None
     """Processes that render and tokenise; when not given, as many as there are cores, fewer for small inputs. The
     output is the same whatever the number."""
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 1:
-            raise UserError(f"--sequence-length {self.sequence_length} must be 1 or more")
+        check_bounds(self)
         if (self.prompt_column is None) != (self.response_column is None):
             raise UserError("--prompt-column and --response-column go together: give both, or neither")
         if self.prompt_column is not None and self.messages_column is not None:
             raise UserError("--messages-column: omit it with --prompt-column and --response-column")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"--num-workers {self.num_workers}: must be 1 or more")
         self.today()
         self.template_variables()
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_tpt.config.fields import NonNegativeInt, PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 
 
@@ -13,13 +14,13 @@ class ScaleOptions:
 
     executor: Literal["local", "slurm", "ray"] = "local"
     """Where tasks run: processes on this machine, a SLURM job array, or a Ray cluster."""
-    num_tasks: int = 1
+    num_tasks: PositiveInt = 1
     """Parts that the job is split into. An unfinished job keeps its number."""
-    num_workers: int | None = None
+    num_workers: PositiveInt | None = None
     """Tasks at once. On this machine: as many as its GPUs allow, one without; on SLURM and Ray: no limit of ours."""
-    gpus_per_task: int = 0
+    gpus_per_task: NonNegativeInt = 0
     """GPUs of each task, its own alone. At 0 a local task sees all there are."""
-    cpus_per_task: int | None = None
+    cpus_per_task: PositiveInt | None = None
     """CPU cores that SLURM or Ray reserve for each task; on this machine its OMP_NUM_THREADS, where that is not set."""
     partition: str | None = None
     """SLURM: partition; by default the cluster's own."""
@@ -35,11 +36,11 @@ class ScaleOptions:
     """SLURM: further sbatch options, as in `constraint=h100` or `exclusive`; they win over the ones above."""
     env_command: str | None = None
     """SLURM: shell line before each task, as in `module load cuda`. The task runs with the Python of the submission."""
-    max_array_size: int | None = None
+    max_array_size: PositiveInt | None = None
     """SLURM: most tasks in one array, by default the cluster's MaxArraySize. More tasks are more arrays."""
-    requeue_before_limit_s: int = 120
+    requeue_before_limit_s: PositiveInt = 120
     """SLURM: a task that is still running this long before its time limit is stopped and queued again."""
-    max_requeues: int = 100
+    max_requeues: NonNegativeInt = 100
     """SLURM: times that one task may be queued again; after that it fails."""
     wait: bool = False
     """SLURM: wait for the end of the tasks and report as elsewhere, instead of ending once they are submitted."""
@@ -52,13 +53,7 @@ class ScaleOptions:
         return self.num_tasks > 1 or self.executor != "local"
 
     def __post_init__(self) -> None:
-        for name, least in {"num_tasks": 1, "gpus_per_task": 0, "requeue_before_limit_s": 1, "max_requeues": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        for name in ("num_workers", "cpus_per_task", "max_array_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        check_bounds(self)
         for argument in self.sbatch_args:
             if not re.fullmatch(r"[a-z][a-z0-9-]*(=.+)?", argument):
                 raise UserError(f"sbatch argument {argument!r}: write name=value without dashes, as in constraint=h100")

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
+from megatron_tpt.config.fields import POSITIONAL
 
 
 @dataclass(frozen=True)
 class StudyOptions:
     """Which study to run, and where to."""
 
-    study: tyro.conf.Positional[Path]
+    study: Annotated[Path, POSITIONAL]
     """The study's YAML file: title, command, seeds, results."""
     output: Path = Path("runs/study")
     """A folder for the runs, seed_0/ and so on, and the report/. Runs that are finished are not run again."""

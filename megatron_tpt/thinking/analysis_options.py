@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 
 
@@ -18,9 +19,9 @@ class AnalysisOptions:
     dot leads into nested columns, as in "labels.level"."""
     output: Path
     """A folder for report.md, and COLUMN.csv and COLUMN.png of every column; what is there is replaced."""
-    min_documents: int = 30
+    min_documents: PositiveInt = 30
     """Groups with fewer documents are put together as "(other)": below 30 an interval of the mean says little."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Look at only so many records."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at a record without usable text, or leave it out and count it."""
@@ -28,10 +29,7 @@ class AnalysisOptions:
     def __post_init__(self) -> None:
         if not all(self.columns):
             raise UserError(f"--by {self.by!r}: give columns of meta with commas between, as in domain,reasoning")
-        if self.min_documents < 1:
-            raise UserError(f"--min-documents {self.min_documents}: must be 1 or more")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit {self.limit}: must be 1 or more")
+        check_bounds(self)
 
     @property
     def columns(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import EngineOptions, Sampling, check_context, check_model, load_tokenizer
 from megatron_tpt.jobs.folder import JobFolder
-from megatron_tpt.records import Columns, Source, read_blocks
+from megatron_tpt.records import Columns, Source, describe, read_blocks
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Documents, Prompt, Template, ends_in, load_template, render
 from megatron_tpt.thinking.rows import RowWorker
@@ -103,8 +103,10 @@ def _check_first_rows(job: AugmentJob) -> None:
             for row in rows:
                 if row.record is not None:
                     return
+                if job.options.on_bad_record == "stop":
+                    raise UserError(describe(source, row))
                 problems.append(f"{source.name}:{row.number + 1}: {row.problem}{row.detail}")
-                if job.options.on_bad_record == "stop" or len(problems) >= _MAX_BAD_AT_START:
+                if len(problems) >= _MAX_BAD_AT_START:
                     raise UserError(f"no record at the start of the input; the first row is {problems[0]}")
     if problems:
         raise UserError(f"no records in the input; the first row is {problems[0]}")

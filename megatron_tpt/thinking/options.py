@@ -4,10 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from megatron_tpt.config.fields import FLAT, REPEATED, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import EngineOptions, Sampling
+from megatron_tpt.generation import EngineOptions, Sampling, Temperature, TopP
 from megatron_tpt.generation.request_fields import (
     CHAT_TEMPLATE_KWARGS,
     LengthField,
@@ -16,9 +15,6 @@ from megatron_tpt.generation.request_fields import (
 )
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.thinking.filter_options import FilterOptions
-
-type Repeated[T] = Annotated[list[list[T]], tyro.conf.UseAppendAction]
-"""Values of an option that can be given several times, each time with one or more."""
 
 # Options that would be ignored with other engines. None of them is among the job's settings.
 _ENGINES_OF = {
@@ -50,16 +46,16 @@ class AugmentOptions:
     """The column with the record's id; without a column "id" the id is made from the content."""
     meta_columns: list[str] = field(default_factory=list)
     """Other columns to keep in the record's `meta`, for tools/analyze_thinking.py and for you."""
-    on_bad_record: Literal["skip", "stop"] = "skip"
-    """Put a record without usable text among the rejects, or stop at it."""
-    limit: int | None = None
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """Stop at a record without usable text, or put it among the rejects. It may change while a job is unfinished."""
+    limit: PositiveInt | None = None
     """Look only at the first so many rows of the input."""
 
     prompt: str = "expert"
     """expert, random-focus, back-thinking (needs the columns question and answer), rephrase, or a file of yours with
     {document}, {focused_document} or {COLUMN} where the text goes.
     """
-    max_document_tokens: int = 2048
+    max_document_tokens: PositiveInt = 2048
     """The model sees this much of a document at once, in its own tokens."""
     long_documents: Literal["truncate", "chunk"] = "truncate"
     """Longer documents: the model sees their beginning, or all of them in chunks with a thinking each."""
@@ -74,15 +70,15 @@ class AugmentOptions:
     close_tag: str = "</think>"
     """What ends the model's thinking."""
 
-    max_new_tokens: int = 8192
+    max_new_tokens: PositiveInt = 8192
     """Longest thinking, in tokens; longer ones are cut."""
-    temperature: float = 0.6
+    temperature: Temperature = 0.6
     """Randomness of the thinking; 0 takes the likeliest token."""
-    top_p: float = 0.9
+    top_p: TopP = 0.9
     """Choose among the likeliest tokens that together have this probability."""
     seed: int = 0
     """Every request gets its own seed from this one and the record's id."""
-    rollouts: int = 1
+    rollouts: PositiveInt = 1
     """Thoughts per document, each in a record of its own: with 2 or more the ids end in #0, #1, ..."""
     truncated: Literal["keep", "drop", "sentence"] = "keep"
     """Thoughts cut at `max_new_tokens`: keep them, put them among the rejects, or cut them back to the last whole
@@ -91,9 +87,9 @@ class AugmentOptions:
     filters: FilterOptions = field(default_factory=FilterOptions)
     """Which thoughts to reject."""
 
-    records_per_shard: int = 1000
+    rows_per_shard: PositiveInt = 1000
     """Rows of the input per output file."""
-    estimate: int | None = None
+    estimate: PositiveInt | None = None
     """Write nothing: think about so many documents drawn from the input, and say what all of them would cost."""
 
     status: bool = False
@@ -113,17 +109,17 @@ class AugmentOptions:
     """What to ask of endpoints: completions of whole prompts, or chat, where the server applies the chat template."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the key for the endpoints."""
-    request_field: Repeated[str] = field(default_factory=list)
+    request_field: Annotated[list[list[str]], REPEATED] = field(default_factory=list)
     """A field NAME=VALUE for endpoints, sent with every request, as in top_k=20; values are JSON where they can be. It
     can be given several times. Every engine takes chat_template_kwargs={"NAME": VALUE}.
     """
     length_field: LengthField = "max_tokens"
     """The name under which endpoints are told --max-new-tokens."""
-    omit_fields: Repeated[OmittableField] = field(default_factory=list)
+    omit_fields: Annotated[list[list[OmittableField]], REPEATED] = field(default_factory=list)
     """Fields not to send to endpoints, as some models refuse them; then the server's own values hold."""
-    request_timeout_s: float = 3600
+    request_timeout_s: PositiveFloat = 3600
     """Longest wait for one answer of a server."""
-    hang_timeout_s: float = 600
+    hang_timeout_s: PositiveFloat = 600
     """vllm-server: a server that has requests, and has written no token for so long, is ended and started again."""
     tokenizer: str | None = None
     """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may be
@@ -131,35 +127,24 @@ class AugmentOptions:
     """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; "auto" is what its config.json says."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
-    num_engines: int | None = None
+    num_engines: PositiveInt | None = None
     """Servers that vllm-server starts; by default as many as there are GPUs for."""
-    max_num_seqs: int | None = None
+    max_num_seqs: PositiveInt | None = None
     """Most documents thought about at once by one engine; by default the engine's own choice, 256 on CPUs."""
 
-    task: int | None = None
+    task: NonNegativeInt | None = None
     """Do only this part of the job, from 0 to --num-tasks - 1; set by the executors."""
-    scale: Annotated[ScaleOptions, tyro.conf.arg(name="")] = field(default_factory=ScaleOptions)
+    scale: Annotated[ScaleOptions, FLAT] = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:
-        self.sampling()
-        for name in (
-            "max_document_tokens",
-            "records_per_shard",
-            "tensor_parallel_size",
-            "rollouts",
-            "limit",
-            "estimate",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        check_bounds(self)
         if (self.engine == "endpoint") != bool(self.endpoints):
             raise UserError("--engine endpoint and --endpoints URL... need each other")
         if self.api == "chat" and self.engine != "endpoint":
             raise UserError("--api chat is for --engine endpoint; the other engines apply the chat template themselves")
-        if self.task is not None and not 0 <= self.task < self.scale.num_tasks:
+        if self.task is not None and self.task >= self.scale.num_tasks:
             raise UserError(f"--task {self.task}: must be from 0 to --num-tasks - 1 ({self.scale.num_tasks - 1})")
         if self.limit is not None and self.scale.num_tasks > 1:
             raise UserError("--limit counts the rows of the whole input, which tasks cannot; leave one of them out")

@@ -87,7 +87,7 @@ def _refilter_source(
     def is_wanted(block: int) -> bool:
         return block_name(number, block) in done | under_way
 
-    for block, rows in read_blocks(source, job.columns, job.options.records_per_shard, is_wanted):
+    for block, rows in read_blocks(source, job.columns, job.options.rows_per_shard, is_wanted):
         name = block_name(number, block)
         answers: list[Answer] = []
         if name in done:

@@ -90,7 +90,7 @@ class Retry:
             statistics = ledger.entries[name].statistics if name in ledger.entries else None
             return statistics is None or any(map(self._is_wanted, statistics.rejects + statistics.chunk_rejects))
 
-        rows_per_block = self._job.options.records_per_shard
+        rows_per_block = self._job.options.rows_per_shard
         for block, rows in read_blocks(source, self._job.columns, rows_per_block, is_wanted):
             name = block_name(number, block)
             lines = BlockLines(self._job.options, *self._output.read_block(name))

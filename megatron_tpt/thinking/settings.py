@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.jobs.settings import check_settings, describe_inputs
+from megatron_tpt.jobs.settings import check_settings, describe_inputs, read_settings
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
@@ -20,15 +20,17 @@ FORMAT_VERSION = 2
 
 def make_settings(options: AugmentOptions, sources: Sequence[Source], template: Template) -> dict[str, Any]:
     """Everything that decides what the shards hold. What only decides how fast they come is left out."""
+    before = read_settings(options.output / SETTINGS_NAME) or {}
     return {
         "format_version": FORMAT_VERSION,
         "input": describe_inputs(options.output / SETTINGS_NAME, sources),
         "text_column": options.text_column,
         "id_column": options.id_column,
         "meta_columns": options.meta_columns,
-        "on_bad_record": options.on_bad_record,
+        # As the job began: the shards of a job that stops at bad records are those of one that rejects them.
+        "on_bad_record": before.get("on_bad_record", options.on_bad_record),
         "limit": options.limit,
-        "records_per_shard": options.records_per_shard,
+        "records_per_shard": options.rows_per_shard,  # the name in the settings of all versions
         "model": options.model,
         "model_files": {path.name: file_fingerprint(path) for path in _model_files(options.model)},
         "dtype": options.dtype,

@@ -88,7 +88,7 @@ class Task:
                 rows_left -= max([self._end, *(entry.end for entry in ledger.entries.values())])
 
     def _source_blocks(self, number: int, source: Source, ledger: Ledger, limit: int | None) -> Iterator[Block]:
-        rows_per_block = self._job.options.records_per_shard
+        rows_per_block = self._job.options.rows_per_shard
 
         def is_beyond(row: int) -> bool:
             return limit is not None and row >= limit

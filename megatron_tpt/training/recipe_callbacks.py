@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from megatron_tpt.config.convert import Converter, is_section
-from megatron_tpt.config.reference import default_of, meanings_of, name_of
+from megatron_tpt.config.describe import default_of, documentation_of, type_of
+from megatron_tpt.config.fields import plain
 from megatron_tpt.config.yaml_file import Key, dotted, place_of
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.callbacks import SaveCheckpoints, default_callbacks
@@ -65,9 +66,9 @@ def describe_callbacks() -> str:
     """The section of docs/recipe.md on callbacks, as Markdown."""
     lines = [_INTRODUCTION]
     for name, kind in built_in_callbacks().items():
-        meanings = meanings_of(kind)
+        meanings = documentation_of(kind)[1]
         settings = [
-            f"`{field.name}` ({name_of(field.type)}; default {default_of(field)}): {meanings[field.name]}"
+            f"`{field.name}` (`{type_of(field.type)}`; default `{default_of(field)}`): {meanings[field.name]}"
             for field in dataclasses.fields(settings_type(kind))
         ]
         purpose = " ".join((kind.__doc__ or "").split())
@@ -135,7 +136,7 @@ def settings_type(kind: type[Callback]) -> type:
     """A dataclass with the parameters of a callback's class as fields. Raises UserError where a type is missing, or is
     none that a recipe can give."""
     try:
-        hints, fields = get_type_hints(kind.__init__), []
+        hints, fields = get_type_hints(kind.__init__, include_extras=True), []
     except NameError as error:
         raise UserError(f"the types of {kind.__name__}'s parameters cannot be read ({error}): fix them") from None
     for parameter in inspect.signature(kind).parameters.values():
@@ -158,6 +159,7 @@ def _constant(value: Any) -> Any:
 
 
 def _can_be_given(hint: Any) -> bool:
+    hint = plain(hint)
     others = [one for one in get_args(hint) if one is not type(None)]
     if get_origin(hint) in (Union, types.UnionType) and len(others) > 1:
         return all(_can_be_given(one) and get_origin(one) is not list and not is_section(one) for one in others)

@@ -154,5 +154,5 @@ def test_help_has_every_field_and_an_example_a_line(capsys: pytest.CaptureFixtur
             load_recipe(cls, ["--help"])
         lines = capsys.readouterr().out.splitlines()
         assert end.value.code == 0 and any(line.startswith(f"  {own}  (") for line in lines)
-        assert any(line.startswith("  --training.validation_steps  (whole number or all; default: ") for line in lines)
+        assert any(line.startswith("  --training.validation_steps  (int >= 1 | all; default: ") for line in lines)
         assert sum(line.startswith(("  python -m megatron_tpt.", "  torchrun ")) for line in lines) == 3

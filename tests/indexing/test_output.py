@@ -214,7 +214,7 @@ def test_a_bad_record_leaves_the_finished_files_to_go_on_from(tokenizer_dir: Pat
 def test_killed_at_random_moments_the_same_command_gives_the_same_index(tokenizer_dir: Path, tmp_path: Path) -> None:
     write_files(tmp_path / "in", 12, 1500, 60)
     arguments = [sys.executable, TOOL, "--input", tmp_path / "in", "--tokenizer", tokenizer_dir]
-    arguments = [*map(str, arguments), "--workers", "1", "--output"]
+    arguments = [*map(str, arguments), "--num-workers", "1", "--output"]
     rng = random.Random(0)
     journal = tmp_path / "a" / ".tmp-x" / "journal"
     num_kills = 0
@@ -250,7 +250,7 @@ def test_small_blocks_many_workers_and_kinds_of_files_change_nothing(
     monkeypatch.setattr(blocks, "_READ_BYTES", 777)
     for backend in ("gigatoken", "reference"):
         output = tmp_path / backend
-        assert index(replace(options, output=output, workers=7, tokenizer_backend=backend)).checksums == expected
+        assert index(replace(options, output=output, num_workers=7, tokenizer_backend=backend)).checksums == expected
 
 
 def test_blocks_of_tables_keep_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_memory_keeps_to_its_bound_whatever_the_number_of_workers(tokenizer_dir:
     texts = [f"{number} {texts[number % 30][number // 30 :]}" for number in range(6000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
     arguments = ["--input", tmp_path / "d.parquet", "--tokenizer", tokenizer_dir, "--output", tmp_path / "x"]
-    command = [TOOL, *arguments, "--workers", "64", "--max-memory", "512MiB"]
+    command = [TOOL, *arguments, "--num-workers", "64", "--max-memory", "512MiB"]
     peak = "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True);"
     peak += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"  # in KiB
     result = subprocess.run([sys.executable, "-c", peak, *map(str, command)], capture_output=True, text=True)
@@ -406,8 +406,8 @@ def test_an_index_without_documents_is_refused(documents: Path, tokenizer_dir: P
 
 
 def test_sizes_are_read_as_people_write_them(tokenizer_dir: Path) -> None:
-    for wrong in ({"max_memory": "lots"}, {"max_memory": "1MB"}, {"shard_size": "0GB"}, {"workers": 0}):
-        with pytest.raises(UserError, match=r"--(max-memory|shard-size|workers)"):
+    for wrong in ({"max_memory": "lots"}, {"max_memory": "1MB"}, {"shard_size": "0GB"}, {"num_workers": 0}):
+        with pytest.raises(UserError, match=r"--(max-memory|shard-size|num-workers)"):
             IndexOptions([], tokenizer_dir, Path("x"), **wrong)
 
 

@@ -284,9 +284,9 @@ def test_a_bad_example_is_named_or_counted(options: dict, chats: Path) -> None:
     lines[1:1] = ["", '{"messages": []}', "[1]", "{", '{"messages": [{"role": "user", "content": "a"}]}']
     path.write_text("\n".join(lines) + "\n")
     options |= {"input": [path], "sequence_length": 1000}
-    with pytest.raises(UserError, match=r"bad\.jsonl:3: no messages .*--on-bad-example skip"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:3: no messages .*--on-bad-record skip"):
         pack_sft(PackOptions(**options))
-    counts = pack_sft(PackOptions(**options, on_bad_example="skip")).counts
+    counts = pack_sft(PackOptions(**options, on_bad_record="skip")).counts
     assert counts.examples == 3
     assert counts.skipped == {"no messages": 1, "not a JSON object": 1, "not JSON": 1, "nothing to learn": 1}
     assert counts.skipped_example["not a JSON object"] == f"{path}:4: but a list"
@@ -307,7 +307,7 @@ def test_workers_change_neither_the_bytes_nor_the_counts(
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
     for path, part in zip(paths, (lines[:280], ["\n", *lines[280:], "{\n", "[]\n"], lines[:5]), strict=True):
         path.write_text("".join(part))
-    options |= {"input": paths, "on_bad_example": "skip", **columns}
+    options |= {"input": paths, "on_bad_record": "skip", **columns}
     alone = pack_sft(PackOptions(**options, num_workers=1))
     before = content(options["output"])
     together = pack_sft(PackOptions(**options | {"output": tmp_path / "two"}, num_workers=2))
@@ -361,7 +361,7 @@ def test_an_input_of_which_nothing_can_be_learned_is_refused(lines: str, words: 
     path = options["output"].with_name("nothing.jsonl")
     path.write_text(lines)
     with pytest.raises(UserError, match=words):
-        pack_sft(PackOptions(**options | {"input": [path]}, on_bad_example="skip"))
+        pack_sft(PackOptions(**options | {"input": [path]}, on_bad_record="skip"))
     assert [path.name for path in path.parent.iterdir()] == ["nothing.jsonl"]
 
 

@@ -144,8 +144,8 @@ def test_cores_per_task_reach_the_libraries_that_count_threads(monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_tasks": 0}, "num_tasks is 0"),
-        ({"num_workers": 0}, "num_workers is 0"),
+        ({"num_tasks": 0}, "--num-tasks 0: must be 1 or more"),
+        ({"num_workers": 0}, "--num-workers 0: must be 1 or more"),
         ({"sbatch_args": ["--exclusive"]}, "name=value without dashes"),
     ],
 )

@@ -34,7 +34,8 @@ def options_for(documents: Path, model: str, output: Path, **changes: Any) -> Au
         "temperature": 1.0,
         "max_new_tokens": 40,
         "max_document_tokens": 50,
-        "records_per_shard": 5,
+        "rows_per_shard": 5,
+        "on_bad_record": "skip",
         "filters": NO_FILTERS,
     }
     return AugmentOptions(**settings | changes)
@@ -62,7 +63,8 @@ def command(options: AugmentOptions, *more: str) -> list[str]:
         *("--output", str(options.output), "--model", options.model),
         *("--temperature", str(options.temperature), "--max-new-tokens", str(options.max_new_tokens)),
         *("--max-document-tokens", str(options.max_document_tokens)),
-        *("--records-per-shard", str(options.records_per_shard), *filters, *more),
+        *("--rows-per-shard", str(options.rows_per_shard), "--on-bad-record", options.on_bad_record),
+        *(*filters, *more),
     ]
 
 

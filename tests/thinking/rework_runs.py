@@ -31,7 +31,7 @@ def mixed_job(folder: Path, server: UnrulyServer, **changes: Any) -> AugmentOpti
     texts[2:2] = ["400 1 refused", "ok 0 short"]
     texts += ["ok 0 0", " ", "400 1 last", "ok 0 brief"]
     server.answers = {"ok 0 short": SHORT, "ok 0 brief": SHORT}
-    return job(folder, server, texts, **{"filters": FILTERS, "records_per_shard": 5} | changes)
+    return job(folder, server, texts, **{"filters": FILTERS, "rows_per_shard": 5} | changes)
 
 
 def state(output: Path) -> tuple[list[tuple[str, str | None]], list[tuple[int, str]]]:

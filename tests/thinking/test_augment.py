@@ -175,7 +175,7 @@ def test_bad_and_repeated_rows_are_rejects_and_every_row_is_accounted_for(
 def test_a_repeated_id_is_known_after_the_shard_that_had_it_is_done(model: str, tmp_path: Path) -> None:
     texts = ["one", "two", "three", "two"]
     path = write_documents(tmp_path / "documents.jsonl", ({"text": f"number {text}"} for text in texts))
-    options = options_for(path, model, tmp_path / "out", records_per_shard=2)
+    options = options_for(path, model, tmp_path / "out", rows_per_shard=2)
     augment(options)
     whole = shards(options.output)
     (options.output / "part-00000-00001.jsonl.zst").unlink()
@@ -197,9 +197,7 @@ def test_the_limit_counts_rows_over_all_sources(documents: Path, model: str, tmp
 
 
 def test_a_killed_job_asks_again_only_for_what_was_not_finished(documents: Path, model: str, tmp_path: Path) -> None:
-    options = options_for(
-        documents, model, tmp_path / "out", records_per_shard=1000, max_num_seqs=1, max_new_tokens=130
-    )
+    options = options_for(documents, model, tmp_path / "out", rows_per_shard=1000, max_num_seqs=1, max_new_tokens=130)
     journal = options.output / ".work" / "journal" / "part-00000-00000.jsonl"
     process = subprocess.Popen(command(options, "--max-num-seqs", "1"), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -216,7 +214,7 @@ def test_a_killed_job_asks_again_only_for_what_was_not_finished(documents: Path,
         file.write(b'{"row": 22, "id": "torn by the cra')
     (options.output / ".tmp-there-1-part-00000-00000.jsonl.zst").write_bytes(b"killed while it wrote the shard")
     assert augment(options).records == NUM_DOCUMENTS - kept
-    whole = options_for(documents, model, tmp_path / "whole", records_per_shard=1000, max_new_tokens=130)
+    whole = options_for(documents, model, tmp_path / "whole", rows_per_shard=1000, max_new_tokens=130)
     augment(whole)
     assert shards(options.output) == shards(whole.output)  # as if nothing had happened
     assert not list(options.output.glob(".tmp-*"))
@@ -365,7 +363,7 @@ def test_a_recipe_holds_the_options_and_the_command_line_wins(
     recipe = tmp_path / "augment.yaml"
     recipe.write_text(
         f"input: [{options.input[0]}]\nmodel: {options.model}\noutput: {tmp_path / 'no'}\ntemperature: 1.0\n"
-        "max_new_tokens: 40\nmax_document_tokens: 50\nrecords_per_shard: 5\nwait: false\n"
+        "max_new_tokens: 40\nmax_document_tokens: 50\nrows_per_shard: 5\nwait: false\n"
         "filters: {min_words: 0, max_repeated_share: 1, loop_words: 0, max_foreign_share: 1, max_refusal_words: 0,\n"
         "  max_copied_share: 1}\n"
     )

@@ -46,7 +46,7 @@ def num_records_in_card(options: AugmentOptions) -> int:
 def test_a_damaged_shard_is_done_again_and_no_other(
     server: UnrulyServer, tmp_path: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = job(tmp_path, server, good_texts(6), records_per_shard=2)
+    options = job(tmp_path, server, good_texts(6), rows_per_shard=2)
     augment(options)
     before, num_asked = shards(options.output), len(server.bodies)
     damage(options.output / SECOND)
@@ -84,7 +84,7 @@ def test_a_shard_of_other_content_is_not_judged_by_other_filters(server: UnrulyS
 
 
 def test_a_job_of_an_earlier_version_is_taken_as_it_is(server: UnrulyServer, tmp_path: Path) -> None:
-    options = job(tmp_path, server, good_texts(4), records_per_shard=2)
+    options = job(tmp_path, server, good_texts(4), rows_per_shard=2)
     augment(options)
     for path in (options.output / ".inventory").iterdir():
         path.unlink()

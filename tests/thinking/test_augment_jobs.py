@@ -55,7 +55,7 @@ def test_a_journal_with_lengths_below_zero_is_written_out(server: UnrulyServer, 
 
 def test_a_task_that_waited_for_another_run_of_it_asks_nothing_again(server: UnrulyServer, tmp_path: Path) -> None:
     server.delay_s = 0.5
-    options = job(tmp_path, server, good_texts(8), max_num_seqs=1, records_per_shard=2)
+    options = job(tmp_path, server, good_texts(8), max_num_seqs=1, rows_per_shard=2)
     ends: list[Any] = []
     runs = [threading.Thread(target=lambda: ends.append(augment(options))) for _ in range(2)]
     runs[0].start()
@@ -71,7 +71,7 @@ def test_a_task_that_waited_for_another_run_of_it_asks_nothing_again(server: Unr
 def test_another_split_of_a_job_does_not_write_where_one_is_at_work(
     server: UnrulyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = job(tmp_path, server, good_texts(8), records_per_shard=2)
+    options = job(tmp_path, server, good_texts(8), rows_per_shard=2)
     path = options.output / ".work" / "journal" / "part-00000-00001.jsonl"
     monkeypatch.setattr("megatron_tpt.thinking.journal._LOCK_TIMEOUT_S", 0.5)
     other = Journal(path)
@@ -85,7 +85,7 @@ def test_another_split_of_a_job_does_not_write_where_one_is_at_work(
 
 
 def test_what_another_run_has_finished_meanwhile_is_not_begun_again(server: UnrulyServer, tmp_path: Path) -> None:
-    options = job(tmp_path, server, good_texts(8), records_per_shard=2)
+    options = job(tmp_path, server, good_texts(8), rows_per_shard=2)
     before = Output(options.output)
     augment(options)
     assert not before.is_done("part-00000-00001")
@@ -141,7 +141,7 @@ def test_a_block_that_was_killed_at_its_very_end_is_counted_once(
 
 
 def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: UnrulyServer, tmp_path: Path) -> None:
-    options = job(tmp_path, server, good_texts(9), records_per_shard=2, scale=ScaleOptions(num_tasks=2))
+    options = job(tmp_path, server, good_texts(9), rows_per_shard=2, scale=ScaleOptions(num_tasks=2))
     launch(options, [sys.executable, "-c", "'a task that is submitted, and has not begun'"])
     assert "# Documents with thinking (incomplete)" in card(options) and "2 of 2 tasks have not finished" in card(
         options

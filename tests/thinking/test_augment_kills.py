@@ -92,7 +92,7 @@ def test_a_job_that_is_killed_twenty_times_asks_for_nothing_that_was_finished(
     options = options_for(documents, model, tmp_path / "out", max_new_tokens=48, max_document_tokens=400)
     job = command(
         options, *("--engine", "endpoint", "--endpoints", f"{server}/v1", "--max-num-seqs", str(MAX_NUM_SEQS)),
-        *("--records-per-shard", str(ROWS_PER_SHARD)),
+        *("--rows-per-shard", str(ROWS_PER_SHARD)),
     )  # fmt: skip
     progress, lost = [], []
     for _ in range(NUM_JOB_KILLS):
@@ -129,7 +129,7 @@ def test_a_job_whose_server_is_killed_five_times_ends_with_every_document(
         "vllm-server",
         "--max-num-seqs",
         str(MAX_NUM_SEQS),
-        *("--records-per-shard", str(ROWS_PER_SHARD)),
+        *("--rows-per-shard", str(ROWS_PER_SHARD)),
     )
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(job, stderr=log)

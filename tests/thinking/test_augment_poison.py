@@ -70,7 +70,7 @@ def test_every_row_is_accounted_for_whatever_input_and_servers_do(
             prompt=str(template),
             max_document_tokens=2048,
             request_timeout_s=1.0,
-            records_per_shard=100,
+            rows_per_shard=100,
         )
         progress = augment(options)
         asked = len(server.bodies) + len(other.bodies)
@@ -98,7 +98,7 @@ def test_a_row_that_is_answered_before_the_next_is_read_counts_once(tmp_path: Pa
             endpoints=[server.url],
             prompt=str(tmp_path / "bare.txt"),
             max_num_seqs=1,
-            records_per_shard=10,
+            rows_per_shard=10,
         )
         assert augment(options).records == 25
     assert [record.text for record in records(options.output)] == [f"ok 0 {i}" for i in range(25)]

@@ -34,6 +34,15 @@ def permanent(output: Path) -> list[str]:
     return [str(path) for name in names for path in output.glob(name)]
 
 
+def test_what_is_done_at_bad_records_may_change_in_an_unfinished_job(server: UnrulyServer, tmp_path: Path) -> None:
+    texts = [*good_texts(6), " ", *good_texts(2)]
+    with pytest.raises(UserError, match=r"in\.jsonl:7: empty text; .*--on-bad-record skip"):
+        augment(job(tmp_path, server, texts, rows_per_shard=2, on_bad_record="stop"))
+    progress = augment(job(tmp_path, server, texts, rows_per_shard=2))
+    assert (progress.records + progress.records_before, progress.rejects["empty text"]) == (6, 1)
+    augment(job(tmp_path, server, texts, rows_per_shard=2, on_bad_record="stop"))  # nothing is left to do
+
+
 @pytest.mark.parametrize("status_code,sentence", [(400, "Unsupported parameter: 'max_tokens'"), (422, TOO_LONG)])
 @pytest.mark.parametrize("changes", [{}, {"rollouts": 2}, {"max_num_seqs": 1}])
 def test_a_server_that_refuses_everything_leaves_nothing_done_and_other_settings_can_follow(
@@ -53,7 +62,7 @@ def test_a_server_that_refuses_everything_leaves_nothing_done_and_other_settings
 
 def test_a_server_that_begins_to_refuse_everything_costs_no_document(server: UnrulyServer, tmp_path: Path) -> None:
     server.refuses = lambda body: "model not found" if len(server.bodies) > 12 else None
-    options = job(tmp_path, server, good_texts(30), max_num_seqs=2, records_per_shard=4)
+    options = job(tmp_path, server, good_texts(30), max_num_seqs=2, rows_per_shard=4)
     with pytest.raises(UserError, match=r"now refuses every request.*model not found"):
         augment(options)
     assert not rejects(options.output) and len(records(options.output)) >= 8
@@ -61,11 +70,11 @@ def test_a_server_that_begins_to_refuse_everything_costs_no_document(server: Unr
     progress = augment(options)
     assert progress.records + progress.records_before == 30 == len(records(options.output))
     with pytest.raises(UserError, match="started with other settings"):  # of this one something has come
-        augment(job(tmp_path, server, good_texts(30), max_num_seqs=2, records_per_shard=4, seed=1))
+        augment(job(tmp_path, server, good_texts(30), max_num_seqs=2, rows_per_shard=4, seed=1))
 
 
 def test_the_last_documents_may_be_refused_where_only_they_are_left(server: UnrulyServer, tmp_path: Path) -> None:
-    options = job(tmp_path, server, [*good_texts(5), "400 9 a", "long 9 b"], records_per_shard=2)
+    options = job(tmp_path, server, [*good_texts(5), "400 9 a", "long 9 b"], rows_per_shard=2)
     assert augment(options).rejects == {"engine_bad_request": 1, "engine_prompt_too_long": 1}
     (options.output / "rejects" / "part-00000-00003.jsonl.zst").unlink()
     assert augment(options).rejects == {"engine_prompt_too_long": 1}  # nothing was completed in this run
@@ -105,7 +114,7 @@ def test_a_job_whose_thoughts_are_all_rejected_says_why_and_is_not_done(server: 
 
 def test_a_job_of_several_tasks_is_judged_as_a_whole(server: UnrulyServer, tmp_path: Path) -> None:
     server.reasoning, server.answers = None, {text: "no" for text in good_texts(4)}
-    changes: dict[str, Any] = {"records_per_shard": 2, "filters": FilterOptions(min_words=3)}
+    changes: dict[str, Any] = {"rows_per_shard": 2, "filters": FilterOptions(min_words=3)}
     tasks = [
         job(tmp_path, server, good_texts(4), task=task, scale=ScaleOptions(num_tasks=2), **changes) for task in (0, 1)
     ]
@@ -133,7 +142,7 @@ def test_a_job_is_warned_of_early_where_nothing_comes_of_it(
     server: UnrulyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.reasoning = None
-    options = job(tmp_path, server, good_texts(130), filters=FilterOptions(min_words=50), records_per_shard=200)
+    options = job(tmp_path, server, good_texts(130), filters=FilterOptions(min_words=50), rows_per_shard=200)
     with pytest.raises(UserError, match="without a single record"):
         augment(options)
     said = capsys.readouterr().err

@@ -174,9 +174,9 @@ def test_options_are_the_same_after_json():
 
 
 def test_limits_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match=r"--filters\.min-words -1: give 0"):
+    with pytest.raises(UserError, match=r"--filters\.min-words -1: must be 0 or more"):
         FilterOptions(min_words=-1)
-    with pytest.raises(UserError, match=r"--filters\.max-copied-share 1\.5: give a share"):
+    with pytest.raises(UserError, match=r"--filters\.max-copied-share 1\.5: must be from 0 to 1"):
         FilterOptions(max_copied_share=1.5)
 
 

@@ -42,7 +42,7 @@ def test_the_share_of_the_input_is_that_of_the_answered_documents(
 
     monkeypatch.setattr(progress_module, "_FILE_EVERY_S", 0.0)
     monkeypatch.setattr(progress_module, "write_progress", note)
-    options = job(tmp_path, server, [], max_num_seqs=4, records_per_shard=7)
+    options = job(tmp_path, server, [], max_num_seqs=4, rows_per_shard=7)
     path = tmp_path / f"rows{suffix}"
     write_records(path, (Record(str(i), text) for i, text in enumerate(good_texts(40))))
     augment(dataclasses.replace(options, input=[str(path)]))
@@ -99,7 +99,7 @@ def test_the_time_left_is_that_of_all_tasks_at_the_speed_of_those_that_run(tmp_p
 
 
 def test_tasks_that_share_a_file_have_each_a_part_of_it(server: UnrulyServer, tmp_path: Path) -> None:
-    whole = job(tmp_path, server, good_texts(40), records_per_shard=2, scale=ScaleOptions(num_tasks=4))
+    whole = job(tmp_path, server, good_texts(40), rows_per_shard=2, scale=ScaleOptions(num_tasks=4))
     size = (tmp_path / "in.jsonl").stat().st_size
     augment(dataclasses.replace(whole, task=2))
     now, own = status(whole), read_progress(Output(whole.output).progress_path(2, 4))
@@ -110,7 +110,7 @@ def test_tasks_that_share_a_file_have_each_a_part_of_it(server: UnrulyServer, tm
 
 def test_what_earlier_runs_have_done_is_counted_once(server: UnrulyServer, tmp_path: Path) -> None:
     server.delay_s = 0.05
-    options = job(tmp_path, server, [*good_texts(11), " "], max_num_seqs=1, records_per_shard=4)
+    options = job(tmp_path, server, [*good_texts(11), " "], max_num_seqs=1, rows_per_shard=4)
     ends: list[Any] = []
 
     def run() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tpt.config.fields import Decay, NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_tpt.config.model import Activation, ModelConfig, Weight
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import UserError
@@ -36,30 +37,30 @@ _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
 class GPTConfig(ModelConfig):
     """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
 
-    rotary_base: float = 10000.0
+    rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
-    rope_scaling_factor: float | None = None
+    rope_scaling_factor: PositiveFloat | None = None
     """How many times the context is stretched by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
     no change when not given."""
     rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
     """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
     attention gets a temperature (yarn)."""
-    rope_original_context: int = 8192
+    rope_original_context: PositiveInt = 8192
     """Context before stretching, in tokens, from which llama3 and yarn decide what a low frequency is
     (original_max_position_embeddings)."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: PositiveFloat = 4.0
     """llama3: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_fast: float = 32.0
+    rope_beta_fast: PositiveFloat = 32.0
     """yarn: frequencies with more turns than this in the original context stay as they are."""
-    rope_beta_slow: float = 1.0
+    rope_beta_slow: PositiveFloat = 1.0
     """yarn: frequencies with fewer turns than this in the original context are divided by the factor."""
     rope_truncate: bool = True
     """yarn: round the dimensions where these limits lie to whole ones."""
-    rope_attention_factor: float | None = None
+    rope_attention_factor: PositiveFloat | None = None
     """yarn: factor on the cosines and sines; 0.1 ln(rope_scaling_factor) + 1 when not given."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: NonNegativeFloat = 1e-5
     """Added to the mean square in RMSNorm."""
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
@@ -69,17 +70,13 @@ class GPTConfig(ModelConfig):
     """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Qwen3)."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: Decay = 0.0
     """Dropout on the residual branches."""
-    attention_dropout: float = 0.0
+    attention_dropout: Decay = 0.0
     """Dropout on the attention weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rope_scaling_factor is not None and self.rope_scaling_factor <= 0:
-            raise UserError(f"model.rope_scaling_factor={self.rope_scaling_factor} must be above 0")
-        if self.rope_original_context < 1:
-            raise UserError(f"model.rope_original_context={self.rope_original_context} must be 1 or more")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise UserError(
                 f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be above model.rope_low_freq_factor="
