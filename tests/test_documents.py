@@ -20,7 +20,7 @@ PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 # What else begins a line of a command; the commands of these are not ours.
-PROGRAMS = {"make", "source", "hf", "docker", "pip", "sbatch", "torchrun", "python", ".ci/packages.sh"}
+PROGRAMS = {"make", "source", "hf", "docker", "apptainer", "pip", "sbatch", "torchrun", "python", ".ci/packages.sh"}
 
 
 def _name(page: Path) -> str:
