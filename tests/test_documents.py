@@ -15,10 +15,12 @@ from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, opt
 from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".", "docs", "examples", "examples/*", "benchmarks")
+FOLDERS = (".", "docs", "benchmarks", "examples", "examples/*", "examples/*/*")
 PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
+# They say by which command they are written.
+GENERATED = {"docs/recipe.md", "docs/tools.md"}
 # What else begins a line of a command; the commands of these are not ours.
 PROGRAMS = {"make", "source", "hf", "docker", "apptainer", "pip", "sbatch", "torchrun", "python", ".ci/packages.sh"}
 
@@ -77,11 +79,7 @@ def test_the_readme_is_short_and_says_what_has_run_where_on_its_first_screen() -
 def test_a_page_begins_with_what_the_reader_can_do_after_it(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert lines[0].startswith("# ") and not lines[1]
-    assert page.name in GENERATED or lines[2].startswith("After this page you ")
-
-
-# These say by which command they are written.
-GENERATED = {"recipe.md", "tools.md"}
+    assert _name(page) in GENERATED or lines[2].startswith("After this page you ")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 import zstandard
 from chat_templates import CHATML
+from test_documents import GENERATED
 from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, options_of_recipe, options_of_tools
 from test_tutorial import NOISE
 from tiny_models import VOCAB_SIZE, make_model
@@ -26,7 +27,8 @@ from megatron_tpt.indexing.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order in which README.md names them: a command may use what one before it made.
-PAGES = ["README.md", *dict.fromkeys(re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text()))]
+NAMED = dict.fromkeys(re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text()))
+PAGES = ["README.md", *(page for page in NAMED if page not in GENERATED)]
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|torchrun|make|sbatch|source|tpt-[\w-]+) ")
 NEEDS = re.compile(r"needs? (?:a GPU|GPUs|a cluster|the network|hours)")
 # Which test runs a command that begins so, or all commands of a page.
