@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import pytest
 import yaml
 import zstandard
 from chat_templates import CHATML
+from test_documents import GENERATED
 from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, options_of_recipe, options_of_tools
 from test_tutorial import NOISE
+from tiny_models import VOCAB_SIZE, make_model
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.indexing.index import index
@@ -24,11 +27,14 @@ from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+# In the order in which README.md names them: a command may use what one before it made.
+NAMED = dict.fromkeys(re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text()))
+PAGES = ["README.md", *(page for page in NAMED if page not in GENERATED)]
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python|torchrun|make|sbatch|source|tpt-[\w-]+) ")
 NEEDS = re.compile(r"needs? (?:a GPU|GPUs|a cluster|the network|hours)")
 # Which test runs a command that begins so, or all commands of a page.
 RUN_BY = {
+    "docs/cluster.md": "tests/test_documents.py::test_a_dry_run_prints_what_its_page_shows",
     "docs/tutorial.md": "tests/test_tutorial.py::test_every_command_of_the_tutorial_works_as_typed",
     "python tools/augment.py --input examples/three_documents.jsonl": (
         "tests/thinking/test_augment_chat.py::test_three_documents_are_thought_about_by_any_chat_server"
@@ -42,12 +48,13 @@ RUN_BY = {
 # What a reader puts in the place of the page's names, and sizes for two CPU cores.
 IN_PLACE_OF = {
     "TOKENIZER_DIR": "tokenizer",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": NOISE,
     "Qwen/Qwen3-8B": f"{NOISE} --max-new-tokens 64",
-    "--sequence-length 32768": "--sequence-length 64",
-    "--output data/sft --sequence-length 4096": "--output data/other --sequence-length 64",
+    "--sequence-length 4096": "--sequence-length 64",
     "--tokenizer DIR": "--tokenizer tokenizer",
-    "--model HF_DIR --output CHECKPOINT": "--model model/ --output imported",
-    "--checkpoint RUN/checkpoints/latest --output HF_DIR": "--checkpoint runs/sft/checkpoints/latest --output exported",
+    "--model HF_DIR --output CHECKPOINT": "--model models/smollm2 --output imported",
+    "--checkpoint RUN/checkpoints/latest --output HF_DIR": "--checkpoint runs/a/checkpoints/latest --output exported",
+    "--model model/": "--model runs/sft/model",
     "--data problems.jsonl": "--data problems.jsonl --max-new-tokens 8",
     "--estimate 200": "--estimate 3",
 }
@@ -97,11 +104,17 @@ def shown_commands() -> Iterator[Shown]:
                 yield command
 
 
+def shown_files() -> dict[str, str]:
+    """The files that pages show, by the name in their first line."""
+    blocks = [
+        block for page in PAGES for block in re.findall(r"^```(?:yaml|python)\n# (\w+\.(?:yaml|py)\b.*?)^```",
+        (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    ]  # fmt: skip
+    return {re.split(r"[^\w.]", block)[0]: block.partition("\n")[2] for block in blocks}
+
+
 def readme_recipe() -> str:
-    [block] = re.findall(
-        r"^```yaml\n# recipe\.yaml(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    return block.partition("\n")[2]
+    return shown_files()["recipe.yaml"]
 
 
 def test_every_command_is_run_here_or_by_a_test_that_exists_or_says_what_it_needs() -> None:
@@ -160,19 +173,20 @@ def _write_what_a_reader_has(folder: Path) -> None:
     (folder / "chat.jinja").write_text(CHATML)
     train_tokenizer(
         TrainTokenizerOptions(
-            [folder / "raw"], folder / "tokenizer", vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>"],
-            chat_template=folder / "chat.jinja",
+            [folder / "raw"], folder / "tokenizer", vocab_size=VOCAB_SIZE, chat_template=folder / "chat.jinja",
+            special_tokens=["<|im_start|>", "<|im_end|>"],
         )
     )  # fmt: skip
     for name in ("plain", "shard-0", "shard-1"):
         index(IndexOptions([folder / "raw"], folder / "tokenizer", folder / "data" / name))
-    recipe = readme_recipe()
+    # No network here: random weights in place of the Hub's.
+    make_model(folder / "models/smollm2", context=8192)
+    shutil.copytree(folder / "tokenizer", folder / "models/smollm2", dirs_exist_ok=True)
+    files = shown_files()
     for text, small in SMALL.items():
-        recipe = recipe.replace(text, small)
-    (folder / "recipe.yaml").write_text(recipe)
-    sft = yaml.safe_load(recipe)
-    sft |= {"run": {"output_dir": "runs/sft"}, "data": {"train": "data/sft", "tokenizer": "tokenizer"}}
-    (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
+        files["recipe.yaml"] = files["recipe.yaml"].replace(text, small)
+    for name, content in files.items():
+        (folder / name).write_text(content)
 
 
 @pytest.mark.slow
