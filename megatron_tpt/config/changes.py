@@ -10,6 +10,7 @@ from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.renamed import section_of_now
 from megatron_tpt.config.training import BatchSizeStage
 
 
@@ -72,7 +73,10 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     for section, cls in get_type_hints(type(recipe)).items():
         if not is_section(cls):
             continue
-        here, there = to_dict(getattr(recipe, section)), defaults[section] | (saved.get(section) or {})
+        here, there = (
+            to_dict(getattr(recipe, section)),
+            defaults[section] | section_of_now(cls, saved.get(section) or {}),
+        )
         meant = (_resolved(here), _resolved(there)) if cls is ModelConfig else (here, there)
         for name in (field.name for field in dataclasses.fields(cls)):
             if name == "batch_size_ramp":

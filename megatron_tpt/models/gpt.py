@@ -35,7 +35,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -116,7 +116,7 @@ def core_settings(
         use_cpu_initialization=not on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=training.dtype == "bf16",
+        bf16=training.dtype == "bfloat16",
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -238,7 +238,7 @@ def build_model(
         initialize_weights(gpt, model, seed)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
-    return gpt.bfloat16() if training.dtype == "bf16" else gpt
+    return gpt.bfloat16() if training.dtype == "bfloat16" else gpt
 
 
 def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:

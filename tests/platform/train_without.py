@@ -59,7 +59,7 @@ def main() -> None:
         parallel=ParallelConfig(
             pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out == "patch_fsdp" else "none"
         ),
-        training=TrainingConfig(dtype="bf16", sequence_length=16, micro_batch_size=2, recompute="full"),
+        training=TrainingConfig(dtype="bfloat16", sequence_length=16, micro_batch_size=2, recompute="full"),
         optimizer=OptimizerConfig(clip_grad=0.1),
     )
     with platform.process_groups(recipe.parallel, timeout_s=60):
