@@ -64,7 +64,7 @@ def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
             },
             "training": {
                 "num_steps": WARM_UP + options.steps,
-                "dtype": "fp32",
+                "dtype": "float32",
                 "sequence_length": options.sequence_length,
                 "global_batch_size": 4,
                 "micro_batch_size": 2,

@@ -35,7 +35,7 @@ from megatron_tpt.recipes.pretrain import PretrainRecipe
 RESULTS = Path(__file__).parent / "results"
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "fp32": {"dtype": "fp32"},
+    "fp32": {"dtype": "float32"},
     "delayed": {"fp8": "delayed"},
     "tensorwise": {"fp8": "tensorwise"},
     "blockwise": {"fp8": "blockwise"},

@@ -14,7 +14,7 @@ from chat_templates import CHATML
 
 WORDS = [first + second for first in ("ba", "ke", "lo", "mi", "su") for second in ("n", "rt", "sh", "ga", "le")]
 MODEL = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 2, "num_query_groups": 2}
-LENGTHS = {"num_steps": 12, "dtype": "fp32", "sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2}
+LENGTHS = {"num_steps": 12, "dtype": "float32", "sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2}
 # Half of them are wrong everywhere; none makes a job large, leaves the scratch folder, or asks the network.
 VALUES = (
     "", "0", "-1", "1", "3", "7.5", "nan", "1e999", "none", "null", "true", "é", "a\nb", "\udcff", "../x", ".",

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, options_of_recipe, options_of_tools
 
-from megatron_tpt.config.recipe import FinetuneRecipe, PretrainRecipe
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", "docs", "benchmarks", "examples", "examples/*", "examples/*/*")

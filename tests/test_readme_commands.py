@@ -63,7 +63,7 @@ SMALL = {
     "num_steps: 1000": "num_steps: 3",
     "sequence_length: 8192": "sequence_length: 64",
     "global_batch_size: 512": "global_batch_size: 64",
-    "dtype: bf16": "dtype: fp32",
+    "dtype: bfloat16": "dtype: float32",
     "warmup_steps: 100": "warmup_steps: 1",
     "save_interval: 200": "save_interval: 2",
 }  # fmt: skip

@@ -10,6 +10,7 @@ from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.config.renamed import section_of_now
 from megatron_tpt.config.training import BatchSizeStage
 
 
@@ -70,7 +71,8 @@ def changes(recipe: Recipe, saved: dict[str, Any]) -> Iterator[Change]:
     yield from _callback_changes(recipe.callbacks, saved.get("callbacks") or {})
     for section in (name for name, hint in get_type_hints(type(recipe)).items() if is_section(hint)):
         cls = type(getattr(recipe, section))
-        here, there = to_dict(getattr(recipe, section)), to_dict(cls()) | (saved.get(section) or {})
+        here = to_dict(getattr(recipe, section))
+        there = to_dict(cls()) | section_of_now(cls, saved.get(section) or {})
         meant = (_resolved(here), _resolved(there)) if issubclass(cls, ModelConfig) else (here, there)
         for name in (field.name for field in dataclasses.fields(cls)):
             if name == "batch_size_ramp":

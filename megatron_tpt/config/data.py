@@ -148,7 +148,7 @@ class ExampleSet:
 
 @on_change(
     {
-        (Effect.CONTENT, Effect.FREE): "train prompt_field response_field on_too_long",
+        (Effect.CONTENT, Effect.FREE): "train prompt_column response_column on_too_long",
         (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
         (Effect.FREE, Effect.FREE): "validation allow_change num_workers",
     }
@@ -166,10 +166,10 @@ class SftDataConfig(DataSection):
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder; that of the packed data (PREFIX.tokenizer), else of training.init_from, when not
     given."""
-    prompt_field: str = "prompt"
-    """Name of the field that holds the prompt."""
-    response_field: str = "response"
-    """Name of the field that holds the response."""
+    prompt_column: str = "prompt"
+    """The column with the prompt."""
+    response_column: str = "response"
+    """The column with the response."""
     on_too_long: Literal["stop", "skip"] = "stop"
     """What to do with an example longer than training.sequence_length: stop, or skip it and say how many."""
     allow_change: bool = False

@@ -98,10 +98,10 @@ def _check_optimizer(recipe: Recipe) -> None:
         )
     if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
         raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")
-    if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "fp32":
+    if recipe.optimizer.name == "muon" and recipe.parallel.distributed_optimizer and recipe.training.dtype == "float32":
         raise UserError(
-            "optimizer.name=muon in training.dtype=fp32 cannot be split over data-parallel processes: give "
-            "--parallel.distributed_optimizer=false, or training.dtype=bf16"
+            "optimizer.name=muon in training.dtype=float32 cannot be split over data-parallel processes: give "
+            "--parallel.distributed_optimizer=false, or training.dtype=bfloat16"
         )
 
 

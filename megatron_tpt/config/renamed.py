@@ -12,9 +12,12 @@ FIELDS: dict[str, dict[str, str]] = {
     "AugmentOptions": {"records_per_shard": "rows_per_shard"},
     "IndexOptions": {"workers": "num_workers"},
     "PackOptions": {"on_bad_example": "on_bad_record"},
+    "SftDataConfig": {"prompt_field": "prompt_column", "response_field": "response_column"},
 }
 """By dataclass: the name of before, and that of now."""
-VALUES: dict[str, dict[str, dict[Any, Any]]] = {}
+VALUES: dict[str, dict[str, dict[Any, Any]]] = {
+    "TrainingConfig": {"dtype": {"fp32": "float32", "bf16": "bfloat16"}},
+}
 """By dataclass and field, the same of values."""
 
 

@@ -71,8 +71,9 @@ class TrainingConfig:
     The learning rate continues as if they were done."""
     micro_batch_size: PositiveInt = 1
     """Samples in one forward pass of one process."""
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the forward and backward pass; bf16 keeps fp32 main weights and accumulates gradients in fp32."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the forward and backward pass; bfloat16 keeps fp32 main weights and accumulates
+    gradients in fp32."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
     """Matrix products of the layers in FP8 through Transformer Engine, by how values are scaled: one factor per tensor
     from earlier steps (delayed) or from the tensor itself (tensorwise), one per 128 x 128 weights and 128 inputs
@@ -116,7 +117,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_bounds(self, "training.")
         self.skips(0)  # refuses what names no step
-        require(self.fp8 == "none" or self.dtype == "bf16", f"training.fp8={self.fp8} needs training.dtype=bf16")
+        require(
+            self.fp8 == "none" or self.dtype == "bfloat16", f"training.fp8={self.fp8} needs training.dtype=bfloat16"
+        )
         require(
             not self.fp8_param_gather or self.fp8 in ("delayed", "tensorwise", "blockwise"),
             f"training.fp8_param_gather needs training.fp8=delayed, tensorwise or blockwise, not {self.fp8}",
@@ -157,6 +160,11 @@ class TrainingConfig:
     def skips(self, step: int) -> bool:
         """Whether `step` (numbered from 1) is one of skip_steps."""
         return any([step in _step_range(item) for item in self.skip_steps])
+
+    @property
+    def matmul_precision(self) -> str:
+        """What the matrix products of the layers are computed in, by its name in data sheets: fp8, bf16 or fp32."""
+        return {"bfloat16": "bf16", "float32": "fp32"}[self.dtype] if self.fp8 == "none" else "fp8"
 
     @property
     def batch_sizes(self) -> set[int]:

@@ -15,7 +15,7 @@ from megatron_tpt.errors import UserError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TE_CHECKS = {
     "delayed": "is_fp8_available",
     "tensorwise": "is_fp8_available",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # it imports torch
 
 _NEEDS_FILES = Rule(
     "data",
-    ("prompt_field", "response_field", "on_too_long"),
+    ("prompt_column", "response_column", "on_too_long"),
     lambda recipe: not is_all_packed(recipe.data),
     "files of examples: what is packed was read and cut to length by tools/pack_sft.py",
 )

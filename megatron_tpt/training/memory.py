@@ -59,7 +59,7 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: 
     each stage has its share; model.depth when not given.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
-    value_bytes = 4 if training.dtype == "fp32" else 2
+    value_bytes = 4 if training.dtype == "float32" else 2
     tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
     values = _layer_values(recipe)
     layers = parallel.stage_layers(model.num_layers)[stage] * (depth or model.depth) / model.num_layers
@@ -89,7 +89,7 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     the gathered layer at work is not counted.
     """
     parallel, training = recipe.parallel, recipe.training
-    value_bytes, state_bytes = (4, 8) if training.dtype == "fp32" else (2, 12)
+    value_bytes, state_bytes = (4, 8) if training.dtype == "float32" else (2, 12)
     shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
     num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
     result = []
@@ -112,8 +112,8 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     matrices of the layers. Small files (recipe, tokenizer, random states) are not counted.
     """
     model, training = recipe.model, recipe.training
-    keeps_weights = training.dtype != "fp32" or recipe.parallel.distributed_optimizer
-    num_bytes = model.num_parameters() * ((4 if training.dtype == "fp32" else 2) + (12 if keeps_weights else 8))
+    keeps_weights = training.dtype != "float32" or recipe.parallel.distributed_optimizer
+    num_bytes = model.num_parameters() * ((4 if training.dtype == "float32" else 2) + (12 if keeps_weights else 8))
     if recipe.optimizer.name == "muon":
         num_bytes -= 4 * stage_matrices(model, ParallelConfig(), stage=0)
     return num_bytes
@@ -147,7 +147,7 @@ def peak_of(recipe: Recipe, device: Device) -> tuple[float, str] | None:
     logging.peak_tflops says, else the device's; None where neither is known."""
     if recipe.logging.peak_tflops is not None:
         return recipe.logging.peak_tflops, "logging.peak_tflops"
-    precision = "fp8" if recipe.training.fp8 != "none" else recipe.training.dtype
+    precision = recipe.training.matmul_precision
     peak = device_peak_tflops(device.name, precision)
     return None if peak is None else (peak, f"dense {precision} of {device.name}")
 

@@ -136,7 +136,7 @@ def build_optimizer(
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_epsilon,
         clip_grad=settings.clip_grad or math.inf,
-        bf16=recipe.training.dtype == "bf16",
+        bf16=recipe.training.dtype == "bfloat16",
         fp8_recipe=None if recipe.training.fp8 == "none" else recipe.training.fp8,
         params_dtype=TORCH_DTYPES[recipe.training.dtype],
         overlap_param_gather=recipe.parallel.overlap_param_gather,

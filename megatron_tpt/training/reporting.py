@@ -268,7 +268,7 @@ class ReportMetrics(Callback):
 
     def _peak_tflops(self, recipe: Recipe) -> float | None:
         """The peak that MFU is a part of: the recipe's, or that of the device. Says which it is."""
-        precision = recipe.training.dtype if recipe.training.fp8 == "none" else "fp8"
+        precision = recipe.training.matmul_precision
         device_name = "this device"
         peak = recipe.logging.peak_tflops
         if peak is None and torch.cuda.is_available():

@@ -176,13 +176,13 @@ def _read_pairs(
 ) -> ExampleRows:
     """Tokenise and pack rows of files. Raises UserError that names the file and line of one that makes no example."""
     examples: list[Example] = []
-    format = PairFormat(tokenizer, config.prompt_field, config.response_field)
+    format = PairFormat(tokenizer, config.prompt_column, config.response_column)
     for path in expand_inputs(paths):
         for number, example in read_examples(path, format):
             if not isinstance(example, Example):
                 raise UserError(
-                    f"{path}:{number}: {example}: fix the line, name other fields (data.prompt_field, "
-                    f"data.response_field), or pack what are conversations (tools/pack_sft.py)"
+                    f"{path}:{number}: {example}: fix the line, name other columns (data.prompt_column, "
+                    f"data.response_column), or pack what are conversations (tools/pack_sft.py)"
                 )
             examples.append(example)
     for note, count in format.take_notes().items() if platform.is_first_rank() else ():

@@ -97,3 +97,15 @@ def test_the_page_shows_the_table() -> None:
     assert rows["global_batch_size"] == ["allow_change", "takes effect |"]
     for effect in Effect:
         assert f"- **{effect.label}**: " in page
+
+
+def test_a_checkpoint_with_names_of_before_is_compared_under_those_of_now() -> None:
+    recipe = recipe_from_dict(
+        FinetuneRecipe, {"data": {"train": "a.jsonl", "prompt_column": "q"}, "training": {"dtype": "float32"}}
+    )
+    saved = {"data": {"train": ["a.jsonl"], "prompt_field": "q"}, "training": {"dtype": "fp32"}}
+    assert list(changes.changes(recipe, saved)) == []
+    assert recipe_from_dict(FinetuneRecipe, saved) == recipe
+    others = {"data": {"train": ["a.jsonl"], "prompt_field": "p"}, "training": {"dtype": "bf16"}}
+    told = [str(change) for change in changes.changes(recipe, others)]
+    assert told == ["training.dtype=float32 (bfloat16 there)", "data.prompt_column=q (p there)"]

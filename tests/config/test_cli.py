@@ -11,6 +11,7 @@ import pytest
 from megatron_tpt.config import renamed
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.command_line import options_of
+from megatron_tpt.config.load import load_recipe
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
@@ -102,6 +103,17 @@ def test_a_name_of_before_is_read_with_a_warning(
     assert capsys.readouterr().err == f"warning: {where} now; the next release knows the new name only\n"
     with pytest.raises(UserError, match="and that is given too: remove one of them"):
         parse(IndexOptions, [*given, *needed, "--num-workers", "4"])
+
+
+def test_names_of_before_in_recipes_are_read_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "finetune.yaml"
+    path.write_text("data:\n  prompt_field: q\n")
+    recipe, _ = load_recipe(FinetuneRecipe, [str(path), "--training.dtype=fp32"])
+    assert (recipe.data.prompt_column, recipe.training.dtype) == ("q", "float32")
+    assert capsys.readouterr().err.splitlines() == [
+        f"WARNING: {path}:2: data.prompt_field is called prompt_column now; the next release knows the new name only",
+        "WARNING: command line: training.dtype: fp32 is called float32 now; the next release knows the new name only",
+    ]
 
 
 def test_every_name_of_before_leads_to_a_field() -> None:

@@ -46,7 +46,7 @@ data:
     assert refusal(tmp_path, text) == [
         "recipe.yaml:5: training.sequence_lenght: unknown; did you mean sequence_length?",
         "recipe.yaml:6: training.num_steps: 'many' is not a whole number",
-        "recipe.yaml:7: training.dtype: ['bf16'] is not one of fp32, bf16",
+        "recipe.yaml:7: training.dtype: ['bf16'] is not one of float32, bfloat16",
         "recipe.yaml:8: optimiser: unknown; did you mean optimizer?",
         "recipe.yaml:13: data.train[1].wieght: unknown; did you mean weight?",
         "recipe.yaml:14: data.num_workers: has no value: give a whole number, or remove it",
@@ -96,7 +96,7 @@ def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, told: str) -> 
             "command line: num_steps: unknown; did you mean training.num_steps or profiling.num_steps?",
         ),
         (["--devise=h100"], "command line: devise: unknown; did you mean --device?"),
-        (["--data.prompt_field=q"], "data.prompt_field: unknown; it is a setting of fine-tuning"),
+        (["--data.prompt_column=q"], "data.prompt_column: unknown; it is a setting of fine-tuning"),
         (["--training.num_steps=x"], "command line: training.num_steps: 'x' is not a whole number"),
         (["--training.num_steps="], "command line: training.num_steps: has no value"),
         (["--training.num_steps", "--dry-run"], "--training.num_steps lacks its value"),
@@ -142,10 +142,10 @@ faults: {rerun: off}
 def test_a_mapping_on_the_command_line_leaves_the_rest_of_its_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--training={num_steps: 9, dtype: fp32}", "--run.seed=1", "--run.seed=2"]
+    options = ["--training={num_steps: 9, dtype: float32}", "--run.seed=1", "--run.seed=2"]
     recipe = load(tmp_path, "training: {sequence_length: 64, num_steps: 5}", *options)
     training = recipe.training
-    assert (training.sequence_length, training.num_steps, training.dtype, recipe.run.seed) == (64, 9, "fp32", 2)
+    assert (training.sequence_length, training.num_steps, training.dtype, recipe.run.seed) == (64, 9, "float32", 2)
     assert capsys.readouterr().out == "WARNING: --run.seed is given twice: 2 counts, and 1 does not\n"
 
 
@@ -244,11 +244,11 @@ def test_nothing_is_told_of_settings_that_have_an_effect(monkeypatch: pytest.Mon
         "data": {"train": "a", "loss_on": "thinking"},
     }
     assert list(without_effect(recipe_from_dict(PretrainRecipe, {"model": MODEL, **raw}))) == []
-    pairs = {"data": {"train": ["a.jsonl"], "prompt_field": "q", "on_too_long": "skip"}, "model": MODEL}
+    pairs = {"data": {"train": ["a.jsonl"], "prompt_column": "q", "on_too_long": "skip"}, "model": MODEL}
     recipe = recipe_from_dict(FinetuneRecipe, pairs)
     assert list(without_effect(recipe)) == []
     monkeypatch.setattr(finetune, "is_all_packed", lambda data: True)
     assert [line.split("=")[0] for line in without_effect(recipe)] == [
-        "data.prompt_field",
+        "data.prompt_column",
         "data.on_too_long",
     ]

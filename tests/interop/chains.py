@@ -55,7 +55,7 @@ def pack_chats(tokenizer: Path, prefix: Path, end: str = "<|im_end|>") -> Path:
 
 def train(monkeypatch: pytest.MonkeyPatch, program: Any, folder: Path, num_steps: int, **sections: Any) -> Path:
     """Run a training program in this process. Returns its last checkpoint."""
-    training = {"num_steps": num_steps, "sequence_length": 64, "global_batch_size": 4, "dtype": "fp32"}
+    training = {"num_steps": num_steps, "sequence_length": 64, "global_batch_size": 4, "dtype": "float32"}
     recipe = {
         "optimizer": {"learning_rate": 5e-3, "schedule": "constant"},
         "logging": {"tensorboard": False},

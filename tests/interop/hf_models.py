@@ -124,7 +124,7 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     """[b, s, vocabulary] of Megatron Core in fp32, without the padding of the vocabulary."""
-    parallel, training = ParallelConfig(), TrainingConfig(dtype="fp32")
+    parallel, training = ParallelConfig(), TrainingConfig(dtype="float32")
     model = read_model_config(checkpoint)
     with platform.process_groups(parallel):
         platform.seed_everything(0)
@@ -138,7 +138,7 @@ def megatron_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
 def megatron_greedy(checkpoint: Path, prompts: torch.Tensor, num_new_tokens: int) -> tuple[torch.Tensor, float]:
     """The likeliest continuations [b, num_new_tokens] of prompts [b, s], and the smallest lead of a chosen token's
     logit over the next one's."""
-    parallel, training = ParallelConfig(), TrainingConfig(dtype="fp32")
+    parallel, training = ParallelConfig(), TrainingConfig(dtype="float32")
     model = read_model_config(checkpoint)
     tokens, smallest_lead = prompts, float("inf")
     with platform.process_groups(parallel):

@@ -21,7 +21,7 @@ def main() -> None:
     with platform.process_groups(parallel):
         for source in sources:
             platform.seed_everything(0)
-            gpt = build_model(read_model_config(source), parallel, TrainingConfig(dtype="fp32"), seed=1)
+            gpt = build_model(read_model_config(source), parallel, TrainingConfig(dtype="float32"), seed=1)
             load_weights(source, gpt)
             save_checkpoint(
                 target / source.name / "step_00000001",

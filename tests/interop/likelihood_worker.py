@@ -24,7 +24,7 @@ from megatron_tpt.training.checkpoint_loading import load_weights
 def by_trainer(checkpoint: Path, rows: list[list[int]], parallel: ParallelConfig) -> list[list[float]]:
     """Negative losses of the model as it is trained, in fp32."""
     tokens = torch.tensor(rows)
-    gpt = build_model(read_model_config(checkpoint), parallel, TrainingConfig(dtype="fp32"), seed=0).eval()
+    gpt = build_model(read_model_config(checkpoint), parallel, TrainingConfig(dtype="float32"), seed=0).eval()
     load_weights(checkpoint, gpt)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)

@@ -98,7 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pack = ["tools/pack_sft.py", "--input", folder / "chats.jsonl", "--sequence-length", 63]
     # The template comes by option and is nowhere else: the packed index has to carry it.
     _run(*pack, "--tokenizer", tokenizer, "--chat-template", folder / "template.jinja", "--output", folder / "base_sft")
-    training = {"num_steps": 160, "sequence_length": 63, "global_batch_size": 4, "dtype": "fp32"}
+    training = {"num_steps": 160, "sequence_length": 63, "global_batch_size": 4, "dtype": "float32"}
     shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 2}
     base = _finetune_and_export(folder / "base", folder / "base_sft", {"model": shape, "training": training})
 

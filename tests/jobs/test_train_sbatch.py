@@ -25,7 +25,7 @@ def submit(folder: Path, *overrides: str, num_steps: int = 150) -> str:
         "run": {"output_dir": str(folder / "run")},
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 256},
         "data": {"mock": True},
-        "training": {"num_steps": num_steps, "dtype": "fp32", "sequence_length": 32, "global_batch_size": 4},
+        "training": {"num_steps": num_steps, "dtype": "float32", "sequence_length": 32, "global_batch_size": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
         "logging": {"log_interval": 1, "tensorboard": False},
         "checkpoint": {"save_interval": 50},

@@ -82,7 +82,7 @@ def check_rotary_factors() -> None:
         model = GPTConfig(
             vocab_size=100, rope_scaling_type="yarn", rope_scaling_factor=4.0, rope_attention_factor=factor
         )
-        (gpt,) = build_chunks(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=1)
+        (gpt,) = build_chunks(model, ParallelConfig(), TrainingConfig(dtype="float32"), seed=1)
         tokens = torch.arange(16)[None]
         return gpt(tokens, tokens, attention_mask=None, labels=tokens)
 
@@ -121,7 +121,7 @@ def main() -> None:
         parallel=ParallelConfig(
             pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out in OF_FSDP else "none"
         ),
-        training=TrainingConfig(dtype="bf16", sequence_length=16, micro_batch_size=2, recompute="full"),
+        training=TrainingConfig(dtype="bfloat16", sequence_length=16, micro_batch_size=2, recompute="full"),
         optimizer=OptimizerConfig(clip_grad=0.1),
     )
     with platform.process_groups(recipe.parallel, timeout_s=60):

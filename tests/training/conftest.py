@@ -57,7 +57,7 @@ def recipe(index_prefix: Path) -> dict:
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_query_groups": 2},
         "training": {
             "num_steps": 20,
-            "dtype": "fp32",
+            "dtype": "float32",
             "sequence_length": 32,
             "global_batch_size": 8,
             "micro_batch_size": 2,

@@ -33,7 +33,7 @@ def main() -> None:
             for group in member.optimizer.param_groups:
                 for main in group["params"]:
                     state += [moment for name, moment in member.optimizer.state[main].items() if name != "step"]
-                    state += [main] if recipe.training.dtype == "bf16" else []
+                    state += [main] if recipe.training.dtype == "bfloat16" else []
         report = {
             "stage": parallel_state.get_pipeline_model_parallel_rank(),
             "weights": num_bytes(parameters),

@@ -275,7 +275,7 @@ def test_a_document_is_read_as_if_it_were_alone(recipe: dict, index_prefix: Path
     config = recipe_from_dict(PretrainRecipe, {**recipe, "model": model}).model
     with platform.process_groups(ParallelConfig()):
         platform.seed_everything(0)
-        gpt = build_model(config, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=32), seed=0)
+        gpt = build_model(config, ParallelConfig(), TrainingConfig(dtype="float32", sequence_length=32), seed=0)
 
         def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             rows = {name: value[None] for name, value in batch.items()}

@@ -32,10 +32,10 @@ PLAIN = {"parallel": {"distributed_optimizer": False}}
 MUON = {"optimizer": {"name": "muon", "adam_learning_rate": 3e-3, "muon_matmul_precision": "highest"}}
 LAYOUTS = {
     "adam": {},
-    "adam, every rank for itself": {**PLAIN, "training": {"dtype": "bf16"}},
+    "adam, every rank for itself": {**PLAIN, "training": {"dtype": "bfloat16"}},
     "adam, dp_reshardable": {"checkpoint": {"optimizer_sharding": "dp_reshardable"}},
     "muon": {**PLAIN, **MUON},
-    "muon, split": {**MUON, "training": {"dtype": "bf16"}},
+    "muon, split": {**MUON, "training": {"dtype": "bfloat16"}},
 }
 NEW = {
     "learning_rate": 3e-3,
@@ -55,7 +55,7 @@ def make_recipe(folder: Path, *changes: dict, program: type = PretrainRecipe) ->
     raw: dict = {
         "run": {"output_dir": str(folder)},
         "model": {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 100, "qkv_bias": True},
-        "training": {"num_steps": 6, "dtype": "fp32", "sequence_length": 16, "global_batch_size": 4},
+        "training": {"num_steps": 6, "dtype": "float32", "sequence_length": 16, "global_batch_size": 4},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
         "data": {"mock": True},
     }
@@ -170,7 +170,7 @@ def test_parameters_change_groups_with_decay_embeddings(tmp_path: Path) -> None:
         {"model": {"norm_epsilon": 0.1}},
         {"model": {"rope_scaling_factor": 8.0, "rope_original_context": 8}},
         {"model": {"hidden_dropout": 0.5}},
-        {"training": {"dtype": "bf16"}},
+        {"training": {"dtype": "bfloat16"}},
     ],
     ids=lambda change: "-".join(f"{name}" for values in change.values() for name in values),
 )

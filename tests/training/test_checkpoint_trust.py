@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "data": {"mock": True},
         "training": {
-            "num_steps": 2, "sequence_length": 16, "global_batch_size": 1, "micro_batch_size": 1, "dtype": "fp32"
+            "num_steps": 2, "sequence_length": 16, "global_batch_size": 1, "micro_batch_size": 1, "dtype": "float32"
         },
         "optimizer": {"learning_rate": 1.0e-3, "warmup_steps": 0},
     }  # fmt: skip

@@ -30,7 +30,11 @@ def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Tr
 
 
 def test_weights_that_are_gathered_during_the_next_step_are_no_fault(train: Train) -> None:
-    overlap = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true", "--training.dtype=bf16"]
+    overlap = [
+        "--parallel.overlap_grad_reduce=true",
+        "--parallel.overlap_param_gather=true",
+        "--training.dtype=bfloat16",
+    ]
     metrics = train("run", *overlap, "--faults.desync_interval=1", "--training.num_steps=4", num_processes=2)
     assert len(metrics) == 4
 

@@ -176,10 +176,10 @@ def test_the_gpu_of_this_machine_is_the_device(monkeypatch: pytest.MonkeyPatch, 
     ("changes", "bytes_per_parameter"),
     # Measured on checkpoints of this size, which have some kilobytes more.
     [
-        ({"training": {"dtype": "bf16"}}, 77252981 / 5506304),
-        ({"training": {"dtype": "fp32"}}, 88265426 / 5506304),
-        ({"training": {"dtype": "bf16"}, "optimizer": {"name": "muon"}}, 71991684 / 5506304),
-        ({"training": {"dtype": "fp32"}, "parallel": {"distributed_optimizer": False}}, 66207722 / 5506304),
+        ({"training": {"dtype": "bfloat16"}}, 77252981 / 5506304),
+        ({"training": {"dtype": "float32"}}, 88265426 / 5506304),
+        ({"training": {"dtype": "bfloat16"}, "optimizer": {"name": "muon"}}, 71991684 / 5506304),
+        ({"training": {"dtype": "float32"}, "parallel": {"distributed_optimizer": False}}, 66207722 / 5506304),
     ],
 )
 def test_the_size_of_checkpoints_is_what_was_measured(changes: dict, bytes_per_parameter: float) -> None:

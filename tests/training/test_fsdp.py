@@ -48,7 +48,7 @@ def test_losses_equal_those_without_it(strategy: str, train: Train, single: dict
     assert len(values(metrics, "validation_loss")) == 2
 
 
-FSDP, BF16 = STRATEGIES["optim_grads_params"], "--training.dtype=bf16"
+FSDP, BF16 = STRATEGIES["optim_grads_params"], "--training.dtype=bfloat16"
 
 
 def test_a_resumed_run_has_the_losses_of_the_unbroken_one_to_the_bit_and_goes_on_without_it(

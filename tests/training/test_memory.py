@@ -24,7 +24,7 @@ from megatron_tpt.training.memory import (
 
 TP2, PP2 = "--parallel.tensor_parallel_size=2", "--parallel.pipeline_parallel_size=2"
 LAYOUTS = {
-    "single": (1, ["--training.dtype=fp32"]),
+    "single": (1, ["--training.dtype=float32"]),
     "tensor-and-uneven-pipeline": (4, [TP2, PP2, "--parallel.first_stage_layers=1"]),
     "data": (2, []),
     "data-not-distributed": (2, ["--parallel.distributed_optimizer=false"]),
@@ -43,7 +43,7 @@ def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
     num_processes, overrides = LAYOUTS[layout]
     changes = {
         "model": {**recipe["model"], "num_layers": 4, "qkv_bias": True, "qk_norm": True},
-        "training": {**recipe["training"], "num_steps": 1, "dtype": "bf16"},
+        "training": {**recipe["training"], "num_steps": 1, "dtype": "bfloat16"},
         "optimizer": {},
     }
     train("run", *overrides, changes=changes, num_processes=num_processes, program="memory_worker")

@@ -22,7 +22,7 @@ def test_flops_per_token_are_those_that_torch_counts() -> None:
     length, batch = 48, 2
     with platform.process_groups(ParallelConfig()):
         platform.seed_everything(0)
-        gpt = build_model(MODEL, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=length), seed=0)
+        gpt = build_model(MODEL, ParallelConfig(), TrainingConfig(dtype="float32", sequence_length=length), seed=0)
         tokens = torch.zeros(batch, length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             gpt(tokens, torch.arange(length).expand(batch, -1), None, labels=tokens).sum().backward()
@@ -37,7 +37,7 @@ def test_number_of_parameters_is_that_of_the_model() -> None:
     for model in (MODEL, tied, GPTConfig(vocab_size=300, **biases), GPTConfig(vocab_size=300, mlp_bias=True)):
         with platform.process_groups(ParallelConfig()):
             platform.seed_everything(0)
-            gpt = build_model(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=0)
+            gpt = build_model(model, ParallelConfig(), TrainingConfig(dtype="float32"), seed=0)
             assert sum(parameter.numel() for parameter in gpt.parameters()) == model.num_parameters()
 
 

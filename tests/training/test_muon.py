@@ -19,7 +19,7 @@ from megatron_tpt.training.optimizer import build_optimizer, build_schedule, cur
 MUON = {"name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "warmup_steps": 2}
 # Newton-Schulz iterations amplify what differs between layouts in the last digit: here they are done in fp32.
 FP32 = ["--parallel.distributed_optimizer=false", "--optimizer.muon_matmul_precision=highest"]
-BF16 = ["--training.dtype=bf16"]
+BF16 = ["--training.dtype=bfloat16"]
 OVERLAP = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true"]
 LAYOUTS = {
     "tp2": [FP32, "--parallel.tensor_parallel_size=2"],
@@ -88,7 +88,7 @@ def a_recipe(folder: Path, **optimizer: object) -> PretrainRecipe:
     raw = {
         "run": {"output_dir": str(folder)},
         "model": {**SHAPE, "qkv_bias": True},
-        "training": {"dtype": "fp32", "num_steps": 10},
+        "training": {"dtype": "float32", "num_steps": 10},
         "parallel": {"distributed_optimizer": False},
         "data": {"train": "prefix"},
         "optimizer": {"name": "muon", "muon_matmul_precision": "highest", "clip_grad": 0.0, **optimizer},
@@ -182,7 +182,7 @@ def test_both_learning_rates_follow_the_schedule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"training": {"dtype": "fp32"}}, "give --parallel.distributed_optimizer=false"),
+        ({"training": {"dtype": "float32"}}, "give --parallel.distributed_optimizer=false"),
         ({"optimizer": {"name": "adam", "adam_learning_rate": 1e-3}}, "is for optimizer.name=muon"),
         ({"optimizer": {"name": "muon", "muon_momentum": 1.0}}, "optimizer.muon_momentum=1.0 must lie"),
         ({"optimizer": {"name": "muon", "muon_newton_schulz_steps": 0}}, "must be 1 or more"),

@@ -78,7 +78,7 @@ def test_weight_decay_spares_biases_norms_and_on_demand_embeddings(decay_embeddi
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=tmp_path),
         model=GPTConfig(vocab_size=100, qkv_bias=True),
-        training=TrainingConfig(dtype="fp32"),
+        training=TrainingConfig(dtype="float32"),
         optimizer=OptimizerConfig(weight_decay=0.3, decay_embeddings=decay_embeddings),
     )
     with platform.process_groups(ParallelConfig()):

@@ -40,7 +40,7 @@ SLOW = {
     "tp2-sequence-pp2-interleaved-dp2": (8, [TP2, SP, PP2, INTERLEAVED]),
 }
 LAYOUTS = FAST | SLOW
-WHOLE_OPTIMIZER, BF16 = "--parallel.distributed_optimizer=false", "--training.dtype=bf16"
+WHOLE_OPTIMIZER, BF16 = "--parallel.distributed_optimizer=false", "--training.dtype=bfloat16"
 RECOMPUTE = {
     "attention": ["--training.recompute=selective"],
     "feed-forward": ["--training.recompute=selective", "--training.recompute_modules=[core_attn, mlp]"],
@@ -137,7 +137,7 @@ def test_a_second_run_is_identical_to_the_bit(train: Train) -> None:
 
 def test_bf16_follows_fp32(train: Train) -> None:
     full = train("fp32")
-    half = train("bf16", "--training.dtype=bf16")
+    half = train("bf16", "--training.dtype=bfloat16")
     assert [m["loss"] for m in half] == pytest.approx([m["loss"] for m in full], rel=0.02)
     assert [m["loss"] for m in half] != [m["loss"] for m in full]
 

@@ -93,7 +93,7 @@ def test_offloaded_layers_and_parallel_sizes_reach_megatron_core() -> None:
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"fp8": "tensorwise", "dtype": "fp32"}, "needs training.dtype=bf16"),
+        ({"fp8": "tensorwise", "dtype": "float32"}, "needs training.dtype=bfloat16"),
         ({"fp8": "delayed", "bf16_layers_at_start": 1}, "not delayed"),
         ({"fp8_param_gather": True}, "training.fp8_param_gather needs training.fp8=delayed, tensorwise or blockwise"),
         ({"fp8": "mxfp8", "fp8_param_gather": True}, "or blockwise, not mxfp8"),

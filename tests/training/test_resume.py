@@ -165,7 +165,7 @@ def test_overlapped_gathering_leaves_nothing_old_in_metrics_and_checkpoints(
         "data": {"train": str(index_prefix), "validation": str(index_prefix)},
         "checkpoint": {"save_interval": 10},
     }
-    options = ["--training.dtype=bf16", "--training.validation_interval=5", "--training.validation_steps=2"]
+    options = ["--training.dtype=bfloat16", "--training.validation_interval=5", "--training.validation_steps=2"]
     overlap = ["--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true"]
 
     def figures(name: str, *overrides: str) -> list[list]:

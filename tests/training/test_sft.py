@@ -109,7 +109,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
     with platform.process_groups(ParallelConfig()), torch.no_grad():
         platform.seed_everything(0)
         model = build_model(
-            model_config, ParallelConfig(), TrainingConfig(dtype="fp32", sequence_length=length), seed=0
+            model_config, ParallelConfig(), TrainingConfig(dtype="float32", sequence_length=length), seed=0
         )
         batch = torch.utils.data.default_collate([data[i] for i in range(3)])
         mask = _segment_mask(batch["segment_ids"])
@@ -160,7 +160,7 @@ def test_finetuning_starts_from_a_checkpoint_and_learns(
         "model": {},  # the checkpoint's
         "training": {
             "num_steps": 30,
-            "dtype": "fp32",
+            "dtype": "float32",
             "sequence_length": 128,
             "global_batch_size": 4,
             "init_from": str(checkpoint),
@@ -179,7 +179,7 @@ def chats_recipe(chats_prefix: Path, tokenizer_path: Path) -> dict:
     return {
         "training": {
             "num_epochs": 2,
-            "dtype": "fp32",
+            "dtype": "float32",
             "sequence_length": 256,
             "global_batch_size": 4,
             "micro_batch_size": 2,

@@ -130,7 +130,13 @@ def pack(source: Path, output: Path, tokenizer: Path, messages: list[list[dict[s
 
 
 def sft_recipe(pairs: Path, tokenizer: Path, **training: object) -> dict:
-    steps = {"num_steps": 1, "dtype": "fp32", "sequence_length": 64, "global_batch_size": 4, "validation_interval": 1}
+    steps = {
+        "num_steps": 1,
+        "dtype": "float32",
+        "sequence_length": 64,
+        "global_batch_size": 4,
+        "validation_interval": 1,
+    }
     return {
         "training": steps | training,
         # So small a step leaves the weights as they are: what is trained and what is validated have one loss.

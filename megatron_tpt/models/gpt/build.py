@@ -112,7 +112,7 @@ def core_settings(
         use_cpu_initialization=not on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=training.dtype == "bf16",
+        bf16=training.dtype == "bfloat16",
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -211,4 +211,4 @@ def build_model(
         initialize_weights(gpt, model, seed)
     if torch.cuda.is_available():
         gpt.cuda(torch.cuda.current_device())
-    return gpt.bfloat16() if training.dtype == "bf16" else gpt
+    return gpt.bfloat16() if training.dtype == "bfloat16" else gpt
