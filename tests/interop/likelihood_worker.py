@@ -22,14 +22,24 @@ from megatron_tpt.training.checkpoint_loading import load_weights
 
 @torch.no_grad()
 def by_trainer(checkpoint: Path, rows: list[list[int]], parallel: ParallelConfig) -> list[list[float]]:
+<<<<<<< HEAD
     """Negative losses of the model as it is trained, in fp32."""
     tokens = torch.tensor(rows)
     gpt = build_model(read_model_config(checkpoint), parallel, TrainingConfig(dtype="float32"), seed=0).eval()
+=======
+    """Those of the model as it is trained, in fp32, over the vocabulary without its padding.
+
+    The training loss itself counts the rows that pad the vocabulary (to a multiple of 128) as tokens.
+    """
+    tokens, model = torch.tensor(rows), read_model_config(checkpoint)
+    gpt = build_model(model, parallel, TrainingConfig(dtype="fp32"), seed=0).eval()
+>>>>>>> engine
     load_weights(checkpoint, gpt)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    losses: list[list[float]] = gpt(inputs, positions, attention_mask=None, labels=labels).tolist()
-    return [[-loss for loss in row] for row in losses]
+    inputs = tokens[:, :-1].contiguous()
+    logits = gpt(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), attention_mask=None)
+    log_probabilities = logits[..., : model.vocab_size].log_softmax(-1)
+    own: list[list[float]] = log_probabilities.gather(-1, tokens[:, 1:, None])[..., 0].tolist()
+    return own
 
 
 def by_engine(kind: EngineKind, model: str, rows: list[list[int]]) -> list[list[float]]:
