@@ -14,6 +14,7 @@ from megatron_tpt.config.on_change import Effect, effects_of
 from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.recipes import recipe_types
+from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 

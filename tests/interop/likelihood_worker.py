@@ -22,18 +22,12 @@ from megatron_tpt.training.checkpoint_loading import load_weights
 
 @torch.no_grad()
 def by_trainer(checkpoint: Path, rows: list[list[int]], parallel: ParallelConfig) -> list[list[float]]:
-<<<<<<< HEAD
-    """Negative losses of the model as it is trained, in fp32."""
-    tokens = torch.tensor(rows)
-    gpt = build_model(read_model_config(checkpoint), parallel, TrainingConfig(dtype="float32"), seed=0).eval()
-=======
     """Those of the model as it is trained, in fp32, over the vocabulary without its padding.
 
     The training loss itself counts the rows that pad the vocabulary (to a multiple of 128) as tokens.
     """
     tokens, model = torch.tensor(rows), read_model_config(checkpoint)
-    gpt = build_model(model, parallel, TrainingConfig(dtype="fp32"), seed=0).eval()
->>>>>>> engine
+    gpt = build_model(model, parallel, TrainingConfig(dtype="float32"), seed=0).eval()
     load_weights(checkpoint, gpt)
     inputs = tokens[:, :-1].contiguous()
     logits = gpt(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), attention_mask=None)

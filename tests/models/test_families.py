@@ -71,7 +71,7 @@ def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_it_is_built_and_cannot_be_exported() -> None:
-    parallel, training, tokens = ParallelConfig(), TrainingConfig(dtype="fp32"), torch.arange(16)[None]
+    parallel, training, tokens = ParallelConfig(), TrainingConfig(dtype="float32"), torch.arange(16)[None]
     losses = []
     with platform.process_groups(parallel):
         platform.seed_everything(0)

@@ -26,7 +26,7 @@ def test_the_tensors_are_those_of_checkpoints(fields: dict) -> None:
     model = GPTConfig(vocab_size=300, num_layers=3, **fields)
     with platform.process_groups(ParallelConfig()):
         platform.seed_everything(0)
-        state = weights_state(build_chunks(model, ParallelConfig(), TrainingConfig(dtype="fp32"), seed=None))
+        state = weights_state(build_chunks(model, ParallelConfig(), TrainingConfig(dtype="float32"), seed=None))
     found = {}
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensorFactory):  # a gated projection, whose halves are stored one above the other

@@ -38,7 +38,7 @@ def test_sums_are_by_kind_and_by_source() -> None:
 def compare_paths(rank: int, size: int) -> None:
     parallel, length = ParallelConfig(tensor_parallel_size=size), 16
     model = GPTConfig(vocab_size=300, num_layers=1, hidden_size=32, ffn_hidden_size=64, num_query_groups=2)
-    gpt = build_model(model, parallel, TrainingConfig(dtype="fp32", sequence_length=length), seed=0)
+    gpt = build_model(model, parallel, TrainingConfig(dtype="float32", sequence_length=length), seed=0)
     text = torch.randint(300, (2, length + 1), generator=torch.Generator().manual_seed(0))
     batch = {
         "labels": text[:, 1:].contiguous(),

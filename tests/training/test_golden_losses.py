@@ -3,7 +3,7 @@
     GOLDEN=write pytest tests/training/test_golden_losses.py    writes them down anew
 
 Every file says on which processor and with which torch it was made. Elsewhere sums are rounded otherwise: there the
-losses are compared to five digits.
+losses are compared to three digits: Muon's iterations make more of it than a sum does.
 """
 
 import os
@@ -53,4 +53,4 @@ def test_losses_are_those_written_down(
         assert lines == expected
         return
     for ours, theirs in zip(lines, expected, strict=True):
-        assert [float(part) for part in ours.split()] == pytest.approx([float(part) for part in theirs.split()], 1e-5)
+        assert [float(part) for part in ours.split()] == pytest.approx([float(part) for part in theirs.split()], 1e-3)

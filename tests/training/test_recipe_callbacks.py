@@ -34,7 +34,7 @@ class StopAfter(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self.num_seen += 1
-        if trainer.step == self.step:
+        if trainer.global_step == self.step:
             trainer.stop_reason = f"{self.reason}: {self.num_seen} steps seen"
 
     def state(self) -> dict[str, Any]:
