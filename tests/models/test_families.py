@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_tpt import models, platform
+from megatron_tpt.config import suggestions
 from megatron_tpt.config.load import recipe_from_dict, to_dict
 from megatron_tpt.config.model import families
 from megatron_tpt.config.parallel import ParallelConfig
@@ -24,13 +25,18 @@ from megatron_tpt.training.devices import find_device
 SHAPE = {"vocab_size": 300, "hidden_size": 32, "ffn_hidden_size": 64}
 
 
+def forget_families() -> None:
+    families.cache_clear()
+    suggestions._all_names.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def with_one_more_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """tests/models/families/scaled, as if it were a folder of megatron_tpt/models."""
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(Path(__file__).with_name("families"))])
-    families.cache_clear()
+    forget_families()
     yield
-    families.cache_clear()
+    forget_families()
     sys.modules.pop("megatron_tpt.models.scaled", None)
 
 
