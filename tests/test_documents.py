@@ -99,7 +99,7 @@ def test_every_command_names_existing_tools_and_options(page: Path) -> None:
         if tool is None and "megatron_tpt." not in command and "slurm/train.sbatch" not in command:
             continue
         ours = command.partition("slurm/train.sbatch")[2] or command
-        known = options_of_tools().get(tool[1], recipe) | {"recipe"} if tool else recipe
+        known = options_of_tools().get(tool[1], recipe) | {"--recipe"} if tool else recipe
         assert not [name for name in OPTION.findall(ours) if not is_option(name, known)], command
 
 
