@@ -207,10 +207,12 @@ def small_case(options: Options, folder: Path) -> dict[str, Any]:
             peer.append(run_peer(source, tokenizer, folder / "peer"))
     built = [[(folder / f"{name}.{kind}").read_bytes() for kind in ("bin", "idx")] for name in ("ours", "peer")]
     same = built[0] == built[1]
-    result = {"ours": medians(ours), "megatron_builder": medians(peer), "byte_identical": same}
+    result: dict[str, Any] = {"ours": medians(ours), "megatron_builder": medians(peer), "byte_identical": same}
     if options.megatron:
         prefix = folder / "preprocessed"
-        result["preprocess_data"] = run_preprocess_data(options.megatron, source, tokenizer, prefix, ours[0]["tokens"])
+        result["preprocess_data"] = run_preprocess_data(
+            options.megatron, source, tokenizer, prefix, int(ours[0]["tokens"])
+        )
     ratio = result["ours"]["tokens_per_s"] / result["megatron_builder"]["tokens_per_s"]
     return {
         "text_mb": num_text_bytes / 1e6,
@@ -220,13 +222,13 @@ def small_case(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def large_case(options: Options, folder: Path) -> dict[str, Any]:
+def large_case(options: Options, folder: Path, size_gb: float) -> dict[str, Any]:
     """Ours on so many gigabytes, between two measurements of the disk; then once more, killed on the way."""
     case, source, tokenizer = folder / "case.jsonl", folder / "large", folder / "tokenizer"
     write_documents(options.data, case)
     train_tokenizer(case, tokenizer)
     small = medians([run_ours(case, tokenizer, folder / "small") for _ in range(3)])
-    write_large(case, source, int(options.size_gb * 1e9))
+    write_large(case, source, int(size_gb * 1e9))
     input_bytes = sum(path.stat().st_size for path in source.iterdir())
     load = os.getloadavg()[0]
     disk = [disk_mb_per_s(folder, 2 << 30)]
@@ -279,7 +281,7 @@ def main() -> None:
     options.scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="indexing-benchmark-", dir=options.scratch))
     try:
-        figures = large_case(options, folder) if options.size_gb else small_case(options, folder)
+        figures = large_case(options, folder, options.size_gb) if options.size_gb else small_case(options, folder)
     finally:
         shutil.rmtree(folder)
     names = ("gigatoken", "tokenizers", "pyarrow", "numpy", "megatron-core")

@@ -115,8 +115,8 @@ def measure(name: str, phase: Callable[[], object]) -> dict[str, object]:
         phase()
         seconds = time.monotonic() - started
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        figures = {"seconds": round(seconds, 2), "peak_gb": round(peak_gb, 2), "imports_gb": round(imported_gb, 2)}
-        os.write(writing, json.dumps(figures).encode())
+        measured = {"seconds": round(seconds, 2), "peak_gb": round(peak_gb, 2), "imports_gb": round(imported_gb, 2)}
+        os.write(writing, json.dumps(measured).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:

@@ -184,10 +184,10 @@ def measure_speed(options: BenchmarkOptions, model: dict, folder: Path) -> dict[
             print(f"{name}: {rate:,.0f} tokens/s, {memory:.1f} GiB", flush=True)
     flops = model_flops_per_token(recipe.model, length)
     figures: dict[str, Any] = {"model": to_dict(recipe.model), "training": training, "flops_per_token": flops}
-    for name, measured in rounds.items():
+    for variant, measured in rounds.items():
         rate = statistics.median(one["tokens_per_s"] for one in measured)
         tflops = rate * flops / 1e12
-        figures[name] = {
+        figures[variant] = {
             "tokens_per_s": rate,
             "tflops": tflops,
             "mfu": tflops / peak if peak else None,

@@ -33,7 +33,7 @@ from megatron_tpt.jobs.ordered_workers import map_in_threads
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.records import DAMAGED, Row, describe
 from megatron_tpt.records import Source as Input
-from megatron_tpt.sizes import num_bytes
+from megatron_tpt.units import num_bytes
 
 _LOG_EVERY_S = 10.0
 _MAX_BLOCK_BYTES = 4 << 20

@@ -21,7 +21,7 @@ from megatron_tpt.indexing.writer import token_dtype
 from megatron_tpt.jobs.settings import EntryChanges, describe_changes, require_apart
 from megatron_tpt.records import Columns, expand_sources
 from megatron_tpt.records import Source as Input
-from megatron_tpt.sizes import num_bytes
+from megatron_tpt.units import num_bytes
 
 _SHARD_SIZE = "--shard-size in bytes"
 

@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
-from megatron_tpt.sizes import num_bytes
+from megatron_tpt.units import num_bytes
 
 
 @dataclass(frozen=True)

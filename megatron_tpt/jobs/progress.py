@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from megatron_tpt.files import atomic_write
+from megatron_tpt.units import duration
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -167,10 +168,3 @@ def share_and_eta(done: float, whole: float, per_s: float) -> str:
         return ""
     eta = f", {duration((whole - done) / per_s)} left" if per_s and done < whole else ""
     return f"; {math.floor(100 * done / whole)}% of the input{eta}"
-
-
-def duration(seconds: float) -> str:
-    """As in "3 h 05 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

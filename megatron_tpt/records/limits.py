@@ -5,7 +5,7 @@ import os
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.records.record import BadRecord
-from megatron_tpt.sizes import num_bytes
+from megatron_tpt.units import num_bytes
 
 VARIABLE = "MEGATRON_TPT_MAX_RECORD_SIZE"
 """The environment variable that sets another limit. Worker processes and SLURM tasks inherit it."""

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from megatron_tpt.generation import Completion, Request, open_engine
-from megatron_tpt.jobs.progress import duration
 from megatron_tpt.thinking.input_sample import Drawn, draw_rows
 from megatron_tpt.thinking.job import Generator, plan
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.progress import counts
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import LengthStatistics
+from megatron_tpt.units import duration
 
 _Z_95 = 1.96
 _MIN_REFILLS = 3  # from here on the time in which the last ones run alone is a small part

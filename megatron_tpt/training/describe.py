@@ -16,7 +16,7 @@ from megatron_tpt.training.memory import (
     peak_of,
     tokens_per_s_bound,
 )
-from megatron_tpt.training.metrics import duration
+from megatron_tpt.units import duration
 
 ASSUMED_MFU = 0.4
 """What a dry run assumes unless it is told: about what well-tuned runs of dense models report on H100s."""

@@ -69,15 +69,3 @@ def throughput(
     if peak_tflops is not None:
         result["mfu"] = tflops / peak_tflops
     return result
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "45 s", "12 min", "3 h 05 min", "2 d 07 h"."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"

@@ -24,9 +24,9 @@ from megatron_tpt.files import atomic_write, real_path
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
-from megatron_tpt.training.metrics import duration
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+from megatron_tpt.units import duration
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate

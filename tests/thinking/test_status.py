@@ -95,7 +95,7 @@ def test_the_time_left_is_that_of_all_tasks_at_the_speed_of_those_that_run(tmp_p
             input_bytes_answered=1_000_000,
         )
         now.add(half, is_running=True)
-    assert "6% of the input, 25 min 00 s left" in now.line()
+    assert "6% of the input, 25 min left" in now.line()
 
 
 def test_tasks_that_share_a_file_have_each_a_part_of_it(server: UnrulyServer, tmp_path: Path) -> None:

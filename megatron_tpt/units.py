@@ -1,4 +1,4 @@
-"""Sizes as users write them: "1GiB", "500MB"."""
+"""Sizes as users write them ("1GiB", "500MB"), and durations as they read them ("3 h 05 min")."""
 
 import re
 
@@ -15,3 +15,15 @@ def num_bytes(option: str, text: str) -> int:
     if match is None or unit is None or not (size := int(float(match[1]) * unit)):
         raise UserError(f"{option} {text!r}: give a size such as 500MB or 2GiB")
     return size
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "45 s", "12 min", "3 h 05 min", "2 d 07 h"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
