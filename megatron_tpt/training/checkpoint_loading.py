@@ -129,10 +129,11 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     trainer_state = read_trainer_state(folder)
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
     (first, *_), state = pieces_of(model), dict[str, Any]()
+    weights = weights_of(first)  # Megatron FSDP, which hides its shards in a forward pass, shows them for it
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
         (own,) = members(optimizer)
-        state["optimizer"] = fsdp_checkpoint.optimizer_state(first, weights_of(first), own, is_loading=True)
+        state["optimizer"] = fsdp_checkpoint.optimizer_state(first, weights, own, is_loading=True)
     else:
         make_torch_adam_loadable(optimizer)
         state["model"] = weights_state(model)

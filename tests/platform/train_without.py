@@ -144,6 +144,7 @@ def main() -> None:
         before = validate(chunks)
         assert world_size > 1 or not torch.equal(before, untrained)
         train_a_step(chunks, optimizer)
+        assert not torch.equal(before, validate(chunks))  # after a forward pass Megatron FSDP hides its shards
         load_checkpoint(step_folder(folder, 2), gpts, optimizer)
         assert torch.equal(before, validate(chunks))
         assert get_model_config(chunks[0]).bf16
