@@ -1,4 +1,4 @@
-"""The runtime of offline jobs, the same for all of them. It may import errors, files, names, processes and records.
+"""The runtime of offline jobs, the same for all of them. It may import config, records and the single modules.
 
 A job is its settings: the same command again does what is missing, and other settings are refused with the difference
 (settings.py). Who works on what is told by locks (lock.py), what is finished by whole files and journals (journal.py),

@@ -1,7 +1,8 @@
 """The accelerator and the process groups: CUDA with NCCL, or the CPU with gloo.
 
 Importing this package is enough to make Megatron Core usable on a machine without CUDA; on one with CUDA it changes
-nothing. Every other package imports Megatron Core only after it.
+nothing. Every other package imports Megatron Core only after it; megatron_core.py has all that depends on its version.
+May import config and errors.
 """
 
 import contextlib

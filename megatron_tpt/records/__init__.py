@@ -5,7 +5,8 @@ One record per line of JSON or per row of a table (see docs/data.md for all that
     {"id": str, "text": str, "thinking": str | null, "meta": {...}}
 
 Only `text` must be there; foreign data names its own columns, and may be in files, folders, patterns or data sets of
-the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not grow with the input.
+the Hugging Face Hub (see `expand_sources`). Everything streams: memory does not grow with the input. May import the
+single modules (errors, files, names, ...) alone.
 """
 
 from megatron_tpt.records.folders import REJECTS
