@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from megatron_tpt.config.fields import FLAT
 from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.folder import JobFolder, Share
 from megatron_tpt.jobs.options import ScaleOptions
@@ -35,7 +34,7 @@ class WordCountOptions:
     """Stop at a record without usable text, or skip it and count it."""
     records_per_file: int = 10_000
     """Documents whose counts are in one file."""
-    scale: Annotated[ScaleOptions, tyro.conf.arg(name="")] = field(default_factory=ScaleOptions)
+    scale: Annotated[ScaleOptions, FLAT] = field(default_factory=ScaleOptions)
     task: int | None = None
     """Do this task alone; set by --executor and --num-tasks."""
 
