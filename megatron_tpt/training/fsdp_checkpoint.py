@@ -26,8 +26,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_sharded(gpt: GPTModel) -> bool:
-    """Whether Megatron FSDP holds this model's parameters. Ask after a state dict: it hides its shards in a forward pass
-    and shows them for a state dict."""
+    """Whether Megatron FSDP holds this model's parameters. Ask after a state dict: it hides its shards in a forward
+    pass, and shows them for a state dict."""
     return any(isinstance(parameter, DTensor) for parameter in gpt.parameters())
 
 
