@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.majority import odd_ones
+from megatron_tpt.majority import outliers
 
 # What a fit GPU reaches at least of the peak in its data sheet, of the median of the node, and of its links' speed.
 _MATMUL_FLOOR, _MEMORY_FLOOR, _MEDIAN_FLOOR, _LINK_FLOOR = 0.5, 0.7, 0.9, 0.4
@@ -149,9 +149,9 @@ def _problems_among_equals(device: str, equals: Mapping[int, Measurement]) -> It
     speeds = {gpu: one.memory_gb_per_s for gpu, one in equals.items()}
     peak = next((peak for name, peak in _PEAK_MEMORY_GB_PER_S.items() if name in device), None)
     yield from _speed_problems("memory at", "GB/s", speeds, peak, _MEMORY_FLOOR)
-    for gpu in odd_ones({gpu: one.digest for gpu, one in equals.items()}):
+    for gpu in outliers({gpu: one.digest for gpu, one in equals.items()}):
         yield gpu, "a product of matrices has other bits than on most GPUs of its kind"
-    for gpu in odd_ones({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
+    for gpu in outliers({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
         yield gpu, "another number of NVLinks than most GPUs of its kind"
 
 

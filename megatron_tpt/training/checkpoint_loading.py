@@ -121,7 +121,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """Load everything a run needs to go on, under any layout. Returns the trainer state that was saved.
+    """Load everything a run needs to resume, under any layout. Returns the trainer state that was saved.
 
     The random state is that of the same rank when layout and kind of device are the same; otherwise it stays as it was
     seeded, which only dropout notices.

@@ -65,7 +65,7 @@ def test_what_comes_again_on_the_same_batch_is_not_laid_to_the_hardware(
 
 
 def test_a_bad_step_that_cannot_be_computed_once_more_says_so(train: Train) -> None:
-    with pytest.raises(AssertionError, match=r"step 6 is bad.*not computed once more.*fp8=delayed") as caught:
+    with pytest.raises(AssertionError, match=r"step 6 is bad.*not computed again.*fp8=delayed") as caught:
         poisoned(train, "run", "nan:once:delayed")
     assert "TRANSIENT" not in str(caught.value)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_runs import Train
 
-from megatron_tpt.training.desync import checksums, describe, find_odd_copies
+from megatron_tpt.training.desync import checksums, describe, find_unequal_copies
 
 from megatron.core import fp8_utils
 
@@ -41,9 +41,9 @@ def test_weights_that_are_gathered_during_the_next_step_are_no_fault(train: Trai
 
 def test_the_minority_is_named() -> None:
     names, right, wrong = ["a", "b", "c", "d"], [1, 2, 3, 4], [1, 0, 0, 4]
-    assert find_odd_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
-    assert find_odd_copies(names, [0, 2], [right, right]) == {}
-    assert describe(find_odd_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
+    assert find_unequal_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
+    assert find_unequal_copies(names, [0, 2], [right, right]) == {}
+    assert describe(find_unequal_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
