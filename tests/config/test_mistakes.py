@@ -103,7 +103,7 @@ def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, told: str) -> 
         (["-x"], "-x: unknown; options begin with two dashes"),
         (["--dry-run", "8"], "expected one recipe file, got 2"),
         (["--dry-run=0"], "--dry-run=0: the number of processes"),
-        (["--device=h100"], "--device and --mfu say what --dry-run is to assume"),
+        (["--device=h100"], "--device and --mfu say what --dry-run assumes"),
         (["--dry-run", "--mfu=40"], "--mfu=40: must be a share of the peak"),
         (["--training.num_steps.x=1"], "training.num_steps is not a section"),
     ],

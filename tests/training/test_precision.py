@@ -104,7 +104,7 @@ def test_offloaded_layers_and_parallel_sizes_reach_megatron_core() -> None:
         ({"recompute": "selective", "recompute_modules": []}, "recompute_modules is empty"),
         ({"recompute": "block", "recompute_layers": 9}, "more than the layers of a pipeline stage"),
         ({"cpu_offload_layers": 8}, "must be below model.num_layers=8"),
-        ({"cpu_offload_layers": 2, "recompute": "full"}, "give up one of them"),
+        ({"cpu_offload_layers": 2, "recompute": "full"}, "give one of them"),
     ],
 )
 def test_what_does_not_go_together_is_refused(training: dict, words: str) -> None:
