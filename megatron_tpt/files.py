@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written under a temporary name beside its target, flushed to the disk, then renamed. A rename within one
+Everything is written under a temporary name next to its target, flushed to the disk, then renamed. A rename within one
 folder is atomic on POSIX: a reader (or a process killed at any moment) sees the old content or the new, never a part.
 """
 
@@ -176,7 +176,7 @@ def file_checksum(path: Path) -> str:
 
 
 def file_fingerprint(path: Path, max_blocks: int = 64) -> str:
-    """A digest that tells a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
+    """A digest that detects a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
 
     Files of up to `max_blocks` blocks are read whole. It finds other weights or another corpus under an old name, not a
     changed letter somewhere in a large file.
