@@ -31,7 +31,7 @@ def server() -> Iterator[UnrulyServer]:
 def test_a_server_that_does_not_tell_lengths_has_them_counted_here(server: UnrulyServer, tmp_path: Path) -> None:
     server.usage, server.reasoning = False, None
     options = job(tmp_path, server, good_texts(3))
-    with pytest.warns(UserWarning, match="does not tell how many tokens"):
+    with pytest.warns(UserWarning, match="does not report how many tokens"):
         assert augment(options).records == 3
     for record in records(options.output):
         assert record.meta["thinking_tokens"] == -(-len(record.thinking or "") // 4)  # four characters are a token
