@@ -332,7 +332,7 @@ def test_a_missing_or_broken_key_is_told(server: UnrulyServer, monkeypatch: pyte
     "url,message",
     [
         ("http://me:hunter2@host:8000/v1", "must not hold a user or a password"),
-        ("http://host/v1?key=hunter2", "leave out"),
+        ("http://host/v1?key=hunter2", "remove"),
         ("host:8000/v1", "not a URL"),
         ("ftp://host/v1", "not a URL"),
     ],
