@@ -160,7 +160,7 @@ def test_indices_that_do_not_go_together_or_hold_sentences_are_refused(
     for name, words in (
         ("instruct-data", r"end-of-sequence token \(1\) is not that of the other data \(0\)"),
         ("tags", "its think tags"),
-        ("sentences", "cut into sentences"),
+        ("sentences", "split into sentences"),
     ):
         path.write_text(yaml.safe_dump(recipe | {"data": {"train": [str(tmp_path / "base"), str(tmp_path / name)]}}))
         for dry_run in ([], ["--dry-run"]):
