@@ -1,4 +1,4 @@
-"""Evaluation sets in the layouts of benchmarks: every item is looked for, or it is said which is not."""
+"""Evaluation sets in the layouts of benchmarks: every item is searched for, or reported."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Jobs on a small server of our own: what they do about each other, and about servers that tell little."""
+"""Jobs on a small server of our own: what they do about each other, and about servers that report little."""
 
 import dataclasses
 import json
@@ -161,7 +161,7 @@ def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: Unru
 def test_a_chunk_that_comes_to_nothing_is_a_reject_of_its_own_and_the_others_stay(
     server: UnrulyServer, tmp_path: Path
 ) -> None:
-    # 20 characters are a chunk, and what a chunk begins with tells the server how to misbehave.
+    # 20 characters are a chunk, and what a chunk begins with makes the server to misbehave.
     chunks = {"good": "ok 0 abcdefghijklmn\n", "failing": "400 9 bcdefghijklmn\n", "short": "ok 0 x y z x y z w\n\n"}
     documents = [["good", "failing", "short", "good"], ["failing", "short"], ["good", "good"], ["failing"]]
     filters = dataclasses.replace(NO_FILTERS, min_words=5)

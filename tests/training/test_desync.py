@@ -23,7 +23,7 @@ def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Tr
     options = [*overrides, "--faults.desync_interval=3", "--training.num_steps=8"]
     with pytest.raises(AssertionError) as caught:
         train("run", *options, f"--flip=1:6:{name}", num_processes=2, program="flipped_pretrain")
-    for rank in (0, 1):  # of two, none can be told to be right
+    for rank in (0, 1):  # of two, none is known to be right
         assert f"rank {rank}: Fault('the weights after step 6 are not the same" in str(caught.value)
     assert f"hold a copy: rank 0, 1, 1 parameters ({name})" in str(caught.value)
     assert not (tmp_path / "run/checkpoints/step_00000008").exists()
@@ -89,7 +89,7 @@ def test_weights_kept_in_fp8_are_compared_by_their_bytes(name: str, monkeypatch:
     monkeypatch.setattr(fp8_utils, "FP8_TENSOR_CLASS", QuantizedTensor)
     values = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn).view(torch.uint8)
     weight, copy = (torch.nn.Parameter(QuantizedTensor(name, raw, 0.5)) for raw in (values, values.clone()))
-    assert weight.detach().sum().dtype == torch.bfloat16  # what its bytes stand for
+    assert weight.detach().sum().dtype == torch.bfloat16  # what its bytes represent
     expected = values.view(torch.int64).sum()
     for bit in range(8):
         getattr(copy, name)[3, 4] ^= 1 << bit
