@@ -43,7 +43,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 
 @torch.no_grad()
-def _round_weights_anew(optimizer: MegatronOptimizer) -> None:
+def _round_weights_from_main(optimizer: MegatronOptimizer) -> None:
     """Set weights that are kept in FP8 from the optimizer's, as after a step: those just loaded were rounded with
     whatever scale each had before."""
     for member in members(optimizer):
@@ -159,5 +159,5 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         set_random_state(loaded["random_state"])
     for gpt, statistics in zip(pieces_of(model), loaded.get("fp8_statistics", {}).values(), strict=False):
         gpt.load_state_dict(statistics, strict=False)
-    _round_weights_anew(optimizer)
+    _round_weights_from_main(optimizer)
     return trainer_state
