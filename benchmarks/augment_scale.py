@@ -1,9 +1,9 @@
-"""How tools/augment.py behaves on a large input: memory of the driver, and how soon it goes on with a nearly done job.
+"""How tools/augment.py behaves on a large input: memory of the driver, and how soon it resumes a nearly done job.
 
 python benchmarks/augment_scale.py --folder SCRATCH [--input-gb 5] [--num-finished 1000000] [--parts memory]
 
-Memory: the whole job over `--input-gb` of documents (50 KB each, one in a thousand of 1 MB), asked of a local server
-that answers at once, so that the driver and not a model is what is measured. Peak resident memory of the driver.
+Memory: the whole job over `--input-gb` of documents (50 KB each, one in a thousand of 1 MB), sent to a local server
+that answers at once, so that the driver and not a model is measured. Peak resident memory of the driver.
 
 Resuming: a job with `--num-finished` finished records, written by the job's own code, lacks its last block. Seconds
 from the start of the program to the first request. Writes benchmarks/results/augment_scale.json; removes what it made.
@@ -42,7 +42,7 @@ class BenchmarkOptions:
 
 
 async def serve(port: int) -> None:
-    """A server of chat completions that has its answer ready, and says when it was asked first."""
+    """A server of chat completions that has its answer ready, and reports when the first request came."""
     body = json.dumps(
         {
             "choices": [{"index": 0, "message": {"role": "assistant", "content": ANSWER}, "finish_reason": "stop"}],

@@ -1,11 +1,11 @@
-"""What tools/augment.py costs beside the engine: output tokens/s of the whole job against vLLM driven directly.
+"""What tools/augment.py costs on top of the engine: output tokens/s of the whole job against vLLM driven directly.
 
 python benchmarks/augmenting.py --data gsm8k_train.jsonl [--engine vllm-server] [--max-new-tokens 512] [--rounds 8]
 
 The same prompts, seeds and sampling, the same model (random weights, so that every thought has its full length), in
 turns: `LLM.generate` of all prompts at once, and the whole job - reading, prompts, journal, filters, shards - on
 `--engine`. With `vllm` both drive one and the same engine, which stays open. The engine computes fewer at once than
-there are documents, so that the job has to refill its places. Every other round begins with the job, for the speed of
+there are documents, so that the job has to refill its places. Every other round begins with the job, since the speed of
 shared machines drifts; the result is the median of the rounds' ratios. The share of its seconds that a side spends
 between the steps of the in-process engine drifts far less. Writes benchmarks/results/augmenting.json, with another
 engine augmenting-ENGINE.json.
@@ -53,12 +53,12 @@ class BenchmarkOptions:
     max_new_tokens: int = 512
     rounds: int = 8
     hidden_size: int = 128
-    """Size of the model; the smaller, the dearer the job beside it."""
+    """Size of the model; the smaller, the larger the job's share of the cost."""
     num_layers: int = 4
 
 
 def make_model(folder: Path, options: BenchmarkOptions) -> None:
-    """A Llama of random weights, with a byte-level tokenizer, that hardly ever ends a text by itself."""
+    """A Llama of random weights, with a byte-level tokenizer, that hardly ever ends a text on its own."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,7 +123,7 @@ def prompts_and_seeds(job: AugmentOptions) -> tuple[EngineOptions, Sampling, lis
 
 
 def direct(engine: Any, sampling: Sampling, requests: list[tuple[Any, int]]) -> tuple[int, float]:
-    """Output tokens and seconds of vLLM alone."""
+    """Output tokens and seconds of vLLM without the job."""
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
     parameters = [engine._sampling_params(dataclasses.replace(sampling, seed=seed)) for _, seed in requests]
     start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""How fast text becomes an index, beside Megatron's own builder; and whether memory stays bounded on large input.
+"""How fast text becomes an index, compared with Megatron's own builder; and whether memory stays bounded on large
+input.
 
 python benchmarks/indexing.py --data gsm8k_train.jsonl --output benchmarks/results/indexing.json
 python benchmarks/indexing.py --data gsm8k_train.jsonl --size-gb 10 --output benchmarks/results/indexing_large.json
@@ -6,8 +7,8 @@ python benchmarks/indexing.py --data gsm8k_train.jsonl --size-gb 10 --output ben
 The case is GSM8K's 7,473 training documents 12 times, every copy with other digits and a heading: 49.8 MB, 89,676
 documents, and a tokenizer of 16,384 tokens trained on it. The programs take turns; each figure is the median of the
 rounds. `tokens_per_s` is from the first byte read to the last file synced and named, by the program's own clock;
-`startup_s` is what the whole process took besides. With `--size-gb` the documents are repeated, with ever other digits,
-to so many gigabytes; peak memory is that of the process and its children, and the disk's speed is measured beside.
+`startup_s` is the rest of the whole process. With `--size-gb` the documents are repeated, with ever other digits,
+to this many gigabytes; peak memory is that of the process and its children, and the disk's speed is measured as well.
 """
 
 import json
@@ -60,9 +61,9 @@ class Options:
     data: Path
     """GSM8K's training problems, JSONL with `question` and `answer`."""
     size_gb: float | None = None
-    """Index so many gigabytes (10^9 bytes) instead of the small case; the peer is left out."""
+    """Index this many gigabytes (10^9 bytes) instead of the small case; the peer is omitted."""
     kills: int = 5
-    """With `--size-gb`: kill -9 at so many random moments in a second run."""
+    """With `--size-gb`: kill -9 at this many random moments in a second run."""
     rounds: int = 5
     """How often each program runs; the peer, which is slow, once in two rounds."""
     megatron: Path | None = None
@@ -94,7 +95,7 @@ def write_documents(data: Path, target: Path) -> int:
 
 
 def write_large(case: Path, folder: Path, num_bytes: int) -> None:
-    """Write so many bytes in `NUM_FILES` files: the case again and again, with ever other digits."""
+    """Write `num_bytes` bytes in `NUM_FILES` files: the case repeated, with ever other digits."""
     content, rng = case.read_bytes(), random.Random(0)
     folder.mkdir()
     for number in range(NUM_FILES):
@@ -223,7 +224,7 @@ def small_case(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def large_case(options: Options, folder: Path, size_gb: float) -> dict[str, Any]:
-    """Ours on so many gigabytes, between two measurements of the disk; then once more, killed on the way."""
+    """Ours on `size_gb` gigabytes, between two measurements of the disk; then again, killed on the way."""
     case, source, tokenizer = folder / "case.jsonl", folder / "large", folder / "tokenizer"
     write_documents(options.data, case)
     train_tokenizer(case, tokenizer)
@@ -249,7 +250,7 @@ def large_case(options: Options, folder: Path, size_gb: float) -> dict[str, Any]
 
 
 def killed_on_the_way(options: Options, folder: Path, whole_s: float) -> dict[str, Any]:
-    """Index the large case once more with kill -9 at random moments; are the checksums those of the whole run?"""
+    """Index the large case again with kill -9 at random moments; are the checksums those of the whole run?"""
     chance = random.Random(time.time_ns())
     checksums = json.loads((folder / "whole.json").read_text())["checksums"]
     for kind in ("bin", "idx", "json"):

@@ -1,4 +1,4 @@
-"""What the training loop costs beside a bare loop over the same Megatron Core calls, on the CPU.
+"""What the training loop costs compared with a bare loop over the same Megatron Core calls, on the CPU.
 
 python benchmarks/loop_overhead.py [--steps 40] [--rounds 8] [--hidden-size 128] [--num-layers 4]
 
@@ -41,7 +41,7 @@ class BenchmarkOptions:
     rounds: int = 8
     """Pieces of each loop, after one of each that is not counted."""
     hidden_size: int = 128
-    """Width of the model; the smaller, the dearer the loop beside it."""
+    """Width of the model; the smaller, the larger the loop's share of the cost."""
     num_layers: int = 4
     """Layers of the model."""
     sequence_length: int = 256
@@ -117,7 +117,7 @@ def since(begin: tuple[float, float]) -> tuple[float, float]:
 
 
 def train_in_turns(options: BenchmarkOptions, recipe: PretrainRecipe) -> dict[str, list[tuple[float, float]]]:
-    """Seconds (clock, cores) of every piece of either loop, the first of each left out."""
+    """Seconds (clock, cores) of every piece of either loop, the first of each omitted."""
     from megatron_tpt.training.builder import build_trainer
     from megatron_tpt.training.callbacks import default_callbacks
     from megatron_tpt.training.launch import distributed

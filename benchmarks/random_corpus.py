@@ -12,7 +12,8 @@ VOCAB_SIZE = 512
 
 
 def make_indices(folder: Path, num_files: int, *, num_documents: int) -> str:
-    """Write so many indices, each of so many documents of 120 words. Returns the path with a wildcard for all."""
+    """Write `num_files` indices, each of `num_documents` documents of 120 words. Returns the path with a wildcard for
+    all."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(500)]
     tokenizer = folder / "tokenizer"

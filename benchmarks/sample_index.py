@@ -3,7 +3,7 @@
 python benchmarks/sample_index.py --documents 50000000 --files 2000 --output benchmarks/results/sample_index.json
 
 The indices are synthetic: log-normal document lengths, real .idx and .json, .bin with holes instead of tokens. Each
-phase is a process of its own, so that its peak memory is its own (`imports_gb` of it are the imports). `cold`
+phase is a separate process, so that its peak memory is its own (`imports_gb` of it are the imports). `cold`
 reads the recipe, checks the manifests and builds the sample indices; `warm` does the same and finds them built.
 """
 
@@ -39,7 +39,7 @@ class Options:
     documents_per_file: int = 1000
     """Documents of each of them."""
     epochs: tuple[float, ...] = (0.9, 3.5)
-    """How often the large index is gone through."""
+    """Epochs over the large index."""
     blend_samples: int = 1_000_000
     """Samples drawn from the blend."""
     sequence_length: int = 4096

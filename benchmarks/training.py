@@ -3,13 +3,13 @@
 python benchmarks/training.py --parts speed-8b speed-3b           # random tokens
 python benchmarks/training.py --parts losses --index data/corpus  # a 125M model on an index, the same data in each
 python benchmarks/training.py --parts cpu-run --run runs/cpu --index data/corpus   # on a machine without a GPU
-python benchmarks/training.py --parts resume --run runs/cpu       # goes on from that run's checkpoint, here
+python benchmarks/training.py --parts resume --run runs/cpu       # resumes from that run's checkpoint, here
 python benchmarks/training.py --tiny --variants bf16 fp32 ...     # the same on two CPU cores, in seconds
 
 speed-8b is the 8B shape with as many of its layers as fit, speed-3b all of the 3B model. Variants take turns, in rounds
-of the opposite order, each built anew; a variant's figures are medians over its rounds. MFU is of the device's dense
+of the opposite order, each built again; a variant's figures are medians over its rounds. MFU is of the device's dense
 bf16 peak for all of them, so that they can be compared. Each part is written into benchmarks/results/training.json as
-soon as it is done, beside the parts of earlier calls.
+soon as it is done, with the parts of earlier calls.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class BenchmarkOptions:
     index: Path | None = None
     """An index (tools/index.py) for the parts losses and cpu-run."""
     run: Path = Path("runs/training-benchmark")
-    """Run folder that cpu-run makes and resume copies and goes on from."""
+    """Run folder that cpu-run makes and that resume copies and resumes from."""
     tiny: bool = False
     """A toy model instead: to try the program on a CPU, with --variants bf16 fp32."""
     output: Path = RESULTS / "training.json"
@@ -81,7 +81,7 @@ class BenchmarkOptions:
 
 
 def recipe_of(model: dict, training: dict, folder: Path, index: Path | None) -> PretrainRecipe:
-    """A run on one device that saves and reports nothing by itself; random tokens without an index."""
+    """A run on one device that saves and reports nothing on its own; random tokens without an index."""
 
     raw = {
         "run": {"output_dir": str(folder)},
@@ -154,7 +154,7 @@ def fitting(options: BenchmarkOptions, model: dict, training: dict, folder: Path
     for candidate in candidates:
         if fits(*candidate, folder):
             return candidate
-    raise UserError(f"{model} does not fit on the device: give fewer --num-layers, or leave its part out")
+    raise UserError(f"{model} does not fit on the device: give fewer --num-layers, or omit its part")
 
 
 def measure_speed(options: BenchmarkOptions, model: dict, folder: Path) -> dict[str, Any]:

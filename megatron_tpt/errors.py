@@ -28,7 +28,7 @@ _RESOURCES = {
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one line that says what is wrong and what to change.
+    """Something the user can fix; its text is one line that says what is wrong and what to change.
 
     The command-line programs print it without a traceback and exit with code 2. (It is no ValueError: the libraries
     that fill dataclasses from options and YAML catch those and wrap them in many lines.)
@@ -36,7 +36,7 @@ class UserError(Exception):
 
 
 class StoppedEarly(Exception):
-    """The work was stopped in order before its end, and the same command goes on with it.
+    """The work was stopped in an orderly way before its end, and the same command resumes it.
 
     The command-line programs print it and exit with code 75, "try again later".
     """
@@ -62,7 +62,7 @@ def failure(message: str, error: BaseException) -> UserError | Fault:
 
 
 def is_of_full_disk(error: BaseException) -> bool:
-    """Whether a full disk or quota is what an error came from; libraries in Rust and C++ tell it in words alone."""
+    """Whether a full disk or quota is what an error came from; libraries in Rust and C++ report it only in words."""
     return any(
         getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         or f"os error {errno.ENOSPC})" in str(cause)
@@ -72,7 +72,7 @@ def is_of_full_disk(error: BaseException) -> bool:
 
 
 def resource_message(error: BaseException) -> str | None:
-    """What to say of an error that the machine, and not the program, is the reason of; None for any other."""
+    """The message for an error whose cause is the machine, not the program; None for any other."""
     code = errno.ENOSPC if is_of_full_disk(error) else getattr(error, "errno", None)
     name = str(getattr(error, "filename", None) or "")[:300]
     return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all.
 
-Everything is written under a temporary name beside its target, flushed to the disk, then renamed. A rename within one
+Everything is written under a temporary name next to its target, flushed to the disk, then renamed. A rename within one
 folder is atomic on POSIX: a reader (or a process killed at any moment) sees the old content or the new, never a part.
 """
 
@@ -56,7 +56,7 @@ def _temporary_prefix() -> str:
     return f".tmp-{socket.gethostname()}-{namespace}-"
 
 
-def _temporary_beside(path: Path) -> Path:
+def _temporary_next_to(path: Path) -> Path:
     """A name that nobody can have guessed and put something under, in a folder that others may write to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
@@ -94,7 +94,7 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     Without `durable` the content is not flushed to the disk first: for progress reports that a power cut may take.
     """
     path = Path(path)
-    temporary = _temporary_beside(path)
+    temporary = _temporary_next_to(path)
     # O_EXCL: never through a link, and never into a file that was there before.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -115,7 +115,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises FileExistsError when `path` exists by then and is not empty: a finished folder is never replaced.
     """
     path = Path(path)
-    temporary = _temporary_beside(path)
+    temporary = _temporary_next_to(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -132,7 +132,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def atomic_symlink(target: str, link: str | Path) -> None:
     """Point `link` at `target` (a path relative to the link's folder), replacing a link that is there."""
     link = Path(link)
-    temporary = _temporary_beside(link)
+    temporary = _temporary_next_to(link)
     os.symlink(target, temporary)
     os.replace(temporary, link)
     sync(link.parent)
@@ -176,7 +176,7 @@ def file_checksum(path: Path) -> str:
 
 
 def file_fingerprint(path: Path, max_blocks: int = 64) -> str:
-    """A digest that tells a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
+    """A digest that detects a changed file at little cost: of its size and of blocks of 64 KiB spread evenly over it.
 
     Files of up to `max_blocks` blocks are read whole. It finds other weights or another corpus under an old name, not a
     changed letter somewhere in a large file.

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m megatron_tpt.finetune RECIPE.yaml [--section.key=value ...] [--dry-run[=PROCESSES]]
 
-Run the same command again to resume after an interruption. docs/training.md says what a run checks and tells.
+Run the same command again to resume after an interruption. docs/training.md says what a run checks and reports.
 """
 
 import sys

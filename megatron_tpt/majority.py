@@ -4,7 +4,7 @@ import collections
 from collections.abc import Mapping
 
 
-def odd_ones[K](values: Mapping[K, object]) -> list[K]:
+def outliers[K](values: Mapping[K, object]) -> list[K]:
     """The keys whose value most others do not have; all of them where there is no such majority."""
     counts = collections.Counter(values.values()).most_common(2)
     has_majority = len(counts) == 1 or counts[0][1] > counts[1][1]

@@ -1,4 +1,4 @@
-"""Markdown made of texts of others: ids, names and documents show as they are, and nothing in them is markup."""
+"""Markdown made of untrusted text: ids, names and documents show as they are, and nothing in them is markup."""
 
 import re
 from collections.abc import Iterable, Sequence

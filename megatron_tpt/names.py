@@ -12,7 +12,7 @@ _JOINERS = "\u200c\u200d"  # parts of words and of emoji
 
 
 def shown(text: str | os.PathLike[str]) -> str:
-    """A name or a text of others on one line, safe for a terminal and a log: control characters, those that change the
+    """A name or untrusted text on one line, safe for a terminal and a log: control characters, those that change the
     direction of text or cannot be seen, and bytes that are no UTF-8 are \\x.. and \\u.... escapes."""
     text = os.fspath(text)
     return text if text.isascii() and text.isprintable() else "".join(map(_shown_character, text))

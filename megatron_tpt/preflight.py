@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.majority import odd_ones
+from megatron_tpt.majority import outliers
 
 # What a fit GPU reaches at least of the peak in its data sheet, of the median of the node, and of its links' speed.
 _MATMUL_FLOOR, _MEMORY_FLOOR, _MEDIAN_FLOOR, _LINK_FLOOR = 0.5, 0.7, 0.9, 0.4
@@ -80,7 +80,7 @@ class Measurement:
     is_stable: bool
     """Whether the product was the same every time."""
     state: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    """What nvidia-smi said under load, by the names in _STATE_FIELDS; None for what the device does not tell."""
+    """What nvidia-smi said under load, by the names in _STATE_FIELDS; None for what the device does not report."""
     links_gb_per_s: tuple[float, ...] = ()
     """Speed of every NVLink in one direction, 0 for one that is down."""
 
@@ -127,7 +127,7 @@ def _speed_problems(
 
 
 def _own_problems(one: Measurement) -> Iterator[str]:
-    """What is wrong with a device by itself."""
+    """What is wrong with a device on its own."""
     if not one.is_stable:
         yield "the same product of matrices gave other bits when it was repeated"
     if errors := one.state.get("uncorrected_ecc_errors"):
@@ -140,7 +140,7 @@ def _own_problems(one: Measurement) -> Iterator[str]:
 
 
 def _problems_among_equals(device: str, equals: Mapping[int, Measurement]) -> Iterator[tuple[int, str]]:
-    """What is wrong with devices of one name beside each other."""
+    """What is wrong with devices of one name, compared with each other."""
     from megatron_tpt.training.metrics import device_peak_tflops
 
     speeds = {gpu: one.matmul_tflops for gpu, one in equals.items()}
@@ -149,9 +149,9 @@ def _problems_among_equals(device: str, equals: Mapping[int, Measurement]) -> It
     speeds = {gpu: one.memory_gb_per_s for gpu, one in equals.items()}
     peak = next((peak for name, peak in _PEAK_MEMORY_GB_PER_S.items() if name in device), None)
     yield from _speed_problems("memory at", "GB/s", speeds, peak, _MEMORY_FLOOR)
-    for gpu in odd_ones({gpu: one.digest for gpu, one in equals.items()}):
+    for gpu in outliers({gpu: one.digest for gpu, one in equals.items()}):
         yield gpu, "a product of matrices has other bits than on most GPUs of its kind"
-    for gpu in odd_ones({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
+    for gpu in outliers({gpu: len(one.links_gb_per_s) for gpu, one in equals.items()}):
         yield gpu, "another number of NVLinks than most GPUs of its kind"
 
 
@@ -332,7 +332,7 @@ def check_gpus() -> tuple[dict[int, Measurement], AllReduce | None, list[str]]:
 
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
-        raise UserError("there is no GPU that torch can use on this machine: leave --gpus out, or look at nvidia-smi")
+        raise UserError("there is no GPU that torch can use on this machine: omit --gpus, or look at nvidia-smi")
     measured, together, failures = measure_node(num_gpus, "cuda", Load())
     slowest = min(together, key=lambda one: (one.is_right, one.bus_gb_per_s), default=None)
     return measured, slowest, failures + find_problems(measured, slowest)

@@ -1,4 +1,4 @@
-"""Texts of others in what rich and matplotlib draw: neither control characters nor markup of theirs have an effect."""
+"""Untrusted text in what rich and matplotlib draw: its control characters and markup have no effect."""
 
 from rich.markup import escape
 

@@ -9,7 +9,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def num_bytes(option: str, text: str) -> int:
-    """The number of bytes that "1GiB", "500 MB" or "4096" stand for. Raises UserError naming `option`."""
+    """The number of bytes that "1GiB", "500 MB" or "4096" means. Raises UserError naming `option`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or not (size := int(float(match[1]) * unit)):

@@ -1,4 +1,5 @@
-"""What the user has to mend is told from what the disk or the network did: only the first stops all tasks of a job."""
+"""What the user has to fix is distinguished from what the disk or the network did: only the first stops all tasks of a
+job."""
 
 import errno
 import http.server

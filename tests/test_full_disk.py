@@ -1,4 +1,4 @@
-"""A full disk is told in one line, and the same command completes the work when there is room."""
+"""A full disk is reported in one line, and the same command completes the work when there is room."""
 
 import importlib
 import re

@@ -44,7 +44,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
-def test_a_link_to_itself_is_a_mistake_told_in_one_line(
+def test_a_link_to_itself_is_a_mistake_reported_in_one_line(
     command: str, refusal: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ LONG = "x" * 300
     ],
     ids=lambda command: command.split()[0],
 )
-def test_a_name_that_no_file_can_have_is_a_mistake_told_in_one_line(
+def test_a_name_that_no_file_can_have_is_a_mistake_reported_in_one_line(
     command: str, refusal: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,9 +18,9 @@ from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).parents[1]
-# A star or a hyphen at the end stands for several options, as in --minhash-*.
+# A star or a hyphen at the end means several options, as in --minhash-*.
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_][\w-]*)*")
-# Of torchrun and Slurm, and what stands for any option of a recipe.
+# Of torchrun and Slurm, and placeholders for any option of a recipe.
 OF_OTHER_PROGRAMS = {"--nproc-per-node", "--job", "--section.key"}
 OF_TRAINING = {"--dry-run", "--device", "--mfu", "--help", "--recipe", "--cache-dir"}
 

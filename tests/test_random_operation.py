@@ -53,7 +53,7 @@ PRELOADED = [
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
-# What tells when, how fast and by which process, and not what was made.
+# What records when, how fast and by which process, and not what was made.
 # The inventory lists files in the order in which they were finished.
 NOT_COMPARED = {"heartbeat.json", ".lock", "lock", "logs", ".work", ".inventory", "checkpoints"}
 ONLY_NAMES = {"README.md", "checksums.json"}

@@ -1,7 +1,7 @@
-"""A real HTTP server that speaks OpenAI's protocol, and misbehaves as the prompts tell it.
+"""A real HTTP server that speaks OpenAI's protocol, and misbehaves as the prompts say.
 
 The prompt "hang 2 a" hangs the first two times it is asked and is answered from then on; "400 9 b" is refused nine
-times. What follows the number only tells prompts apart.
+times. What follows the number only distinguishes prompts.
 """
 
 import asyncio
@@ -39,14 +39,14 @@ class UnrulyServer:
         """When set, the answer to everything."""
         self.usage = True
         self.thinks: Literal["", "aloud", "apart"] = ""
-        """Whether its model thinks before it answers a chat; "apart": told by a server that takes the tags out."""
+        """Whether its model thinks before it answers a chat; "apart": reported by a server that takes the tags out."""
         self.takes_stop = True
         self.reasoning: str | None = "hm"
         """What chats hand out apart from the text."""
         self.answers: dict[str, str | dict[str, Any]] = {}
         """What it answers to some prompts: a text, or the whole body."""
         self.refuses: Callable[[dict[str, Any]], str | tuple[int, str] | None] = lambda body: None
-        """With which sentence (and status, 400 if not told) it refuses a request; None serves it."""
+        """With which sentence (and status, 400 if not given) it refuses a request; None serves it."""
         self.message: dict[str, Any] = {}
         """What chats hand out in place of the text and the reasoning."""
         self.delay_s = 0.0

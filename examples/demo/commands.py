@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Commands:
-    """Runs python commands from the repository's root, with one thread each unless told otherwise."""
+    """Runs python commands from the repository's root, with one thread each by default."""
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
@@ -34,7 +34,7 @@ class Commands:
             lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
             errors = [line for line in lines if line.startswith("error: ")]
             reason = errors[-1] if errors else "\n".join(lines[-15:])
-            raise UserError(f"{name} ended with exit code {code}; all it said is in {log_path}\n{reason}")
+            raise UserError(f"{name} ended with exit code {code}; its output is in {log_path}\n{reason}")
         self.say(f"  {name}: done in {time.monotonic() - start:.0f} s")
 
     def say(self, text: str) -> None:

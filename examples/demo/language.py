@@ -5,7 +5,7 @@
     Answer: Thu
 
 Every leg of the way (a to f) takes one to seven days. The answer is a sum modulo 7, which can hardly be seen at once:
-leave one leg out, and every weekday is as likely as before. Leg by leg it is easy: find the next leg, count on.
+omit one leg, and every weekday is as likely as before. Leg by leg it is easy: find the next leg, count on.
 
     Mon a+6 Sun b+2 Tue c+4 Sat d+3 Tue e+2 Thu f+7 Thu
 
@@ -41,7 +41,7 @@ class Parcel:
 
     @classmethod
     def from_document(cls, document: str) -> "Parcel":
-        """The parcel that a document tells of."""
+        """The parcel that a document describes."""
         return cls(tuple(int(num_days) for num_days in re.findall(r"\+(\d)", document)))
 
     @property
@@ -104,7 +104,7 @@ def sample_parcels(population: Sequence[int], num_parcels: int, seed: int) -> li
 
 
 def check_disjoint(sets: dict[str, Iterable[str]]) -> None:
-    """Raise RuntimeError when a question stands in two of the named sets, or twice in one."""
+    """Raise RuntimeError when a question is in two of the named sets, or twice in one."""
     place: dict[str, str] = {}
     for name, questions in sets.items():
         for question in questions:
@@ -114,7 +114,7 @@ def check_disjoint(sets: dict[str, Iterable[str]]) -> None:
 
 
 def write_language(options: LanguageOptions) -> None:
-    """Write the four files, then read them back and check that no parcel stands in two sets."""
+    """Write the four files, then read them back and check that no parcel is in two sets."""
     num_parcels = options.num_documents + options.num_sft + options.num_problems
     parcels = iter(sample_parcels(STUDENTS_PARCELS, num_parcels, options.seed))
     # The problems come first: they stay the same when the corpus grows.

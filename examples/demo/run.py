@@ -44,7 +44,7 @@ class DemoOptions:
     num_documents: int = 32000
     """Documents there are. The arm without thinking trains on all of them."""
     num_thoughts: int = 8000
-    """Documents, from the first on, that the teacher thinks about. The other arm trains on these alone."""
+    """Documents, from the first on, that the teacher thinks about. The other arm trains only on these."""
     num_sft: int = 1024
     """Examples that every checkpoint is fine-tuned on."""
     num_problems: int = 300

@@ -1,4 +1,4 @@
-"""The two files this example needs besides GSM8K's own: the documents that stay plain, and the SFT examples.
+"""The two files this example needs in addition to GSM8K's own: the documents that stay plain, and the SFT examples.
 
 python examples/gsm8k/prepare.py --data DATA_DIR --output OUTPUT_DIR --num-augmented 500
 """

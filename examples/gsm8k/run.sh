@@ -4,7 +4,7 @@
 #   examples/gsm8k/run.sh DATA_DIR OUTPUT_DIR [TEACHER_DIR]
 #
 # DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math). TEACHER_DIR is the model
-# that thinks, a Hugging Face folder; by default the demo's. Run again, it goes on where it stopped.
+# that thinks, a Hugging Face folder; by default the demo's. Run again, it resumes where it stopped.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   sed -n '2,7s/^# \{0,1\}//p' "$0" >&2

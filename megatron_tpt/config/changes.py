@@ -1,4 +1,4 @@
-"""Where a recipe differs from the one of a checkpoint, and what becomes of it."""
+"""Where a recipe differs from the one of a checkpoint, and what happens to it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Change:
     there: Any
     on_resume: Effect
     from_weights: Effect
-    """Where the run starts from the checkpoint's weights alone."""
+    """Where the run starts only from the checkpoint's weights."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ def _show(value: Any) -> str:
 
 
 def _resolved(model: dict[str, Any]) -> dict[str, Any]:
-    """What fields of a model mean that leave something to others, or to rounding."""
+    """The values in effect of model fields that depend on others, or on rounding."""
     heads, multiple = model["num_attention_heads"], model["vocab_padding_multiple"]
     rows = model["vocab_size"] and -(-model["vocab_size"] // multiple) * multiple
     return {

@@ -51,7 +51,7 @@ def console_name(name: str) -> str:
 
 def as_called(text: str) -> str:
     """`text` with its commands in the form in which this program was called: in an installation there is no tools/,
-    and console scripts stand for its files."""
+    and console scripts take the place of its files."""
     if not Path(sys.argv[0]).name.startswith("tpt-"):
         return text
     return _COMMAND.sub(lambda found: console_name(found[1] or found[2]), text)
@@ -91,7 +91,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         code = 0
     except Exception as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes_of(error)):
-            code = 130  # Ctrl-C, in the midst of a clean-up that then met what was half done
+            code = 130  # Ctrl-C during a clean-up that then failed on what was half done
         elif (refusal := resource_message(error)) is None:
             traceback.print_exc()
             code = 1
@@ -119,5 +119,5 @@ def _call(main: Callable[[], Any]) -> None:
 
 
 def _discard_output() -> None:
-    """What is left to write to standard output goes nowhere: Python would try again, and complain, at its end."""
+    """Discard what is left to write to standard output: Python would retry at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

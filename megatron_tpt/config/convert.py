@@ -4,7 +4,7 @@
     recipe = converter.section(PretrainRecipe, raw, ())
     converter.problems                     # one line each: where, what is wrong, what to change
 
-Every mistake is found, not the first alone. Values are taken as people write them: 1e4 for a whole number, a text where
+Every mistake is found, not only the first. Values are taken as people write them: 1e4 for a whole number, a text where
 a list of texts is due, ~ in paths; all of them may be texts, as on a command line.
 """
 
@@ -24,7 +24,7 @@ from megatron_tpt.config.yaml_file import Key, dotted
 from megatron_tpt.errors import UserError
 
 WRONG = object()
-"""What stands for a value that a problem was found in."""
+"""Marks a value that a problem was found in."""
 
 _TOO_LARGE = 2**63  # for the whole numbers of torch and NumPy
 
@@ -45,7 +45,7 @@ def is_mapping(hint: Any) -> bool:
 
 
 def is_optional(hint: Any) -> bool:
-    """Whether a field of this type may be left open."""
+    """Whether a field of this type may be None."""
     return type(None) in alternatives(plain(hint))
 
 
@@ -89,7 +89,7 @@ class Converter:
     """A key as it was written: data.train[0].weight, --num-workers."""
     problems: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
-    """What is right, and will not be in the next release."""
+    """What is accepted now, and will not be in the next release."""
 
     def section(self, cls: type, raw: Any, key: Key) -> Any:
         """A `cls` from a mapping; WRONG when a problem was found in it. One without content has the defaults."""
@@ -226,7 +226,7 @@ def _scalar(hint: Any, value: Any) -> Any:
                 notes = notes or str(error)
         raise ValueError(notes)
     if choices := choices_of(hint):
-        value = "off" if value is False else value  # YAML takes the word for a truth value
+        value = "off" if value is False else value  # YAML reads the word as a boolean
         if value not in choices:
             raise ValueError("")
         return hint(value) if isinstance(hint, type) else value
@@ -278,7 +278,7 @@ def _path(value: Any) -> Path:
 
 
 def expand_path(text: str) -> Path:
-    """A path whose ~ or ~USER, which a shell leaves alone after "=", stands for a home folder. Raises UserError for an
+    """A path whose ~ or ~USER, which a shell leaves alone after "=", names a home folder. Raises UserError for an
     unknown user's."""
     try:
         return Path(text).expanduser()

@@ -12,7 +12,7 @@ from megatron_tpt.errors import require
 
 @dataclass
 class DataSection:
-    """What to train on, as far as it does not depend on the kind of run."""
+    """What to train on: the fields that all kinds of runs share."""
 
     train: list[Any] = field(default_factory=list)
     """The data to train on."""
@@ -61,7 +61,7 @@ class DatasetSource:
 @on_change({(Effect.CONTENT, Effect.FREE): "train until_tokens"})
 @dataclass
 class DataPhase:
-    """A part of a run with a blend of its own."""
+    """A part of a run with its own blend."""
 
     train: list[DatasetSource] = field(default_factory=list)
     """The blend to train on, as in data.train."""
@@ -86,8 +86,8 @@ class DataPhase:
 class DataConfig(DataSection):
     """Pre-training data: indexed datasets, cut into samples of training.sequence_length tokens.
 
-    A source is a prefix, or {path, weight, ...}. A path with wildcards (data/shard-*) stands for all indices that it
-    matches, by the tokens that each has; one that ends with .yaml or .json for the list of sources in that file.
+    A source is a prefix, or {path, weight, ...}. A path with wildcards (data/shard-*) means all indices that it
+    matches, weighted by their tokens; one that ends with .yaml or .json means the list of sources in that file.
     """
 
     train: list[DatasetSource] = field(default_factory=list)
@@ -96,21 +96,22 @@ class DataConfig(DataSection):
     """Blends to train on one after the other, in place of train. A source in several continues where it was."""
     validation: list[DatasetSource] = field(default_factory=list)
     """Sets whose losses are measured every training.validation_interval steps and at the end: over all of their tokens
-    and, where there are several, each by itself. Those of one name are one set, a blend."""
+    and, where there are several, each separately. Those of one name are one set, a blend."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer that the data was indexed with, for the checkpoints; where it was then when not given."""
+    """Folder of the tokenizer that the data was indexed with, for the checkpoints; its folder at that time when not
+    given."""
     allow_change: bool = False
     """Resume from a checkpoint with other training data than before, more times through it, or another batch size or
     sequence length, at the samples consumed; without, that is refused."""
     reset_at_documents: bool = False
-    """A token attends to its own document alone, and positions count from 0 in each; without, to all before it in the
+    """A token attends only to its own document, and positions count from 0 in each; without, to all before it in the
     sample."""
     loss_on: Literal["all", "document", "thinking"] = "all"
     """Tokens to learn from; the others are only read."""
     mock: bool = False
     """Random tokens in place of files, to measure speed; needs model.vocab_size."""
     cache_dir: Path | None = None
-    """Where the sample indices are kept; `cache/` beside the first training index when not given."""
+    """Where the sample indices are kept; `cache/` next to the first training index when not given."""
 
     def __post_init__(self) -> None:
         require(
@@ -155,14 +156,14 @@ class ExampleSet:
 )
 @dataclass
 class SftDataConfig(DataSection):
-    """Fine-tuning data: conversations, or prompts and responses; the loss is on what the assistant says alone."""
+    """Fine-tuning data: conversations, or prompts and responses; the loss is only on what the assistant says."""
 
     train: list[Path] = field(default_factory=list)
     """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
     with the fields `prompt` and `response`, which are tokenised and packed at the start of every run."""
     validation: list[ExampleSet] = field(default_factory=list)
     """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
-    over all of them and, where there are several, each by itself. A path, or {path, name}."""
+    over all of them and, where there are several, each separately. A path, or {path, name}."""
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder; that of the packed data (PREFIX.tokenizer), else of training.init_from, when not
     given."""

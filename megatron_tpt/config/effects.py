@@ -1,4 +1,4 @@
-"""Settings that were given and have no effect beside the others: they are told, so that none is ignored silently.
+"""Settings that were given and have no effect given the others: they are reported, so that none is ignored silently.
 
 A setting counts as given when it differs from its default.
 """

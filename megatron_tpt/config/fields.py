@@ -1,4 +1,4 @@
-"""What a field of a recipe, or of a tool's options, says of itself in its annotation besides its type.
+"""What a field of a recipe, or of a tool's options, declares in its annotation in addition to its type.
 
     num_layers: PositiveInt = 2                      # its bounds, in the terms of annotated-types
     prefix: Annotated[Path, POSITIONAL]              # how the command line takes it
@@ -47,16 +47,16 @@ _WORDS = {
 }
 
 hints_of: Callable[[type], dict[str, Any]] = functools.cache(functools.partial(get_type_hints, include_extras=True))
-"""The annotations of a dataclass by field, with what they say besides the type."""
+"""The annotations of a dataclass by field, with what they declare in addition to the type."""
 
 
 def plain(hint: Any) -> Any:
-    """The type in an annotation, without what is said of it."""
+    """The type in an annotation, without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def marks_of(hint: Any) -> tuple[Any, ...]:
-    """What an annotation says besides the type."""
+    """The metadata of an annotation."""
     return getattr(hint, "__metadata__", ())
 
 
@@ -98,7 +98,7 @@ def _bounded_fields(cls: type) -> tuple[tuple[str, Any], ...]:
 
 
 def out_of_bounds(name: str, value: Any, words: str) -> str:
-    """What to say of a value that misses its bounds: "--limit 0: must be 1 or more", "model.num_layers=0 must ..."."""
+    """The message for a value out of its bounds: "--limit 0: must be 1 or more", "model.num_layers=0 must ..."."""
     return f"{name} {value}: must {words}" if name.startswith("--") else f"{name}={value} must {words}"
 
 

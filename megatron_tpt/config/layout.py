@@ -24,8 +24,8 @@ def _check_model(recipe: Recipe) -> None:
         _require_multiple("training.sequence_length", training.sequence_length, name, 2 * cp)
         if model.transformer_impl == "local":
             raise UserError(
-                f"parallel.context_parallel_size={cp} needs Transformer Engine's attention: leave "
-                f"model.transformer_impl=local out, or set the size to 1"
+                f"parallel.context_parallel_size={cp} needs Transformer Engine's attention: omit "
+                f"model.transformer_impl=local, or set the size to 1"
             )
         if parallel.context_parallel_exchange == "a2a":
             name = "parallel.tensor_parallel_size x context_parallel_size"
@@ -41,7 +41,7 @@ def _check_precision(recipe: Recipe) -> None:
     tp = parallel.tensor_parallel_size
     if training.fp8 != "none":
         if model.transformer_impl == "local":
-            raise UserError(f"training.fp8={training.fp8} needs Transformer Engine: leave model.transformer_impl out")
+            raise UserError(f"training.fp8={training.fp8} needs Transformer Engine: omit model.transformer_impl")
         block = {"blockwise": 128, "mxfp8": 32}.get(training.fp8, 16)
         name = f"training.fp8={training.fp8}: its block"
         tokens = training.sequence_length * training.micro_batch_size // parallel.context_parallel_size
@@ -87,14 +87,14 @@ def _check_optimizer(recipe: Recipe) -> None:
     ):
         raise UserError(
             "training.fp8_param_gather needs optimizer.name=adam and parallel.distributed_optimizer, without "
-            "parallel.fsdp: change them, or leave it out"
+            "parallel.fsdp: change them, or omit it"
         )
     if recipe.checkpoint.optimizer_sharding == "dp_reshardable" and (
         recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
     ):
         raise UserError(
             "checkpoint.optimizer_sharding=dp_reshardable needs optimizer.name=adam and parallel.distributed_optimizer "
-            "without parallel.fsdp: change them, or leave it out"
+            "without parallel.fsdp: change them, or omit it"
         )
     if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
         raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")

@@ -74,11 +74,11 @@ class Arguments:
     dry_run: bool = False
     """Describe the run and start nothing."""
     num_processes: int | None = None
-    """Processes the dry run is to assume; as few as the layout allows when not given."""
+    """Processes the dry run assumes; as few as the layout allows when not given."""
     device: str | None = None
-    """Device the dry run is to assume, such as h100; that of this machine when not given."""
+    """Device the dry run assumes, such as h100; that of this machine when not given."""
     mfu: float | None = None
-    """Share of the device's peak that the dry run is to assume."""
+    """Share of the device's peak that the dry run assumes."""
     places: dict[Key, str] = dataclasses.field(default_factory=dict)
     """Where every key of the recipe is from: FILE:LINE, or the command line."""
 
@@ -114,13 +114,13 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
         found = f"{len(paths)} ({', '.join(paths)})" if paths else "none"
         raise UserError(f"expected one recipe file, got {found}: usage: {' '.join(USAGE.split())}")
     if not arguments.dry_run and (arguments.device is not None or arguments.mfu is not None):
-        raise UserError("--device and --mfu say what --dry-run is to assume: give it too, or leave them out")
+        raise UserError("--device and --mfu say what --dry-run assumes: give it too, or omit them")
     arguments.path = expand_path(paths[0])
     return arguments
 
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str], warnings: list[str]) -> R:
-    """Raises UserError with all that is wrong, one line each; notes what is written under a name of before."""
+    """Raises UserError with all that is wrong, one line each; notes what is written under an old name."""
 
     def where(key: Key) -> str:
         place = place_of(places, key)
@@ -138,7 +138,7 @@ def recipe_from_dict[R: Recipe](
     cls: type[R], raw: dict[str, Any], places: dict[Key, str] | None = None, warnings: list[str] | None = None
 ) -> R:
     """Dataclasses from nested mappings. Raises UserError that names every unknown key and wrong type, with its place in
-    `places` where it is known. What is written under a name of before is added to `warnings`."""
+    `places` where it is known. What is written under an old name is added to `warnings`."""
     raw, places, warnings = copy.deepcopy(raw), places or {}, [] if warnings is None else warnings
     cls.complete(raw)
     recipe = _build(cls, raw, places, warnings)
@@ -146,7 +146,7 @@ def recipe_from_dict[R: Recipe](
     cls.expand(raw)
     if raw == given:
         return recipe
-    # The items of its lists are others now: what is wrong with those that files hold is told by the list.
+    # Files of sources have replaced the items of its lists: mistakes in those are reported at the list.
     places = {key: place for key, place in places.items() if not any(isinstance(k, int) for k in key)}
     return _build(cls, raw, places, [])
 

@@ -35,7 +35,7 @@ class Weight:
     is_split: bool = False
     """Whether tensor-parallel ranks have a share each, rather than a copy."""
     is_tied: bool = False
-    """Whether it is the embedding once more: a tensor of its own on a last stage alone that is not the first too."""
+    """Whether it is a copy of the embedding: a separate tensor only on a last stage that is not also the first."""
 
     @property
     def size(self) -> int:
@@ -54,7 +54,7 @@ class Activation:
 
     per_token: int
     is_split: bool
-    """Whether tensor-parallel ranks have a share each; else they do under sequence parallelism alone."""
+    """Whether tensor-parallel ranks have a share each; else they do only under sequence parallelism."""
 
 
 @on_change(
@@ -96,7 +96,7 @@ class ModelConfig(ABC):
     """The embedding's rows are padded to a multiple of this, so that tensor parallelism divides them. It does not
     depend on the layout: a checkpoint fits any."""
     max_position_embeddings: PositiveInt = 8192
-    """Longest sequence the model is said to handle (written to exports; rotary positions need no table)."""
+    """Longest sequence the model claims to handle (written to exports; rotary positions need no table)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output matrix too."""
     init_std: NonNegativeFloat = 0.02
@@ -187,5 +187,5 @@ def section_classes(cls: type) -> list[type]:
 
 
 def default_model() -> ModelConfig:
-    """The model of a recipe that says nothing of it."""
+    """The model of a recipe without the section."""
     return config_class({})()

@@ -12,11 +12,11 @@ from enum import Enum
 
 
 class Effect(Enum):
-    """What becomes of a value that is not the checkpoint's: a name, and what it means."""
+    """What happens to a value that is not the checkpoint's: a name, and what it means."""
 
     FREE = "takes effect", "the new value holds from the first step on; nothing is said"
     WARNED = "warns", "the new value takes effect, with a warning that names it and the checkpoint's"
-    NONE = "warns: no effect", "the weights are the checkpoint's: a value that is given is warned of"
+    NONE = "warns: no effect", "the weights are the checkpoint's: a value that is given causes a warning"
     REFUSED = "refused", "the error says the checkpoint's value; model fields are compared by the shapes they make"
     ALLOWED = (
         "allow_change",
@@ -70,4 +70,4 @@ def effects_of(cls: type, name: str) -> tuple[Effect, Effect]:
         for effects, names in TABLE.get(base, {}).items():
             if name in names.split():
                 return effects
-    raise KeyError(f"{cls.__name__}.{name} has no entry of what another value does (on_change)")
+    raise KeyError(f"{cls.__name__}.{name} has no entry on what another value does (on_change)")

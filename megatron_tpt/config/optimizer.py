@@ -76,11 +76,11 @@ class OptimizerConfig:
     """A further factor of it. 0.2 with spectral scaling gives the updates the size of AdamW's, so that one learning
     rate and weight decay serve both (arXiv 2502.16982, section 2.2); 1.0 suits the other scales."""
     muon_split_qkv: bool = True
-    """Orthogonalise the projections to queries, keys and values each by itself, though they are stored as one matrix;
+    """Orthogonalise the projections to queries, keys and values separately, though they are stored as one matrix;
     those of the gated feed-forward network are always one."""
     muon_tensor_parallel: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
     """What is done with matrices that tensor parallelism splits: every rank gathers and orthogonalises the whole, all
-    ranks do it together, or each its own part alone, which is cheapest but makes another update for every layout."""
+    ranks do it together, or each only its own part, which is cheapest but gives a different update for every layout."""
     muon_matmul_precision: Literal["medium", "high", "highest"] = "medium"
     """Precision of the iterations: bf16, TF32 (on GPUs), fp32."""
     clip_grad: NonNegativeFloat = 1.0

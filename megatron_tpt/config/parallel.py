@@ -65,7 +65,7 @@ class ParallelConfig:
         ):
             require(
                 getattr(self, name) == default or self.pipeline_parallel_size > 1,
-                f"parallel.{name} needs parallel.pipeline_parallel_size > 1: leave it out or raise the size",
+                f"parallel.{name} needs parallel.pipeline_parallel_size > 1: omit it or raise the size",
             )
         require(
             not self.sequence_parallel or self.tensor_parallel_size > 1,
@@ -81,7 +81,7 @@ class ParallelConfig:
             f"parallel.fsdp={self.fsdp} needs parallel.distributed_optimizer, and tensor_parallel_size and "
             f"pipeline_parallel_size of 1",
         )
-        # Megatron Core 0.19.2 does not reduce the gradients otherwise: they are each rank's own.
+        # Without it Megatron Core 0.19.2 does not reduce the gradients: each rank keeps its own.
         require(
             self.fsdp != "optim" or self.overlap_grad_reduce,
             "parallel.fsdp=optim needs parallel.overlap_grad_reduce",

@@ -48,7 +48,7 @@ class Recipe:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     """Traces."""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What happens beside training: built-in callbacks by name and a user's own (package.module:Class), each with its
+    """What happens around training: built-in callbacks by name and a user's own (package.module:Class), each with its
     settings."""
     data: DataSection = field(default_factory=DataSection)
     """What to train on."""
@@ -64,14 +64,14 @@ class Recipe:
 
     @classmethod
     def expand(cls, raw: dict[str, Any]) -> None:
-        """Replace short forms in the content of a recipe file, whose fields are right, by what they stand for."""
+        """Replace short forms in the content of a recipe file, whose fields are right, by what they mean."""
 
     def packed_prefixes(self) -> list[Path]:
         """The packed indices that are trained on; their rows are samples, whatever the sequence length."""
         return []
 
     def beyond_the_end(self) -> Iterator[str]:
-        """A line for everything that is asked for at steps that the run does not have."""
+        """A line for every setting of steps that the run does not have."""
         training, first = self.training, self.profiling.first_step
         last = f"the run ends after training.num_steps={training.num_steps}"
         if first is not None and first > training.num_steps:

@@ -24,9 +24,10 @@ _INTRODUCTION = """# Recipes
 All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
 option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes.reference`.
 
-The last two columns say what becomes of a value that is not the one in the `recipe.yaml` of the checkpoint: when a run
-resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the fields of
-`model` that are not given). A field that has no effect beside the others of the recipe is never in the way.
+The last two columns say what happens to a value that differs from the one in the `recipe.yaml` of the checkpoint: when
+a run resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the
+fields of
+`model` that are not given). A field that has no effect given the others of the recipe never prevents a resume.
 """
 
 

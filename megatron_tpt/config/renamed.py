@@ -1,5 +1,4 @@
-"""Names of before: options, fields and values that are called otherwise now. Each is read for one release, with a
-warning.
+"""Old names of options, fields and values that have been renamed. Each is read for one release, with a warning.
 
 An entry is removed in the release after the one that it came with; files that the package itself wrote (checkpoints)
 are read under the old names for as long as their entry is here.
@@ -14,7 +13,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "PackOptions": {"on_bad_example": "on_bad_record"},
     "SftDataConfig": {"prompt_field": "prompt_column", "response_field": "response_column"},
 }
-"""By dataclass: the name of before, and that of now."""
+"""By dataclass: the old name, and the new one."""
 VALUES: dict[str, dict[str, dict[Any, Any]]] = {
     "TrainingConfig": {"dtype": {"fp32": "float32", "bf16": "bfloat16"}},
 }
@@ -27,7 +26,7 @@ def _entries[T](table: Mapping[str, Mapping[str, T]], cls: type) -> dict[str, T]
 
 
 def names_of_before(cls: type) -> dict[str, str]:
-    """The fields of a dataclass that have been renamed: the name of before, and that of now."""
+    """The fields of a dataclass that have been renamed: the old name, and the new one."""
     return _entries(FIELDS, cls)
 
 
@@ -37,7 +36,7 @@ def value_of_now(cls: type, name: str, value: Any) -> Any:
 
 
 def section_of_now(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a recipe that this package wrote, under the names of now."""
+    """A section of a recipe that this package wrote, under the new names."""
     names = names_of_before(cls)
     now = {names.get(name, name): value for name, value in section.items()}
     return {name: value_of_now(cls, name, value) for name, value in now.items()}

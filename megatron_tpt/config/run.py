@@ -41,7 +41,7 @@ class RunConfig:
     first_step_timeout_s: PositiveInt = 1800
     """The same until the first step is done: loading, opening data and choosing kernels take ranks unequally long."""
     hang_timeout_s: NonNegativeFloat | None = None
-    """When a rank takes no micro-batch and ends no step for so long, the rank that the others wait for is named, the
+    """When a rank takes no micro-batch and ends no step for this long, the rank that the others wait for is named, the
     stacks of all go to RUN/logs/, and the run ends with code 1. Half of distributed_timeout_s when not given; 0: never.
     A checkpoint may take as long as the first step."""
 
@@ -84,13 +84,13 @@ class CheckpointConfig:
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that this divides are never deleted."""
     asynchronous: bool = False
-    """Write checkpoints beside training, which continues after a copy of weights and optimizer to host memory: there
-    must be room for it. The last checkpoint of a run, or before a stop, is waited for."""
+    """Write checkpoints in the background: training continues after a copy of weights and optimizer to host memory:
+    there must be room for it. The last checkpoint of a run, or before a stop, is waited for."""
     optimizer_sharding: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """Form of the distributed optimizer's state. The first resumes under any layout, but every rank gathers all that
     its data-parallel group has into its machine's memory, 12 bytes for each of the parameters that a rank computes
-    with; the second is written as the ranks have it, which large models need, and resumes under the same tensor- and
-    pipeline-parallel sizes alone, at any data-parallel size."""
+    with; the second is written as the ranks have it, which large models need, and resumes only under the same tensor-
+    and pipeline-parallel sizes, at any data-parallel size."""
     verify: bool = True
     """Compare the content of a checkpoint with its checksums before resuming from it; without, only the sizes of its
     files. A damaged one is set aside, and the run resumes from the one before."""
@@ -117,9 +117,9 @@ class FaultsConfig:
     on_loss_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
     """The same for a loss above loss_spike_factor times the median loss of the last loss_spike_window good steps."""
     loss_spike_factor: Annotated[float, Gt(1)] = 2.0
-    """How much higher than usual a loss must be."""
+    """A loss is a spike above this many times the usual one."""
     loss_spike_window: Annotated[int, Ge(2)] = 50
-    """Steps that say what is usual."""
+    """Number of good steps whose median is the usual loss."""
     max_skips: NonNegativeInt = 10
     """Batches skipped in a row before the run stops."""
     max_rollbacks: NonNegativeInt = 3
@@ -129,8 +129,8 @@ class FaultsConfig:
     the run ends with code 1 and names the ranks. 0: never."""
     rerun: Literal["off", "diagnose", "recover"] = "diagnose"
     """Recompute a bad step on the same batch, and say whether the result was the same (the data or the
-    software) or another (the hardware of a rank); with recover a second result that is good is taken, and training goes
-    on. Not under training.fp8=delayed, whose scales the first time has changed."""
+    software) or another (the hardware of a rank); with recover a second result that is good is used, and training
+    continues. Not under training.fp8=delayed, whose scales the first computation has changed."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "faults.")

@@ -17,7 +17,7 @@ _MOST_LISTED = 12
 
 
 def _section_in(hint: Any) -> Any:
-    """The dataclass that a field holds, by itself or in a list; None for another type."""
+    """The dataclass that a field holds, alone or in a list; None for another type."""
     return hint if is_section(hint) else next((one for one in get_args(hint) if is_section(one)), None)
 
 

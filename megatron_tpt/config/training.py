@@ -53,11 +53,11 @@ def _step_range(text: int | str) -> range:
 )
 @dataclass
 class TrainingConfig:
-    """How long, in what portions and in which precision."""
+    """Duration, batches and precision of training."""
 
     num_steps: PositiveInt = 100
-    """Optimizer steps of the whole run. A run resumes from its checkpoints with more of them than it was started with,
-    unless pre-training data is then read more often than planned: its epochs are shuffled together. A schedule
+    """Optimizer steps of the whole run. A run may resume with more of them than it was started with, unless that
+    reads pre-training data more often than planned: its epochs are shuffled together. A schedule
     that decays until num_steps is stretched, and the rate jumps: resume from before the decay (constant, wsd), or give
     optimizer.decay_steps."""
     sequence_length: PositiveInt = 128
@@ -83,7 +83,7 @@ class TrainingConfig:
     fp8_amax_history: PositiveInt = 1024
     """Steps over which delayed scaling takes the largest value."""
     fp8_param_gather: bool = False
-    """Keep the matrices of the layers in FP8 alone and gather them so after an update: half the memory and traffic of
+    """Keep the matrices of the layers only in FP8 and gather them so after an update: half the memory and traffic of
     bf16. The optimizer's fp32 main weights stay. Not with mxfp8."""
     bf16_layers_at_start: NonNegativeInt = 0
     """First layers to leave in bf16 under fp8; not with delayed scaling."""
@@ -136,7 +136,7 @@ class TrainingConfig:
         )
         require(
             self.cpu_offload_layers == 0 or self.recompute == "none",
-            f"training.cpu_offload_layers does not go with training.recompute={self.recompute}: give up one of them",
+            f"training.cpu_offload_layers and training.recompute={self.recompute} exclude each other: give one of them",
         )
 
     def batch_size(self, step: int) -> int:
@@ -181,7 +181,7 @@ class TrainingConfig:
 @on_change({(Effect.FREE, Effect.FREE): "num_epochs"})
 @dataclass
 class SftTrainingConfig(TrainingConfig):
-    """How long, in what portions and in which precision."""
+    """Duration, batches and precision of training."""
 
     num_epochs: PositiveFloat | None = None
     """Times over the data, in place of num_steps, which follows from it; for packed indices (tools/pack_sft.py)."""

@@ -1,9 +1,9 @@
 """Finding documents that overlap with evaluation sets.
 
 Overlap is a run of `ngram` words (13 by default, as in GPT-3, arXiv 2005.14165, appendix C) that a document and an item
-of an evaluation set share; `min_matches` different ones are asked for. An item that is too short to have so many is
-looked for as one run. Runs of fewer than 8 words, the lower bound in that appendix, turn up everywhere by chance: an
-item as short as that matches only a document that consists of exactly its words.
+of an evaluation set share; `min_matches` different ones are required. An item that is too short to have that
+many is searched for as one run. Runs of fewer than 8 words, the lower bound in that appendix, occur everywhere by
+chance: an item as short as that matches only a document that consists of exactly its words.
 
 datatrove's n-gram filter is not used: its index is made with lighteval, it needs spaCy to split English into words, and
 it knows neither short items nor a minimum of matches.
@@ -55,7 +55,7 @@ class _Runs:
         is_first[1:] = (np.diff(hashes[order]) != 0) | (np.diff(sets[order]) != 0)
         rows = order[is_first]
         self._hashes, self.sets, self.items, self.are_whole = hashes[rows], sets[rows], items[rows], are_whole[rows]
-        self._present = np.zeros(1 << _FILTER_BITS, dtype=bool)  # most runs of most documents end here
+        self._present = np.zeros(1 << _FILTER_BITS, dtype=bool)  # rules out most runs of most documents
         self._present[self._filter_index(self._hashes)] = True
 
     @staticmethod
@@ -76,7 +76,7 @@ class EvaluationIndex:
 
     def __init__(self, num_items: dict[str, int], ngram: int, min_matches: int, table: np.ndarray) -> None:
         """`num_items` by name of the set. `table` is uint64 [5, runs]: length in words, hash, number of the set, number
-        of the item, whether the run is looked for because it is all of the item.
+        of the item, whether the run is searched for because it is all of the item.
         """
         self.num_items = num_items
         self.ngram = ngram
@@ -120,7 +120,7 @@ class EvaluationIndex:
             return cls(dict(zip(arrays["names"].tolist(), num_items, strict=True)), ngram, min_matches, arrays["table"])
 
     def describe(self) -> dict[str, dict[str, int]]:
-        """For each evaluation set: its items, and how many of them are looked for in which way."""
+        """For each evaluation set: its items, and how many of them are searched for in which way."""
         lengths, _, sets, items, are_whole = self._table
         are_short = lengths < self._shortest
         described: dict[str, dict[str, int]] = {}

@@ -2,7 +2,7 @@
 
 Every document has one key (exact duplicates) or several (near-duplicates); two documents with an equal key belong
 together. A shard of documents leaves its keys sorted in one file. The space of keys is cut into as many partitions as
-it takes for each to fit in memory; a partition takes its slice of every file, in the order of the documents, and notes
+needed for each to fit in memory; a partition takes its slice of every file, in the order of the documents, and notes
 for every document that is not the first with its key which one was.
 
 A document's number is its place in the input, (source, row): numbers are in input order. Keys are 16 bytes, so that two

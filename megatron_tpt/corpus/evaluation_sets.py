@@ -21,7 +21,7 @@ from megatron_tpt.records import describe, expand_sources, read_rows
 def read_items(evaluation_set: EvaluationSet) -> Iterator[tuple[str, str]]:
     """The place ("file:line") and the text of every item, in order; the text of an item without any is empty.
 
-    Raises UserError for what cannot be read (an item that is not read would not be looked for), for a column that no
+    Raises UserError for what cannot be read (an item that is not read would be missed), for a column that no
     item has, and for a value that is no text.
     """
     missing = dict.fromkeys(evaluation_set.columns)
@@ -61,7 +61,7 @@ def warn_of_empty_items(evaluation_set: EvaluationSet, num_items: int, places: l
         more = ", ..." if num_empty > len(places) else ""
         print(
             f"evaluation set {evaluation_set.name}: {num_empty:,} of {num_items:,} items have no word in {columns} and "
-            f"are not looked for ({', '.join(places)}{more})",
+            f"are not searched for ({', '.join(places)}{more})",
             file=sys.stderr,
         )
 

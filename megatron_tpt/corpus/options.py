@@ -43,11 +43,11 @@ class PrepareOptions:
     earlier one (see the options --minhash-*). The first in input order is kept.
     """
     ignore_case: bool = False
-    """Texts that differ in upper and lower case alone are exact duplicates too."""
+    """Texts that differ only in upper and lower case are exact duplicates too."""
     ignore_whitespace: bool = False
-    """Texts that differ in the number and kind of spaces and newlines alone are exact duplicates too."""
+    """Texts that differ only in the number and kind of spaces and newlines are exact duplicates too."""
     minhash_ngram: PositiveInt = 5
-    """Near-duplicates are documents that share many runs of so many words (in lower case, without punctuation and
+    """Near-duplicates are documents that share many runs of this many words (in lower case, without punctuation and
     accents).
     """
     minhash_num_buckets: PositiveInt = 14
@@ -56,12 +56,12 @@ class PrepareOptions:
     for 5% of those that share 50%. More buckets find more and less similar pairs.
     """
     minhash_hashes_per_bucket: PositiveInt = 8
-    """More hashes per bucket find fewer and more similar pairs. The similarity that is found as often as not is about
+    """More hashes per bucket find fewer and more similar pairs. The similarity that is found half of the time is about
     (1 / buckets) ^ (1 / hashes): 0.72.
     """
     minhash_fold_numbers: bool = True
     """Take all numbers for the same, so that dates and counters do not hide a near-duplicate. With
-    --no-minhash-fold-numbers exercises that differ in their numbers alone are kept apart.
+    --no-minhash-fold-numbers exercises that differ only in their numbers are not duplicates.
     """
     decontaminate: list[str] = field(default_factory=list)
     """Evaluation sets, NAME=FILE[:COLUMN[,COLUMN]], such as gsm8k=test.jsonl:question (without a column: "text") or
@@ -71,10 +71,10 @@ class PrepareOptions:
     """
     ngram: PositiveInt = 13
     """The length of such a run, in words (in lower case, without punctuation). Items of 8 words or more that are
-    shorter are looked for as a whole; still shorter ones match only a document that holds nothing else.
+    shorter are searched for as a whole; still shorter ones match only a document that holds nothing else.
     """
     min_matches: PositiveInt = 1
-    """Drop a document when it shares at least so many different runs of words with an evaluation set."""
+    """Drop a document when it shares at least this many different runs of words with an evaluation set."""
     rows_per_shard: PositiveInt = 20_000
     """Rows of input per output file, which holds what is left of them."""
     num_workers: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""Cleaning a corpus: bad records, contaminated documents and duplicates out, everything accounted for.
+"""Cleaning a corpus: removes bad records, contaminated documents and duplicates, and accounts for every row.
 
     OUTPUT/prepare.json                    the settings, written first; a run with other settings is refused
     OUTPUT/part-00000.jsonl.zst            what is left of the first rows of the input, in its order
@@ -9,7 +9,7 @@
                                            continue when files are added to its input
 
 A shard of which nothing is left (nothing is rejected) has no file among the parts (the rejects). Contaminated documents
-are dropped before duplicates are looked for, so that no clean document is dropped in favour of a contaminated one.
+are dropped before duplicates are searched for, so that no clean document is dropped in favour of a contaminated one.
 """
 
 import itertools
@@ -66,7 +66,7 @@ def prepare(options: PrepareOptions) -> Report:
             if not added and Report.path(options.output).exists() and not _has_damaged_files(options.output):
                 print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
                 return Report.read(options.output)
-            index = _evaluation_index(job)  # not after: a mistake in them leaves nothing that binds the next run
+            index = _evaluation_index(job)  # first: a mistake in them leaves nothing that constrains the next run
             if added:
                 print(f"{options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
                 _forget_other_additions(job, settings["input"][-len(added) :])
@@ -76,7 +76,7 @@ def prepare(options: PrepareOptions) -> Report:
                 index.save(job.index_path)
             with Workers(options.worker_count) as workers:
                 job = _scan(job, workers, can_forget=not added)
-                if added:  # not before: with files that cannot be read the job stays what it was
+                if added:  # not earlier: with files that cannot be read the job stays as it was
                     _reopen(job)
                     write_settings(path, settings)
                 _compare_and_write(job, workers)
@@ -106,14 +106,15 @@ def _forget_report(output: Path) -> None:
 
 
 def _evaluation_index(job: PrepareJob) -> EvaluationIndex:
-    """What a killed run looked for, even where a data set of the Hub has changed since; else the sets as they are."""
+    """The index of a killed run, even where a data set of the Hub has changed since; else one of the sets as they
+    are."""
     if job.index_path.exists():
         return EvaluationIndex.load(job.index_path)
     return EvaluationIndex.build(job.options.evaluation_sets(), job.options.ngram, job.options.min_matches)
 
 
 def _scan(job: PrepareJob, workers: Workers, can_forget: bool) -> PrepareJob:
-    """Look at all documents; the job with what is known then. What cannot be read leaves no job behind where
+    """Scan all documents; returns the job with what is known then. What cannot be read leaves no job behind where
     `can_forget`."""
     try:
         _over_sources(job, workers, "scan", ".json", stages.scan)
@@ -168,7 +169,7 @@ def _over_sources(
 
 
 def _run[T](stage: str, workers: Workers, work: Callable[[T], Iterator[int]], tasks: Sequence[T]) -> None:
-    """Do the tasks of a stage, and say how far it is."""
+    """Do the tasks of a stage, and report its progress."""
     num_done = 0
 
     def summary() -> str:
@@ -211,7 +212,7 @@ def _over_partitions(job: PrepareJob, workers: Workers, stage: str) -> None:
 
 
 def _after_scan(job: PrepareJob, can_forget: bool) -> PrepareJob:
-    """The job with what is known after the scan. Says which sources and columns came to nothing."""
+    """The job with what is known after the scan. Reports sources and columns without any result."""
     num_shards: list[int] = []
     num_rows = num_keys = 0
     problems: Counter[str] = Counter()
@@ -253,7 +254,7 @@ def _scanned(job: PrepareJob, source: int) -> Iterator[dict[str, Any]]:
 
 
 def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
-    """Say what is lost of a source as a whole."""
+    """Report what is lost of a source as a whole."""
     if DAMAGED in problems:
         _say(f"{name}: damaged after {num_rows - 1:,} rows; what follows is not read")
     elif num_rows == 0:
@@ -295,7 +296,7 @@ def _reopen(job: PrepareJob) -> None:
     """Make the job one that has not finished, with all that files after those that it has cannot change.
 
     A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
-    common: then all documents are looked at again.
+    common: then all documents are compared again.
     """
     _forget_report(job.options.output)
     job.near_path.unlink(missing_ok=True)

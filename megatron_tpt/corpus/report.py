@@ -1,4 +1,4 @@
-"""What became of the documents of a corpus, for programs and for people."""
+"""The results for the documents of a corpus, for programs and for people."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ class Report:
     dropped: dict[str, int]
     """Rows by reason code."""
     evaluation_sets: dict[str, dict[str, int]]
-    """For each evaluation set: its items, in which way they are looked for, and the documents dropped for it. A
+    """For each evaluation set: its items, in which way they are searched for, and the documents dropped for it. A
     document may be dropped for several sets.
     """
     examples: dict[str, list[dict[str, Any]]]
-    """The first few rejects of each reason (contaminated: of each evaluation set), long texts cut."""
+    """The first few rejects of each reason (contaminated: of each evaluation set), long texts truncated."""
 
     @staticmethod
     def path(output: Path) -> Path:
@@ -45,7 +45,7 @@ class Report:
             temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_markdown(self, output: Path) -> None:
-        """Write report.md alone."""
+        """Write only report.md."""
         with atomic_write(output / "report.md") as temporary:
             temporary.write_text(self.to_markdown(), encoding="utf-8")
 
@@ -72,8 +72,8 @@ class Report:
     def _sets(self) -> Iterator[str]:
         if self.evaluation_sets:
             yield "\n## Evaluation sets\n"
-            yield "Items are looked for by their n-grams; shorter ones as one run of words; the shortest match only a"
-            yield "document that holds nothing else; those without words are not looked for.\n"
+            yield "Items are searched for by their n-grams; shorter ones as one run of words; the shortest match only a"
+            yield "document that holds nothing else; those without words are not searched for.\n"
             rows = [[name, *described.values()] for name, described in self.evaluation_sets.items()]
             heads = next(iter(self.evaluation_sets.values()))
             names = {"documents": "documents dropped"}

@@ -37,7 +37,7 @@ _CHANGED = "has changed while it was read; choose another --output"
 
 
 def scan(tasks: SourceTasks) -> Iterator[int]:
-    """Look at every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
+    """Scan every document once. Leaves keys, ids and, last, a JSON file of counts and contaminated rows."""
     job = tasks[0].job
     index = EvaluationIndex.load(job.index_path) if job.options.decontaminate else None
     for task in tasks:

@@ -1,4 +1,4 @@
-"""What becomes of each row, by what the stages before found, and the count of it."""
+"""The verdict on each row, by what the stages before found, and the counts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ REASONS = {"exact": "duplicate", "near": "near_duplicate"}
 
 
 class ShardTally:
-    """What became of the rows of one shard: the counts and examples for the report, and the lines of the rejects."""
+    """The results of the rows of one shard: the counts and examples for the report, and the lines of the rejects."""
 
     def __init__(self, job: PrepareJob, shard: Shard, verdicts: Verdicts) -> None:
         self.counts: Counter[str] = Counter()

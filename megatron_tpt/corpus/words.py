@@ -1,7 +1,7 @@
 """The words of a text, and hashes of runs of words: what overlap between texts is measured in.
 
 One definition for every language: a word is a run of letters, marks and digits. In scripts that are written without
-spaces (Chinese, Japanese, Thai, ...) every character is a word of its own. Nothing has to be downloaded.
+spaces (Chinese, Japanese, Thai, ...) every character is a separate word. Nothing has to be downloaded.
 """
 
 import functools
@@ -22,7 +22,7 @@ _MAX_CACHED_WORDS = 1 << 18
 
 _CHUNK_CHARACTERS = 1 << 16
 # A text can be cut before these, and the words and their normal forms stay the same: none of them is part of a number
-# or of a word of several letters, joins with what is before it, or bears on the case of the letters beside it.
+# or of a word of several letters, joins with what is before it, or affects the case of the letters next to it.
 _CUT = re.compile(
     r"""[\s!"#$%&()*+\-/;<=>?@\[\\\]_{|}~"""
     "\u0e01-\u0e2e\u0e81-\u0eae\u0f40-\u0f69\u1000-\u1020\u1780-\u17a2"  # Thai, Lao, Tibetan, Myanmar, Khmer
@@ -54,7 +54,8 @@ def text_chunks(text: str) -> Iterator[str]:
     """`text` in parts of about 64 Ki characters that have the same words as the whole, for memory that does not grow
     with it.
 
-    A part without any place to cut (a word of more than 64 Ki letters, say) ends after twice as many characters.
+    A part without any place to cut (a word of more than 64 Ki letters, for example) ends after twice as many
+    characters.
     """
     begin = 0
     while len(text) - begin > _CHUNK_CHARACTERS:
@@ -91,7 +92,7 @@ _word_hashes = _WordHashes()
 
 
 def ngram_hashes(words: list[bytes], lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """For each of `lengths` (ascending), the hash of every run of so many words, in order.
+    """For each of `lengths` (ascending), the hash of every run of that many words, in order.
 
     The hash of a run is the polynomial of its words' hashes modulo 2^64, put together from those of its halves.
     Yields (length, uint64 array [number of runs]); lengths beyond the text are skipped.

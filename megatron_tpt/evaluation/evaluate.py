@@ -78,7 +78,7 @@ class ModelResult:
     """Samples without a readable answer; they count as wrong."""
     mean_output_tokens: float
     truncated_fraction: float
-    """Share of samples cut at `max_new_tokens`."""
+    """Share of samples truncated at `max_new_tokens`."""
     output_tokens_per_s: float
     samples: str
     """The file with the samples, relative to results.json."""
@@ -91,7 +91,7 @@ class ModelResult:
 
 
 def evaluate(options: EvaluateOptions) -> list[ModelResult]:
-    """Do what `tools/evaluate.py` does. Raises UserError for what the user can mend, before any model is loaded."""
+    """Do what `tools/evaluate.py` does. Raises UserError for what the user can fix, before any model is loaded."""
     grader = Grader(options.rules())
     problems = read_problems(options)
     for problem in problems:
@@ -220,7 +220,7 @@ def summarize(model: str, samples: Sequence[Sample], generation_s: float, path: 
 
 
 def model_folders(models: Sequence[str]) -> list[Path]:
-    """A folder for each model in the output: the last parts of its path, as many as tell it from the others.
+    """A folder for each model in the output: the last parts of its path, as many as distinguish it from the others.
 
     Raises UserError for a model that is named twice.
     """
@@ -248,7 +248,7 @@ def _line(result: ModelResult) -> str:
         f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
         f"{result.extraction_failures:,} unreadable{thinking}{trouble}, "
         f"{result.mean_output_tokens:.1f} tokens per answer, "
-        f"{result.truncated_fraction:.1%} cut, {result.output_tokens_per_s:,.0f} tokens/s"
+        f"{result.truncated_fraction:.1%} truncated, {result.output_tokens_per_s:,.0f} tokens/s"
     )
 
 

@@ -29,8 +29,8 @@ class EvaluateOptions:
     answer_template: str | None = None
     """Build the reference from columns, like the prompt: "{test}\\ncheck({entry_point})"."""
     choices_column: str | None = None
-    """The column with the options of a multiple-choice problem, a list of texts. In the prompt template its name stands
-    for them, one a line after (A), (B) and so on; without a template they follow the problem.
+    """The column with the options of a multiple-choice problem, a list of texts. In the prompt template its name is
+    replaced by them, one a line after (A), (B) and so on; without a template they follow the problem.
     """
     code_prefix_column: str | None = None
     """The column with what goes before the code of an answer, such as HumanEval's prompt."""
@@ -53,7 +53,7 @@ class EvaluateOptions:
     answer_pattern: str | None = None
     """A regular expression that finds the answer in the output: the last match, its first group."""
     answer_position: Literal["auto", "first", "last"] = "auto"
-    """Which of several answers in an output counts. Base models run on into the next problem: take the first, after
+    """Which of several answers in an output counts. Base models continue into the next problem: take the first, after
     truncating at the stop texts. "auto" is "first" with few-shot examples and without --chat, else "last".
     """
     allow_unsandboxed_code: bool = False
@@ -71,7 +71,7 @@ class EvaluateOptions:
     seed: int = 0
     """Every sample gets its own seed from this one, the problem's id and its number."""
     limit: PositiveInt | None = None
-    """Take only so many problems."""
+    """Take only the first N problems."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; "auto" is what its config.json says."""
     tensor_parallel_size: PositiveInt = 1

@@ -29,7 +29,7 @@ Temperature = Annotated[float, Ge(0), Le(2)]
 TopP = Annotated[float, Gt(0), Le(1)]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
-"""What an engine may be able to do beside completing prompts:
+"""What an engine may be able to do in addition to completing prompts:
 
 - "log-probabilities" of the tokens that it samples (`Sampling.log_probabilities`);
 - "log-likelihood" of tokens that it is given (`Engine.score`): choices, documents, prompts;
@@ -78,7 +78,7 @@ class Request(NamedTuple):
     """Text, token ids, or the messages of a chat: `[{"role": "user", "content": "..."}]`."""
     sampling: Sampling
     key: Any = None
-    """Whatever the caller wants back beside the completion."""
+    """Whatever the caller wants back with the completion."""
 
 
 class ScoringRequest(NamedTuple):
@@ -96,7 +96,7 @@ class ScoringRequest(NamedTuple):
     context: Sequence[int]
     continuation: Sequence[int]
     key: Any = None
-    """Whatever the caller wants back beside the likelihood."""
+    """Whatever the caller wants back with the likelihood."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Completion:
     text: str
     """With special tokens shown (where the engine can), without the stop text or the end-of-sequence token."""
     token_ids: tuple[int, ...]
-    """All that was generated, the token that ended it included; empty where the engine does not tell."""
+    """All that was generated, the token that ended it included; empty where the engine does not report it."""
     finish_reason: FinishReason
     """"length": truncated at `max_new_tokens` or at the engine's context."""
     num_prompt_tokens: int
@@ -188,16 +188,16 @@ class Engine(Protocol):
     num_devices: int
     """GPUs (or CPUs) that it computes on; a server elsewhere counts as one."""
     weight_version: int
-    """0 for the weights that it was opened with, then what `update_weights` was told."""
+    """0 for the weights that it was opened with, then the `version` given to `update_weights`."""
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What it can do beside `generate`."""
+        """What it can do in addition to `generate`."""
         ...
 
     @property
     def max_model_len(self) -> int | None:
-        """Longest prompt and completion together, in tokens; None where a server does not tell."""
+        """Longest prompt and completion together, in tokens; None where a server does not report it."""
         ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
@@ -213,7 +213,7 @@ class Engine(Protocol):
     def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
         """The log-likelihood of every continuation, under the terms of `generate`. Ability: "log-likelihood".
 
-        Nothing is ever shortened: context and continuation, with room for one more token, must fit into
+        Nothing is ever truncated: context and continuation, with room for one more token, must fit into
         `max_model_len`; else the request ends in the Failure "prompt_too_long".
         """
         ...
@@ -268,7 +268,7 @@ class EngineOptions:
     request_fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the caller's own in every request to an endpoint; they win over what is sent to vLLM by default."""
     length_field: LengthField = "max_tokens"
-    """The name under which endpoints are told `Sampling.max_new_tokens`."""
+    """The request field in which endpoints get `Sampling.max_new_tokens`."""
     omit_fields: tuple[OmittableField, ...] = ()
     """Fields of a request that endpoints are not sent, as some models refuse them."""
     request_timeout_s: PositiveFloat = 1800.0
@@ -278,9 +278,9 @@ class EngineOptions:
     reached or are overloaded do not count: they are waited for.
     """
     endpoint_patience_s: PositiveFloat = 600.0
-    """When no endpoint has answered for so long, generation ends with an error."""
+    """When no endpoint has answered for this long, generation ends with an error."""
     hang_timeout_s: PositiveFloat = 600.0
-    """A server of "vllm-server" that has requests, and has written no token for so long, is ended and started again."""
+    """A server of "vllm-server" that has requests, and has written no token for this long, is ended and restarted."""
     log_dir: Path | None = None
     """The folder for the logs of the servers that "vllm-server" starts; by default a temporary one."""
 
@@ -289,7 +289,7 @@ class EngineOptions:
         if self.kind == "endpoint" and not self.endpoints:
             raise UserError("no endpoint was given; name one or more, such as --endpoints http://host:8000/v1")
         if self.kind != "endpoint" and self.endpoints:
-            raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or leave them out')
+            raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or omit them')
         for url in self.endpoints:
             _check_url(url)
         if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
@@ -306,7 +306,7 @@ def _check_url(url: str) -> None:
             "environment variable that --api-key-env names"
         )
     if parts.query or parts.fragment:
-        raise UserError(f"the endpoint at {parts.hostname}: leave out what follows ? or # in its URL")
+        raise UserError(f"the endpoint at {parts.hostname}: remove what follows ? or # in its URL")
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
         raise UserError(f"endpoint {url!r}: not a URL such as http://host:8000/v1")
 

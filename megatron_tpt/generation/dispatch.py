@@ -4,8 +4,9 @@ A request without a usable answer is retried, elsewhere if possible, after a ran
 server and of the request are distinguished:
 
 - A server that cannot be reached, or cuts a connection, is closed until it lists its models again; one that is
-  overloaded (429, 503) rests for as long as it asks, and gets less at once; one that keeps failing rests for a while.
-- A request is given up after `max_retries` failures that may be its own fault, if others were completed between them.
+  overloaded (429, 503) rests for as long as it asks, and gets fewer requests at once; one that keeps failing rests for
+  a while.
+- A request fails after `max_retries` failures that may be its own fault, if others were completed between them.
   So one bad request cannot hold up the run, and neither an outage nor a quota that is used up, however long it lasts,
   can turn a data set into failures.
 - A request that a server refuses (400 and the like) is held until the same server has completed one that was sent
@@ -177,7 +178,7 @@ class Dispatcher:
         self._probe_where_needed()
 
     def _end_refused(self, server: Server, before_s: float) -> None:
-        """Give up what `server` refused before it was sent something that it then completed."""
+        """Fail what `server` refused before it was sent something that it then completed."""
         earlier = [refusal for refusal in server.refusals if refusal.sent_s <= before_s]
         server.refusals = [refusal for refusal in server.refusals if refusal.sent_s > before_s]
         for refusal in earlier:
@@ -226,7 +227,7 @@ class Dispatcher:
     def _learn_of_failure(self, server: Server, answer: UnusableAnswer, sent_s: float) -> None:
         now_s = time.monotonic()
         if sent_s < server.last_rest_s:
-            return  # what was in flight when the server failed fails with it: that is nothing new
+            return  # what was in flight when the server failed fails with it: no new information
         server.failed(now_s)
         if server.num_failures == _FAILURES_UNTIL_REST:
             self._tell(answer)
@@ -248,10 +249,10 @@ class Dispatcher:
     def _tell(self, answer: UnusableAnswer) -> None:
         """Say once that a server is in trouble: what follows may be minutes of waiting for it."""
         if not math.isinf(self._patience_s):
-            print(f"{answer}; it is asked again for up to {self._patience_s:g} s", file=sys.stderr, flush=True)
+            print(f"{answer}; retrying for up to {self._patience_s:g} s", file=sys.stderr, flush=True)
 
     def _try_again(self, job: Job, server: Server, answer: UnusableAnswer) -> None:
-        """Give `job` up, or put it back into the queue: before those that were not sent yet, if they wait for it."""
+        """Fail `job`, or put it back into the queue: before those that were not sent yet, if they wait for it."""
         if job not in self._jobs:
             return
         job.last_server = server
@@ -266,7 +267,7 @@ class Dispatcher:
         if answer.counts:
             asyncio.get_running_loop().call_later(self._wait_s(job.num_failures, answer), self._requeue, job)
         else:
-            self._waiting.append(job)  # should it be refused for ever, the others come to their turn
+            self._waiting.append(job)  # at the end: should it always be refused, the others still get their turn
             self._dispatch()
 
     def _requeue(self, job: Job) -> None:
@@ -294,7 +295,7 @@ class Dispatcher:
     def _wait_s(self, num_failures: int, answer: UnusableAnswer) -> float:
         """What the server asked for; else a random time ("full jitter") whose limit doubles with every failure.
 
-        Chance keeps those who failed together from coming back together.
+        Randomness keeps requests that failed together from retrying together.
         """
         if answer.retry_after_s is not None:
             return min(answer.retry_after_s, self._patience_s) + random.uniform(0, _FIRST_WAIT_S)

@@ -55,7 +55,7 @@ class EndpointEngine:
         self._is_local = local_key is not None
         self.num_devices = len(options.endpoints)
         self._stats = EngineStats()
-        self._told_of_usage = False
+        self._warned_of_usage = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoints", daemon=True)
         self._thread.start()
@@ -75,15 +75,15 @@ class EndpointEngine:
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """See `Engine.abilities`: none unless vLLM serves the model everywhere, as far as is known."""
+        """See `Engine.abilities`: none unless vLLM is known to serve the model everywhere."""
         is_vllm = all(server.listed.is_vllm for server in self._dispatcher.open_servers)
         return ABILITIES["endpoint"] if is_vllm else frozenset()
 
     @property
     def max_model_len(self) -> int | None:
-        """See `Engine.max_model_len`: that of the smallest server, as far as is known."""
-        told = [server.listed.context for server in self._dispatcher.open_servers]
-        return self._options.max_model_len or min((context for context in told if context is not None), default=None)
+        """See `Engine.max_model_len`: that of the smallest server, where known."""
+        contexts = [server.listed.context for server in self._dispatcher.open_servers]
+        return self._options.max_model_len or min((length for length in contexts if length is not None), default=None)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """See `Engine.generate`."""
@@ -107,7 +107,7 @@ class EndpointEngine:
             if not self._is_local and (sampling.temperature not in (0, 1) or sampling.top_p < 1):
                 raise UserError(
                     f"log-probabilities at temperature {sampling.temperature:g} and top-p {sampling.top_p:g}: a server "
-                    "does not tell whether it takes them before or after temperature and top-p; choose temperature 1 "
+                    "does not report whether it takes them before or after temperature and top-p; choose temperature 1 "
                     'and top-p 1, or the engine "vllm", "vllm-server" or "transformers"'
                 )
         return completion_call(request, self._options.api)
@@ -154,10 +154,10 @@ class EndpointEngine:
     def _count(self, outcome: Outcome) -> None:
         self._stats.count(outcome)
         is_silent = isinstance(outcome, Completion) and not (outcome.num_prompt_tokens and outcome.num_tokens)
-        if is_silent and not self._told_of_usage:
-            self._told_of_usage = True
+        if is_silent and not self._warned_of_usage:
+            self._warned_of_usage = True
             warnings.warn(
-                "an endpoint does not tell how many tokens it used, or not credibly; they are counted as 0",
+                "an endpoint does not report how many tokens it used, or not credibly; they are counted as 0",
                 stacklevel=3,
             )
 
@@ -198,5 +198,5 @@ class EndpointEngine:
 def _read_key(variable: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"the key in the environment variable {variable} holds characters that no key has; set it anew")
+        raise UserError(f"the key in the environment variable {variable} holds characters that no key has; correct it")
     return key or None

@@ -60,7 +60,7 @@ class HttpClient:
             raise UnusableAnswer("connection", f"{url} cannot be reached ({error})", counts=False) from error
         except TimeoutError as error:
             raise UnusableAnswer("timeout", f"{url} gave no answer for {timeout_s:g} s", counts=True) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: headers that mean nothing
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: malformed headers
             cause = shown(" ".join(str(error).split()))[:300] or type(error).__name__
             raise UnusableAnswer("connection", f"{url} cut the connection ({cause})", counts=True) from error
         if self._key and (response.status != 200 or b'"error"' in content):

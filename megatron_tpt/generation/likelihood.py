@@ -15,7 +15,7 @@ from megatron_tpt.generation.api import Engine, LogLikelihood, ScoringRequest, e
 
 
 def prefix_id(tokenizer: Any) -> int:
-    """The token that stands for the beginning of a text: begin-of-sequence, or end-of-sequence where there is none."""
+    """The token that marks the beginning of a text: begin-of-sequence, or end-of-sequence where there is none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
@@ -23,8 +23,8 @@ def encode_pair(tokenizer: Any, context: str, continuation: str, key: Any = None
     """The request for `continuation` after `context`, without special tokens of the tokenizer's own.
 
     Both are encoded as one text, so that the tokens are those of the whole; white space at the end of the context
-    belongs to the continuation, as most tokenizers join it to the word behind it. After an empty context stands
-    `prefix_id`.
+    belongs to the continuation, as most tokenizers join it to the word behind it. An empty context is replaced
+    by `prefix_id`.
     """
     stripped = context.rstrip()
     whole = tokenizer(context + continuation, add_special_tokens=False).input_ids
@@ -40,7 +40,7 @@ def rolling_requests(ids: Sequence[int], prefix_id: int, max_model_len: int, key
     A document that does not fit into the context is scored in windows: all but the last score as many tokens as can be,
     after one token of context; the last has as much context as fits. There is none for a document without tokens.
     """
-    window = max_model_len - 2  # beside a token of context, and the one that an engine may write
+    window = max_model_len - 2  # minus a token of context, and the one that an engine may write
     requests = []
     for start in range(0, len(ids), window):
         end = min(start + window, len(ids))
@@ -59,7 +59,7 @@ def log_likelihoods(engine: Engine, requests: Iterable[ScoringRequest]) -> list[
 def document_log_likelihoods(engine: Engine, documents: Sequence[Sequence[int]], prefix_id: int) -> list[LogLikelihood]:
     """Those of whole documents, of any length but 0, in their order; `LogLikelihood.perplexity` is by token."""
     if engine.max_model_len is None:
-        raise UserError("the server does not tell how long its context is; set max_model_len of the engine")
+        raise UserError("the server does not report how long its context is; set max_model_len of the engine")
     windows = [
         window
         for i, ids in enumerate(documents)

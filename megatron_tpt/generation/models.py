@@ -42,7 +42,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(file, framework="numpy"):  # reads the header, and knows by it how long the file must be
                 pass
         except SafetensorError as error:
-            raise UserError(f"{file}: damaged or cut short ({error}); export or fetch the model again") from error
+            raise UserError(f"{file}: damaged or truncated ({error}); export or fetch the model again") from error
 
 
 def weight_names(model: str) -> set[str]:
@@ -119,7 +119,8 @@ def check_prompt(ids: Sequence[int], max_model_len: int) -> Failure | None:
 
 
 def check_scoring(request: ScoringRequest, max_model_len: int | None) -> Failure | None:
-    """The failure of a request for a likelihood that has none, or whose tokens do not fit beside one new token."""
+    """The failure of a request for a likelihood that has none, or whose tokens do not fit together with one new
+    token."""
     if not request.context:
         return Failure("bad_request", "the context is empty: a token's probability needs at least one token before it")
     if not request.continuation:

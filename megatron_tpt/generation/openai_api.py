@@ -33,7 +33,7 @@ _MAX_MESSAGE = 300
 _MAX_COUNT = 1 << 31
 """No context is as long: a larger number of tokens is none."""
 _LEAST_LOG_PROBABILITY = -9999.0
-"""What vLLM writes for minus infinity, which JSON does not have."""
+"""vLLM's value for minus infinity, which JSON lacks."""
 
 
 class UnusableAnswer(Exception):
@@ -65,8 +65,8 @@ def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = Fal
     text, reasoning = _texts(choice)
     usage = answer.get("usage") or {}
     token_ids = tuple(map(_token_id, choice.get("token_ids") or ()))
-    num_prompt_tokens = _told(usage.get("prompt_tokens"))
-    num_tokens = _told(usage.get("completion_tokens")) or len(token_ids)
+    num_prompt_tokens = _count(usage.get("prompt_tokens"))
+    num_tokens = _count(usage.get("completion_tokens")) or len(token_ids)
     if reason == "content_filter":
         return Failure("content_filter", "the server's filter held the completion back")
     if not isinstance(reason, str) or reason not in _FINISH_REASONS:
@@ -127,7 +127,8 @@ def parse_answer(
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
     message = _error_message(body) or f"status {status}"
-    # Some refuse with 429 what is more than a minute's quota by itself, as they do what is to wait for the next minute.
+    # Some refuse with 429 a request that exceeds a minute's quota alone, as they do one that has to wait for the next
+    # minute.
     over_quota = status == 429 and re.search(r"request too large|tokens must be reduced", message, re.IGNORECASE)
     if not over_quota:
         check_status(url, status, headers, body)
@@ -201,19 +202,19 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 @dataclass(frozen=True)
 class ListedModel:
-    """What a server says of a model that it has."""
+    """What a server reports about a model that it has."""
 
     is_vllm: bool = False
     """Whether vLLM serves it."""
     context: int | None = None
-    """Tokens of a prompt and its completion together, where the server tells, as vLLM does."""
+    """Tokens of a prompt and its completion together, where the server reports it, as vLLM does."""
 
 
 def parse_models(url: str, body: bytes) -> dict[str, ListedModel]:
     """The models that a server lists, by name; UnusableAnswer for what is no list."""
     try:
         return {
-            _text(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", _told(entry.get("max_model_len")) or None)
+            _text(entry["id"]): ListedModel(entry.get("owned_by") == "vllm", _count(entry.get("max_model_len")) or None)
             for entry in orjson.loads(body)["data"]
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -231,13 +232,13 @@ def _texts(choice: dict[str, Any]) -> tuple[Any, Any]:
         thoughts = "".join(_part_text(part["thinking"]) for part in text if part.get("type") == "thinking")
         text = "".join(_part_text(part) for part in text if part.get("type") != "thinking")
         reasoning = reasoning or thoughts or None
-    if text is None:  # truncated while it was still reasoning, declined, or nothing to say: an answer all the same
+    if text is None:  # truncated while it was still reasoning, declined, or nothing to say: a valid answer
         text = message.get("refusal") or ""
     return text, reasoning
 
 
-def _told(value: Any) -> int:
-    """A number of tokens; 0 where the server tells none, or one that cannot be."""
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where the server reports none, or an impossible one."""
     if isinstance(value, float) and value.is_integer():  # JSON does not distinguish them
         value = int(value)
     return value if type(value) is int and 0 <= value < _MAX_COUNT else 0

@@ -51,8 +51,8 @@ def completion_call(request: Request, api: Api) -> Call:
 
 
 def scoring_call(request: ScoringRequest) -> Call:
-    """The call for a log-likelihood: vLLM returns the log-probability of every token of the prompt, and beside each
-    the likeliest token's."""
+    """The call for a log-likelihood: vLLM returns the log-probability of every token of the prompt, and with each the
+    likeliest token's."""
     ids = [*request.context, *request.continuation]
     read = functools.partial(read_log_likelihood, ids=ids, num_context=len(request.context))
     return Call(Request(ids, _SCORING), {"prompt_logprobs": 1}, read)

@@ -107,8 +107,8 @@ class Server:
             )
         if self.options.max_model_len is None and request.sampling.max_new_tokens >= (self.listed.context or math.inf):
             raise UserError(
-                f"{self.url}: its context is {self.listed.context} tokens, which leaves no room for a prompt beside "
-                f"{request.sampling.max_new_tokens} new ones; lower --max-new-tokens, or have a server with more"
+                f"{self.url}: its context is {self.listed.context} tokens, which leaves no room for a prompt and "
+                f"{request.sampling.max_new_tokens} new tokens; lower --max-new-tokens, or use a server with more"
             )
         if not self.takes_stop:
             return parse_answer(url, *await self._post(without_stop(call)), call.read)
@@ -137,7 +137,7 @@ class Server:
         )
 
     async def check_model(self) -> None:
-        """Read what the server lists of our model. Raises UserError when it has only another one."""
+        """Read what the server lists about our model. Raises UserError when it has only another one."""
         url = self.url + "/models"
         answer = await self.client.get(url, timeout_s=_MODELS_TIMEOUT_S)
         check_status(url, *answer)

@@ -1,6 +1,6 @@
 """Transformers' own `generate`, for machines where vLLM cannot be installed. Slow: a batch waits for its longest.
 
-Every row of a batch draws its noise from a generator of its own, so that a seeded request does not depend on the
+Every row of a batch draws its noise from its own generator, so that a seeded request does not depend on the
 requests around it: the likeliest of log p + Gumbel noise is a sample of p.
 """
 
@@ -58,7 +58,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         if options.tensor_parallel_size > 1:
-            raise UserError('the engine "transformers" uses one device; leave out --tensor-parallel-size')
+            raise UserError('the engine "transformers" uses one device; omit --tensor-parallel-size')
         self._tokenizer = load_tokenizer(options.model)
         self.max_model_len = max_model_len(options)
         self._batch_size = options.max_num_seqs or _DEFAULT_MAX_NUM_SEQS
@@ -230,7 +230,7 @@ def _keep_top_p(logits: Any, top_p: float) -> Any:
 
 
 class _Stopper:
-    """Stopping criteria that end every row by itself: at an end token, a stop text or its own limit."""
+    """Stopping criteria that end every row separately: at an end token, a stop text or its own limit."""
 
     def __init__(self, rows: list[_Row], width: int, eos_ids: set[int], tokenizer: Any) -> None:
         self._rows = rows

@@ -58,8 +58,8 @@ class VLLMEngine:
 
     On CPUs the engine runs in-process and eager: for the small models one runs there, a second process and
     compilation cost more than they bring. The processes that vLLM starts end at the latest with the thread that opened
-    the engine; by itself vLLM leaves one behind, with the GPU's memory, when this process is killed. Raises UserError
-    for a model that vLLM cannot load.
+    the engine; without this vLLM leaves one behind, with the GPU's memory, when this process is killed. Raises
+    UserError for a model that vLLM cannot load.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -147,7 +147,7 @@ class VLLMEngine:
         return check_prompt(ids, self.max_model_len) or self._enqueue(ids, self._sampling_params(request.sampling))
 
     def _enqueue_continuation(self, request: ScoringRequest) -> str | Failure:
-        # vLLM writes one token at least, and gives the likeliest token beside every token of the prompt.
+        # vLLM writes one token at least, and gives the likeliest token with every token of the prompt.
         params = self._params(temperature=0, max_tokens=1, prompt_logprobs=1)
         ids = [*request.context, *request.continuation]
         return check_scoring(request, self.max_model_len) or self._enqueue(ids, params)
@@ -217,7 +217,7 @@ class VLLMEngine:
             max_tokens=sampling.max_new_tokens,
             seed=None if greedy else sampling.seed,
             stop=list(sampling.stop),
-            # A stop text that is a token of its own also ends the completion as that token.
+            # A stop text that is a single token also ends the completion as that token.
             stop_token_ids=[self._vocabulary[text] for text in sampling.stop if text in self._vocabulary],
             skip_special_tokens=False,
             logprobs=0 if sampling.log_probabilities else None,
@@ -284,7 +284,7 @@ def max_model_len(options: EngineOptions) -> int:
 
 
 def cpu_arguments(options: EngineOptions) -> dict[str, Any]:
-    """What vLLM needs to be told on a CPU, beside `CPU_ENVIRONMENT`."""
+    """Arguments that vLLM needs on a CPU, in addition to `CPU_ENVIRONMENT`."""
     length = max_model_len(options)
     max_num_seqs = options.max_num_seqs or CPU_MAX_NUM_SEQS
     return {

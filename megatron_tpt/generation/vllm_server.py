@@ -3,8 +3,8 @@
     LOG_DIR/server-0.log   what server 0 says
     LOG_DIR/server-1.log   ...
 
-A server that dies is started again, and its requests are asked elsewhere meanwhile; one that hangs is ended, and so
-dies. Every server runs under a keeper (`keeper.py`), so that none outlives this process.
+A server that dies is restarted, and its requests are sent elsewhere meanwhile; one that hangs is ended, and then
+restarted too. Every server runs under a keeper (`keeper.py`), so that none outlives this process.
 """
 
 import contextlib
@@ -76,10 +76,10 @@ class _Server:
     num_answers: int = 0
     """As of its last death."""
     num_tokens: float | None = None
-    """Those that it had worked off when it was last looked at."""
+    """Those that it had processed at the last check."""
     next_look_s: float = 0.0
     last_progress_s: float = 0.0
-    """When it last had worked off some, or had no requests (time.monotonic())."""
+    """When it had last processed some, or had no requests (time.monotonic())."""
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -174,7 +174,7 @@ class VLLMServerEngine:
             self._engine.fail(error)
 
     def _hangs(self, server: _Server) -> bool:
-        """Whether `server` has had requests for `hang_timeout_s`, and done nothing about any of them."""
+        """Whether `server` has had requests for `hang_timeout_s`, and has not processed any of them."""
         now_s = time.monotonic()
         if not self._engine.num_in_flight(server.url):  # as while it starts
             server.last_progress_s = now_s
@@ -197,7 +197,7 @@ class VLLMServerEngine:
         server.last_progress_s = time.monotonic()
 
     def _revive(self, server: _Server) -> None:
-        """Start a dead server again. Raises EngineError when it never came up, or does nothing but die."""
+        """Restart a dead server. Raises EngineError when it never came up, or does nothing but die."""
         assert server.keeper is not None
         num_answers = self._engine.num_answers(server.url)
         server.num_deaths = 1 if num_answers > server.num_answers else server.num_deaths + 1
@@ -207,7 +207,7 @@ class VLLMServerEngine:
             raise self._death(server, f"{ended} before it could be asked")
         if server.num_deaths > _MAX_DEATHS_IN_A_ROW:
             raise self._death(server, f"{ended}, {server.num_deaths} times without a completion")
-        print(f"{ended}; it is started again (its log: {server.log})", file=sys.stderr)
+        print(f"{ended}; it is restarted (its log: {server.log})", file=sys.stderr)
         server.start()
 
     def _death(self, server: _Server, what: str) -> EngineError:
@@ -225,7 +225,7 @@ def _num_tokens(url: str) -> float | None:
     counts = re.findall(r"^vllm:(?:prompt|generation)_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
     if not counts:
         raise EngineError(
-            f"{url}: its metrics do not tell how many tokens it has generated; use another version of vLLM"
+            f"{url}: its metrics do not report how many tokens it has generated; use another version of vLLM"
         )
     return sum(map(float, counts))
 
@@ -296,7 +296,7 @@ def _is_vllm_for_cpu() -> bool:
 
 def _reserve_port() -> socket.socket:
     """A socket whose port no other program is given while it is open: a server is seconds from binding to it, and
-    binds to it again after a death. It can, beside this socket, as neither listens yet and both set SO_REUSEADDR."""
+    binds to it again after a death. It can, despite this socket, as neither listens yet and both set SO_REUSEADDR."""
     port = socket.socket()
     port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     port.bind(("127.0.0.1", 0))

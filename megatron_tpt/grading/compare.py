@@ -1,7 +1,7 @@
 """Compare one candidate with the reference in tiers: as text, as exact numbers, as mathematics (math-verify).
 
-The first tier that can decide does: two rational numbers that differ are not handed on. Lists, tuples, intervals and
-matrices are compared element by element, so that every value must be there and none besides.
+The first tier that can decide does: two rational numbers that differ are not passed to the next. Lists, tuples,
+intervals and matrices are compared element by element, so that exactly the same values must be there.
 """
 
 import re
@@ -25,7 +25,7 @@ Tier = Literal["text", "number", "math-verify", "tests"]
 
 _ORDER: tuple[Tier, ...] = ("text", "number", "math-verify")
 _MAX_LENGTH = 2000
-"""Longer candidates, in characters, are compared as text alone."""
+"""Longer candidates, in characters, are only compared as text."""
 _DIGITS = 50
 _RELATION = re.compile(r"[<>|=]|\\(?:le|ge|ne|lt|gt|in|mid|mathbb|setminus)(?![a-z])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
@@ -34,7 +34,7 @@ _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 def same_mathematics(reference: str, answer: str) -> Tier | None:
     """The tier that shows the two to be equal; None for different answers.
 
-    Hostile answers can take without end, or much memory: call it in a process that can be killed.
+    Hostile answers can take unlimited time or much memory: call it in a process that can be killed.
     """
     if len(answer) > _MAX_LENGTH:
         return "text" if key(reference) == key(answer) else None
@@ -128,7 +128,7 @@ def _equal_at_samples(gold: Any, answer: Any) -> bool:
     """Whether two expressions agree to many significant digits, where they can be evaluated at all.
 
     math-verify rounds absolutely: to it, 1/2004! is 1/2006!, and x is x + 10^{-20}. Equations, of which it may compare
-    the right sides alone (y = 2x and -y = 2x), are the same when their differences of sides are proportional.
+    only the right sides (y = 2x and -y = 2x), are the same when their differences of sides are proportional.
     """
     from sympy import Eq, Expr, Rational
 

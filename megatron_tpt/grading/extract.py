@@ -1,7 +1,7 @@
 """Find the one answer that a model's text gives. Nothing here looks at the reference.
 
 Texts of models that follow instructions are read from their end: the last box, else what the last "answer is" states,
-else the last number. Texts of base models run on into the next problem, so they are read from their beginning.
+else the last number. Texts of base models continue into the next problem, so they are read from their beginning.
 """
 
 import re
@@ -21,7 +21,7 @@ class Reading:
     """How a text is read."""
 
     first: bool = False
-    """Take the first stated answer, as for base models, which run on into the next problem; else the last."""
+    """Take the first stated answer, as for base models, which continue into the next problem; else the last."""
     stop: tuple[str, ...] = ()
     """With `first`: texts at which the output is truncated before it is read."""
     pattern: str | None = None

@@ -122,12 +122,12 @@ def parts(text: str) -> Parts | None:
 
 
 def letters(text: str) -> set[str]:
-    """The letters that stand for themselves: no commands, no words in \\text{}."""
+    """The letters outside of commands and of words in \\text{}."""
     return set(re.findall(r"[A-Za-z]", re.sub(rf"{_TEXT}\s*\{{[^{{}}]*\}}|\\[A-Za-z]+", "", text)))
 
 
 def texts(text: str) -> list[str]:
-    """The words that stand in \\text{} and the like, sorted."""
+    """The words in \\text{} and the like, sorted."""
     return sorted(key(words) for words in re.findall(r"\\(?:text|mbox|textrm|textnormal|hbox)\s*\{([^{}]*)\}", text))
 
 

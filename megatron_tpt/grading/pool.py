@@ -1,4 +1,4 @@
-"""Grade in worker processes that can be killed: an answer that hangs or crashes costs its own grade and no more.
+"""Grade in worker processes that can be killed: an answer that hangs or crashes only loses its own grade.
 
 The limit is one of processor time, so that a busy machine grades as an idle one does. The kernel enforces it
 (RLIMIT_CPU), even in the middle of an operation on huge integers, and when this process is gone.
@@ -81,7 +81,7 @@ class GraderPool:
                 for index, grade in self._collect():
                     grades[index] = grade
         except BaseException:
-            self.close()  # what is still being graded must not be taken for a later call's
+            self.close()  # grades in flight must not be mistaken for a later call's
             raise
         return [grades[index] for index in sorted(grades)]
 
@@ -99,7 +99,7 @@ class GraderPool:
 
     def _give(self, worker: _Worker, index: int, item: Item) -> None:
         worker.index, worker.deadline = index, time.monotonic() + self._wall_limit_s
-        with contextlib.suppress(OSError):  # it has died: _collect() tells
+        with contextlib.suppress(OSError):  # it has died: _collect() reports it
             worker.connection.send(item)
 
     def _collect(self) -> Iterator[tuple[int, Grade]]:
@@ -154,7 +154,7 @@ def _work(connection: Connection, rules: Rules, time_limit_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     grader = Grader(rules)
     if rules.kind == "math":
-        import math_verify  # noqa: F401  (seconds, which are not the first answer's)
+        import math_verify  # noqa: F401  (takes seconds, which must not count for the first answer)
     connection.send("ready")
     while True:
         try:
@@ -166,7 +166,7 @@ def _work(connection: Connection, rules: Rules, time_limit_s: float) -> None:
             answer: Grade | UserError = grader.grade(item)
         except UserError as error:
             answer = error
-        except Exception as error:  # a fault of a library on hostile input, or its want of memory
+        except Exception as error:  # a fault of a library on hostile input, or too little memory
             answer = Grade(False, reason="crash", detail=f"{type(error).__name__}: {str(error)[:200]}")
         connection.send(answer)
 

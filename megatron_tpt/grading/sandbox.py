@@ -34,7 +34,7 @@ _WALL_FACTOR = 6
 
 @dataclass(frozen=True)
 class CodeResult:
-    """What became of a program and its tests."""
+    """The result of a program and its tests."""
 
     status: Status
     """"failed": an exception, or the end of the program before that of the tests; "crash": ended by a signal."""
@@ -68,7 +68,7 @@ class Sandbox:
         if not self._unsandboxed:  # outside, the processes of all programs of the user would count
             limits["RLIMIT_NPROC"] = _PROCESSES
         job = json.dumps({"program": program, "tests": tests, "nonce": nonce, "limits": limits}).encode()
-        # The results go to files, whose size is limited, and not to pipes, which somebody would have to drain.
+        # The results go to files, whose size is limited, and not to pipes, which would have to be drained.
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(
                 [*self._command, "-I", "-S", "-c", _DRIVER],
@@ -118,7 +118,7 @@ def _bubblewrap() -> list[str]:
 
 def _refusal(reason: str) -> str:
     return (
-        f"code answers run in a sandbox (bubblewrap), which is not to be had here: {reason}; install or permit it, or "
+        f"code answers run in a sandbox (bubblewrap), which is not available here: {reason}; install or permit it, or "
         "give --allow-unsandboxed-code to run what the model wrote with your own rights"
     )
 

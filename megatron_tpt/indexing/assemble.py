@@ -1,4 +1,4 @@
-"""Tokens of pieces put together to documents: think tags and end-of-sequence tokens between them."""
+"""Tokens of pieces assembled into documents, with think tags and end-of-sequence tokens between them."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from megatron_tpt.indexing.pieces import CLOSE, DOCUMENT_END, OPEN, SEQUENCE_END
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents as they stand in an index, one after another."""
+    """Documents as an index holds them, one after another."""
 
     tokens: numpy.ndarray
     """[num_tokens], of the index's type."""

@@ -29,7 +29,7 @@ class Block(NamedTuple):
     """Some rows of a source, in order."""
 
     rows: Rows
-    """Whole lines, or rows of a table; a line that is longer than a record may be stands alone, as its size."""
+    """Whole lines, or rows of a table; a line that is longer than a record may be is alone, as its size."""
 
 
 class End(NamedTuple):
@@ -196,7 +196,7 @@ def _chosen(columns: Columns, source_name: str, schema: "pyarrow.Schema") -> lis
 
 
 def _cut(batch: "pyarrow.RecordBatch", max_bytes: int) -> "Iterator[pyarrow.RecordBatch]":
-    """The rows in batches of no more than so many bytes, but for a row that is larger."""
+    """The rows in batches of at most `max_bytes` bytes, except for a row that is larger."""
     num_parts = -(-batch.nbytes // max_bytes)
     if batch.num_rows < 2 or num_parts < 2:
         yield batch

@@ -30,7 +30,7 @@ def _require_said(learned: str, message: Message, number: int) -> None:
     for part in filter(None, (unmarked(text).strip() for text in said)):
         if (place := learned.find(part, place)) < 0:
             raise TemplateError(
-                f"the chat template leaves out or changes what message {number + 1} says: give one that shows it "
+                f"the chat template omits or changes what message {number + 1} says: give one that shows it "
                 f"(--chat-template)"
             )
         place += len(part)
@@ -39,7 +39,7 @@ def _require_said(learned: str, message: Message, number: int) -> None:
         shown = [unmarked(name) in learned, *(_is_written(value, learned) for value in _leaves(arguments))]
         if not all(shown) or (arguments and not isinstance(arguments, str) and unmarked(repr(arguments)) in learned):
             raise TemplateError(
-                f"the chat template leaves out or changes a tool call of message {number + 1}: give one that shows it "
+                f"the chat template omits or changes a tool call of message {number + 1}: give one that shows it "
                 f"(--chat-template)"
             )
 
@@ -48,7 +48,7 @@ def _require_context(text: str, chat: Chat, turns: Sequence[Turn]) -> None:
     """Raise TemplateError unless the tools, and all messages that are not learned here, are in the text."""
     for tool in chat.tools or ():
         if unmarked(tool["function"]["name"]) not in text:
-            raise TemplateError("the chat template leaves out tools: give one that shows them (--chat-template)")
+            raise TemplateError("the chat template omits tools: give one that shows them (--chat-template)")
     here, place = {turn.number for turn in turns}, 0
     for number, message in enumerate(chat.messages[: max(here) + 1]):
         if number in here:
@@ -63,7 +63,7 @@ def _require_context(text: str, chat: Chat, turns: Sequence[Turn]) -> None:
             found = _find(text, part, place)
             if found is None:
                 raise TemplateError(
-                    f"the chat template leaves out or changes what message {number + 1} says, whose role is "
+                    f"the chat template omits or changes what message {number + 1} says, whose role is "
                     f"{message['role']!r}: give one that shows it (--chat-template)"
                 )
             place = found

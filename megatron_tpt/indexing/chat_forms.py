@@ -1,4 +1,4 @@
-"""The forms in which chat templates want one and the same conversation."""
+"""The forms in which different chat templates expect the same conversation."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def with_reasoning_inline(chat: Chat) -> Chat:
 
 
 def forms(chat: Chat, *, with_parts: bool) -> Iterator[tuple[str | None, Chat]]:
-    """A conversation in the forms that templates ask for, and a note where one says something else than was given.
+    """A conversation in the forms that templates ask for, and a note where one differs in meaning from what was given.
 
     Where an answer has no content, an empty one, or none at all (DeepSeek's); arguments as an object, or as text
     (DeepSeek's); the developer's message as it is, or as the system's, for templates that know no developer; contents

@@ -1,9 +1,9 @@
-"""Limits on what a chat template may cost. Templates are foreign code: Jinja's sandbox keeps them from doing harm to
+"""Limits on what a chat template may cost. Templates are untrusted code: Jinja's sandbox keeps them from harming
 anything but time and memory.
 
 - Processor time: a signal interrupts Python code. What Python cannot interrupt, such as comparing lists that contain
   each other, ends with the process: the kernel kills it some seconds later.
-- Memory: the address space may only grow by so much.
+- Memory: the address space may only grow by a fixed amount.
 - Numbers and repeated texts are bounded before they are computed, also where Jinja computes constants on compiling.
 """
 

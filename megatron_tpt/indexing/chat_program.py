@@ -1,6 +1,6 @@
 """A chat template as a program: what it reads, what it writes, and how much of that the later messages can change.
 
-Templates are foreign code: they run in transformers' sandbox, with limits on their time, memory and output.
+Templates are untrusted code: they run in transformers' sandbox, with limits on their time, memory and output.
 
 The text of a conversation's beginning is needed for each of its turns, and to render every beginning takes quadratic
 time. Most templates need it once: messages are given as a sequence that notes at which place of the output each is
@@ -33,7 +33,7 @@ class Output(NamedTuple):
 
     text: str
     spans: list[Span]
-    """First and last + 1 character of what stood in its {% generation %} blocks."""
+    """First and last + 1 character of its {% generation %} blocks."""
 
 
 class Beginnings(NamedTuple):
@@ -41,7 +41,7 @@ class Beginnings(NamedTuple):
 
     output: Output
     ends: list[int | None]
-    """Of the first n messages the text up to the end of the loop; None where that is not proved, [messages + 1]."""
+    """Of the first n messages the text up to the end of the loop; None where that is not proven, [messages + 1]."""
     closing: str
     """What it writes after the loop, the same for each proved end."""
 
@@ -86,7 +86,7 @@ class ChatProgram:
         return self._run(messages, variables, _Watch())
 
     def run_watched(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Beginnings | None:
-        """The same, with the ends of the beginnings; None when none is proved."""
+        """The same, with the ends of the beginnings; None when none is proven."""
         if not self._is_provable:
             return None
         watch = _Watch()
@@ -170,7 +170,7 @@ class _Watch:
         self._asks_late |= self._last_end is not None
 
     def ends(self, num_messages: int) -> list[int | None] | None:
-        """Where each beginning ends, from none to all messages; None when nothing is proved."""
+        """Where each beginning ends, from none to all messages; None when nothing is proven."""
         if self._last_end is None or self._asks_late:
             return None
         ends = [self._ends.get(number) if number >= self._least else None for number in range(num_messages)]
@@ -178,7 +178,7 @@ class _Watch:
 
 
 class _Watched(Sequence[Any]):
-    """Messages that tell a watch what is asked of them. It can do less than a list: what is missing is an error."""
+    """Messages that report every access to a watch. They can do less than a list: what is missing is an error."""
 
     def __init__(self, messages: Sequence[Any], watch: _Watch, start: int = 0) -> None:
         self._messages = messages

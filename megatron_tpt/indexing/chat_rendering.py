@@ -1,4 +1,4 @@
-"""A conversation as the texts in which each of its learned turns stands as it is generated.
+"""A conversation as texts in which each learned turn appears as it is generated.
 
 At inference the model is given `prompt`, the messages before its turn with the generation prompt, and writes the rest
 of `full`, the same messages with its own. A text may teach a turn when it begins with both. One text with all turns is
@@ -65,7 +65,7 @@ class ConversationRenderer:
         self._prove()
 
     def _prove(self) -> None:
-        """Find where the beginnings of the conversation end in its text, as far as that needs no rendering of each."""
+        """Find where the beginnings of the conversation end in its text, where that needs no rendering of each."""
         whole = self._program.run_watched(self._messages, self._plain)
         if whole is None or whole.output != self._whole:
             return
@@ -90,7 +90,7 @@ class ConversationRenderer:
             if here:
                 # Only where no turn is marked as not to be learned, spans of unknown origin are surely meant.
                 is_all = len(here) == num_turns and text is self._whole.text
-                texts.append(Rendered(text, here, self._spans_beside(here) if is_all else []))
+                texts.append(Rendered(text, here, self._extra_spans(here) if is_all else []))
                 numbers = {turn.number for turn in here}
                 fulls = [full for full in fulls if full.turn.number not in numbers]
             if fulls:
@@ -119,7 +119,7 @@ class ConversationRenderer:
             )
         raise _not_as_prompted(number)
 
-    def _spans_beside(self, turns: Sequence[Turn]) -> list[Span]:
+    def _extra_spans(self, turns: Sequence[Turn]) -> list[Span]:
         taken = {span for turn in turns for span in turn.spans}
         return [span for span in self._whole.spans if span not in taken]
 
@@ -177,14 +177,14 @@ def _not_as_prompted(number: int) -> TemplateError:
 
 
 def _placed(full: _Full, text: str) -> Turn | None:
-    """The turn as it stands in `text`; None where it stands there otherwise than at inference, or not at all."""
+    """The turn as it is in `text`; None where it is missing there, or differs from the turn at inference."""
     turn = full.turn
     if full.text is text:
         return turn
     if turn.prompt_end is not None or not turn.spans:
         end = turn.spans[-1][1] if turn.spans else len(full.text)
         return turn if text.startswith(full.text[:end]) else None
-    # What closes the whole conversation may have spans too (Phi-3's end of text): it is learned where it stands.
+    # What closes the whole conversation may have spans too (Phi-3's end of text): it is learned in its place.
     if not text.startswith(full.text[: turn.spans[0][1]]):
         return None
     spans = [span for span in turn.spans if text.startswith(full.text[: span[1]])]

@@ -1,7 +1,7 @@
 """The shapes in which chat data come, read into one: messages as OpenAI writes them, tools, template variables.
 
 A shape is recognized by a record's fields. Whatever a record holds in its messages is either understood or refused by
-name; nothing in them is dropped. Columns beside the conversation are not read, and named once by the caller.
+name; nothing in them is dropped. Other columns are not read, and named once by the caller.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,15 +54,15 @@ class ChatColumns:
     ignored_fields: frozenset[str] = frozenset()
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """Columns that are read beside the conversation, where a record has them."""
+    def extra(self) -> tuple[str, ...]:
+        """Columns that are read in addition to the conversation, where a record has them."""
         return (self.tools, self.template_kwargs, self.system)
 
     @property
     def all(self) -> tuple[str, ...]:
         """Every column that may be read."""
         usual = (*CONVERSATION_COLUMNS, _PROMPT, _COMPLETION, *_ALPACA) if self.may_differ else ()
-        return tuple(dict.fromkeys((self.messages, *usual, *self.beside)))
+        return tuple(dict.fromkeys((self.messages, *usual, *self.extra)))
 
     @property
     def may_differ(self) -> bool:
@@ -95,7 +95,7 @@ def read_chat(record: Mapping[str, Any], columns: ChatColumns) -> Chat:
         chat = _with_system(chat, system, columns.system)
     tools = read_tools(record.get(columns.tools), columns.tools)
     kwargs = read_template_kwargs(record.get(columns.template_kwargs), columns.template_kwargs)
-    return replace(chat, tools=tools, template_kwargs=kwargs, used=(*used, *columns.beside))
+    return replace(chat, tools=tools, template_kwargs=kwargs, used=(*used, *columns.extra))
 
 
 def _conversation(record: Mapping[str, Any], columns: ChatColumns) -> tuple[tuple[str, ...], list[Any], int]:
@@ -185,7 +185,7 @@ class _MessageReader:
         self._where = f"message {number}"
 
     def read(self) -> tuple[Message, bool | None]:
-        """The message, and whether it is to be learned; None where it says nothing of that."""
+        """The message, and whether it is to be learned; None where it does not say."""
         fields = self._fields
         is_learned = self._learned()
         if "role" not in fields and "from" in fields:
@@ -225,7 +225,7 @@ class _MessageReader:
         return fields
 
     def _learned(self) -> bool | None:
-        """What the message says of its being learned, in any of the common spellings."""
+        """Whether the message is marked to be learned, in any of the common spellings."""
         found = {}
         for name in (*_LEARNED, *_NOT_LEARNED):
             if (value := self._fields.pop(name, None)) is None:

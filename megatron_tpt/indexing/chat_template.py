@@ -17,7 +17,7 @@ from megatron_tpt.indexing.chat_shapes import TEMPLATE_VARIABLES
 from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, loading_failure
 
-# Around the name of a special token that stands in a message. Unicode keeps these two code points for internal use: no
+# Around the name of a special token that occurs in a message. Unicode keeps these two code points for internal use: no
 # text may hold them, and no template touches them, but for those that write JSON or Python, which may escape them.
 _RAW_OPEN, _RAW_CLOSE = "\ufdd0", "\ufdd1"
 MARKS = (_RAW_OPEN, _RAW_CLOSE)
@@ -110,7 +110,7 @@ class ChatTemplate:
         return names.sub(rf"{_RAW_OPEN}\g<0>{_RAW_CLOSE}", text)
 
     def special_names(self, text: str) -> set[str]:
-        """The names of special tokens that stand in a text, the think tags apart."""
+        """The names of special tokens that occur in a text, except for the think tags."""
         return set(self._special.findall(text))
 
     def render(

@@ -17,8 +17,8 @@ class Difference:
 
     document: int
     token: int | None
-    """The first token that differs, counted from 0 within the document; None where the document is in one index alone,
-    or is cut into other sequences."""
+    """The first token that differs, counted from 0 within the document; None where the document is only in one index,
+    or is split into other sequences."""
     description: str
 
 
@@ -53,7 +53,7 @@ def first_difference(prefix: Path, other: Path) -> Difference | None:
     if bounds.any() or not numpy.array_equal(here.sequence_lengths, there.sequence_lengths):
         number = max(0, _first(bounds) - 1)
         return Difference(
-            number, None, f"the documents agree, but are cut into other sequences from document {number} on"
+            number, None, f"the documents agree, but are split into other sequences from document {number} on"
         )
     return None
 

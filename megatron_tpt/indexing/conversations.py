@@ -1,7 +1,7 @@
 """Conversations, and pairs of prompt and response, as tokens of which only the assistant's are learned.
 
 A conversation goes through the tokenizer's chat template. What is learned of a turn is what the model has to write: the
-text that follows the generation prompt, up to the token that ends the turn. The prompt is proved to be what the model
+text that follows the generation prompt, up to the token that ends the turn. The prompt is proven to be what the model
 is given at inference, token by token. Templates with `{% generation %}` spans say themselves what is learned.
 
 Message contents are text: a special token's name in them is spelt out, never the token, so that no message can end its
@@ -107,9 +107,9 @@ class PairFormat:
         self._notes: Counter[str] = Counter()
 
     def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The two columns, and those that a conversation may have beside them."""
-        beside = self._chats.beside if self._chats is not None else ()
-        chosen = (*self.columns, *(name for name in beside if name in names and name not in self.columns))
+        """The two columns, and the additional ones of a conversation."""
+        extra = self._chats.extra if self._chats is not None else ()
+        chosen = (*self.columns, *(name for name in extra if name in names and name not in self.columns))
         self._notes.update(_unread(name for name in names if name not in chosen))
         return chosen
 
@@ -165,14 +165,14 @@ class ConversationFormat:
         self._notes: Counter[str] = Counter()
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """Columns that are read beside the conversation."""
-        return self._columns.beside
+    def extra(self) -> tuple[str, ...]:
+        """Columns that are read in addition to the conversation."""
+        return self._columns.extra
 
     def choose_columns(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of a table's columns that can be part of a conversation. Raises UserError when there is none."""
         chosen = tuple(name for name in self._columns.all if name in names)
-        if not set(chosen) - set(self.beside):
+        if not set(chosen) - set(self.extra):
             raise UserError(
                 f"no column {self._columns.messages!r}; its columns are {', '.join(names)}: name the one with the "
                 f"conversation (--messages-column)"

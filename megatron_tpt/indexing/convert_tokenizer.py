@@ -1,7 +1,7 @@
 """A SentencePiece model, a tiktoken file or a tekken.json as a Hugging Face folder: `tools/convert_tokenizer.py`.
 
-The folder is written only when its tokenizer gives the very tokens of the original, on texts that tokenizers are known
-to trip over and on a sample of the user's own.
+The folder is written only when its tokenizer gives exactly the tokens of the original, on texts that are known to
+trip tokenizers up and on a sample given by the user.
 """
 
 import importlib
@@ -57,24 +57,24 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
         raise UserError(f"{options.output} exists; choose another --output or remove it")
     original = _open(path, options)
     backend = original.backend
-    odd = _odd_texts(backend, original.user_defined)
+    edge_cases = _edge_cases(backend, original.user_defined)
     sample = read_records(options.sample, limit=_SAMPLE_DOCUMENTS, advice="fix the line") if options.sample else []
     texts = [record.text for record in sample]
     with atomic_directory(options.output) as folder:
         _write(folder, path, original, options.eos_token)
-        text = first_difference_from(original.encode, Tokenizer(folder), [*odd, *texts])
+        text = first_difference_from(original.encode, Tokenizer(folder), [*edge_cases, *texts])
         if text is not None:
             raise UserError(
                 f"{path}: Hugging Face tokenizers cannot give its tokens: they differ on {text[:60]!r}; take the "
                 f"tokenizer.json that the model's authors offer, if there is one, and compare it on your own texts"
             )
-    compared = f"{len(odd)} odd texts" + (f" and {len(texts)} documents" if texts else "")
+    compared = f"{len(edge_cases)} edge cases" + (f" and {len(texts)} documents" if texts else "")
     print(f"{options.output}: {backend.get_vocab_size():,} tokens; on {compared} they are those of {path}")
     return options.output
 
 
-def _odd_texts(backend: tokenizers.Tokenizer, names: Sequence[str]) -> list[str]:
-    """Texts that tokenizers are known to trip over, and the symbols that are always one token in several places."""
+def _edge_cases(backend: tokenizers.Tokenizer, names: Sequence[str]) -> list[str]:
+    """Texts that are known to trip tokenizers up, and the symbols that are always one token in several places."""
     symbols = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
     return [*NASTY_TEXTS, "\n".join(NASTY_TEXTS), *map(_around, [*symbols, *names])]
 
@@ -106,7 +106,7 @@ class _Original(NamedTuple):
     encode: Encode
     backend: tokenizers.Tokenizer
     name: str
-    """Under which it is kept beside tokenizer.json."""
+    """Under which it is kept next to tokenizer.json."""
     eos: str | None = None
     """The end-of-sequence token that it names itself."""
     user_defined: Sequence[str] = ()
@@ -197,10 +197,10 @@ def _sentencepiece_model(model: Any, stand_ins: Mapping[str, str]) -> Any:
 
 
 def _write(folder: Path, path: Path, original: _Original, eos_token: str | None) -> None:
-    """tokenizer.json, the original, and what lies beside it; its configuration with the end-of-sequence token."""
+    """tokenizer.json, the original, and the files next to it; its configuration with the end-of-sequence token."""
     for name in TOKENIZER_FILES:
-        if (beside := path.with_name(name)).is_file():
-            shutil.copyfile(beside, folder / name)
+        if (neighbour := path.with_name(name)).is_file():
+            shutil.copyfile(neighbour, folder / name)
     shutil.copyfile(path, folder / original.name)
     original.backend.save(str(folder / "tokenizer.json"))
     config = folder / CONFIG

@@ -1,4 +1,4 @@
-"""Encoding many texts at once: gigatoken where it is proved to agree, Hugging Face tokenizers as the reference.
+"""Encoding many texts at once: gigatoken where it is proven to agree, Hugging Face tokenizers as the reference.
 
 choose_encoder(tokenizer, "auto", sample) encodes a sample of the real input, and texts that tokenizers are known to
 trip over, with both, and takes gigatoken only when every token is the same. While indexing, each block's encoder
@@ -201,7 +201,7 @@ class DisagreementError(UserError):
 
 
 class SpotCheck:
-    """Compares one text in each batch with the reference, while the job runs, as far as the job can afford.
+    """Compares one text in each batch with the reference, while the job runs, within a small share of its time.
 
     The reference encodes a thousandth of what gigatoken does, and something at the start: long texts are compared less
     often than short ones. Of the longest, both encode a stretch from a random place.
@@ -216,7 +216,7 @@ class SpotCheck:
         self._lock = threading.Lock()
 
     def check(self, texts: pyarrow.LargeStringArray, encoded: Encoded) -> None:
-        """Raise DisagreementError when the text whose turn it is was encoded otherwise than the reference does."""
+        """Raise DisagreementError when the next text to check was encoded differently from the reference."""
         if not len(texts):
             return
         with self._lock:

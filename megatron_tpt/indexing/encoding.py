@@ -30,7 +30,7 @@ _DETAILS = {
 
 
 class Result(NamedTuple):
-    """What became of some rows."""
+    """The results of some rows."""
 
     documents: Documents
     skipped: Counter[str]
@@ -67,7 +67,7 @@ class BlockEncoder:
             yield from (self._encode_pieces(*part) for part in self._maker.make(item.rows))
 
     def _encode_joined(self, joined: Joined) -> Iterator[Result] | None:
-        """The results of several blocks at once; None where the records have to be looked at block by block."""
+        """The results of several blocks at once; None where the records have to be checked block by block."""
         (rows, pieces), *more = self._maker.make(joined.rows)
         if more or pieces.skipped or pieces.problem:
             return None

@@ -25,12 +25,12 @@ class FieldBatch(NamedTuple):
 
 
 class EncodedBatch(NamedTuple):
-    """What became of a batch."""
+    """The results of a batch."""
 
     outcomes: list[tuple[int, list[Example] | BadExample]]
     """Number and examples of every record, or what is wrong with it."""
     notes: Counter[str]
-    """What of the records had no effect, in words, with the number of records."""
+    """Which parts of the records had no effect, in words, with the number of records."""
 
 
 def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Example | BadExample]]:
@@ -59,7 +59,7 @@ def read_batches(path: Path, format: ExampleFormat) -> Iterator[FieldBatch]:
 
 
 def encode_batch(batch: FieldBatch, format: ExampleFormat) -> EncodedBatch:
-    """What becomes of every record of a batch."""
+    """The result of every record of a batch."""
     return EncodedBatch(_outcomes(batch, format), format.take_notes())
 
 

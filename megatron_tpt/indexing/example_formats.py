@@ -21,7 +21,7 @@ class ChosenFormat(NamedTuple):
 
 
 def choose_format(options: PackOptions, tokenizer: Tokenizer) -> ChosenFormat:
-    """The format for `options`. Raises UserError for a chat template that is missing or not fit."""
+    """The format for `options`. Raises UserError for a chat template that is missing or unusable."""
     columns = ChatColumns(
         options.conversation_column, options.tools_column, ignored_fields=frozenset(options.ignore_fields)
     )

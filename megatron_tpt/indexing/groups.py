@@ -1,4 +1,4 @@
-"""Blocks of several small files put together, so that what a call costs is not paid for every file."""
+"""Blocks of several small files put together, so that the cost of a call is not paid for every file."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -52,7 +52,7 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     """Index `options.input` and return the manifests, one for each shard.
 
     When that very index is there already, it is left alone. Raises UserError for bad input, for an output of
-    other settings or of other hands, and when no document is left; then nothing new is there.
+    other settings or of another program, and when no document is left; then nothing new is written.
     """
     os.environ.setdefault("RAYON_NUM_THREADS", str(options.worker_count))  # the threads of both tokenizers
     job = IndexJob(options)
@@ -106,7 +106,7 @@ def _build(job: IndexJob, folder: Path, journal: Journal) -> int:
             try:
                 _write(job, inputs, output)
             except DisagreementError:
-                output.discard()  # of what is written, samples were compared
+                output.discard()  # only samples of what is written were compared
                 raise
         num_tokens = output.num_tokens - num_tokens_before
         if output.num_documents == 0:
@@ -172,7 +172,7 @@ def _manifest_source(input: Input, checksum: str) -> Source:
 
 
 def _ahead[T](items: Iterator[T], depth: int) -> Generator[T]:
-    """`items`, produced in a thread of their own, `depth` of them ahead of what is asked for."""
+    """`items`, produced in their own thread, `depth` of them ahead of the consumer."""
     end: Any = object()
     with ThreadPoolExecutor(1) as executor:
         pending = deque(executor.submit(next, items, end) for _ in range(depth))

@@ -89,10 +89,10 @@ class IndexJob:
         found = sorted({path.with_suffix("") for path in prefix.parent.glob(pattern)})
         num_shards = int(found[-1].name[-5:]) if found else 0
         expected = [shard_prefix(prefix, shard, num_shards) for shard in range(num_shards)]
-        if odd := sorted({*found} ^ {*expected}):
-            state = "is of another set" if odd[0] in found else "is missing"
+        if unexpected := sorted({*found} ^ {*expected}):
+            state = "is of another set" if unexpected[0] in found else "is missing"
             raise UserError(
-                f"{prefix} is no whole set of {num_shards} shards: {odd[0]} {state}; "
+                f"{prefix} is no whole set of {num_shards} shards: {unexpected[0]} {state}; "
                 f"choose another --output or remove {self._names()}"
             )
         return found
@@ -103,7 +103,7 @@ class IndexJob:
         return f"{self.options.output}{shards}.{{bin,idx,json}}"
 
     def _differences(self, manifests: Sequence[Manifest]) -> tuple[list[str], EntryChanges]:
-        """What of existing indices is not as this job would make it: settings, and the input."""
+        """How existing indices differ from what this job would make: settings, and the input."""
         first, wanted = manifests[0], self._settings()
         found = {
             "tokenizer": first.tokenizer.fingerprint,
@@ -123,7 +123,7 @@ class IndexJob:
         )
 
     def _settings(self) -> dict[str, Any]:
-        """What the output depends on besides the inputs, by the names that messages give it."""
+        """What the output depends on in addition to the inputs, by the names used in messages."""
         options = self.options
         return {
             "tokenizer": self.template.tokenizer.fingerprint,
@@ -138,9 +138,9 @@ class IndexJob:
         }
 
     def journal(self, folder: Path) -> Journal:
-        """The journal to go on with. Raises UserError when it is that of other settings or inputs.
+        """The journal to resume from. Raises UserError when it is that of other settings or inputs.
 
-        Without a finished input there is nothing to go on with: what was left behind is cleared away.
+        Without a finished input there is nothing to resume from: what was left behind is removed.
         """
         journal, settings, inputs = Journal.read(folder), self._settings(), self.inputs
         done = [entry.source for entry in journal.sources]
@@ -166,7 +166,7 @@ class IndexJob:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        """What makes tokens of texts. Raises UserError where it is not what the tokenizer's files stand for."""
+        """What makes tokens of texts. Raises UserError where it disagrees with the tokenizer's files."""
         options = self.options
         original = has_original(self.tokenizer.folder)
         needs_sample = original or options.tokenizer_backend != "reference"

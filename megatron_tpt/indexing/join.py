@@ -1,7 +1,7 @@
 """The join x = [d; t]: how a document and the thinking about it become one training sample.
 
-What stands between the think tags, tags included, is thinking; all else, the end-of-sequence token included,
-is document: this is how the trainer tells the two apart. The document's own tokens are the same in every
+What is between the think tags, tags included, is thinking; all else, the end-of-sequence token included,
+is document: this is how the trainer distinguishes the two. The document's own tokens are the same in every
 join but the interleaved one, so that the arms of a study differ in nothing else.
 """
 
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 def thinking_text(thinking: str) -> str:
-    """What stands between the think tags."""
+    """What is between the think tags."""
     return f"\n{thinking.strip()}\n"
 
 

@@ -1,4 +1,4 @@
-"""The working folder of an indexing job, and the journal in it by which a killed job goes on."""
+"""The working folder of an indexing job, and the journal in it from which a killed job resumes."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from megatron_tpt.jobs.lock import locked
 
 _NAME = "journal"
 PUBLISHING = "publishing"
-"""A file in the working folder: what stands under the names of the output is ours."""
+"""A file in the working folder: the files under the names of the output are ours."""
 
 
 def working_path(prefix: Path) -> Path:
@@ -27,7 +27,7 @@ def working_path(prefix: Path) -> Path:
 
 
 def is_publishing(prefix: Path) -> bool:
-    """Whether what stands under the names of `prefix` is what an unfinished run has moved there."""
+    """Whether the files under the names of `prefix` were moved there by an unfinished run."""
     return (working_path(prefix) / PUBLISHING).exists()
 
 
@@ -103,7 +103,7 @@ def _is_planted(descriptor: int, folder: Path) -> bool:
 
 @dataclass
 class Counts:
-    """What a shard holds besides its extent."""
+    """What a shard holds in addition to its extent."""
 
     documents_with_thinking: int = 0
     thinking_tokens: int = 0
@@ -135,18 +135,18 @@ class SourceDone:
 class Journal:
     """What is safely on the disk: closed shards and finished sources, in order.
 
-    A line is written only after the data that it speaks of has been synced.
+    A line is written only after the data that it describes has been synced.
     """
 
     path: Path
     settings: dict[str, Any]
-    """What the data depends on besides the sources."""
+    """What the data depends on in addition to the sources."""
     shards: list[ClosedShard] = field(default_factory=list)
     sources: list[SourceDone] = field(default_factory=list)
     is_complete: bool = False
     """Whether the whole index is there, manifests and all, and has but to be moved to its name."""
     num_bytes: int = 0
-    """Length of the part of the file that holds."""
+    """Length of the valid part of the file."""
 
     @classmethod
     def read(cls, folder: Path) -> "Journal":
@@ -162,7 +162,7 @@ class Journal:
             self.settings = entry["settings"]
         elif "shard" in entry:
             fields = entry["shard"]
-            del self.shards[fields["number"] :]  # a run that was killed closed them, its successor did it again
+            del self.shards[fields["number"] :]  # a killed run closed them, its successor repeated them
             extent, counts = Extent(*fields["extent"]), Counts(**fields["counts"])
             self.shards.append(ClosedShard(fields["number"], extent, counts, fields["checksums"]))
         elif "source" in entry:

@@ -1,4 +1,4 @@
-"""The manifest `PREFIX.json` beside an index: what it was made of, with what, and how to tell that it is
+"""The manifest `PREFIX.json` next to an index: what it was made of, with what, and how to check that it is
 whole.
 
 It is written last: an index without it is not finished. The trainer reads it to refuse another tokenizer's
@@ -40,7 +40,7 @@ class TokenizerInfo:
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "TokenizerInfo":
-        """What is to be known of a tokenizer."""
+        """What a manifest records about a tokenizer."""
         return cls(str(tokenizer.folder.resolve()), tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
 
 
@@ -54,7 +54,7 @@ class ThinkTokens:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. The last three tell whether it is still the same: the checksum is asked when the time differs."""
+    """One input file. The last three show whether it is still the same: the checksum is asked when the time differs."""
 
     path: str
     documents: int
@@ -96,7 +96,7 @@ class IndexCounts:
     document_tokens: int
     thinking_tokens: int
     skipped: dict[str, int]
-    """Bad records left out, by reason."""
+    """Bad records skipped, by reason."""
     sequences: int | None = None
     """Where a document may have several."""
 
@@ -131,7 +131,7 @@ class Manifest:
     append_eos: bool = True
     """Whether documents end with the end-of-sequence token."""
     parse_special_tokens: bool = False
-    """Whether special tokens that stand in the raw text became these tokens."""
+    """Whether special tokens that occur in the raw text became these tokens."""
     shard_bytes: int | None = None
     """Of a shard: what the `.bin` files of its set were to keep to."""
 
@@ -188,7 +188,7 @@ class Manifest:
         read.
         """
         if self.counts.documents == 0:
-            raise UserError(f"{prefix}: holds no document; leave it out, or index again")
+            raise UserError(f"{prefix}: holds no document; omit it, or index again")
         expected = {
             "bin": self.counts.tokens * numpy.dtype(self.dtype).itemsize,
             "idx": idx_bytes(self.counts.documents, self.counts.sequences),
@@ -230,7 +230,7 @@ def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
     """The manifests of indices to train on together.
 
     Raises UserError when one is missing or damaged (of `.bin` the size is compared, of `.idx` the checksum too), when
-    its documents are cut into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
+    its documents are split into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
     think tags.
     """
     manifests: list[Manifest] = []
@@ -251,7 +251,7 @@ def _require_whole_documents(prefix: str | Path, counts: IndexCounts) -> None:
     # Megatron Core's GPTDataset takes every sequence for a document, and shuffles them.
     if counts.sequences not in (None, counts.documents):
         raise UserError(
-            f"{prefix}: its documents are cut into sentences, which training would shuffle: index again without "
+            f"{prefix}: its documents are split into sentences, which training would shuffle: index again without "
             f"--sentences"
         )
 

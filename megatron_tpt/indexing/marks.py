@@ -1,4 +1,4 @@
-"""Which tokens are thinking: what stands between the think tags, tags included."""
+"""Which tokens are thinking: those between the think tags, tags included."""
 
 from collections.abc import Callable
 

@@ -51,7 +51,7 @@ def merge(options: MergeOptions) -> Manifest | None:
     """Merge indices into `options.output`.{bin,idx,json} and return the manifest, None where shards have none.
 
     When that very merger is there already, it is left alone. Raises UserError for shards that are missing, damaged or
-    do not go together, for too little space, and for an output of other content; then nothing new is there.
+    incompatible, for too little space, and for an output of other content; then nothing new is there.
     """
     prefixes = expand_prefixes(options.input, options.list_file, options.output)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
@@ -162,7 +162,7 @@ def _require_alike(shards: list[Shard]) -> None:
             if found[name] != expected[name]:
                 raise UserError(
                     f"{first.prefix} and {shard.prefix} cannot be merged: {name} is {expected[name]} in the one and "
-                    f"{found[name]} in the other; index them alike, or leave one out"
+                    f"{found[name]} in the other; index them alike, or omit one"
                 )
 
 
@@ -220,7 +220,8 @@ def _require_space(folder: Path, shards: list[Shard]) -> None:
 
 
 def _copy_tokens(shards: list[Shard], target: Path, verify: bool) -> str:
-    """Write the tokens of all shards one after the other; returns the checksum. Hashing goes on beside writing."""
+    """Write the tokens of all shards one after the other; returns the checksum. Hashing runs in parallel with
+    writing."""
     total = hashlib.sha256()
     buffer = memoryview(bytearray(_COPY_BYTES))
     with open(target, "wb", buffering=0, opener=no_links) as output, ThreadPoolExecutor(2) as threads:

@@ -34,19 +34,19 @@ class IndexOptions:
     """How document and thinking make one sample. In all but document_only, raw text that holds a think tag never makes
     the tokens that mark thinking, whether the tokenizer has think tokens or not."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """Stop at a record without usable text, or leave it out and count it."""
+    """Stop at a record without usable text, or skip it and count it."""
     append_eos: bool = True
     """End every document with the end-of-sequence token."""
     sentences: bool = False
     """Make each sentence a sequence of its own; documents keep their bounds. For other programs: pre-training
     here takes whole documents and refuses such an index. Slow: sentences are found in Python."""
     parse_special_tokens: bool = False
-    """Let special tokens and think tags that stand in the raw text become these tokens."""
+    """Let special tokens and think tags that occur in the raw text become these tokens."""
     shard_size: str | None = None
     """Write PREFIX-00000-of-000NN.{bin,idx,json}, no .bin larger than this ("10GiB", "500MB")."""
     tokenizer_backend: Literal["auto", "gigatoken", "reference"] = "auto"
-    """auto: gigatoken where it gives the very tokens of Hugging Face tokenizers, else these, and says so. gigatoken:
-    stop where it does not. reference: Hugging Face tokenizers.
+    """auto: gigatoken where it gives exactly the tokens of Hugging Face tokenizers, else these, with a warning.
+    gigatoken: stop where it does not. reference: Hugging Face tokenizers.
     """
     num_workers: PositiveInt | None = None
     """Threads that parse and encode; by default as many as there are cores. One thread reads and unpacks, file after
@@ -54,7 +54,7 @@ class IndexOptions:
     and merge (tools/merge_index.py).
     """
     max_memory: str = "1GiB"
-    """Bound of the memory in use, but for a single record larger than that allows. (Records of more than 256 MiB are
+    """Limit of the memory in use, except for a single record larger than that allows. (Records of more than 256 MiB are
     bad records; the environment variable MEGATRON_TPT_MAX_RECORD_SIZE sets another limit.)"""
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class ConvertTokenizerOptions:
 
     input: Path
     """A SentencePiece model (tokenizer.model, tokenizer.model.v3), a tiktoken file, a tekken.json, or the folder of
-    one; the tokenizer's other files beside it come along."""
+    one; the tokenizer's other files next to it are copied too."""
     output: Path
     """The folder to make: a Hugging Face tokenizer. It must not exist."""
     eos_token: str | None = None
@@ -105,8 +105,8 @@ class TrainTokenizerOptions:
     vocab_size: PositiveInt = 16384
     """Number of tokens: 256 bytes, the special tokens, and merges found in the input."""
     special_tokens: list[str] = field(default_factory=list)
-    """More special tokens, besides <|endoftext|> (end of sequence), <|pad|>, <think> and </think>."""
+    """More special tokens, in addition to <|endoftext|> (end of sequence), <|pad|>, <think> and </think>."""
     split_digits: bool = True
-    """Give every digit a token of its own, so that numbers are read and written digit by digit."""
+    """Make every digit its own token, so that numbers are read and written digit by digit."""
     chat_template: Path | None = None
     """A Jinja chat template to store with the tokenizer."""

@@ -1,4 +1,4 @@
-"""The tokenizer that a converted one was made of: a SentencePiece model or a tiktoken file, kept beside tokenizer.json
+"""The tokenizer that a converted one was made of: a SentencePiece model or a tiktoken file, kept next to tokenizer.json
 as tokenizer.model, or Mistral's tekken.json. It is the reference of the reference: both must give the same tokens.
 """
 
@@ -107,13 +107,13 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         return
     if (text := first_difference_from(encode, tokenizer, texts)) is not None:
         raise UserError(
-            f"{tokenizer.folder}: tokenizer.json and {path.name} disagree on {text[:60]!r}: convert {path.name} anew "
+            f"{tokenizer.folder}: tokenizer.json and {path.name} disagree on {text[:60]!r}: convert {path.name} again "
             f"(tools/convert_tokenizer.py), or move it away where tokenizer.json is right"
         )
 
 
 def _pattern(folder: Path) -> str:
-    """The regular expression by which tokenizer.json parts text into words."""
+    """The regular expression by which tokenizer.json splits text into words."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     step = content.get("pre_tokenizer") or {}
     for part in step.get("pretokenizers") or [step]:

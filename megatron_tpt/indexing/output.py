@@ -28,7 +28,7 @@ class Output:
 
     A shard ends before the document that would make its `.bin` larger than `shard_bytes`; without that there is one.
     When a source has been written to its end, that is put into the journal once the data is synced: a job that is
-    killed goes on behind the last such source, whatever was written after it.
+    killed resumes after the last such source, whatever was written after it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Output:
         self._folder, self._journal = folder, journal
         self._vocab_size, self._has_sentences = vocab_size, has_sentences
         self._max_tokens = shard_bytes // itemsize if shard_bytes else None
-        self._beside = ThreadPoolExecutor(1)  # syncing waits for the disk
+        self._background = ThreadPoolExecutor(1)  # syncing waits for the disk
         self._syncing: Future[None] | None = None
         self._pending: list[ClosedShard | SourceDone | str] = []
         self._documents_by_shard: dict[int, int] = {}
@@ -57,7 +57,7 @@ class Output:
         self._writer = self._open_shard(extent)
 
     def add(self, documents: Documents, skipped: Mapping[str, int]) -> None:
-        """Append documents of the current source, and count the bad records that were left out."""
+        """Append documents of the current source, and count the bad records that were skipped."""
         for reason, count in skipped.items():
             self._counts.skipped[reason] = self._counts.skipped.get(reason, 0) + count
         while self._max_tokens is not None and len(documents):
@@ -99,7 +99,7 @@ class Output:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad records left out, by reason, in the current shard."""
+        """Bad records skipped, by reason, in the current shard."""
         return self._counts.skipped
 
     def finish(self, template: Manifest) -> list[Manifest]:
@@ -113,7 +113,7 @@ class Output:
         return manifests
 
     def discard(self) -> None:
-        """Leave nothing to go on with."""
+        """Remove what a later run could resume from."""
         self._wait()
         self._pending = []
         self._journal.path.unlink(missing_ok=True)
@@ -129,7 +129,7 @@ class Output:
             self._wait()
             if any(isinstance(entry, SourceDone) for entry in self._pending):
                 self._commit()
-        self._beside.shutdown()
+        self._background.shutdown()
 
     def _append(self, documents: Documents) -> None:
         if len(documents):
@@ -161,7 +161,7 @@ class Output:
             self._writer = self._open_shard()
 
     def _commit(self) -> None:
-        """Sync what has been written, then say so in the journal; the job goes on meanwhile."""
+        """Sync what has been written, then say so in the journal; the job continues meanwhile."""
         if self._syncing is not None:
             self._syncing.result()
         entries, self._pending = self._pending, []
@@ -176,7 +176,7 @@ class Output:
                 sync(path)
             self._journal.write(entries)
 
-        self._syncing = self._beside.submit(write)
+        self._syncing = self._background.submit(write)
 
     def _wait(self) -> None:
         if self._syncing is not None:
@@ -209,7 +209,7 @@ def _copy(counts: Counts) -> Counts:
 
 def publish(folder: Path, prefixes: Sequence[Path], kinds: Sequence[str] = KINDS) -> None:
     """Flush complete files to the disk and move them from the working folder to their names, the manifests last. Can be
-    done again.
+    repeated.
 
     Raises UserError, and moves nothing, when one of these names is taken.
     """

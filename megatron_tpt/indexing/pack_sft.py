@@ -1,8 +1,8 @@
 """Examples to a packed index: the job behind `tools/pack_sft.py`.
 
-The examples are tokenised once, in as many processes as wanted, into a hidden folder beside the output, in the order of
-the input; then they are placed, and copied row by row. A killed run leaves only that folder, which the next run of the
-same command clears away.
+The examples are tokenised once, in as many processes as wanted, into a hidden folder next to the output, in the order
+of the input; then they are placed, and copied row by row. A killed run leaves only that folder, which the next run of
+the same command removes.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ def pack_sft(options: PackOptions) -> PackManifest:
     """Pack `options.input` into `options.output`.{bin,idx,sft,sft.json,tokenizer} and return the manifest.
 
     When that very index is there already, its checksums are verified and it is left alone. Raises UserError for bad
-    input, for an output of other settings or of other hands, and when no example is left; then nothing new is there.
+    input, for an output of other settings or of another program, and when no example is left; then nothing new is
+    written.
     """
     inputs = {input.path: input for input in expand_files(options.input) if input.path}
     require_apart(options.output, options.input, inputs, is_prefix=True)
@@ -139,7 +140,7 @@ def _encoder(options: PackOptions) -> Callable[[FieldBatch], EncodedBatch]:
 
 
 class _Collector:
-    """Moves the examples of files into a store, and counts what becomes of them."""
+    """Moves the examples of files into a store, and counts their results."""
 
     def __init__(self, options: PackOptions, encoding: _Encoding, store: ExampleStore) -> None:
         self._options = options
@@ -156,9 +157,9 @@ class _Collector:
         """Read all files to their ends. Raises UserError for one that is not what the job that wrote it recorded."""
         files = [*inputs]
         num_examples = dict.fromkeys(files, 0)
-        beside = ThreadPoolExecutor(max_workers=1)  # hashing lets go of the interpreter lock
+        hasher = ThreadPoolExecutor(max_workers=1)  # hashing releases the interpreter lock
         try:
-            about = {path: (path.stat(), beside.submit(file_checksum, path)) for path in files}
+            about = {path: (path.stat(), hasher.submit(file_checksum, path)) for path in files}
             with contextlib.closing(self._encoded(files)) as encoded, ProgressLine(_LOG_EVERY_S) as line:
                 for batch, (outcomes, notes) in encoded:
                     before = len(self._store)
@@ -171,10 +172,10 @@ class _Collector:
                 input.require_content(about[path][1].result())
             return [_source(path, num_examples[path], *about[path]) for path in files]
         finally:
-            beside.shutdown(cancel_futures=True)
+            hasher.shutdown(cancel_futures=True)
 
     def _encoded(self, files: Sequence[Path]) -> Generator[tuple[FieldBatch, EncodedBatch]]:
-        """Batches of records, and what they become, in the order of the input."""
+        """Batches of records, and their results, in the order of the input."""
         batches = (batch for path in files for batch in read_batches(path, self._encoding.format))
         num_workers = self._options.worker_count(sum(path.stat().st_size for path in files))
         if num_workers == 1:
@@ -213,7 +214,7 @@ class _Collector:
         self._skipped_example.setdefault(reason, f"{place}: {detail}")
 
     def finish(self) -> None:
-        """Warn of what is odd about the examples. Raises UserError when there is nothing to learn."""
+        """Warn of what is unusual about the examples. Raises UserError when there is nothing to learn."""
         if not self._store.num_loss_tokens:
             skipped = _skipped_lines(self._skipped, self._skipped_example)
             raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")
@@ -348,7 +349,7 @@ class _StoppedError(BaseException):
 
 @contextlib.contextmanager
 def _interruptions_named(prefix: Path) -> Iterator[None]:
-    """Say what an interrupted job leaves: nothing, for it is quicker to begin again than to keep half of it."""
+    """Say what an interrupted job leaves: nothing, since starting again is quicker than keeping half of it."""
 
     def stop(signum: int, _: object) -> None:
         raise _StoppedError(signal.Signals(signum).name)

@@ -219,7 +219,7 @@ def is_packed(paths: Iterable[Path]) -> bool:
     packed = [PackManifest.path(path).exists() for path in paths]
     if any(packed) and not all(packed):
         raise UserError(
-            "data.train mixes packed indices with other files: pack these too (tools/pack_sft.py), or leave them out"
+            "data.train mixes packed indices with other files: pack these too (tools/pack_sft.py), or omit them"
         )
     return any(packed)
 
@@ -233,7 +233,7 @@ def write_boundaries(path: Path, row_bounds: numpy.ndarray, run_bounds: numpy.nd
 
 
 class PackedIndex:
-    """The rows of a packed index, mapped and not read until they are asked for: `index[i]` is a list of examples.
+    """The rows of a packed index, mapped and only read on access: `index[i]` is a list of examples.
 
     Raises UserError when files are missing, do not fit together, or are not those that were packed: of all but `.bin`,
     the checksums are compared.

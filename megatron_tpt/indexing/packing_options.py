@@ -64,7 +64,7 @@ class PackOptions:
     def __post_init__(self) -> None:
         check_bounds(self)
         if (self.prompt_column is None) != (self.response_column is None):
-            raise UserError("--prompt-column and --response-column go together: give both, or neither")
+            raise UserError("--prompt-column and --response-column need each other: give both, or neither")
         if self.prompt_column is not None and self.messages_column is not None:
             raise UserError("--messages-column: omit it with --prompt-column and --response-column")
         self.today()
@@ -90,7 +90,7 @@ class PackOptions:
             raise UserError(f"--date {self.date} is no date: write YYYY-MM-DD") from None
 
     def conversation_options(self) -> list[str]:
-        """The options given that concern conversations alone."""
+        """The options given that only concern conversations."""
         given = {
             "--chat-template": self.chat_template,
             "--date": self.date,

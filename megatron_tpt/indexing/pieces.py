@@ -1,8 +1,8 @@
 """From rows to the pieces of text that are tokenised: by columns where rows are plain, else record by record.
 
-Arrow parses JSON and joins columns many times faster than Python can, and lets go of the interpreter lock. It takes a
+Arrow parses JSON and joins columns many times faster than Python can, and releases the interpreter lock. It takes a
 little that JSON forbids and refuses a little that Python's parser takes; whatever could be of that kind, and whatever
-is bad, goes record by record through `megatron_tpt.records`, whose word is final. Both ways make the same pieces.
+is bad, goes record by record through `megatron_tpt.records`, which decides. Both ways make the same pieces.
 """
 
 from collections import Counter
@@ -50,12 +50,12 @@ Flags = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
 
 @dataclass
 class Pieces:
-    """The pieces of some rows in order, [num_pieces], and what became of the rows."""
+    """The pieces of some rows in order, [num_pieces], and the results of the rows."""
 
     texts: pyarrow.LargeStringArray
     flags: Flags
     num_rows: int
-    """Rows looked at; blank lines count."""
+    """Rows read; blank lines count."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Bad records skipped, by reason."""
     problem: Row | None = None
@@ -114,7 +114,7 @@ class PieceMaker:
                 document -= 1
             if document < 0:
                 return number
-        raise AssertionError("there are not so many documents")
+        raise AssertionError("there are fewer documents")
 
     def _rows(self, rows: Rows) -> Iterator[Callable[[], Record | None]]:
         if isinstance(rows, TooLarge):
@@ -264,7 +264,7 @@ def _check_meta(table: Any) -> None:
 def _check_lines(lines: bytes) -> tuple[int, int]:
     """(lines, lines that are not empty). Each of these must begin and end as an object does, and be UTF-8.
 
-    Then a newline can only stand between objects, and with as many objects as lines there is one on each.
+    Then a newline can only be between objects, and with as many objects as lines there is one on each.
     """
     if len(lines) > 0x7FFF_FFFF:
         raise _NeedsCloserLookError

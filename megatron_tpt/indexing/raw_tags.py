@@ -1,7 +1,7 @@
 """Think tags in raw text, for tokenizers without think tokens.
 
-There a tag is ordinary tokens, and raw text that holds the tag can make the very same, after which all would count as
-thinking. Such tokens are spelt otherwise: one of them becomes two that together are the same text. What is looked for
+There a tag is ordinary tokens, and raw text that holds the tag can make the same tokens, after which all would count as
+thinking. Such tokens are spelt differently: one of them becomes two that together are the same text. What is looked for
 is tokens, not text, so nothing else changes, and the decoded text never does.
 """
 
@@ -17,7 +17,7 @@ from megatron_tpt.indexing.tokenizer import Spelling
 
 @dataclass(frozen=True)
 class RawTags:
-    """Finds the tokens of think tags in encoded raw text, and spells them otherwise."""
+    """Finds the tokens of think tags in encoded raw text, and spells them differently."""
 
     spellings: list[Spelling]
     """Of the tags that are no tokens of the tokenizer."""
@@ -52,7 +52,7 @@ class RawTags:
 
 
 def _places(encoded: Encoded, flags: Flags, ids: list[int]) -> numpy.ndarray:
-    """Where a tag's tokens stand in raw text, be it in two pieces that come to stand side by side."""
+    """Where a tag's tokens are in raw text, even across two adjacent pieces."""
     places = find(encoded.tokens, ids)
     if not len(places):
         return places

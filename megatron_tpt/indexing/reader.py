@@ -12,7 +12,7 @@ Array = numpy.ndarray[tuple[int], Any]
 
 
 class IndexReader:
-    """The documents of `PREFIX.bin/.idx`, mapped and not read until they are asked for.
+    """The documents of `PREFIX.bin/.idx`, mapped and only read on access.
 
     Raises UserError when the files are missing or do not fit together.
     """
@@ -26,7 +26,7 @@ class IndexReader:
         with self._idx_path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size:
-            raise self._damaged("its header is cut short")
+            raise self._damaged("its header is truncated")
         magic, version, code, self.num_sequences, num_bounds = HEADER.unpack(header)
         dtypes = {code: name for name, code in DTYPE_CODES.items()}
         if magic != MAGIC or version != VERSION or code not in dtypes:

@@ -16,14 +16,14 @@ _MAX_CHARACTERS = 10_000
 def sample_texts(sources: Sequence[Source], columns: Columns) -> list[str]:
     """Documents and thinking from up to nine places; of a packed file or a table, from its start only.
 
-    Bad records are passed over: what is wrong with them is said when their turn comes.
+    Bad records are skipped: they are reported when the job reaches them.
     """
     chosen = {0, len(sources) // 2, len(sources) - 1}
     texts: list[str] = []
     for number in sorted(chosen):
         for record in _records(sources[number], columns):
             for text in filter(None, (record.text, record.thinking)):
-                # Of long texts the beginning, the middle and the end by turns.
+                # Of long texts the beginning, the middle and the end in turn.
                 begin = max(0, len(text) - _MAX_CHARACTERS) * (len(texts) % 3) // 2
                 texts.append(text[begin : begin + _MAX_CHARACTERS])
     return texts

@@ -1,4 +1,4 @@
-"""Documents cut into sentences, as Megatron's `--split-sentences` does, but without losing a character."""
+"""Documents split into sentences, as Megatron's `--split-sentences` does, but without losing a character."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ import itertools
 def split(text: str) -> list[str]:
     """The sentences of a text; white space between two belongs to the second. Together they are the text.
 
-    Punkt's rules without trained parameters: nothing is downloaded. Abbreviations are not known to it.
+    Punkt's rules without trained parameters: nothing is downloaded. It knows no abbreviations.
     """
     ends = [end for _, end in _tokenizer().span_tokenize(text)]
     bounds = [0, *ends[:-1], len(text)] if ends else [0, len(text)]

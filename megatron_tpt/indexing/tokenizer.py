@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer folder, used the way training data needs it.
 
-Raw text is only text: special tokens and think tags that happen to stand in it are spelt out, never turned
+Raw text is only text: special tokens and think tags that happen to occur in it are spelt out, never turned
 into the token of that name, and no begin- or end-of-sequence token is added. Where such a token belongs, we
 put it ourselves.
 """
@@ -50,7 +50,7 @@ class Tokenizer:
     """The tokenizer of a folder with `tokenizer.json` and `tokenizer_config.json`.
 
     Raises UserError when the folder has no readable tokenizer, or when no end-of-sequence token is named
-    there: without one, documents would run into each other. With `parse_special_tokens`, special tokens that stand in
+    there: without one, documents would run into each other. With `parse_special_tokens`, special tokens that occur in
     a text do become the tokens of that name.
     """
 
@@ -64,7 +64,7 @@ class Tokenizer:
     close_ids: list[int]
     """The same for "</think>"."""
     special_tokens: list[str]
-    """The names that stand for no text; the think tags are among them."""
+    """The names of tokens that are not text; the think tags are among them."""
     is_special: numpy.ndarray[tuple[int], numpy.dtype[numpy.bool_]]
     """Whether raw text must not make a token, [vocab_size]."""
 
@@ -107,7 +107,7 @@ class Tokenizer:
     def find_special(self, tokens: numpy.ndarray) -> numpy.ndarray:
         """Where in tokens [n], of an integer type, special ones are: their places, in order."""
         first, last = self._special_range
-        # Mostly they stand together at one end of the vocabulary: nearly all tokens are outside.
+        # Mostly they are together at one end of the vocabulary: nearly all tokens are outside.
         places = numpy.flatnonzero((tokens >= first) & (tokens <= last))
         return places[self.is_special[tokens[places]]]
 
@@ -235,7 +235,7 @@ def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
                 )
             return id
     raise UserError(
-        f"{folder}: this tokenizer names no end-of-sequence token, so documents could not be told apart; "
+        f"{folder}: this tokenizer names no end-of-sequence token, so documents could not be separated; "
         'set "eos_token" in tokenizer_config.json'
     )
 
@@ -264,7 +264,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_settings(folder: Path) -> None:
-    """Raise UserError for a file beside tokenizer.json that is damaged, as far as can be seen without using it."""
+    """Raise UserError for a file next to tokenizer.json that is damaged, if that shows without using it."""
     for path in (folder / name for name in _SETTINGS):
         content = _read_json(path)
         for kind in _KINDS_OF_TOKENS:
@@ -285,7 +285,7 @@ def loading_failure(folder: Path, error: Exception) -> UserError | Fault:
     return failure(f"{folder}: its tokenizer cannot be loaded ({one_line(error)}){advice}", error)
 
 
-# What a model folder may hold besides is weights and settings of the model.
+# The other files of a model folder are weights and settings of the model.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -308,7 +308,7 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """The tokenizer files of a folder, and nothing else that is there, by name. Raises UserError when tokenizer.json is
     not among them.
 
-    Where the model's files alone name the end-of-sequence token (config.json, generation_config.json), which do not
+    Where only the model's files name the end-of-sequence token (config.json, generation_config.json), which do not
     come along, tokenizer_config.json gains it.
     """
     _tokenizer_file(folder)

@@ -89,7 +89,7 @@ def _pre_tokenizer(split_digits: bool) -> pre_tokenizers.PreTokenizer:
 def _save(folder: Path, backend: tokenizers.Tokenizer, template: str | None, options: TrainTokenizerOptions) -> None:
     description = json.loads(backend.to_str())
     for token in description["added_tokens"]:
-        # As in the families that think, the tags are no "special" tokens: those are left out of decoded text, and
+        # As in the families that think, the tags are not "special" tokens: those are omitted from decoded text, and
         # with them every sign of where the thinking ends.
         token["special"] = token["content"] not in (OPEN_TAG, CLOSE_TAG)
     config = {

@@ -1,4 +1,4 @@
-"""Whether the parts of an index agree with each other, in bounded memory; what does not is named by file and byte."""
+"""Whether the parts of an index agree with each other, in bounded memory; a mismatch is located by file and byte."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -43,7 +43,8 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def idx_bytes(num_documents: int, num_sequences: int | None = None) -> int:
-    """The length of the `.idx` of so many documents, of one sequence each where `num_sequences` is not given."""
+    """The length of the `.idx` of `num_documents` documents, of one sequence each where `num_sequences` is not
+    given."""
     num_sequences = num_documents if num_sequences is None else num_sequences
     return HEADER.size + (4 + 8) * num_sequences + 8 * (num_documents + 1)
 
@@ -64,7 +65,7 @@ class IndexWriter:
     """Writes one `.bin` and its `.idx`. Use it as a context manager; without an error it ends with complete
     files.
 
-    With `resume_at`, it goes on with the first so many documents of files that another writer left, complete or not.
+    With `resume_at`, it continues after that many documents of files that another writer left, complete or not.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class IndexWriter:
                 self._ends.close()
 
     def _cut_back(self) -> None:
-        """Take away what is beyond the documents to go on with."""
+        """Remove what is beyond the documents to resume after."""
         documents, sequences, tokens = self.extent
         cuts = [(self._bin, tokens * self._dtype.itemsize), (self._idx, HEADER.size + 4 * sequences)]
         if self._ends is not None:

@@ -13,7 +13,7 @@ from megatron_tpt.training.checkpoint_trust import require_data_only
 
 
 class _IntoOneTensor(DefaultLoadPlanner):
-    """Puts every piece that the reader finds where it belongs in one tensor."""
+    """Copies every piece that the reader finds to its place in one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, which transformers and vLLM load without code of ours.
+"""A checkpoint as a Hugging Face folder, which transformers and vLLM load without our code.
 
 The weights are read and written tensor by tensor, so that memory holds one safetensors file (5 GB) at most.
 """
@@ -72,7 +72,7 @@ def export_hf(options: ExportOptions) -> None:
 
 
 def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelConfig, list[str]]:
-    """The model with a context that covers the longest sequence it was trained on, and what to say of it."""
+    """The model with a context that covers the longest sequence it was trained on, and a note about it."""
     trained, said = History.read(checkpoint).longest_sequence, model.max_position_embeddings
     if trained > said:
         note = f"max_position_embeddings is {trained}, the longest training.sequence_length; the recipe says {said}"

@@ -71,7 +71,7 @@ def import_hf(options: ImportOptions) -> None:
 def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
     try:
         dist_checkpointing.save(tensors, str(folder))
-    except CheckpointException as error:  # a process of its own wrote, and tells no error number
+    except CheckpointException as error:  # a separate process wrote, and reports no error number
         reason = " ".join(str(error).split())[-300:]
         free = shutil.disk_usage(folder).free / 2**30
         raise UserError(
@@ -112,14 +112,14 @@ class HfTensors:
         if index.is_file():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
-                raise UserError(f"{index}: weight_map does not name files beside it: download the model again")
+                raise UserError(f"{index}: weight_map does not name files next to it: download the model again")
             return weight_map
         if (self.folder / "model.safetensors").is_file():
             return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         if any(self.folder.glob("*.bin")):
             raise UserError(
                 f"{self.folder} has pickled weights only (.bin), which can run code when loaded: get the model's "
-                f"safetensors files, or save it anew with save_pretrained of transformers"
+                f"safetensors files, or save it again with save_pretrained of transformers"
             )
         raise UserError(f"{self.folder} has no model.safetensors, nor an index of several: download the model again")
 
@@ -137,9 +137,9 @@ class HfTensors:
         return {*self._file_of.values(), "model.safetensors.index.json"}
 
     def settle_tying(self, model: ModelConfig) -> tuple[ModelConfig, list[str]]:
-        """The model with its embeddings tied or not as transformers 5 does it, and what to say of that.
+        """The model with its embeddings tied or not as transformers 5 does it, and a note about it.
 
-        It goes by the tensors: two that differ are not tied, whatever config.json says; of two that are to be tied
+        It depends on the tensors: two that differ are not tied, whatever config.json says; of two that are tied
         either may be missing.
         """
         embedding, output = self.adapter.embedding_name, self.adapter.output_name

@@ -1,9 +1,9 @@
-"""The folder of a job: its settings, which of its tasks run, how far each is, and which have come to their end.
+"""The folder of a job: its settings, which of its tasks run, how far each is, and which have finished.
 
     FOLDER/NAME.json                                  the settings, written first; a run with other settings is refused
     FOLDER/.work/locks/.task_00003.lock               held while task 3 runs
     FOLDER/.work/progress/task-00003-of-00064.json    how far it is
-    FOLDER/.work/finished/task-00003-of-00064         that it has come to the end of its share
+    FOLDER/.work/finished/task-00003-of-00064         written when its share is done
     FOLDER/logs/                                      what tasks printed, where another process runs them
 
 A task is running while it holds its lock, finished when it came to the end of its share, failed when its last run ended
@@ -41,7 +41,7 @@ TaskState = Literal["running", "waiting", "stopped", "failed", "finished"]
 
 
 class JobFolder:
-    """What a job keeps in its output folder besides its results."""
+    """What a job keeps in its output folder in addition to its results."""
 
     def __init__(self, folder: Path, settings_name: str) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class JobFolder:
         return self.progress / f"{task_name(task, num_tasks)}.json"
 
     def note_finished(self, task: int, num_tasks: int) -> None:
-        """Note that task `task` has come to the end of its share."""
+        """Note that task `task` has finished its share."""
         self.finished.mkdir(parents=True, exist_ok=True)
         (self.finished / task_name(task, num_tasks)).touch()
 
@@ -102,7 +102,7 @@ class JobFolder:
                 path.unlink(missing_ok=True)
 
     def unfinished_tasks(self, num_tasks: int) -> list[int]:
-        """The tasks of `num_tasks` that never came to their end; none when the tasks of another split all did."""
+        """The tasks of `num_tasks` that never finished; none when the tasks of another split all did."""
         names = {path.name for path in self.finished.glob("*-of-*")}
         splits = {int(name.rpartition("-")[2]) for name in names}
         if any(all(task_name(task, split) in names for task in range(split)) for split in splits):
@@ -129,7 +129,7 @@ class JobFolder:
         return "stopped" if self.progress_path(task, num_tasks).exists() else "waiting"
 
     def latest_split(self) -> int:
-        """The number of tasks of the run that said last how far it is."""
+        """The number of tasks of the run that reported progress last."""
         paths = sorted(self.progress.glob("task-*-of-*.json"), key=lambda path: path.stat().st_mtime_ns)
         return int(paths[-1].stem.rpartition("-")[2]) if paths else 1
 

@@ -22,7 +22,7 @@ from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised
 def run_local(
     command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
 ) -> list[TaskResult]:
-    """Run the tasks that are not finished, some at once, each with GPUs of its own; returns all results."""
+    """Run the tasks that are not finished, some at once, each with its own GPUs; returns all results."""
     environments = worker_environments(options)
     tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
     results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
@@ -48,7 +48,7 @@ def ended(task: int, exit_code: int, log_dir: Path) -> TaskResult:
 
 
 def announce(result: TaskResult, num_tasks: int) -> None:
-    """Say what became of a task as soon as that is known."""
+    """Report the result of a task as soon as it is known."""
     text = f"task {result.task} of {num_tasks} {result.describe()}"
     if result.exit_code == LOCKED_EXIT_CODE:
         text += ": another process is running it"
@@ -60,7 +60,7 @@ def announce(result: TaskResult, num_tasks: int) -> None:
 
 
 def worker_environments(options: ScaleOptions) -> list[dict[str, str]]:
-    """What each worker's tasks have in their environment besides ours: its share of the GPUs."""
+    """What each worker's tasks have in their environment in addition to ours: its share of the GPUs."""
     common = {}
     if options.cpus_per_task is not None and "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = str(options.cpus_per_task)
@@ -142,7 +142,7 @@ class _Pool:
             task = self._waiting.popleft()
             which = ["--task", str(task), "--parent", str(os.getpid())]
             line = supervised_command(self._command, self._num_tasks, self._log_dir, *which)
-            # In a group of its own: Ctrl-C reaches us alone, and we end the tasks.
+            # In its own group: Ctrl-C reaches only us, and we end the tasks.
             process = subprocess.Popen(line, env=os.environ | environment, stdin=subprocess.DEVNULL, process_group=0)
             self._processes.add(process)
             return task, process

@@ -28,7 +28,7 @@ class TaskLocked(UserError):
 
 
 def has_locks() -> bool:
-    """Whether locks are taken: not where the user has given them up."""
+    """Whether locks are taken: not where the user has turned them off."""
     return os.environ.get(_NO_LOCKS) != "1"
 
 
@@ -44,7 +44,7 @@ def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterat
     child that was forked without exec shares the lock, and keeps it while it lives.) Between machines it is as good as
     the file system's locks: NFS needs version 4, or 3 with lockd, and no `nolock` or `local_lock` among its mount
     options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A
-    file system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 says that they can be done without.
+    file system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 turns locks off.
     """
     with exclusive(_task_lock_path(folder, task), f"task {task}", timeout_s=timeout_s):
         yield

@@ -19,7 +19,7 @@ class ScaleOptions:
     num_workers: PositiveInt | None = None
     """Tasks at once. On this machine: as many as its GPUs allow, one without; on SLURM and Ray: no limit of ours."""
     gpus_per_task: NonNegativeInt = 0
-    """GPUs of each task, its own alone. At 0 a local task sees all there are."""
+    """GPUs of each task, for it alone. At 0 a local task sees all of them."""
     cpus_per_task: PositiveInt | None = None
     """CPU cores that SLURM or Ray reserve for each task; on this machine its OMP_NUM_THREADS, where that is not set."""
     partition: str | None = None
@@ -49,7 +49,7 @@ class ScaleOptions:
 
     @property
     def is_split(self) -> bool:
-        """Whether the job runs as tasks of their own, and not within the process of the command."""
+        """Whether the job runs as separate tasks, and not within the process of the command."""
         return self.num_tasks > 1 or self.executor != "local"
 
     def __post_init__(self) -> None:

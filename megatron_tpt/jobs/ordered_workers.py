@@ -52,7 +52,7 @@ def map_in_order[S, T](
 
 
 def map_in_threads[S, T](function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Generator[T]:
-    """`function(item)` of every item, in the order of the items, done by so many threads."""
+    """`function(item)` of every item, in the order of the items, done by `num_threads` threads."""
     with ThreadPoolExecutor(num_threads) as executor:
         yield from _in_order(lambda item: executor.submit(function, item), items, num_threads + 2)
 

@@ -24,8 +24,8 @@ _FILE_EVERY_S = 5.0
 
 
 class ProgressLine:
-    """A line that says how far a job is: on a terminal it is in one place and changes every second; in a log it comes
-    anew every half minute.
+    """A line that says how far a job is: on a terminal it is in one place and changes every second; in a log it is
+    repeated every half minute.
 
         with ProgressLine() as line:
             for item in items:
@@ -104,7 +104,7 @@ class Progress:
     """What one task has done since it was started. A job adds fields of its own, which become JSON."""
 
     input_bytes: int = 0
-    """Size of this task's part of the input, as far as it is known."""
+    """Size of this task's part of the input, if known."""
     input_bytes_done: int = 0
     """Of these, what is done or was done before."""
 
@@ -150,12 +150,12 @@ class Reporter:
 
 def write_progress(progress: Progress, path: Path) -> None:
     """Put `progress` where `read_fields` finds it."""
-    with atomic_write(path, durable=False) as temporary:  # surviving a power cut is of no use to anyone
+    with atomic_write(path, durable=False) as temporary:  # it need not survive a power cut
         temporary.write_text(json.dumps(vars(progress)))
 
 
 def read_fields(path: Path) -> dict[str, Any] | None:
-    """The fields of what a task has said last, None before it has."""
+    """The fields of what a task has reported last, None before it has."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # the latter after a power cut

@@ -1,6 +1,6 @@
 """Tasks on a Ray cluster.
 
-(datatrove's RayPipelineExecutor runs each rank in a `multiprocess.Pool` of its actor, which waits for ever when the
+(datatrove's RayPipelineExecutor runs each rank in a `multiprocess.Pool` of its actor, which waits forever when the
 process of a rank is killed.)
 """
 
@@ -23,8 +23,8 @@ def run_ray(
 ) -> list[TaskResult]:
     """Run the tasks that are not finished on Ray; returns all results.
 
-    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself starts a task again, up to
-    three times, whose worker or node is lost.
+    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself restarts a task whose worker
+    or node is lost, up to three times.
     """
     ray = _import_ray()
     tasks = [task for task in range(options.num_tasks) if not is_finished(task)]

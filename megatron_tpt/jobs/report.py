@@ -1,4 +1,4 @@
-"""What became of the tasks."""
+"""The results of tasks."""
 
 import signal
 import sys
@@ -49,7 +49,7 @@ class TaskFiles:
         return [line for line in last_run if line.strip() and not line.startswith(_MARK)][-_NUM_LOG_LINES:]
 
     def user_error(self) -> str:
-        """The line in which its last run told the user what to change."""
+        """The line in which its last run says what the user has to change."""
         lines = self.last_lines()
         errors = [line for line in lines if line.startswith("error: ")]
         return errors[-1].removeprefix("error: ") if errors else " ".join(lines[-1:]) or f"see {self.log}"
@@ -62,7 +62,7 @@ def log_mark(event: str, text: str) -> bytes:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What became of one task."""
+    """The result of one task."""
 
     task: int
     """Number of the task, from 0."""
@@ -86,7 +86,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What became of all tasks of a job, in their order."""
+    """The results of all tasks of a job, in their order."""
 
     results: Sequence[TaskResult]
 
@@ -114,5 +114,5 @@ class TaskReport:
 
 
 def say(text: str) -> None:
-    """Tell the user how far things are; what a program prints as its result is another matter."""
+    """Report progress on stderr; a program prints its result on stdout."""
     print(shown_lines(text), file=sys.stderr, flush=True)

@@ -32,13 +32,14 @@ def run_tasks(
 ) -> TaskReport:
     """Run `command --task I --num-tasks N` for every task I that is not finished; call it from the main thread.
 
-    `is_finished` says of a task whether its results are there: what counts is the job's own output, since a record of
-    past runs would not know that an input was added. Without it every task is started, and skips its work by itself.
+    `is_finished` says whether the results of a task exist: what counts is the job's own output, since a record of
+    past runs would not know that an input was added. Without it every task is started, and skips its work if it is
+    done.
 
     On SLURM this returns once tasks are submitted (`options.wait` changes that): the same call again submits those that
     are neither finished nor in the queue. The report is printed as well. A task that ends with exit code 2 becomes a
     `UserError` with its message, once the tasks that were running have ended. On SIGTERM and Ctrl-C the tasks are
-    stopped, then SystemExit or KeyboardInterrupt goes on.
+    stopped, then SystemExit or KeyboardInterrupt propagates.
     """
     folder = real_path(log_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What ties a job to its output: its settings, kept beside it so that no other run is mixed in, and its input, which
+"""What ties a job to its output: its settings, kept with it so that no other run is mixed in, and its input, which
 must not overlap with it.
 
 The settings of a job are JSON. Its input is the entry "input": a list of {"name", "fingerprint"}, one for each file or
@@ -27,7 +27,7 @@ _FILES_BY_NAME = ("files", "model_files")
 """Settings that are {name of a file: its fingerprint}."""
 _OF_PREFIX = ("{}.json", "{}.sft.json")
 _IN_FOLDER = ("part-00000.jsonl.zst", "report.json")
-"""What is written beside a prefix, or in an output folder, under names by which records can be read."""
+"""What is written next to a prefix, or in an output folder, under names by which records can be read."""
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def describe_changes(
 
 
 class EntryChanges:
-    """How two lists of named entries, of files say, differ."""
+    """How two lists of named entries, for example of files, differ."""
 
     def __init__(self, before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> None:
         """An entry has a "name"; what else it has, but for "added" and "blocks", is its content."""
@@ -211,7 +211,7 @@ def describe_names(names: Sequence[str], verb: str) -> str:
 
 
 def _content(entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry says of the content."""
+    """What an entry says about the content."""
     return {key: value for key, value in entry.items() if key not in ("name", "added", "blocks") and value is not None}
 
 
@@ -293,7 +293,7 @@ def _real_folders(folder: Path) -> Iterator[Path]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a pattern in which `**` stands for any number of folders."""
+    """Whether a path matches a pattern in which `**` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

@@ -1,12 +1,12 @@
 """Tasks as elements of a SLURM job array.
 
-Element J of an array is task `offset + J`, whenever it runs: after a requeue, and beside arrays that were submitted
-later. Each element runs `megatron_tpt.jobs.task` as its batch script, without srun: one process on one node needs no
-job step, the signal before the time limit reaches it directly, and options that srun reads cannot differ.
+Element J of an array is task `offset + J`, whenever it runs: after a requeue, and in parallel with arrays that were
+submitted later. Each element runs `megatron_tpt.jobs.task` as its batch script, without srun: one process on one node
+needs no job step, the signal before the time limit reaches it directly, and options that srun reads cannot differ.
 
 (datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what
 is still queued then runs other ranks than it was submitted for. It submits a job that merges statistics and that waits
-for ever when a task fails, and always sets a partition and the memory per core.)
+forever when a task fails, and always sets a partition and the memory per core.)
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class _Element:
 def run_slurm(
     command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
 ) -> list[TaskResult]:
-    """Submit the tasks that are neither finished nor in the queue; returns all results as far as they are known."""
+    """Submit the tasks that are neither finished nor in the queue; returns all results that are known."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
     _require_one_line([*command, str(log_dir), *_sbatch_arguments(options, log_dir, "", "")])
@@ -76,7 +76,7 @@ def run_slurm(
 
 
 def _require_one_line(words: Sequence[str]) -> None:
-    """Raises UserError for a word that would end the line of the job script that it stands in."""
+    """Raises UserError for a word that would end its line of the job script."""
     for word in words:
         if any(character < " " or character == "\x7f" for character in word):
             raise UserError(
@@ -138,7 +138,7 @@ def _submit(
             TaskFiles(log_dir, offset + index).exit_code.unlink(missing_ok=True)
         arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", _ranges(indices))
         if previous is not None and options.num_workers is not None:
-            arguments.append(f"--dependency=afterany:{previous}")  # num_workers limits each array by itself
+            arguments.append(f"--dependency=afterany:{previous}")  # num_workers limits each array separately
         script = log_dir / "slurm" / f"tasks_{offset:05d}.sh"
         submission = ["sbatch", "--parsable", *arguments, str(script)]
         with atomic_write(script) as temporary:
@@ -198,7 +198,7 @@ def _max_array_size() -> int:
     for line in _slurm(["scontrol", "show", "config"]).splitlines():
         if line.startswith("MaxArraySize"):
             return int(line.partition("=")[2])
-    raise UserError("the cluster does not tell its MaxArraySize: set max_array_size")
+    raise UserError("the cluster does not report its MaxArraySize: set max_array_size")
 
 
 def _slurm(command: list[str]) -> str:
@@ -226,14 +226,14 @@ def _tell_queue(
 
 
 def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path) -> list[TaskResult]:
-    """Wait until none of our tasks is queued, more and more patiently; a result for every task of the job."""
+    """Wait until none of our tasks is queued, polling ever less often; a result for every task of the job."""
     interval_s = 0.5
     try:
         while list(_queued(name)):
             time.sleep(interval_s)
             interval_s = min(interval_s * 1.5, 30.0)
     except KeyboardInterrupt:
-        say("the tasks go on: the same command waits again, scancel ends them")
+        say("the tasks continue: the same command waits again, scancel ends them")
         raise
     results = {task: _result(task, log_dir) for task in tasks}
     for result in results.values():

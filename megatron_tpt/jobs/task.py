@@ -4,7 +4,7 @@ python -m megatron_tpt.jobs --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ..
 
 - `COMMAND ... --task 3 --num-tasks 16` runs with its output in LOGS/task_00003.log, and its exit code is kept.
 - It holds the lock of the task meanwhile: the same task started twice runs once.
-- Nothing of it outlives it: on SIGTERM or SIGINT, or when the process that started this one is gone (killed -9, say),
+- Nothing of it outlives it: on SIGTERM or SIGINT, or when the process that started this one is gone (kill -9),
   the command and its children get SIGTERM, then SIGKILL 30 s later or at a second signal. What the command left running
   when it ended is killed as well: an inference engine whose parent was killed would keep its GPU.
 - Under SLURM, SIGUSR1 says that the time limit is near: the command is stopped as above and the task queued again.
@@ -115,7 +115,7 @@ def _prepare_child() -> None:
 
 
 def _tell_slurm(code: int, stopped_by: signal.Signals | None, max_requeues: int) -> None:
-    """Queue this element of the array again, or keep the others from starting, where that is due."""
+    """Requeue this element of the array, or keep the others from starting, where necessary."""
     if stopped_by == signal.SIGUSR1:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
             raise UserError(f"met the time limit {max_requeues + 1} times: raise time_limit, or max_requeues")
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(files: TaskFiles, text: str) -> None:
-    """Say what is wrong in the log of the task, or, where that cannot be written, to who started us."""
+    """Write what is wrong to the log of the task, or to stderr where that cannot be written."""
     try:
         with open(files.log, "ab", opener=no_links) as log:
             log.write(f"error: {text}\n".encode())

@@ -102,7 +102,7 @@ def _serve(connection: Connection) -> None:
 def _send(connection: Connection, message: tuple[str, Any]) -> None:
     try:
         connection.send(message)
-    except ConnectionError:  # the parent has ended, perhaps killed: nobody is there to be told
+    except ConnectionError:  # the parent has ended, perhaps killed: there is nobody to report to
         os._exit(1)
 
 

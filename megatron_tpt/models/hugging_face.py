@@ -92,7 +92,7 @@ class Row:
 
     weight: Weight
     names: tuple[str, ...]
-    """Of the Hugging Face tensors; `{layer}` stands for the layer's number."""
+    """Of the Hugging Face tensors; `{layer}` is replaced by the layer's number."""
     transform: Transform
 
     @property

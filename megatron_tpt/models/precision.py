@@ -45,7 +45,7 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine has them beside
+    """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine keeps them with
     the parameters until the optimizer makes its main weights from them. Who sets such
     parameters must set both."""
     parameters = dict(model.named_parameters())

@@ -14,7 +14,7 @@ Needs = Literal["token_losses", "logits"]
 class Objective(Protocol):
     """Turns what a model makes of a micro-batch into a loss, and into sums of which metrics are made.
 
-    Called on the last pipeline stage alone, once for every micro-batch.
+    Called only on the last pipeline stage, once for every micro-batch.
     """
 
     needs: Needs
@@ -23,7 +23,7 @@ class Objective(Protocol):
     row: [1, b * s, ...]."""
     sum_names: tuple[str, ...]
     """Names of the sums, the same on all ranks. The first two are "loss" and "tokens": the first over the second is the
-    mean loss, in which spikes are looked for."""
+    mean loss, which detection of spikes uses."""
 
     def __call__(self, outputs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns the loss to differentiate, a sum over tokens, and the sums by their names, without gradients.

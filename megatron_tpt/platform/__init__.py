@@ -52,7 +52,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
         # its FSDP wants them side by side.
         if parallel.fsdp == "none":
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        # NCCL's last calls are kept, for a hang to be understood (training/watchdog.py).
+        # NCCL's last calls are kept, to diagnose a hang (training/watchdog.py).
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -70,7 +70,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
             distributed_timeout_minutes=math.ceil(timeout_s / 60),
             create_gloo_process_groups=True,
         )
-        torch.distributed.barrier()  # what one rank of a machine did before is done when the others go on
+        torch.distributed.barrier()  # what one rank of a machine did before is done when the others continue
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -78,7 +78,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
 
 
 def _virtual_size(parallel: ParallelConfig) -> int | None:
-    """As Megatron Core wants it: None is the plain schedule."""
+    """As Megatron Core expects it: None is the plain schedule."""
     return parallel.virtual_pipeline_parallel_size if parallel.virtual_pipeline_parallel_size > 1 else None
 
 
@@ -90,7 +90,7 @@ def gather_objects[T](value: T) -> list[T]:
 
 
 def set_timeout(timeout_s: int) -> None:
-    """The time that collectives of all process groups wait from now on for another rank."""
+    """Set how long collectives of all process groups wait for another rank from now on."""
     parallel_state.update_pg_timeout(datetime.timedelta(seconds=timeout_s))
 
 
@@ -106,7 +106,7 @@ def seed_everything(seed: int) -> None:
 
 
 def fsdp_construction() -> contextlib.AbstractContextManager[None]:
-    """What Megatron FSDP is built in on this machine."""
+    """The context in which Megatron FSDP is built on this machine."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     return fsdp_construction_on_cpu()

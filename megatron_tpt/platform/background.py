@@ -1,6 +1,6 @@
-"""Work in a process beside this one, on a snapshot of this one's memory.
+"""Work in a forked process, on a snapshot of this one's memory.
 
-The process is a fork: it sees the memory as it was at that moment, whatever this process changes afterwards, and shares
+The process sees the memory as it was at that moment, whatever this process changes afterwards, and shares
 the pages that stay unchanged. It must not touch a GPU: what it needs from there is copied to the CPU before.
 """
 
@@ -40,7 +40,7 @@ def _run[T](work: Callable[[], T], connection: Connection) -> None:
 
 
 class BackgroundWork[T]:
-    """`work()` in a process of its own. What it returns is pickled; it must not start threads of torch."""
+    """`work()` in its own process. What it returns is pickled; it must not start threads of torch."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._connection, theirs = _FORK.Pipe(duplex=False)
@@ -59,7 +59,7 @@ class BackgroundWork[T]:
             value, error = self._connection.recv()
         except (EOFError, OSError):  # there is no more to come, or only a part came
             self._process.join()
-            value, error = None, ChildProcessError(f"the process beside ended with code {self._process.exitcode}")
+            value, error = None, ChildProcessError(f"the background process ended with code {self._process.exitcode}")
         self._end()
         if error is not None:
             raise error

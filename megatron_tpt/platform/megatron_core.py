@@ -1,4 +1,4 @@
-"""Every contact with what is private in Megatron Core, or replaced in it or in torch for its sake.
+"""Every use of private names of Megatron Core, and everything that is replaced in it or, because of it, in torch.
 
 Such names may change with any version, so this package runs with exactly one (`VERSION`). To move to another: change it
 here, in pyproject.toml and in constraints.txt, and run tests/platform/test_megatron_core.py. It says which code of
@@ -63,7 +63,7 @@ RELIES_ON: dict[str, tuple[str, ...]] = {
     # Random states: patch_random_state. Compilation: patch_jit.
     "tensor_parallel/random.py": ("def _get_cuda_rng_state(", "orig_rng_state = torch.cuda.get_rng_state()"),
     "jit.py": ("jit_fuser = torch.compile",),
-    # What is answered without a private name.
+    # What is worked around without a private name.
     "transformer/torch_norm.py": ("assert not config.sequence_parallel",),  # models/gpt/build.py: RMSNorm
     "transformer/attention.py": (
         "bias=self.config.add_bias_linear,",  # models/gpt/build.py: one switch for the biases of two parts
@@ -78,7 +78,7 @@ RELIES_ON: dict[str, tuple[str, ...]] = {
     "dist_checkpointing/strategies/async_utils.py": ("device=torch.cuda.current_device())",),
     "dist_checkpointing/strategies/filesystem_async.py": ("_results_queue = ctx.Manager().Queue()",),
 }
-"""Code of Megatron Core, by file, that this package answers or imitates, here or where the comments say."""
+"""Code of Megatron Core, by file, that this package works around or imitates, here or where the comments say."""
 
 _adapted = False
 
@@ -94,7 +94,7 @@ def require_version() -> None:
         raise UserError(f"Megatron Core is not installed: pip install megatron-core=={VERSION}") from None
     if found.partition("+")[0] != VERSION:  # behind the "+" is the commit of a working tree
         raise UserError(
-            f"Megatron Core {found} is installed ({place}), and this package knows the internals of {VERSION} alone: "
+            f"Megatron Core {found} is installed ({place}), and this package only knows the internals of {VERSION}: "
             f"pip install megatron-core=={VERSION}; where a container brings another, do it in a virtual environment "
             f"with access to the container's packages, and let no PYTHONPATH name the container's Megatron"
         )
@@ -117,7 +117,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NoStream:
-    """A CUDA stream where everything is done at once: waiting for it is over before it begins."""
+    """A CUDA stream where everything is done at once: waiting for it returns at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -145,13 +145,13 @@ class _NoEvent:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands for CUDA calls that have no meaning on a CPU."""
+    """In place of CUDA calls that have no meaning on a CPU."""
 
 
 def patch_tensor_factories() -> None:
     """Factories with device="cuda": norms, counts of tokens, masks, what checkpoints exchange."""
     # `with torch.device(...)` looks a factory's original up in a set that torch fills at its first use: fill it now.
-    # Otherwise transformers, for one, loads models with parts of them left uninitialised.
+    # Otherwise transformers, for example, loads models with some parts uninitialised.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -252,7 +252,7 @@ def adapt_megatron_to_cpu() -> None:
 
 
 def replace_results_queue() -> None:
-    """What a writer of checkpoints says of its files goes through a queue, for which Megatron Core starts a process.
+    """What a checkpoint writer reports about its files goes through a queue, for which Megatron Core starts a process.
     Here it stays within one process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -286,7 +286,7 @@ def copy_main_weights_to_model(optimizer: Any) -> None:
 
 
 def set_rotary_attention_factor(attention: Any, factor: float) -> None:
-    """The factor on cosines and sines of one layer's attention, which Megatron Core knows for its own yarn alone."""
+    """The factor on cosines and sines of one layer's attention, which Megatron Core only knows for its own yarn."""
     assert hasattr(attention, "_yarn_concentration_factor")
     attention._yarn_concentration_factor = factor
 

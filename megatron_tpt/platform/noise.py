@@ -1,4 +1,4 @@
-"""Messages of the libraries that every start would print and that ask nothing of anybody. All others are shown."""
+"""Messages of the libraries that every start would print and that need no action. All others are shown."""
 
 import logging
 import warnings
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 _LOG_MESSAGES = {
     "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",  # on a CPU they are one
-    "torch.utils.cpp_extension": "No CUDA runtime is found",  # said on a CPU only, where it is no news
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # printed only on a CPU, where it is expected
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is for hybrid models
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",  # computing it is right
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # its queue is not used
@@ -19,7 +19,7 @@ def _leave_out(text: str) -> Callable[[logging.LogRecord], bool]:
 
 
 def silence_known_messages(*, on_cpu: bool) -> None:
-    """Leave out the messages above and torch's deprecations of what Megatron Core calls; on a CPU also Megatron Core's
+    """Suppress the messages above and torch's deprecations of what Megatron Core calls; on a CPU also Megatron Core's
     warnings, which are all about GPU kernels and their absence (tools/check_env.py says what that costs)."""
     for logger_name, text in _LOG_MESSAGES.items():
         logging.getLogger(logger_name).addFilter(_leave_out(text))

@@ -1,4 +1,4 @@
-"""The signals by which a run is told to stop."""
+"""The signals that ask a run to stop."""
 
 import signal
 

@@ -54,12 +54,12 @@ class TrainingRecipe(Recipe, abc.ABC):
 
     @abc.abstractmethod
     def missing_data(self) -> list[Path]:
-        """What would be read and is not here."""
+        """Files to read that are missing."""
 
     @abc.abstractmethod
     def data_warnings(self) -> Iterator[str]:
-        """What is odd about the data, one line each. Raises UserError when a set has no token to learn from, or when
-        its manifests cannot be read."""
+        """What is unusual about the data, one line each. Raises UserError when a set has no token to learn from, or
+        when its manifests cannot be read."""
 
     @abc.abstractmethod
     def describe_data(self) -> tuple[str, DataIdentity]:
@@ -75,10 +75,10 @@ class TrainingRecipe(Recipe, abc.ABC):
 
     @abc.abstractmethod
     def next_steps(self, num_tokens: int) -> str:
-        """What a run that has done all its steps, on so many tokens, leaves its user with."""
+        """What to print after a run that has done all its steps, on `num_tokens` tokens."""
 
     def build_callbacks(self) -> "list[Callback]":
-        """What happens beside the training loop."""
+        """What happens around the training loop."""
         from megatron_tpt.training.recipe_callbacks import build_callbacks
 
         return build_callbacks(self.callbacks)
@@ -164,7 +164,7 @@ class TrainingRecipe(Recipe, abc.ABC):
             )
 
     def check_tokenizer(self, tokenizer: TokenizerInfo) -> None:
-        """Raise UserError when the weights to start from know other tokens than the data has."""
+        """Raise UserError when the initial weights have another tokenizer than the data."""
         from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
 
         folder = self.training.init_from
@@ -178,14 +178,14 @@ class TrainingRecipe(Recipe, abc.ABC):
             )
 
     def warnings(self) -> Iterator[str]:
-        """What has no effect, and what is odd about the sequences and the data, one line each."""
+        """What has no effect, and what is unusual about the sequences and the data, one line each."""
         yield from without_effect(self)
         length, context = self.training.sequence_length, self.model.max_position_embeddings
         if length > context:
             yield (
                 f"training.sequence_length={length} is above model.max_position_embeddings={context}: checkpoints are "
                 f"exported with {length}; raise model.max_position_embeddings to agree, and model.rotary_base or the "
-                f"rope_ fields where the model is to be stretched"
+                f"rope_ fields to extend the model's context"
             )
         if not self.missing_data():
             yield from self.data_warnings()

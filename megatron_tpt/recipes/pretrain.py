@@ -82,7 +82,9 @@ class PretrainRecipe(TrainingRecipe):
                 "data.mock has nothing to validate with: remove training.validation_interval and data.validation"
             )
         if data.reset_at_documents and self.parallel.context_parallel_size > 1:
-            raise UserError("data.reset_at_documents does not go with parallel.context_parallel_size: turn one off")
+            raise UserError(
+                "data.reset_at_documents and parallel.context_parallel_size exclude each other: turn one off"
+            )
         end = data.phases[-1].end_sample(training.sequence_length) if data.phases else None
         num_samples = training.num_samples(training.num_steps)
         if end is not None and end < num_samples:
@@ -125,7 +127,7 @@ class PretrainRecipe(TrainingRecipe):
         ):
             if ours != theirs:
                 raise UserError(
-                    f"{folder}: this is not the tokenizer of the data: its {what} is another. Give the folder of the "
+                    f"{folder}: this is not the tokenizer of the data: its {what} differs. Give the folder of the "
                     f"one that the data was indexed with (--data.tokenizer=FOLDER), or index again"
                 )
         super().check_tokenizer(tokenizer)

@@ -61,7 +61,8 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
 
 
 def _warn(recipe: TrainingRecipe) -> None:
-    """Say what has no effect, and what is odd about the data. Raises UserError where there is nothing to learn from."""
+    """Report what has no effect, and what is unusual about the data. Raises UserError where there is nothing to learn
+    from."""
     lines = list(recipe.warnings())
     if os.environ.get("RANK", "0") == "0":
         for line in lines:

@@ -83,7 +83,7 @@ def _num_tokens(manifest: Path) -> int | None:
 
 
 def _scaled(sources: list[dict[str, Any]], item: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sources that an item stands for: they share its weight, and take over its other settings."""
+    """The sources that an item expands to: they share its weight, and take over its other settings."""
     total = sum(float(source.get("weight", 1.0)) for source in sources) or 1.0
     others = {key: value for key, value in item.items() if key not in ("path", "weight")}
     weight = float(item.get("weight", 1.0)) / total

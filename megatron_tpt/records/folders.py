@@ -1,4 +1,4 @@
-"""The record files in a folder, links followed, and what else is there: nothing is omitted without a word."""
+"""The record files in a folder, links followed, and what else is there: nothing is omitted silently."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -123,7 +123,7 @@ def _why_not_folder(name: str) -> str | None:
 
 
 def why_not_read(path: Path) -> str | None:
-    """Why a file that was found, not named, is not read; None where it is.
+    """Why a file that was found, not named by the user, is not read; None where it is read.
 
     Raises UserError for a link to nothing that has the name of a record file.
     """

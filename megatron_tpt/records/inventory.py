@@ -22,7 +22,7 @@ FOLDER = ".inventory"
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished file, or one that a job did away with as nothing was left for it."""
+    """A finished file, or one that a job removed since nothing was left for it."""
 
     name: str
     """Relative to the folder: "part-00000-00001.jsonl.zst", "rejects/part-00000-00001.jsonl.zst"."""
@@ -30,7 +30,7 @@ class Entry:
     """None where the job left no such file."""
     checksum: str = ""
     revision: int = 0
-    """How often the file was written anew: the highest one holds."""
+    """How often the file was rewritten: the highest one counts."""
 
     @classmethod
     def of(cls, folder: Path, name: str) -> "Entry":

@@ -85,7 +85,7 @@ class _Splitter:
         return b"".join(parts)
 
     def _replaced(self, token: bytes) -> bytes:
-        """What stands for a character of JSON's structure."""
+        """One character of JSON's structure."""
         if token == b"\n":
             return b" "
         if token == b",":

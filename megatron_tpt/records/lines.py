@@ -1,4 +1,4 @@
-"""Lines of a file, plain or packed: skipped without being looked at, damage and endless lines found on the way."""
+"""Lines of a file, plain or packed: skipped without parsing, with damage and endless lines detected on the way."""
 
 import bz2
 import io
@@ -16,8 +16,8 @@ from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.record import DamagedSource
 
 _CHUNK_BYTES = 1 << 20
-# So much packed data is unpacked at a time: 16 MiB come of it at most, by the highest ratios of gzip and Zstandard. Of
-# the others, which know no such ratio, so much is asked for at a time.
+# Packed bytes that are unpacked at a time: they become 16 MiB at most, by the highest ratios of gzip and Zstandard. The
+# others, which have no such ratio, are asked for at most this much at a time.
 _GZIP_BYTES = 16 << 10
 _SMALL_BYTES = 512
 _MOST_BYTES = 16 << 20
@@ -60,7 +60,7 @@ def _pieces(packing: str, file: IO[bytes]) -> Iterator[bytes]:
     if packing == ".zst":
         import zstandard
 
-        # The command-line tool refuses windows over 128 MiB unless told otherwise; large corpora are packed with 2 GiB.
+        # The command-line tool refuses windows over 128 MiB by default; large corpora are packed with 2 GiB.
         unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         return _unpack(file, _SMALL_BYTES, unpacker.decompressobj, zstandard.ZstdError)
     return iter(lambda: file.read(_CHUNK_BYTES), b"")

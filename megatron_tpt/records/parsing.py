@@ -51,7 +51,7 @@ class Columns:
 
     @cached_property
     def used(self) -> tuple[str, ...]:
-        """All columns that are looked at."""
+        """All columns that are read."""
         return tuple(dict.fromkeys([*self.texts, "thinking", *self.kept]))
 
 

@@ -47,7 +47,7 @@ def _key(folder: Path) -> tuple[int, int]:
 
 
 def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, in which "**" stands for any number of folders."""
+    """Whether the parts of a path match those of a pattern, in which "**" matches any number of folders."""
     if not patterns:
         return not names
     first, rest = patterns[0], patterns[1:]

@@ -91,7 +91,7 @@ def read_blocks(
 ) -> Iterator[tuple[int, Iterator[Row]]]:
     """Yield (k, rows) for every block k of a source with `wanted(k)`: rows k * rows_per_block and on, lazily.
 
-    `wanted` is asked for each block once, in order, when its turn comes. Rows of other blocks are skipped unparsed, so
+    `wanted` is asked for each block once, in order, just before it. Rows of other blocks are skipped unparsed, so
     that resuming where a job stopped costs little. Blocks are counted in physical rows: they are the same whichever
     rows are good. Blank lines make no row. Rows that were not taken when the next block is asked for are gone.
 
@@ -237,8 +237,8 @@ def read_records(
 ) -> Iterator[Record]:
     """Read records one by one from all `paths` (see `expand_sources`), in order. Memory does not grow with the input.
 
-    The columns are those of `Columns`. `thinking` and `meta` are taken where present; other columns are not looked
-    at. Blank lines are skipped. At most `limit` records are handed out.
+    The columns are those of `Columns`. `thinking` and `meta` are taken where present; other columns are not
+    read. Blank lines are skipped. At most `limit` records are handed out.
 
     A bad record (no JSON object, no text, a text that is blank, no string or no Unicode) raises UserError naming
     "file:line" (in tables: the row, from 1) and ending with `advice`, or is skipped and counted with

@@ -16,7 +16,7 @@ from megatron_tpt.records.tables import row_columns
 
 
 class RawRow(NamedTuple):
-    """A line or row of a source as it stands there, or the reason why it cannot be read."""
+    """A line or row of a source as it is, or the reason why it cannot be read."""
 
     number: int
     """Place in the source, from 0; blank lines count. `describe(source, row)` makes "file:line: ..." of it."""
@@ -35,7 +35,7 @@ type ChooseFields = Callable[[Sequence[str]], Sequence[str]]
 def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = None) -> Iterator[RawRow]:
     """All lines or rows of a source, in order; blank lines make none. Memory does not grow with the source.
 
-    `columns` names the fields that the caller looks at, or paths to them ("a.b" needs the column "a"), or is a function
+    `columns` names the fields that the caller reads, or paths to them ("a.b" needs the column "a"), or is a function
     that chooses them: of tables, only these columns are read. Fields that a row lacks are missing in its value. Without
     `columns` all are read.
 
@@ -63,7 +63,7 @@ def read_rows(source: Source, columns: Sequence[str] | ChooseFields | None = Non
 
 
 def notes_of_columns_not_kept(sources: Sequence[Source], columns: Columns) -> list[str]:
-    """A line that names what records with these columns lack, as far as the first row of each source shows it; no line
+    """A line that names what records with these columns lack, judged by the first row of each source; no line
     where they lack nothing."""
     kept = {each for name in columns.used for each in (name, name.partition(".")[0])}
     others: dict[str, str] = {}

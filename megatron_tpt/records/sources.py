@@ -27,7 +27,7 @@ class Source:
     """One file, or one shard of a data set on the Hub: what is read from its start to its end."""
 
     name: str
-    """Stands for the source in messages and in `Record.meta`: the path as it was given, or hf://...#index-of-count."""
+    """Names the source in messages and in `Record.meta`: the path as it was given, or hf://...#index-of-count."""
     num_bytes: int | None
     """Size of the file (packed, where it is), where known."""
     path: Path | None = None
@@ -56,7 +56,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     - A pattern ("data/**/*.jsonl.zst") is the files and folders that it matches, sorted.
     - "hf://owner/name/config?split=train" is the shards of that data set on the Hub (see `HubDataset.parse`).
 
-    What a folder holds besides, and what is named twice, is said on stderr. Raises UserError for what is missing or of
+    Other files of a folder, and what is named twice, are reported on stderr. Raises UserError for what is missing or of
     an unknown kind (matched by a pattern, too, unless that ends in a bare "*" or "**"), for names that are no UTF-8 or
     hold control characters, for a folder or pattern without record files, and for no input at all.
     """
@@ -103,7 +103,7 @@ def expand_files(paths: Sequence[str | Path]) -> list[Source]:
 
 
 class _FileSources:
-    """Makes sources of files, and looks at nothing of their folders twice."""
+    """Makes sources of files, and reads nothing of their folders twice."""
 
     def __init__(self) -> None:
         self.inventories = Inventories()

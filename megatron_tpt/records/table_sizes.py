@@ -1,4 +1,4 @@
-"""How large rows of tables are once their dictionaries are decoded: a few bytes of a file may stand for any number.
+"""How large rows of tables are once their dictionaries are decoded: a few bytes of a file may expand to any number.
 
 pyarrow is imported where it is needed, so that the command line's help stays fast.
 """
@@ -38,7 +38,7 @@ def long_dictionary_values(
     group: int,
     names: list[str],
 ) -> tuple[int, list[str]]:
-    """What the dictionaries of a row group hold, of its columns `names`: the bytes of the longest value that stands for
+    """What the dictionaries of a row group hold, of its columns `names`: the bytes of the longest value of
     a row, and the columns (by their paths) of which a row takes several values, long ones among them."""
     metadata = file.metadata.row_group(group)
     texts = [

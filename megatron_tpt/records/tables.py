@@ -1,4 +1,4 @@
-"""Rows of Parquet, of Arrow files and of streamed data sets: passed over without being made Python values.
+"""Rows of Parquet, of Arrow files and of streamed data sets: skipped without being converted to Python values.
 
 pyarrow is imported where it is needed, so that the command line's help stays fast.
 """
@@ -238,7 +238,7 @@ def num_parquet_rows(path: Path) -> int:
 
 def parquet_pieces(path: Path, choose: Choose, report: Callable[[int], None]) -> Iterator[Piece]:
     """The row groups of a Parquet file. `report` is called with about the place in the file where the next rows end, or
-    to which they were passed over."""
+    to which they were skipped."""
     import pyarrow.parquet
 
     # A row group, which pyarrow would read ahead as a whole, may be larger than the memory.
@@ -266,8 +266,8 @@ def _group_batches(
     names: list[str],
     rows_per_batch: int,
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """The rows of a row group: fewer at once where one may stand for a long value of a dictionary, since the size of
-    the file says nothing of how often it does; undecoded where a single row may take many such values."""
+    """The rows of a row group: fewer at once where one may repeat a long value of a dictionary, since the size of
+    the file does not show how often; undecoded where a single row may take many such values."""
     longest, nested = long_dictionary_values(open_file, file, number, names)
     rows_per_batch = max(1, min(rows_per_batch, _BATCH_BYTES // max(longest, 1)))
     if not nested:
@@ -285,7 +285,7 @@ def _report_place(report: Callable[[int], None], file_bytes: int, file_rows: int
 def _reporting(
     batches: "Callable[[], Iterable[pyarrow.RecordBatch]]", num_rows: int, place: Callable[[int], None]
 ) -> "Iterator[pyarrow.RecordBatch]":
-    """`batches`, telling `place` how many rows there are up to the end of each."""
+    """`batches`, reporting to `place` how many rows there are up to the end of each."""
     for batch in batches():
         num_rows += batch.num_rows
         place(num_rows)

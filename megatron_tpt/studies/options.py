@@ -14,4 +14,4 @@ class StudyOptions:
     study: Annotated[Path, POSITIONAL]
     """The study's YAML file: title, command, seeds, results."""
     output: Path = Path("runs/study")
-    """A folder for the runs, seed_0/ and so on, and the report/. Runs that are finished are not run again."""
+    """A folder for the runs, seed_0/ and so on, and the report/. Finished runs are not repeated."""

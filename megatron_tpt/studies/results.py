@@ -17,7 +17,7 @@ from megatron_tpt.json_data import read_json
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: an arm after so many training tokens, with one seed."""
+    """One measurement: an arm after a number of training tokens, with one seed."""
 
     arm: str
     tokens: int
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm after so many training tokens, over all seeds."""
+    """An arm after a number of training tokens, over all seeds."""
 
     arm: str
     tokens: int
@@ -46,7 +46,7 @@ def read_points(path: Path) -> list[Point]:
         rows = read_json(path)["points"]
         return [Point(**row) for row in rows]
     except OSError as error:
-        raise UserError(f"{path}: no results there ({error.strerror}); did the run end well?") from error
+        raise UserError(f"{path}: no results there ({error.strerror}); did the run succeed?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a results file with `points` ({error})") from error
 

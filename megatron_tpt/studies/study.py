@@ -43,7 +43,7 @@ class StudyConfig:
             raise UserError("seeds: give at least one, each once")
         for name in ("{seed}", "{output}"):
             if not any(name in word for word in self.command):
-                raise UserError(f"command: {name} must stand in it, or all runs would be the same")
+                raise UserError(f"command: {name} must be in it, or all runs would be the same")
 
 
 def load_study(path: Path) -> StudyConfig:

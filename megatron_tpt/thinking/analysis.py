@@ -4,7 +4,7 @@
     OUTPUT/COLUMN.csv      one table for other programs
     OUTPUT/COLUMN.png      its means with their intervals
 
-Records are read one by one; memory grows with the number of groups alone.
+Records are read one by one; memory grows only with the number of groups.
 """
 
 import csv
@@ -200,9 +200,9 @@ def _cell(value: float, form: str) -> str:
 
 
 def _preface(analysis: Analysis) -> str:
-    left_out = f" {analysis.without_length:,} records without thinking are left out." if analysis.without_length else ""
+    omitted = f" {analysis.without_length:,} records without thinking are omitted." if analysis.without_length else ""
     return (
-        f"{analysis.overall.records:,} documents.{left_out} Lengths in tokens of the generator, percentiles within 1%; "
+        f"{analysis.overall.records:,} documents.{omitted} Lengths in tokens of the generator, percentiles within 1%; "
         "95% interval of the mean in the normal approximation."
     )
 
@@ -234,9 +234,9 @@ def _plot(path: Path, column: str, groups: Sequence[Group], overall: ThinkingSta
     labels = [plotted(f"{name}  ({group.statistics.records:,})") for name, group in zip(names, shown, strict=True)]
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    left_out = f" (longest {_MAX_BARS} of {len(groups)})" if len(groups) > _MAX_BARS else ""
+    shown_part = f" (longest {_MAX_BARS} of {len(groups)})" if len(groups) > _MAX_BARS else ""
     axes.set(
-        title=plotted(f"Thinking length by {column}{left_out}"), xlabel="thinking tokens, mean and its 95% interval"
+        title=plotted(f"Thinking length by {column}{shown_part}"), xlabel="thinking tokens, mean and its 95% interval"
     )
     axes.margins(y=0.02)
     figure.legend(loc="outside lower right", frameon=False)

@@ -20,11 +20,11 @@ class AnalysisOptions:
     output: Path
     """A folder for report.md, and COLUMN.csv and COLUMN.png of every column; what is there is replaced."""
     min_documents: PositiveInt = 30
-    """Groups with fewer documents are put together as "(other)": below 30 an interval of the mean says little."""
+    """Groups with fewer documents are merged into "(other)": below 30 documents an interval of the mean says little."""
     limit: PositiveInt | None = None
-    """Look at only so many records."""
+    """Read only this many records."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """Stop at a record without usable text, or leave it out and count it."""
+    """Stop at a record without usable text, or skip it and count it."""
 
     def __post_init__(self) -> None:
         if not all(self.columns):

@@ -2,14 +2,14 @@
 
     OUTPUT/augment.json                        the settings, written first; a run with other settings is refused
     OUTPUT/part-00003-00017.jsonl.zst          the records of block 17 (some consecutive rows) of source number 3
-    OUTPUT/rejects/part-00003-00017.jsonl.zst  what came to nothing in that block, and why
+    OUTPUT/rejects/part-00003-00017.jsonl.zst  what was rejected in that block, and why
     OUTPUT/README.md                           the data set card; it says so while tasks have not finished
     OUTPUT/.work/{journal,ledger,progress}/    see journal.py, ledger.py, progress.py, status.py
-    OUTPUT/.work/finished/task-00003-of-00064  that a task has come to the end of its share
+    OUTPUT/.work/finished/task-00003-of-00064  written when the task's share is done
     OUTPUT/.work/{retries,refilter.json}       see retry.py, refilter.py
 
-A shard appears whole or not at all, and changes only as a whole, when its rejects are asked again or other filters are
-applied. The same command run again after a crash asks only for what was not finished. Requests of several blocks are in
+A shard appears whole or not at all, and changes only as a whole, when its rejects are retried or other filters are
+applied. The same command run again after a crash only requests what was not finished. Requests of several blocks are in
 flight at once, so that the engine stays full while the last documents of a block finish. A job of several tasks divides
 the sources among them, or the blocks where there are fewer sources than tasks; tasks share nothing but the folder.
 """
@@ -39,10 +39,10 @@ from megatron_tpt.thinking.task import Task
 def augment(options: AugmentOptions) -> AugmentProgress:
     """Do the job that `options` describe, or the one task of it that they name.
 
-    Raises UserError for what the user can mend, before anything is written; Fault where one machine of a job of many
+    Raises UserError for what the user can fix, before anything is written; Fault where one machine of a job of many
     tasks lacks what the others have.
     """
-    job = _looked_over(options, lambda: _begin(options))
+    job = _checked(options, lambda: _begin(options))
     folder = JobFolder(options.output, SETTINGS_NAME)
     generator = None if folder.settings_path.exists() else job.generator()
     folder.begin(job.settings)
@@ -50,9 +50,9 @@ def augment(options: AugmentOptions) -> AugmentProgress:
     with folder.task_lock(options.task or 0):
         retry = Retry(job, Output(options.output), options.task or 0)
         if options.retry_rejects:
-            generator = generator or _looked_over(options, job.generator)
+            generator = generator or _checked(options, job.generator)
             _reopen(job, retry, generator)
-        task = Task(job)  # not before: what another process had in hand is done by now
+        task = Task(job)  # not before: another process may have finished what it had in flight
         blocks = task.blocks()
         first = next(blocks, None)
         if first is None:
@@ -60,7 +60,7 @@ def augment(options: AugmentOptions) -> AugmentProgress:
             print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
             task.note_progress()
         else:
-            task.run(generator or _looked_over(options, job.generator), itertools.chain([first], blocks))
+            task.run(generator or _checked(options, job.generator), itertools.chain([first], blocks))
         task.output.note_finished(task.number, num_tasks)
         if not task.output.unfinished_tasks(num_tasks):
             _write_card(job, task.output)
@@ -71,7 +71,7 @@ def augment(options: AugmentOptions) -> AugmentProgress:
 
 
 def _begin(options: AugmentOptions) -> AugmentJob:
-    """Look over the options, and whether the folder is that of such a job."""
+    """Check the options, and whether the folder belongs to such a job."""
     job, output = plan(options), Output(options.output)
     _say(f"note: {note}" for note in options.notes())
     if not options.task:  # the first task says it for all
@@ -101,7 +101,7 @@ def apply_filters(options: AugmentOptions) -> AugmentProgress:
 
 
 def conclude(options: AugmentOptions) -> None:
-    """Where all tasks of a job have come to their end, say what to do next.
+    """Where all tasks of a job have finished, say what to do next.
 
     Raises UserError where not a single document has become a record.
     """
@@ -111,9 +111,9 @@ def conclude(options: AugmentOptions) -> None:
     total, _ = output.totals()
     if not total.records and total.rejects:
         raise UserError(
-            f"{output.folder}: the job has come to its end without a single record: all {total.rejects.total():,} "
+            f"{output.folder}: the job has finished without a single record: all {total.rejects.total():,} "
             f"documents were rejected ({counts(total.rejects)}; the texts are in {output.rejects}); apply other "
-            "--filters with --refilter, or ask again with --retry-rejects REASON..., or choose another --output"
+            "--filters with --refilter, or retry with --retry-rejects REASON..., or choose another --output"
         )
     folder = shlex.quote(str(output.folder))
     following = as_called(f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX")
@@ -125,28 +125,29 @@ def _say(lines: Iterable[str]) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _looked_over[T](options: AugmentOptions, look: Callable[[], T]) -> T:
-    """What `look` finds. What is wrong now in a task, and was in order when the job began, is wrong with this machine
-    (a file system that is not there, say): a Fault, which stops no other task."""
+def _checked[T](options: AugmentOptions, check: Callable[[], T]) -> T:
+    """What `check` returns. What is wrong now in a task, and was right when the job began, is a problem of this machine
+
+    (a missing file system, for example): a Fault, which stops no other task."""
     try:
-        return look()
+        return check()
     except UserError as error:
         if options.task is None or not (options.output / SETTINGS_NAME).exists():
             raise
-        raise Fault(f"{error} (when the job began this was in order)") from error
+        raise Fault(f"{error} (when the job began this was right)") from error
 
 
 def launch(options: AugmentOptions, command: Sequence[str]) -> TaskReport:
-    """Run `command`, whose options these are, as the tasks that it is to be split into.
+    """Run `command`, whose options these are, as the tasks that it is split into.
 
-    Raises UserError for what the user can mend, before anything is started.
+    Raises UserError for what the user can fix, before anything is started.
     """
     job = _begin(options)
     job.generator()
     output = Output(options.output)
     output.begin(job.settings)
     num_tasks = options.scale.num_tasks
-    if options.retry_rejects:  # what comes of the round is known when all of them are at its end
+    if options.retry_rejects:  # the result of the round is known when all of them have finished it
         for task in range(num_tasks):
             output.note_reopened(task, num_tasks)
     input_bytes = total_input_bytes(job.sources)

@@ -48,7 +48,7 @@ def write_card(
     output: Path, settings: dict[str, Any], statistics: ThinkingStatistics, missing: Sequence[str] = ()
 ) -> None:
     """Write OUTPUT/README.md: counts, rejects by reason, lengths, the settings of the run, how to load the data, and
-    what is missing where the job has not come to its end."""
+    what is missing where the job has not finished."""
     with atomic_write(output / CARD_NAME) as temporary:
         temporary.write_text(card(settings, statistics, missing), encoding="utf-8")
 
@@ -86,7 +86,7 @@ def _incomplete(missing: Sequence[str]) -> str:
     now = datetime.now(UTC).isoformat(sep=" ", timespec="minutes")
     return (
         f"**Incomplete** on {now}: {inline('; '.join(missing))}. The counts are those of the shards "
-        "that were there by then; the command that began this folder resumes it, and rewrites this page at its end."
+        "present at that time; the command that began this folder resumes it, and rewrites this page at its end."
     )
 
 
@@ -102,7 +102,7 @@ def _counts(statistics: ThinkingStatistics) -> str:
     document, thinking = statistics.document_tokens, statistics.thinking_tokens
     rows = [
         ("records", f"{statistics.records:,}"),
-        ("thinking that was cut at the limit", _with_share(statistics.truncated, statistics.records)),
+        ("thinking that was truncated at the limit", _with_share(statistics.truncated, statistics.records)),
         ("thinking that was rejected", _with_share(statistics.rejects.total(), _judged(statistics))),
         ("tokens in documents", f"{document.total:,}"),
         ("tokens of thinking", f"{thinking.total:,}"),

@@ -21,19 +21,19 @@ from megatron_tpt.thinking.statistics import LengthStatistics
 from megatron_tpt.units import duration
 
 _Z_95 = 1.96
-_MIN_REFILLS = 3  # from here on the time in which the last ones run alone is a small part
+_MIN_REFILLS = 3  # from here on the time in which the last ones drain is a small part
 
 
 @dataclass
 class Estimate:
-    """The totals that a job would come to, from a sample of it."""
+    """The totals of a whole job, from a sample of it."""
 
     num_sampled: int
     documents: float
     """Good records in the input."""
     is_counted: bool
     """Whether all of them were counted, not estimated."""
-    looked_at: str
+    extent: str
     """What the sample was drawn from, in words."""
     document_tokens: LengthStatistics = field(default_factory=LengthStatistics)
     prompt_tokens: LengthStatistics = field(default_factory=LengthStatistics)
@@ -72,7 +72,7 @@ class Estimate:
         rejects += f"; chunks rejected: {counts(self.chunk_rejects)}" if self.chunk_rejects else ""
         lines = [
             f"{'counted' if self.is_counted else 'estimated'}: {self.documents:,.0f} documents",
-            f"from {self.num_sampled:,} of them (drawn from {self.looked_at}), with 95% intervals:",
+            f"from {self.num_sampled:,} of them (drawn from {self.extent}), with 95% intervals:",
             *(
                 f"  {name:<16} {self._total(lengths)}"
                 for name, lengths in (
@@ -94,7 +94,7 @@ class Estimate:
             return ""
         needed = math.ceil(_MIN_REFILLS * self.max_in_flight * self.num_sampled / self.num_requests)
         more = f"at least {needed:,} " if self.max_in_flight < self.num_requests else "more "
-        return f"; the engine was not full for long, in truth it costs less: {more}documents give a truer figure"
+        return f"; the engine was not full for long, so the real cost is lower: {more}documents give a better estimate"
 
     def _total(self, lengths: LengthStatistics) -> str:
         half = _Z_95 * lengths.std / math.sqrt(lengths.count) if lengths.count > 1 else math.nan
@@ -104,13 +104,13 @@ class Estimate:
 def estimate(options: AugmentOptions) -> Estimate:
     """Think about `options.estimate` documents drawn from the input; writes nothing.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can fix.
     """
     for note in options.notes():
         print(f"note: {note}", file=sys.stderr)
     job = plan(options)
     sample = draw_rows(job, options.estimate or 1)
-    result = Estimate(len(sample.rows), sample.documents, sample.is_counted, sample.looked_at)
+    result = Estimate(len(sample.rows), sample.documents, sample.is_counted, sample.extent)
     result.device = "server" if options.engine == "endpoint" else "device"
     _think(job.generator(), sample.rows, result)
     return result

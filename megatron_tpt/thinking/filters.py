@@ -1,4 +1,5 @@
-"""Telling useless thoughts from useful ones by rules, without a model, and cutting unfinished ones at a sentence.
+"""Distinguishes useless thoughts from useful ones by rules, without a model, and truncates unfinished ones at a
+sentence.
 
 `judge` sees what is plainly wrong: nothing written, a loop, another script or language, a refusal, a copy. It does not
 judge whether a thought is true. A loop that changes a number in every round escapes where fewer than 8 words in a row
@@ -31,7 +32,7 @@ _NEEDS_CUTTING = re.compile(rf"[{_UNSPACED}]|\S{{33}}")
 # Words by their letters and digits, however they are set: "5+14=19" has three.
 _COUNTED = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{1,32}}")
 _LETTERS = re.compile(r"[^\W\d_]+")
-# A Greek letter by itself is mathematics, not Greek.
+# A single Greek letter is mathematics, not Greek.
 _LONE_GREEK = re.compile("(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])")
 _SCRIPT_OF_NAME = {"hiragana": "cjk", "katakana": "cjk", "bopomofo": "cjk"}
 
@@ -102,7 +103,7 @@ def judge(document: str, thinking: str, options: FilterOptions) -> str | None:
 
 
 def split_words(text: str) -> list[str]:
-    """What stands between spaces, in lower case, cut at 32 characters; single characters where there are no spaces."""
+    """Words separated by spaces, in lower case, cut at 32 characters; single characters where there are no spaces."""
     text = text.lower()
     return _WORD.findall(text) if _NEEDS_CUTTING.search(text) else text.split()
 
@@ -118,7 +119,7 @@ def is_loop(words: Sequence[str], options: FilterOptions) -> bool:
 
 
 def copied_share(document: Sequence[str], thinking: Sequence[str]) -> float:
-    """The share of the thinking's characters in runs of 8 words that stand in the document."""
+    """The share of the thinking's characters in runs of 8 words that occur in the document."""
     wanted = set(_ngrams(document))
     copied = bytearray(len(thinking))
     for start in compress(count(), map(wanted.__contains__, _ngrams(thinking))):
@@ -191,10 +192,11 @@ def _foreign_share(document: str, thinking: str, options: FilterOptions) -> floa
 def cut_to_sentence(text: str) -> str:
     """`text`, which may end anywhere, up to its last whole sentence; "" when there is none.
 
-    A sentence ends where Punkt (Kiss and Strunk 2006) says, told the usual abbreviations, and at a full stop of Chinese
-    or Japanese. Also whole are a closed code block, a paragraph before a blank line and a line of a list or table, with
-    the line breaks that prove it; but neither a heading nor what ends in a colon. A block or displayed formula that is
-    left open is cut off with all that follows. The result is a prefix of `text` and is not changed by another cut.
+    A sentence ends where Punkt (Kiss and Strunk 2006) says, given the usual abbreviations, and at a full stop of
+    Chinese or Japanese. Also whole are a closed code block, a paragraph before a blank line and a line of a list or
+    table, with the line breaks that prove it; but neither a heading nor what ends in a colon. A block or displayed
+    formula that is left open is cut off with all that follows. The result is a prefix of `text` and is not changed by
+    another cut.
     """
     blocks, end = _closed_blocks(text)
     text = text[:end]
@@ -234,7 +236,7 @@ def _punkt_ends(text: str) -> list[int]:
             continue
         if not before[:-1][-1:].isdigit():
             ends.append(end)
-        elif end < len(text):  # "3." may go on as 3.14: the space after it, which is kept, says that it does not
+        elif end < len(text):  # "3." may continue as 3.14: the space after it, which is kept, says that it does not
             ends.append(end + 1)
     return ends
 

@@ -1,6 +1,6 @@
 """Failures before the generator has completed anything for a job.
 
-They say more of the generator, or of the options, than of the documents, and none of them is kept.
+They say more about the generator or the options than about the documents, and none of them is kept.
 """
 
 from megatron_tpt.errors import UserError
@@ -44,7 +44,7 @@ class FirstAnswers:
         )
 
     def _look(self) -> bool:
-        """Whether something has been completed, be it that the thoughts were rejected."""
+        """Whether something has been completed, even if the thoughts were rejected."""
         if not self._has_completed:
             (total, _), now = self._output.totals(), self._progress
             reasons = {*total.rejects, *total.chunk_rejects, *now.rejects_before, *now.chunk_rejects_before}

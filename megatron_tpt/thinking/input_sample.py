@@ -3,7 +3,7 @@
 Files count as one long tape of bytes. Up to 256 MiB of it are read whole; of more, 128 stretches spread over its whole
 length. A row belongs to the stretch in which it begins, so every row has the same chance whatever its length, and good
 rows per byte of the stretches, times the bytes of the tape, is how many there are. Packed files are a tape of their
-own; they can be read from their beginning alone, where all stretches of a file are put together. Of streamed data sets
+own; they can only be read from their beginning, where all stretches of a file are put together. Of streamed data sets
 the first rows of some shards are read, and their number of rows must be known. With a limit the first rows of the input
 are all there is.
 """
@@ -36,7 +36,7 @@ class InputSample:
     """Good rows in the whole input."""
     is_counted: bool
     """Whether all of them were counted, not estimated."""
-    looked_at: str
+    extent: str
     """Where the rows come from, in words."""
 
 
@@ -70,7 +70,7 @@ def draw_rows(job: AugmentJob, num_rows: int) -> InputSample:
     else:
         sample = _of_all(job, num_rows, chance)
     if not sample.rows:
-        raise UserError(f"no records in what was looked at: {sample.looked_at}")
+        raise UserError(f"no records in what was read: {sample.extent}")
     return sample
 
 
@@ -87,8 +87,8 @@ def _of_all(job: AugmentJob, num_rows: int, chance: random.Random) -> InputSampl
     for part in parts:
         share = part.documents / documents if documents else 0
         rows += part.rows if len(parts) == 1 else chance.sample(part.rows, min(round(num_rows * share), len(part.rows)))
-    looked_at = "; ".join(part.looked_at for part in parts)
-    return InputSample(rows, documents, all(part.is_counted for part in parts), looked_at)
+    extent = "; ".join(part.extent for part in parts)
+    return InputSample(rows, documents, all(part.is_counted for part in parts), extent)
 
 
 def _of_beginning(job: AugmentJob, reservoir: _Reservoir, limit: int) -> InputSample:
@@ -102,20 +102,20 @@ def _of_beginning(job: AugmentJob, reservoir: _Reservoir, limit: int) -> InputSa
         documents *= limit / end
         if all(source.num_bytes is not None for source in job.sources):  # which may have fewer rows
             documents = min(documents, _of_all(job, 1, reservoir.chance).documents)
-    looked_at = f"the first {reservoir.num_seen:,} rows" + ("" if is_counted else f" of {limit:,}")
-    return InputSample(reservoir.rows, documents, is_counted, looked_at)
+    extent = f"the first {reservoir.num_seen:,} rows" + ("" if is_counted else f" of {limit:,}")
+    return InputSample(reservoir.rows, documents, is_counted, extent)
 
 
 def _of_streams(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
     datasets = dict.fromkeys(source.dataset for source in sources if source.dataset is not None)
     sizes = [dataset.num_rows() for dataset in datasets]
-    looked_at = list(sources)
+    extent = list(sources)
     if None not in sizes:  # else all have to be counted
         step = max(len(sources) / _MAX_SHARDS, 1)
-        looked_at = [sources[int(i * step)] for i in range(min(len(sources), _MAX_SHARDS))]
-    is_counted = len(looked_at) == len(sources)
-    for i, source in enumerate(looked_at):
-        quota = (_MAX_ROWS - reservoir.num_seen) // (1 if None in sizes else len(looked_at) - i)
+        extent = [sources[int(i * step)] for i in range(min(len(sources), _MAX_SHARDS))]
+    is_counted = len(extent) == len(sources)
+    for i, source in enumerate(extent):
+        quota = (_MAX_ROWS - reservoir.num_seen) // (1 if None in sizes else len(extent) - i)
         rows = _rows(job, source)
         for row in itertools.islice(rows, quota):
             reservoir.show(source, row)
@@ -129,7 +129,7 @@ def _of_streams(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoi
     if not is_counted:
         documents *= sum(size or 0 for size in sizes) / max(reservoir.num_seen, 1)
     places = "all rows" if is_counted else f"the first {reservoir.num_seen:,} rows"
-    return InputSample(reservoir.rows, documents, is_counted, f"{places} of {len(looked_at)} streamed shards")
+    return InputSample(reservoir.rows, documents, is_counted, f"{places} of {len(extent)} streamed shards")
 
 
 def _of_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
@@ -141,8 +141,8 @@ def _of_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir)
             for row in read_between(source, job.columns, begin, end):
                 reservoir.show(source, row)
     is_counted = num_bytes == total
-    looked_at = "all of the files" if is_counted else f"{_NUM_STRETCHES} stretches all over the files"
-    return InputSample(reservoir.rows, reservoir.num_good * total / num_bytes, is_counted, looked_at)
+    extent = "all of the files" if is_counted else f"{_NUM_STRETCHES} stretches all over the files"
+    return InputSample(reservoir.rows, reservoir.num_good * total / num_bytes, is_counted, extent)
 
 
 def _of_packed_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Reservoir) -> InputSample:
@@ -156,8 +156,8 @@ def _of_packed_files(job: AugmentJob, sources: Sequence[Source], reservoir: _Res
         allotted += length
         num_cut += num_bytes < (source.num_bytes or 0)
     is_counted = allotted == total
-    looked_at = f"the beginning of {num_cut:,} of {len(by_source):,} packed files" if num_cut else "all of packed files"
-    return InputSample(reservoir.rows, documents * total / allotted, is_counted, looked_at)
+    extent = f"the beginning of {num_cut:,} of {len(by_source):,} packed files" if num_cut else "all of packed files"
+    return InputSample(reservoir.rows, documents * total / allotted, is_counted, extent)
 
 
 def _spread(sources: Sequence[Source], total: int, chance: random.Random) -> dict[Source, list[tuple[int, int]]]:
@@ -183,7 +183,7 @@ def _show_beginning(job: AugmentJob, source: Source, length: int, reservoir: _Re
     position, num_bytes = ReadProgress(), source.num_bytes or 0
     for row in _rows(job, source, position):
         reservoir.show(source, row)
-        if length <= position.num_bytes < num_bytes:  # at the last byte there may be rows left: it stands for many
+        if length <= position.num_bytes < num_bytes:  # at the last byte there may be rows left: it counts for many
             return position.num_bytes
     return num_bytes
 

@@ -1,4 +1,4 @@
-"""What the options of an augment run come to: its input, its template, its settings, and the generator behind it."""
+"""What the options of an augment run resolve to: its input, its template, its settings, and the generator behind it."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class AugmentJob:
-    """A run that was looked over and can begin."""
+    """A run that was checked and can begin."""
 
     options: AugmentOptions
     sources: list[Source]
@@ -75,7 +75,7 @@ class AugmentJob:
         context = None
         if options.engine != "endpoint":
             context = check_context(options.model, prompt.max_tokens, options.max_new_tokens)
-        # What a chat server's own template opens is not known here; to a model that does not think it is no matter.
+        # What a chat server's own template opens is not known here; for a model that does not think it does not matter.
         may_think = begins_thinking or (as_messages and options.thinking_block != "none")
         stop = (options.close_tag,) if may_think and self.template.wants == "thinking" else ()
         return Generator(
@@ -86,7 +86,7 @@ class AugmentJob:
 
 
 def plan(options: AugmentOptions) -> AugmentJob:
-    """Look over what `options` name. Raises UserError for what the user can fix; nothing is written."""
+    """Check what `options` name. Raises UserError for what the user can fix; nothing is written."""
     sources = JobFolder(options.output, SETTINGS_NAME).sources(options.input)
     template = load_template(options.prompt, options.text_columns())
     if options.engine != "endpoint":

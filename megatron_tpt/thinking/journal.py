@@ -2,7 +2,7 @@
 
     OUTPUT/.work/journal/part-00003-00017.jsonl
 
-A block is some consecutive rows of a source; it becomes one shard. While it is under way every finished row is a line
+A block is some consecutive rows of a source; it becomes one shard. While it is in progress every finished row is a line
 of its journal, written with one system call: kill -9 loses only what was still being thought about. When all rows are
 there, the shard is made from the journal and the journal is removed; so a block is done when its shard (or, if every
 row was rejected, its rejects) is there and its journal is not.
@@ -25,7 +25,7 @@ _SUFFIX = ".jsonl"
 
 
 class Line(NamedTuple):
-    """All that came of one row of the input."""
+    """All results of one row of the input."""
 
     row: int
     id: str | None
@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 
 
 class Journal:
-    """The journal of one block, begun or gone on with."""
+    """The journal of one block, new or resumed."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError when `path` cannot be made or written, TaskLocked when another process has it."""
@@ -93,7 +93,7 @@ class Journal:
             yield from (Answer(row, request, self._read(*place)["answer"]) for request, place in requests.items())
 
     def add(self, line: Line) -> None:
-        """Keep what came of a row, which is finished by that."""
+        """Keep the results of a row, which is then finished."""
         assert line.row not in self, f"row {line.row} is finished twice"
         self._append(line._asdict())
 
@@ -104,7 +104,7 @@ class Journal:
         self._end += len(raw)
 
     def line(self, row: int) -> Line:
-        """What came of a finished row."""
+        """The results of a finished row."""
         return Line(**self._read(*self._rows[row]))
 
     def lines(self) -> Iterator[Line]:

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 _MIN_PROBABILITY = 0.9
-"""Of GSM8K's 8,792 answers, half formulas, none is taken for another language than English with as much."""
+"""Of GSM8K's 8,792 answers, half formulas, none is classified as another language than English above this score."""
 _NOT_A_LANGUAGE = "zxx"
 
 

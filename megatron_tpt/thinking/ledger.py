@@ -1,4 +1,4 @@
-"""What is known of the finished blocks of a source, so that a run that goes on need not open a single shard.
+"""What is known of the finished blocks of a source, so that a run that resumes need not open any shard.
 
     OUTPUT/.work/ledger/00003-task-00001.jsonl      one line for every block that task 1 has finished of source number 3
 
@@ -31,7 +31,7 @@ class Entry:
     """Digests of the ids in it, uint64; see `IdSet`."""
     statistics: ThinkingStatistics
     revision: int = 0
-    """How often the block was written out anew, as when its rejects were asked again: the highest one holds."""
+    """How often the block was rewritten, as when its rejects were retried: the highest one counts."""
 
     def to_json(self) -> str:
         """One line, without its end."""
@@ -81,7 +81,7 @@ def latest_entries(folder: Path) -> Iterator[Entry]:
 
 
 def _latest(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """The entries that hold, by their blocks."""
+    """The entries that count, by their blocks."""
     latest: dict[str, Entry] = {}
     for entry in entries:
         if entry.block not in latest or entry.revision >= latest[entry.block].revision:
@@ -90,7 +90,7 @@ def _latest(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def id_digest(record_id: str) -> int:
-    """64 bits that stand for an id."""
+    """A 64-bit digest of an id."""
     return int.from_bytes(hashlib.blake2b(record_id.encode(), digest_size=8).digest(), "little")
 
 

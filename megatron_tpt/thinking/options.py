@@ -37,7 +37,7 @@ class AugmentOptions:
     patterns ("data/*.parquet"), Hugging Face data sets (a local folder, or hf://owner/name).
     """
     output: Path
-    """The folder to fill with part-*.jsonl.zst, rejects/, a data set card. What is there already is not done again."""
+    """The folder to fill with part-*.jsonl.zst, rejects/, a data set card. What is there already is not repeated."""
     model: str
     """The model that thinks: a Hugging Face model folder, a Hub id (owner/name), or its name at the endpoints."""
     text_column: str = "text"
@@ -49,7 +49,7 @@ class AugmentOptions:
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Stop at a record without usable text, or put it among the rejects. It may change while a job is unfinished."""
     limit: PositiveInt | None = None
-    """Look only at the first so many rows of the input."""
+    """Read only the first N rows of the input."""
 
     prompt: str = "expert"
     """expert, random-focus, back-thinking (needs the columns question and answer), rephrase, or a file of yours with
@@ -71,7 +71,7 @@ class AugmentOptions:
     """What ends the model's thinking."""
 
     max_new_tokens: PositiveInt = 8192
-    """Longest thinking, in tokens; longer ones are cut."""
+    """Longest thinking, in tokens; longer ones are truncated."""
     temperature: Temperature = 0.6
     """Randomness of the thinking; 0 takes the likeliest token."""
     top_p: TopP = 0.9
@@ -81,8 +81,8 @@ class AugmentOptions:
     rollouts: PositiveInt = 1
     """Thoughts per document, each in a record of its own: with 2 or more the ids end in #0, #1, ..."""
     truncated: Literal["keep", "drop", "sentence"] = "keep"
-    """Thoughts cut at `max_new_tokens`: keep them, put them among the rejects, or cut them back to the last whole
-    sentence. `meta.truncated` tells.
+    """Thoughts truncated at `max_new_tokens`: keep them, reject them, or cut them back to the last whole sentence.
+    `meta.truncated` says which they are.
     """
     filters: FilterOptions = field(default_factory=FilterOptions)
     """Which thoughts to reject."""
@@ -90,14 +90,15 @@ class AugmentOptions:
     rows_per_shard: PositiveInt = 1000
     """Rows of the input per output file."""
     estimate: PositiveInt | None = None
-    """Write nothing: think about so many documents drawn from the input, and say what all of them would cost."""
+    """Write nothing: think about this many documents drawn from the input, and report what all of them would cost."""
 
     status: bool = False
-    """Say how far the job in the output folder is, and do nothing: on any machine that sees the folder."""
+    """Report the progress of the job in the output folder, and do nothing: on any machine that sees the folder."""
     retry_rejects: list[str] = field(default_factory=list)
-    """Ask again about documents that were rejected for these reasons, as in engine_timeout loop, "engine_*", or all."""
+    """Retry documents that were rejected for these reasons, as in engine_timeout loop, "engine_*", or all."""
     refilter: bool = False
-    """Apply other --filters to all that was generated, without generating again; records and rejects change places."""
+    """Apply other --filters to all that was generated, without generating again; rejects may become records and records
+    rejects."""
 
     engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
     """vllm: in this process. vllm-server: servers that this job starts and watches, one per GPU (or group of
@@ -114,23 +115,23 @@ class AugmentOptions:
     can be given several times. Every engine takes chat_template_kwargs={"NAME": VALUE}.
     """
     length_field: LengthField = "max_tokens"
-    """The name under which endpoints are told --max-new-tokens."""
+    """The request field in which endpoints get --max-new-tokens."""
     omit_fields: Annotated[list[list[OmittableField]], REPEATED] = field(default_factory=list)
     """Fields not to send to endpoints, as some models refuse them; then the server's own values hold."""
     request_timeout_s: PositiveFloat = 3600
     """Longest wait for one answer of a server."""
     hang_timeout_s: PositiveFloat = 600
-    """vllm-server: a server that has requests, and has written no token for so long, is ended and started again."""
+    """vllm-server: a server that has requests, and has written no token for this long, is ended and restarted."""
     tokenizer: str | None = None
-    """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may be
-    left out; then four characters count as a token.
+    """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may
+    be omitted; then four characters count as a token.
     """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; "auto" is what its config.json says."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
     num_engines: PositiveInt | None = None
-    """Servers that vllm-server starts; by default as many as there are GPUs for."""
+    """Servers that vllm-server starts; by default as many as the GPUs allow."""
     max_num_seqs: PositiveInt | None = None
     """Most documents thought about at once by one engine; by default the engine's own choice, 256 on CPUs."""
 
@@ -147,9 +148,9 @@ class AugmentOptions:
         if self.task is not None and self.task >= self.scale.num_tasks:
             raise UserError(f"--task {self.task}: must be from 0 to --num-tasks - 1 ({self.scale.num_tasks - 1})")
         if self.limit is not None and self.scale.num_tasks > 1:
-            raise UserError("--limit counts the rows of the whole input, which tasks cannot; leave one of them out")
+            raise UserError("--limit counts the rows of the whole input, which tasks cannot; omit one of them")
         if self.text == "truncated" and self.long_documents == "chunk":
-            raise UserError("--text truncated goes with --long-documents truncate; chunks cover the whole document")
+            raise UserError("--text truncated needs --long-documents truncate; chunks cover the whole document")
         self._check_mode()
         self._check_engine()
 

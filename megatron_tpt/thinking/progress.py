@@ -19,9 +19,9 @@ class AugmentProgress(Progress):
     records: int = 0
     """Records written, or ready to be."""
     rejects: Counter[str] = field(default_factory=Counter)
-    """Rows of the input, or rollouts, that came to nothing, by reason."""
+    """Rows of the input, or rollouts, that were rejected, by reason."""
     chunk_rejects: Counter[str] = field(default_factory=Counter)
-    """Chunks that came to nothing, by reason."""
+    """Chunks that were rejected, by reason."""
     shards: int = 0
     shards_skipped: int = 0
     """Shards that were there already."""
@@ -32,14 +32,14 @@ class AugmentProgress(Progress):
     chunk_rejects_before: Counter[str] = field(default_factory=Counter)
     """As `chunk_rejects`, of the same."""
     truncated: int = 0
-    """Records whose thinking was cut at the limit."""
+    """Records whose thinking was truncated at the limit."""
     prompt_tokens: int = 0
     thinking_tokens: int = 0
     """Generated tokens, those of rejected thoughts included."""
     generation_s: float = 0.0
     """Seconds since the engine was ready."""
     input_bytes_answered: int = 0
-    """Of the input, what this run has thought about. What is being thought about is not done."""
+    """Of the input, what this run has finished. Requests in flight do not count."""
     examples: dict[str, str] = field(default_factory=dict)
     """One reject of every reason, in words."""
 
@@ -104,7 +104,7 @@ def _example(reject: Mapping[str, Any]) -> str:
 
 
 def read_progress(path: Path) -> AugmentProgress | None:
-    """What a task has said last, None before it has."""
+    """What a task has reported last, None before it has."""
     if (fields := read_fields(path)) is None:
         return None
     counters = {

@@ -60,7 +60,8 @@ Write the text above once more in your own words, in clear and careful prose. Ke
 argument, add none, and give nothing but the new text.
 """
 
-# Stands for placeholder number i while the chat template is applied; private-use characters, which no template touches.
+# In place of placeholder number i while the chat template is applied; private-use characters, which no template
+# touches.
 _MARK = "\ue000{}\ue001"
 _ANY_MARK = re.compile("\ue000(\\d+)\ue001")
 # A model whose chat template or vocabulary knows these can think before it answers.
@@ -68,7 +69,7 @@ _THINKS = "enable_thinking"
 _THINKING_SIGNS = ("<think>", _THINKS)
 # A chunk of a long document ends at a line or between words where one is found in its last part.
 _WHOLE_WORDS_WITHIN = 0.8
-# Where no tokenizer is at hand. About right for English in the vocabularies of today.
+# Where there is no tokenizer. About right for English in today's vocabularies.
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -155,7 +156,7 @@ class Documents:
     """Measures documents in the generator's tokens and cuts long ones.
 
     Without a tokenizer (a server that shows none) four characters count as a token. Documents are raw text: special
-    tokens that happen to stand in one are spelt out, so that no document can end its own prompt.
+    tokens that happen to occur in one are spelt out, so that no document can end its own prompt.
     """
 
     def __init__(self, tokenizer: Any | None, max_tokens: int) -> None:
@@ -302,8 +303,8 @@ def render(
 ) -> list[str]:
     """The texts before, between and after the placeholders, with the chat template (where there is one) around them.
 
-    `open_tag` ends the last one; with None the model is told not to think. Raises UserError for a chat template that
-    does not show the user's message once, and for `chat_template_kwargs` that it does not use.
+    `open_tag` ends the last one; with None the model is instructed not to think. Raises UserError for a chat template
+    that does not show the user's message once, and for `chat_template_kwargs` that it does not use.
     """
     content = _marked(template)
     kwargs = dict(chat_template_kwargs or {})

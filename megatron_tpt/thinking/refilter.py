@@ -1,6 +1,6 @@
 """Applying other filters to what a job has generated, without generating again.
 
-Every thought is judged anew, those of records too: rejects become records and records become rejects. What was
+Every thought is judged again, those of records too: rejects become records and records become rejects. What was
 truncated (`--truncated drop`) or never generated stays a reject. The job must not be running.
 
     OUTPUT/.work/refilter.json    while it lasts, the filters that are being applied
@@ -57,7 +57,7 @@ def refilter(job: AugmentJob, output: Output, begin: Callable[[], None]) -> Augm
 
 
 def end_refilter(output: Output) -> None:
-    """All that tells of the folder is written anew: other runs are let in again."""
+    """Everything that describes the folder is rewritten: other runs are let in again."""
     output.refilter_mark.unlink(missing_ok=True)
 
 
@@ -67,7 +67,7 @@ def _check(job: AugmentJob, output: Output, path: Path) -> None:
     others = [name for name in differing_settings(path, job.settings) if name != "filters"]
     if others:
         raise UserError(
-            f"{output.folder}: --refilter changes the filters alone, and {', '.join(others)} differ from the settings "
+            f"{output.folder}: --refilter only changes the filters, and {', '.join(others)} differ from the settings "
             f"in {path.name}; set them back"
         )
     for name in output.names():
@@ -100,7 +100,7 @@ def _refilter_source(
         judged = [_judge(job, worker, source, row, line) for row, line in found if line is not None]
         _count(judged, progress)
         write_journal(path_of(output.journals, name), [*judged, *answers])
-        if len(judged) == len(found):  # else it is a block that is under way
+        if len(judged) == len(found):  # else it is a block that is in progress
             output.finish(name, Journal(path_of(output.journals, name)), ledger, 0.0)
 
 
@@ -125,7 +125,7 @@ def _judge(job: AugmentJob, worker: RowWorker, source: Source, row: Row, line: L
 
 
 def _replace_progress(output: Output, progress: AugmentProgress) -> None:
-    """What the tasks said of themselves was by other filters: the first of them now speaks for all."""
+    """What the tasks have reported was by other filters: the first of them now reports for all."""
     num_tasks, paths = output.latest_split(), list(output.progress.glob("task-*-of-*.json"))
     for path in paths:
         said = read_progress(path)

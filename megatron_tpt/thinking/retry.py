@@ -1,11 +1,11 @@
-"""Asking again about documents that were rejected: blocks that are done are opened again.
+"""Retries documents that were rejected: blocks that are done are opened again.
 
     OUTPUT/.work/retries/task-00003-of-00064.json    for which reasons, and how far the round is
 
-A block is opened by putting a journal beside its shard: whole or not at all, with everything that is kept of the block.
-From then on it is a block that is under way, like any other; its shard and its rejects are there until new ones take
-their place. Where a run is killed, the same command resumes the round: no task asks twice for it. The round is over
-when all tasks are at its end.
+A block is opened by putting a journal next to its shard: whole or not at all, with everything that is kept of the
+block. From then on it is a block in progress, like any other; its shard and its rejects are there until new ones take
+their place. Where a run is killed, the same command resumes the round: no task repeats it. The round is over when all
+tasks have finished it.
 """
 
 import json
@@ -34,7 +34,7 @@ _OPENING, _OPEN, _DONE = "opening", "open", "done"
 
 
 class Retry:
-    """A round of asking again, of one task."""
+    """One task's round of retries."""
 
     def __init__(self, job: AugmentJob, output: Output, task: int) -> None:
         self._job = job
@@ -65,7 +65,7 @@ class Retry:
         print(self._summary(), file=sys.stderr)
 
     def end(self) -> None:
-        """The task has come to its end, whether or not it was started with --retry-rejects."""
+        """The task has finished, whether or not it was started with --retry-rejects."""
         state, num_tasks = _read(self._path), self._job.options.scale.num_tasks
         if state is None:
             return
@@ -103,11 +103,11 @@ class Retry:
     def _kept(
         self, worker: RowWorker, source: Source, rows: Iterator[Row], lines: BlockLines
     ) -> Iterator[Line | Answer]:
-        """What a journal holds of a block whose rejects are asked again."""
+        """What a journal holds of a block whose rejects are retried."""
         for row in rows:
             line = lines.line(row)
             if line is None:
-                continue  # its shard was taken away: it is asked again as it is
+                continue  # its shard was set aside: it is retried as it is
             wanted = [reject for reject in line.rejects if self._is_wanted(reject["reason"])]
             if line.id is None:
                 self._num_of_input.update(reject["reason"] for reject in wanted)
@@ -132,7 +132,7 @@ class Retry:
 
     def _summary(self) -> str:
         folder = self._output.folder
-        said = f"{folder}: {self._num_rows:,} documents are asked about again"
+        said = f"{folder}: {self._num_rows:,} documents are retried"
         if self._num_requests:
             said += f" ({counts(self._num_requests)})"
         if self._num_of_input:

@@ -1,4 +1,4 @@
-"""What was made of documents, as thoughts again: to ask for some of them anew, or to judge all by other filters."""
+"""Records and rejects turned back into thoughts: to retry some of them, or to judge all by other filters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ DUPLICATE = "duplicate_id"
 
 
 class BlockLines:
-    """The records and rejects of a block that is done, by the rows that they came of."""
+    """The records and rejects of a block that is done, by the rows that they came from."""
 
     def __init__(self, options: AugmentOptions, records: Sequence[Record], rejects: Sequence[dict[str, Any]]) -> None:
         self._records: dict[str, list[dict[str, Any]]] = {}
@@ -27,7 +27,7 @@ class BlockLines:
             self._rejects.setdefault(reject["row"], []).append(reject)
 
     def line(self, row: Row) -> Line | None:
-        """What came of `row`; None where nothing is there of it."""
+        """The results of `row`; None where there are none."""
         rejects = self._rejects.get(row.number, [])
         if row.record is None or any(reject["reason"] == DUPLICATE for reject in rejects):
             return Line(row.number, None, [], rejects) if rejects else None
@@ -62,7 +62,7 @@ def check_lengths(options: AugmentOptions, rejects: Iterable[Mapping[str, Any]])
     if any(reject.get("thinking") is not None and "generation" not in reject for reject in rejects):
         raise UserError(
             f"{options.output}: an earlier version generated this and kept no lengths of rejected thoughts, so that "
-            "--refilter cannot make records of them; --retry-rejects all asks again about them"
+            "--refilter cannot make records of them; --retry-rejects all retries them"
         )
 
 

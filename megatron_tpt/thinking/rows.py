@@ -1,4 +1,4 @@
-"""One row of the input: what to ask the generator about it, and the records that come of the answers."""
+"""One row of the input: what to ask the generator about it, and the records made of the answers."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ class OpenRow:
     num_requests: int
     outcomes: dict[int, Answered] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
-    """Of requests that are asked again because a thought was rejected: which one this is, from 1."""
+    """For retries of a rejected thought: the number of this one, from 1."""
     num_bytes: int = 0
     """Its part of the input file, packed as it is there."""
 
@@ -110,7 +110,7 @@ class RowWorker:
         return self._documents.count(text)
 
     def judge_again(self, row: OpenRow) -> None:
-        """Judge the thoughts of a row by the filters of this worker, whatever other ones said of them."""
+        """Judge the thoughts of a row by the filters of this worker, whatever other filters decided."""
         for request, outcome in row.outcomes.items():
             if isinstance(outcome, Thought):
                 document = row.stretches[request % len(row.stretches)][0].text
@@ -184,7 +184,7 @@ class RowWorker:
 
 
 def _generation(thought: Thought) -> dict[str, Any]:
-    """What a rejected thought needs beside its text to become a record by other filters."""
+    """What a rejected thought needs in addition to its text to become a record by other filters."""
     return {
         "finish_reason": thought.finish_reason,
         "truncated": thought.truncated,
@@ -195,14 +195,14 @@ def _generation(thought: Thought) -> dict[str, Any]:
 
 
 def make_reject(record_id: str | None, source: str, row: int, reason: str, detail: str = "") -> dict[str, Any]:
-    """A line of the rejects: which row of the input was left out, and why. Of a row with several chunks there is a line
-    for each that was left out, with its number, besides the one for the row where all were."""
+    """A line of the rejects: which row of the input was rejected, and why. Of a row with several chunks there is a line
+    for each rejected one, with its number, and one for the row where all were rejected."""
     place = {"id": record_id, "source": source, "row": row, "chunk": None}
     return place | {"reason": reason, "detail": detail, "thinking": None}
 
 
 def count_rejects(rejects: Iterable[dict[str, Any]]) -> tuple[Counter[str], Counter[str]]:
-    """How many rows (or rollouts), and how many chunks, were left out for which reason."""
+    """How many rows (or rollouts), and how many chunks, were rejected for which reason."""
     of_rows, of_chunks = Counter[str](), Counter[str]()
     for reject in rejects:
         (of_rows if reject.get("chunk") is None else of_chunks)[reject["reason"]] += 1
@@ -215,7 +215,7 @@ def failed_thought(reason: str, detail: str, attempt: int) -> Thought:
 
 
 def answer_fields(outcome: Answered | None, attempt: int) -> dict[str, Any]:
-    """`outcome` as a journal keeps it; None is a request that is to be asked again."""
+    """`outcome` as a journal keeps it; None is a request to retry."""
     fields = asdict(outcome) if outcome is not None else {}
     for name in ("token_ids", "log_probabilities", "weight_version"):
         fields.pop(name, None)

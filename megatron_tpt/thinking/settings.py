@@ -19,7 +19,7 @@ FORMAT_VERSION = 2
 
 
 def make_settings(options: AugmentOptions, sources: Sequence[Source], template: Template) -> dict[str, Any]:
-    """Everything that decides what the shards hold. What only decides how fast they come is left out."""
+    """Everything that decides what the shards hold. What only affects the speed is omitted."""
     before = read_settings(options.output / SETTINGS_NAME) or {}
     return {
         "format_version": FORMAT_VERSION,
@@ -59,7 +59,7 @@ def make_settings(options: AugmentOptions, sources: Sequence[Source], template: 
 
 def check_job(output: Output, settings: dict[str, Any]) -> None:
     """Raise UserError when the folder of `output` holds a job with other settings, or one whose filters are being
-    changed. A job of which nothing has come may be begun with others."""
+    changed. A job without any results may be begun with others."""
     path = output.settings_path
     if output.refilter_mark.exists():
         raise UserError(
@@ -72,14 +72,14 @@ def check_job(output: Output, settings: dict[str, Any]) -> None:
             "generated with --refilter"
         )
     if differing and output.is_blank():
-        print(f"{output.folder}: nothing has come of the earlier settings; they are replaced", file=sys.stderr)
+        print(f"{output.folder}: the earlier settings have no results; they are replaced", file=sys.stderr)
         output.clear_journals()
         path.unlink()
     check_settings(path, settings)
 
 
 def differing_settings(path: Path, settings: dict[str, Any]) -> list[str]:
-    """The names of settings that are others in the file `path`; none where there is no such file."""
+    """The names of settings that differ in the file `path`; none where there is no such file."""
     try:
         before = read_json(path)
     except (OSError, ValueError):  # `check_settings` says so

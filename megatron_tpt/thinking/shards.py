@@ -59,18 +59,18 @@ class Output(JobFolder):
         return name in self._done
 
     def set_aside_damaged(self, name: str) -> bool:
-        """Whether files of a block that is not under way are not as they were recorded: then they are hidden, and the
+        """Whether files of a block that is not in progress are not as they were recorded: then they are hidden, and the
         block is no longer done."""
         if self._difference(name) is None or path_of(self.journals, name).exists():
             return False
-        self._inventory = Inventory(self.folder)  # another process may have written the block anew
+        self._inventory = Inventory(self.folder)  # another process may have rewritten the block
         if (difference := self._difference(name)) is None:
             return False
         for path in map(self.folder.joinpath, _files_of(name)):
             if path.exists():
                 path.replace(path.with_name(f".damaged-{path.name}"))
         self._done.discard(name)
-        print(f"warning: {difference}; what is there of this block is set aside, and it is done again", file=sys.stderr)
+        print(f"warning: {difference}; this block's files are set aside, and it is repeated", file=sys.stderr)
         return True
 
     def _difference(self, name: str) -> str | None:
@@ -88,19 +88,19 @@ class Output(JobFolder):
         return journal
 
     def close(self) -> None:
-        """Leave the blocks that are under way for the next run."""
+        """Leave the blocks in progress for the next run."""
         for journal in self._open:
             journal.close()
         self._open.clear()
 
     def is_blank(self) -> bool:
-        """Whether nothing has come of the job so far, and no task of it is running."""
+        """Whether the job has no results so far, and no task of it is running."""
         has_blocks = any(any(place.glob(f"part-*{_SUFFIX}")) for place in (self.folder, self.rejects))
         has_answers = any(holds_answers(path) for path in self.journals.glob("part-*"))
         return not (has_blocks or has_answers or any(self.ledgers.glob("*")) or self.running_tasks())
 
     def clear_journals(self) -> None:
-        """Forget what is under way."""
+        """Forget what is in progress."""
         for path in self.journals.glob("part-*"):
             path.unlink(missing_ok=True)
 
@@ -160,7 +160,7 @@ class Output(JobFolder):
         shard, rejects_path = (place / f"{name}{_SUFFIX}" for place in (self.folder, self.rejects))
         for file in _files_of(name):
             if (what := self._inventory.content_difference(file)) is not None:
-                raise UserError(f"{self.folder / file}: {what}; run the job again, which does this block anew")
+                raise UserError(f"{self.folder / file}: {what}; run the job again, which repeats this block")
         records = list(read_records([shard])) if shard.exists() else []
         return records, list(read_rejects(rejects_path)) if rejects_path.exists() else []
 
@@ -169,7 +169,7 @@ class Output(JobFolder):
         return sorted(self._done)
 
     def open_names(self) -> list[str]:
-        """The blocks that are under way, in their order."""
+        """The blocks in progress, in their order."""
         return sorted(name_of(path) for path in self.journals.glob("part-*"))
 
     def _write_rejects(self, path: Path, journal: Journal) -> None:

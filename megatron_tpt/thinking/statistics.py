@@ -91,7 +91,7 @@ class LengthStatistics:
 
 @dataclass
 class ThinkingStatistics:
-    """What became of the documents of a shard, or of several."""
+    """The results of the documents of a shard, or of several."""
 
     records: int = 0
     """Records written."""
@@ -100,7 +100,7 @@ class ThinkingStatistics:
     chunk_rejects: Counter[str] = field(default_factory=Counter)
     """Chunks whose thinking was rejected, by reason; of records and of rejected ones."""
     truncated: int = 0
-    """Written records whose thinking was cut at the limit of new tokens."""
+    """Written records whose thinking was truncated at the limit of new tokens."""
     prompt_tokens: int = 0
     """Tokens the generator read for the written records, where `meta.prompt_tokens` says so."""
     document_tokens: LengthStatistics = field(default_factory=LengthStatistics)
@@ -109,7 +109,7 @@ class ThinkingStatistics:
     """Lengths of the written records' thoughts."""
     generator_s: float = 0.0
     """Seconds between the end of these records and of those before them, times the devices of the generator: the sum
-    over shards is what the generator took, but for what killed runs had not finished."""
+    over shards is the generator's time, except for what killed runs had not finished."""
 
     def add_record(self, record: Record) -> None:
         """Count a written record by its `meta`: document_tokens, thinking_tokens, truncated, prompt_tokens."""
@@ -119,7 +119,7 @@ class ThinkingStatistics:
         self.prompt_tokens += meta.get("prompt_tokens") or 0
         for lengths, name in ((self.document_tokens, "document_tokens"), (self.thinking_tokens, "thinking_tokens")):
             if (length := meta.get(name)) is not None:
-                lengths.add(max(length, 0))  # -1 was written once where a server told no lengths
+                lengths.add(max(length, 0))  # earlier versions wrote -1 where a server reported no lengths
 
     def merge(self, other: "ThinkingStatistics") -> None:
         """Count all that `other` has counted."""

@@ -27,7 +27,7 @@ class Status:
     states: list[TaskState]
     """By task."""
     input_bytes: int
-    """Size of the input, as far as it is known."""
+    """Size of the input, if known."""
     logs: Path
     records: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Status:
     thinking_tokens_per_s: float = 0.0
 
     def add(self, progress: AugmentProgress, *, is_running: bool) -> None:
-        """Add what one task says of itself."""
+        """Add what one task reports."""
         self.records += progress.records_before + progress.records
         self.rejects.update(progress.rejects_before + progress.rejects)
         self.chunk_rejects.update(progress.chunk_rejects_before + progress.chunk_rejects)
@@ -68,7 +68,7 @@ class Status:
         if Output(self.folder).refilter_mark.exists():
             lines.append("  other filters are being applied, or that was interrupted: then run --refilter to its end")
         if self.rejects and not self.records and set(self.states) == {"finished"}:
-            lines.append("  finished without a single record: --refilter or --retry-rejects has a use for the rejects")
+            lines.append("  finished without a single record: --refilter or --retry-rejects may still use the rejects")
         failed = [task for task, state in enumerate(self.states) if state == "failed"]
         for task in failed[:_MAX_FAILURES]:
             files = TaskFiles(self.logs, task)
@@ -98,5 +98,5 @@ def read_status(output: Output, num_tasks: int, input_bytes: int) -> Status:
 
 
 def total_input_bytes(sources: list[Source]) -> int:
-    """The size of an input, as far as it is known."""
+    """The size of an input, if known."""
     return sum(source.num_bytes or 0 for source in sources)

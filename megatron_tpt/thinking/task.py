@@ -1,4 +1,4 @@
-"""One task of an augment run: the walk over its share of the input, and what becomes of the answers."""
+"""One task of an augment run: the walk over its share of the input, and what is made of the answers."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ from megatron_tpt.thinking.shards import Output, block_name
 
 _REJECTS_UNTIL_WARNING = 100
 _OTHER_FILES = 24
-"""Files that are open besides connections and journals."""
+"""Files that are open in addition to connections and journals."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Block:
     journal: Journal = field(init=False)
     """Of a block whose rows are being read."""
     open_rows: int = 0
-    """Rows that are being thought about."""
+    """Rows in flight."""
     is_read: bool = False
     """Whether all its rows have been seen."""
 
@@ -61,7 +61,7 @@ class Task:
         """Whose content was compared with what the job that wrote them recorded."""
         self._finished_bytes = 0
         self._open_bytes = 0
-        """Of the rows that are being thought about."""
+        """Of the rows in flight."""
         self._read = ReadProgress()
         self._is_warned = False
         self._first = FirstAnswers(self.output, self.progress)
@@ -74,7 +74,7 @@ class Task:
         """The blocks of this task that are not done, each to be read to its end before the next is taken."""
         rows_left = self._job.options.limit
         sources = self.share.of(self._job.sources)
-        if rows_left is None:  # else it is not known how much will be looked at
+        if rows_left is None:  # else it is not known how much will be read
             self.progress.input_bytes = round(self.share.fraction * sum(source.num_bytes or 0 for _, source in sources))
         for number, source in sources:
             if rows_left is not None and rows_left <= 0:
@@ -178,7 +178,7 @@ class Task:
             self._finish_if_done(block)
 
     def _open(self, generator: Generator, block: Block, row: Row) -> OpenRow | None:
-        """The row as one to think about; None when it is finished already, or has come to nothing."""
+        """The row as one to think about; None when it is finished already, or was rejected."""
         digest = id_digest(row.record.id) if row.record is not None else None
         if row.number not in block.journal:
             if digest is not None and digest not in self._ids:
@@ -197,7 +197,7 @@ class Task:
         return None
 
     def _reject(self, block: Block, row: Row) -> None:
-        """A row that is no record, or a record whose id was there before."""
+        """A row that is no record, or a record with an id that occurred before."""
         if row.record is None and self._job.options.on_bad_record == "stop":
             raise UserError(describe(block.source, row))
         record_id, reason = (None, row.problem or "") if row.record is None else (row.record.id, "duplicate_id")
@@ -230,7 +230,7 @@ class Task:
         self._finish_if_done(block)
 
     def _warn_once_of_rejects(self) -> None:
-        """Tell early of filters, or a model, of which nothing comes: a long job would end without a record."""
+        """Warn early of filters, or a model, that yield nothing: a long job would end without a record."""
         done = self.progress
         if self._is_warned or done.records + done.records_before or done.rejects.total() < _REJECTS_UNTIL_WARNING:
             return

@@ -1,4 +1,5 @@
-"""From what an engine wrote to the thinking of a record: tags taken off, a cut end mended, a bad thought rejected."""
+"""From what an engine wrote to the thinking of a record: tags removed, a truncated end repaired, a bad thought
+rejected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ class Thought:
     num_tokens: int
     """Tokens of `text`, or of `rejected_text`, in the generator's vocabulary; `UNKNOWN` for some rejected ones."""
     truncated: bool
-    """Cut at `max_new_tokens`, whatever was done about it."""
+    """Truncated at `max_new_tokens`, whatever was done about it."""
     finish_reason: str
     num_prompt_tokens: int
     reason: str | None = None
@@ -80,7 +81,7 @@ class ThoughtReader:
         )
 
     def judge_again(self, document: str, thought: Thought) -> Thought:
-        """`thought` by the filters of this reader, whatever other ones said of it. Where nothing was written, or the
+        """`thought` by the filters of this reader, whatever other filters decided. Where nothing was written, or the
         limit decided, it is as it was."""
         text = thought.rejected_text if thought.reason else thought.text
         if text is None or thought.reason == "truncated":
@@ -100,7 +101,7 @@ class ThoughtReader:
         return thinking.removeprefix(self._open_tag).strip(), at_limit and not closed
 
     def _num_tokens(self, text: str, completion: Completion) -> int:
-        if text == completion.text.strip() and completion.num_tokens > 0:  # 0: a server that does not tell
-            # What ended the thinking is no part of it.
+        if text == completion.text.strip() and completion.num_tokens > 0:  # 0: a server that does not report it
+            # What ended the thinking is not part of it.
             return completion.num_tokens - (completion.finish_reason == "stop")
         return self._count_tokens(text)

@@ -4,7 +4,7 @@ python tools/augment.py --input documents.jsonl --output data/thinking --model M
 python tools/augment.py --recipe augment.yaml --estimate 200                     # what would it cost?
 python tools/augment.py --recipe augment.yaml --executor slurm --num-tasks 64    # the same, as a job array
 python tools/augment.py --recipe augment.yaml --status                           # how far is it?
-python tools/augment.py --recipe augment.yaml --retry-rejects "engine_*"         # ask again about some rejects
+python tools/augment.py --recipe augment.yaml --retry-rejects "engine_*"         # retry some rejects
 python tools/augment.py --recipe augment.yaml --refilter --filters.min-words 4   # other filters, nothing generated
 """
 

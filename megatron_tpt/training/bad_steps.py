@@ -1,11 +1,11 @@
 """Steps whose loss or gradients are not finite, or whose loss jumps: found before the update, by all ranks together.
 
-The step is first computed once more (faults.rerun): a result that does not come again is the hardware's. (Megatron
-Core's rerun state machine asks the same, of losses alone and not of gradients, and to go on it must write a checkpoint,
-end the program with a code of its own and be started on other GPUs.)
+The step is first computed again (faults.rerun): a result that is not reproduced points to the hardware. (Megatron
+Core's rerun state machine does the same for losses but not for gradients, and to continue it must write a
+checkpoint, end the program with its own exit code and be restarted on other GPUs.)
 
-What then happens is the recipe's choice (section `faults`): stop with a diagnosis, leave the update out, or roll back
-to the last checkpoint and pass over the data of the steps since.
+The recipe chooses what happens then (section `faults`): stop with a diagnosis, skip the update, or roll back to the
+last checkpoint and skip the data of the steps since.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class _Result:
     """What forward and backward gave."""
 
     own_losses: torch.Tensor
-    """This rank's sums of the objective [num_sums], before any other rank had to do with them."""
+    """This rank's sums of the objective [num_sums], before any reduction over ranks."""
     gradient_norms: torch.Tensor
     """Norms of the buffers that hold the gradients, [num_buffers], or of their shards. Ranks that reduced them together
     have the same."""
@@ -42,7 +42,7 @@ class _Result:
     is_finite: bool
     """Whether loss and gradients are, on all ranks."""
     has_tokens: bool = True
-    """Whether there was a token to learn from: the loss of none is no measure of what is usual."""
+    """Whether there was a token to learn from: a step without any does not count towards the usual loss."""
 
 
 def _measure(trainer: Trainer, sums: torch.Tensor) -> _Result:
@@ -80,7 +80,7 @@ class CheckNumbers(Callback):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.losses, self.num_skipped = list(state["losses"]), state["num_skipped"]
-        # After a roll-back the checkpoint knows less of these than we do.
+        # After a roll-back the checkpoint holds fewer of these than this object does.
         self.num_rollbacks = max(self.num_rollbacks, state["num_rollbacks"])
         self.excluded = list(dict.fromkeys(state["passed_over"] + self.excluded))
 
@@ -102,7 +102,7 @@ class CheckNumbers(Callback):
             policy, problem = settings.on_nonfinite, _diagnose(trainer, sums)
         problem = f"loss {result.loss:.4g}, {problem}"
         if settings.rerun != "off" and trainer.recipe.training.fp8 == "delayed":
-            problem += "; not computed once more (faults.rerun): the scales of training.fp8=delayed have moved on"
+            problem += "; not computed again (faults.rerun): the scales of training.fp8=delayed have moved on"
         elif settings.rerun != "off":
             sums.copy_(trainer.run_again())
             second = _measure(trainer, sums)
@@ -127,13 +127,13 @@ class CheckNumbers(Callback):
         return not (result.is_finite and result.loss <= settings.loss_spike_factor * statistics.median(self.losses))
 
     def _handle(self, trainer: Trainer, policy: str, problem: str) -> bool:
-        """Returns False, for an update that is left out; raises RollBack or BadStep."""
+        """Returns False for an update that is skipped; raises RollBack or BadStep."""
         settings, step = trainer.recipe.faults, trainer.global_step + 1
         message = f"step {step} is bad: {problem}"
         if policy == "skip" and self.num_skipped < settings.max_skips:
             self.num_skipped += 1
             trainer.metrics.write(step, {"skipped_in_a_row": self.num_skipped})
-            self._warn(f"{message}; its update is left out ({self.num_skipped} in a row)")
+            self._warn(f"{message}; its update is skipped ({self.num_skipped} in a row)")
             return False
         if policy == "rollback" and self.num_rollbacks < settings.max_rollbacks:
             self.num_rollbacks += 1
@@ -141,7 +141,7 @@ class CheckNumbers(Callback):
             self._warn(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
             raise RollBack
         raise BadStep(
-            f"{message}; look into it, then have its data passed over (training.skip_steps=[{step}]) or choose what "
+            f"{message}; investigate it, then skip its data (training.skip_steps=[{step}]) or choose what "
             f"happens (section faults), and run the same command again"
         )
 
@@ -151,7 +151,7 @@ class CheckNumbers(Callback):
 
 
 def _compare(first: _Result, second: _Result, is_good: bool) -> str:
-    """What the second result of a bad step says of the first, in one line. All ranks call it."""
+    """What the second result of a bad step says about the first, in one line. All ranks call it."""
     own: dict[str, Any] = {
         "name": platform.rank_name(),
         "losses": _are_alike(first.own_losses, second.own_losses),
@@ -162,7 +162,7 @@ def _compare(first: _Result, second: _Result, is_good: bool) -> str:
     what = "losses" if not all(one["losses"] for one in every) else "gradients"
     ranks = ", ".join(one["name"] for one in every if not one[what])
     if not ranks:
-        return "run again, the same batch gave the same result on all ranks: look for it in the data or the software"
+        return "run again, the same batch gave the same result on all ranks: suspect the data or the software"
     if is_good:
         return (
             f"TRANSIENT: run again, the same batch gave a good result, loss {second.loss:.4g}, with other {what} on "
@@ -176,13 +176,14 @@ def _compare(first: _Result, second: _Result, is_good: bool) -> str:
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """But for what kernels that add up in any order make of them, as the backward passes of attention on GPUs do; all
+    """Equal up to the rounding of kernels that sum in any order, as the backward passes of attention on GPUs do; all
     NaN are one."""
     return bool(torch.isclose(a, b, rtol=_TOLERANCE, atol=0.0, equal_nan=True).all())
 
 
 def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
-    """Who has what that is not finite, in one line; in full in RUN/logs/bad-step-*.json. All ranks call it."""
+    """Which ranks have values that are not finite, in one line; in full in RUN/logs/bad-step-*.json. All ranks call
+    it."""
     loader, step = trainer.data.train, trainer.global_step
     named = [item for gpt in trainer.model.gpts for item in gpt.named_parameters()]
     own: dict[str, Any] = {
@@ -197,7 +198,7 @@ def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
     if platform.is_first_rank():
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(guilty, indent=1))
-    # A reduction spreads what one rank began: where a loss is not finite, it began.
+    # A reduction spreads it to all ranks: it began where a loss is not finite.
     origins = [one for one in guilty if not one["loss_is_finite"]] or guilty
     names = list(dict.fromkeys(name for one in origins for name in one["parameters"]))
     shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")

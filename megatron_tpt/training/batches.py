@@ -12,7 +12,7 @@ from megatron_tpt.training.data import Loader
 
 
 class Batch:
-    """The micro-batches of a step on this rank, read when they are needed and kept: a step can be computed once more,
+    """The micro-batches of a step on this rank, read when they are needed and kept: a step can be computed again,
     and several chunks of a model go through the same. Without any, the step is skipped.
 
     Each has a `seed`, int64 [], for what is random in it. A seed follows from the run's seed, the step and the place in

@@ -132,7 +132,7 @@ def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) 
 
 
 def describe_data(recipe: BlendRecipe) -> str:
-    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests alone."""
+    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests only."""
     if recipe.data.mock:
         return "data: random tokens (data.mock)"
     rows = [("source", "documents", "tokens", "samples", "epochs")]
@@ -176,8 +176,8 @@ def _cut(phases: list[DataPhase], sample: int, sequence_length: int) -> tuple[li
 def continue_phases(
     old: list[DataPhase], new: list[DataPhase], sample: int, sequence_length: int
 ) -> tuple[list[DataPhase], bool]:
-    """The phases of a run that took `sample` samples as `old` says and goes on as `new` says, and whether that is a
-    change. A phase that goes on unchanged stays one."""
+    """The phases of a run that took `sample` samples as `old` says and continues as `new` says, and whether that is a
+    change. A phase that continues unchanged stays one phase."""
     before, old_rest = _cut(old, sample, sequence_length)
     _, new_rest = _cut(new, sample, sequence_length)
     if old_rest == new_rest:

@@ -1,4 +1,4 @@
-"""What happens beside the training loop, each a class."""
+"""What happens around the training loop, one class each."""
 
 import contextlib
 import gc
@@ -33,10 +33,10 @@ class Validate(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and when training is over. One that cannot be written is tried again at the
+    """Every checkpoint.save_interval steps, and at the end of training. One that cannot be written is retried at the
     next interval; only the last has to be.
 
-    Under checkpoint.asynchronous one at a time is written beside training: the next one waits for it.
+    Under checkpoint.asynchronous one at a time is written during training: the next one waits for it.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class SaveCheckpoints(Callback):
 
     def _finish_pending(self, trainer: Trainer) -> None:
         assert self.pending is not None
-        with _going_on_without_it(), _patient(trainer):
+        with _save_errors_warned(), _patient(trainer):
             self._finish(trainer, self.pending)
         self.pending = None
 
     def _save(self, trainer: Trainer) -> None:
-        with contextlib.nullcontext() if trainer.is_over else _going_on_without_it(), _patient(trainer):
+        with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), _patient(trainer):
             saving = trainer.start_saving()
             if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
                 saving.write_in_background()
@@ -85,13 +85,13 @@ class SaveCheckpoints(Callback):
 
 
 @contextlib.contextmanager
-def _going_on_without_it() -> Iterator[None]:
-    """A checkpoint that cannot be written is warned of."""
+def _save_errors_warned() -> Iterator[None]:
+    """Warns when a checkpoint cannot be written."""
     try:
         yield
     except SaveError as error:
         if platform.is_first_rank():
-            print(f"WARNING: {error}; training goes on, the next try is at the next interval", flush=True)
+            print(f"WARNING: {error}; training continues, and the next save_interval retries", flush=True)
 
 
 @contextlib.contextmanager

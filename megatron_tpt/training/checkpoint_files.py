@@ -1,10 +1,10 @@
 """The files of a run's checkpoints: which are complete, which is the newest, whether one is damaged, which are kept.
 
-    RUN/checkpoints/step_00001000/   one checkpoint; checksums.json in it knows every other file by size and content
+    RUN/checkpoints/step_00001000/   one checkpoint; its checksums.json lists size and digest of every other file
     RUN/checkpoints/latest           link to the newest; a file with its name where the file system has no links
     RUN/checkpoints/damaged-step_*   one that did not match its checksums, set aside
 
-Damage is looked for by all ranks at once, each reading its share of the files, and all come to the same decision. No
+All ranks look for damage at once, each reading its share of the files, and come to the same decision. No
 torch is imported before that.
 
 Where a run folder is copied without links (`cp -L`, `rsync -L`, a bucket), `latest` becomes a folder: a second copy of
@@ -44,7 +44,7 @@ def finished_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def checksum(path: Path) -> str:
-    """XXH3 (128 bits) of a file: it tells damage, not forgery, at the speed of memory."""
+    """XXH3 (128 bits) of a file: it detects damage, not forgery, at the speed of memory."""
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while num_bytes := file.readinto(block):
@@ -68,7 +68,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def _checked(files: Any) -> dict[str, list[Any]]:
-    """What a file of checksums may hold: a size and a digest for files of the checkpoint, and of no other folder."""
+    """What a file of checksums may hold: size and digest of files of this checkpoint, and of no other folder."""
     is_list = isinstance(files, dict) and all(isinstance(entry, list) and len(entry) == 2 for entry in files.values())
     if not is_list or any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files):
         raise ValueError("it is not a list of files in this folder")
@@ -159,7 +159,7 @@ def checkpoints_to_read(checkpoints: Path) -> list[Path]:
 
 
 def checkpoint_named(path: Path) -> Path:
-    """The checkpoint that a user's `path` means: RUN/checkpoints/latest is the newest there, whatever became of the
+    """The checkpoint that a user's `path` means: RUN/checkpoints/latest is the newest there, whatever happened to the
     link. Says so where the link names another."""
     if path.name != LATEST or not (there := checkpoints_to_read(path.parent)):
         return path
@@ -211,7 +211,7 @@ def point_latest(folder: Path, *, is_whole: bool = False) -> None:
 
 
 def _set_damaged_aside(folder: Path, damage: list[str], *, is_last: bool) -> None:
-    """The last hope stays where it is, unless a copied `latest` is its second copy."""
+    """The last candidate stays where it is, unless a copied `latest` is its second copy."""
     print(f"WARNING: THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}", flush=True)
     if is_last:
         return

@@ -43,7 +43,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 
 @torch.no_grad()
-def _round_weights_anew(optimizer: MegatronOptimizer) -> None:
+def _round_weights_from_main(optimizer: MegatronOptimizer) -> None:
     """Set weights that are kept in FP8 from the optimizer's, as after a step: those just loaded were rounded with
     whatever scale each had before."""
     for member in members(optimizer):
@@ -121,7 +121,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """Load everything a run needs to go on, under any layout. Returns the trainer state that was saved.
+    """Load everything a run needs to resume, under any layout. Returns the trainer state that was saved.
 
     The random state is that of the same rank when layout and kind of device are the same; otherwise it stays as it was
     seeded, which only dropout notices.
@@ -160,5 +160,5 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         set_random_state(loaded["random_state"])
     for gpt, statistics in zip(pieces_of(model), loaded.get("fp8_statistics", {}).values(), strict=False):
         gpt.load_state_dict(statistics, strict=False)
-    _round_weights_anew(optimizer)
+    _round_weights_from_main(optimizer)
     return trainer_state

@@ -5,11 +5,11 @@
     RUN/checkpoints/latest           link to the newest (checkpoint_files.py)
 
 A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
-whatever was killed when. What was damaged since is told by the checksums (checkpoint_files.py). A checkpoint that
+whatever was killed when. Later damage is detected by the checksums (checkpoint_files.py). A checkpoint that
 cannot be written (a full disk) raises SaveError on all ranks, and leaves the ones before as they were.
 
-The writing can go on in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron Core's
-persistent worker asks for a CUDA device by its rank, and is waited for for ever when it has died.
+The writing can continue in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron
+Core's persistent worker asks for a CUDA device by its rank, and waiting for one that has died never ends.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class SaveError(UserError):
 
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
     """Do something on every rank. Raises SaveError on all of them when any met an OSError or a UserError: a rank that
-    went on alone would wait for the others for ever."""
+    continued alone would wait for the others forever."""
     result, error = None, None
     try:
         result = action()
@@ -87,8 +87,10 @@ def _free_bytes(folder: Path) -> int:
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
-    """Megatron Core's, which lets the first rank fail alone while it writes the index of what all ranks wrote, with the
-    others waiting for it: here the failure is kept, for all to hear of."""
+    """Megatron Core's, which lets the first rank fail alone while it writes the index of what all ranks wrote, while
+    the
+
+       others wait: here the failure is kept and raised on all of them."""
 
     failure: OSError | None = None
 
@@ -151,7 +153,7 @@ class CheckpointSaving:
             _together(self.folder, lambda: self._name_files(described) if platform.is_first_rank() else None)
 
     def abandon(self) -> None:
-        """Give the checkpoint up; the next one that is saved removes what is there of it. A rank may do so alone."""
+        """Abandon the checkpoint; the next save removes what was written of it. A rank may call it alone."""
         if self._background is not None:
             self._background.kill()
 
@@ -192,7 +194,7 @@ class CheckpointSaving:
 
 
 def _make_temporary(folder: Path) -> Path:
-    """A new folder beside `folder`, the same on all ranks; what killed runs left there is removed.
+    """A new folder next to `folder`, the same on all ranks; what killed runs left there is removed.
 
     Its name is new every time: a process that writes in the background may outlive the run that started it.
     """
@@ -275,7 +277,7 @@ def save_checkpoint(
     recipe_yaml: str,
     tokenizer_path: Path | None,
 ) -> None:
-    """Write a checkpoint whole or not at all, and point `latest` beside it at it. All ranks call it.
+    """Write a checkpoint whole or not at all, and point `latest` next to it at it. All ranks call it.
 
     Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
     """

@@ -47,9 +47,9 @@ def set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str,
 
 
 def fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
-    """What delayed scaling remembers of the largest values of the last steps, by piece; nothing under other recipes.
+    """What delayed scaling keeps of the largest values of the last steps, by piece; nothing under other recipes.
 
-    Each rank has its own: they are loaded where the layout is the same, and begin anew elsewhere.
+    Each rank has its own: they are loaded where the layout is the same, and start empty elsewhere.
     """
     return {
         f"piece_{i}": {key: value for key, value in gpt.sharded_state_dict().items() if key.endswith("_extra_state")}
@@ -93,7 +93,7 @@ def sharded_random_state() -> ShardedObject:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Have this rank's random streams go on from what `random_state` returned."""
+    """Continue this rank's random streams from what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -101,7 +101,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers inside, each with a state of its own; Muon's may be chained themselves."""
+    """The optimizers inside, each with its own state; Muon's may be chained themselves."""
     inner = getattr(optimizer, "chained_optimizers", None)
     return [optimizer] if inner is None else [member for one in inner for member in members(one)]
 
@@ -113,7 +113,7 @@ def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 def make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
     """Megatron Core keeps the number of steps in the parameter groups, torch's AdamW as a tensor in every
-    parameter's state. Loading trips over that twice: it reads the tensor, which is not there before the first step,
+    parameter's state. Loading fails on that in two ways: it reads the tensor, which is not there before the first step,
     and it looks for it in the checkpoint."""
     for member in _with_torch_adam(optimizer):
         for parameter in (parameter for group in member.optimizer.param_groups for parameter in group["params"]):

@@ -134,21 +134,21 @@ class TrainingData:
 
     train: Loader
     validation: dict[str, ValidationLoader]
-    """Sets whose losses are measured apart, by name."""
+    """Sets whose losses are measured separately, by name."""
     tokenizer_path: Path | None
     """None for random tokens."""
     tokenizer_fingerprint: str | None = None
-    """Of the data: a run does not go on with another."""
+    """Of the data: a run does not resume with another."""
     unmarked_name: str = "document"
     """What the tokens outside of thinking are called in the metrics."""
     has_segments: bool = False
     """Whether rows hold several examples that must not see each other (`segment_ids` in the batches)."""
     source_names: tuple[str, ...] = ("data",)
-    """What `source` in the batches counts: losses are told apart by it."""
+    """What `source` in the batches counts: losses are reported for each."""
     source_tokens: SourceTokens | None = None
     """What was taken from each source."""
     identity: Callable[[int], dict[str, str]] = lambda num_samples: {}
-    """What the first so many samples depend on besides the recipe: a run only resumes with the same."""
+    """What the first `num_samples` samples depend on besides the recipe: a run only resumes with the same."""
 
 
 def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:

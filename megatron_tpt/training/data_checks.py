@@ -9,13 +9,13 @@ from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
-# Beyond these somebody has most likely mistaken a set or a number: repeating data pays for some 16 epochs at most
+# Beyond these limits a data set or a number is most likely a mistake: repeating data pays for some 16 epochs at most
 # (arXiv 2305.16264), and a source of which a hundredth is read could as well be a hundredth of its size.
 _MANY_EPOCHS, _FEW_EPOCHS = 100.0, 0.01
 
 
 def _num_learned(recipe: BlendRecipe, manifest: Manifest) -> float:
-    """Tokens of an index that the loss is on; infinite where the manifest does not tell."""
+    """Tokens of an index that the loss is on; infinite where the manifest does not say."""
     counts, loss_on = manifest.counts, recipe.data.loss_on
     if loss_on == "all":
         return max(0, counts.tokens - 1)  # the first is nobody's label
@@ -25,7 +25,7 @@ def _num_learned(recipe: BlendRecipe, manifest: Manifest) -> float:
 
 
 def _warnings_of(recipe: BlendRecipe, blend: Blend, manifests: Sequence[Manifest]) -> Iterator[str]:
-    """What is odd about the sources of a blend. Raises UserError when there is nothing to learn from in any."""
+    """What is unusual about the sources of a blend. Raises UserError when there is nothing to learn from in any."""
     learned = [_num_learned(recipe, manifest) for manifest in manifests]
     name = "data.train" if blend.name == "train" else f"data.validation ({blend.name})"
     if not any(learned):
@@ -55,14 +55,14 @@ def epoch_warnings(name: str, epochs: float) -> Iterator[str]:
 
 
 def blend_warnings(recipe: BlendRecipe) -> Iterator[str]:
-    """What is odd about indexed datasets, one line each. Raises UserError when a blend has no token to learn from, or
-    when a manifest cannot be read."""
+    """What is unusual about indexed datasets, one line each. Raises UserError when a blend has no token to learn from,
+    or when a manifest cannot be read."""
     for blend in blends(recipe):
         yield from _warnings_of(recipe, blend, read_manifests(source.path for source in blend.sources))
 
 
 def packed_warnings(data: SftDataConfig) -> Iterator[str]:
-    """The same of examples, as far as they are packed."""
+    """The same for examples, where they are packed."""
     sets = {"data.train": list(data.train)}
     for one in data.validation:
         sets.setdefault(f"data.validation ({one.shown_name})", []).append(one.path)

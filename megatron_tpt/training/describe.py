@@ -1,4 +1,4 @@
-"""What a recipe amounts to, before anything is started: the report of `--dry-run`."""
+"""What a recipe will do, before anything is started: the report of `--dry-run`."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ from megatron_tpt.training.memory import (
 from megatron_tpt.units import duration
 
 ASSUMED_MFU = 0.4
-"""What a dry run assumes unless it is told: about what well-tuned runs of dense models report on H100s."""
+"""What a dry run assumes unless --mfu is given: about what well-tuned runs of dense models report on H100s."""
 # Of a device's memory: temporary buffers, padding and the allocator's waste are not in the estimate.
 _COMFORTABLE = 0.85
 
@@ -95,12 +95,12 @@ def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
     one, most = checkpoint_bytes(recipe), num_checkpoints(recipe)
     place, free = _free_bytes(recipe.run.output_dir)
     verdict = "" if one * most <= free else ": NOT ENOUGH; see checkpoint.keep_last, save_interval"
-    beside = ", which a checkpoint that is written beside training keeps" if recipe.checkpoint.asynchronous else ""
+    while_writing = ", held while a checkpoint is written during training" if recipe.checkpoint.asynchronous else ""
     return {
         "checkpoints": f"{most} x {_size(one)} = {_size(most * one)} at most at once; {_size(free)} are free at "
         f"{place}{verdict}",
-        "host memory to save": f"{_size(host_bytes_to_save(recipe, world_size))} per rank, beside the program itself"
-        f"{beside}",
+        "host memory to save": f"{_size(host_bytes_to_save(recipe, world_size))} per rank, besides the program itself"
+        f"{while_writing}",
     }
 
 

@@ -1,7 +1,7 @@
-"""Copies of weights that should be equal and are not: a fault of a machine, or of communication, that no loss shows.
+"""Copies of weights that should be equal and are not: a fault of a machine or of communication that no loss shows.
 
 Every data-parallel rank holds a copy of its weights, and every tensor-parallel rank one of those that are not split
-(norms). Compared are checksums of the bits, before an update: then all gathering of the weights is over. Megatron FSDP
+(norms). Checksums of the bits are compared before an update, when all gathering of the weights is over. Megatron FSDP
 keeps one copy, of which it gathers the weights of every step.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import Fault
-from megatron_tpt.majority import odd_ones
+from megatron_tpt.majority import outliers
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
@@ -36,7 +36,7 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 def _stored(value: torch.Tensor) -> torch.Tensor:
     """What holds the bits of a weight: itself, or the bytes of one that is kept in FP8 (training.fp8_param_gather), the
     same that ranks gather (Transformer Engine's tensor/utils.py, replace_raw_data). Read as a tensor, such a weight is
-    what its bytes stand for."""
+    what its bytes represent."""
     if not is_float8tensor(value):
         return value
     raw = value._rowwise_data if hasattr(value, "_rowwise_data") else value._data
@@ -49,23 +49,25 @@ def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_bits(_stored(value)).sum() for value in parameters])
 
 
-def find_odd_copies(names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]) -> dict[int, list[str]]:
+def find_unequal_copies(
+    names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]
+) -> dict[int, list[str]]:
     """Which parameters of which ranks differ from what most ranks have; of all ranks where there is no such majority.
 
     `sums` are the checksums of every rank, [num_ranks][num_parameters].
     """
-    odd: dict[int, list[str]] = collections.defaultdict(list)
+    unequal: dict[int, list[str]] = collections.defaultdict(list)
     for name, values in zip(names, zip(*sums, strict=True), strict=True):
-        for rank in odd_ones(dict(zip(ranks, values, strict=True))):
-            odd[rank].append(name)
-    return dict(odd)
+        for rank in outliers(dict(zip(ranks, values, strict=True))):
+            unequal[rank].append(name)
+    return dict(unequal)
 
 
-def describe(odd: dict[int, list[str]]) -> str:
-    """What find_odd_copies found, in one line."""
-    names = list(dict.fromkeys(name for own in odd.values() for name in own))
+def describe(unequal: dict[int, list[str]]) -> str:
+    """What find_unequal_copies found, in one line."""
+    names = list(dict.fromkeys(name for own in unequal.values() for name in own))
     shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
-    return f"rank {', '.join(map(str, sorted(odd)))}, {len(names)} parameters ({shown})"
+    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({shown})"
 
 
 class CheckCopies(Callback):
@@ -88,16 +90,16 @@ class CheckCopies(Callback):
         torch.distributed.all_reduce(differ, torch.distributed.ReduceOp.MAX)
         if not differ.item():
             return
-        own = [find_odd_copies(names, ranks, sums.tolist()) for names, ranks, sums in compared]
+        own = [find_unequal_copies(names, ranks, sums.tolist()) for names, ranks, sums in compared]
         every = platform.gather_objects(own)
-        odd: dict[int, list[str]] = collections.defaultdict(list)
+        unequal: dict[int, list[str]] = collections.defaultdict(list)
         for found in itertools.chain.from_iterable(every):
             for rank, names in found.items():
-                odd[rank] += names
+                unequal[rank] += names
         raise Fault(
             f"the weights after step {trainer.global_step} are not the same on all ranks that hold a copy: "
-            f"{describe(odd)}. The same command resumes from the last checkpoint; exclude the machine when it happens "
-            f"again"
+            f"{describe(unequal)}. The same command resumes from the last checkpoint; exclude the machine if it "
+            f"happens again"
         )
 
 

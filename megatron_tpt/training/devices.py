@@ -57,4 +57,4 @@ def _first_gpu() -> Device | None:
         name, mebibytes = result.stdout.splitlines()[0].rsplit(",", 1)
         return Device(name.strip(), int(mebibytes) << 20)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None  # no driver, or a device that does not tell
+        return None  # no driver, or a device that does not report it

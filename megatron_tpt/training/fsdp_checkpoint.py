@@ -1,6 +1,6 @@
-"""Checkpoints under Megatron FSDP: what its shards are parts of, in the format of the distributed optimizer.
+"""Checkpoints under Megatron FSDP: whole tensors put together from its shards, in the distributed optimizer's format.
 
-So the files are the same with and without FSDP: either goes on from the other's, and weights are exported from both.
+So the files are the same with and without FSDP: either resumes from the other's, and weights are exported from both.
 Each tensor is put together from the shards of all data-parallel ranks, one after the other, and kept in the memory of
 the first of them until it is written; loading, every rank reads whole tensors into its machine's memory (12 bytes per
 parameter) and keeps its shards.
@@ -40,8 +40,9 @@ def _place(parameter: DTensor) -> tuple[slice, ...]:
 
 
 def _put_together(parameter: DTensor, shard: torch.Tensor) -> torch.Tensor:
-    """The whole of which every rank has a shard, in CPU memory; on all but the first rank a tensor without memory of
-    its own, since only the first writes it."""
+    """The whole of which every rank has a shard, in CPU memory; on all but the first rank a tensor without
+
+    memory, since only the first writes it."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     whole = torch.zeros(parameter.shape, dtype=shard.dtype, device=shard.device)
     whole[_place(parameter)] = shard

@@ -67,16 +67,16 @@ def _read_batches(path: Path) -> TrainingConfig:
 
 
 def _warn_of_past(new: TrainingConfig, old: TrainingConfig, step: int) -> None:
-    """Say that a ramp has no effect on steps that were done otherwise."""
-    num_told = min(step, sum(stage.num_steps for stage in new.batch_size_ramp))
-    told, done = (
-        _merged([dataclasses.replace(stage, sequence_length=None) for stage in _stages(one, 0, num_told)])
+    """Warn that a ramp has no effect on steps that were done with other batches."""
+    num_past = min(step, sum(stage.num_steps for stage in new.batch_size_ramp))
+    given, done = (
+        _merged([dataclasses.replace(stage, sequence_length=None) for stage in _stages(one, 0, num_past)])
         for one in (new, old)
     )
-    if num_told and told != done and os.environ.get("RANK", "0") == "0":
+    if num_past and given != done and os.environ.get("RANK", "0") == "0":
         sizes = ", ".join(f"{stage.num_steps} x {stage.global_batch_size}" for stage in done)
         print(
-            f"WARNING: training.batch_size_ramp has no effect on the {num_told} steps that were done with other batch "
+            f"WARNING: training.batch_size_ramp has no effect on the {num_past} steps that were done with other batch "
             f"sizes ({sizes})",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What the training programs do around training: the run folder and its lock, process groups. No torch until then."""
+"""What the training programs do around training: run folder, lock, process groups. Imports no torch before those."""
 
 import contextlib
 import multiprocessing
@@ -11,13 +11,13 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import Fault, UserError, is_of_full_disk
 from megatron_tpt.training.run_lock import run_lock
 
-# What gloo and NCCL say of it.
+# What gloo and NCCL report when a peer is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @contextlib.contextmanager
 def _written_in(folder: Path) -> Iterator[None]:
-    """A run folder that cannot be written to is the user's to change."""
+    """Turns an OSError in the run folder into a UserError."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def require_shared_memory(num_workers: int) -> None:
 
 
 def _refusal(action: Callable[[], None]) -> str | None:
-    """What an action says that the user must fix; None where nothing is wrong."""
+    """The message of the UserError that an action raises; None where nothing is wrong."""
     try:
         action()
     except UserError as error:
@@ -91,7 +91,7 @@ def distributed[R: Recipe](recipe: R, *, before: Callable[[R], None] | None = No
         if refusal is None and before is not None and os.environ.get("LOCAL_RANK", "0") == "0":
             refusal = _refusal(lambda: before(recipe))
         with (
-            _lost_ranks_told(),
+            _lost_ranks_reported(),
             platform.process_groups(recipe.parallel, timeout_s=recipe.run.first_step_timeout_s),
         ):
             _refuse_together(refusal)
@@ -99,8 +99,8 @@ def distributed[R: Recipe](recipe: R, *, before: Callable[[R], None] | None = No
 
 
 @contextlib.contextmanager
-def _lost_ranks_told() -> Iterator[None]:
-    """A rank that others wait for in vain is a fault, told in one line in place of a traceback."""
+def _lost_ranks_reported() -> Iterator[None]:
+    """A rank that has died is reported in one line in place of a traceback."""
     try:
         yield
     except RuntimeError as error:
@@ -115,5 +115,5 @@ def _lost_ranks_told() -> Iterator[None]:
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     """Take the lock of a run folder until `stack` ends. Raises UserError when another job has it."""
     with _written_in(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # benchmarks, say, have not called `prepare`
+        folder.mkdir(parents=True, exist_ok=True)  # benchmarks, for example, have not called `prepare`
         stack.enter_context(run_lock(folder))

@@ -1,7 +1,7 @@
 """The variables of srun and mpirun, as torchrun would set them.
 
 The processes of one run find each other by torchrun's variables (RANK, WORLD_SIZE, ...). Those of other launchers are
-used where they say everything. Where they do not, the run is refused: every process would otherwise train by itself.
+used where they are complete. Where they are not, the run is refused: every process would otherwise train alone.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _PORTS = range(20000, 30000)
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """What a launcher's variables say of this process."""
+    """What a launcher's variables say about this process."""
 
     launcher: str
     rank: str | None
@@ -40,7 +40,7 @@ def _of_mpirun(environment: Mapping[str, str]) -> _Launch | None:
 
 
 def _of_mpiexec(environment: Mapping[str, str]) -> _Launch | None:
-    """MPICH's and Intel MPI's mpiexec; srun with --mpi=pmi2 sets PMI_... beside its own, which say more."""
+    """MPICH's and Intel MPI's mpiexec; srun with --mpi=pmi2 sets PMI_... in addition to its own, which say more."""
     get = environment.get
     if (size := get("PMI_SIZE")) is None or get("SLURM_STEP_NUM_TASKS") == size:
         return None
@@ -90,7 +90,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     complete = {name: value for name, value in values.items() if value is not None}
     if missing := [name for name in values if name not in complete]:
         raise UserError(
-            f"{launch.launcher} has started this process as one of {launch.world_size}, and its variables do not tell "
+            f"{launch.launcher} has started this process as one of {launch.world_size}, and its variables do not say "
             f"{', '.join(missing)}: set them for every process, or start with torchrun --nproc-per-node "
             f"{launch.world_size} -m megatron_tpt.pretrain RECIPE.yaml"
         )
@@ -98,7 +98,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _check_single(environment: Mapping[str, str]) -> None:
-    """Refuse what looks like one of several processes; tell of a SLURM job of several tasks that has only this one."""
+    """Refuse what looks like one of several processes; warn of a SLURM job of several tasks that has only this one."""
     if environment.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set without RANK: set RANK, LOCAL_RANK, MASTER_ADDR and "

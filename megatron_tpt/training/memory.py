@@ -120,7 +120,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def num_checkpoints(recipe: Recipe) -> int:
-    """Most checkpoints that a run has on the disk at once: the one being written is there beside those kept."""
+    """Most checkpoints that a run has on the disk at once: those kept and the one being written."""
     checkpoint, num_steps = recipe.checkpoint, recipe.training.num_steps
     interval = checkpoint.save_interval or num_steps
     steps = sorted({*range(interval, num_steps + 1, interval), num_steps})

@@ -107,9 +107,9 @@ class TrainedModel(Model):
 
     @torch.no_grad()
     def gather_weights(self) -> None:
-        """For who reads the weights between steps: with parallel.overlap_param_gather the next training step would
-        gather what other data-parallel ranks have updated. It is done once after an update, for all who read and for
-        that step. All ranks call it."""
+        """For code that reads the weights between steps: with parallel.overlap_param_gather the next training step
+        would gather what other data-parallel ranks have updated. It is done once after an update, for all who read and
+        for that step. All ranks call it."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
                 groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups

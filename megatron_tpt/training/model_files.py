@@ -36,7 +36,7 @@ class ModelFiles(NamedTuple):
     contents: dict[str, bytes]
     """By name in the checkpoint's folder."""
     notes: list[str]
-    """What a user should know of them, one line each."""
+    """What a user should know about them, one line each."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class History:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "History":
-        """Of a checkpoint; one of an earlier version knows its own run's length alone."""
+        """Of a checkpoint; one of an earlier version only has the length of its own run."""
         try:
             if content := read_json(checkpoint / HISTORY):
                 return cls(**content)

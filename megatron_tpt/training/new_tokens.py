@@ -1,4 +1,4 @@
-"""Rows of the embedding and the output matrix for tokens that the weights to start from do not know.
+"""Rows of the embedding and the output matrix for tokens that the initial weights lack.
 
 A tokenizer that grew after pre-training (tokens for chats) has tokens whose rows are zeros or were never trained. They
 start at the mean of the others, which leaves the probabilities of known tokens nearly as they were.

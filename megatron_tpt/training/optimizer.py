@@ -63,7 +63,7 @@ def _shard_model(gpt: GPTModel, recipe: Recipe) -> FullyShardedDataParallel:
 
 
 def buffer_settings(recipe: Recipe) -> DistributedDataParallelConfig:
-    """What Megatron Core is told of the buffers of gradients and parameters."""
+    """Megatron Core's settings of the buffers of gradients and parameters."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
@@ -119,7 +119,7 @@ def _muon_settings(settings: OptimizerConfig, *, distributed: bool) -> dict[str,
 def build_optimizer(
     chunks: list[DistributedDataParallel | FullyShardedDataParallel], recipe: Recipe
 ) -> MegatronOptimizer:
-    """The optimizer over the pieces of a wrapped model; also tells the model's configuration how its gradients are
+    """The optimizer over the pieces of a wrapped model; also sets in the model's configuration how its gradients are
     finished.
 
     A clip_grad of 0 still measures the gradient norm, it only never clips.
@@ -155,7 +155,7 @@ def build_optimizer(
     for config in map(get_model_config, chunks):
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
-        # FSDP reduces gradients after every micro-batch unless it is told which is the last.
+        # FSDP reduces gradients after every micro-batch unless the last one is marked.
         if recipe.parallel.overlap_grad_reduce or recipe.parallel.fsdp != "none":
             no_sync = [chunk.no_sync for chunk in chunks]
             config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]

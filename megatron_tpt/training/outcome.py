@@ -33,7 +33,7 @@ def _tool(name: str) -> str:
     script = Path(megatron_tpt.__file__).parents[1] / "tools" / f"{name}.py"
     if script.is_file():
         return f"{_python()} {_shown(script)}"
-    name = console_name(name)  # an installation: beside its interpreter
+    name = console_name(name)  # an installation: next to its interpreter
     return name if shutil.which(name) else _shown(Path(sys.executable).with_name(name))
 
 
@@ -74,7 +74,7 @@ def describe_outcome(recipe: Recipe, num_tokens: int) -> str:
 
 
 def evaluate_command(recipe: Recipe) -> str:
-    """What evaluates the exported model. Words in capitals stand for what only the user knows."""
+    """What evaluates the exported model. Words in capitals are placeholders for the user to fill in."""
     checkpoint = _checkpoint(recipe)
     chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
     results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
@@ -85,7 +85,7 @@ def evaluate_command(recipe: Recipe) -> str:
 
 
 def fine_tune_command(recipe: Recipe) -> str:
-    """What fine-tunes the checkpoint. Words in capitals stand for what only the user knows."""
+    """What fine-tunes the checkpoint. Words in capitals are placeholders for the user to fill in."""
     return (
         f"or, to fine-tune: {_python()} -m megatron_tpt.finetune FINETUNE.yaml "
         f"--training.init_from={_shown(_checkpoint(recipe))}"

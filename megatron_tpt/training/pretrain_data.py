@@ -56,7 +56,8 @@ def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache)
 
 
 def _raise_open_file_limit(num_datasets: int) -> None:
-    """Each dataset keeps two files and their maps, and the maps of three arrays, open, beside what is open already."""
+    """Each dataset keeps two files and their maps, and the maps of three arrays, open, in addition to what is open
+    already."""
     needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES + _highest_open_file()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -69,7 +70,7 @@ def _raise_open_file_limit(num_datasets: int) -> None:
 
 
 def _highest_open_file() -> int:
-    """The limit is on the number of a file, not on how many there are."""
+    """The limit is on the highest file descriptor, not on their number."""
     try:
         return max(map(int, os.listdir("/proc/self/fd")))
     except OSError:  # no /proc
@@ -77,7 +78,7 @@ def _highest_open_file() -> int:
 
 
 def _read_manifests(recipe: BlendRecipe, opened: list[Blend]) -> list[list[Manifest]]:
-    """The manifests of each blend. Raises UserError where they do not suit the recipe."""
+    """The manifests of each blend. Raises UserError where they do not fit the recipe."""
     manifests = read_manifests(source.path for blend in opened for source in blend.sources)
     unmarked = next((manifest for manifest in manifests if not manifest.append_eos), None)
     if recipe.data.reset_at_documents and unmarked is not None:

@@ -33,8 +33,9 @@ _NUM_THREADS = 16
 
 @indexes_samples
 class ThinkingGPTDataset(GPTDataset):
-    """GPTDataset whose samples say which labels are thinking: `is_thinking` bool [s] beside tokens, labels, loss_mask.
-    Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no loss.
+    """GPTDataset whose samples mark the labels that are thinking: `is_thinking` bool [s] besides tokens, labels,
+    loss_mask. Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no
+    loss.
 
     A sample may begin in the middle of a thought: its first document is then read back to where the thought begins, so
     that the marks are exact wherever a sample is cut.
@@ -108,7 +109,7 @@ def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron Core's settings, where its arrays are kept, and what a sample is to say besides."""
+    """Megatron Core's settings, where its arrays are kept, and what a sample holds in addition."""
 
     cache: SampleCache | None = None
     resets_at_documents: bool = False
@@ -173,7 +174,7 @@ def _overall_weights(blend: Blend) -> list[float]:
 
 
 def samples_wanted(blend: Blend) -> list[int]:
-    """The samples to have of each source."""
+    """The samples to take from each source."""
     if len(blend.sources) == 1:
         return [sum(phase.num_samples for phase in blend.phases)]
     # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
@@ -186,11 +187,11 @@ def open_blend(
     """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it;
     for a set that is read once, its sources one after the other.
 
-    Sources are opened by several threads, for the sake of file systems that answer slowly.
+    Sources are opened by several threads, since some file systems answer slowly.
     """
 
     def open_source(source: DatasetSource, manifest: Manifest, num_samples: int | None) -> ThinkingGPTDataset:
-        # An index is known by its content: elsewhere it is the same, and another in its place is not.
+        # An index is identified by its content, wherever it lies.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
         result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)

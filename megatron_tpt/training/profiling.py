@@ -25,7 +25,7 @@ class Profile(Callback):
         if settings.first_step is None:
             return
         if settings.memory and not torch.cuda.is_available():
-            raise UserError("profiling.memory records a GPU's memory, and there is none: turn it off")
+            raise UserError("profiling.memory records a GPU's memory, and there is no GPU: turn it off")
         beyond = [rank for rank in settings.ranks if rank >= torch.distributed.get_world_size()]
         if beyond:
             raise UserError(f"profiling.ranks: there are no ranks {beyond} among {torch.distributed.get_world_size()}")

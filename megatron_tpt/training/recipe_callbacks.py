@@ -33,13 +33,13 @@ from megatron_tpt.training.trainer import Callback
 
 _INTRODUCTION = f"""## callbacks
 
-What happens beside the training loop: a mapping of callbacks to their settings. The built-in ones below act in every
-run, in this order, and mostly read other sections; what can be set of them besides is set here, as in
+What happens around the training loop: a mapping of callbacks to their settings. The built-in ones below act in every
+run, in this order, and mostly read other sections; their other settings are given here, as in
 `profile: {{max_memory_events: 5000000}}`.
 
 One of your own is named as `package.module:Class`: a subclass of `{Callback.__module__}.{Callback.__name__}` in a
 module of the current folder or of `PYTHONPATH`. The parameters of its class are its settings. It acts before
-`save_checkpoints`. Only the recipe that is run is asked for it, never that of a checkpoint; where they differ, a run
+`save_checkpoints`. Only the recipe that is run is consulted, never that of a checkpoint; where they differ, a run
 that resumes warns.
 
 | callback | what it does | settings |
@@ -79,7 +79,7 @@ def describe_callbacks() -> str:
 def build_callbacks(section: Section) -> list[Callback]:
     """The built-in callbacks, with the settings of a recipe, and the recipe's own.
 
-    The recipe's own act before a checkpoint is saved, which so has their state after the step.
+    The recipe's own act before a checkpoint is saved, which therefore holds their state after the step.
     """
     chosen = {choice.kind: _make(name, choice) for name, choice in read_callbacks(section, {}).items()}
     result: list[Callback] = []
@@ -125,7 +125,7 @@ def read_callbacks(section: Section, places: Mapping[Key, str]) -> dict[str, Cho
 
 
 def _require_own_name(kind: type[Callback], chosen: Mapping[str, Choice]) -> None:
-    """Raise UserError when another callback has a class of this name: by it a checkpoint knows their states."""
+    """Raise UserError when another callback has a class of this name, which keys its state in a checkpoint."""
     others = {name: one.kind for name, one in chosen.items()}
     others |= {name: one for name, one in built_in_callbacks().items() if one is not kind}
     if twin := next((name for name, other in others.items() if other.__name__ == kind.__name__), None):
@@ -198,7 +198,7 @@ def _find(name: str) -> type[Callback]:
 
 
 def _import(name: str) -> types.ModuleType:
-    """A user's module; of the current folder too where a console script was called, which does not look there."""
+    """A user's module; also from the current folder, which console scripts do not put on the path."""
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{name!r} is no name of a module: write package.module:Class")
     if not {"", os.getcwd()} & set(sys.path):

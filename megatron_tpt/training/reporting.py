@@ -38,7 +38,7 @@ GIB = 2**30
 class MetricsWriter:
     """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases. Only the first rank writes.
 
-    After a resume, lines of steps beyond the checkpoint are removed: those steps are done again.
+    After a resume, lines of steps beyond the checkpoint are removed: those steps are repeated.
     """
 
     def __init__(self, recipe: Recipe, resumed_step: int) -> None:
@@ -61,7 +61,7 @@ class MetricsWriter:
         self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step. What finds no room on the disk is written by a later call.
+        """Record the metrics of a step. What does not fit on the disk is written by a later call.
 
         JSON knows no NaN and no infinity: such a value is `null` in metrics.jsonl and in no other place.
         """
@@ -92,11 +92,11 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
         except OSError as error:  # TensorBoard's writer does not recover
-            print(f"WARNING: TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl goes on", flush=True)
+            print(f"WARNING: TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues", flush=True)
             self.tensorboard = None
 
     def sync(self) -> None:
-        """Have on the disk what is written: a checkpoint must not be ahead of its metrics."""
+        """Sync what is written: a checkpoint must not be ahead of its metrics."""
         if self.enabled:
             self._write_lines()
             with contextlib.suppress(OSError):  # then the checkpoint finds no room either, and says so
@@ -170,13 +170,14 @@ def _warn_once(message: str) -> None:
 
 
 def _measure_power() -> dict[str, float]:
-    """Watts that the first rank's GPU draws; nothing where the driver's library does not say it, which is told once."""
+    """Watts that the first rank's GPU draws; nothing where the driver's library does not report it, with one
+    warning."""
     if not torch.cuda.is_available() or not platform.is_first_rank():
         return {}
     try:
         return {"gpu_power_w": torch.cuda.power_draw() / 1000}
     except Exception as error:  # NVML's own derive from it alone: no sensor, no permission, no library
-        _warn_once(f"gpu_power_w is left out of the metrics: {error}")
+        _warn_once(f"gpu_power_w is omitted from the metrics: {error}")
         return {}
 
 
@@ -219,7 +220,7 @@ class Window:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], names: Sequence[str]) -> "Window":
-        """The window that a checkpoint left open, of sums with these names: those that it does not have begin at 0, as
+        """The window that a checkpoint left open, of sums with these names: those that it lacks begin at 0, as
         when there are more sources since. One data-parallel rank takes the sums: they are added up again."""
         window = cls(len(names))
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
@@ -344,7 +345,7 @@ class ReportMetrics(Callback):
 
 
 def console_line(values: dict[str, float]) -> str:
-    """The metrics that are worth a look, on one line."""
+    """The most useful metrics, on one line."""
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
     parts = parts or ["no loss"]  # the steps had no token to learn from, or were skipped
     parts += [f"lr {values['learning_rate']:.3e}", f"grad norm {values['grad_norm']:.3f}"]

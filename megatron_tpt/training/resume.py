@@ -1,4 +1,4 @@
-"""Whether a run resumes from a checkpoint with this recipe: what is refused, and what is told.
+"""Whether a run resumes from a checkpoint with this recipe: what is refused, and what is reported.
 
 config/changes.py has what another value of each field does. The trainer asks when it resumes; `--dry-run` asks before
 anything is started, and says the same.
@@ -29,7 +29,7 @@ DataIdentity = Callable[[int], dict[str, str]]
 def resume_warnings(
     recipe: Recipe, folder: Path, state: dict[str, Any], data_identity: DataIdentity | None
 ) -> Iterator[str]:
-    """What to tell of a run that resumes from a checkpoint with this recipe, one line each; all of it is generated
+    """What to report when a run resumes from a checkpoint with this recipe, one line each; all of it is generated
     before anything is loaded.
 
     `state` is the trainer's state in the checkpoint; `data_identity` None where the data is not here. Raises UserError
@@ -60,19 +60,19 @@ def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, 
     _refuse(folder, [change for change in differences if change.on_resume in fixed])
     if (saved.get("checkpoint") or {}).get("optimizer_sharding") == "dp_reshardable":
         of_layout = [change for change in differences if change.on_resume is Effect.LAYOUT]
-        _refuse(folder, of_layout, beside=("checkpoint.optimizer_sharding=dp_reshardable",))
+        _refuse(folder, of_layout, others=("checkpoint.optimizer_sharding=dp_reshardable",))
     if not recipe.data.allow_change:
         advice = ", or give --data.allow_change=true to continue at the samples consumed"
         _refuse(folder, [change for change in differences if change.on_resume is Effect.ALLOWED], advice=advice)
 
 
-def _refuse(folder: Path, refused: list[Change], *, beside: tuple[str, ...] = (), advice: str = "") -> None:
+def _refuse(folder: Path, refused: list[Change], *, others: tuple[str, ...] = (), advice: str = "") -> None:
     """Raise UserError that says what a checkpoint was written with, where there is something to refuse."""
     if not refused:
         return
     fits = "" if any(change.section == "model" for change in refused) else " (training.init_from takes the weights)"
     raise UserError(
-        f"{folder} was written with {', '.join([*beside, *(change.before for change in refused)])}: resume with "
+        f"{folder} was written with {', '.join([*others, *(change.before for change in refused)])}: resume with "
         f"{'that' if len(refused) == 1 else 'those'}{advice}, or start in another run.output_dir{fits}"
     )
 
@@ -83,7 +83,7 @@ def _consumption_warnings(recipe: Recipe, folder: Path, step: int, differences: 
     if training.num_steps_done > step:
         raise UserError(
             f"{folder} is of step {step}, and training.batch_size_ramp says that {training.num_steps_done} steps are "
-            f"done: start the same command again where a newer checkpoint was set aside, else put it right"
+            f"done: start the same command again where a newer checkpoint was set aside, else correct it"
         )
     changed = {change.field for change in differences if change.on_resume is Effect.ALLOWED}
     if not changed:
@@ -109,7 +109,7 @@ def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: di
         raise UserError(
             f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with "
             f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights); "
-            f"--data.allow_change=true resumes all the same"
+            f"--data.allow_change=true resumes anyway"
         )
     yield (
         f"with other training data, shares or numbers of samples (data.allow_change) than {folder} had, a source that "
@@ -118,7 +118,7 @@ def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: di
 
 
 def _rate_warnings(recipe: Recipe, folder: Path, state: dict[str, Any]) -> Iterator[str]:
-    """Where the learning rate jumps, be it that only training.num_steps is another."""
+    """Where the learning rate jumps, even if only training.num_steps differs."""
     from megatron_tpt.training.optimizer import build_schedule
 
     group = {"max_lr": recipe.optimizer.learning_rate, "min_lr": recipe.optimizer.min_learning_rate}
@@ -133,7 +133,7 @@ def _rate_warnings(recipe: Recipe, folder: Path, state: dict[str, Any]) -> Itera
 
 
 def start_warnings(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """What to tell of a run that starts from the weights of a checkpoint. Raises UserError where its model has another
+    """What to report when a run starts from the weights of a checkpoint. Raises UserError where its model has another
     shape."""
     differences = [change for change in changes(recipe, read_yaml(folder / "recipe.yaml")) if change.section == "model"]
     for change in differences:
@@ -156,7 +156,7 @@ def _damage(folder: Path) -> str:
 def describe_start(
     recipe: Recipe, tokenizer: TokenizerInfo | None, data_identity: DataIdentity | None
 ) -> Iterator[str]:
-    """Where a run would start, and what would be told then, one line each; nothing is loaded.
+    """Where a run would start, and what it would report, one line each; nothing is loaded.
 
     Raises UserError with what would be refused. `data_identity` is TrainingData.identity, None where the data is not
     here.

@@ -2,13 +2,14 @@
 
     RUN/run.lock     who has the folder: host, process, SLURM job, since when
 
-The file needs no locks of the file system (NFS, Lustre, buckets), and none that is left over by kill -9, by a lost node
-or by a restarted machine stands in the way of a resume:
+The file needs no file system locks (NFS, Lustre, buckets), and no stale one left by kill -9, by a lost node
+or by a restarted machine prevents a resume:
 
-- A holder of this machine is looked up by its process number and start, so that a number used again is not mistaken.
-- A holder that SLURM has requeued (equal job, fewer restarts) is over: SLURM ends a job before it starts it again.
-- Any other holder shows life by touching the file. Who comes later watches whether it does; the clocks of the machines,
-  which may differ or jump, play no part.
+- A holder of this machine is looked up by its process number and start, so that a reused number is not mistaken for it.
+- A holder that SLURM has requeued (same job, fewer restarts) has ended: SLURM ends a job before it starts it again.
+- Any other holder shows life by touching the file. A later job watches whether it does; the clocks of the
+machines,
+  which may differ or jump, are not used.
 
 A run that finds its lock taken over (it was suspended for minutes, say) ends at once and writes nothing more.
 """
@@ -32,7 +33,7 @@ LOCK = "run.lock"
 TOUCH_INTERVAL_S = 10.0
 """Seconds between signs of life."""
 PATIENCE_S = 90.0
-"""A holder elsewhere that shows no sign of life for so long is over."""
+"""A holder elsewhere that shows no sign of life for this long has ended."""
 _TAKEOVER_S = 30.0  # one takes milliseconds
 
 
@@ -77,7 +78,7 @@ class Holder:
     slurm_job: str = ""
     slurm_restarts: int = 0
     token: str = ""
-    """Another for every start of a run."""
+    """Different for every start of a run."""
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Holder":
@@ -95,7 +96,7 @@ class Holder:
         )
 
     def is_alive(self, newcomer: "Holder") -> bool | None:
-        """Whether the holder still runs, as far as `newcomer` can tell without waiting; None when it cannot."""
+        """Whether the holder still runs, if `newcomer` can decide without waiting; None when it cannot."""
         if self.machine == newcomer.machine:
             start = _start_of(self.pid)
             return None if start == 0 else start is not None and start == self.start
@@ -152,8 +153,9 @@ def _wait_for_life(path: Path, sign: tuple[int, int], patience_s: float) -> bool
 
 
 def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> None:
-    """Remove the lock that was found stale, unless another has come in its place. One process at a time does so: who
-    finds another at it waits until that one is done, or was killed at it."""
+    """Remove the lock that was found stale, unless another has come in its place. One process
+    at a time does so:
+    others wait until that one is done or killed."""
     guard = path.with_name(f"{path.name}.takeover")
     try:
         os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -172,7 +174,7 @@ def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> N
 
 
 def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
-    """Write the lock `path` for `own`, in place of one whose holder is over. Raises UserError while another has it."""
+    """Write the lock `path` for `own`, in place of one whose holder has ended. Raises UserError if another has it."""
     while not _create(path, own):
         if (found := _read(path)) is None:
             continue

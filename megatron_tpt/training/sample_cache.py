@@ -43,7 +43,7 @@ class SampleCache:
         self._large_build = threading.Lock()
 
     def __reduce__(self) -> tuple[type["SampleCache"], tuple[Path]]:
-        """Another process opens the folder anew, and builds nothing."""
+        """Another process opens the folder itself, and builds nothing."""
         return SampleCache, (self.folder,)
 
     def arrays(
@@ -56,7 +56,7 @@ class SampleCache:
     ) -> list[np.ndarray]:
         """The arrays of the entry `name`, mapped from its files, or what `build` makes of them when it is missing.
 
-        Large ones (by `num_bytes`) are built one after the other, whatever the number of threads: memory stays bounded.
+        Large ones (by `num_bytes`) are built one at a time, whatever the number of threads: memory stays bounded.
         """
         if (found := self._open(name, kinds)) is not None:
             return found
@@ -76,7 +76,8 @@ class SampleCache:
         """Build what is missing, within the block. One process at a time does so; the others wait and find it there.
 
         Without locks (see `task_lock`) several build the same, and the first to end is the one that counts. What a
-        killed process left is cleared away. Raises UserError when the folder cannot be written.
+
+             killed process left is removed. Raises UserError when the folder cannot be written.
         """
         prefix = f".building-{socket.gethostname()}_"  # no host's name holds "_": none is the beginning of another
         try:
@@ -92,7 +93,7 @@ class SampleCache:
                     self._staging = None
         except OSError as error:
             raise UserError(
-                f"{self.folder}: the sample indices cannot be built there ({error}); mend that, "
+                f"{self.folder}: the sample indices cannot be built there ({error}); fix that, "
                 "or name another folder as data.cache_dir"
             ) from error
 
@@ -106,7 +107,7 @@ class SampleCache:
         return self.folder / f"{name}-{kind}"
 
     def _open(self, name: str, kinds: Sequence[str]) -> list[np.ndarray] | None:
-        """The arrays of an entry; None when one is missing or cut short. One stat and one open per array."""
+        """The arrays of an entry; None when one is missing or truncated. One stat and one open per array."""
         if not self._path(name, "description.txt").exists():
             return None
         try:
@@ -138,9 +139,9 @@ class SampleCache:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The array in a file of numpy.save, mapped. Raises ValueError when the file is cut short.
+    """The array in a file of numpy.save, mapped. Raises ValueError when the file is truncated.
 
-    numpy's own memmap takes twice the time for thousands of files, of which it follows every part of every path.
+    numpy's own memmap takes twice the time for thousands of files, since it resolves every part of every path.
     """
     with path.open("rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):

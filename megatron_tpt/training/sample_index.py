@@ -1,5 +1,5 @@
-"""Sample indices: how the documents of one indexed dataset become an endless row of samples, in an order that the seed
-decides.
+"""Sample indices: how the documents of one indexed dataset become an endless sequence of samples, in an order that the
+seed decides.
 
 The arrays are those of Megatron Core's GPTDataset, to the bit, from its own helper in C++; but for the document index,
 of which Megatron Core makes two copies of 8 bytes per document and epoch before it takes 4.
@@ -14,7 +14,7 @@ from megatron_tpt.errors import UserError
 
 from megatron.core.datasets import helpers
 
-# A last epoch of which less than this is used is shuffled by itself, so that every document of the epochs before it is
+# A last epoch of which less than this is used is shuffled separately, so that every document of the epochs before it is
 # seen as often as every other (the threshold of GPTDataset).
 _SEPARATE_BELOW = 0.80
 
@@ -31,17 +31,17 @@ class SampleIndex(NamedTuple):
 
 
 class Epochs(NamedTuple):
-    """The epochs of a sample index. For one dataset, sequence length and seed they decide it, and so the order of its
-    samples: where a longer run has the same, it begins with the samples of the shorter one."""
+    """The epochs of a sample index. For one dataset, sequence length and seed they determine it, and so the order of
+    its samples: where a longer run has the same, it begins with the samples of the shorter one."""
 
     number: int
     """How often the dataset is begun."""
     last_is_separate: bool
-    """Whether the last is shuffled by itself."""
+    """Whether the last is shuffled separately."""
 
 
 def epochs_of(num_tokens: int, num_samples: int, sequence_length: int) -> Epochs:
-    """The epochs of a dataset of `num_tokens` tokens for so many samples, which overlap by one token."""
+    """The epochs of a dataset of `num_tokens` tokens for `num_samples` samples, which overlap by one token."""
     number = max(1, -(-(num_samples * sequence_length + 1) // num_tokens))
     per_epoch = (num_tokens - 1) // sequence_length
     in_last_epoch = num_samples - _samples_before_last(num_tokens, number, sequence_length)
@@ -99,7 +99,8 @@ class BlendIndex(NamedTuple):
 
 
 def build_phased_index(phases: list[tuple[list[float], int]], dataset_sizes: list[int]) -> BlendIndex:
-    """One blend after another: (shares of all datasets, number of samples) for each. A dataset goes on in the next
+    """One blend after another: (shares of all datasets, number of samples) for each. A dataset continues in the next
+
     phase after the samples it gave before. Raises UserError as build_blend_index does."""
     used, parts = np.zeros(len(dataset_sizes), dtype=np.int64), []
     for weights, num_samples in phases:
@@ -123,6 +124,6 @@ def build_blend_index(weights: list[float], num_samples: int, dataset_sizes: lis
     for number in np.flatnonzero(used > dataset_sizes):
         raise UserError(
             f"data: the blend takes {used[number]} samples of its dataset {number}, which has {dataset_sizes[number]}: "
-            "give it a weight that is less small against the others"
+            "give it a larger weight relative to the others"
         )
     return blend

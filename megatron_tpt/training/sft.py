@@ -156,7 +156,7 @@ class PackedExamples(torch.utils.data.Dataset):
             segments[place] = segment
             positions[place] = np.arange(len(example.tokens))
             loss_mask[place] = example.has_loss
-            loss_mask[begin] = 0.0  # what comes before it is of another example, which it must not see
+            loss_mask[begin] = 0.0  # the token before it belongs to another example, which it must not see
             thinking[place] = mark_thinking(
                 text[place], self.tokenizer.open_ids, self.tokenizer.close_ids, self.tokenizer.eos_id
             )

@@ -1,9 +1,9 @@
 """Stopping early and in order: at a signal, or before a time limit, with a checkpoint at the end of the step.
 
 SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit, run.time_limit_min or that of the SLURM job.
-The program then ends with exit code 75 (EX_TEMPFAIL of sysexits.h: try again later), for scripts to tell from a fault
-(1) and a mistake (2); the same command goes on. torchrun turns every code but 0 into 1; where the code matters, start
-the ranks by srun, which passes the code on.
+The program then ends with exit code 75 (EX_TEMPFAIL of sysexits.h: try again later), which scripts can distinguish from
+a fault (1) and a mistake (2); the same command resumes. torchrun turns every code but 0 into 1; where the code matters,
+start the ranks by srun, which passes the code on.
 """
 
 import os
@@ -36,7 +36,7 @@ class StopEarly(Callback):
         self.reason = _NO_REASON
         now = time.time()
         end = stopping_time(run.time_limit_min, run.time_limit_margin_min, now)
-        # From here on by a clock that nobody sets.
+        # From here on by the monotonic clock.
         self.deadline = time.monotonic() + end - now if end is not None else None
         self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in STOP_SIGNALS:

@@ -1,7 +1,7 @@
 """Ranks that are slower than the others at their own work: reading data, forward and backward.
 
-Of a step it is the part up to the reduction of gradients, where data-parallel ranks begin to wait for one another.
-Ranks that share a copy of the model wait for one another before that, so a slow one shows with all of its copy; and
+That is the part of a step up to the reduction of gradients, where data-parallel ranks begin to wait for one another.
+Ranks that share a copy of the model wait for one another before that, so a straggler shows in its whole copy; and
 stages of a pipeline differ by what they hold, so a rank is compared with those of its own stage.
 """
 
@@ -48,7 +48,7 @@ class OwnWork:
 
     @property
     def seconds(self) -> float:
-        """Of the last step; asked when the update is done, so that no GPU is waited for."""
+        """Of the last step; read after the update, so that it waits for no GPU."""
         if isinstance(self._begin, float):
             return self._end - self._begin
         return self._begin.elapsed_time(self._end) / 1000

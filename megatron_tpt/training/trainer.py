@@ -1,4 +1,4 @@
-"""The training loop: a table of contents. What happens beside it is in callbacks.py; builder.py makes a trainer.
+"""The training loop: a table of contents. What happens around it is in callbacks.py; builder.py makes a trainer.
 
     build_trainer(recipe, data, callbacks).fit()
 
@@ -61,11 +61,11 @@ class RollBack(Exception):
 
 
 class BadStep(UserError):
-    """Raised by a callback on all ranks: training must not go on."""
+    """Raised by a callback on all ranks: training must not continue."""
 
 
 class Callback:
-    """Something that happens beside the training loop. All ranks call every method, in the order of the callbacks.
+    """Something that happens around the training loop. All ranks call every method, in the order of the callbacks.
 
     A roll-back ends training and begins it again: `after_training`, `load_state`, `before_training`.
     """
@@ -92,7 +92,7 @@ class Callback:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint again, before `before_training`."""
+        """Restore the state of a checkpoint, before `before_training`."""
 
 
 class Trainer:
@@ -122,7 +122,7 @@ class Trainer:
         self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
         self.global_step = 0
         self.tokens = 0
-        self.excluded_steps: set[int] = set()  # skipped, beside those of training.skip_steps; numbered from 1
+        self.excluded_steps: set[int] = set()  # skipped, in addition to training.skip_steps; numbered from 1
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
 
     def fit(self) -> None:
@@ -217,7 +217,7 @@ class Trainer:
         return StepReport(sums, grad_norm, learning_rate, batch.num_tokens, seconds, batch.waited_s, own_work_s)
 
     def run_again(self) -> torch.Tensor:
-        """For `before_update`: the same batch forward and backward once more, with the same random numbers. Returns the
+        """For `before_update`: the same batch forward and backward again, with the same random numbers. Returns the
         sums; the gradients are replaced. All ranks call it."""
         set_random_state(self._random_before)
         return self.model.forward_backward(self._batch, self.objective)
@@ -293,7 +293,7 @@ class Trainer:
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on the first rank. All of them are made before."""
+    """Print warnings on the first rank, once all of them have been generated."""
     for warning in list(warnings):
         if platform.is_first_rank():
             print(f"WARNING: {warning}", flush=True)

@@ -1,4 +1,4 @@
-"""Hangs: every rank says where it is; when a run stands still, the rank that the others wait for is named and all end.
+"""Hangs: every rank says where it is; when a run hangs, the rank that the others wait for is named and all end.
 
     RUN/heartbeat.json                     where the first rank is, for monitors; new every few seconds
     RUN/logs/heartbeats/rank-00003.json    the same of every rank
@@ -6,10 +6,10 @@
     RUN/logs/hang-START/nccl/rank_3        torch's flight recorder, where NCCL is used; what it says of all ranks:
                                            python -m torch.distributed.flight_recorder.fr_trace RUN/logs/hang-START/nccl
 
-A run goes on as long as its ranks take micro-batches, of training or validation, and end steps and checkpoints. A rank
-that waits in a collective looks the same from outside as one that never came to it. Two things tell them apart: the
-phases of a step come in one order on all ranks, so that those in the earliest phase are late; and of ranks in one phase
-those are late that are not waiting in a call of communication. Both are read off the stack of the thread that trains.
+A run makes progress as long as its ranks take micro-batches, of training or validation, and end steps and checkpoints.
+A rank that waits in a collective looks the same from outside as one that never reached it. Two things distinguish them:
+the phases of a step come in one order on all ranks, so that those in the earliest phase are late; and of ranks in one
+phase those are late that are not waiting in a communication call. Both are read from the stack of the training thread.
 """
 
 import contextlib
@@ -82,18 +82,18 @@ class Heartbeat:
     phase: str
     """One of PHASES; "done" or "stopped" when training has ended."""
     waits: bool = False
-    """Whether it is in a call of communication."""
+    """Whether it is in a communication call."""
     where: str = ""
-    """The innermost line of Python that the thread which trains is at."""
+    """The innermost line of Python that the training thread is at."""
 
     @property
     def place(self) -> tuple[int, int, bool]:
-        """How far the rank has come, to be compared."""
+        """How far the rank has got, for comparison."""
         return self.step, PHASES.index(self.phase), self.waits
 
 
 def name_the_late(beats: Sequence[Heartbeat], num_ranks: int) -> str:
-    """Whom the others wait for, in one line, by the newest heartbeats of those ranks that are alive."""
+    """The ranks that the others wait for, in one line, by the newest heartbeats of the ranks that are alive."""
     silent = sorted(set(range(num_ranks)) - {beat.rank for beat in beats})
     if silent:
         return f"no sign of life from rank {', '.join(map(str, silent))}"
@@ -117,14 +117,15 @@ def stack_of(thread_id: int) -> list[FrameType]:
 
 
 def is_waiting(stack: Sequence[FrameType]) -> bool:
-    """Whether a thread with these frames, innermost first, is in a call of communication. On GPUs pipeline stages wait
+    """Whether a thread with these frames, innermost first, is in a communication call. On GPUs pipeline stages wait
+
     for each other further in: in torch.cuda.synchronize."""
     names = [frame.f_code.co_filename for frame in stack]
     return _COLLECTIVES in names[0] or any(name.endswith(_BETWEEN_STAGES) for name in names)
 
 
 class Watchdog(Callback):
-    """A thread on each rank that writes heartbeats, and ends the process when the run stands still for too long: after
+    """A thread on each rank that writes heartbeats, and ends the process when the run hangs for too long: after
     run.hang_timeout_s within a step; run.first_step_timeout_s until the first one is done, and for a checkpoint."""
 
     def __init__(self) -> None:
@@ -162,7 +163,7 @@ class Watchdog(Callback):
         )
 
     def _observe(self) -> Heartbeat:
-        """Where the thread that trains is."""
+        """Where the training thread is."""
         stack = stack_of(self.thread_id)
         codes = {frame.f_code for frame in stack}
         phase = next((phase for code, phase in _PHASE_OF.items() if code in codes), PHASES[0])
@@ -203,7 +204,7 @@ class Watchdog(Callback):
         return max(self.timeout_s, 0.9 * self.trainer.recipe.run.first_step_timeout_s)  # before collectives fail
 
     def _end(self, waited_s: float) -> None:
-        """Leave behind what is known, and end this process: the thread that trains will not."""
+        """Write down what is known, and end this process: the training thread will not."""
         try:
             self._dump()
             time.sleep(3 * self.interval_s)  # for the other ranks to find out and do the same

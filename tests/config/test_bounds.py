@@ -70,7 +70,7 @@ def test_there_are_as_many_fields_as_recipes_have() -> None:
         ({"optimizer": {"adam_beta2": 1}}, r"optimizer.adam_beta2=1 must lie in \[0, 1\)"),
     ],
 )
-def test_a_number_out_of_range_is_told(recipe: dict, words: str) -> None:
+def test_a_number_out_of_range_is_reported(recipe: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         recipe_from_dict(PretrainRecipe, recipe)
 

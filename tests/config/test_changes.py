@@ -108,5 +108,5 @@ def test_a_checkpoint_with_names_of_before_is_compared_under_those_of_now() -> N
     assert list(changes.changes(recipe, saved)) == []
     assert recipe_from_dict(FinetuneRecipe, saved) == recipe
     others = {"data": {"train": ["a.jsonl"], "prompt_field": "p"}, "training": {"dtype": "bf16"}}
-    told = [str(change) for change in changes.changes(recipe, others)]
-    assert told == ["training.dtype=float32 (bfloat16 there)", "data.prompt_column=q (p there)"]
+    reported = [str(change) for change in changes.changes(recipe, others)]
+    assert reported == ["training.dtype=float32 (bfloat16 there)", "data.prompt_column=q (p there)"]

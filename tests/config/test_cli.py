@@ -68,7 +68,7 @@ def test_options_that_collect_can_be_repeated_and_win_over_a_recipe(tmp_path: Pa
     assert options.seed == 2
 
 
-def test_every_mistake_is_told_at_once_as_it_was_written(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_at_once_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "augment.yaml"
     path.write_text("model: m\nmax_new_token: 5\nfilters:\n  min_words: -1\nlimit: 0\ninput: [a]\ntemperature:\n")
     given = ["--num-wokers", "4", "--top-p", "2", "--estimate=x", "--engine", "vlm", "--filters.loop-word=1"]

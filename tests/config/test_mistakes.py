@@ -1,4 +1,5 @@
-"""Mistakes in recipes and on the command line: every one is told at once, with its file, its line and a suggestion."""
+"""Mistakes in recipes and on the command line: every one is reported at once, with its file, its line and a
+suggestion."""
 
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def refusal(tmp_path: Path, text: str, *arguments: str, cls: type[Recipe] = Pret
     return str(error.value).replace(f"{tmp_path}/", "").splitlines()
 
 
-def test_every_mistake_of_a_file_is_told_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_of_a_file_is_reported_with_its_line(tmp_path: Path) -> None:
     text = """
 model:
   num_layers: 2
@@ -54,7 +55,7 @@ data:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("num_steps: 5", "recipe.yaml:1: num_steps: unknown; did you mean training.num_steps or profiling.num_steps?"),
         ("model: {sequence_length: 5}", "model.sequence_length: unknown; did you mean training.sequence_length?"),
@@ -82,13 +83,13 @@ data:
         ("schöner: 1", "schöner: unknown; known there: run, model"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, told: str) -> None:
+def test_a_mistake_is_reported_where_it_is(tmp_path: Path, text: str, reported: str) -> None:
     lines = refusal(tmp_path, text)
-    assert len(lines) == 1 and told in lines[0]
+    assert len(lines) == 1 and reported in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--training.num_stepz=7"], "command line: training.num_stepz: unknown; did you mean num_steps?"),
         (
@@ -103,17 +104,17 @@ def test_a_mistake_is_told_where_it_is(tmp_path: Path, text: str, told: str) -> 
         (["-x"], "-x: unknown; options begin with two dashes"),
         (["--dry-run", "8"], "expected one recipe file, got 2"),
         (["--dry-run=0"], "--dry-run=0: the number of processes"),
-        (["--device=h100"], "--device and --mfu say what --dry-run is to assume"),
+        (["--device=h100"], "--device and --mfu say what --dry-run assumes"),
         (["--dry-run", "--mfu=40"], "--mfu=40: must be a share of the peak"),
         (["--training.num_steps.x=1"], "training.num_steps is not a section"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_a_mistake_on_the_command_line_is_reported(tmp_path: Path, arguments: list[str], reported: str) -> None:
     lines = refusal(tmp_path, "training: {num_steps: 5}", *arguments)
-    assert len(lines) == 1 and told in lines[0]
+    assert len(lines) == 1 and reported in lines[0]
 
 
-def test_mistakes_of_the_file_and_of_the_command_line_are_told_together(tmp_path: Path) -> None:
+def test_mistakes_of_the_file_and_of_the_command_line_are_reported_together(tmp_path: Path) -> None:
     lines = refusal(tmp_path, "model: {num_layer: 2}", "--training.seed=1", "--optimizer.lr=1")
     assert [line.split(": ")[:2] for line in lines] == [
         ["recipe.yaml:1", "model.num_layer"],
@@ -151,9 +152,9 @@ def test_a_mapping_on_the_command_line_leaves_the_rest_of_its_section(
 
 def test_an_empty_or_broken_file_is_no_recipe(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    for content, told in ((b"", "must be a mapping"), (b"\xff\xfe", "is not UTF-8"), (b"[1]", "must be a mapping")):
+    for content, reported in ((b"", "must be a mapping"), (b"\xff\xfe", "is not UTF-8"), (b"[1]", "must be a mapping")):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reported):
             read_yaml(path)
     with pytest.raises(UserError, match="Is a directory"):
         read_yaml(tmp_path)
@@ -184,7 +185,7 @@ MODEL = {"vocab_size": 1000}
 
 
 @pytest.mark.parametrize(
-    ("cls", "training", "data", "told"),
+    ("cls", "training", "data", "reported"),
     [
         (FinetuneRecipe, {"validation_interval": 2}, {"train": "a"}, "has nothing to validate with"),
         (FinetuneRecipe, {}, {"train": "a", "validation": "b"}, "data.validation (b) is never read"),
@@ -196,15 +197,15 @@ MODEL = {"vocab_size": 1000}
     ],
 )
 def test_validation_without_data_and_data_without_validation_are_refused(
-    cls: type[Recipe], training: dict, data: dict, told: str
+    cls: type[Recipe], training: dict, data: dict, reported: str
 ) -> None:
     with pytest.raises(UserError) as error:
         recipe_from_dict(cls, {"model": MODEL, "training": training, "data": data}).check(1)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "reported"),
     [
         (
             {"optimizer": {"muon_scale_factor": 1.0}},
@@ -229,13 +230,13 @@ def test_validation_without_data_and_data_without_validation_are_refused(
         ({"data": {"mock": True, "loss_on": "thinking"}}, "data.loss_on=thinking has no effect"),
     ],
 )
-def test_what_has_no_effect_is_told(raw: dict, told: str) -> None:
+def test_what_has_no_effect_is_reported(raw: dict, reported: str) -> None:
     recipe = recipe_from_dict(PretrainRecipe, {"model": MODEL, "data": {"train": "a"}, **raw})
     (line,) = without_effect(recipe)
-    assert told in line
+    assert reported in line
 
 
-def test_nothing_is_told_of_settings_that_have_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_reported_of_settings_that_have_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = {
         "optimizer": {"name": "muon", "muon_scale_factor": 1.0, "schedule": "wsd", "wsd_decay_steps": 5},
         "checkpoint": {"keep_last": 2, "keep_every": 5, "save_interval": 5, "asynchronous": True},

@@ -31,7 +31,7 @@ def test_a_documents_number_is_its_place_in_input_order() -> None:
     assert [document_place(number) for number in numbers] == places
 
 
-def test_keys_ignore_what_they_are_told_to_ignore() -> None:
+def test_keys_ignore_what_the_options_ignore() -> None:
     assert text_key("A  b\n", False, False) != text_key("a b", False, False)
     assert text_key("A  b", True, False) == text_key("a  b", True, False) != text_key("a b", True, False)
     assert text_key("a \n b ", False, True) == text_key("a b", False, True) != text_key("A b", False, True)

@@ -1,4 +1,4 @@
-"""The demo's modules lie beside its scripts."""
+"""The demo's modules are next to its scripts."""
 
 import sys
 from pathlib import Path

@@ -40,7 +40,7 @@ def test_problems_are_read_from_every_kind_of_file(tmp_path: Path, name: str) ->
     assert problems(path, limit=1) == problems(path)[:1]
 
 
-def test_problems_of_several_files_are_told_by_their_places(tmp_path: Path) -> None:
+def test_problems_of_several_files_are_named_by_their_places(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.ndjson"):
         (tmp_path / name).write_bytes(LINES)
     assert [problem.id for problem in problems(tmp_path)] == [

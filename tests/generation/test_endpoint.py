@@ -90,7 +90,7 @@ def test_every_request_ends_once_whatever_the_servers_do(server: UnrulyServer) -
     "fault,reason",
     [("500", "server_error"), ("hang", "timeout"), ("cut", "connection"), ("garbage", "invalid_response")],
 )
-def test_a_request_that_always_fails_is_given_up_and_the_others_go_on(
+def test_a_request_that_always_fails_fails_and_the_others_continue(
     server: UnrulyServer, fault: str, reason: str
 ) -> None:
     # The bad one is the last to finish: no other shows by then that the server works.
@@ -123,7 +123,7 @@ def test_what_is_refused_for_long_while_others_are_answered_is_waited_for(server
 
 
 def test_an_outage_after_a_first_failure_is_no_fault_of_the_request(server: UnrulyServer) -> None:
-    def mend() -> None:
+    def fix() -> None:
         num_asked = len(server.headers)
         while len(server.headers) < num_asked + 6:
             time.sleep(0.01)
@@ -136,7 +136,7 @@ def test_an_outage_after_a_first_failure_is_no_fault_of_the_request(server: Unru
             outcomes.append(outcome)
             if len(outcomes) == 1:  # the first request has failed once by now, and for a while everything does
                 server.status = 500
-                threading.Thread(target=mend, daemon=True).start()
+                threading.Thread(target=fix, daemon=True).start()
     assert len(outcomes) == 31
     assert all(isinstance(outcome, Completion) for outcome in outcomes)
 
@@ -262,7 +262,7 @@ def test_strict_servers_are_asked_nothing_that_only_vllm_knows(server: UnrulySer
     ]
 
 
-def test_vllm_is_told_by_its_name(server: UnrulyServer) -> None:
+def test_vllm_is_recognized_by_its_name(server: UnrulyServer) -> None:
     server.owner = "vllm"
     with open_engine(options(server)) as engine:
         complete(engine, [[1, 2]], SAMPLING)
@@ -285,12 +285,12 @@ def test_chats_are_asked_as_chats(server: UnrulyServer) -> None:
         complete(engine, [[message]], SAMPLING)
 
 
-def test_missing_usage_is_told_once(server: UnrulyServer) -> None:
+def test_missing_usage_is_reported_once(server: UnrulyServer) -> None:
     server.usage = False
-    with open_engine(options(server)) as engine, pytest.warns(UserWarning, match="how many tokens") as told:
+    with open_engine(options(server)) as engine, pytest.warns(UserWarning, match="how many tokens") as reported:
         completions = complete(engine, ["ok 0 a", "ok 0 b"], SAMPLING)
     assert [completion.num_tokens for completion in completions] == [0, 0]
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
 def test_the_key_is_sent_and_shown_nowhere(
@@ -317,7 +317,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert all(KEY not in str(text) and KEY not in repr(text) for text in said)
 
 
-def test_a_missing_or_broken_key_is_told(server: UnrulyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_broken_key_is_reported(server: UnrulyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = KEY
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="api-key-env"), open_engine(options(server)):
@@ -332,7 +332,7 @@ def test_a_missing_or_broken_key_is_told(server: UnrulyServer, monkeypatch: pyte
     "url,message",
     [
         ("http://me:hunter2@host:8000/v1", "must not hold a user or a password"),
-        ("http://host/v1?key=hunter2", "leave out"),
+        ("http://host/v1?key=hunter2", "remove"),
         ("host:8000/v1", "not a URL"),
         ("ftp://host/v1", "not a URL"),
     ],

@@ -28,7 +28,7 @@ def options(server: UnrulyServer, **changes: Any) -> EngineOptions:
 
 
 def scored(*entries: dict[int, float] | None) -> dict[str, Any]:
-    """vLLM's answer with the log-probabilities of each token of the prompt, and of the likeliest beside it."""
+    """vLLM's answer with the log-probabilities of each token of the prompt, and of the likeliest one."""
     given = [entry and {str(id): {"logprob": value} for id, value in entry.items()} for entry in entries]
     choice = {"text": "x", "finish_reason": "length", "prompt_logprobs": given}
     return {"choices": [choice], "usage": {"prompt_tokens": len(entries), "completion_tokens": 1}}

@@ -120,7 +120,7 @@ def test_one_server_that_refuses_everything_makes_no_failures_beside_one_that_se
         assert all(isinstance(outcome, Completion) for outcome in done)
 
 
-def test_a_short_test_that_ends_in_an_outage_has_the_refused_asked_again(server: UnrulyServer) -> None:
+def test_a_short_test_that_ends_in_an_outage_has_the_refused_retried(server: UnrulyServer) -> None:
     """They were refused by a server that was in trouble, and serves them once it is out of it."""
     asked: list[str] = []
 

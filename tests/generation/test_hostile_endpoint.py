@@ -183,7 +183,7 @@ def test_endless_headers_are_not_read_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("behave", [drip, endless_events])
-def test_a_slow_or_endless_answer_is_given_up_after_the_time_of_a_request(behave: Behaviour) -> None:
+def test_a_slow_or_endless_answer_is_abandoned_after_the_time_of_a_request(behave: Behaviour) -> None:
     with pytest.raises(UnusableAnswer, match=r"no answer for 1 s"):
         post(behave, timeout_s=1.0)
 

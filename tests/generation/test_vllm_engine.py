@@ -159,10 +159,10 @@ def test_no_model_is_no_traceback(tmp_path: Path, model: str) -> None:
     refused(without_eos, "names no EOS")
     damaged = broken_copy("e")
     (Path(damaged) / "model.safetensors").write_bytes(b"no tensors")
-    refused(damaged, "damaged or cut short")
+    refused(damaged, "damaged or truncated")
     whole = (Path(model) / "model.safetensors").read_bytes()
     (Path(damaged) / "model.safetensors").write_bytes(whole[:-1])
-    refused(damaged, "damaged or cut short")
+    refused(damaged, "damaged or truncated")
 
 
 def test_what_vllm_refuses_is_no_traceback(tmp_path: Path, model: str) -> None:

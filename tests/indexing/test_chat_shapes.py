@@ -340,7 +340,7 @@ def test_what_is_not_understood_is_refused_by_name(
             {"messages": CALLING},
             "a tool call of message 2",
         ),
-        (KNOWS_ALL.replace("{{ tools | tojson }}", ""), {"messages": HELLO, "tools": [TOOL]}, "leaves out tools"),
+        (KNOWS_ALL.replace("{{ tools | tojson }}", ""), {"messages": HELLO, "tools": [TOOL]}, "omits tools"),
         (
             CHATML.replace("for message in messages", "for message in messages if message.role != 'system'"),
             {"messages": [{"role": "system", "content": "be kind"}, *HELLO]},

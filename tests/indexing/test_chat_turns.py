@@ -273,7 +273,7 @@ def test_special_tokens_are_real_where_the_template_writes_them_and_text_elsewhe
     assert tokenizer.decode(example.tokens[example.has_loss]) == f'"x{name}"{name}'
 
 
-def test_ends_of_turns_are_told(tokenizer: Tokenizer, make_format: MakeFormat, reference: Any) -> None:
+def test_ends_of_turns_are_reported(tokenizer: Tokenizer, make_format: MakeFormat, reference: Any) -> None:
     special = frozenset(reference.added_tokens_decoder)
     for name, end in (("qwen2_5", "<|im_end|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")):
         (example,) = examples_of(make_format(published(name)), CHATS["plain"])

@@ -1,4 +1,4 @@
-"""The index is Megatron's to the byte, tells document from thinking, and is there whole or not at all."""
+"""The index is Megatron's to the byte, distinguishes document from thinking, and is there whole or not at all."""
 
 import gzip
 import json

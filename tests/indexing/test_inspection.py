@@ -39,7 +39,7 @@ def test_counts_and_verification_are_shown(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
-def test_a_file_of_an_index_and_other_files_are_told_from_a_prefix(prefix: Path, documents: Path, suffix: str) -> None:
+def test_a_file_of_an_index_and_other_files_are_no_prefix(prefix: Path, documents: Path, suffix: str) -> None:
     with pytest.raises(UserError, match=rf"is a file of an index; give the prefix of its files, {prefix}$"):
         inspect_index(InspectOptions(Path(f"{prefix}{suffix}")))
     with pytest.raises(UserError, match=r"is a file, not an index; make one of it with tools/index\.py"):

@@ -39,7 +39,7 @@ def test_an_idx_of_another_build_of_the_same_size_is_refused(
     one = make_index(tokenizer_dir, tmp_path, "one", records)
     two = make_index(tokenizer_dir, tmp_path, "two", random.Random(1).sample(records, len(records)))
     shutil.copyfile(f"{two}.idx", f"{one}.idx")
-    assert len(IndexReader(one)) == len(records)  # nothing but the checksum tells
+    assert len(IndexReader(one)) == len(records)  # only the checksum shows it
     for open_it in (lambda: read_manifests([one]), lambda: merge(MergeOptions(tmp_path / "m", [str(one), str(two)]))):
         with pytest.raises(UserError, match=r"one.idx: damaged, or of another index"):
             open_it()
@@ -144,7 +144,7 @@ def test_a_working_folder_of_another_user_is_refused_where_anyone_may_write(tmp_
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL])
-def test_without_locks_indexing_is_refused_unless_they_are_given_up(
+def test_without_locks_indexing_is_refused_unless_they_are_turned_off(
     code: int, records: list[Record], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Jobs go on where they were killed; shards, sentences and interleaved thinking are Megatron's to the byte."""
+"""Jobs resume where they were killed; shards, sentences and interleaved thinking are Megatron's to the byte."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_sources: int) -> list[str]:
-    """Let jobs read so many more sources and fail in the next; returns the names of those that were opened."""
+    """Let jobs read that many more sources and fail in the next; returns the names of those that were opened."""
     opened: list[str] = []
     read_source = blocks.read_source
 
@@ -193,11 +193,11 @@ def test_more_inputs_and_the_way_with_bad_records_may_change_on_the_way(tokenize
         index(options)
     with pytest.MonkeyPatch.context() as patch:
         opened = stop_after(patch, 100)
-        going_on = replace(options, input=[first, second, bad, third], on_bad_record="skip")
-        manifest = index(going_on)
+        continued = replace(options, input=[first, second, bad, third], on_bad_record="skip")
+        manifest = index(continued)
     assert opened == ["bad.jsonl", "002.parquet"]
     assert manifest.counts.skipped == {"not JSON": 1}
-    assert index(replace(going_on, output=tmp_path / "unbroken")).checksums == manifest.checksums
+    assert index(replace(continued, output=tmp_path / "unbroken")).checksums == manifest.checksums
 
 
 def test_a_bad_record_leaves_the_finished_files_to_go_on_from(tokenizer_dir: Path, tmp_path: Path) -> None:

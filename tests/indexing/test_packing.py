@@ -424,7 +424,7 @@ def test_what_another_hand_has_put_in_the_place_of_the_output_stays(kind: str, o
     ("change", "words"),
     [
         ({"sequence_length": 0}, "--sequence-length 0"),
-        ({"prompt_column": "prompt"}, "go together"),
+        ({"prompt_column": "prompt"}, "need each other"),
         ({"chat_template_kwargs": "{thinking: 1}"}, "is not JSON"),
         ({"chat_template_kwargs": "[1]"}, "not a JSON object"),
         ({"chat_template_kwargs": '{"enable_thinking": false}'}, "reads no variable 'enable_thinking'"),

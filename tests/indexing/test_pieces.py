@@ -1,4 +1,4 @@
-"""Rows become the same pieces by columns as record by record; whatever is odd is looked at record by record."""
+"""Rows become the same pieces by columns as record by record; whatever is unexpected is read record by record."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def test_rows_of_tables_by_columns_are_rows_one_by_one(rows: list, join: Join) -
 
 
 @pytest.mark.parametrize("odd", ODD_LINES)
-def test_every_odd_line_between_plain_ones_is_what_the_exact_parser_says(odd: bytes) -> None:
+def test_every_unexpected_line_between_plain_ones_is_what_the_exact_parser_says(odd: bytes) -> None:
     plain = b'{"text": "x", "thinking": "y"}'
     maker = PieceMaker(Columns(), Join.document_thinking, "skip")
     for lines in ([odd, plain], [plain, odd, plain], [plain, odd], [odd, odd]):

@@ -1,7 +1,7 @@
 """What is learned of a chat against TRL's trainer, on the shapes of eight published templates.
 
-The templates are written anew. Between MARKS stands what a model writes: TRL's trainer gets them as `{% generation %}`
-spans, tools/pack_sft.py gets the template without any and has to find the same tokens by itself.
+The templates are our own. Between MARKS is what a model writes: TRL's trainer gets them as `{% generation %}`
+spans, tools/pack_sft.py gets the template without any and has to find the same tokens on its own.
 """
 
 from collections.abc import Callable

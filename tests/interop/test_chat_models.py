@@ -82,7 +82,7 @@ def test_a_chat_model_of_our_own_chain_stops_at_the_end_of_its_turn(
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     answer = model.generate(**ids, max_new_tokens=30)[0, ids["input_ids"].shape[1] :]
     assert theirs.decode(answer) == "Tue<|im_end|>"
-    # Checkpoints still go by the tokenizer of the documents, which further training data has.
+    # Checkpoints still keep the tokenizer of the documents, which further training data has.
     assert Tokenizer(tuned / "tokenizer").eos_id == eos
 
     more = train(monkeypatch, PRETRAIN, tmp_path / "more", 1, training={"init_from": str(tuned)}, **data)

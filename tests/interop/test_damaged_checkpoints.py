@@ -1,4 +1,4 @@
-"""A checkpoint whose files are missing or cut short is refused by export in one line."""
+"""A checkpoint whose files are missing or truncated is refused by export in one line."""
 
 import os
 from collections.abc import Callable

@@ -164,5 +164,5 @@ def test_input_inside_the_output_is_refused(tmp_path: Path) -> None:
     for given in (out / "rejects", out / "rejects" / "a.jsonl", tmp_path / "link.jsonl"):
         assert refuses(out, given)
         assert not refuses(tmp_path / "other", given)
-        assert not refuses(out / "x", given, is_prefix=True)  # beside it, under another name
+        assert not refuses(out / "x", given, is_prefix=True)  # next to it, under another name
     assert refuses(tmp_path / "index", tmp_path / "index.json", is_prefix=True)

@@ -58,7 +58,7 @@ def test_a_task_that_fails_or_is_killed_stops_no_other_and_the_same_command_runs
     assert "4 tasks: 3 finished, 1 failed" in printed
     assert f"task 1 failed with exit code {code}" in printed and words in printed
     assert str(toy.output / "logs" / "task_00001.log") in printed
-    toy.mend()
+    toy.fix()
     exit_code, printed = toy.run(*arguments, num_tasks=4)
     assert exit_code == 0, printed
     assert toy.starts() == [0, 1, 2, 3, 1]
@@ -88,7 +88,7 @@ def test_no_task_outlives_the_program_and_the_next_run_completes(toy, signum):
     program.communicate(timeout=120)
     assert program.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
     wait_until_gone(note["pid"] for note in toy.notes())
-    toy.mend()
+    toy.fix()
     exit_code, printed = toy.run(num_tasks=3)
     assert exit_code == 0, printed
     assert toy.parts() == all_parts(3)

@@ -27,7 +27,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_told_who_holds_the_task(tmp_path, holder):
+def test_a_second_process_learns_who_holds_the_task(tmp_path, holder):
     with pytest.raises(TaskLocked, match=f"task 3 is being run already by process {holder.pid} on .*: wait for it"):
         task_lock(tmp_path, 3, timeout_s=0).__enter__()
     with task_lock(tmp_path, 4):
@@ -55,7 +55,7 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
         child.wait()
 
 
-def test_a_file_system_without_locks_is_refused_unless_they_are_given_up(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_refused_unless_they_are_turned_off(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 

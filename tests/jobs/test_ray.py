@@ -28,7 +28,7 @@ def test_on_ray_a_task_that_fails_or_is_killed_stops_no_other_and_runs_again(toy
     assert "task 1 failed with exit code 137 (SIGKILL)" in printed
     assert toy.parts() == [name for name in all_parts(4) if "00001" not in name]
     assert toy.most_at_once() <= 2
-    toy.mend()
+    toy.fix()
     exit_code, printed = toy.run(*arguments, executor="ray", num_tasks=4)
     assert exit_code == 0, printed
     assert sorted(toy.starts()) == [0, 1, 1, 2, 3]
@@ -56,7 +56,7 @@ def test_on_ray_no_task_outlives_the_program(toy, signum):
     wait_until_gone(note["pid"] for note in toy.notes())
 
 
-def test_without_ray_the_command_that_installs_it_is_told(toy, monkeypatch):
+def test_without_ray_the_command_that_installs_it_is_reported(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'pip install "megatron-tpt\[ray\]"'):
         run_tasks(toy.command(), ScaleOptions(executor="ray"), toy.output / "logs")

@@ -35,7 +35,7 @@ def test_six_tasks_over_two_arrays_and_again_only_what_is_missing(toy):
     assert (toy.output / "part-00005.txt").read_text() == "part 5 of 6\n"
     assert toy.most_at_once() <= 2
     assert "task 1 failed with exit code 1" in printed and "the shelf is empty" in printed
-    toy.mend()
+    toy.fix()
     exit_code, printed = toy.run(*arguments, **slurm(num_tasks=6, wait=True))
     assert exit_code == 0, printed
     assert "submitted 1 of 6 tasks" in printed and "6 tasks: 6 finished" in printed
@@ -53,7 +53,7 @@ def test_tasks_killed_by_signal_or_by_slurm_stop_no_other_and_run_again(toy):
     subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
     wait_until(queue_is_empty)
     assert toy.parts() == ["part-00000.txt", "part-00002.txt"]
-    toy.mend()
+    toy.fix()
     exit_code, printed = toy.run(*arguments, **slurm(num_tasks=3, wait=True))
     assert exit_code == 0, printed
     assert sorted(toy.starts()) == [0, 1, 1, 2]
@@ -99,7 +99,7 @@ def test_a_task_is_queued_again_before_its_time_limit_and_completes(toy):
     scale = slurm(num_tasks=1, time_limit="1", requeue_before_limit_s=55, wait=True)
     program = toy.start("--fault", "hang", "--fault-task", 0, **scale)
     toy.wait_for_starts(1)
-    toy.mend()
+    toy.fix()
     _, printed = program.communicate(timeout=120)
     assert program.returncode == 0, printed
     assert toy.starts() == [0, 0]
@@ -115,7 +115,7 @@ def test_a_mistake_of_the_user_cancels_what_has_not_started(toy):
     assert "1 finished, 1 failed, 2 not run" in printed
 
 
-def test_what_slurm_refuses_is_told_in_its_words(toy):
+def test_what_slurm_refuses_is_reported_in_its_words(toy):
     exit_code, printed = toy.run(**slurm(partition="nowhere"))
     assert exit_code == 2
     assert "error: SLURM refused: sbatch: error: invalid partition specified: nowhere" in printed

@@ -50,14 +50,14 @@ def wait_for_end(job: str) -> dict[str, str]:
 
 
 def wait_for_step(folder: Path, step: int) -> dict:
-    """Wait until so many steps are reported; returns the heartbeat of the second rank."""
+    """Wait until that many steps are reported; returns the heartbeat of the second rank."""
     metrics = folder / "run/metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= step, timeout_s=300)
     return json.loads((folder / "run/logs/heartbeats/rank-00001.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_is_queued_again_when_told_to_stop_and_tried_again_after_a_fault(cluster: Path, tmp_path: Path) -> None:
+def test_a_run_is_requeued_when_signalled_to_stop_and_retried_after_a_fault(cluster: Path, tmp_path: Path) -> None:
     job = submit(tmp_path)
     wait_for_step(tmp_path, 3)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
@@ -89,16 +89,16 @@ def index_prefix(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("finder", ["every rank", "the first rank"])
 def test_a_mistake_in_the_recipe_ends_the_job(finder: str, cluster: Path, tmp_path: Path, index_prefix: Path) -> None:
     """Also one that only the rank finds that opens the data for the others of its machine."""
-    mistake, told = ["--training.global_batch_size=3"], "error: training.global_batch_size=3 "
+    mistake, reported = ["--training.global_batch_size=3"], "error: training.global_batch_size=3 "
     if finder == "the first rank":
         source = f"{{path: {index_prefix}, max_epochs: 2}}"
         mistake = ["--data.mock=false", f"--data.train=[{source}]", "--model.vocab_size=270"]
-        told = f"error: data: {index_prefix} would be gone through "
+        reported = f"error: data: {index_prefix} would be gone through "
     job = submit(tmp_path, *mistake)
     state = wait_for_end(job)
     text = (tmp_path / "log.txt").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), text
-    assert text.count(told) == 1 and "ended with code" not in text
+    assert text.count(reported) == 1 and "ended with code" not in text
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def count(task: tuple[Path, int]) -> Iterator[int]:
 def fail(task: str) -> Iterator[int]:
     yield 1
     if task == "user error":
-        raise UserError("mend this")
+        raise UserError("fix this")
     if task == "disk full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if task == "fault":
@@ -55,7 +55,7 @@ def test_no_tasks_are_done_at_once() -> None:
 @pytest.mark.parametrize(
     ("task", "error", "message"),
     [
-        ("user error", UserError, "mend this"),
+        ("user error", UserError, "fix this"),
         ("disk full", OSError, "No space left"),
         ("fault", Fault, r"worker \d+ ended with exit code 1 while at fault"),
         ("kill", Fault, r"worker \d+ was ended by SIGKILL \(out of memory\? .*--num-workers\) while at kill"),

@@ -1,7 +1,7 @@
 """A small job of the shape that `megatron_tpt.jobs` runs: without --task it runs all its tasks, with it that one.
 
 Task I writes OUTPUT/part-0000I.txt and is finished when that is there. OUTPUT/runs.jsonl says when which task ran. The
-task named by --fault-task goes wrong in the way that --fault says until OUTPUT/mended exists.
+task named by --fault-task goes wrong in the way that --fault says until OUTPUT/fixed exists.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--meet", type=int, default=0, help="go on once this many tasks have started")
+    parser.add_argument("--meet", type=int, default=0, help="continue once this many tasks have started")
     parser.add_argument("--fault", choices=["fail", "kill", "user_error", "hang", "ignore_sigterm", "leave_child"])
     parser.add_argument("--fault-task", type=int, default=-1)
     parser.add_argument("--scale", type=json.loads, default={}, help="fields of ScaleOptions")
@@ -58,7 +58,7 @@ def part(output: Path, task: int) -> Path:
 def work(arguments: argparse.Namespace) -> None:
     output, task = arguments.output, arguments.task
     note(output, task, "start")
-    if task == arguments.fault_task and not (output / "mended").exists():
+    if task == arguments.fault_task and not (output / "fixed").exists():
         go_wrong(arguments.fault, output)
     while num_starts(output) < arguments.meet:
         time.sleep(0.05)

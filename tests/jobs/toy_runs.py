@@ -32,8 +32,8 @@ class Toy:
         _, printed = process.communicate(timeout=120)
         return process.returncode, printed
 
-    def mend(self) -> None:
-        (self.output / "mended").touch()
+    def fix(self) -> None:
+        (self.output / "fixed").touch()
 
     def parts(self) -> list[str]:
         return sorted(path.name for path in self.output.glob("part-*.txt"))

@@ -53,7 +53,7 @@ def test_a_recipe_names_its_family_and_gives_its_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "reported"),
     [
         ({"family": "mamba"}, "model.family=mamba is not known: use one of gpt, scaled"),
         ({"embedding_scale": 2}, "model.embedding_scale: unknown; it is a setting of model.family=scaled"),
@@ -61,10 +61,10 @@ def test_a_recipe_names_its_family_and_gives_its_fields() -> None:
         ({"family": "scaled", "embeding_scale": 2}, "model.embeding_scale: unknown; did you mean embedding_scale?"),
     ],
 )
-def test_mistakes_are_named(model: dict, told: str) -> None:
+def test_mistakes_are_named(model: dict, reported: str) -> None:
     with pytest.raises(UserError) as refusal:
         recipe(**model)
-    assert str(refusal.value) == told
+    assert str(refusal.value) == reported
 
 
 def test_a_checkpoint_of_another_family_is_refused(tmp_path: Path) -> None:

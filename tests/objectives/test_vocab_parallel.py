@@ -19,7 +19,7 @@ def plain_statistics(logits: torch.Tensor, tokens: torch.Tensor) -> TokenStatist
 
 def compare(rank: int, size: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        # Each result by itself, and all at once with one weight each.
+        # Each result separately, and all at once with one weight each.
         for names in (*((name,) for name in TokenStatistics._fields), TokenStatistics._fields):
             compare_results(names, dtype, rank, size)
 

@@ -86,8 +86,8 @@ def test_another_version_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(package_info, "__version__", f"{megatron_core.VERSION}+abcdef0")  # a working tree's commit
     megatron_core.require_version()
     monkeypatch.setattr(package_info, "__version__", "0.20.0rc1")
-    told = rf"0\.20\.0rc1 is installed \(.*\).*: pip install megatron-core=={megatron_core.VERSION}; .*virtual env"
-    with pytest.raises(UserError, match=told):
+    reported = rf"0\.20\.0rc1 is installed \(.*\).*: pip install megatron-core=={megatron_core.VERSION}; .*virtual env"
+    with pytest.raises(UserError, match=reported):
         megatron_core.require_version()
     monkeypatch.setitem(sys.modules, "megatron.core.package_info", None)
     with pytest.raises(UserError, match="Megatron Core is not installed: pip install"):

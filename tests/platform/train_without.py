@@ -13,15 +13,15 @@ from typing import Any
 
 import megatron_tpt
 
-left_out, folder = sys.argv[1], Path(sys.argv[2])
+removed, folder = sys.argv[1], Path(sys.argv[2])
 # The package adapts Megatron Core as it is imported; so its module is put in place before, changed.
 name = "megatron_tpt.platform.megatron_core"
 spec = importlib.util.spec_from_file_location(name, Path(megatron_tpt.__file__).parent / "platform/megatron_core.py")
 contact = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(contact)
-if not left_out.startswith("nothing"):
-    assert hasattr(contact, left_out)
-    setattr(contact, left_out, lambda *_: None)
+if not removed.startswith("nothing"):
+    assert hasattr(contact, removed)
+    setattr(contact, removed, lambda *_: None)
 
 import torch  # noqa: E402
 
@@ -119,7 +119,7 @@ def main() -> None:
         run=RunConfig(output_dir=folder),
         model=GPTConfig(vocab_size=100, hidden_size=32, hidden_dropout=0.1, tie_embeddings=world_size > 1),
         parallel=ParallelConfig(
-            pipeline_parallel_size=world_size, fsdp="optim_grads" if left_out in OF_FSDP else "none"
+            pipeline_parallel_size=world_size, fsdp="optim_grads" if removed in OF_FSDP else "none"
         ),
         training=TrainingConfig(dtype="bfloat16", sequence_length=16, micro_batch_size=2, recompute="full"),
         optimizer=OptimizerConfig(clip_grad=0.1),

@@ -123,7 +123,7 @@ def check_blocks(path: Path, rows_per_block: int, wanted: set[int], num_taken: i
     expected = [row for row in rows if row.number // rows_per_block in wanted]
     assert [row for _, block in blocks for row in block] == expected
     assert all(row.number // rows_per_block == k for k, block in blocks for row in block)
-    # What is not taken of a block is passed over, and does not reach into the next.
+    # What is not taken of a block is skipped, and does not reach into the next.
     parts = [
         (k, list(itertools.islice(block, num_taken)))
         for k, block in read_blocks(source, TEXT, rows_per_block, lambda k: k in wanted)
@@ -409,7 +409,7 @@ def test_a_damaged_file_ends_with_one_row_that_says_so(tmp_path: Path, suffix: s
         assert damage == "garbage" or len(rows) > 1000
 
 
-def test_zeros_after_a_gzip_file_and_skippable_zstandard_frames_are_passed_over(tmp_path: Path) -> None:
+def test_zeros_after_a_gzip_file_and_skippable_zstandard_frames_are_skipped(tmp_path: Path) -> None:
     line = b'{"text": "x"}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line) + b"\0" * 5000)
     frame = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"

@@ -92,7 +92,7 @@ def test_a_folder_without_inventory_is_read_as_it_is(job: Path) -> None:
     assert len(list(read_records([job]))) == 12
 
 
-def test_content_of_equal_size_is_told_by_the_checksum(job: Path) -> None:
+def test_content_of_equal_size_is_distinguished_by_the_checksum(job: Path) -> None:
     path = job / NAMES[1]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -44,7 +44,7 @@ def killed_at(call: int, run: Callable[[], Any], tmp: Path) -> bool:
     """Run in a process of its own that ends, as by kill -9, before its system call number `call` of those that change
     files. Returns whether it came so far."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses its own alone
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: the child uses its own alone
         pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

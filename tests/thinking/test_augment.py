@@ -196,7 +196,7 @@ def test_the_limit_counts_rows_over_all_sources(documents: Path, model: str, tmp
     assert augment(options).records == 2
 
 
-def test_a_killed_job_asks_again_only_for_what_was_not_finished(documents: Path, model: str, tmp_path: Path) -> None:
+def test_a_killed_job_retries_only_what_was_not_finished(documents: Path, model: str, tmp_path: Path) -> None:
     options = options_for(documents, model, tmp_path / "out", rows_per_shard=1000, max_num_seqs=1, max_new_tokens=130)
     journal = options.output / ".work" / "journal" / "part-00000-00000.jsonl"
     process = subprocess.Popen(command(options, "--max-num-seqs", "1"), stderr=subprocess.PIPE, text=True)

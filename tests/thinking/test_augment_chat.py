@@ -30,8 +30,8 @@ def test_three_documents_are_thought_about_by_any_chat_server(tmp_path: Path) ->
         result = subprocess.run([sys.executable, *shlex.split(words)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     given = [line for line in (ROOT / "examples" / "three_documents.jsonl").read_text().splitlines() if line]
-    done, left_out = records(tmp_path / "three"), rejects(tmp_path / "three")
-    assert len(done) + len(left_out) == len(given) == 3
+    done, rejected = records(tmp_path / "three"), rejects(tmp_path / "three")
+    assert len(done) + len(rejected) == len(given) == 3
     # What a model of random weights says may be refused as no thought; that it was asked is what counts.
     assert all(record.thinking for record in done)
-    assert all(reject["thinking"] for reject in left_out)
+    assert all(reject["thinking"] for reject in rejected)

@@ -59,7 +59,7 @@ def test_a_damaged_shard_is_done_again_and_no_other(
     assert len(server.bodies) == num_asked + 2
 
 
-def test_rejects_that_are_missing_are_asked_again_although_their_shard_is_there(
+def test_rejects_that_are_missing_are_retried_although_their_shard_is_there(
     server: UnrulyServer, tmp_path: Path
 ) -> None:
     options = mixed_job(tmp_path, server)

@@ -38,12 +38,12 @@ def test_a_machine_that_lacks_what_the_others_have_is_a_fault(server: UnrulyServ
         for task in (0, 1)
     ]
     (tmp_path / "in").rename(tmp_path / "away")
-    with pytest.raises(UserError, match="no such file or folder"):  # so for all, as far as one can know
+    with pytest.raises(UserError, match="no such file or folder"):  # so for all tasks, as it seems
         augment(tasks[0])
     (tmp_path / "away").rename(tmp_path / "in")
     augment(tasks[0])
     (tmp_path / "in").rename(tmp_path / "away")
-    with pytest.raises(Fault, match=r"no such file or folder.*when the job began this was in order"):
+    with pytest.raises(Fault, match=r"no such file or folder.*when the job began this was right"):
         augment(tasks[1])
     (tmp_path / "away").rename(tmp_path / "in")
     augment(tasks[1])

@@ -1,4 +1,4 @@
-"""Jobs on a small server of our own: what they do about each other, and about servers that tell little."""
+"""Jobs on a small server of our own: what they do about each other, and about servers that report little."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def server() -> Iterator[UnrulyServer]:
 def test_a_server_that_does_not_tell_lengths_has_them_counted_here(server: UnrulyServer, tmp_path: Path) -> None:
     server.usage, server.reasoning = False, None
     options = job(tmp_path, server, good_texts(3))
-    with pytest.warns(UserWarning, match="does not tell how many tokens"):
+    with pytest.warns(UserWarning, match="does not report how many tokens"):
         assert augment(options).records == 3
     for record in records(options.output):
         assert record.meta["thinking_tokens"] == -(-len(record.thinking or "") // 4)  # four characters are a token
@@ -161,7 +161,7 @@ def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: Unru
 def test_a_chunk_that_comes_to_nothing_is_a_reject_of_its_own_and_the_others_stay(
     server: UnrulyServer, tmp_path: Path
 ) -> None:
-    # 20 characters are a chunk, and what a chunk begins with tells the server how to misbehave.
+    # 20 characters are a chunk, and what a chunk begins with makes the server to misbehave.
     chunks = {"good": "ok 0 abcdefghijklmn\n", "failing": "400 9 bcdefghijklmn\n", "short": "ok 0 x y z x y z w\n\n"}
     documents = [["good", "failing", "short", "good"], ["failing", "short"], ["good", "good"], ["failing"]]
     filters = dataclasses.replace(NO_FILTERS, min_words=5)

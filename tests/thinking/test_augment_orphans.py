@@ -1,4 +1,4 @@
-"""A job that is killed leaves no engine behind, and the same command goes on at once."""
+"""A job that is killed leaves no engine behind, and the same command resumes at once."""
 
 import os
 import subprocess

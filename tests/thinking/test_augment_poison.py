@@ -12,7 +12,7 @@ from unruly_server import KEY, MODEL, unruly_server
 from megatron_tpt.thinking.augment import augment
 
 NUM_GOOD = 300
-# The first word of a document tells the server how to misbehave, the second how often.
+# The first word of a document sets how the server misbehaves, the second how often.
 PASSING_FAULTS = [f"{fault} 1" for fault in ("500", "503", "429", "hang", "cut", "garbage", "nochoices", "notext")]
 LASTING_FAULTS = {"400 99": "engine_bad_request", "hang 99": "engine_timeout", "garbage 99": "engine_invalid_response"}
 

@@ -103,7 +103,7 @@ def test_a_job_that_was_interrupted_is_filtered_as_far_as_it_is_and_resumed(
     augment(with_filters(options, FILTERS, apply=False))
     assert len(records(options.output)) >= 7 * 3
     assert all(reject["reason"] != "loop" for reject in rejects(options.output))
-    assert len(server.bodies) - num_asked <= 33 - 18  # what was answered is not asked again
+    assert len(server.bodies) - num_asked <= 33 - 18  # what was answered is not requested again
 
 
 def test_only_the_filters_may_differ_and_no_task_may_run(server: UnrulyServer, tmp_path: Path) -> None:

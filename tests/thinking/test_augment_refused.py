@@ -118,7 +118,7 @@ def test_a_job_of_several_tasks_is_judged_as_a_whole(server: UnrulyServer, tmp_p
     tasks = [
         job(tmp_path, server, good_texts(4), task=task, scale=ScaleOptions(num_tasks=2), **changes) for task in (0, 1)
     ]
-    assert augment(tasks[0]).rejects == {"too_short": 2}  # as far as it knows, the others do better
+    assert augment(tasks[0]).rejects == {"too_short": 2}  # for all it knows, the others do better
     with pytest.raises(UserError, match="without a single record: all 4 documents"):
         augment(tasks[1])
     server.answers = {}

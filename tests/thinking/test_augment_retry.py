@@ -35,7 +35,7 @@ def again(options: AugmentOptions, *reasons: str, **changes: object) -> AugmentO
     return dataclasses.replace(options, retry_rejects=list(reasons), **changes)  # type: ignore[arg-type]
 
 
-def test_rejects_are_asked_again_by_reason_and_the_rest_is_kept(server: UnrulyServer, tmp_path: Path) -> None:
+def test_rejects_are_retried_by_reason_and_the_rest_is_kept(server: UnrulyServer, tmp_path: Path) -> None:
     options = mixed_job(tmp_path, server)
     augment(options)
     assert state(options.output)[1] == sorted(ENGINE + OF_INPUT + THOUGHTS)
@@ -88,7 +88,7 @@ def test_a_thought_is_asked_for_with_another_seed_and_an_engine_failure_with_its
 
 
 @pytest.mark.parametrize("is_earlier", [False, True])
-def test_of_several_rollouts_and_chunks_only_the_rejected_are_asked_again(
+def test_of_several_rollouts_and_chunks_only_the_rejected_are_retried(
     server: UnrulyServer, tmp_path: Path, is_earlier: bool
 ) -> None:
     # 20 characters are a chunk. The server's faults pass; each chunk is asked about in two rollouts.
@@ -229,7 +229,7 @@ def test_whenever_it_is_killed_nothing_is_lost_and_nothing_is_there_twice(
     assert num_kills >= 5
 
 
-def test_rejects_of_earlier_versions_are_asked_again(server: UnrulyServer, tmp_path: Path) -> None:
+def test_rejects_of_earlier_versions_are_retried(server: UnrulyServer, tmp_path: Path) -> None:
     """They have no lengths of what was rejected, and their ledgers no revisions."""
     options = mixed_job(tmp_path, server)
     augment(options)

@@ -59,7 +59,7 @@ def test_the_card_says_what_was_counted_and_how_it_came_about(tmp_path: Path):
     assert header["size_categories"] == ["n<1K"]
     for line in [
         "| records | 12 |",
-        "| thinking that was cut at the limit | 3 (25.0%) |",
+        "| thinking that was truncated at the limit | 3 (25.0%) |",
         "| tokens of thinking | 3,000 |",
         "| document and thinking together, per document token | 22.74 |",
         "| device hours of the generator (a server elsewhere is one device) | 2.00 |",

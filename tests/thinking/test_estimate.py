@@ -150,8 +150,8 @@ def test_costs_are_those_of_all_servers_and_a_short_run_is_called_one(
         many = estimate(dataclasses.replace(options, max_num_seqs=4))
     assert few.num_devices == 2 and "tokens/s on 2 servers" in few.summary()
     assert few.device_hours == pytest.approx(2 * few.generation_s / 3600)
-    assert "more documents give a truer figure" in few.summary()
-    assert many.max_in_flight == 8 and "truer" not in many.summary()
+    assert "more documents give a better estimate" in few.summary()
+    assert many.max_in_flight == 8 and "better estimate" not in many.summary()
 
 
 def test_servers_that_do_not_tell_lengths_have_a_cost(
@@ -159,6 +159,6 @@ def test_servers_that_do_not_tell_lengths_have_a_cost(
 ) -> None:
     monkeypatch.setattr(server, "usage", False)
     write_rows(tmp_path / "in.jsonl", texts(10, 20))
-    with pytest.warns(UserWarning, match="does not tell"):
+    with pytest.warns(UserWarning, match="does not report"):
         guess = estimate(options_of(tmp_path / "in.jsonl"))
     assert guess.device_hours > 0 and "0 tokens/s" in guess.summary()

@@ -137,13 +137,13 @@ def test_quotations_and_mathematics_are_in_no_wrong_script():
     assert script_letters(symbols).keys() == {"latin"}
 
 
-def test_scripts_are_told_by_their_letters():
+def test_scripts_are_recognized_by_their_letters():
     assert script_letters("ab é ﬁ 12 — Ω") == {"latin": 4}
     assert script_letters("これはテスト漢字") == {"cjk": 8}
     assert script_letters("слово λόγος कमल 한글") == {"cyrillic": 5, "greek": 5, "devanagari": 3, "hangul": 2}
 
 
-def test_the_language_of_whole_paragraphs_is_told():
+def test_the_language_of_whole_paragraphs_is_recognized():
     assert language(THOUGHT) == "en"
     assert language(GERMAN) == "de"
     assert language("3 + 4 = 7") is None

@@ -1,5 +1,5 @@
 """A training loop of its own, of five steps: the trainer's model and a frozen reference run forward on every batch, as
-reinforcement learning does before an update. Each rank writes the log-probabilities beside the run folder.
+reinforcement learning does before an update. Each rank writes the log-probabilities next to the run folder.
 
 The argument --reference=CHECKPOINT says of which weights the reference is.
 """

@@ -1,4 +1,4 @@
-"""Trains as megatron_tpt.pretrain does, and writes the gradients of the first step beside the run folder, and the
+"""Trains as megatron_tpt.pretrain does, and writes the gradients of the first step next to the run folder, and the
 weights that it ends with.
 
 Each rank writes its pieces with their places in the whole, as the checkpoint's own description of the model names them.

@@ -1,4 +1,4 @@
-"""Builds what a recipe trains, does one step, and writes how many bytes each rank holds beside the run folder."""
+"""Builds what a recipe trains, does one step, and writes how many bytes each rank holds next to the run folder."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints that are written beside training: what they hold, and what faults leave of them."""
+"""Checkpoints that are written during training: what they hold, and what faults leave of them."""
 
 import os
 import time
@@ -97,9 +97,9 @@ def test_a_bad_step_finds_the_checkpoint_that_was_being_written(train: Train, tm
     with pytest.raises(AssertionError, match="step 6 is bad"):
         train("stop", *ASYNCHRONOUS, *faults, num_processes=2, program=HELD)
     assert os.readlink(tmp_path / "stop/checkpoints/latest") == "step_00000004"
-    passed_over = train("passed-over", *ASYNCHRONOUS, "--training.skip_steps=[5-6]", num_processes=2)
+    skipping = train("skipping", *ASYNCHRONOUS, "--training.skip_steps=[5-6]", num_processes=2)
     rolled_back = train("back", *ASYNCHRONOUS, *faults, "--faults.on_nonfinite=rollback", num_processes=2, program=HELD)
-    good = [row for row in exact(passed_over) if row[0] not in (5, 6)]
+    good = [row for row in exact(skipping) if row[0] not in (5, 6)]
     assert [row for row in exact(rolled_back) if row[0] not in (5, 6)] == good
 
 

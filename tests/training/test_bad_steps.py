@@ -38,11 +38,11 @@ def test_a_bad_step_stops_the_run_and_is_diagnosed(train: Train, tmp_path: Path)
     ],
     ids=["skip", "rollback", "spike"],
 )
-def test_the_run_goes_on_as_if_the_bad_data_had_been_passed_over(
+def test_the_run_continues_as_if_the_bad_data_had_been_skipped(
     policy: list[str], factor: str, skipped: str, train: Train
 ) -> None:
-    passed_over = train("passed-over", *STEPS, f"--training.skip_steps={skipped}", num_processes=2)
-    assert exact(poisoned(train, "run", factor, *policy)) == exact(passed_over)
+    skipping = train("skipping", *STEPS, f"--training.skip_steps={skipped}", num_processes=2)
+    assert exact(poisoned(train, "run", factor, *policy)) == exact(skipping)
 
 
 def test_a_run_does_not_go_back_for_ever(train: Train) -> None:
@@ -64,8 +64,8 @@ def test_what_comes_again_on_the_same_batch_is_not_laid_to_the_hardware(
         poisoned(train, "run", factor, "--faults.on_loss_spike=stop", changes=dropout)
 
 
-def test_a_bad_step_that_cannot_be_computed_once_more_says_so(train: Train) -> None:
-    with pytest.raises(AssertionError, match=r"step 6 is bad.*not computed once more.*fp8=delayed") as caught:
+def test_a_bad_step_that_cannot_be_computed_again_says_so(train: Train) -> None:
+    with pytest.raises(AssertionError, match=r"step 6 is bad.*not computed again.*fp8=delayed") as caught:
         poisoned(train, "run", "nan:once:delayed")
     assert "TRANSIENT" not in str(caught.value)
 

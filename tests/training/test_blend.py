@@ -53,7 +53,7 @@ def test_phases_follow_each_other_and_sources_go_on_where_they_were() -> None:
     first = build_blend_index([0.75, 0.25], 100, [100, 100])
     np.testing.assert_array_equal(blend.dataset_index[:100], first.dataset_index)
     assert np.bincount(blend.dataset_index[100:]).tolist() == [0, 25, 25]
-    for dataset, used in enumerate((75, 50, 25)):  # none repeated, none left out
+    for dataset, used in enumerate((75, 50, 25)):  # none repeated, none omitted
         assert blend.dataset_sample_index[blend.dataset_index == dataset].tolist() == list(range(used))
 
 
@@ -156,16 +156,16 @@ def test_a_run_is_prolonged_where_its_data_is_not_gone_through_more_often(
     exact = ("step", "loss", "grad_norm", "learning_rate", "tokens")
     assert [[row[name] for name in exact] for row in prolonged] == [[row[name] for name in exact] for row in whole]
 
-    def goes_on(*overrides: str) -> str:
+    def resumed(*overrides: str) -> str:
         return workers.run(PRETRAIN, [str(tmp_path / "run.yaml"), *overrides], 1)
 
     with pytest.raises(AssertionError, match=r"another number of times through data\.train.*allow_change=true"):
-        goes_on("--training.num_steps=100")
+        resumed("--training.num_steps=100")
     with pytest.raises(AssertionError, match=r"step_00000009 is beyond training\.num_steps=8: raise it"):
-        goes_on("--training.num_steps=8")
+        resumed("--training.num_steps=8")
     rate = "WARNING: the learning rate continues at"
-    assert rate not in goes_on("--training.num_steps=10")
-    assert f"{rate} 0.000954" in goes_on("--training.num_steps=12", "--optimizer.schedule=cosine")
+    assert rate not in resumed("--training.num_steps=10")
+    assert f"{rate} 0.000954" in resumed("--training.num_steps=12", "--optimizer.schedule=cosine")
 
 
 def test_validation_sets_have_losses_of_their_own(train: Train, two_sources: list[Path]) -> None:
@@ -257,7 +257,7 @@ def test_what_one_rank_refuses_all_refuse(train: Train, two_sources: list[Path])
         assert f"rank {rank}: UserError('data: {two_sources[1]} would be gone through" in str(caught.value)
 
 
-def test_documents_of_a_sample_are_told_apart() -> None:
+def test_documents_of_a_sample_are_distinguished() -> None:
     tokens = torch.tensor([5, 6, 0, 7, 0, 0, 8])
     marks = segments(tokens, 0)
     assert marks["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 4]
@@ -265,7 +265,7 @@ def test_documents_of_a_sample_are_told_apart() -> None:
 
 
 def test_a_document_is_read_as_if_it_were_alone(recipe: dict, index_prefix: Path, tmp_path: Path) -> None:
-    """Token losses of a sample of several documents are those of every document by itself."""
+    """Token losses of a sample of several documents are those of every document alone."""
     data = {"train": str(index_prefix), "cache_dir": str(tmp_path), "reset_at_documents": True}
     ours = make(recipe, data)
     prepare_cache(ours)

@@ -78,9 +78,9 @@ def test_another_sequence_length_continues_at_the_tokens_consumed(
     options = [str(tmp_path / "run.yaml"), "--training.num_steps=5", "--training.sequence_length=24"]
     with pytest.raises(AssertionError, match=r"was written with training\.sequence_length=32: .*allow_change=true"):
         workers.run(PRETRAIN, options, 1)
-    told = workers.run(PRETRAIN, [*options, ALLOW], 1)
-    assert "after step 3, 8 samples of 24 tokens a step, from sample 32 on" in told
-    assert "WARNING: samples of another training.sequence_length come in another order" in told
+    reported = workers.run(PRETRAIN, [*options, ALLOW], 1)
+    assert "after step 3, 8 samples of 24 tokens a step, from sample 32 on" in reported
+    assert "WARNING: samples of another training.sequence_length come in another order" in reported
     # 3 x 8 x 32 tokens are 32 samples of 24; then two steps of 8 x 24.
     state = read_trainer_state(tmp_path / "run/checkpoints/latest")
     assert (state["step"], state["samples"], state["tokens"]) == (5, 32 + 16, 768 + 2 * 192)
@@ -122,8 +122,8 @@ def test_the_history_of_several_changes_is_kept(tmp_path: Path, capsys: pytest.C
     assert resumed(tmp_path, plan) == dataclasses.replace(second)  # back at what is saved: nothing changes
     assert capsys.readouterr().out == ""
     resumed(tmp_path, plan | {"batch_size_ramp": [{"num_steps": 11, "global_batch_size": 4}]})
-    told = capsys.readouterr().out
-    assert "no effect on the 11 steps that were done with other batch sizes (4 x 2, 6 x 8, 1 x 16)" in told
+    reported = capsys.readouterr().out
+    assert "no effect on the 11 steps that were done with other batch sizes (4 x 2, 6 x 8, 1 x 16)" in reported
 
 
 def test_a_ramp_that_is_still_to_come_changes_too(tmp_path: Path) -> None:
@@ -236,6 +236,6 @@ def test_a_dry_run_says_where_another_batch_size_continues(
     options = ["--training.num_steps=5", "--training.global_batch_size=16", ALLOW, "--dry-run"]
     capsys.readouterr()
     assert prepare(*load_recipe(PretrainRecipe, [str(tmp_path / "run.yaml"), *options])) is None
-    told = capsys.readouterr().out
-    assert "after step 3, 16 samples of 32 tokens a step, from sample 24 on" in told
-    assert "2 of 5 steps are left" in told
+    reported = capsys.readouterr().out
+    assert "after step 3, 16 samples of 32 tokens a step, from sample 24 on" in reported
+    assert "2 of 5 steps are left" in reported

@@ -66,7 +66,7 @@ def make_recipe(folder: Path, *changes: dict, program: type = PretrainRecipe) ->
 
 
 def train_steps(trainer: Trainer, num_steps: int) -> list[tuple[float, float, float]]:
-    """Loss, gradient norm and rate of so many steps."""
+    """Loss, gradient norm and rate of that many steps."""
     rows = []
     with trainer.running():
         for batch in itertools.islice(trainer.batches(), num_steps):
@@ -110,15 +110,15 @@ def test_a_resumed_run_updates_as_one_that_was_changed_in_place(
     capsys.readouterr()
     with platform.process_groups(ParallelConfig()):
         resumed = train_steps(build_trainer(after, build_pretrain_data(after), []), 3)
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     assert resumed == expected
     assert [row[2] for row in resumed] == pytest.approx([3e-3 - (k / 7) * 2e-3 for k in (2, 3, 4)])
     assert resumed[1:] != unchanged[1:]
-    assert "WARNING: other settings than those of" in told and "WARNING: the learning rate continues at" in told
+    assert "WARNING: other settings than those of" in reported and "WARNING: the learning rate continues at" in reported
     for name, value in new.items():
         before_value = to_dict(before)["optimizer"][name]
         was = "null" if before_value is None else before_value
-        assert f"optimizer.{name}={value} ({was} there)" in told
+        assert f"optimizer.{name}={value} ({was} there)" in reported
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_what_is_said_to_take_effect_does(change: dict, tmp_path: Path, capsys: 
         resumed = train_steps(build_trainer(after, build_pretrain_data(after), []), 1)
     assert resumed[0][:2] != unchanged[0][:2]
     assert resumed[0][0] == pytest.approx(unchanged[0][0], rel=0.2), "the weights are the checkpoint's"
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for section, values in change.items():
         for name, value in values.items():
-            assert re.search(rf"WARNING: other settings .*{section}\.{name}={value} \(", told)
+            assert re.search(rf"WARNING: other settings .*{section}\.{name}={value} \(", reported)
 
 
 @dataclasses.dataclass
@@ -278,32 +278,32 @@ def outcome(run: Finished, overrides: list[str], capsys: pytest.CaptureFixture[s
     return capsys.readouterr().out
 
 
-def is_as_the_table_says(effect: Effect, name: str, value: str, before: str, told: str, allowed: str) -> bool:
+def is_as_the_table_says(effect: Effect, name: str, value: str, before: str, reported: str, allowed: str) -> bool:
     """Whether an outcome, and that with data.allow_change, are those of an effect."""
     here = re.escape(f"{name}={value} ({before} there)")
-    was = re.search(rf"error: .* was written with .*{re.escape(f'{name}={before}')}", told) is not None
+    was = re.search(rf"error: .* was written with .*{re.escape(f'{name}={before}')}", reported) is not None
     if effect in (Effect.WARNED, Effect.PRECISION):
-        return re.search(rf"WARNING: other settings than .* take effect after step 4: .*{here}", told) is not None
+        return re.search(rf"WARNING: other settings than .* take effect after step 4: .*{here}", reported) is not None
     if effect is Effect.NONE:
-        return re.search(rf"WARNING: {here} has no effect: ", told) is not None
+        return re.search(rf"WARNING: {here} has no effect: ", reported) is not None
     if effect is Effect.REFUSED:
         return was
     if effect is Effect.ALLOWED:
-        return was and "data.allow_change" in told and "WARNING: other batches than" in allowed
-    return "error: " not in told and f"{name}=" not in "".join(re.findall("WARNING: other settings.*", told))
+        return was and "data.allow_change" in reported and "WARNING: other batches than" in allowed
+    return "error: " not in reported and f"{name}=" not in "".join(re.findall("WARNING: other settings.*", reported))
 
 
 def check(
     run: Finished, field: tuple[str, type, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: int = 2
 ) -> str:
-    """Change a field and resume. Returns the effect; "" where the new value is not valid by itself."""
+    """Change a field and resume. Returns the effect; "" where the new value is not valid alone."""
     section, cls, name = field
     before = run.saved[section][name]
     value = another(field, before, factor)
     option = f"--{section}.{name}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
     if value is None or outcome(run, [option, f"--run.output_dir={tmp_path / 'new'}"], capsys).startswith("error: "):
         return ""
-    told, allowed = (outcome(run, [option, *more], capsys) for more in ([], ["--data.allow_change=true"]))
+    reported, allowed = (outcome(run, [option, *more], capsys) for more in ([], ["--data.allow_change=true"]))
     arguments = load_recipe(run.cls, [str(run.path), option])[0]
     effect, _ = effects_of(cls, name)
     if effect is Effect.CONTENT or not has_effect(arguments, section, name):
@@ -311,7 +311,7 @@ def check(
     shown = [str(one).lower() if isinstance(one, bool) else "null" if one is None else one for one in (value, before)]
     if isinstance(value, list):
         shown = ["[{num_steps: 5, global_batch_size: 4}]", "[]"]
-    assert is_as_the_table_says(effect, f"{section}.{name}", *map(str, shown), told, allowed), (effect, told)
+    assert is_as_the_table_says(effect, f"{section}.{name}", *map(str, shown), reported, allowed), (effect, reported)
     return effect.name
 
 
@@ -354,13 +354,13 @@ def test_a_model_that_computes_otherwise_than_init_from_is_warned_of(
     for number, run in enumerate(finished):
         start = (run.path.parent / "PretrainRecipe/checkpoints/latest").resolve()
         own = [*overrides, f"--run.output_dir={tmp_path / str(number)}", f"--training.init_from={start}"]
-        told = outcome(run, own, capsys)
+        reported = outcome(run, own, capsys)
         settings = "model.rotary_base=500.0 (10000.0 there), model.norm_epsilon=0.01 (1e-05 there)"
         lines = [
             f"WARNING: the model computes with other settings than {start} was trained with: {settings}",
             f"WARNING: model.init_std=1.0 (0.02 there) has no effect: the weights are those of {start}",
         ]
-        assert set(lines) <= set(told.splitlines())
+        assert set(lines) <= set(reported.splitlines())
     assert set(lines) <= set(workers.run(FINETUNE, [str(run.path), *own], 1).splitlines())
     more_rows = [*own[1:], "--training.num_steps=4", "--model.vocab_size=1000", f"--run.output_dir={tmp_path}/larger"]
     assert "starts in" in outcome(run, more_rows, capsys)
@@ -372,5 +372,5 @@ def test_a_model_that_computes_otherwise_than_init_from_is_warned_of(
 def test_random_tokens_do_not_continue_a_run_on_text(
     finished: list[Finished], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = outcome(finished[0], ["--data.mock=true", "--data.train=[]", "--model.vocab_size=320"], capsys)
-    assert "was written with data.mock=false: resume with that" in told
+    reported = outcome(finished[0], ["--data.mock=true", "--data.train=[]", "--model.vocab_size=320"], capsys)
+    assert "was written with data.mock=false: resume with that" in reported

@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert (checkpoints / "step_00000002").is_dir()
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["in-the-step", "beside-training"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in-the-step", "during-training"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
     asynchronous: bool, train: Train, changes: dict, tmp_path: Path, workers: Workers
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_runs import Train
 
-from megatron_tpt.training.desync import checksums, describe, find_odd_copies
+from megatron_tpt.training.desync import checksums, describe, find_unequal_copies
 
 from megatron.core import fp8_utils
 
@@ -23,7 +23,7 @@ def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Tr
     options = [*overrides, "--faults.desync_interval=3", "--training.num_steps=8"]
     with pytest.raises(AssertionError) as caught:
         train("run", *options, f"--flip=1:6:{name}", num_processes=2, program="flipped_pretrain")
-    for rank in (0, 1):  # of two, none can be told to be right
+    for rank in (0, 1):  # of two, none is known to be right
         assert f"rank {rank}: Fault('the weights after step 6 are not the same" in str(caught.value)
     assert f"hold a copy: rank 0, 1, 1 parameters ({name})" in str(caught.value)
     assert not (tmp_path / "run/checkpoints/step_00000008").exists()
@@ -41,9 +41,9 @@ def test_weights_that_are_gathered_during_the_next_step_are_no_fault(train: Trai
 
 def test_the_minority_is_named() -> None:
     names, right, wrong = ["a", "b", "c", "d"], [1, 2, 3, 4], [1, 0, 0, 4]
-    assert find_odd_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
-    assert find_odd_copies(names, [0, 2], [right, right]) == {}
-    assert describe(find_odd_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
+    assert find_unequal_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
+    assert find_unequal_copies(names, [0, 2], [right, right]) == {}
+    assert describe(find_unequal_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -89,7 +89,7 @@ def test_weights_kept_in_fp8_are_compared_by_their_bytes(name: str, monkeypatch:
     monkeypatch.setattr(fp8_utils, "FP8_TENSOR_CLASS", QuantizedTensor)
     values = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn).view(torch.uint8)
     weight, copy = (torch.nn.Parameter(QuantizedTensor(name, raw, 0.5)) for raw in (values, values.clone()))
-    assert weight.detach().sum().dtype == torch.bfloat16  # what its bytes stand for
+    assert weight.detach().sum().dtype == torch.bfloat16  # what its bytes represent
     expected = values.view(torch.int64).sum()
     for bit in range(8):
         getattr(copy, name)[3, 4] ^= 1 << bit

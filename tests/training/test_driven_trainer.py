@@ -1,4 +1,4 @@
-"""The trainer as a library: driven by another loop, beside other models, with other objectives."""
+"""The trainer as a library: driven by another loop, with other models, with other objectives."""
 
 import itertools
 from collections.abc import Iterator

@@ -67,7 +67,7 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "reported"),
     [
         (["--run.seed=5"], "was written with run.seed=1234: resume with that, or start"),
         (
@@ -91,7 +91,7 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
     ],
 )
 def test_what_would_be_refused_is_refused(
-    overrides: list[str], told: str, dry_run: DryRun, finished: tuple[Path, str], records_path: Path, tmp_path: Path
+    overrides: list[str], reported: str, dry_run: DryRun, finished: tuple[Path, str], records_path: Path, tmp_path: Path
 ) -> None:
     from megatron_tpt.indexing.index import index
     from megatron_tpt.indexing.options import IndexOptions
@@ -105,7 +105,7 @@ def test_what_would_be_refused_is_refused(
     names = {"NEW": tmp_path / "new", "CHECKPOINT": finished[0].parent / "run/checkpoints/latest"}
     for name, value in names.items():
         overrides = [override.replace(name, str(value)) for override in overrides]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         dry_run(*overrides)
 
 
@@ -157,8 +157,8 @@ def test_a_cpu_is_not_measured_by_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert "H100" not in text and "MFU" not in text and "GPU-hours" not in text
     assert "--device=h100 describes the run on that GPU" in row(text, "time")
     assert "DOES NOT FIT" in row(text, "device")
-    told = recipe_from_dict(PretrainRecipe, {**LARGE, "logging": {"peak_tflops": 1.0}})
-    assert "1 TFLOP/s each: logging.peak_tflops" in describe(told, 64, find_device(None))
+    reported = recipe_from_dict(PretrainRecipe, {**LARGE, "logging": {"peak_tflops": 1.0}})
+    assert "1 TFLOP/s each: logging.peak_tflops" in describe(reported, 64, find_device(None))
 
 
 def test_the_gpu_of_this_machine_is_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Losses of runs as they were when they were written down: a change that should change nothing changes no bit of them.
 
-    GOLDEN=write pytest tests/training/test_golden_losses.py    writes them down anew
+    GOLDEN=write pytest tests/training/test_golden_losses.py    writes them again
 
 Every file says on which processor and with which torch it was made. Elsewhere sums are rounded otherwise: there the
 losses are compared to three digits: Muon's iterations make more of it than a sum does.

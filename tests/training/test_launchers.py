@@ -62,7 +62,7 @@ def test_all_processes_of_a_launch_meet_at_one_port_and_another_launch_at_anothe
     ("environment", "words"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "do not tell MASTER_ADDR:"),  # two machines
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "do not say MASTER_ADDR:"),  # two machines
         ({"PMI_SIZE": "8", "PMI_RANK": "0"}, "mpiexec has started this process as one of 8"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "srun .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         (BATCH | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, "srun .* MASTER_ADDR, MASTER_PORT"),

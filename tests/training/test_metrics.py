@@ -57,7 +57,7 @@ def test_losses_are_means_over_their_own_tokens() -> None:
     assert LanguageModeling().metrics(sums_of(0.0, 0, 0.0, 0)) == {}, "0 / 0 is no loss"
 
 
-def test_losses_of_sources_are_told_apart_where_there_are_several() -> None:
+def test_losses_of_sources_are_reported_apart_where_there_are_several() -> None:
     sums = {"source_loss/a": 14.0, "source_tokens/a": 4, "source_loss/b": 0.0, "source_tokens/b": 0}
     sums = sums_of(15.0, 6, 8.0, 1, **sums, **{"source_loss/c": 1.0, "source_tokens/c": 2})
     of_sources = {n: v for n, v in LanguageModeling("abc").metrics(sums).items() if n.startswith("source_")}

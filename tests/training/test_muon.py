@@ -107,7 +107,7 @@ def orthogonalised(matrix: torch.Tensor, num_steps: int) -> torch.Tensor:
 
 
 def muon_update(matrix: torch.Tensor, parts: list[list[int]], recipe: OptimizerConfig) -> torch.Tensor:
-    """The update of a matrix whose rows `parts` are orthogonalised each by itself."""
+    """The update of a matrix whose rows `parts` are orthogonalised separately."""
     update = torch.empty_like(matrix)
     for rows in parts:
         scale = recipe.muon_scale_factor * max(len(rows), matrix.shape[1]) ** 0.5

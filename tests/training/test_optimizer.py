@@ -1,4 +1,4 @@
-"""Learning-rate schedules, batch sizes that grow, weight decay by group, steps passed over."""
+"""Learning-rate schedules, batch sizes that grow, weight decay by group, skipped steps."""
 
 import math
 import shutil

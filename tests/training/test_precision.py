@@ -1,4 +1,4 @@
-"""Precision and recomputation: what a recipe asks for is what Megatron Core is told, or an error."""
+"""Precision and recomputation: what a recipe asks for is what Megatron Core gets, or an error."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def recipe(training: dict, **parallel: object) -> PretrainRecipe:
 
 
 def config_on_gpu(training: dict, **parallel: object) -> TransformerConfig:
-    """What Megatron Core would be told on a GPU with Transformer Engine, whose own fields cannot be checked here."""
+    """What Megatron Core would get on a GPU with Transformer Engine, whose own fields cannot be checked here."""
     asked = recipe(training, **parallel)
     asked.check(asked.parallel.model_parallel_size)
     settings = core_settings(asked.model, asked.parallel, asked.training, transformer_engine=True, on_gpu=True)
@@ -104,7 +104,7 @@ def test_offloaded_layers_and_parallel_sizes_reach_megatron_core() -> None:
         ({"recompute": "selective", "recompute_modules": []}, "recompute_modules is empty"),
         ({"recompute": "block", "recompute_layers": 9}, "more than the layers of a pipeline stage"),
         ({"cpu_offload_layers": 8}, "must be below model.num_layers=8"),
-        ({"cpu_offload_layers": 2, "recompute": "full"}, "give up one of them"),
+        ({"cpu_offload_layers": 2, "recompute": "full"}, "give one of them"),
     ],
 )
 def test_what_does_not_go_together_is_refused(training: dict, words: str) -> None:

@@ -99,7 +99,7 @@ def refusal(tmp_path: Path, text: str, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("callbacks", "told"),
+    ("callbacks", "reported"),
     [
         ("[profile]", "recipe.yaml:1: callbacks: ['profile'] is not a mapping"),
         ("{profile: 5}", "recipe.yaml:1: callbacks.profile: 5 is not a mapping"),
@@ -123,15 +123,15 @@ def refusal(tmp_path: Path, text: str, *options: str) -> list[str]:
         ("{tpt_own_callbacks:StopAfter: {step: 1, stop: 2}}", "StopAfter.stop: unknown; did you mean step?"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_where_it_is(
-    callbacks: str, told: str, own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_mistake_is_reported_where_it_is(
+    callbacks: str, reported: str, own_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(own_folder)
     (line,) = refusal(tmp_path, f"callbacks: {callbacks}")
-    assert told in line and line.startswith("recipe.yaml:")
+    assert reported in line and line.startswith("recipe.yaml:")
 
 
-def test_all_mistakes_are_told_together(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
     lines = refusal(tmp_path, "callbacks:\n  validate: {a: 1}", "--callbacks.profile.b=2", "--callbacks.own={}")
     assert [line.split(": ")[:2] for line in lines] == [
         ["recipe.yaml:2", "callbacks.validate.a"],

@@ -94,7 +94,7 @@ def test_profile_holds_the_steps_and_ranks_asked_for(train: Train, tmp_path: Pat
 
 
 def test_a_wish_that_cannot_be_met_is_refused(train: Train, recipe: dict) -> None:
-    with pytest.raises(AssertionError, match=r"profiling\.memory records a GPU's memory, and there is none"):
+    with pytest.raises(AssertionError, match=r"profiling\.memory records a GPU's memory, and there is no GPU"):
         train("memory", "--profiling.first_step=2", "--profiling.memory=true")
     with pytest.raises(AssertionError, match=r"there is no rank 3 among 1"):
         train("rank", "--profiling.first_step=2", "--profiling.ranks=[0,3]")
@@ -155,4 +155,4 @@ def test_power_that_cannot_be_read_costs_a_metric_and_not_the_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
     assert _measure_power() == _measure_power() == {}
-    assert capfd.readouterr().out == "WARNING: gpu_power_w is left out of the metrics: Not Supported\n"
+    assert capfd.readouterr().out == "WARNING: gpu_power_w is omitted from the metrics: Not Supported\n"

@@ -130,11 +130,11 @@ _WITHOUT_RIGHTS = ["setpriv", *(f"--{kind}=-dac_override,-dac_read_search" for k
 
 
 @pytest.mark.parametrize(
-    ("umask", "told"),
+    ("umask", "reported"),
     [(0o077, "nothing can be written there"), (0o022, "nothing can be written there"), (0o002, None)],
 )
-def test_another_user_resumes_a_run_or_is_told_what_is_missing(
-    umask: int, told: str | None, recipe_of: Callable[..., Path], tmp_path: Path
+def test_another_user_resumes_a_run_or_learns_what_is_missing(
+    umask: int, reported: str | None, recipe_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     if subprocess.run([*_WITHOUT_RIGHTS, "true"], capture_output=True).returncode:
         pytest.skip("needs setpriv, and root")
@@ -145,8 +145,8 @@ def test_another_user_resumes_a_run_or_is_told_what_is_missing(
         os.chown(place, 10001, os.getgid(), follow_symlinks=False)
     if umask == 0o077:
         run.chmod(0o775)  # the folder itself is the group's
-        told = r"checkpoints is another user's (uid 10001), and this one has no right to write there"
+        reported = r"checkpoints is another user's (uid 10001), and this one has no right to write there"
     result = subprocess.run([*_WITHOUT_RIGHTS, *command], capture_output=True, text=True)
-    assert result.returncode == (0 if told is None else 2), result.stderr
-    assert "Traceback" not in result.stderr and (told is None or told in result.stderr)
-    assert losses(run)[-1][0] == (6 if told is None else 4)
+    assert result.returncode == (0 if reported is None else 2), result.stderr
+    assert "Traceback" not in result.stderr and (reported is None or reported in result.stderr)
+    assert losses(run)[-1][0] == (6 if reported is None else 4)

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one job at a time, and nothing that is left over stands in the way of a resume."""
+"""The lock of a run folder: one job at a time, and nothing that is left over prevents a resume."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def leave(folder: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_second_job_is_told_who_has_the_folder_and_since_when(holder: subprocess.Popen, tmp_path: Path) -> None:
+def test_a_second_job_learns_who_has_the_folder_and_since_when(holder: subprocess.Popen, tmp_path: Path) -> None:
     since = json.loads((tmp_path / LOCK).read_text())["since"]
     with (
         pytest.raises(UserError, match=f"in use by process {holder.pid} on .* since {re.escape(since)}"),

@@ -81,7 +81,7 @@ def megatrons_own(prefixes: list[Path], recipe: PretrainRecipe, cache: Path):
 def test_the_order_of_one_dataset_is_megatron_cores(
     epochs: float, recipe: dict, index_prefix: Path, tmp_path: Path
 ) -> None:
-    """Also where the last epoch is shuffled by itself (less than 0.8 of it is used), and where it is not."""
+    """Also where the last epoch is shuffled separately (less than 0.8 of it is used), and where it is not."""
     num_tokens = Manifest.read(index_prefix).counts.tokens
     num_steps = int(epochs * num_tokens / 32 / 8)
     ours = make_recipe(recipe, [index_prefix], tmp_path / "ours", num_steps=num_steps)

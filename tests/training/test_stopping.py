@@ -1,4 +1,4 @@
-"""Runs that are told to stop: the step is finished, a checkpoint written, and the same command goes on."""
+"""Runs that are signalled to stop: the step is finished, a checkpoint written, and the same command resumes."""
 
 import signal
 import time

@@ -83,14 +83,14 @@ def test_checkpoints_keep_the_tokenizer_although_its_folder_goes_away(moved: Pat
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == expected
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), OSError("mend it")])
+@pytest.mark.parametrize("error", [UserError("fix it"), OSError("fix it")])
 def test_all_ranks_hear_of_a_checkpoint_that_one_cannot_write(error: Exception, tmp_path: Path) -> None:
     def fail() -> None:
         raise error
 
     with platform.process_groups(ParallelConfig()):
         assert _together(tmp_path, lambda: 3) == 3
-        with pytest.raises(SaveError, match=r"could not be written \(rank 0: mend it\)"):
+        with pytest.raises(SaveError, match=r"could not be written \(rank 0: fix it\)"):
             _together(tmp_path, fail)
 
 
@@ -136,7 +136,7 @@ def test_weights_and_runs_of_another_tokenizer_are_refused(
     path.write_text(yaml.safe_dump({"data": {"train": str(examples), "tokenizer": str(tmp_path / "other")}}))
     with pytest.raises(UserError, match="trained with another tokenizer"):
         prepare(*load_recipe(FinetuneRecipe, [str(path), other[0]]))
-    # The lengths of these documents are the same, so only the tokenizer tells that the data is another.
+    # The lengths of these documents are the same, so only the tokenizer shows that the data differs.
     with pytest.raises(AssertionError, match=r"UserError.*written by a run with another tokenizer"):
         train("base", f"--data.train={others_index}", changes=save)
 
@@ -160,7 +160,7 @@ def test_indices_that_do_not_go_together_or_hold_sentences_are_refused(
     for name, words in (
         ("instruct-data", r"end-of-sequence token \(1\) is not that of the other data \(0\)"),
         ("tags", "its think tags"),
-        ("sentences", "cut into sentences"),
+        ("sentences", "split into sentences"),
     ):
         path.write_text(yaml.safe_dump(recipe | {"data": {"train": [str(tmp_path / "base"), str(tmp_path / name)]}}))
         for dry_run in ([], ["--dry-run"]):

@@ -221,7 +221,7 @@ def test_examples_that_are_skipped_are_counted_and_none_left_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reported"),
     [
         (
             {"train": "PLAIN", "loss_on": "thinking"},
@@ -234,14 +234,14 @@ def test_examples_that_are_skipped_are_counted_and_none_left_is_refused(
     ],
 )
 def test_indices_without_a_token_to_learn_from_are_refused(
-    data: dict, told: str, recipe: dict, plain_prefix: Path, index_prefix: Path
+    data: dict, reported: str, recipe: dict, plain_prefix: Path, index_prefix: Path
 ) -> None:
     paths = {"PLAIN": str(plain_prefix), "BOTH": str(index_prefix)}
     training = {**recipe["training"], "validation_interval": 1}
     ours = recipe_from_dict(
         PretrainRecipe, {**recipe, "training": training, "data": {k: paths.get(v, v) for k, v in data.items()}}
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reported):
         list(ours.data_warnings())
     blend = recipe_from_dict(
         PretrainRecipe,

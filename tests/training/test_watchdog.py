@@ -142,7 +142,7 @@ WAITING = (7, "forward and backward", True)
         (WAITING, "all ranks are at the same place after step 7: forward and backward"),
     ],
 )
-def test_the_late_rank_is_told_from_those_that_wait(late: tuple[int, str, bool], named: str) -> None:
+def test_the_late_rank_is_distinguished_from_those_that_wait(late: tuple[int, str, bool], named: str) -> None:
     every = beats(WAITING, WAITING, (7, "update", False), late)
     if late == WAITING:
         every[2] = beats(WAITING, WAITING, WAITING)[2]

@@ -108,7 +108,7 @@ class Workers:
         self.connections.clear()
 
     def run(self, module: str, argv: list[str], num_processes: int, *, ranks_per_node: int | None = None) -> str:
-        """Run a program on so many ranks. Returns what the first printed; fails when any rank does.
+        """Run a program on that many ranks. Returns what the first printed; fails when any rank does.
 
         With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
         """

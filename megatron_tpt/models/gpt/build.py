@@ -69,7 +69,7 @@ def transformer_config(model: GPTConfig, parallel: ParallelConfig, training: Tra
     if parallel.context_parallel_size > 1 and not transformer_engine:
         raise UserError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention, "
-            f"which runs on GPUs alone: set it to 1 here"
+            f"which only runs on GPUs: set it to 1 here"
         )
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
@@ -171,8 +171,8 @@ def _block_spec(
 
 
 def _set_rotary_scaling(gpt: GPTModel, model: GPTConfig) -> None:
-    """Give a new model its frequencies and its factor on cosines and sines. Megatron Core has Llama 3's change for one
-    original context alone, and keeps yarn's factor in every layer's attention."""
+    """Give a new model its frequencies and its factor on cosines and sines. Megatron Core only has Llama 3's change for
+    one original context, and keeps yarn's factor in every layer's attention."""
     gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for layer in gpt.decoder.layers:
         set_rotary_attention_factor(layer.self_attention, rotary_attention_factor(model))
@@ -186,8 +186,8 @@ def build_model(
     seed: int | None,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` alike for every layout; without
-    one they are whatever was in memory, for weights to be loaded, as drawing billions of them takes minutes.
+    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` the same way for every layout;
+    without one they are whatever was in memory, for weights to be loaded, as drawing billions of them takes minutes.
 
     Needs initialised process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s]
     to losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].

@@ -40,13 +40,13 @@ class GPTConfig(ModelConfig):
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
     rope_scaling_factor: PositiveFloat | None = None
-    """How many times the context is stretched by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
+    """How many times the context is extended by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
     no change when not given."""
     rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
     """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
     attention gets a temperature (yarn)."""
     rope_original_context: PositiveInt = 8192
-    """Context before stretching, in tokens, from which llama3 and yarn decide what a low frequency is
+    """Context before the extension, in tokens, from which llama3 and yarn decide what a low frequency is
     (original_max_position_embeddings)."""
     rope_low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""

@@ -100,7 +100,7 @@ def _architecture_in(config: dict[str, Any], source: Path) -> str:
     if config.get("model_type", MODEL_TYPES[architecture]) != MODEL_TYPES[architecture]:
         raise UserError(
             f"{source}: model_type={reprlib.repr(config['model_type'])} is not that of {architecture} "
-            f"({MODEL_TYPES[architecture]!r}), and transformers goes by model_type: correct one of them"
+            f"({MODEL_TYPES[architecture]!r}), and transformers uses model_type: correct one of them"
         )
     return architecture
 

@@ -23,7 +23,7 @@ _READ = """
     torch_dtype dtype
 """
 READ_FIELDS = frozenset(_READ.split())
-"""Fields that an export writes anew from the checkpoint."""
+"""Fields that an export writes from the checkpoint."""
 
 _OFF = (None, False)
 _FIXED: dict[str, tuple[Any, ...]] = {

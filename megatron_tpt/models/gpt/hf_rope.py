@@ -90,7 +90,7 @@ def _attention_factor(rope: dict[str, Any]) -> float | None:
 
 
 def describe_rope(config: dict[str, Any]) -> list[str]:
-    """Lines about settings of the rotary positions that have no effect, in transformers neither."""
+    """Lines about settings of the rotary positions that have no effect, nor in transformers."""
     rope = _parameters(config)
     used = {*_ALWAYS, *_NEEDED.get(_kind(rope), ()), *_OPTIONAL.get(_kind(rope), ())}
     unused = sorted(name for name in rope.keys() - used if rope[name] is not None)
@@ -102,7 +102,7 @@ def describe_rope(config: dict[str, Any]) -> list[str]:
 
 
 def write_rope(model: GPTConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rope_parameters of a config.json; in the words of the `original` config.json where
+    """rope_theta, rope_scaling and rope_parameters of a config.json; in the form of the `original` config.json where
     that says the same."""
     theta, scaling = model.rotary_base, _scaling(model)
     if original and scaling and _says(original, model):

@@ -1,4 +1,4 @@
-"""Rotary frequencies, with the changes that stretch a context after training, as Hugging Face's models compute them."""
+"""Rotary frequencies, with the changes that extend a context after training, as Hugging Face's models compute them."""
 
 import math
 
@@ -30,7 +30,7 @@ def rotary_attention_factor(model: GPTConfig) -> float:
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """0.1 weight ln(factor) + 1 (https://arxiv.org/abs/2309.00071, equation 22); 1 where nothing is stretched."""
+    """0.1 weight ln(factor) + 1 (https://arxiv.org/abs/2309.00071, equation 22); 1 where nothing is extended."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
