@@ -28,7 +28,7 @@ sys.argv = ["program"]
 """
 
 
-@pytest.mark.parametrize("module", ["dataclasses", "megatron_tpt.config.cli", "docstring_parser"])
+@pytest.mark.parametrize("module", ["dataclasses", "megatron_tpt.config.cli", "annotated_types"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_interrupt_while_a_program_is_imported_ends_it_quietly(name: str, module: str) -> None:
     code = INTERRUPTED_AT.format(module=module, program=PROGRAMS[name])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_tpt import interrupts
 from megatron_tpt.config.command_line import GivenOptions
 from megatron_tpt.config.convert import Converter
 from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, resource_message
@@ -62,7 +61,7 @@ def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
 
     Called when the program's module has been imported: from here on Ctrl-C is a KeyboardInterrupt again.
     """
-    interrupts.restore()
+    _restore_interrupts()
 
     def command() -> NoReturn:
         run(main)
@@ -70,8 +69,15 @@ def program(main: Callable[[], Any]) -> Callable[[], NoReturn]:
     return command
 
 
+def _restore_interrupts() -> None:
+    from megatron_tpt import interrupts  # not above: who imports this module alone keeps Ctrl-C as it is
+
+    interrupts.restore()
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the shared exit codes."""
+    _restore_interrupts()
     try:
         require_utf8(sys.argv)
         raise_file_limit()

@@ -39,11 +39,11 @@ class Batch:
     def __iter__(self) -> Iterator[MicroBatch]:
         for place in range(len(self)):
             if place == len(self._kept):
-                self._kept.append({**self._read(), "seed": torch.tensor(self.seeds[place])})
+                self._kept.append({**self._take(), "seed": torch.tensor(self.seeds[place])})
             Batch.num_taken += 1
             yield self._kept[place]
 
-    def _read(self) -> MicroBatch:
+    def _take(self) -> MicroBatch:
         begin = time.perf_counter()
         try:
             return next(self._source)

@@ -56,7 +56,7 @@ _PHASE_OF = {
         (Trainer.validate, "validation"),
         (start_saving, "checkpoint"),
         (CheckpointSaving.finish, "checkpoint"),
-        (Batch._read, "waiting for data"),
+        (Batch._take, "waiting for data"),
         (finalize_model_grads, "gradient reduction"),
         (run_microbatches, "forward and backward"),
         (Trainer._update, "update"),

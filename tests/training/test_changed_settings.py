@@ -158,7 +158,7 @@ def test_parameters_change_groups_with_decay_embeddings(tmp_path: Path) -> None:
             expected = train_steps(trainer, 3)
             resumed = build_trainer(after, build_pretrain_data(after), [])
             assert train_steps(resumed, 3) == [pytest.approx(row, rel=1e-5) for row in expected]
-            undecayed = [group["params"] for group in resumed.optimizer.param_groups if group["wd_mult"] == 0.0]
+            undecayed = [group["params"] for group in resumed.model.optimizer.param_groups if group["wd_mult"] == 0.0]
             num_embeddings = sum(parameter.ndim == 2 for parameters in undecayed for parameter in parameters)
             assert num_embeddings == 2, name
 
