@@ -1,7 +1,7 @@
 """What a training program reads: samples as micro-batches, in an order that depends on the seed alone."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,20 @@ class Loader:
 
     def iterate(
         self, first_step: int, end_step: int, skipped: Collection[int] = ()
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    ) -> Generator[dict[str, torch.Tensor]]:
         """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Those of
-        training.skip_steps are omitted, and of the steps in `skipped`, which are numbered from 1."""
+        training.skip_steps are omitted, and of the steps in `skipped`, which are numbered from 1.
+
+        Close it: its worker processes end with it. They ignore the signals by which Python would end them at exit, so
+        that a program with such workers left never ends.
+        """
         batches = (
             self.sample_indices(step, microbatch)
             for step in range(first_step, end_step)
             if step + 1 not in skipped and not self.training.skips(step + 1)
             for microbatch in range(self.num_microbatches(step))
         )
-        return iter(
+        yield from iter(
             torch.utils.data.DataLoader(
                 self.dataset,
                 batch_sampler=batches,

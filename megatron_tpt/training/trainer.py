@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class Trainer:
         self.tokens = 0
         self.excluded_steps: set[int] = set()  # skipped, in addition to training.skip_steps; numbered from 1
         self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
+        self._batches: Generator[Batch] | None = None
 
     def fit(self) -> None:
         """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
@@ -153,6 +154,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.after_failure(self)
             raise
+        finally:
+            self._close_batches()
 
     @property
     def is_over(self) -> bool:
@@ -168,15 +171,25 @@ class Trainer:
             callback.after_training(self)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the data from the next step to the last; of steps to skip, without micro-batches."""
+        """The batches of the data from the next step to the last; of steps to skip, without micro-batches. They end
+        with `running`, and when this is called again: the processes that read ahead do."""
+        self._close_batches()
+        self._batches = self._iterate()
+        return self._batches
+
+    def _close_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+
+    def _iterate(self) -> Generator[Batch]:
         first, end = self.global_step, self.recipe.training.num_steps
         skipped = frozenset(self.excluded_steps)
-        microbatches = self.data.train.iterate(first, end, skipped)
-        for step in range(first, end):
-            if step + 1 in skipped or self.recipe.training.skips(step + 1):
-                yield Batch([], [], self.recipe.training.batch_size(step) * self.recipe.training.sequence_length)
-            else:
-                yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed)
+        with contextlib.closing(self.data.train.iterate(first, end, skipped)) as microbatches:
+            for step in range(first, end):
+                if step + 1 in skipped or self.recipe.training.skips(step + 1):
+                    yield Batch([], [], self.recipe.training.batch_size(step) * self.recipe.training.sequence_length)
+                else:
+                    yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed)
 
     def step(self, batch: Batch) -> StepReport:
         """One optimizer step, and what callbacks do after it. All ranks call it. Raises BadStep, or RollBack: then call
@@ -249,9 +262,9 @@ class Trainer:
         return self.objective.metrics(total) | (losses if len(sums) > 1 else {})
 
     def _validation_sums(self, loader: ValidationLoader) -> dict[str, float]:
-        microbatches = loader.iterate(0, loader.num_steps)
-        batches = (take_batch(loader, microbatches, step, self.recipe.run.seed) for step in range(loader.num_steps))
-        parts = [self.model.evaluate(batch, self.objective) for batch in batches]
+        with contextlib.closing(loader.iterate(0, loader.num_steps)) as microbatches:
+            batches = (take_batch(loader, microbatches, step, self.recipe.run.seed) for step in range(loader.num_steps))
+            parts = [self.model.evaluate(batch, self.objective) for batch in batches]
         return self.named_sums(torch.stack(parts).sum(dim=0))
 
     def start_saving(self) -> CheckpointSaving:

@@ -29,7 +29,7 @@ class Toy:
     def run(self, *arguments: object, **scale: object) -> tuple[int, str]:
         """Run all tasks to the end; returns the exit code and what was printed."""
         process = self.start(*arguments, **scale)
-        _, printed = process.communicate(timeout=120)
+        _, printed = process.communicate(timeout=300)
         return process.returncode, printed
 
     def fix(self) -> None:
@@ -63,7 +63,7 @@ def all_parts(num_tasks: int) -> list[str]:
     return [f"part-{task:05d}.txt" for task in range(num_tasks)]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 def wait_until_gone(pids: Iterable[int]) -> None:
     for pid in pids:
-        wait_until(lambda pid=pid: not runs(pid), timeout_s=120)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not runs(pid), timeout_s=300)  # type: ignore[misc]
 
 
 def runs(pid: int) -> bool:

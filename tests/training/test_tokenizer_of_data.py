@@ -58,11 +58,11 @@ def test_a_tokenizer_that_is_not_there_or_another_is_refused_before_training(
     settings = folder / "tokenizer_config.json"
     before = settings.read_text()
     settings.write_text(json.dumps(json.loads(before) | {"eos_token": "<|pad|>"}))
-    with pytest.raises(UserError, match="its end-of-sequence token is another"):
+    with pytest.raises(UserError, match="its end-of-sequence token differs"):
         prepared(moved, *brought)
     settings.write_text(before)
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(UserError, match=r"its tokenizer\.json is another"):
+    with pytest.raises(UserError, match=r"its tokenizer\.json differs"):
         prepared(moved, *brought)
 
 
