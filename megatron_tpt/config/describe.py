@@ -1,14 +1,15 @@
 """What `--help` and the generated references say of every field: its type, bounds, default and meaning."""
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
-
-from docstring_parser import parse_from_object
 
 from megatron_tpt.config.command_line import options_of
 from megatron_tpt.config.convert import choices_of, is_list, is_required, is_section
@@ -65,16 +66,30 @@ def table_row(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _document(cls: type) -> tuple[str, dict[str, str]]:
-    documentation = parse_from_object(cls)
-    text = " ".join(filter(None, [documentation.short_description, documentation.long_description]))
+def documentation_of(cls: type) -> tuple[str, dict[str, str]]:
+    """The docstring of a dataclass in one line, and those of its fields by name, inherited ones included."""
     sections = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    params = [one for section in sections for one in parse_from_object(section).params]
-    return text, {one.arg_name: " ".join((one.description or "").split()) for one in params}
+    meanings = {name: text for section in sections for name, text in _field_docstrings(section)}
+    return " ".join((cls.__doc__ or "").split()), meanings
 
 
-documentation_of: Callable[[type], tuple[str, dict[str, str]]] = functools.cache(_document)
-"""The docstring of a dataclass in one line, and those of its fields by name, inherited ones included."""
+def _field_docstrings(cls: type) -> Iterator[tuple[str, str]]:
+    """The string that follows each field of a dataclass, in one line."""
+    for field, text in itertools.pairwise(_class_bodies(cls.__module__).get(cls.__name__, [])):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(meaning))):
+                yield name, " ".join(meaning.split())
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """The statements of a module's classes, by the names of the classes. (A library that reads one class at a time
+    parses the module for each, which takes most of the time of `--help`.)"""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # a module without a file
+        return {}
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def help_lines(name: str, hint: Any, field: dataclasses.Field, meaning: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ import numpy
 
 from megatron_tpt.files import file_checksum, no_links
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.packing import Packing, write_boundaries
+from megatron_tpt.indexing.packed_index import write_boundaries
+from megatron_tpt.indexing.packing import Packing
 from megatron_tpt.indexing.writer import IndexWriter, token_dtype
 
 

@@ -16,8 +16,9 @@ from megatron_tpt.indexing.comparison import Difference, first_difference
 from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest, advice_without_index
 from megatron_tpt.indexing.marks import mark_thinking
+from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packed_rows import ends_of_turns, print_row, row_report
-from megatron_tpt.indexing.packing import PackedIndex, PackManifest, is_packed
 from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import check_structure, verify

@@ -26,7 +26,9 @@ from megatron_tpt.indexing.example_store import ExampleStore, TurnEnds
 from megatron_tpt.indexing.journal import clear_leftovers, is_publishing, working_folder
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo, compare_sources
 from megatron_tpt.indexing.output import publish
-from megatron_tpt.indexing.packing import PackCounts, PackedIndex, Packing, PackManifest, PackSettings, pack
+from megatron_tpt.indexing.pack_manifest import PackCounts, PackManifest, PackSettings
+from megatron_tpt.indexing.packed_index import PackedIndex
+from megatron_tpt.indexing.packing import Packing, pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
 from megatron_tpt.jobs.ordered_workers import map_in_order

@@ -9,7 +9,8 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example
-from megatron_tpt.indexing.packing import PackedIndex, PackManifest
+from megatron_tpt.indexing.pack_manifest import PackManifest
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.names import shown_lines
 

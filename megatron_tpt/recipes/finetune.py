@@ -16,7 +16,7 @@ from megatron_tpt.config.rules import Rule
 from megatron_tpt.config.training import SftTrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
-from megatron_tpt.indexing.packing import PackManifest, is_packed
+from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
 from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
 from megatron_tpt.training.outcome import describe_outcome, evaluate_command

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, read_manifests
-from megatron_tpt.indexing.packing import PackManifest
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
 # Beyond these limits a data set or a number is most likely a mistake: repeating data pays for some 16 epochs at most

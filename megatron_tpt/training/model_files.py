@@ -19,7 +19,7 @@ from megatron_tpt import json_data
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.packing import PackManifest
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.tokenizer import Tokenizer, load_backend, read_tokenizer_files, tokenizer_fingerprint
 
 GENERATION_CONFIG = "generation_config.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import megatron_tpt
 from megatron_tpt.config.cli import console_name
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.indexing.packing import PackManifest
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.model_files import read_json
 

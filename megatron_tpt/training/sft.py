@@ -23,7 +23,9 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.marks import mark_thinking
-from megatron_tpt.indexing.packing import PackedIndex, is_packed, pack
+from megatron_tpt.indexing.pack_manifest import is_packed
+from megatron_tpt.indexing.packed_index import PackedIndex
+from megatron_tpt.indexing.packing import pack
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.blend import format_table

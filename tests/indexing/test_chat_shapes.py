@@ -17,8 +17,9 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.chat_template import ChatTemplate
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex, PackManifest
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.inspection import inspect_index
 from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 

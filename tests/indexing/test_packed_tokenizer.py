@@ -9,8 +9,9 @@ from indexing_inputs import edit_tokenizer
 from transformers import AutoTokenizer
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex, PackManifest
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer, read_tokenizer_files, tokenizer_fingerprint
 

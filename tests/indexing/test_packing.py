@@ -29,8 +29,10 @@ from megatron_tpt.indexing.conversations import ConversationFormat, Example
 from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.inspection import inspect_index
 from megatron_tpt.indexing.inspection_options import InspectOptions
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex, PackManifest, pack
+from megatron_tpt.indexing.packed_index import PackedIndex
+from megatron_tpt.indexing.packing import pack
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 

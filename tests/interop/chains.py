@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from megatron_tpt import finetune, pretrain
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 

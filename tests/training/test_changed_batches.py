@@ -17,8 +17,8 @@ from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_checksum
 from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe

@@ -23,7 +23,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import Example, PairFormat
 from megatron_tpt.indexing.example_files import read_examples
 from megatron_tpt.indexing.pack_sft import pack_sft
-from megatron_tpt.indexing.packing import PackedIndex
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.models.gpt.build import build_model
