@@ -9,6 +9,7 @@ import torch
 
 from megatron_tpt.objectives.objective import MicroBatch
 from megatron_tpt.training.data import Loader
+from megatron_tpt.training.phases import phase
 
 
 class Batch:
@@ -43,6 +44,7 @@ class Batch:
             Batch.num_taken += 1
             yield self._kept[place]
 
+    @phase("waiting for data")
     def _take(self) -> MicroBatch:
         begin = time.perf_counter()
         try:

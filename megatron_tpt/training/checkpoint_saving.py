@@ -44,6 +44,7 @@ from megatron_tpt.training.checkpoint_state import (
     sharded_random_state,
     weights_state,
 )
+from megatron_tpt.training.phases import phase
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -139,6 +140,7 @@ class CheckpointSaving:
         torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MIN)
         return bool(over.item())
 
+    @phase("checkpoint")
     def finish(self) -> None:
         """Write, or wait until it is written; check what all ranks wrote, give it its name, and point `latest` at it.
         Raises SaveError on all ranks."""
@@ -215,6 +217,7 @@ def _make_temporary(folder: Path) -> Path:
     return temporary
 
 
+@phase("checkpoint")
 def start_saving(
     folder: Path,
     model: GPTModel | Sequence[GPTModel],

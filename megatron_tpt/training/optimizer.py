@@ -12,6 +12,7 @@ from megatron_tpt.config.optimizer import OptimizerConfig
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.precision import TORCH_DTYPES
+from megatron_tpt.training.phases import phase
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -153,7 +154,7 @@ def build_optimizer(
         )
     optimizer = get_megatron_optimizer(core_config, chunks, config_overrides=groups)
     for config in map(get_model_config, chunks):
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = phase("gradient reduction")(finalize_model_grads)
         config.grad_scale_func = optimizer.scale_loss
         # FSDP reduces gradients after every micro-batch unless the last one is marked.
         if recipe.parallel.overlap_grad_reduce or recipe.parallel.fsdp != "none":

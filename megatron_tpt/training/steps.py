@@ -9,6 +9,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
 from megatron_tpt.training.batches import Batch
+from megatron_tpt.training.phases import phase
 
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -90,6 +91,7 @@ def _attention_is_packed(model: torch.nn.Module, batch: MicroBatch) -> bool:
     return "segment_ids" in batch and get_model_config(model).transformer_impl == "transformer_engine"
 
 
+@phase("forward and backward")
 def run_microbatches(
     chunks: Sequence[torch.nn.Module],
     batch: Batch,

@@ -31,6 +31,7 @@ from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_savi
 from megatron_tpt.training.checkpoint_state import random_state, set_random_state
 from megatron_tpt.training.data import TrainingData, ValidationLoader
 from megatron_tpt.training.model import TrainedModel
+from megatron_tpt.training.phases import phase
 from megatron_tpt.training.resume import require_tokenizer, resume_warnings
 from megatron_tpt.training.steps import reduce_sums
 
@@ -210,6 +211,7 @@ class Trainer:
         self.resume(newest)
         self._begin()
 
+    @phase("update")
     def _update(self, batch: Batch) -> StepReport:
         begin, learning_rate = time.perf_counter(), self.model.learning_rate
         self.model.own_work.start()
@@ -251,6 +253,7 @@ class Trainer:
         """This rank's sums [num_sums] -> those of all ranks by name. All ranks call it."""
         return dict(zip(self.objective.sum_names, reduce_sums(sums).tolist(), strict=True))
 
+    @phase("validation")
     def validate(self) -> dict[str, float]:
         """The objective's metrics over the validation batches, always the same ones: of all sets together and, where
         there are several, the loss of each. All ranks call it."""

@@ -8,14 +8,14 @@
 
 A run makes progress as long as its ranks take micro-batches, of training or validation, and end steps and checkpoints.
 A rank that waits in a collective looks the same from outside as one that never reached it. Two things distinguish them:
-the phases of a step come in one order on all ranks, so that those in the earliest phase are late; and of ranks in one
-phase those are late that are not waiting in a communication call. Both are read from the stack of the training thread.
+the phases of a step (phases.py) come in one order on all ranks, so that those in the earliest phase are late; and of
+ranks in one phase those are late that are not waiting in a communication call, which the stack of the training thread
+shows.
 """
 
 import contextlib
 import dataclasses
 import faulthandler
-import inspect
 import json
 import math
 import os
@@ -33,35 +33,9 @@ import torch
 
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training.batches import Batch
-from megatron_tpt.training.checkpoint_saving import CheckpointSaving, start_saving
-from megatron_tpt.training.steps import run_microbatches
+from megatron_tpt.training.phases import PHASES, current_phase
 from megatron_tpt.training.trainer import Callback, Trainer
 
-from megatron.core.distributed import finalize_model_grads
-
-# The phases between two steps and within one, in their order.
-PHASES = (
-    "between steps",
-    "validation",
-    "checkpoint",
-    "waiting for data",
-    "forward and backward",
-    "gradient reduction",
-    "update",
-)
-# The first of these that is on the stack says which; "between steps" when none is.
-_PHASE_OF = {
-    inspect.unwrap(function).__code__: phase
-    for function, phase in (
-        (Trainer.validate, "validation"),
-        (start_saving, "checkpoint"),
-        (CheckpointSaving.finish, "checkpoint"),
-        (Batch._take, "waiting for data"),
-        (finalize_model_grads, "gradient reduction"),
-        (run_microbatches, "forward and backward"),
-        (Trainer._update, "update"),
-    )
-}
 _COLLECTIVES = "/torch/distributed/"
 _BETWEEN_STAGES = "/megatron/core/pipeline_parallel/p2p_communication.py"
 _MAX_INTERVAL_S = 15.0
@@ -165,12 +139,10 @@ class Watchdog(Callback):
     def _observe(self) -> Heartbeat:
         """Where the training thread is."""
         stack = stack_of(self.thread_id)
-        codes = {frame.f_code for frame in stack}
-        phase = next((phase for code, phase in _PHASE_OF.items() if code in codes), PHASES[0])
         innermost = stack[0]
         file_name = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
         where = f"{file_name}:{innermost.f_lineno} {innermost.f_code.co_qualname}"
-        return self._beat(phase, is_waiting(stack), where)
+        return self._beat(current_phase(), is_waiting(stack), where)
 
     def _beat_path(self, rank: int) -> Path:
         return self.logs / "heartbeats" / f"rank-{rank:05d}.json"
