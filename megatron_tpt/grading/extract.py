@@ -7,7 +7,10 @@ else the last number. Texts of base models continue into the next problem, so th
 import re
 from dataclasses import dataclass
 
-_BOX_TOKEN = re.compile(r"(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
+_BOX_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)\s+(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})",
+    re.S,
+)
 _BOX_NAMES = ("\\boxed", "\\fbox")
 _STATEMENT = re.compile(r"(?i)\banswer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _FINAL_STATEMENT = re.compile(r"(?i)\bfinal answer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
@@ -57,11 +60,14 @@ def readable(text: str, reading: Reading) -> str | None:
 
 
 def boxes(text: str) -> list[str]:
-    """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end."""
+    """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end; the number or the
+    letter after one without braces."""
     found: list[str] = []
     depth: list[int | None] = []  # per open brace: where the content of the box begins, or None for a plain brace
     for token in _BOX_TOKEN.finditer(text):
-        if token["box"]:
+        if token["bare"]:
+            found.append(token["bare"].rstrip(".,"))
+        elif token["box"]:
             depth.append(token.end() if token[0].startswith(_BOX_NAMES) else None)
         elif token["open"]:
             depth.append(None)
