@@ -17,6 +17,7 @@ import dataclasses
 import faulthandler
 import inspect
 import json
+import logging
 import math
 import os
 import socket
@@ -38,6 +39,8 @@ from megatron_tpt.training.steps import run_microbatches
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core.distributed import finalize_model_grads
+
+logger = logging.getLogger(__name__)
 
 # The phases between two steps and within one, in their order.
 PHASES = (
@@ -210,11 +213,9 @@ class Watchdog(Callback):
             time.sleep(3 * self.interval_s)  # for the other ranks to find out and do the same
             beats = list(self._read_beats())
             if self.rank == min((beat.rank for beat in beats), default=self.rank):
-                print(
-                    f"error: no progress for {waited_s:.0f} s (run.hang_timeout_s): "
-                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}",
-                    file=sys.stderr,
-                    flush=True,
+                logger.error(
+                    f"no progress for {waited_s:.0f} s (run.hang_timeout_s): "
+                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}"
                 )
         except Exception:
             traceback.print_exc()
