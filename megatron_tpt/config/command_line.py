@@ -1,7 +1,7 @@
 """Command lines as nested mappings, with the place of every value: what a converter makes options or a recipe of."""
 
 import difflib
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields, replace
@@ -13,6 +13,8 @@ from megatron_tpt.config.fields import FLAT, POSITIONAL, REPEATED, hints_of, mar
 from megatron_tpt.config.renamed import names_of_before
 from megatron_tpt.config.yaml_file import Key, dotted, load_yaml, place_of
 from megatron_tpt.errors import UserError, failure
+
+logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 """The place of what is given there."""
@@ -137,7 +139,7 @@ class GivenOptions:
                     f"{COMMAND_LINE}: --{option.name} is given {count} times: give it once, and all its values after it"
                 )
             else:
-                print(f"note: --{option.name} is given {count} times; the last one counts", file=sys.stderr)
+                logger.info(f"note: --{option.name} is given {count} times; the last one counts")
 
     def _take(self, name: str, words: list[str]) -> None:
         option = self._find(name)

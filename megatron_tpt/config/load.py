@@ -10,8 +10,7 @@ mistake is reported within a second.
 
 import copy
 import dataclasses
-import os
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.suggestions import suggest
 from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
 from megatron_tpt.errors import UserError
+from megatron_tpt.logs import print_result
+
+logger = logging.getLogger(__name__)
 
 USAGE = (
     "RECIPE.yaml [--section.key=value ...] [--help]\n"
@@ -159,21 +161,21 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
     if "--help" in argv or "-h" in argv:
         from megatron_tpt.config.reference import help_text
 
-        print(help_text(cls, f"megatron_tpt.{cls.program}", USAGE))
+        print_result(help_text(cls, f"megatron_tpt.{cls.program}", USAGE))
         raise SystemExit(0)
     arguments = _read_arguments(argv)
     file = read_yaml_file(arguments.path)
     given: dict[str, str] = {}
     for key, value in arguments.overrides:
-        if given.get(key, value) != value and os.environ.get("RANK", "0") == "0":
-            print(f"WARNING: --{key} is given twice: {value} counts, and {given[key]} does not", flush=True)
+        if given.get(key, value) != value:
+            logger.warning(f"--{key} is given twice: {value} counts, and {given[key]} does not")
         given[key] = value
         _apply_override(file, key, value)
     arguments.places = file.places
     warnings: list[str] = []
     recipe = recipe_from_dict(cls, file.content, file.places, warnings)
-    for warning in warnings if os.environ.get("RANK", "0") == "0" else []:
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+    for warning in warnings:
+        logger.warning(warning)
     return recipe, arguments
 
 

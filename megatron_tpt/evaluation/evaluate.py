@@ -6,8 +6,8 @@ OUTPUT/<model>/samples.jsonl   every output, what was read from it, and whether 
 
 import collections
 import json
+import logging
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +34,8 @@ from megatron_tpt.generation import (
 )
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.names import shown
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -104,7 +106,7 @@ def evaluate(options: EvaluateOptions) -> list[ModelResult]:
         path = folder / "samples.jsonl"
         _write_samples(options.output / path, samples)
         results.append(summarize(model, samples, generation_s, str(path)))
-        print(_line(results[-1]), file=sys.stderr)
+        logger.info(_line(results[-1]))
     _write_results(options, results)
     return results
 
@@ -148,7 +150,7 @@ def render_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOpti
             )
         return [render_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     if tokenizer.chat_template is not None:
-        print("note: the model has a chat template, which is not applied: --chat does so", file=sys.stderr)
+        logger.info("note: the model has a chat template, which is not applied: --chat does so")
     return list(prompts)
 
 

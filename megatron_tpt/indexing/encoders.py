@@ -6,8 +6,8 @@ compares one more text (`check`).
 """
 
 import json
+import logging
 import random
-import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,6 +18,8 @@ import pyarrow
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.pieces import text_buffers
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "gigatoken", "reference"]
 
@@ -166,7 +168,7 @@ def choose_encoder(tokenizer: Tokenizer, backend: Backend, sample: Sequence[str]
         problem = f"gigatoken and Hugging Face tokenizers disagree on {_shown(disagreement)}"
     if backend == "gigatoken":
         raise UserError(f"{tokenizer.folder}: {problem}; index with --tokenizer-backend reference")
-    print(f"{tokenizer.folder}: {problem}; indexing with the reference, many times slower", file=sys.stderr)
+    logger.warning(f"{tokenizer.folder}: {problem}; indexing with the reference, many times slower")
     return ReferenceEncoder(tokenizer)
 
 

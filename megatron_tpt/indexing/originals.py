@@ -4,8 +4,8 @@ as tokenizer.model, or Mistral's tekken.json. It is the reference of the referen
 
 import importlib
 import json
+import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.tekken import Tekken
 from megatron_tpt.indexing.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL = "tokenizer.model"
 TEKKEN = "tekken.json"
@@ -103,7 +105,7 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         else:
             encode = sentencepiece_encoder(path)
     except UserError as error:
-        print(f"{error}; tokenizer.json is not compared with it", file=sys.stderr)
+        logger.warning(f"{error}; tokenizer.json is not compared with it")
         return
     if (text := first_difference_from(encode, tokenizer, texts)) is not None:
         raise UserError(

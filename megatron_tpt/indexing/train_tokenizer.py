@@ -5,8 +5,8 @@ same input makes the same tokenizer.
 """
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.options import TrainTokenizerOptions
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
 from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.logs import print_result
 from megatron_tpt.records import expand_sources, read_records
+
+logger = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -44,12 +47,11 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     backend = _train(options, special)
     with atomic_directory(options.output) as folder:
         _save(folder, backend, template, options)
-    print(f"{options.output}: {(num_tokens := backend.get_vocab_size()):,} tokens")
+    print_result(f"{options.output}: {(num_tokens := backend.get_vocab_size()):,} tokens")
     if num_tokens < options.vocab_size:
-        print(
-            f"warning: fewer than --vocab-size {options.vocab_size}, as these texts hold no more pairs to merge; "
-            "train on more text for a larger vocabulary",
-            file=sys.stderr,
+        logger.warning(
+            f"fewer than --vocab-size {options.vocab_size}, as these texts hold no more pairs to merge; "
+            "train on more text for a larger vocabulary"
         )
     return options.output
 

@@ -22,6 +22,7 @@ from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_config import adapter_of, to_hf_config
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
+from megatron_tpt.logs import print_result
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,
@@ -66,9 +67,11 @@ def export_hf(options: ExportOptions) -> None:
         (folder / "config.json").write_bytes(json_bytes(config))
         (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
         num_parameters = write_safetensors(folder, hf_tensors(model, reader, dtype))
-    print(f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}")
+    print_result(
+        f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}"
+    )
     for note in notes:
-        print(f"{options.output}: {note}")
+        print_result(f"{options.output}: {note}")
 
 
 def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelConfig, list[str]]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tpt import platform
+from megatron_tpt.logs import print_result
 
 # Megatron Core comes after the platform.
 # isort: split
@@ -63,9 +64,9 @@ def import_hf(options: ImportOptions) -> None:
             (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
         (folder / HISTORY).write_bytes(json_bytes(dataclasses.asdict(History())))
         write_checksums(folder)
-    print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
+    print_result(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
     for note in [*notes, *adapter.notes(config), *_not_carried(options.model, tensors)]:
-        print(f"{options.output}: {note}")
+        print_result(f"{options.output}: {note}")
 
 
 def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:

@@ -12,7 +12,7 @@ queue or to be started.
 """
 
 import contextlib
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from megatron_tpt.jobs.lock import is_task_locked, task_lock
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.progress import every
-from megatron_tpt.jobs.report import TaskFiles, TaskReport, say
+from megatron_tpt.jobs.report import TaskFiles, TaskReport
 from megatron_tpt.jobs.run import run_tasks
 from megatron_tpt.jobs.settings import (
     added_names,
@@ -32,6 +32,8 @@ from megatron_tpt.jobs.settings import (
     write_settings,
 )
 from megatron_tpt.records import Source, expand_sources
+
+logger = logging.getLogger(__name__)
 
 WORK = ".work"
 """The folder in the output for what only the next run needs; hidden, so that it is not read as records."""
@@ -65,7 +67,7 @@ class JobFolder:
         """
         check_settings(self.settings_path, settings)
         if added := added_names(self.settings_path, settings):
-            print(f"{self.folder}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
+            logger.info(f"{self.folder}: the input has grown, {describe_names(added, 'added')}")
             for note in self.finished.glob("*"):
                 note.unlink(missing_ok=True)
         write_settings(self.settings_path, settings)
@@ -83,7 +85,7 @@ class JobFolder:
         def states() -> str:
             return f"tasks: {count_states(self.states(options.num_tasks))}"
 
-        with every(_STATUS_EVERY_S, lambda: say((status or states)())):
+        with every(_STATUS_EVERY_S, lambda: logger.info((status or states)())):
             return run_tasks(command, options, self.logs)
 
     def progress_path(self, task: int, num_tasks: int) -> Path:

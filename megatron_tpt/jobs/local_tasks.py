@@ -1,6 +1,7 @@
 """Tasks as processes of this machine."""
 
 import contextlib
+import logging
 import os
 import queue
 import shutil
@@ -15,8 +16,10 @@ from typing import NoReturn
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
+
+logger = logging.getLogger(__name__)
 
 
 def run_local(
@@ -27,7 +30,7 @@ def run_local(
     tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
     results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
     if tasks:
-        say(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
+        logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
     pool = _Pool(command, options.num_tasks, log_dir, tasks)
     with _sigterm_as_exit(), contextlib.closing(pool.run(environments)) as ended_tasks:
         for result in ended_tasks:
@@ -56,7 +59,7 @@ def announce(result: TaskResult, num_tasks: int) -> None:
         text += f": {TaskFiles(result.log_path.parent, result.task).user_error()}; no further tasks start"
     elif result.state == "failed":
         text += f": {result.log_path}"
-    say(text)
+    logger.log(logging.WARNING if result.state == "failed" else logging.INFO, text)
 
 
 def worker_environments(options: ScaleOptions) -> list[dict[str, str]]:

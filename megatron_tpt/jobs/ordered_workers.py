@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from megatron_tpt import logs
 from megatron_tpt.errors import Fault
 from megatron_tpt.processes import children_end_with_us
 
@@ -29,9 +30,8 @@ def map_in_order[S, T](
     in the place of its item. Raises Fault when a worker dies; `describe(item)` names what it was at.
     """
     with children_end_with_us():  # the executor starts its processes in this thread, as items come
-        executor = ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(make_work,)
-        )
+        context, arguments = multiprocessing.get_context("spawn"), (make_work, logs.for_worker())
+        executor = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=arguments)
         in_flight: deque[S] = deque()
 
         def submit(item: S) -> Future[T]:
@@ -78,8 +78,9 @@ def _in_order[S, T](submit: Callable[[S], Future[T]], items: Iterable[S], max_in
         raise error
 
 
-def _start(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+def _start(make_work: Callable[[], Callable[[Any], Any]], set_up_logs: Callable[[], None]) -> None:
     global _work
+    set_up_logs()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = make_work()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import threading
@@ -17,6 +18,8 @@ from megatron_tpt.units import duration
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 _TERMINAL_EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
@@ -36,7 +39,7 @@ class ProgressLine:
 
     def __init__(self, log_every_s: float = _LOG_EVERY_S) -> None:
         self._start_s = time.monotonic()
-        self._live = _terminal_line() if sys.stderr.isatty() else None
+        self._live = _terminal_line() if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) else None
         self._interval_s = _TERMINAL_EVERY_S if self._live else log_every_s
         self._next_s = self._interval_s
 
@@ -51,7 +54,7 @@ class ProgressLine:
             return
         self._next_s = self.elapsed_s + self._interval_s
         if self._live is None:
-            print(text(), file=sys.stderr, flush=True)
+            logger.info(text())
             return
         if not self._live.is_started:
             self._live.start()
@@ -145,7 +148,7 @@ class Reporter:
         self._line.__exit__()
         summary = self._summary()
         write_progress(self._progress, self._path)
-        print(summary, file=sys.stderr, flush=True)
+        logger.info(summary)
 
 
 def write_progress(progress: Progress, path: Path) -> None:

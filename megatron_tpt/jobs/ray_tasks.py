@@ -4,6 +4,7 @@
 process of a rank is killed.)
 """
 
+import logging
 import os
 import subprocess
 from collections import deque
@@ -14,8 +15,10 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.local_tasks import announce, ended, finished_before
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+
+logger = logging.getLogger(__name__)
 
 
 def run_ray(
@@ -31,7 +34,7 @@ def run_ray(
     results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
     if tasks:
         with ray.init(address=options.ray_address, log_to_driver=False):
-            say(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")
+            logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")
             for result in _run(ray, command, options, log_dir, deque(tasks)):
                 results[result.task] = result
     return list(results.values())
@@ -82,5 +85,5 @@ def _result(ray: Any, reference: Any, task: int, log_dir: Path) -> TaskResult:
     try:
         return ended(task, ray.get(reference), log_dir)
     except ray.exceptions.RayError as error:
-        say(f"Ray lost task {task}: {error}")
+        logger.warning(f"Ray lost task {task}: {error}")
         return TaskResult(task, "failed", TaskFiles(log_dir, task).log)

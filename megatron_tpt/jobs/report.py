@@ -1,14 +1,11 @@
 """The results of tasks."""
 
 import signal
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from megatron_tpt.names import shown_lines
 
 _NUM_LOG_LINES = 5
 _MARK = "--- "
@@ -111,8 +108,3 @@ class TaskReport:
         if self.exit_code:
             lines.append("The same command again runs what is missing.")
         return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Report progress on stderr; a program prints its result on stdout."""
-    print(shown_lines(text), file=sys.stderr, flush=True)

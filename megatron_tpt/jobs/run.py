@@ -9,6 +9,7 @@ files. `run_tasks(command, ScaleOptions(...), log_dir)` runs all its tasks and s
 - `LOG_DIR/task_00003.log` is what task 3 printed, `task_00003.exit` its exit code.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from megatron_tpt.files import real_path
 from megatron_tpt.jobs.local_tasks import run_local
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.ray_tasks import run_ray
-from megatron_tpt.jobs.report import TaskFiles, TaskReport, say
+from megatron_tpt.jobs.report import TaskFiles, TaskReport
 from megatron_tpt.jobs.slurm_tasks import run_slurm
+
+logger = logging.getLogger(__name__)
 
 _EXECUTORS = {"local": run_local, "slurm": run_slurm, "ray": run_ray}
 
@@ -45,7 +48,7 @@ def run_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     results = _EXECUTORS[options.executor](list(command), options, folder, is_finished)
     report = TaskReport(sorted(results, key=lambda result: result.task))
-    say(report.summary())
+    logger.log(logging.ERROR if report.exit_code else logging.INFO, report.summary())
     for result in report.failed:
         if result.exit_code == 2:
             raise UserError(f"task {result.task}: {TaskFiles(folder, result.task).user_error()}")

@@ -11,6 +11,7 @@ forever when a task fails, and always sets a partition and the memory per core.)
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -25,8 +26,10 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.local_tasks import announce, finished_before
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+
+logger = logging.getLogger(__name__)
 
 _SCRIPT = """\
 #!/bin/bash
@@ -119,7 +122,7 @@ def _tell_failures(tasks: Sequence[int], log_dir: Path) -> None:
     for task in tasks:
         files = TaskFiles(log_dir, task)
         if code := files.read_exit_code():
-            say(f"task {task} {TaskResult(task, 'failed', files.log, code).describe()} before: {files.log}")
+            logger.warning(f"task {task} {TaskResult(task, 'failed', files.log, code).describe()} before: {files.log}")
 
 
 def _submit(
@@ -215,11 +218,11 @@ def _tell_queue(
 ) -> None:
     if queued:
         num_pending = sum(element.state == "PD" for element in queued)
-        say(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
+        logger.info(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
     if missing:
-        say(f"submitted {len(missing)} of {options.num_tasks} tasks")
+        logger.info(f"submitted {len(missing)} of {options.num_tasks} tasks")
     if job_ids:
-        say(
+        logger.info(
             f"jobs {', '.join(job_ids)}: `squeue --job {','.join(job_ids)}`; logs: `tail -F {log_dir}/*.log`, and what "
             f"SLURM says in {log_dir}/slurm/*.out\nThe same command later submits what is missing by then."
         )
@@ -233,7 +236,7 @@ def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path)
             time.sleep(interval_s)
             interval_s = min(interval_s * 1.5, 30.0)
     except KeyboardInterrupt:
-        say("the tasks continue: the same command waits again, scancel ends them")
+        logger.info("the tasks continue: the same command waits again, scancel ends them")
         raise
     results = {task: _result(task, log_dir) for task in tasks}
     for result in results.values():

@@ -11,6 +11,7 @@ python -m megatron_tpt.jobs --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ..
 """
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -23,12 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_tpt import logs
 from megatron_tpt.errors import UserError, resource_message
 from megatron_tpt.files import atomic_write, no_links
 from megatron_tpt.jobs.lock import TaskLocked, task_lock
 from megatron_tpt.jobs.report import TaskFiles, log_mark
 from megatron_tpt.names import shown_lines
 from megatron_tpt.processes import end_with_parent
+
+logger = logging.getLogger(__name__)
 
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
@@ -153,7 +157,7 @@ def _report(files: TaskFiles, text: str) -> None:
         with open(files.log, "ab", opener=no_links) as log:
             log.write(f"error: {text}\n".encode())
     except OSError:
-        print(f"error: task {files.task}: {text}", file=sys.stderr)
+        logs.print_error(f"task {files.task}: {text}")
 
 
 def main() -> int:
@@ -170,11 +174,12 @@ def main() -> int:
     if not any(word.partition("=")[0] in ("--num-tasks", "--num_tasks") for word in command):
         command += ["--num-tasks", str(arguments.num_tasks)]
     try:
+        logs.configure()
         code, stopped_by = run_task(command, task, arguments.log_dir)
         if in_slurm:
             _tell_slurm(code, stopped_by, arguments.slurm_max_requeues)
     except TaskLocked as error:
-        print(f"not run: {error}", file=sys.stderr)
+        logger.warning(f"not run: {error}")
         return LOCKED_EXIT_CODE
     except (UserError, OSError) as error:
         if (text := str(error) if isinstance(error, UserError) else resource_message(error)) is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+from megatron_tpt import logs
 from megatron_tpt.errors import Fault, UserError
 
 
@@ -69,7 +70,7 @@ class Workers:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,))
+        process = context.Process(target=_serve, args=(theirs, logs.for_worker()))
         process.start()
         theirs.close()
         self._processes[ours] = process
@@ -82,7 +83,8 @@ def _death(process: Any) -> str:
     return f"worker {process.pid} {how}{hint}"
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
+    set_up_logs()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     while True:

@@ -3,8 +3,8 @@
 import bisect
 import dataclasses
 import glob
+import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from megatron_tpt.training.outcome import describe_outcome, evaluate_command
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_tpt.training.data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 _NEEDS_FILES = Rule(
     "data",
@@ -85,8 +87,7 @@ class FinetuneRecipe(TrainingRecipe):
                 f"training.num_steps={training.num_steps} and training.num_epochs={training.num_epochs:g} "
                 f"(which takes {num_steps} steps) were both given: give one of them"
             )
-        if os.environ.get("RANK", "0") == "0":
-            print(f"training.num_epochs={training.num_epochs:g} takes {num_steps} steps", flush=True)
+        logger.info(f"training.num_epochs={training.num_epochs:g} takes {num_steps} steps")
         return dataclasses.replace(self, training=dataclasses.replace(training, num_steps=num_steps))
 
     def check_data(self) -> None:

@@ -1,6 +1,7 @@
 """Pre-training and mid-training on indexed datasets."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from megatron_tpt.training.outcome import describe_outcome, fine_tune_command
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_tpt.training.data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 _NEEDS_DATA = Rule(
     "data",
@@ -63,11 +66,10 @@ class PretrainRecipe(TrainingRecipe):
         length = self.training.sequence_length
         phases, changed = continue_phases(old, self.data.all_phases, self.training.num_samples(step), length)
         if changed:
-            print(
-                f"WARNING: the training data changes after step {step} (data.allow_change): from there "
+            logger.warning(
+                f"the training data changes after step {step} (data.allow_change): from there "
                 + ", ".join(f"{source.path} x {source.weight:g}" for source in phases[-1].train[:8])
-                + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else ""),
-                flush=True,
+                + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else "")
             )
         return dataclasses.replace(self, data=dataclasses.replace(self.data, train=[], phases=phases))
 

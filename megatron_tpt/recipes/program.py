@@ -3,17 +3,21 @@
 No torch is imported before a recipe is found right.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 
 from megatron_tpt.config.load import Arguments, load_recipe
 from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.logs import print_result
 from megatron_tpt.recipes.base import TrainingRecipe
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.launch import distributed, make_run_folder, require_shared_memory
 from megatron_tpt.training.launchers import join_launcher
 from megatron_tpt.training.resume import describe_start
+
+logger = logging.getLogger(__name__)
 
 
 def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
@@ -30,7 +34,7 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
         trainer = build_trainer(recipe, recipe.build_data(), recipe.build_callbacks())
         trainer.fit()
         if is_first_rank():
-            print(recipe.next_steps(trainer.tokens), flush=True)
+            print_result(recipe.next_steps(trainer.tokens))
 
 
 def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
@@ -54,7 +58,7 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
         require_shared_memory(recipe.data.num_workers)
         make_run_folder(recipe.run.output_dir)
         return recipe
-    print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
+    print_result(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
     _warn(recipe)
     _describe_data_and_start(recipe, tokenizer)
     return None
@@ -63,19 +67,17 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
 def _warn(recipe: TrainingRecipe) -> None:
     """Report what has no effect, and what is unusual about the data. Raises UserError where there is nothing to learn
     from."""
-    lines = list(recipe.warnings())
-    if os.environ.get("RANK", "0") == "0":
-        for line in lines:
-            print(f"WARNING: {line}", flush=True)
+    for line in list(recipe.warnings()):
+        logger.warning(line)
 
 
 def _describe_data_and_start(recipe: TrainingRecipe, tokenizer: TokenizerInfo | None) -> None:
     """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
     identity = None
     if missing := recipe.missing_data():
-        print(f"WARNING: the data is not here: {missing[0]}; it is neither checked nor described")
+        logger.warning(f"the data is not here: {missing[0]}; it is neither checked nor described")
     else:
         text, identity = recipe.describe_data()
-        print(text)
+        print_result(text)
     for line in describe_start(recipe, tokenizer, identity):
-        print(line)
+        print_result(line)

@@ -8,6 +8,7 @@ seeds: [0, 1, 2]
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from megatron_tpt.jobs.settings import describe_changes, read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, read_points, summarize
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def _run_seed(config: StudyConfig, output: Path, seed: int) -> list[Point]:
     results = output / config.results
     if not results.exists():
         words = [word.replace("{seed}", str(seed)).replace("{output}", str(output)) for word in config.command]
-        print(f"$ python {' '.join(words)}", flush=True)
+        logger.info(f"$ python {' '.join(words)}")
         if code := subprocess.run([sys.executable, *words]).returncode:
             raise UserError(f"the run with seed {seed} ended with exit code {code}; see above")
     return read_points(results)

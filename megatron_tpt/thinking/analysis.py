@@ -9,9 +9,9 @@ Records are read one by one; memory grows only with the number of groups.
 
 import csv
 import json
+import logging
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,14 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.logs import print_result
 from megatron_tpt.markdown import inline, table
 from megatron_tpt.records import ReadCounts, expand_sources, read_records
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.thinking.analysis_options import AnalysisOptions
 from megatron_tpt.thinking.statistics import ThinkingStatistics
+
+logger = logging.getLogger(__name__)
 
 NONE, OTHER = "(none)", "(other)"
 
@@ -114,7 +117,7 @@ def analyze(options: AnalysisOptions) -> Analysis:
     text = "\n\n".join(report) + "\n"
     with atomic_write(options.output / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(text)
+    print_result(text)
     return analysis
 
 
@@ -135,7 +138,7 @@ def collect(options: AnalysisOptions) -> Analysis:
                 raise UserError(f"--by {column}: has more than {_MAX_GROUPS:,} values; choose a column of few values")
             groups.setdefault(value, ThinkingStatistics()).add_record(record)
     for reason, number in counts.skipped.items():
-        print(f"skipped {number:,} bad records: {reason}", file=sys.stderr)
+        logger.warning(f"skipped {number:,} bad records: {reason}")
     if not analysis.overall.records:
         raise UserError(
             "no record has thinking, meta.thinking_tokens and meta.document_tokens; give what tools/augment.py wrote"

@@ -4,8 +4,8 @@ How many documents there are is counted where that is cheap, else estimated (`in
 follow from the sample, seconds from the time that the engine took for it.
 """
 
+import logging
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from megatron_tpt.thinking.progress import counts
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import LengthStatistics
 from megatron_tpt.units import duration
+
+logger = logging.getLogger(__name__)
 
 _Z_95 = 1.96
 _MIN_REFILLS = 3  # from here on the time in which the last ones drain is a small part
@@ -107,7 +109,7 @@ def estimate(options: AugmentOptions) -> Estimate:
     Raises UserError for what the user can fix.
     """
     for note in options.notes():
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     job = plan(options)
     sample = draw_rows(job, options.estimate or 1)
     result = Estimate(len(sample.rows), sample.documents, sample.is_counted, sample.extent)

@@ -10,7 +10,7 @@ other run is let into the folder. The settings change with it, so that they are 
 """
 
 import json
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ from megatron_tpt.thinking.revive import BlockLines, check_lengths, revive
 from megatron_tpt.thinking.rows import RowWorker, count_rejects
 from megatron_tpt.thinking.settings import differing_settings
 from megatron_tpt.thinking.shards import Output, block_name
+
+logger = logging.getLogger(__name__)
 
 
 def refilter(job: AugmentJob, output: Output, begin: Callable[[], None]) -> AugmentProgress:
@@ -136,4 +138,4 @@ def _replace_progress(output: Output, progress: AugmentProgress) -> None:
     for path in paths:
         if path != output.progress_path(0, num_tasks):
             path.unlink()
-    print(f"{output.folder}: the filters were applied to all that was generated", file=sys.stderr)
+    logger.info(f"{output.folder}: the filters were applied to all that was generated")

@@ -9,6 +9,7 @@ import megatron_tpt.tools
 from megatron_tpt.config.command_line import options_of
 from megatron_tpt.config.describe import RECIPE_MEANING, documentation_of, field_cells, table_row
 from megatron_tpt.config.renamed import names_of_before
+from megatron_tpt.logs import print_result
 
 _INTRODUCTION = f"""# Tools
 
@@ -57,4 +58,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print_result(reference(), end="")

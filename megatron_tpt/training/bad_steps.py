@@ -10,6 +10,7 @@ last checkpoint and skip the data of the steps since.
 
 import dataclasses
 import json
+import logging
 import math
 import statistics
 from pathlib import Path
@@ -22,6 +23,8 @@ from megatron_tpt.config.run import FaultsConfig
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training.optimizer import local_gradient
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
+
+logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 3
 # The norm of thousands of gradients moves by far less when each is rounded otherwise; what makes a step bad, by more.
@@ -109,7 +112,7 @@ class CheckNumbers(Callback):
             is_good = not self._is_bad(second, settings)
             problem += f"; {_compare(result, second, is_good)}"
             if is_good and settings.rerun == "recover":
-                self._warn(
+                logger.warning(
                     f"step {trainer.global_step + 1} was bad: {problem}; training continues with the second result"
                 )
                 return self._accept(second, settings)
@@ -133,21 +136,17 @@ class CheckNumbers(Callback):
         if policy == "skip" and self.num_skipped < settings.max_skips:
             self.num_skipped += 1
             trainer.metrics.write(step, {"skipped_in_a_row": self.num_skipped})
-            self._warn(f"{message}; its update is skipped ({self.num_skipped} in a row)")
+            logger.warning(f"{message}; its update is skipped ({self.num_skipped} in a row)")
             return False
         if policy == "rollback" and self.num_rollbacks < settings.max_rollbacks:
             self.num_rollbacks += 1
             self.bad_step = step
-            self._warn(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
+            logger.warning(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
             raise RollBack
         raise BadStep(
             f"{message}; investigate it, then skip its data (training.skip_steps=[{step}]) or choose what "
             f"happens (section faults), and run the same command again"
         )
-
-    def _warn(self, message: str) -> None:
-        if platform.is_first_rank():
-            print(f"WARNING: {message}", flush=True)
 
 
 def _compare(first: _Result, second: _Result, is_good: bool) -> str:

@@ -1,5 +1,6 @@
 """From a recipe to what trains: the model built, loaded and wrapped, the optimizer, the trainer, resumed."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from megatron_tpt.training.trainer import Callback, Trainer, warn
 
 from megatron.core.utils import get_model_config
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(
     recipe: Recipe, data: TrainingData, callbacks: Sequence[Callback], objective: Objective | None = None
@@ -42,7 +45,7 @@ def build_trainer(
     if platform.is_first_rank():
         with atomic_write(recipe.run.output_dir / "run.yaml") as path:
             path.write_text(to_yaml(recipe))
-        print("\n".join([describe_kernels(get_model_config(model.chunks[0])), *notes]), flush=True)
+    logger.info("\n".join([describe_kernels(get_model_config(model.chunks[0])), *notes]))
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 
 from megatron_tpt import platform
@@ -15,6 +16,8 @@ from megatron_tpt.training.stopping import StopEarly
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 from megatron_tpt.training.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 
 class Validate(Callback):
     """Every training.validation_interval steps and at the end: the losses on data.validation."""
@@ -27,9 +30,8 @@ class Validate(Callback):
         metrics = {f"validation_{name}": value for name, value in trainer.validate().items()}
         if metrics:
             trainer.metrics.write(trainer.global_step, metrics)
-        if platform.is_first_rank():
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "_loss" in name)
-            print(losses or "validation: no token to learn from", flush=True)
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "_loss" in name)
+        logger.info(losses or "validation: no token to learn from")
 
 
 class SaveCheckpoints(Callback):
@@ -47,8 +49,8 @@ class SaveCheckpoints(Callback):
         is_due = trainer.is_over or (interval > 0 and trainer.global_step % interval == 0)
         if self.pending is not None:
             is_written = self.pending.is_written()
-            if is_due and not is_written and platform.is_first_rank():
-                print(f"WARNING: training waits until {self.pending.folder.name} is written", flush=True)
+            if is_due and not is_written:
+                logger.warning(f"training waits until {self.pending.folder.name} is written")
             if is_due or is_written:
                 self._finish_pending(trainer)
         if is_due:
@@ -90,8 +92,7 @@ def _save_errors_warned() -> Iterator[None]:
     try:
         yield
     except SaveError as error:
-        if platform.is_first_rank():
-            print(f"WARNING: {error}; training continues, and the next save_interval retries", flush=True)
+        logger.warning(f"{error}; training continues, and the next save_interval retries")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ a checkpoint, or the only one. So the step_* folders say which is the newest, fo
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -26,6 +27,8 @@ import xxhash
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, atomic_write, real_path
 from megatron_tpt.json_data import read_json
+
+logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
@@ -167,7 +170,7 @@ def checkpoint_named(path: Path) -> Path:
     if _is_copied(path) and _has_same_sums(newest, path) and damage_of_files(newest):
         return path  # of two copies the whole one
     if newest != path and not (path.is_symlink() and real_path(path) == real_path(newest)):
-        print(f"WARNING: {path} is no link to the newest checkpoint: {newest} is taken", flush=True)
+        logger.warning(f"{path} is no link to the newest checkpoint: {newest} is taken")
     return newest
 
 
@@ -180,9 +183,9 @@ def _name_only_copy(latest: Path) -> None:
     if folder is None or folder.exists():
         folder = latest.with_name(f"copied-{LATEST}-{secrets.token_hex(4)}")
         kept = "a checkpoint that cannot be read" if name is None else f"another {name} than the one there"
-        print(f"WARNING: {latest} is a folder in place of a link, {kept}: it is set aside as {folder}", flush=True)
+        logger.warning(f"{latest} is a folder in place of a link, {kept}: it is set aside as {folder}")
     else:
-        print(f"WARNING: {latest} is a folder in place of a link, the only copy: it is now {folder}", flush=True)
+        logger.warning(f"{latest} is a folder in place of a link, the only copy: it is now {folder}")
     os.rename(latest, folder)
 
 
@@ -195,7 +198,7 @@ def point_latest(folder: Path, *, is_whole: bool = False) -> None:
         is_kept = (is_whole and twin == folder) or not _damage(twin, reads_content=True, rank=0, num_ranks=1)
         aside = latest.with_name(f".tmp-old-{LATEST}" if is_kept else f"copied-{LATEST}-{secrets.token_hex(4)}")
         what = "removed" if is_kept else f"set aside as {aside}, since {twin} is damaged"
-        print(f"WARNING: {latest} is a folder in place of a link, a copy of {twin.name}: it is {what}", flush=True)
+        logger.warning(f"{latest} is a folder in place of a link, a copy of {twin.name}: it is {what}")
         os.rename(latest, aside)
         if is_kept:
             shutil.rmtree(aside, ignore_errors=True)
@@ -212,13 +215,13 @@ def point_latest(folder: Path, *, is_whole: bool = False) -> None:
 
 def _set_damaged_aside(folder: Path, damage: list[str], *, is_last: bool) -> None:
     """The last candidate stays where it is, unless a copied `latest` is its second copy."""
-    print(f"WARNING: THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}", flush=True)
+    logger.warning(f"THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}")
     if is_last:
         return
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    print(f"WARNING: it is set aside as {aside}; the run resumes from the one before", flush=True)
+    logger.warning(f"it is set aside as {aside}; the run resumes from the one before")
 
 
 def _require_no_other_place(checkpoints: Path) -> None:
@@ -279,4 +282,4 @@ def delete_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | 
             folder.rename(doomed)  # in one step, so that no half-deleted folder looks complete
             shutil.rmtree(doomed)
         except OSError as error:
-            print(f"WARNING: the old checkpoint {folder} could not be deleted: {error}", flush=True)
+            logger.warning(f"the old checkpoint {folder} could not be deleted: {error}")

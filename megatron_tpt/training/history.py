@@ -6,7 +6,7 @@ alone, as the phases of PretrainRecipe.resolve do for other data.
 
 import dataclasses
 import itertools
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def newest_recipe(run_folder: Path) -> Path | None:
@@ -73,12 +75,11 @@ def _warn_of_past(new: TrainingConfig, old: TrainingConfig, step: int) -> None:
         _merged([dataclasses.replace(stage, sequence_length=None) for stage in _stages(one, 0, num_past)])
         for one in (new, old)
     )
-    if num_past and given != done and os.environ.get("RANK", "0") == "0":
+    if num_past and given != done:
         sizes = ", ".join(f"{stage.num_steps} x {stage.global_batch_size}" for stage in done)
-        print(
-            f"WARNING: training.batch_size_ramp has no effect on the {num_past} steps that were done with other batch "
-            f"sizes ({sizes})",
-            flush=True,
+        logger.warning(
+            f"training.batch_size_ramp has no effect on the {num_past} steps that were done with other batch "
+            f"sizes ({sizes})"
         )
 
 

@@ -5,12 +5,15 @@ used where they are complete. Where they are not, the run is refused: every proc
 """
 
 import dataclasses
+import logging
 import os
 import re
 import zlib
 from collections.abc import Mapping, MutableMapping
 
 from megatron_tpt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _PORTS = range(20000, 30000)
 
@@ -106,8 +109,7 @@ def _check_single(environment: Mapping[str, str]) -> None:
         )
     num_tasks = environment.get("SLURM_NTASKS", "1")
     if num_tasks != "1":
-        print(
-            f"WARNING: this SLURM job has {num_tasks} tasks, and training uses this process alone: start it with srun, "
-            f"as slurm/train.sbatch does, to use all of them",
-            flush=True,
+        logger.warning(
+            f"this SLURM job has {num_tasks} tasks, and training uses this process alone: start it with srun, "
+            f"as slurm/train.sbatch does, to use all of them"
         )

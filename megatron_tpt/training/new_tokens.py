@@ -4,19 +4,21 @@ A tokenizer that grew after pre-training (tokens for chats) has tokens whose row
 start at the mean of the others, which leaves the probabilities of known tokens nearly as they were.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from megatron_tpt import platform
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.names import shown
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+
+logger = logging.getLogger(__name__)
 
 
 def start_new_tokens(gpts: Sequence[GPTModel], recipe: Recipe, tokenizer_path: Path | None) -> None:
@@ -33,11 +35,8 @@ def start_new_tokens(gpts: Sequence[GPTModel], recipe: Recipe, tokenizer_path: P
     choice = recipe.training.new_token_rows
     if choice == "mean":
         set_rows_to_mean(gpts, known, new)
-    if platform.is_first_rank():
-        how = f"start at the mean of the other {len(known)}" if choice == "mean" else "stay as the checkpoint has them"
-        print(
-            f"{len(new)} tokens that {start} lacks ({listed}): their rows {how} (training.new_token_rows)", flush=True
-        )
+    how = f"start at the mean of the other {len(known)}" if choice == "mean" else "stay as the checkpoint has them"
+    logger.info(f"{len(new)} tokens that {start} lacks ({listed}): their rows {how} (training.new_token_rows)")
 
 
 def _ids(start: Path, tokenizer_path: Path) -> tuple[list[int], list[int]]:

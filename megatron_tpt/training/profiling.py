@@ -1,5 +1,6 @@
 """Traces of some steps: what the CPU and the GPU did when (torch.profiler), and who held GPU memory."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
+from megatron_tpt.logs import ALL_RANKS
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -66,4 +70,4 @@ class Profile(Callback):
             torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profiler = None
-        print(f"profile of rank {torch.distributed.get_rank()}: {path}.*", flush=True)
+        logger.info(f"profile: {path}.*", extra=ALL_RANKS)

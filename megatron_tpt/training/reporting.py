@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import resource
@@ -31,6 +32,8 @@ from megatron_tpt.units import duration
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -83,7 +86,7 @@ class MetricsWriter:
             self.is_full = False
         except OSError as error:
             if not self.is_full:
-                print(f"WARNING: {self.file.name} cannot be written ({error.strerror}): its lines wait", flush=True)
+                logger.warning(f"{self.file.name} cannot be written ({error.strerror}): its lines wait")
             self.is_full = True
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
@@ -92,7 +95,7 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
         except OSError as error:  # TensorBoard's writer does not recover
-            print(f"WARNING: TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues", flush=True)
+            logger.warning(f"TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues")
             self.tensorboard = None
 
     def sync(self) -> None:
@@ -166,7 +169,7 @@ def _measure_memory_gib() -> dict[str, float]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    print(f"WARNING: {message}", flush=True)
+    logger.warning(message)
 
 
 def _measure_power() -> dict[str, float]:
@@ -275,11 +278,10 @@ class ReportMetrics(Callback):
         if peak is None and torch.cuda.is_available():
             device_name = torch.cuda.get_device_name()
             peak = metrics.device_peak_tflops(device_name, precision)
-        if peak is not None and platform.is_first_rank():
-            print(
+        if peak is not None:
+            logger.info(
                 f"MFU = tokens/s x {self.flops_per_token:.4g} FLOPs per token / {torch.distributed.get_world_size()} "
-                f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})",
-                flush=True,
+                f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})"
             )
         return peak
 
@@ -303,9 +305,8 @@ class ReportMetrics(Callback):
             slowest = max(slowdowns, key=lambda one: one.ratio)
             values |= {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
             trainer.metrics.write(trainer.global_step, values)
-            if platform.is_first_rank():
-                num_steps = trainer.recipe.training.num_steps
-                print(f"step {trainer.global_step:>7}/{num_steps}  {console_line(values)}", flush=True)
+            num_steps = trainer.recipe.training.num_steps
+            logger.info(f"step {trainer.global_step:>7}/{num_steps}  {console_line(values)}")
             self.stragglers.warn(slowdowns, trainer.recipe.logging.straggler_factor)
             self.window = Window(len(trainer.objective.sum_names))
 

@@ -17,10 +17,10 @@ A run that finds its lock taken over (it was suspended for minutes, say) ends at
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 TOUCH_INTERVAL_S = 10.0
@@ -181,9 +183,8 @@ def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
         holder, sign = found
         alive = holder.is_alive(own) if holder is not None else None
         if alive is None:
-            print(
-                f"{path} is of {holder or 'an unknown process'}: waiting up to {patience_s:.0f} s for a sign of life",
-                flush=True,
+            logger.info(
+                f"{path} is of {holder or 'an unknown process'}: waiting up to {patience_s:.0f} s for a sign of life"
             )
             alive = _wait_for_life(path, sign, patience_s)
         if alive:
@@ -200,7 +201,7 @@ def _require_own(path: Path, own: Holder) -> None:
         return  # somebody has removed it by hand
     found = _read(path)
     if found is not None and found[0] is not None and found[0].token != own.token:
-        print(f"error: {path.parent} was taken over by {found[0]}: this run ends", file=sys.stderr, flush=True)
+        logger.error(f"{path.parent} was taken over by {found[0]}: this run ends")
         os._exit(1)
     os.utime(path)
 

@@ -7,12 +7,12 @@ one each. The files are those that Megatron Core looks for: NAME-description.txt
 """
 
 import contextlib
+import logging
 import math
 import mmap
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +25,9 @@ import numpy as np
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links, sync_tree
 from megatron_tpt.jobs.lock import has_locks, locked
+from megatron_tpt.logs import ALL_RANKS
+
+logger = logging.getLogger(__name__)
 
 _LARGE_BYTES = 64 << 20
 _ABANDONED_AFTER_S = 24 * 3600
@@ -100,7 +103,7 @@ class SampleCache:
     def _lock(self, file: IO[str]) -> None:
         """Lock `file` until it is closed, by us or by our death."""
         if not locked(file.fileno(), self.folder / ".lock", timeout_s=0):
-            print(f"{self.folder}: another process builds sample indices here; waiting", file=sys.stderr, flush=True)
+            logger.info(f"{self.folder}: another process builds sample indices here; waiting", extra=ALL_RANKS)
             locked(file.fileno(), self.folder / ".lock", timeout_s=math.inf)
 
     def _path(self, name: str, kind: str) -> Path:
@@ -115,7 +118,7 @@ class SampleCache:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            print(f"{self._path(name, '*.npy')}: not whole ({error})", file=sys.stderr)
+            logger.warning(f"{self._path(name, '*.npy')}: not whole ({error})", extra=ALL_RANKS)
             return None
 
     def _publish(self, name: str, description: str, arrays: dict[str, np.ndarray], staging: Path) -> None:

@@ -7,6 +7,7 @@ tools/pack_sft.py has packed.
 import bisect
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,7 +15,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from megatron_tpt import platform
 from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.run import RunConfig
@@ -31,6 +31,8 @@ from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.blend import format_table
 from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader
 from megatron_tpt.training.data_checks import epoch_warnings
+
+logger = logging.getLogger(__name__)
 
 
 class SftRecipe(Protocol):
@@ -187,8 +189,8 @@ def _read_pairs(
                     f"data.response_column), or pack what are conversations (tools/pack_sft.py)"
                 )
             examples.append(example)
-    for note, count in format.take_notes().items() if platform.is_first_rank() else ():
-        print(f"note: {', '.join(map(str, paths))}: {note} ({count:,})", flush=True)
+    for note, count in format.take_notes().items():
+        logger.info(f"note: {', '.join(map(str, paths))}: {note} ({count:,})")
     fitting = [example for example in examples if len(example.tokens) <= sequence_length + 1]
     num_too_long = len(examples) - len(fitting)
     if num_too_long and config.on_too_long == "stop":
@@ -197,11 +199,10 @@ def _read_pairs(
             f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length={sequence_length} "
             f"(the longest has {longest} tokens): raise it, or give --data.on_too_long=skip"
         )
-    if num_too_long and platform.is_first_rank():
-        print(
-            f"WARNING: {num_too_long} of {len(examples)} examples are longer than training.sequence_length="
-            f"{sequence_length} and are skipped (data.on_too_long): {', '.join(map(str, paths))}",
-            flush=True,
+    if num_too_long:
+        logger.warning(
+            f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length="
+            f"{sequence_length} and are skipped (data.on_too_long): {', '.join(map(str, paths))}"
         )
     if not fitting:
         raise UserError(
@@ -265,9 +266,8 @@ def build_sft_data(recipe: SftRecipe) -> TrainingData:
     sequence_length, seed = recipe.training.sequence_length, recipe.run.seed
     rows, validation = open_sets(recipe, tokenizer)
     epochs = recipe.training.num_samples(recipe.training.num_steps) / len(rows)
-    if platform.is_first_rank():
-        for line in epoch_warnings("data.train", epochs):
-            print(f"WARNING: {line}", flush=True)
+    for line in epoch_warnings("data.train", epochs):
+        logger.warning(line)
     return TrainingData(
         train=make_loader(PackedExamples(rows, tokenizer, sequence_length, seed), recipe),
         validation={

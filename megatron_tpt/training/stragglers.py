@@ -6,6 +6,7 @@ stages of a pipeline differ by what they hold, so a rank is compared with those 
 """
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from megatron_tpt import platform
 
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
+
+logger = logging.getLogger(__name__)
 
 
 def _now() -> Any:
@@ -98,9 +101,8 @@ class Stragglers:
     def warn(self, found: Sequence[Slowdown], factor: float) -> None:
         """Name the ranks that are slower than `factor` times the median, the slowest first."""
         for one in sorted(found, key=lambda one: -one.ratio):
-            if one.ratio > factor and platform.is_first_rank():
-                print(
-                    f"WARNING: rank {self.names[one.rank]} is slow: its own work (data, forward, backward) takes "
-                    f"{one.seconds:.3g} s a step, {one.ratio:.1f} times the median; the others wait for it",
-                    flush=True,
+            if one.ratio > factor:
+                logger.warning(
+                    f"rank {self.names[one.rank]} is slow: its own work (data, forward, backward) takes "
+                    f"{one.seconds:.3g} s a step, {one.ratio:.1f} times the median; the others wait for it"
                 )

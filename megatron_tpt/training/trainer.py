@@ -11,6 +11,7 @@ or, driven by another loop, one optimizer step at a time:
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from megatron_tpt.training.model import TrainedModel
 from megatron_tpt.training.phases import phase
 from megatron_tpt.training.resume import require_tokenizer, resume_warnings
 from megatron_tpt.training.steps import reduce_sums
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -304,12 +307,10 @@ class Trainer:
         for callback in self.callbacks:
             if callback_state := state["callbacks"].get(type(callback).__name__):
                 callback.load_state(callback_state)
-        if platform.is_first_rank():
-            print(f"resumed from {folder} at step {self.global_step}", flush=True)
+        logger.info(f"resumed from {folder} at step {self.global_step}")
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on the first rank, once all of them have been generated."""
+    """Log warnings, once all of them have been generated."""
     for warning in list(warnings):
-        if platform.is_first_rank():
-            print(f"WARNING: {warning}", flush=True)
+        logger.warning(warning)

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import logging
 import math
 import os
 import socket
@@ -35,6 +36,8 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.phases import PHASES, current_phase
 from megatron_tpt.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 _COLLECTIVES = "/torch/distributed/"
 _BETWEEN_STAGES = "/megatron/core/pipeline_parallel/p2p_communication.py"
@@ -182,11 +185,9 @@ class Watchdog(Callback):
             time.sleep(3 * self.interval_s)  # for the other ranks to find out and do the same
             beats = list(self._read_beats())
             if self.rank == min((beat.rank for beat in beats), default=self.rank):
-                print(
-                    f"error: no progress for {waited_s:.0f} s (run.hang_timeout_s): "
-                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}",
-                    file=sys.stderr,
-                    flush=True,
+                logger.error(
+                    f"no progress for {waited_s:.0f} s (run.hang_timeout_s): "
+                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}"
                 )
         except Exception:
             traceback.print_exc()

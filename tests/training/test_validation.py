@@ -214,7 +214,7 @@ def test_examples_that_are_skipped_are_counted_and_none_left_is_refused(
     tokenizer = Tokenizer(tokenizer_path)
     rows, _ = open_sets(ours, tokenizer)
     skipped = len(PAIRS) - rows.counts.examples
-    assert skipped > 0 and f"WARNING: {skipped} of 26 examples are longer than" in capsys.readouterr().out
+    assert skipped > 0 and f"warning: {skipped} of 26 examples are longer than" in capsys.readouterr().out
     ours.training.sequence_length = 2
     with pytest.raises(UserError, match=r"no example to learn from \(26 were read\)"):
         open_sets(ours, tokenizer)
