@@ -9,15 +9,14 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, Failure, FinishReason, LogLikelihood
+from megatron_tpt.generation.api import Api, Completion, Failure, FinishReason, LogLikelihood
 from megatron_tpt.names import shown
 
-Api = Literal["completions", "chat"]
 Outcome = Completion | LogLikelihood | Failure
 Reader = Callable[[str, Any], Outcome]
 """Takes a server's URL and the JSON that it answered."""
