@@ -16,8 +16,10 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import pretty
 
 _BLOCK_BYTES = 1 << 16
 
@@ -106,6 +108,12 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
+    """Write `value` to `path`, for programs and people, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(pretty(value, indent=indent))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ learned (little-endian):
 last: without it the index is not finished.
 """
 
-import json
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_checksum, no_links
+from megatron_tpt.files import file_checksum, no_links, write_json
 from megatron_tpt.indexing.conversations import Example
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.indexing.reader import IndexReader
@@ -210,8 +209,7 @@ class PackManifest:
     def write(self, prefix: str | Path) -> None:
         """Write `PREFIX.sft.json`, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        with atomic_write(self.path(prefix)) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path(prefix), content, indent=1)
 
 
 def is_packed(paths: Iterable[Path]) -> bool:

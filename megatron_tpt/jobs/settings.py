@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_fingerprint, real_path
+from megatron_tpt.files import file_fingerprint, real_path, write_json
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import Source
 
@@ -69,8 +69,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
     """Note the settings of a run that starts in `path`, or the input of one that has grown (see `check_settings`)."""
     before = read_settings(path)
     if before is None or _added(before, settings):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, settings)
 
 
 def added_names(path: Path, settings: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_tpt.config.cli import console_name
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.indexing.packing import PackManifest
 from megatron_tpt.training.checkpoint_files import step_folder
-from megatron_tpt.training.model_files import read_json
+from megatron_tpt.training.model_files import chat_template
 
 
 def _shown(path: Path) -> str:
@@ -35,14 +35,6 @@ def _tool(name: str) -> str:
         return f"{_python()} {_shown(script)}"
     name = console_name(name)  # an installation: next to its interpreter
     return name if shutil.which(name) else _shown(Path(sys.executable).with_name(name))
-
-
-def _has_chat_template(checkpoint: Path) -> bool:
-    folder = checkpoint / "tokenizer"
-    settings = folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    return bool(read_json(settings).get("chat_template"))
 
 
 def _learned_chats(recipe: Recipe) -> bool:
@@ -76,7 +68,7 @@ def describe_outcome(recipe: Recipe, num_tokens: int) -> str:
 def evaluate_command(recipe: Recipe) -> str:
     """What evaluates the exported model. Words in capitals are placeholders for the user to fill in."""
     checkpoint = _checkpoint(recipe)
-    chat = " --chat" if _learned_chats(recipe) and _has_chat_template(checkpoint) else ""
+    chat = " --chat" if _learned_chats(recipe) and chat_template(checkpoint / "tokenizer") else ""
     results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
     return (
         f"then, to evaluate: {_tool('evaluate')} --model {_shown(_exported(recipe))} --data PROBLEMS.jsonl "
