@@ -10,6 +10,7 @@ import megatron_tpt
 from megatron_tpt.config.cli import console_name
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.indexing.packing import PackManifest
+from megatron_tpt.models.spec import spec_of
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.model_files import chat_template
 
@@ -55,14 +56,19 @@ def _exported(recipe: Recipe) -> Path:
     return recipe.run.output_dir / f"hf_{_checkpoint(recipe).name}"
 
 
+def can_be_exported(recipe: Recipe) -> bool:
+    """Whether the family of the model has a Hugging Face counterpart."""
+    return spec_of(recipe.model).hugging_face() is not None
+
+
 def describe_outcome(recipe: Recipe, num_tokens: int) -> str:
-    """The checkpoint of a run that has done all its steps, and the command that exports it."""
+    """The checkpoint of a run that has done all its steps, and the command that exports it where it can be."""
     checkpoint = _checkpoint(recipe)
+    finished = f"finished: {recipe.training.num_steps} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}"
+    if not can_be_exported(recipe):
+        return finished
     export = f"{_tool('export_hf')} --checkpoint {_shown(checkpoint)} --output {_shown(_exported(recipe))}"
-    return (
-        f"finished: {recipe.training.num_steps} steps, {num_tokens:,} tokens; checkpoint: {checkpoint}\n"
-        f"next, to export: {export}"
-    )
+    return f"{finished}\nnext, to export: {export}"
 
 
 def evaluate_command(recipe: Recipe) -> str:
@@ -78,7 +84,6 @@ def evaluate_command(recipe: Recipe) -> str:
 
 def fine_tune_command(recipe: Recipe) -> str:
     """What fine-tunes the checkpoint. Words in capitals are placeholders for the user to fill in."""
-    return (
-        f"or, to fine-tune: {_python()} -m megatron_tpt.finetune FINETUNE.yaml "
-        f"--training.init_from={_shown(_checkpoint(recipe))}"
-    )
+    command = f"{_python()} -m megatron_tpt.finetune FINETUNE.yaml"
+    lead = "or" if can_be_exported(recipe) else "next"
+    return f"{lead}, to fine-tune: {command} --training.init_from={_shown(_checkpoint(recipe))}"
