@@ -38,8 +38,7 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     options = converter.section(cls, given.content, ())
     for warning in converter.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if converter.problems:
-        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    converter.raise_problems()
     return options
 
 

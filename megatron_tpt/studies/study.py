@@ -56,8 +56,7 @@ def load_study(path: Path) -> StudyConfig:
     known = ", ".join(field.name for field in dataclasses.fields(StudyConfig))
     converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known are {known}")
     config = converter.section(StudyConfig, content, ())
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return config
 
 
