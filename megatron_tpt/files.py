@@ -47,6 +47,19 @@ def real_path(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def file_key(path: Path) -> tuple[int, int]:
+    """What is the same for all names of a file or folder on this machine, and of no two at a time."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """The nearest folder of a path that is there, and the bytes that are free on its disk."""
+    absolute = path.absolute()
+    folder = next(one for one in (absolute, *absolute.parents) if one.is_dir())
+    return folder, shutil.disk_usage(folder).free
+
+
 @functools.cache
 def _temporary_prefix() -> str:
     """How the names of temporary files begin where process numbers mean the same as here: on this host, and there in

@@ -4,7 +4,6 @@ The weights keep their precision and are in memory once, all together.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tpt import platform
+from megatron_tpt.names import first_few
+from megatron_tpt.units import GIB
 
 # Megatron Core comes after the platform.
 # isort: split
@@ -21,7 +22,7 @@ from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError, one_line
-from megatron_tpt.files import atomic_directory
+from megatron_tpt.files import atomic_directory, free_space
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from megatron_tpt.interop.hf_config import adapter_for
 from megatron_tpt.interop.hf_export import refuse_existing
@@ -77,7 +78,7 @@ def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
         dist_checkpointing.save(tensors, str(folder))
     except CheckpointException as error:  # a separate process wrote, and reports no error number
         reason = " ".join(str(error).split())[-300:]
-        free = shutil.disk_usage(folder).free / 2**30
+        free = free_space(folder)[1] / GIB
         raise UserError(
             f"{output}: could not be written ({reason}): make room, {free:.1f} GiB are free there"
         ) from error
@@ -95,7 +96,7 @@ def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
             f"and import that, if it is to count"
         )
     if rest := [name for name in others if name not in adapters]:
-        lines.append(f"not carried over: {', '.join(rest[:20])}" + (f" and {len(rest) - 20} more" * (len(rest) > 20)))
+        lines.append(f"not carried over: {first_few(rest, 20)}")
     return lines
 
 
