@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
@@ -21,6 +21,12 @@ def shown(text: str | os.PathLike[str]) -> str:
 def shown_lines(text: str) -> str:
     """The same for a text of several lines; tabs stay."""
     return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The first names of many, and how many more there are: "a, b and 7 more"."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def require_usable(path: Path, real_path: Path) -> None:

@@ -42,8 +42,7 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     options = converter.section(cls, given.content, ())
     for warning in converter.warnings:
         logger.warning(warning)
-    if converter.problems:
-        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    converter.raise_problems()
     return options
 
 

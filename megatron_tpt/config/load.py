@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_tpt.config.command_line import COMMAND_LINE, read_words
 from megatron_tpt.config.convert import Converter, expand_path
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.suggestions import suggest
-from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
+from megatron_tpt.config.yaml_file import Key, YamlFile, before_message, read_yaml_file
 from megatron_tpt.errors import UserError
 from megatron_tpt.logs import print_result
 
@@ -123,15 +124,9 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str], warnings: list[str]) -> R:
     """Raises UserError with all that is wrong, one line each; notes what is written under an old name."""
-
-    def where(key: Key) -> str:
-        place = place_of(places, key)
-        return f"{place}: " if place else ""
-
-    converter = Converter(where, lambda key: suggest(cls, key))
+    converter = Converter(partial(before_message, places), lambda key: suggest(cls, key))
     recipe = converter.section(cls, raw, ())
-    if converter.problems:
-        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    converter.raise_problems()
     warnings += converter.warnings
     return recipe
 

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tpt.config.load import to_dict
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.problems import Problem, read_problems
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.generation import (
     Completion,
     Engine,
@@ -261,11 +262,10 @@ def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def _write_results(options: EvaluateOptions, results: Sequence[ModelResult]) -> None:
-    settings = {name: value for name, value in asdict(options).items() if name not in ("model", "output")}
+    settings = {name: value for name, value in to_dict(options).items() if name not in ("model", "output")}
     content = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
         "models": [asdict(result) for result in results],
     }
-    with atomic_write(options.output / "results.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    write_json(options.output / "results.json", content)

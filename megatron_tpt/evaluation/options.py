@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import Sampling, Temperature, TopP
+from megatron_tpt.generation import DType, Sampling, Temperature, TopP
 from megatron_tpt.grading import AnswerKind, Reading, Rules
 
 
@@ -72,7 +72,7 @@ class EvaluateOptions:
     """Every sample gets its own seed from this one, the problem's id and its number."""
     limit: PositiveInt | None = None
     """Take only the first N problems."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DType = "auto"
     """Number format of the model; "auto" is what its config.json says."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Api = Literal["completions", "chat"]
 Temperature = Annotated[float, Ge(0), Le(2)]
 TopP = Annotated[float, Gt(0), Le(1)]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -261,7 +262,7 @@ class EngineOptions:
     """Servers to start for "vllm-server"; by default as many as the visible GPUs have room for, one on a CPU."""
     endpoints: tuple[str, ...] = ()
     """Base URLs for "endpoint", such as http://host:8000/v1; requests are shared among them."""
-    api: Literal["completions", "chat"] = "completions"
+    api: Api = "completions"
     """What servers are asked: "completions" takes prompts as text or token ids, "chat" takes messages."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key for the endpoints; without it no key is sent."""

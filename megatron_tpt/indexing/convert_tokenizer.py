@@ -34,6 +34,7 @@ from megatron_tpt.indexing.originals import (
 from megatron_tpt.indexing.tekken import EOS as TEKKEN_EOS
 from megatron_tpt.indexing.tekken import Tekken
 from megatron_tpt.indexing.tokenizer import CONFIG, TOKENIZER_FILES, Tokenizer, find_originals
+from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.records import read_records
 
@@ -214,4 +215,4 @@ def _write(folder: Path, path: Path, original: _Original, eos_token: str | None)
     settings["eos_token"] = eos_token or settings.get("eos_token") or original.eos
     if settings["eos_token"] is None:
         raise UserError(f"{path}: it names no end-of-sequence token: give --eos-token")
-    config.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    config.write_bytes(pretty(settings, indent=1))

@@ -10,18 +10,17 @@ import logging
 import random
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 import pyarrow
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.options import Backend
 from megatron_tpt.indexing.pieces import text_buffers
 from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["auto", "gigatoken", "reference"]
 
 NASTY_TEXTS = (
     "a",

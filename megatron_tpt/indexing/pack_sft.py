@@ -36,6 +36,7 @@ from megatron_tpt.jobs.ordered_workers import map_in_order
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.logs import print_result
+from megatron_tpt.names import first_few
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
 
@@ -336,15 +337,10 @@ def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list
         "removed from the input": changes.removed,
         "changed in the input": changes.changed,
     }
-    differences = [f"{what}: {_names(paths)}" for what, paths in found.items() if paths]
+    differences = [f"{what}: {first_few(paths, _MAX_NAMED)}" for what, paths in found.items() if paths]
     if not differences and [source.path for source in sources] != list(now):
         differences = ["the input files are the same in another order"]
     return differences
-
-
-def _names(paths: Sequence[str]) -> str:
-    more = len(paths) - _MAX_NAMED
-    return ", ".join(paths[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class _StoppedError(BaseException):

@@ -16,8 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.options import TrainTokenizerOptions
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, CONFIG, OPEN_TAG
 from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.records import expand_sources, read_records
 
@@ -104,9 +105,8 @@ def _save(folder: Path, backend: tokenizers.Tokenizer, template: str | None, opt
     }
     if template is not None:
         config["chat_template"] = template
-    for name, content in (("tokenizer.json", description), ("tokenizer_config.json", config)):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in (("tokenizer.json", description), (CONFIG, config)):
+        (folder / name).write_bytes(pretty(content, indent=1))
 
 
 def _read_template(path: Path | None) -> str | None:

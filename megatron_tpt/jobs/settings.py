@@ -6,7 +6,6 @@ shard. Files may be added to the input of a job: they come after those that it h
 is done stays valid. Such entries carry "added": 1 for the files of the first addition, and so on.
 """
 
-import fnmatch
 import glob
 import json
 import os
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_fingerprint, real_path
+from megatron_tpt.files import file_fingerprint, real_path, write_json
 from megatron_tpt.json_data import read_json
+from megatron_tpt.names import first_few
 from megatron_tpt.records import Source
+from megatron_tpt.records.patterns import matches
 
 _SHOWN = 3
 """How many names a message lists."""
@@ -69,8 +70,7 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
     """Note the settings of a run that starts in `path`, or the input of one that has grown (see `check_settings`)."""
     before = read_settings(path)
     if before is None or _added(before, settings):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, settings)
 
 
 def added_names(path: Path, settings: dict[str, Any]) -> list[str]:
@@ -201,13 +201,12 @@ class EntryChanges:
         phrases = ", ".join(describe_names(names, verb) for verb, names in groups if names)
         if phrases or list(self._old) == list(self._new):
             return phrases
-        return f"the order was {_order(self._old)}, now {_order(self._new)}"
+        return f"the order was {first_few(list(self._old), _SHOWN)}, now {first_few(list(self._new), _SHOWN)}"
 
 
 def describe_names(names: Sequence[str], verb: str) -> str:
     """`2 added (a.jsonl, b.jsonl)`: how many, and the first few."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"{len(names):,} {verb} ({', '.join(names[:_SHOWN])}{more})"
+    return f"{len(names):,} {verb} ({first_few(names, _SHOWN)})"
 
 
 def _content(entry: dict[str, Any]) -> dict[str, Any]:
@@ -220,11 +219,6 @@ def _describe_entry(before: dict[str, Any], now: dict[str, Any]) -> str:
     if set(_content(before)) | set(_content(now)) <= {"fingerprint"}:
         return str(now["name"])
     return f"{now['name']}: {'; '.join(describe_changes(_content(before), _content(now)))}"
-
-
-def _order(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _short(text: str, compared: str) -> str:
@@ -272,7 +266,7 @@ def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
     num_plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
     base, pattern = real_path(Path(*path.parts[:num_plain])), path.parts[num_plain:]
     return any(
-        place.is_relative_to(base) and _matches(place.relative_to(base).parts, pattern)
+        place.is_relative_to(base) and matches(place.relative_to(base).parts, pattern)
         for place in (*folder.parents, folder, *written)
     )
 
@@ -290,12 +284,3 @@ def _real_folders(folder: Path) -> Iterator[Path]:
             continue  # a link upwards: what else is there is not walked
         for place, names, _ in os.walk(root):
             waiting += [real_path(link) for link in (Path(place, name) for name in names) if link.is_symlink()]
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a pattern in which `**` matches any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

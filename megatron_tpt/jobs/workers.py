@@ -3,13 +3,13 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from megatron_tpt import logs
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.processes import exit_with_parent
 
 
 class Workers:
@@ -85,7 +85,7 @@ def _death(process: Any) -> str:
 
 def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
     set_up_logs()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    exit_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     while True:
         try:
@@ -106,10 +106,3 @@ def _send(connection: Connection, message: tuple[str, Any]) -> None:
         connection.send(message)
     except ConnectionError:  # the parent has ended, perhaps killed: there is nobody to report to
         os._exit(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -9,21 +9,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from megatron_tpt.platform.signals import ignore_stop_signals
+from megatron_tpt.processes import exit_with_parent
 
 _FORK = multiprocessing.get_context("fork")
 _NICENESS = 10  # the work leaves the cores to training
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _run[T](work: Callable[[], T], connection: Connection) -> None:
@@ -31,7 +24,7 @@ def _run[T](work: Callable[[], T], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     gc.disable()  # what this process inherited is its parent's to destroy: there may be tensors on a GPU among it
     os.nice(_NICENESS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # it holds the parent's sockets, too
+    exit_with_parent()  # it holds the parent's sockets, too
     try:
         outcome: tuple[T | None, OSError | None] = work(), None
     except OSError as error:

@@ -19,7 +19,7 @@ from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
 from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
-from megatron_tpt.training.outcome import describe_outcome, evaluate_command
+from megatron_tpt.training.outcome import can_be_exported, describe_outcome, evaluate_command
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_tpt.training.data import TrainingData
@@ -121,4 +121,5 @@ class FinetuneRecipe(TrainingRecipe):
         return build_sft_data(self)
 
     def next_steps(self, num_tokens: int) -> str:
-        return "\n".join([describe_outcome(self, num_tokens), evaluate_command(self)])
+        evaluate = [evaluate_command(self)] if can_be_exported(self) else []
+        return "\n".join([describe_outcome(self, num_tokens), *evaluate])

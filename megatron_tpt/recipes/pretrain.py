@@ -13,6 +13,7 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
+from megatron_tpt.names import first_few
 from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.recipes.sources import spell_out_sources
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
@@ -68,8 +69,7 @@ class PretrainRecipe(TrainingRecipe):
         if changed:
             logger.warning(
                 f"the training data changes after step {step} (data.allow_change): from there "
-                + ", ".join(f"{source.path} x {source.weight:g}" for source in phases[-1].train[:8])
-                + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else "")
+                + first_few([f"{source.path} x {source.weight:g}" for source in phases[-1].train], 8)
             )
         return dataclasses.replace(self, data=dataclasses.replace(self.data, train=[], phases=phases))
 

@@ -58,8 +58,7 @@ def _read_list(path: Path, inside: tuple[Path, ...]) -> tuple[list[Any], tuple[P
     known = ", ".join(field.name for field in dataclasses.fields(DatasetSource))
     converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known there: {known}")
     converter.value(list[DatasetSource], content, ())
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return content, (*inside, path)
 
 

@@ -7,7 +7,6 @@ seeds: [0, 1, 2]
 """
 
 import dataclasses
-import json
 import logging
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from megatron_tpt.config.convert import Converter, expected
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.jobs.settings import describe_changes, read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
@@ -60,8 +59,7 @@ def load_study(path: Path) -> StudyConfig:
     known = ", ".join(field.name for field in dataclasses.fields(StudyConfig))
     converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known are {known}")
     config = converter.section(StudyConfig, content, ())
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return config
 
 
@@ -76,19 +74,17 @@ def run_study(options: StudyOptions) -> list[Point]:
             f"{options.output}: holds runs of another command ({'; '.join(changes)}); choose another --output, or "
             "remove it"
         )
-    with atomic_write(settings) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    write_json(settings, wanted)
     points: list[Point] = []
     for seed in config.seeds:
         points += _run_seed(config, options.output / f"seed_{seed}", seed)
     summaries = summarize(points)
     report = options.output / "report"
-    with atomic_write(report / "results.json") as temporary:
-        content = {
-            "points": list(map(dataclasses.asdict, points)),
-            "summaries": list(map(dataclasses.asdict, summaries)),
-        }
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {
+        "points": list(map(dataclasses.asdict, points)),
+        "summaries": list(map(dataclasses.asdict, summaries)),
+    }
+    write_json(report / "results.json", content)
     write_report(report, summaries, config.title, config.chance)
     return points
 

@@ -33,7 +33,6 @@ NONE, OTHER = "(none)", "(other)"
 
 _MAX_GROUPS = 10_000
 _MAX_BARS = 40
-_NORMAL_95 = 1.960
 _LENGTHS = ("thinking_tokens", "document_tokens")
 _HEADER = (
     ("documents", "{:,}"),
@@ -60,16 +59,10 @@ class Group:
         """Mean thinking tokens."""
         return self.statistics.thinking_tokens.mean
 
-    @property
-    def half_interval(self) -> float:
-        """Half the 95 % interval of the mean in the normal approximation; nan for one document."""
-        lengths = self.statistics.thinking_tokens
-        return _NORMAL_95 * lengths.std / math.sqrt(lengths.count)
-
     def row(self, overall_mean: float) -> list[float]:
         """The figures below `_HEADER`."""
         lengths = self.statistics.thinking_tokens
-        half = self.half_interval
+        half = lengths.half_interval
         return [
             lengths.count,
             self.mean,
@@ -229,7 +222,8 @@ def _plot(path: Path, column: str, groups: Sequence[Group], overall: ThinkingSta
     shown = groups[:_MAX_BARS]
     figure, axes = pyplot.subplots(figsize=(8, 1.8 + 0.32 * len(shown)), layout="constrained")
     names = [group.name if len(group.name) <= 40 else group.name[:39] + "…" for group in shown]
-    errors = [0.0 if math.isnan(group.half_interval) else group.half_interval for group in shown]
+    halves = [group.statistics.thinking_tokens.half_interval for group in shown]
+    errors = [0.0 if math.isnan(half) else half for half in halves]
     places = range(len(shown))
     colours = ["tab:grey" if group.name in (NONE, OTHER) else "tab:blue" for group in shown]
     axes.barh(places, [group.mean for group in shown], xerr=errors, color=colours, alpha=0.8, ecolor="black", capsize=3)

@@ -22,7 +22,6 @@ from megatron_tpt.units import duration
 
 logger = logging.getLogger(__name__)
 
-_Z_95 = 1.96
 _MIN_REFILLS = 3  # from here on the time in which the last ones drain is a small part
 
 
@@ -99,8 +98,8 @@ class Estimate:
         return f"; the engine was not full for long, so the real cost is lower: {more}documents give a better estimate"
 
     def _total(self, lengths: LengthStatistics) -> str:
-        half = _Z_95 * lengths.std / math.sqrt(lengths.count) if lengths.count > 1 else math.nan
-        return f"{self.documents * lengths.mean:,.0f} ± {self.documents * half:,.0f} ({lengths.mean:,.0f} each)"
+        half = self.documents * lengths.half_interval
+        return f"{self.documents * lengths.mean:,.0f} ± {half:,.0f} ({lengths.mean:,.0f} each)"
 
 
 def estimate(options: AugmentOptions) -> Estimate:

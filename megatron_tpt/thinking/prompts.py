@@ -19,15 +19,16 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import begin_ids, render_chat
+from megatron_tpt.thinking.options import ThinkingBlock
+from megatron_tpt.thinking.thoughts import Wants
 
 DOCUMENT = "document"
 FOCUSED = "focused_document"
 FOCUS_MARK = " [[the reader is here]] "
-ThinkingBlock = Literal["auto", "open", "none"]
 
 _EXPERT = """\
 {%s}
@@ -79,7 +80,7 @@ class Template:
 
     name: str
     text: str
-    wants: Literal["thinking", "answer"] = "thinking"
+    wants: Wants = "thinking"
     """Whether the thoughts of a model that thinks are wanted, or what it answers after them."""
 
     @property

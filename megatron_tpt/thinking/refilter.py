@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.jobs.progress import write_progress
 from megatron_tpt.records import Row, Source, read_blocks
 from megatron_tpt.thinking.job import AugmentJob
@@ -48,8 +48,7 @@ def refilter(job: AugmentJob, output: Output, begin: Callable[[], None]) -> Augm
         output.refilter_mark.unlink()
         raise UserError(f"{output.folder}: task {running[0]} is running; wait for it, or stop it, before --refilter")
     settings = json.loads(path.read_text(encoding="utf-8")) | {"filters": job.settings["filters"]}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, settings)
     begin()
     progress = AugmentProgress()
     for number, source in enumerate(job.sources):

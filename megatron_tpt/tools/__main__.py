@@ -45,8 +45,7 @@ def _section(name: str, tool: ModuleType) -> Iterator[str]:
     yield "\n| option | type | default | meaning |\n|---|---|---|---|"
     for option in options_of(cls):
         meaning = documentation_of(option.section)[1].get(option.key[-1], "")
-        shown = option.name.upper() if option.is_positional else f"--{option.name}"
-        yield table_row(field_cells(shown, option.hint, option.field, meaning))
+        yield table_row(field_cells(option.written, option.hint, option.field, meaning))
     for before, now in names_of_before(cls).items():
         old, new = (name.replace("_", "-") for name in (before, now))
         yield f"\n`--{old}` is the name of `--{new}` in the release before; this one reads it, too."

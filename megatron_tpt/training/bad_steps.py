@@ -21,6 +21,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.run import FaultsConfig
 from megatron_tpt.files import atomic_write
+from megatron_tpt.names import first_few
 from megatron_tpt.training.optimizer import local_gradient
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
 
@@ -200,10 +201,9 @@ def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
     # A reduction spreads it to all ranks: it began where a loss is not finite.
     origins = [one for one in guilty if not one["loss_is_finite"]] or guilty
     names = list(dict.fromkeys(name for one in origins for name in one["parameters"]))
-    shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
     ranks = ", ".join(str(one["rank"]) for one in origins)
     samples = sorted({sample for one in origins for sample in one["samples"]})
     return (
         f"not finite on rank {ranks} (samples {samples[0]} to {samples[-1]} of the training data), in the gradients of "
-        f"{len(names)} parameters ({shown}); more in {path}"
+        f"{len(names)} parameters ({first_few(names, _NUM_NAMED)}); more in {path}"
     )

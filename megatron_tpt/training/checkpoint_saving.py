@@ -25,7 +25,7 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.files import free_space, sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.platform.megatron_core import (
@@ -45,6 +45,7 @@ from megatron_tpt.training.checkpoint_state import (
     weights_state,
 )
 from megatron_tpt.training.phases import phase
+from megatron_tpt.units import GIB
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -75,16 +76,11 @@ def _together(folder: Path, action: Callable[[], Any]) -> Any:
         if isinstance(caught, OSError):
             has_room = caught.errno not in (None, errno.ENOSPC, errno.EDQUOT)  # None: Megatron Core does not say
             advice = "make the folder writable" if has_room else "make room"
-            error += f": {advice}, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
+            error += f": {advice}, {free_space(folder.parent)[1] / GIB:.1f} GiB are free there"
     errors = platform.gather_objects(error)
     if any(errors):
         raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
     return result
-
-
-def _free_bytes(folder: Path) -> int:
-    place = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
-    return shutil.disk_usage(place).free
 
 
 class _SaveStrategy(TorchDistSaveShardedStrategy):

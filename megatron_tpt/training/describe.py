@@ -1,13 +1,12 @@
 """What a recipe will do, before anything is started: the report of `--dry-run`."""
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.files import free_space
 from megatron_tpt.models.sizes import model_flops_per_token
-from megatron_tpt.training.devices import GIB, Device
+from megatron_tpt.training.devices import Device
 from megatron_tpt.training.memory import (
     checkpoint_bytes,
     estimate_memory,
@@ -16,7 +15,7 @@ from megatron_tpt.training.memory import (
     peak_of,
     tokens_per_s_bound,
 )
-from megatron_tpt.units import duration
+from megatron_tpt.units import GIB, MIB, duration
 
 ASSUMED_MFU = 0.4
 """What a dry run assumes unless --mfu is given: about what well-tuned runs of dense models report on H100s."""
@@ -93,7 +92,7 @@ def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | Non
 
 def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
     one, most = checkpoint_bytes(recipe), num_checkpoints(recipe)
-    place, free = _free_bytes(recipe.run.output_dir)
+    place, free = free_space(recipe.run.output_dir)
     verdict = "" if one * most <= free else ": NOT ENOUGH; see checkpoint.keep_last, save_interval"
     while_writing = ", held while a checkpoint is written during training" if recipe.checkpoint.asynchronous else ""
     return {
@@ -105,11 +104,4 @@ def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _free_bytes(folder: Path) -> tuple[Path, int]:
-    """The nearest folder that is there, and what is free on its disk."""
-    absolute = folder.absolute()
-    place = next(path for path in (absolute, *absolute.parents) if path.is_dir())
-    return place, shutil.disk_usage(place).free
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"

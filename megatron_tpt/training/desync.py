@@ -15,6 +15,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import Fault
 from megatron_tpt.majority import outliers
+from megatron_tpt.names import first_few
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
@@ -66,8 +67,7 @@ def find_unequal_copies(
 def describe(unequal: dict[int, list[str]]) -> str:
     """What find_unequal_copies found, in one line."""
     names = list(dict.fromkeys(name for own in unequal.values() for name in own))
-    shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
-    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({shown})"
+    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({first_few(names, _NUM_NAMED)})"
 
 
 class CheckCopies(Callback):

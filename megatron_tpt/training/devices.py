@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megatron_tpt.errors import UserError
 
-GIB = 2**30
 _TIMEOUT_S = 30
 # The name that CUDA gives the device, and its memory in MiB as nvidia-smi shows it.
 _KNOWN = {

@@ -9,24 +9,28 @@ A run takes the last three from the checkpoint it resumes or starts from. Fine-t
 its data.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tpt import json_data
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.pack_manifest import PackManifest
-from megatron_tpt.indexing.tokenizer import Tokenizer, load_backend, read_tokenizer_files, tokenizer_fingerprint
+from megatron_tpt.indexing.tokenizer import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    Tokenizer,
+    load_backend,
+    read_tokenizer_files,
+    tokenizer_fingerprint,
+)
+from megatron_tpt.json_data import pretty, read_object
 
 GENERATION_CONFIG = "generation_config.json"
 HF_CONFIG = "hf_config.json"
 HISTORY = "history.json"
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-_TEMPLATE_FILE = "chat_template.jinja"
 _TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 
 
@@ -52,31 +56,13 @@ class History:
     def read(cls, checkpoint: Path) -> "History":
         """Of a checkpoint; one of an earlier version only has the length of its own run."""
         try:
-            if content := read_json(checkpoint / HISTORY):
+            if content := read_object(checkpoint / HISTORY):
                 return cls(**content)
             recipe = checkpoint / "recipe.yaml"
             training = (read_yaml(recipe).get("training") or {}) if recipe.is_file() else {}
             return cls(longest_sequence=int(training.get("sequence_length", 0)))
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint}: its {HISTORY} or recipe.yaml is damaged ({error})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty when there is no file. Raises UserError when it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json_data.read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: restore it or remove it")
-    return content
-
-
-def json_bytes(content: dict[str, Any]) -> bytes:
-    """As the files of a model hold it."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> ModelFiles:
@@ -90,7 +76,7 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
         longest_sequence=max(history.longest_sequence, recipe.training.sequence_length),
         end_of_turn_ids=list(dict.fromkeys([*new_ids, *history.end_of_turn_ids])),
     )
-    settings = {name: read_json(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
+    settings = {name: read_object(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
     if origin and tokenizer_path:
         settings = {name: _with_ids_of(tokenizer_path, origin, one, notes) for name, one in settings.items()}
     if new_ids and tokenizer_path:
@@ -99,8 +85,8 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
         ends = generation.get("eos_token_id")
         generation["eos_token_id"] = with_end_ids(ids["eos_token_id"] if ends is None else ends, new_ids)
         settings[GENERATION_CONFIG] = generation
-    contents |= {name: json_bytes(one) for name, one in settings.items() if one}
-    contents[HISTORY] = json_bytes(asdict(history))
+    contents |= {name: pretty(one) for name, one in settings.items() if one}
+    contents[HISTORY] = pretty(asdict(history))
     return ModelFiles(contents, notes)
 
 
@@ -146,10 +132,10 @@ def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
 def chat_template(folder: Path) -> str | list[Any] | None:
     """The chat template of a tokenizer folder, in any of the forms in which transformers keeps it; None where there is
     none, or no folder."""
-    file = folder / _TEMPLATE_FILE
+    file = folder / CHAT_TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template: str | list[Any] | None = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template: str | list[Any] | None = read_object(folder / CONFIG).get("chat_template")
     return template
 
 
@@ -162,17 +148,17 @@ def _tokenizer_contents(
         return {}
     files = read_tokenizer_files(tokenizer_path)
     own = chat_template(tokenizer_path)
-    of_data = [Path(f"{prefix}.tokenizer") for prefix in recipe.packed_prefixes()]
+    of_data = [PackManifest.tokenizer_path(prefix) for prefix in recipe.packed_prefixes()]
     packed = [folder for folder in of_data if chat_template(folder)]
     start = [origin / "tokenizer"] if origin else []
     other = next((folder for folder in [*packed, *start] if chat_template(folder)), None)
     if not own and other:
         own = chat_template(other)
         if isinstance(own, str):
-            files[_TEMPLATE_FILE] = own.encode()
+            files[CHAT_TEMPLATE] = own.encode()
         else:
-            config = {**read_json(tokenizer_path / "tokenizer_config.json"), "chat_template": own}
-            files["tokenizer_config.json"] = json_bytes(config)
+            config = {**read_object(tokenizer_path / CONFIG), "chat_template": own}
+            files[CONFIG] = pretty(config)
         notes.append(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
     if differing := [folder for folder in packed if chat_template(folder) != own]:
         notes.append(

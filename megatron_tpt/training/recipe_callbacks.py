@@ -11,7 +11,7 @@ that is run: what a checkpoint's recipe names is never imported.
 """
 
 import dataclasses
-import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from megatron_tpt.config.convert import Converter, is_section
+from megatron_tpt.config.convert import Converter, did_you_mean, is_section
 from megatron_tpt.config.describe import default_of, documentation_of, type_of
 from megatron_tpt.config.fields import plain
-from megatron_tpt.config.yaml_file import Key, dotted, place_of
+from megatron_tpt.config.yaml_file import Key, before_message, dotted
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.callbacks import SaveCheckpoints, default_callbacks
 from megatron_tpt.training.trainer import Callback
@@ -101,11 +101,7 @@ def _make(name: str, choice: Choice) -> Callback:
 def read_callbacks(section: Section, places: Mapping[Key, str]) -> dict[str, Choice]:
     """The callbacks that a recipe names, whose modules are imported. Raises UserError with all that is wrong, one line
     each, with its place in `places` where it is known."""
-
-    def where(key: Key) -> str:
-        place = place_of(places, key)
-        return f"{place}: " if place else ""
-
+    where = functools.partial(before_message, places)
     chosen: dict[str, Choice] = {}
     converter = Converter(where, lambda key: _suggest(chosen[str(key[1])].kind, str(key[-1])))
     for name, raw in section.items():
@@ -119,8 +115,7 @@ def read_callbacks(section: Section, places: Mapping[Key, str]) -> dict[str, Cho
             converter.problems.append(f"{where(key)}{dotted(key)}: {error}")
             continue
         chosen[name].settings.update({field: getattr(settings, field, None) for field in raw})
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return chosen
 
 
@@ -171,9 +166,8 @@ def _can_be_given(hint: Any) -> bool:
 def _suggest(kind: type[Callback], name: str) -> str:
     """What to write behind "unknown" for a setting that a callback does not have."""
     known = [field.name for field in dataclasses.fields(settings_type(kind))]
-    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
-        return f"; did you mean {close[0]}?"
-    return f"; known there: {', '.join(known)}" if known else f"; {kind.__name__} has no settings"
+    others = f"; known there: {', '.join(known)}" if known else f"; {kind.__name__} has no settings"
+    return did_you_mean(name, known) or others
 
 
 def _find(name: str) -> type[Callback]:
@@ -183,12 +177,8 @@ def _find(name: str) -> type[Callback]:
         return built_in[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, built_in, n=1, cutoff=0.7)
-        raise UserError(
-            f"unknown; did you mean {close[0]}?"
-            if close
-            else f"unknown: name one of {', '.join(built_in)}, or your own as package.module:Class"
-        )
+        others = f": name one of {', '.join(built_in)}, or your own as package.module:Class"
+        raise UserError(f"unknown{did_you_mean(name, built_in) or others}")
     kind = getattr(_import(module_name), class_name, None)
     if kind is None:
         raise UserError(f"the module {module_name} has no {class_name}: write package.module:Class as it is there")

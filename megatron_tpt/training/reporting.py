@@ -27,15 +27,13 @@ from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
-from megatron_tpt.units import duration
+from megatron_tpt.units import GIB, duration
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class MetricsWriter:
