@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_tpt import preflight
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.logs import print_result
 
 DISTRIBUTION = "megatron-tpt"
@@ -136,7 +136,7 @@ def _try_import(name: str) -> "_Imported | str":
     try:
         return _Imported(importlib.import_module(name))
     except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return one_line(error, 200, with_kind=True)
 
 
 def _version(distribution: str) -> str | None:

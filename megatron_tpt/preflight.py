@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt import logs
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.majority import outliers
 
 logger = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ def _work(
             connection.send(_measure_all_reduce(device, load))
             torch.distributed.destroy_process_group()
     except Exception as error:  # of a broken device, of any kind: it is what is looked for
-        connection.send(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        connection.send(one_line(error, with_kind=True))
 
 
 def measure_node(

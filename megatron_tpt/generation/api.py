@@ -4,7 +4,6 @@ Every engine completes prompts. What only some of them can do is an `Ability`: a
 names those that it needs when it opens one (`open_engine`).
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
+from megatron_tpt.names import seed_of
 
 if TYPE_CHECKING:
     import torch
@@ -332,8 +332,7 @@ def lacking(kind: EngineKind, ability: Ability) -> UserError:
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """A seed for the request called `names`, the same wherever and whenever it is asked (63 bits)."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of(repr((seed, *names)))
 
 
 def complete(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from megatron_tpt.errors import one_line
 from megatron_tpt.generation.openai_api import UnusableAnswer, invalid_answer
 from megatron_tpt.names import shown
 
@@ -61,7 +62,7 @@ class HttpClient:
         except TimeoutError as error:
             raise UnusableAnswer("timeout", f"{url} gave no answer for {timeout_s:g} s", counts=True) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: malformed headers
-            cause = shown(" ".join(str(error).split()))[:300] or type(error).__name__
+            cause = shown(one_line(error))
             raise UnusableAnswer("connection", f"{url} cut the connection ({cause})", counts=True) from error
         if self._key and (response.status != 200 or b'"error"' in content):
             content = content.replace(self._key.encode(), b"***")

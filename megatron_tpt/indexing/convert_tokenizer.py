@@ -7,7 +7,6 @@ trip tokenizers up and on a sample given by the user.
 import importlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_tpt.indexing.originals import (
 from megatron_tpt.indexing.tekken import EOS as TEKKEN_EOS
 from megatron_tpt.indexing.tekken import Tekken
 from megatron_tpt.indexing.tokenizer import CONFIG, TOKENIZER_FILES, Tokenizer, find_originals
+from megatron_tpt.jobs.settings import require_absent
 from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.records import read_records
@@ -57,8 +57,7 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
     """Write `options.output` and return it. Raises UserError for what cannot be converted to give the same tokens, and
     for an output that exists; then nothing is there."""
     path = _find_original(options.input)
-    if os.path.lexists(options.output):
-        raise UserError(f"{options.output} exists; choose another --output or remove it")
+    require_absent(options.output)
     original = _open(path, options)
     backend = original.backend
     edge_cases = _edge_cases(backend, original.user_defined)

@@ -18,7 +18,7 @@ import pyarrow
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.options import Backend
 from megatron_tpt.indexing.pieces import text_buffers
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
+from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _encoded(parts: Sequence[numpy.ndarray]) -> Encoded:
 def _description(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json for gigatoken: without the special tokens that raw text must not make, and without the
     wrapping around a single pre-tokenizer or normalizer, which it does not know."""
-    description = json.loads((tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    description = read_description(tokenizer.folder)
     if not tokenizer.parse_special_tokens:
         added = description.get("added_tokens") or []
         description["added_tokens"] = [token for token in added if token["content"] not in tokenizer.special_tokens]

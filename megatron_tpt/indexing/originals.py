@@ -3,7 +3,6 @@ as tokenizer.model, or Mistral's tekken.json. It is the reference of the referen
 """
 
 import importlib
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.tekken import Tekken
-from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
 def _pattern(folder: Path) -> str:
     """The regular expression by which tokenizer.json splits text into words."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_description(folder)
     step = content.get("pre_tokenizer") or {}
     for part in step.get("pretokenizers") or [step]:
         if part.get("type") == "Split" and "Regex" in part["pattern"]:

@@ -194,6 +194,11 @@ def _tokenizer_file(folder: Path) -> Path:
     return path
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder's tokenizer.json holds. Raises UserError when it is missing or damaged."""
+    return read_object(_tokenizer_file(folder))
+
+
 def load_backend(folder: Path) -> tokenizers.Tokenizer:
     """The tokens of a folder's tokenizer.json. Raises UserError when it is missing or damaged."""
     return _load(_tokenizer_file(folder))[0]

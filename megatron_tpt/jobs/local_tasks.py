@@ -27,8 +27,7 @@ def run_local(
 ) -> list[TaskResult]:
     """Run the tasks that are not finished, some at once, each with its own GPUs; returns all results."""
     environments = worker_environments(options)
-    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
-    results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
+    tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
         logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
     pool = _Pool(command, options.num_tasks, log_dir, tasks)
@@ -37,6 +36,14 @@ def run_local(
             results[result.task] = result
             announce(result, options.num_tasks)
     return list(results.values())
+
+
+def tasks_to_run(
+    options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
+) -> tuple[list[int], dict[int, TaskResult]]:
+    """The tasks that are not finished, and the results of the others."""
+    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
+    return tasks, {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
 
 
 def finished_before(task: int, log_dir: Path) -> TaskResult:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.jobs.local_tasks import announce, ended, finished_before
+from megatron_tpt.jobs.local_tasks import announce, ended, tasks_to_run
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
@@ -30,8 +30,7 @@ def run_ray(
     or node is lost, up to three times.
     """
     ray = _import_ray()
-    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
-    results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
+    tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
         with ray.init(address=options.ray_address, log_to_driver=False):
             logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")

@@ -254,6 +254,12 @@ def require_apart(
             raise UserError(f"--output {output}: the input file {file} is inside it; choose another --output")
 
 
+def require_absent(output: Path) -> None:
+    """Raise UserError when something is in the place of an output that is only made anew."""
+    if os.path.lexists(output):
+        raise UserError(f"{output} exists; choose another --output or remove it")
+
+
 def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
     """Whether the input `text` takes in `folder` or the files that are `written` to it."""
     if is_url := text.startswith("hf://"):

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,12 +19,13 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.training.checkpoint_files import checkpoint_named
 from megatron_tpt.training.history import with_batches_of_run
+from megatron_tpt.training.resume import DataIdentity
 
 if TYPE_CHECKING:  # these import torch
     from megatron_tpt.training.data import TrainingData
     from megatron_tpt.training.trainer import Callback
 
-DataIdentity = Callable[[int], dict[str, str]]
+NO_DATA = "data.train is empty: give the training data"
 """TrainingData.identity."""
 
 

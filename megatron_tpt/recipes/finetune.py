@@ -17,7 +17,7 @@ from megatron_tpt.config.training import SftTrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
-from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
+from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
 from megatron_tpt.training.outcome import can_be_exported, describe_outcome, evaluate_command
 
@@ -97,7 +97,7 @@ class FinetuneRecipe(TrainingRecipe):
                 f"parallel.tensor_parallel_size higher with parallel.sequence_parallel where memory is short"
             )
         if not self.data.train:
-            raise UserError("data.train is empty: give the training data")
+            raise UserError(NO_DATA)
 
     def read_tokenizer(self) -> TokenizerInfo | None:
         return read_tokenizer_info(self.tokenizer_path)

@@ -14,7 +14,7 @@ from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
 from megatron_tpt.names import first_few
-from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
+from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.recipes.sources import spell_out_sources
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
 from megatron_tpt.training.data_checks import blend_warnings
@@ -76,7 +76,7 @@ class PretrainRecipe(TrainingRecipe):
     def check_data(self) -> None:
         data, training = self.data, self.training
         if not (data.train or data.phases or data.mock):
-            raise UserError("data.train is empty: give the training data")
+            raise UserError(NO_DATA)
         if data.mock and self.model.vocab_size is None:
             raise UserError("data.mock has no tokenizer that decides it: give model.vocab_size")
         if data.mock and (training.validation_interval or data.validation):

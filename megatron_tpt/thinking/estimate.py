@@ -52,11 +52,6 @@ class Estimate:
     num_requests: int = 1
 
     @property
-    def total_thinking_tokens(self) -> float:
-        """Tokens to generate for the whole input."""
-        return self.documents * self.thinking_tokens.mean
-
-    @property
     def device_hours(self) -> float:
         """Hours of all devices together (GPUs, this CPU, or servers elsewhere) at the speed of the sample."""
         return self.generation_s * self.documents / self.num_sampled * self.num_devices / 3600

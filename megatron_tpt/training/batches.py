@@ -1,12 +1,12 @@
 """What a rank takes of the global batch of an optimizer step: its micro-batches, and what is random in them."""
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
+from megatron_tpt.names import seed_of
 from megatron_tpt.objectives.objective import MicroBatch
 from megatron_tpt.training.data import Loader
 from megatron_tpt.training.phases import phase
@@ -56,8 +56,7 @@ class Batch:
 def microbatch_seed(run_seed: int, step: int, place: int) -> int:
     """The seed of a micro-batch by its place in the global batch of the step that follows `step` others: 0 <= seed <
     2**63."""
-    digest = hashlib.sha256(f"{run_seed}/{step}/{place}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
+    return seed_of(f"{run_seed}/{step}/{place}")
 
 
 def take_batch(loader: Loader, microbatches: Iterator[MicroBatch], step: int, run_seed: int) -> Batch:

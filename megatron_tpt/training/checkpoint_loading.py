@@ -29,7 +29,7 @@ from megatron_tpt.training.checkpoint_state import (
     weights_of,
     weights_state,
 )
-from megatron_tpt.training.checkpoint_trust import objects_as_data, require_data_only
+from megatron_tpt.training.checkpoint_trust import not_a_checkpoint, objects_as_data, require_data_only
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -97,7 +97,7 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _require_checkpoint(folder: Path) -> None:
     require_data_only(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest")
+        raise not_a_checkpoint(folder)
 
 
 def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:

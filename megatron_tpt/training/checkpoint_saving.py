@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.files import free_space, sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.platform.background import BackgroundWork
@@ -72,7 +72,7 @@ def _together(folder: Path, action: Callable[[], Any]) -> Any:
     try:
         result = action()
     except (OSError, UserError) as caught:
-        error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
+        error = f"(rank {torch.distributed.get_rank()}: {one_line(caught)})"
         if isinstance(caught, OSError):
             has_room = caught.errno not in (None, errno.ENOSPC, errno.EDQUOT)  # None: Megatron Core does not say
             advice = "make the folder writable" if has_room else "make room"

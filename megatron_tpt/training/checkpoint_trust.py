@@ -46,6 +46,11 @@ _TYPES = {
 }
 
 
+def not_a_checkpoint(folder: Path) -> UserError:
+    """What to raise for another folder."""
+    return UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest")
+
+
 class _Forbidden(Exception):
     """The name of what a pickle asks for and must not have."""
 
@@ -74,7 +79,7 @@ def require_data_only(folder: Path) -> None:
     except UserError:
         raise
     except OSError:
-        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest") from None
+        raise not_a_checkpoint(folder) from None
     except _Forbidden as error:
         raise UserError(
             f"{path} asks for {error}, which no checkpoint consists of: it could run code, and is refused. Get the "

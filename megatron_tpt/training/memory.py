@@ -29,11 +29,21 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def _value_bytes(recipe: Recipe) -> int:
+    """Of a weight or activation in the training precision."""
+    return 4 if recipe.training.dtype == "float32" else 2
+
+
+def _micro_batch_tokens(recipe: Recipe) -> float:
+    """Tokens of one micro-batch on a rank."""
+    training = recipe.training
+    return training.sequence_length * training.micro_batch_size / recipe.parallel.context_parallel_size
+
+
 def _layer_values(recipe: Recipe) -> dict[str, float]:
     """Values that one layer keeps of one micro-batch on a rank for its backward pass, by what recomputes them."""
     parallel, training = recipe.parallel, recipe.training
-    t = parallel.tensor_parallel_size
-    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+    t, tokens = parallel.tensor_parallel_size, _micro_batch_tokens(recipe)
     return {
         name: tokens * kept.per_token / (t if kept.is_split or parallel.sequence_parallel else 1)
         for name, kept in recipe.model.activations(training.sequence_length).items()
@@ -59,8 +69,7 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: 
     each stage has its share; model.depth when not given.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
-    value_bytes = 4 if training.dtype == "float32" else 2
-    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+    value_bytes, tokens = _value_bytes(recipe), _micro_batch_tokens(recipe)
     values = _layer_values(recipe)
     layers = parallel.stage_layers(model.num_layers)[stage] * (depth or model.depth) / model.num_layers
     own_input = tokens * model.hidden_size / (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
@@ -89,7 +98,7 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     the gathered layer at work is not counted.
     """
     parallel, training = recipe.parallel, recipe.training
-    value_bytes, state_bytes = (4, 8) if training.dtype == "float32" else (2, 12)
+    value_bytes, state_bytes = _value_bytes(recipe), 8 if training.dtype == "float32" else 12
     shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
     num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
     result = []
@@ -113,7 +122,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     """
     model, training = recipe.model, recipe.training
     keeps_weights = training.dtype != "float32" or recipe.parallel.distributed_optimizer
-    num_bytes = model.num_parameters() * ((4 if training.dtype == "float32" else 2) + (12 if keeps_weights else 8))
+    num_bytes = model.num_parameters() * (_value_bytes(recipe) + (12 if keeps_weights else 8))
     if recipe.optimizer.name == "muon":
         num_bytes -= 4 * stage_matrices(model, ParallelConfig(), stage=0)
     return num_bytes
