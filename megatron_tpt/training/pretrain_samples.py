@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,8 +31,25 @@ from megatron.core.datasets.utils import Split
 _NUM_THREADS = 16
 
 
+class _MapsArrays:
+    """A dataset that is pickled without its arrays: a process that reads ahead maps them itself."""
+
+    array_names: ClassVar[tuple[str, ...]]
+
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays, in the order of their names."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.array_names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(zip(self.array_names, self.mapped_arrays(), strict=True))
+
+
 @indexes_samples
-class ThinkingGPTDataset(GPTDataset):
+class ThinkingGPTDataset(_MapsArrays, GPTDataset):
     """GPTDataset whose samples mark the labels that are thinking: `is_thinking` bool [s] besides tokens, labels,
     loss_mask. Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no
     loss.
@@ -42,6 +59,7 @@ class ThinkingGPTDataset(GPTDataset):
     """
 
     config: "DatasetConfig"
+    array_names = SampleIndex._fields
     has_thinking = True
     """Whether to look for it."""
 
@@ -59,13 +77,8 @@ class ThinkingGPTDataset(GPTDataset):
         arrays = config.cache.arrays(name, self.unique_description, SampleIndex._fields, build, num_bytes)
         return arrays[0], arrays[1], arrays[2]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays: a process that reads ahead maps them itself."""
-        return {name: value for name, value in self.__dict__.items() if name not in SampleIndex._fields}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__dict__.update(zip(SampleIndex._fields, self.sample_arrays(), strict=True))
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        return self.sample_arrays()
 
     def _is_thinking(self, idx: int, text: np.ndarray) -> np.ndarray:
         """Which tokens of a sample are thinking: bool [s + 1]."""
@@ -117,11 +130,12 @@ class DatasetConfig(GPTDatasetConfig):
 
 
 @indexes_blend
-class _BlendedDataset(BlendedDataset):
+class _BlendedDataset(_MapsArrays, BlendedDataset):
     """BlendedDataset whose arrays come from our cache, whose shares may change from phase to phase, and whose samples
     say which name their source has: `source`, a place among the names of the blend."""
 
     config: DatasetConfig
+    array_names = BlendIndex._fields
 
     def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: DatasetConfig) -> None:
         self.blend = blend
@@ -157,12 +171,8 @@ class _BlendedDataset(BlendedDataset):
         place = self._source_places[int(sample.pop("dataset_id"))]
         return sample | {"source": torch.tensor(place)} if self._names_sources else sample
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in BlendIndex._fields}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__dict__.update(zip(BlendIndex._fields, self.blend_arrays(), strict=True))
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        return self.blend_arrays()
 
 
 def _overall_weights(blend: Blend) -> list[float]:
