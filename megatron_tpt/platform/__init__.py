@@ -2,7 +2,7 @@
 
 Importing this package is enough to make Megatron Core usable on a machine without CUDA; on one with CUDA it changes
 nothing. Every other package imports Megatron Core only after it; megatron_core.py has all that depends on its version.
-May import config and errors.
+May import config and the single modules.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Kinds of runs: a recipe's sections, and what is particular to the kind, as methods of one class in a file of its own.
 
 A module here is imported before torch is: what needs torch or Megatron Core is imported inside of methods, so that
-`--help` and mistakes are answered at once. May import training, indexing,
-platform, config and the single modules; only the programs and tools import it.
+`--help` and mistakes are answered at once. May import training, indexing, platform, config and the single modules; only
+the programs and tools import it.
 """
 
 import importlib
