@@ -7,6 +7,8 @@ else the last number. Texts of base models continue into the next problem, so th
 import re
 from dataclasses import dataclass
 
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
+
 _BOX_TOKEN = re.compile(
     r"\\(?:boxed|fbox)\s+(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})",
     re.S,
@@ -37,13 +39,13 @@ def after_thinking(output: str, opened: bool = False) -> str | None:
     `opened` says that the prompt ended in "<think>", as some chat templates have it. None for thinking that never
     ended: such an output has no answer.
     """
-    _, closed, rest = output.rpartition("</think>")
-    return None if "<think>" in rest or (opened and not closed) else rest
+    _, closed, rest = output.rpartition(CLOSE_TAG)
+    return None if OPEN_TAG in rest or (opened and not closed) else rest
 
 
 def opens_thinking(prompt: str) -> bool:
     """Whether the model's output after `prompt` begins inside its thinking."""
-    return prompt.rstrip().endswith("<think>")
+    return prompt.rstrip().endswith(OPEN_TAG)
 
 
 def readable(text: str, reading: Reading) -> str | None:

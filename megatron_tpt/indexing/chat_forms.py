@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message, texts_of
 from megatron_tpt.indexing.chat_values import maybe_json
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 _THOUGHTS = re.compile(rf"\s*{re.escape(OPEN_TAG)}(.*?){re.escape(CLOSE_TAG)}", re.DOTALL)
 

@@ -15,7 +15,8 @@ from megatron_tpt.indexing.chat_program import ChatProgram, Span, TemplateError
 from megatron_tpt.indexing.chat_rendering import ConversationRenderer, Rendered
 from megatron_tpt.indexing.chat_shapes import TEMPLATE_VARIABLES
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, loading_failure, read_description
+from megatron_tpt.indexing.tokenizer import Tokenizer, loading_failure, read_description
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 # Around the name of a special token that occurs in a message. Unicode keeps these two code points for internal use: no
 # text may hold them, and no template touches them, but for those that write JSON or Python, which may escape them.

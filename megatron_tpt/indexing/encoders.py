@@ -18,7 +18,8 @@ import pyarrow
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.options import Backend
 from megatron_tpt.indexing.pieces import text_buffers
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, read_description
+from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,8 @@ import tokenizers
 from megatron_tpt.errors import Fault, UserError, failure, one_line
 from megatron_tpt.files import file_checksum
 from megatron_tpt.json_data import pretty, read_json, read_object
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
-OPEN_TAG = "<think>"
-CLOSE_TAG = "</think>"
 CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 EOS_FILES = (CONFIG, "special_tokens_map.json")

@@ -16,11 +16,12 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
 from megatron_tpt.indexing.chat_template import read_template_file
 from megatron_tpt.indexing.options import TrainTokenizerOptions
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, CONFIG, OPEN_TAG
+from megatron_tpt.indexing.tokenizer import CONFIG
 from megatron_tpt.jobs.settings import require_absent, require_apart
 from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.records import expand_sources, read_records
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from megatron_tpt.generation.request_fields import (
 )
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.records import OnBadRecord
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 from megatron_tpt.thinking.filter_options import FilterOptions
 
 ThinkingBlock = Literal["auto", "open", "none"]
@@ -69,9 +70,9 @@ class AugmentOptions:
     """Open the model's thinking block and stop at its end; auto: where its tokenizer or chat template knows one. Of
     other models the plain answer is the thinking.
     """
-    open_tag: str = "<think>"
+    open_tag: str = OPEN_TAG
     """What begins the model's thinking."""
-    close_tag: str = "</think>"
+    close_tag: str = CLOSE_TAG
     """What ends the model's thinking."""
 
     max_new_tokens: PositiveInt = 8192
