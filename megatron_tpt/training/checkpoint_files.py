@@ -182,7 +182,7 @@ def _name_only_copy(latest: Path) -> None:
         kept = "an unreadable checkpoint" if name is None else f"and differs from the {name} beside it"
         print(f"WARNING: {latest} is a folder instead of a link, {kept}: it is moved to {folder}", flush=True)
     else:
-        print(f"WARNING: {latest} is a folder instead of a link, the only copy: it is moved to {folder}", flush=True)
+        print(f"WARNING: {latest} is a folder instead of a link, the only copy: it is now {folder}", flush=True)
     os.rename(latest, folder)
 
 
