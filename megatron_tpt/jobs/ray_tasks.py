@@ -26,8 +26,8 @@ def run_ray(
 ) -> list[TaskResult]:
     """Run the tasks that are not finished on Ray; returns all results.
 
-    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself restarts a task whose worker
-    or node is lost, up to three times.
+    The nodes must share the current folder, `log_dir` and this Python environment. Ray itself restarts a task whose
+    worker or node is lost, up to three times.
     """
     ray = _import_ray()
     tasks, results = tasks_to_run(options, log_dir, is_finished)
@@ -40,7 +40,7 @@ def run_ray(
 
 
 def _import_ray() -> Any:
-    # Ray would report each cluster's use to its makers.
+    # Otherwise Ray sends usage statistics to its developers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -74,7 +74,7 @@ def _run(
             results.append(result)
             stopping = stopping or result.exit_code == 2
     finally:
-        # The supervisor of a task ends it when its worker, which started it, is gone.
+        # Cancelling kills a task's Ray worker; the supervisor that it started then ends the task.
         for reference in running:
             ray.cancel(reference, force=True)
     return results + [TaskResult(task, "not run", TaskFiles(log_dir, task).log) for task in waiting]

@@ -1,4 +1,4 @@
-"""Tasks spread over worker processes of one machine."""
+"""Distributes tasks over worker processes on one machine."""
 
 import multiprocessing
 import os
@@ -13,8 +13,8 @@ from megatron_tpt.processes import exit_with_parent
 
 
 class Workers:
-    """At most `num_workers` processes that do tasks. They start when they are needed, and end with the `with` block or
-    with this process, however it ends.
+    """At most `num_workers` processes that do tasks. They start on demand, and end with the `with` block or with this
+    process, however it ends.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -31,11 +31,11 @@ class Workers:
             connection.close()
 
     def run[T](self, work: Callable[[T], Iterator[int]], tasks: Sequence[T]) -> Iterator[int]:
-        """Do `work(task)` for every task, and yield what the tasks yield as it comes.
+        """Run `work(task)` for every task, and yield the values that the tasks yield, as they come.
 
-        `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it
-        has done. A UserError, Fault or OSError of a task is raised here; a worker that dies is a Fault that names
-        its task and how it ended. With one worker or one task everything is done in this process.
+        `work` is a module-level function (workers are spawned) that writes its results to files and yields its
+        progress. A UserError, Fault or OSError of a task is raised here; if a worker dies, raises a Fault that names
+        its task and how it ended. With one worker or one task, everything runs in this process.
         """
         if self._num_workers == 1 or len(tasks) <= 1:
             for task in tasks:
@@ -86,7 +86,7 @@ def _death(process: Any) -> str:
 def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
     set_up_logs()
     exit_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     while True:
         try:
             work, task = connection.recv()
@@ -104,5 +104,5 @@ def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
 def _send(connection: Connection, message: tuple[str, Any]) -> None:
     try:
         connection.send(message)
-    except ConnectionError:  # the parent has ended, perhaps killed: there is nobody to report to
+    except ConnectionError:  # the parent has ended, perhaps killed: there is no one to report to
         os._exit(1)

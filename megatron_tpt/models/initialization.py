@@ -29,10 +29,10 @@ def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
 def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
     """Draw every matrix from a normal distribution that depends on `seed` and the matrix alone.
 
-    Megatron Core draws from one stream per rank, so that the weights change with the layout. Here the checkpoint's own
-    description of each shard (its key and place in the whole) names a matrix: each rank draws the whole matrix from a
-    seed made of `seed` and the name, and keeps its part. Norms stay 1, biases 0. Projections back into the residual
-    stream have a standard deviation smaller by sqrt(2 * num_layers), as in GPT-2.
+    Megatron Core draws from one stream per rank, so that the weights depend on the layout. Here each matrix is
+    identified by the checkpoint metadata of its shards (key and offset): each rank draws the full matrix from a seed
+    derived from `seed` and this name, and keeps its part. Norms stay 1, biases are 0. For projections back into the
+    residual stream the standard deviation is divided by sqrt(2 * num_layers), as in GPT-2.
     """
     for parameter_name, parameter in gpt.named_parameters():
         if parameter_name.endswith("bias"):

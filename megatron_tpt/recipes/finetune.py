@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on conversations, or prompts and responses."""
+"""Supervised fine-tuning on conversations, or on prompts and responses."""
 
 import bisect
 import dataclasses
@@ -30,7 +30,7 @@ _NEEDS_FILES = Rule(
     "data",
     ("prompt_column", "response_column", "on_too_long"),
     lambda recipe: not is_all_packed(recipe.data),
-    "files of examples: what is packed was read and cut to length by tools/pack_sft.py",
+    "files of examples: packed data has been read and limited in length by tools/pack_sft.py",
 )
 
 
@@ -49,15 +49,17 @@ class FinetuneRecipe(TrainingRecipe):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
-        with the checkpoint to start from."""
+        """The tokenizer to fine-tune with: data.tokenizer, or that of the packed data (PREFIX.tokenizer), or that of
+        the checkpoint to start from."""
         if self.data.tokenizer is not None:
             return self.data.tokenizer
         for prefix in self.data.train:
             if (folder := Path(f"{prefix}.tokenizer")).is_dir():
                 return folder
         if self.training.init_from is None:
-            raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
+            raise UserError(
+                "neither data.tokenizer nor training.init_from (whose tokenizer would be used) is given: give one"
+            )
         return self.training.init_from / "tokenizer"
 
     def packed_prefixes(self) -> list[Path]:
@@ -67,9 +69,9 @@ class FinetuneRecipe(TrainingRecipe):
         return super().resolve().with_steps()
 
     def with_steps(self) -> Self:
-        """The recipe with the number of steps that `training.num_epochs` asks for, where it does.
+        """The recipe with the number of steps for `training.num_epochs`, if that is given.
 
-        The last step may reach into one more epoch. Raises UserError for data that is not packed.
+        The last step may extend into the next epoch. Raises UserError for data that is not packed.
         """
         training = self.training
         if training.num_epochs is None:

@@ -54,10 +54,9 @@ class PretrainRecipe(TrainingRecipe):
         return super().resolve()._with_data_of_run()
 
     def _with_data_of_run(self) -> Self:
-        """The recipe that continues the newest checkpoint of its run folder with other data, where it allows that.
+        """The recipe that continues the newest checkpoint of its run folder with other data, if it allows changes.
 
-        What the run was trained on until then becomes phases of its own, so that the order of all samples again
-        follows from the recipe alone.
+        The data consumed so far becomes phases, so that the order of all samples follows from the recipe alone.
         """
         path = newest_recipe(self.run.output_dir)
         if not self.data.allow_change or self.data.mock or path is None:
@@ -78,7 +77,7 @@ class PretrainRecipe(TrainingRecipe):
         if not (data.train or data.phases or data.mock):
             raise UserError(NO_DATA)
         if data.mock and self.model.vocab_size is None:
-            raise UserError("data.mock has no tokenizer that decides it: give model.vocab_size")
+            raise UserError("data.mock has no tokenizer that determines the vocabulary: give model.vocab_size")
         if data.mock and (training.validation_interval or data.validation):
             raise UserError(
                 "data.mock has nothing to validate with: remove training.validation_interval and data.validation"
@@ -114,12 +113,12 @@ class PretrainRecipe(TrainingRecipe):
         return read_manifests([source.path for source in sources])[0].tokenizer
 
     def check_tokenizer(self, tokenizer: TokenizerInfo) -> None:
-        """Raise UserError unless the tokenizer that checkpoints will keep is there and is the data's, and the weights
-        to start from know no other tokens."""
+        """Raise UserError unless the tokenizer for the checkpoints exists and equals that of the data and of the
+        weights to start from."""
         folder = self.data.tokenizer or Path(tokenizer.path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(
-                f"{folder}: the tokenizer of the data is not there, and checkpoints keep it: give its folder "
+                f"{folder}: the tokenizer of the data is not there, and checkpoints need it: give its folder "
                 f"(--data.tokenizer=FOLDER)"
             )
         found = read_tokenizer_info(folder)

@@ -1,6 +1,6 @@
-"""The training programs, the same for all kinds of recipes: check, describe, start the processes, train.
+"""The training programs, for all kinds of recipes: check and describe a recipe, set up the process groups, train.
 
-No torch is imported before a recipe is found right.
+torch is not imported until a recipe has passed all checks.
 """
 
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
-    """What a training program does with its command line."""
+    """Run a training program with these arguments."""
     join_launcher()
     recipe = prepare(*load_recipe(kind, argv))
     if recipe is None:  # a dry run
@@ -38,10 +38,10 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
 
 
 def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
-    """Check a recipe against its data and the number of processes before anything is started.
+    """Check a recipe against its data and the number of processes, before anything is started.
 
-    Returns it with everything resolved, or None after printing the description that --dry-run asks for. Raises
-    UserError with what is refused; of a dry run, behind the description.
+    Returns the resolved recipe, or None after printing the description of a --dry-run. Raises UserError for what is
+    refused; in a dry run only after the description where possible.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
@@ -65,14 +65,13 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
 
 
 def _warn(recipe: TrainingRecipe) -> None:
-    """Report what has no effect, and what is unusual about the data. Raises UserError where there is nothing to learn
-    from."""
+    """Log the warnings of a recipe. Raises UserError when a data set has no token to learn from."""
     for line in list(recipe.warnings()):
         logger.warning(line)
 
 
 def _describe_data_and_start(recipe: TrainingRecipe, tokenizer: TokenizerInfo | None) -> None:
-    """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
+    """Print what a recipe reads and where it would start. Raises UserError for what the run would refuse."""
     identity = None
     if missing := recipe.missing_data():
         logger.warning(f"the data is not here: {missing[0]}; it is neither checked nor described")

@@ -1,4 +1,4 @@
-"""The reference of all recipes: python -m megatron_tpt.recipes.reference > docs/recipe.md"""
+"""Generates the reference of all recipes: python -m megatron_tpt.recipes.reference > docs/recipe.md"""
 
 from megatron_tpt.config.reference import reference
 from megatron_tpt.logs import print_result

@@ -1,4 +1,4 @@
-"""What happens around the training loop, one class each."""
+"""The callbacks of the training loop, and their default list."""
 
 import contextlib
 import gc
@@ -35,10 +35,10 @@ class Validate(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and at the end of training. One that cannot be written is retried at the
-    next interval; only the last has to be.
+    """Every checkpoint.save_interval steps, and at the end of training. A failed save is retried at the next interval;
+    only a failure of the last one ends the run.
 
-    Under checkpoint.asynchronous one at a time is written during training: the next one waits for it.
+    With checkpoint.asynchronous one checkpoint at a time is written during training; the next one waits for it.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class SaveCheckpoints(Callback):
 
 @contextlib.contextmanager
 def _save_errors_warned() -> Iterator[None]:
-    """Warns when a checkpoint cannot be written."""
+    """Turn a SaveError into a warning."""
     try:
         yield
     except SaveError as error:
@@ -97,20 +97,20 @@ def _save_errors_warned() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patient(trainer: Trainer) -> Iterator[None]:
-    """Ranks that have less to write wait for the others longer than within a step."""
+    """Raise the timeout of collectives while saving: ranks with little to write wait for the other ranks."""
     run = trainer.recipe.run
     platform.set_timeout(run.first_step_timeout_s)
     try:
         yield
-    except SaveError:  # on all ranks; after what one alone meets, they could not be waited for
+    except SaveError:  # raised on all ranks, and training may continue; other errors end the run
         platform.set_timeout(run.distributed_timeout_s)
         raise
     platform.set_timeout(run.distributed_timeout_s)
 
 
 class TightenTimeout(Callback):
-    """After the first step of this start, collectives wait for run.distributed_timeout_s, no longer for the time that
-    starting may take."""
+    """After the first step since the start, lowers the timeout of collectives from run.first_step_timeout_s to
+    run.distributed_timeout_s."""
 
     def before_training(self, trainer: Trainer) -> None:
         self.is_first_step = True
@@ -125,7 +125,7 @@ class TightenTimeout(Callback):
 
 
 class CollectGarbage(Callback):
-    """Collects Python's garbage at the same steps on all ranks: one that stops to collect makes all others wait."""
+    """Collects Python's garbage at the same steps on all ranks: a rank that pauses to collect delays all others."""
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.recipe.training.manual_gc_interval:
@@ -141,7 +141,7 @@ class CollectGarbage(Callback):
 
 
 def default_callbacks() -> list[Callback]:
-    """Those of the training programs, in the order in which they act after a step."""
+    """The callbacks of the training programs, in the order in which they act after a step."""
     return [
         Watchdog(),
         StopEarly(),

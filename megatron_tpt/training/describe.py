@@ -1,4 +1,4 @@
-"""What a recipe will do, before anything is started: the report of `--dry-run`."""
+"""The report of `--dry-run`: what a recipe would do, computed before anything is started."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ from megatron_tpt.training.memory import (
 from megatron_tpt.units import GIB, MIB, duration
 
 ASSUMED_MFU = 0.4
-"""What a dry run assumes unless --mfu is given: about what well-tuned runs of dense models report on H100s."""
-# Of a device's memory: temporary buffers, padding and the allocator's waste are not in the estimate.
+"""The default of --mfu in a dry run: about what well-tuned runs of dense models report on H100s."""
+# Fraction of a device's memory; the rest is for temporary buffers, padding and fragmentation, which are not estimated.
 _COMFORTABLE = 0.85
 
 
 def describe(recipe: Recipe, world_size: int, device: Device, mfu: float | None = None) -> str:
-    """The resolved recipe, the layout over `world_size` processes, sizes and speeds that follow from them, as text."""
+    """The resolved recipe, the layout over `world_size` processes, and the resulting sizes and speeds, as text."""
     rows = _layout_rows(recipe, world_size) | _memory_rows(recipe, world_size, device)
     rows |= _work_rows(recipe, world_size, device, mfu) | _saving_rows(recipe, world_size)
     width = max(map(len, rows))
@@ -47,12 +47,12 @@ def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, str]:
-    if not device.is_gpu:  # there is no Transformer Engine, whose attention keeps no scores
+    if not device.is_gpu:  # without Transformer Engine, attention keeps its scores
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, transformer_impl="local"))
     stages = estimate_memory(recipe, recipe.parallel.data_parallel_size(world_size))
     largest = max(stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
-    # The processes on a CPU share its memory, and every pipeline stage has as many of them.
+    # Processes on a CPU share its memory; every pipeline stage has the same number of them.
     needed = largest.total
     if not device.is_gpu:
         needed = world_size * sum(stage.total for stage in stages) / len(stages)

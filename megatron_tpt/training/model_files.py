@@ -1,9 +1,9 @@
-"""What a checkpoint keeps of its model besides the weights, handed from run to run and written to exports.
+"""The files of a model that a checkpoint keeps besides the weights, passed on from run to run and to exports.
 
     tokenizer/               the tokenizer of the data, with the chat template
     generation_config.json   Hugging Face's: the tokens that end a completion, defaults of sampling
     hf_config.json           config.json of the model that was imported
-    history.json             what the runs that led here did and an export needs to know
+    history.json             facts about the runs behind this checkpoint that an export needs
 
 A run takes the last three from the checkpoint it resumes or starts from. Fine-tuning adds the tokens that end a turn of
 its data.
@@ -35,17 +35,17 @@ _TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "f
 
 
 class ModelFiles(NamedTuple):
-    """What the checkpoints of a run keep."""
+    """The model files in the checkpoints of a run."""
 
     contents: dict[str, bytes]
     """By name in the checkpoint's folder."""
     notes: list[str]
-    """What a user should know about them, one line each."""
+    """Notes for the user, one line each."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the runs that led to a checkpoint did, and its export needs to know."""
+    """Facts about the runs behind a checkpoint that its export needs."""
 
     longest_sequence: int = 0
     """The longest training.sequence_length; 0 when nothing was trained."""
@@ -54,7 +54,7 @@ class History:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "History":
-        """Of a checkpoint; one of an earlier version only has the length of its own run."""
+        """The history of a checkpoint. In one of an earlier version it only covers the run that wrote it."""
         try:
             if content := read_object(checkpoint / HISTORY):
                 return cls(**content)
@@ -66,7 +66,7 @@ class History:
 
 
 def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> ModelFiles:
-    """What the checkpoints of a run keep that resumes or starts from the checkpoint `origin`, if any."""
+    """The model files for the checkpoints of a run that resumes or starts from the checkpoint `origin`, if any."""
     notes: list[str] = []
     contents = _tokenizer_contents(recipe, tokenizer_path, origin, notes)
     history = History.read(origin) if origin else History()
@@ -91,13 +91,13 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
 
 
 def without_none(ids: dict[str, Any]) -> dict[str, Any]:
-    """Those that name a token."""
+    """The entries whose id is not None."""
     return {name: id for name, id in ids.items() if id is not None}
 
 
 def special_token_ids(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id as the config.json of an imported model names them, or else the
-    tokenizer of this folder. There always are end tokens."""
+    """bos_token_id, eos_token_id and pad_token_id from the config.json of an imported model, or else from the tokenizer
+    of this folder. eos_token_id is always set."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: config[name] for name in names if name in config} if config else _ids_named_by(tokenizer)
     if ids.get("eos_token_id") is None:
@@ -111,7 +111,7 @@ def _ids_named_by(tokenizer: Path) -> dict[str, Any]:
 
 
 def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[int]:
-    """End tokens with more of them, the new ones first. What names all of them already stays: one number or a list."""
+    """End tokens with `new_ids` prepended; `ends` itself, a number or a list, if it has all of them."""
     known = ends if isinstance(ends, list) else [ends]
     added = [id for id in dict.fromkeys(new_ids) if id not in known]
     return [*added, *known] if added else ends
@@ -130,8 +130,8 @@ def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
 
 
 def chat_template(folder: Path) -> str | list[Any] | None:
-    """The chat template of a tokenizer folder, in any of the forms in which transformers keeps it; None where there is
-    none, or no folder."""
+    """The chat template of a tokenizer folder, in any of the forms in which transformers stores it; None if there is no
+    template or no folder."""
     file = folder / CHAT_TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -142,8 +142,8 @@ def chat_template(folder: Path) -> str | list[Any] | None:
 def _tokenizer_contents(
     recipe: Recipe, tokenizer_path: Path | None, origin: Path | None, notes: list[str]
 ) -> dict[str, bytes]:
-    """The files of tokenizer/. A chat template that the data's tokenizer lacks comes from the packed data, or from the
-    checkpoint that the run resumes or starts from."""
+    """The files of tokenizer/. If the data's tokenizer has no chat template, that of the packed data or of the
+    checkpoint that the run resumes or starts from is added."""
     if tokenizer_path is None:
         return {}
     files = read_tokenizer_files(tokenizer_path)
@@ -169,7 +169,7 @@ def _tokenizer_contents(
 
 
 def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Settings of a checkpoint for another tokenizer: ids of the tokens of the same names."""
+    """Settings of a checkpoint with token ids mapped to another tokenizer by the names of the tokens."""
     before = origin / "tokenizer"
     if not settings or not (before / "tokenizer.json").is_file():
         return settings

@@ -1,4 +1,4 @@
-"""What a finished run leaves the user with: its checkpoint, and the commands that come next."""
+"""The closing message of a finished run: its checkpoint, and the commands for the next steps."""
 
 import os
 import shlex
@@ -16,15 +16,15 @@ from megatron_tpt.training.model_files import chat_template
 
 
 def _shown(path: Path) -> str:
-    """A path as it is typed in the current folder."""
+    """A path as one would type it in the current folder."""
     inside = path.is_absolute() and path.is_relative_to(Path.cwd())
     return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
 def _python() -> str:
-    """The interpreter of this process, as it is typed."""
+    """The interpreter of this process, as one would type it."""
     found = shutil.which("python")
-    # Not resolved: an environment's interpreter is a link to another's, by whose name the environment is found.
+    # Links are not resolved: a virtual environment's interpreter is a link to the base interpreter.
     if found is not None and os.path.abspath(found) == os.path.abspath(sys.executable):
         return "python"
     return _shown(Path(sys.executable))
@@ -39,9 +39,9 @@ def _tool(name: str) -> str:
 
 
 def _learned_chats(recipe: Recipe) -> bool:
-    """Whether a run learned what a chat template makes of its data, not texts as they are."""
+    """Whether a run was trained on data rendered with a chat template, rather than on plain texts."""
     manifests = [PackManifest.read(prefix) for prefix in recipe.packed_prefixes()]
-    # Texts, which "response" may have, end with the end of a document alone.
+    # The loss mask "response" is also used for plain texts, whose only end token is the end-of-sequence token.
     return any(
         manifest.loss_mask != "response" or set(manifest.end_of_turn_ids) - {manifest.settings.eos_id}
         for manifest in manifests
@@ -72,7 +72,7 @@ def describe_outcome(recipe: Recipe, num_tokens: int) -> str:
 
 
 def evaluate_command(recipe: Recipe) -> str:
-    """What evaluates the exported model. Words in capitals are placeholders for the user to fill in."""
+    """The command that evaluates the exported model. Words in capitals are placeholders for the user."""
     checkpoint = _checkpoint(recipe)
     chat = " --chat" if _learned_chats(recipe) and chat_template(checkpoint / "tokenizer") else ""
     results = _shown(recipe.run.output_dir / f"evaluation_{checkpoint.name}")
@@ -83,7 +83,7 @@ def evaluate_command(recipe: Recipe) -> str:
 
 
 def fine_tune_command(recipe: Recipe) -> str:
-    """What fine-tunes the checkpoint. Words in capitals are placeholders for the user to fill in."""
+    """The command that fine-tunes the checkpoint. Words in capitals are placeholders for the user."""
     command = f"{_python()} -m megatron_tpt.finetune FINETUNE.yaml"
     lead = "or" if can_be_exported(recipe) else "next"
     return f"{lead}, to fine-tune: {command} --training.init_from={_shown(_checkpoint(recipe))}"

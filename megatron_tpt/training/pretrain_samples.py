@@ -50,18 +50,18 @@ class _MapsArrays:
 
 @indexes_samples
 class ThinkingGPTDataset(_MapsArrays, GPTDataset):
-    """GPTDataset whose samples mark the labels that are thinking: `is_thinking` bool [s] besides tokens, labels,
-    loss_mask. Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no
-    loss.
+    """GPTDataset whose samples also have `is_thinking`, bool [s], besides tokens, labels and loss_mask: which labels
+    are thinking. Without `num_samples` the dataset is read exactly once; its last sample is then padded with labels
+    without loss.
 
-    A sample may begin in the middle of a thought: its first document is then read back to where the thought begins, so
-    that the marks are exact wherever a sample is cut.
+    A sample may begin in the middle of a thought. Its first document is then read back to where the thought begins, so
+    that the marks are exact.
     """
 
     config: "DatasetConfig"
     array_names = SampleIndex._fields
     has_thinking = True
-    """Whether to look for it."""
+    """Whether the data may contain thinking."""
 
     def sample_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config, lengths = self.config, self.dataset.sequence_lengths
@@ -112,7 +112,7 @@ class ThinkingGPTDataset(_MapsArrays, GPTDataset):
 
 
 def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
-    """Which document of a sample each of its tokens [s] is of, from 1, and the token's place in it, from 0."""
+    """For each token of a sample [s]: the number of its document, from 1, and its position in that document, from 0."""
     is_begin = torch.ones_like(tokens, dtype=torch.bool)
     is_begin[1:] = tokens[:-1] == eod
     places = torch.arange(len(tokens))
@@ -122,7 +122,7 @@ def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron Core's settings, where its arrays are kept, and what a sample holds in addition."""
+    """Megatron Core's settings, the cache of its arrays, and options for additional fields of samples."""
 
     cache: SampleCache | None = None
     resets_at_documents: bool = False
@@ -132,7 +132,7 @@ class DatasetConfig(GPTDatasetConfig):
 @indexes_blend
 class _BlendedDataset(_MapsArrays, BlendedDataset):
     """BlendedDataset whose arrays come from our cache, whose shares may change from phase to phase, and whose samples
-    say which name their source has: `source`, a place among the names of the blend."""
+    have `source`, the index of their source's name among the names of the blend."""
 
     config: DatasetConfig
     array_names = BlendIndex._fields
@@ -176,7 +176,7 @@ class _BlendedDataset(_MapsArrays, BlendedDataset):
 
 
 def _overall_weights(blend: Blend) -> list[float]:
-    """The share of every source in all phases together."""
+    """The overall share of every source."""
     if len(blend.phases) == 1:
         return blend.phases[0].weights
     shares = blend.shares
@@ -187,21 +187,21 @@ def samples_wanted(blend: Blend) -> list[int]:
     """The samples to take from each source."""
     if len(blend.sources) == 1:
         return [sum(phase.num_samples for phase in blend.phases)]
-    # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
+    # A few more than its share: the blend rounds, and may take one sample more of a dataset.
     return [math.ceil(share * (1 + DatasetConfig.mid_level_dataset_surplus)) for share in blend.shares]
 
 
 def open_blend(
     blend: Blend, manifests: list[Manifest], split: Split, config: DatasetConfig
 ) -> torch.utils.data.Dataset:
-    """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it;
-    for a set that is read once, its sources one after the other.
+    """One split: the dataset itself if there is one source, otherwise the blend, as with BlendedMegatronDatasetBuilder;
+    for a set that is read once, its sources concatenated.
 
-    Sources are opened by several threads, since some file systems answer slowly.
+    Sources are opened by several threads, since some file systems are slow.
     """
 
     def open_source(source: DatasetSource, manifest: Manifest, num_samples: int | None) -> ThinkingGPTDataset:
-        # An index is identified by its content, wherever it lies.
+        # An index is identified by its content, not by its path.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
         result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
@@ -217,7 +217,7 @@ def open_blend(
 
 
 class MockDataset(torch.utils.data.Dataset):
-    """Random tokens: the same sample for the same seed and place."""
+    """Random tokens: the same sample for the same seed and index."""
 
     def __init__(self, vocab_size: int, sequence_length: int, seed: int) -> None:
         self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed

@@ -1,4 +1,4 @@
-"""Traces of some steps: what the CPU and the GPU did when (torch.profiler), and who held GPU memory."""
+"""Traces of some steps: CPU and GPU activity over time (torch.profiler), and GPU memory allocations."""
 
 import logging
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Profile(Callback):
             self._end(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        """Start when the next step is the first to trace, on the ranks that are asked for."""
+        """Start if the next step is the first to trace, on the requested ranks."""
         settings = trainer.recipe.profiling
         if trainer.global_step + 1 != settings.first_step or torch.distributed.get_rank() not in settings.ranks:
             return
