@@ -78,8 +78,14 @@ def _work(connection: Connection) -> None:
                 importlib.import_module(module).main()
         except BaseException as exception:
             error = f"{exception!r}\n{traceback.format_exc()}"
-        gc.collect()  # a trainer is in cycles; gloo's threads, which poll, live as long as its process groups
-        connection.send((error, output.getvalue()))
+        for _ in range(3):  # a trainer's cycles go through C++, and are freed in turns
+            gc.collect()
+        connection.send((error, output.getvalue(), len(os.listdir("/proc/self/task"))))
+
+
+# Gloo's threads poll as long as their process groups live, which Megatron Core's FSDP and overlapped gathering of
+# parameters never let go: some hundreds starve the machine.
+_MAX_THREADS = 120
 
 
 class Workers:
@@ -116,6 +122,8 @@ class Workers:
             environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
             connection.send((module, [argument.replace("{node}", str(node)) for argument in argv], environment))
         results = [connection.recv() for connection in self.connections[:num_processes]]
-        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
+        if max(num_threads for _, _, num_threads in results) > _MAX_THREADS:
+            self.close()
+        errors = [f"rank {rank}: {error}" for rank, (error, _, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)
         return results[0][1]
