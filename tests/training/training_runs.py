@@ -78,14 +78,12 @@ def _work(connection: Connection) -> None:
                 importlib.import_module(module).main()
         except BaseException as exception:
             error = f"{exception!r}\n{traceback.format_exc()}"
-        for _ in range(3):  # a trainer's cycles go through C++, and are freed in turns
-            gc.collect()
+        gc.freeze()  # ranks that free their process groups at different moments have crashed in gloo
         connection.send((error, output.getvalue(), len(os.listdir("/proc/self/task"))))
 
 
-# Gloo's threads poll as long as their process groups live, which Megatron Core's FSDP and overlapped gathering of
-# parameters never let go: some hundreds starve the machine.
-_MAX_THREADS = 120
+# Gloo's threads poll as long as their process groups live: some hundreds starve the machine.
+_MAX_THREADS = 240
 
 
 class Workers:
