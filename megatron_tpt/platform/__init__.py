@@ -26,11 +26,12 @@ from megatron_tpt.platform.noise import silence_known_messages
 
 # Checkpoints are untrusted: torch.load only builds tensors and plain containers, even if a library asks for more.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-silence_known_messages(on_cpu=not torch.cuda.is_available())
-if not torch.cuda.is_available():
+_on_cpu = not torch.cuda.is_available()
+silence_known_messages(on_cpu=_on_cpu)
+if _on_cpu:
     patch_jit()
 require_version()
-if not torch.cuda.is_available():
+if _on_cpu:
     adapt_megatron_to_cpu()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the adaptation)

@@ -41,6 +41,7 @@ from megatron_tpt.training.checkpoint_saving import SaveError, save_checkpoint  
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import compute_sums  # noqa: E402
 
+from megatron.core import jit  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -112,7 +113,8 @@ def validate(chunks: list[torch.nn.Module]) -> torch.Tensor:
 
 
 def main() -> None:
-    assert "torch._inductor.compile_fx" not in sys.modules, "torch.compile is on"
+    assert jit.jit_fuser is not torch.compile, "torch.compile is on"
+    assert "torch._inductor.compile_fx" not in sys.modules, "torch.compile was on during an import"
     world_size = platform.world_size_from_environment()
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=folder),

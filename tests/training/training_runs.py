@@ -78,7 +78,7 @@ def _work(connection: Connection) -> None:
                 importlib.import_module(module).main()
         except BaseException as exception:
             error = f"{exception!r}\n{traceback.format_exc()}"
-        gc.freeze()  # ranks that free their process groups at different moments have crashed in gloo
+        gc.freeze()  # a rank that had freed the process groups of earlier runs has died with a damaged heap
         connection.send((error, output.getvalue(), len(os.listdir("/proc/self/task"))))
 
 
