@@ -4,6 +4,7 @@ The weights keep their precision and are in memory once, all together.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HIST
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+logger = logging.getLogger(__name__)
 
 _AGAIN = "download the model again"
 
@@ -70,8 +73,9 @@ def import_hf(options: ImportOptions) -> None:
         (folder / HISTORY).write_bytes(pretty(dataclasses.asdict(History())))
         write_checksums(folder)
     print_result(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
-    for note in [*notes, *adapter.notes(config), *_not_carried(options.model, tensors)]:
+    for note in [*notes, *adapter.notes(config)]:
         print_result(f"{options.output}: {note}")
+    _report_not_carried(options.model, tensors, options.output)
 
 
 def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
@@ -85,20 +89,18 @@ def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
         ) from error
 
 
-def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
-    """Lines about the files of a model's folder that an import does not read."""
+def _report_not_carried(folder: Path, tensors: "HfTensors", output: Path) -> None:
+    """Name the files of a model's folder that an import does not read."""
     read = {"config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *tensors.files}
     others = sorted(path.name for path in folder.iterdir() if path.name not in read and not path.name.startswith("."))
     adapters = [name for name in others if name.startswith("adapter_")]
-    lines = []
     if adapters:
-        lines.append(
-            f"warning: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
+        logger.warning(
+            f"{output}: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
             f"and import that, if it is to count"
         )
     if rest := [name for name in others if name not in adapters]:
-        lines.append(f"not carried over: {first_few(rest, 20)}")
-    return lines
+        print_result(f"{output}: not carried over: {first_few(rest, 20)}")
 
 
 class HfTensors:

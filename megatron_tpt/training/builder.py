@@ -37,7 +37,7 @@ def build_trainer(
     newest = newest_whole_checkpoint(checkpoints, reads_content=recipe.checkpoint.verify)
     model = _build_trained_model(recipe, data, resumes=newest is not None)
     # Read now: when a checkpoint is due, the folder may be gone or hold something else.
-    files, notes = model_files(recipe, data.tokenizer_path, newest or recipe.training.init_from)
+    files = model_files(recipe, data.tokenizer_path, newest or recipe.training.init_from)
     objective = objective or LanguageModeling.from_recipe(recipe, data.source_names, data.unmarked_name)
     trainer = Trainer(recipe, model, objective, data, callbacks, model_files=files)
     if newest is not None:
@@ -45,7 +45,7 @@ def build_trainer(
     if platform.is_first_rank():
         with atomic_write(recipe.run.output_dir / "run.yaml") as path:
             path.write_text(to_yaml(recipe))
-    logger.info("\n".join([describe_kernels(get_model_config(model.chunks[0])), *notes]))
+    logger.info(describe_kernels(get_model_config(model.chunks[0])))
     return trainer
 
 

@@ -9,10 +9,11 @@ A run takes the last three from the checkpoint it resumes or starts from. Fine-t
 its data.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
@@ -28,19 +29,12 @@ from megatron_tpt.indexing.tokenizer import (
 )
 from megatron_tpt.json_data import pretty, read_object
 
+logger = logging.getLogger(__name__)
+
 GENERATION_CONFIG = "generation_config.json"
 HF_CONFIG = "hf_config.json"
 HISTORY = "history.json"
 _TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
-
-
-class ModelFiles(NamedTuple):
-    """The model files in the checkpoints of a run."""
-
-    contents: dict[str, bytes]
-    """By name in the checkpoint's folder."""
-    notes: list[str]
-    """Notes for the user, one line each."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +59,12 @@ class History:
             raise UserError(f"{checkpoint}: its {HISTORY} or recipe.yaml is damaged ({error})") from None
 
 
-def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> ModelFiles:
-    """The model files for the checkpoints of a run that resumes or starts from the checkpoint `origin`, if any."""
-    notes: list[str] = []
-    contents = _tokenizer_contents(recipe, tokenizer_path, origin, notes)
+def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> dict[str, bytes]:
+    """The model files for the checkpoints of a run that resumes or starts from the checkpoint `origin`, if any: their
+    contents by their names in the checkpoint's folder."""
+    contents = _tokenizer_contents(recipe, tokenizer_path, origin)
     history = History.read(origin) if origin else History()
-    new_ids = _end_of_turn_ids(recipe, notes)
+    new_ids = _end_of_turn_ids(recipe)
     history = replace(
         history,
         longest_sequence=max(history.longest_sequence, recipe.training.sequence_length),
@@ -78,7 +72,7 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
     )
     settings = {name: read_object(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
     if origin and tokenizer_path:
-        settings = {name: _with_ids_of(tokenizer_path, origin, one, notes) for name, one in settings.items()}
+        settings = {name: _with_ids_of(tokenizer_path, origin, one) for name, one in settings.items()}
     if new_ids and tokenizer_path:
         ids = special_token_ids(settings[HF_CONFIG], tokenizer_path)
         generation = {**(settings[GENERATION_CONFIG] or without_none(ids))}
@@ -87,7 +81,7 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
         settings[GENERATION_CONFIG] = generation
     contents |= {name: pretty(one) for name, one in settings.items() if one}
     contents[HISTORY] = pretty(asdict(history))
-    return ModelFiles(contents, notes)
+    return contents
 
 
 def without_none(ids: dict[str, Any]) -> dict[str, Any]:
@@ -117,12 +111,12 @@ def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[in
     return [*added, *known] if added else ends
 
 
-def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
+def _end_of_turn_ids(recipe: Recipe) -> list[int]:
     manifests = {prefix: PackManifest.read(prefix) for prefix in recipe.packed_prefixes()}
     for prefix, manifest in manifests.items():
         if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
-            notes.append(
-                f"warning: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
+            logger.warning(
+                f"{PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
                 f"after its answers: pack again (tools/pack_sft.py) if an earlier version packed it, or end turns in "
                 f"the chat template with a special token"
             )
@@ -139,9 +133,7 @@ def chat_template(folder: Path) -> str | list[Any] | None:
     return template
 
 
-def _tokenizer_contents(
-    recipe: Recipe, tokenizer_path: Path | None, origin: Path | None, notes: list[str]
-) -> dict[str, bytes]:
+def _tokenizer_contents(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> dict[str, bytes]:
     """The files of tokenizer/. If the data's tokenizer has no chat template, that of the packed data or of the
     checkpoint that the run resumes or starts from is added."""
     if tokenizer_path is None:
@@ -159,16 +151,16 @@ def _tokenizer_contents(
         else:
             config = {**read_object(tokenizer_path / CONFIG), "chat_template": own}
             files[CONFIG] = pretty(config)
-        notes.append(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
+        logger.info(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
     if differing := [folder for folder in packed if chat_template(folder) != own]:
-        notes.append(
-            f"warning: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
+        logger.warning(
+            f"data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
             f"all data with one template, and give the tokenizer folder that has it (data.tokenizer)"
         )
     return {f"tokenizer/{name}": content for name, content in files.items()}
 
 
-def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint with token ids mapped to another tokenizer by the names of the tokens."""
     before = origin / "tokenizer"
     if not settings or not (before / "tokenizer.json").is_file():
@@ -191,5 +183,5 @@ def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes:
             lost.append(f"{name}={settings[name]}")
             del result[name]
     if lost:
-        notes.append(f"warning: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
+        logger.warning(f"{', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
     return result

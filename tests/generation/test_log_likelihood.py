@@ -33,7 +33,6 @@ from megatron_tpt.generation import (
 )
 
 CONTEXT = 128
-KINDS: tuple[EngineKind, ...] = ("transformers", "vllm", "vllm-server")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["transformers", "vllm", pytest.param("vllm-server", marks=pytest.mark.slow)])
 def engine(model: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
     options = EngineOptions(model, CONTEXT, max_num_seqs=4, kind=request.param)
     with unchanged_environment(), open_engine(options, needs=("log-probabilities", "log-likelihood")) as engine:

@@ -129,10 +129,11 @@ def test_what_is_not_carried_over_is_named(tokenizer: Path, tmp_path: Path, caps
     for name in ("adapter_model.safetensors", "preprocessor_config.json", "modeling_own.py"):
         (source / name).write_text("{}")
     import_hf(ImportOptions(source, tmp_path / "imported"))
-    lines = capsys.readouterr().out
-    for words in ("adapter_model.safetensors: an adapter is not part", "auto_map: the model's own code", "my_note"):
-        assert words in lines
-    assert "not carried over: modeling_own.py, preprocessor_config.json\n" in lines
+    output = capsys.readouterr()
+    assert f"warning: {tmp_path / 'imported'}: adapter_model.safetensors: an adapter is not part" in output.err
+    for words in ("auto_map: the model's own code", "my_note"):
+        assert words in output.out
+    assert "not carried over: modeling_own.py, preprocessor_config.json\n" in output.out
     assert "auto_map" not in read(exported(tmp_path / "imported", tmp_path / "hf") / "config.json")
 
 
@@ -153,8 +154,10 @@ def test_chats_without_an_end_of_turn_are_warned_of(
     data = {"train": [str(tmp_path / chats.name), str(chats)], "tokenizer": str(template)}
     checkpoint = train(monkeypatch, FINETUNE, tmp_path / "tuned", 1, model=SHAPE, data=data)
     output = capsys.readouterr().out
-    assert f"{manifest} names no token that ends a turn" in output
-    assert f"packed with the chat template of {chats}.tokenizer, and checkpoints keep another" in output
+    assert f"warning: {manifest} names no token that ends a turn" in output
+    assert (
+        f"warning: data was packed with the chat template of {chats}.tokenizer, and checkpoints keep another" in output
+    )
     assert (checkpoint / "tokenizer" / "chat_template.jinja").read_text() == TEMPLATE + " "
 
 

@@ -80,10 +80,8 @@ def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.close()
+def workers() -> Workers:
+    return Workers()
 
 
 @pytest.fixture

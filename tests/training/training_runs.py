@@ -1,7 +1,6 @@
 """Runs of the training programs: in worker processes that stay (quick), or started as a user starts them (to kill)."""
 
 import contextlib
-import gc
 import importlib
 import io
 import json
@@ -12,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from ports import free_port
@@ -62,66 +62,64 @@ def read_metrics(run_folder: Path) -> list[dict]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _work(connection: Connection) -> None:
-    """Run programs in this process, one after another: each job is a module, its arguments and torchrun's variables."""
+def _work(connection: Connection, module: str, argv: list[str], environment: dict[str, str]) -> None:
+    """Be one rank of a run: send what it printed, and why it failed if it did."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [module, *argv]
     logs.configure()
-    while True:
-        try:
-            module, argv, environment = connection.recv()
-        except EOFError:
-            return
-        os.environ.update(environment)
-        sys.argv = [module, *argv]
-        output, error = io.StringIO(), None
-        try:
-            with contextlib.redirect_stdout(output):
-                importlib.import_module(module).main()
-        except BaseException as exception:
-            error = f"{exception!r}\n{traceback.format_exc()}"
-        gc.freeze()  # a rank that had freed the process groups of earlier runs has died with a damaged heap
-        connection.send((error, output.getvalue(), len(os.listdir("/proc/self/task"))))
-
-
-# Gloo's threads poll as long as their process groups live: some hundreds starve the machine.
-_MAX_THREADS = 240
+    output, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(output):
+            importlib.import_module(module).main()
+    except BaseException as exception:
+        error = f"{exception!r}\n{traceback.format_exc()}"
+    connection.send((error, output.getvalue()))
 
 
 class Workers:
-    """Processes that have imported torch and Megatron Core once, and act as the ranks of one run after another."""
+    """Starts the ranks of runs quickly: new processes, forked from one that has imported torch and Megatron Core."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
-        self.connections: list[Connection] = []
-
-    def _grow(self, num_processes: int) -> None:
-        while len(self.connections) < num_processes:
-            ours, theirs = self.context.Pipe()
-            # Not a daemon: Megatron Core's checkpoint writer starts a process. It ends when we close the pipe.
-            self.context.Process(target=_work, args=(theirs,)).start()
-            theirs.close()
-            self.connections.append(ours)
-
-    def close(self) -> None:
-        """Let the processes end."""
-        for connection in self.connections:
-            connection.close()
-        self.connections.clear()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(
+            [
+                "megatron_tpt.training.builder",
+                "megatron_tpt.training.pretrain_data",
+                "megatron_tpt.models.gpt.build",
+                "torch._dynamo",
+            ]
+        )
 
     def run(self, module: str, argv: list[str], num_processes: int, *, ranks_per_node: int | None = None) -> str:
         """Run a program on that many ranks. Returns what the first printed; fails when any rank does.
 
         With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
         """
-        self._grow(num_processes)
-        port = free_port()
-        for rank, connection in enumerate(self.connections[:num_processes]):
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+        started = []
+        for rank in range(num_processes):
             node, local_rank = divmod(rank, ranks_per_node or num_processes)
-            environment = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": num_processes, "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            connection.send((module, [argument.replace("{node}", str(node)) for argument in argv], environment))
-        results = [connection.recv() for connection in self.connections[:num_processes]]
-        if max(num_threads for _, _, num_threads in results) > _MAX_THREADS:
-            self.close()
-        errors = [f"rank {rank}: {error}" for rank, (error, _, _) in enumerate(results) if error]
+            environment = {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+            own_argv = [argument.replace("{node}", str(node)) for argument in argv]
+            ours, theirs = self.context.Pipe()
+            # Not a daemon: Megatron Core's checkpoint writer starts a process.
+            process = self.context.Process(target=_work, args=(theirs, module, own_argv, environment))
+            process.start()
+            theirs.close()
+            started.append((process, ours))
+        results = [_result_of(process, connection) for process, connection in started]
+        errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)
         return results[0][1]
+
+
+def _result_of(process: BaseProcess, connection: Connection) -> tuple[str | None, str]:
+    try:
+        result: tuple[str | None, str] = connection.recv()
+    except EOFError:
+        result = None, ""
+    process.join()
+    if process.exitcode:
+        return f"ended with {process.exitcode}; {result[0]}", result[1]
+    return result
