@@ -30,7 +30,7 @@ def h100(tensors_on: str = "cpu") -> Iterator[None]:
     answers = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: tensors_on if tensors_on == "meta" else torch.device(tensors_on),
+        "current_device": lambda: torch.device(tensors_on),
         "set_device": lambda device: None,
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: (9, 0),

@@ -26,8 +26,7 @@ PRECISIONS = {
     "delayed": {"fp8": "delayed"},
     "tensorwise": {"fp8": "tensorwise", "bf16_layers_at_start": 1},
     "blockwise": {"fp8": "blockwise", "fp8_format": "e4m3"},
-    "blockwise-parameters": {"fp8": "blockwise", "fp8_param_gather": True},
-}
+}  # training.fp8_param_gather is not among them: parameters are made in FP8 by a kernel
 
 
 def with_precision(recipe: Recipe, name: str) -> Recipe:
@@ -67,9 +66,7 @@ def test_a_recipe_has_the_same_tensors_under_transformer_engine(name: str, preci
     recipe = with_precision(recipes.load(name), precision)
     recipe.check(2 * recipe.parallel.model_parallel_size)
     local = dataclasses.replace(recipe.model, transformer_impl="local")
-    without_fp8 = dataclasses.replace(
-        recipe.training, fp8="none", fp8_format="hybrid", fp8_param_gather=False, bf16_layers_at_start=0
-    )
+    without_fp8 = dataclasses.replace(recipe.training, fp8="none", fp8_format="hybrid", bf16_layers_at_start=0)
     for rank, num_ranks in outer_ranks(recipe.parallel):
         with hopper.h100("meta"), hopper.rank_of(recipe.parallel, rank, num_ranks):
             gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=None)
@@ -83,7 +80,6 @@ def test_a_recipe_has_the_same_tensors_under_transformer_engine(name: str, preci
             assert placed(gpts) == expected
             if recipe.training.fp8 != "none":
                 assert (config.fp8, config.fp8_recipe) == (recipe.training.fp8_format, recipe.training.fp8)
-                assert config.fp8_param == recipe.training.fp8_param_gather
             assert hopper.NAME in describe_kernels(config)
 
 
