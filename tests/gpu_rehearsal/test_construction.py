@@ -72,7 +72,6 @@ def test_a_recipe_has_the_same_tensors_under_transformer_engine(name: str, preci
             gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=None)
             config = gpts[0].config
             assert kernels_of(gpts[0]) == {"transformer_engine"} and config.transformer_impl == "transformer_engine"
-            assert {value.device.type for value in gpts[0].parameters() if value.dim() > 1} == {"meta"}
             parameters = sum(parameter.numel() for gpt in gpts for parameter in gpt.parameters())
             stage = 0 if rank == 0 else recipe.parallel.pipeline_parallel_size - 1
             assert parameters == stage_parameters(recipe.model, recipe.parallel, stage)
