@@ -22,6 +22,7 @@ from megatron_tpt.training.checkpoint_state import (
     members,
     optimizer_format,
     pieces_of,
+    set_fp8_statistics,
     set_groups,
     set_random_state,
     set_weights,
@@ -145,8 +146,9 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     same_layout = trainer_state["layout"] == layout()
     if same_layout:
         state["random_state"] = sharded_random_state()
-        if trainer_state.get("has_fp8_statistics"):
-            state["fp8_statistics"] = fp8_statistics(model)
+        # Earlier versions wrote pickles, under another name: those stay where they are.
+        if trainer_state.get("has_fp8_scales") and (statistics := fp8_statistics(model)):
+            state["fp8_statistics"] = statistics
     loaded = _load(state, folder)
     if under_fsdp:
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
@@ -158,7 +160,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])
-    for gpt, statistics in zip(pieces_of(model), loaded.get("fp8_statistics", {}).values(), strict=False):
-        gpt.load_state_dict(statistics, strict=False)
+    if "fp8_statistics" in loaded:
+        set_fp8_statistics(model, loaded["fp8_statistics"])
     _round_weights_from_main(optimizer)
     return trainer_state
