@@ -93,7 +93,7 @@ def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
     lines = []
     if adapters:
         lines.append(
-            f"WARNING: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
+            f"warning: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
             f"and import that, if it is to count"
         )
     if rest := [name for name in others if name not in adapters]:

@@ -122,7 +122,7 @@ def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
     for prefix, manifest in manifests.items():
         if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
             notes.append(
-                f"WARNING: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
+                f"warning: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
                 f"after its answers: pack again (tools/pack_sft.py) if an earlier version packed it, or end turns in "
                 f"the chat template with a special token"
             )
@@ -162,7 +162,7 @@ def _tokenizer_contents(
         notes.append(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
     if differing := [folder for folder in packed if chat_template(folder) != own]:
         notes.append(
-            f"WARNING: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
+            f"warning: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
             f"all data with one template, and give the tokenizer folder that has it (data.tokenizer)"
         )
     return {f"tokenizer/{name}": content for name, content in files.items()}
@@ -191,5 +191,5 @@ def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes:
             lost.append(f"{name}={settings[name]}")
             del result[name]
     if lost:
-        notes.append(f"WARNING: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
+        notes.append(f"warning: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
     return result

@@ -154,7 +154,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(core_config, chunks, config_overrides=groups)
     for config in map(get_model_config, chunks):
         config.finalize_model_grads_func = phase("gradient reduction")(finalize_model_grads)
-        config.grad_scale_func = optimizer.scale_loss
+        # No grad_scale_func: the loss scale of fp32 and bf16 is 1, and a model that knows its optimizer is never freed
+        # (Megatron Core's optimizer keeps autograd nodes whose hooks hold the model, a cycle that gc does not see).
         # FSDP reduces gradients after every micro-batch unless the last one is marked.
         if recipe.parallel.overlap_grad_reduce or recipe.parallel.fsdp != "none":
             no_sync = [chunk.no_sync for chunk in chunks]

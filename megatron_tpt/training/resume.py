@@ -169,13 +169,13 @@ def describe_start(
         assert init_from is not None
         if damage := _damage(init_from):
             raise UserError(f"training.init_from={init_from} is damaged ({damage}): give another checkpoint")
-        yield from (f"WARNING: {warning}" for warning in start_warnings(recipe, init_from))
+        yield from (f"warning: {warning}" for warning in start_warnings(recipe, init_from))
         yield f"starts in {recipe.run.output_dir} from the weights of {init_from}"
     for folder in folders:
         if not (damage := _damage(folder)):
             yield from _describe_resumption(recipe, folder, tokenizer, data_identity)
             return
-        yield f"WARNING: {folder} is damaged ({damage}): it would be moved aside"
+        yield f"warning: {folder} is damaged ({damage}): it would be moved aside"
     if folders:
         raise UserError(f"no checkpoint in {checkpoints} is whole: restore the missing files, or delete them")
 
@@ -190,7 +190,7 @@ def _describe_resumption(
 
     require_tokenizer(folder, tokenizer.fingerprint if tokenizer is not None else None)
     state = read_trainer_state(folder)
-    yield from (f"WARNING: {warning}" for warning in resume_warnings(recipe, folder, state, data_identity))
+    yield from (f"warning: {warning}" for warning in resume_warnings(recipe, folder, state, data_identity))
     left = recipe.training.num_steps - state["step"]
     yield f"resumes from {folder}: {left} of {recipe.training.num_steps} steps are left" + (
         "" if left else "; nothing is left to do: raise training.num_steps to train further"

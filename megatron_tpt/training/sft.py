@@ -252,7 +252,7 @@ def describe_examples(recipe: SftRecipe) -> tuple[str, Callable[[int], dict[str,
     epochs = recipe.training.num_samples(recipe.training.num_steps) / len(train)
     table = [["set", *RowCounts._fields], *([name, *map(str, rows.counts)] for name, rows in validation.items())]
     table.insert(1, ["data.train", *map(str, train.counts)])
-    warnings = [f"WARNING: {line}" for line in epoch_warnings("data.train", epochs)]
+    warnings = [f"warning: {line}" for line in epoch_warnings("data.train", epochs)]
     return "\n".join([format_table(table), f"data.train is read {epochs:.2f} times", *warnings]), _identity_of(train)
 
 

@@ -248,7 +248,7 @@ def test_indices_without_a_token_to_learn_from_are_refused(
         {**recipe, "data": {"train": [paths["PLAIN"], {"path": paths["BOTH"], "weight": 1e-5}], "loss_on": "thinking"}},
     )
     lines = list(blend.data_warnings())
-    assert [line.split(" ")[-1] for line in lines] == ["data.loss_on=thinking", "meant"]
+    assert [line.split(" ")[-1] for line in lines] == ["data.loss_on=thinking", "weight"]
     blend.training.num_steps = 10000
     assert any(" times: give more data" in line for line in blend.data_warnings())
 
