@@ -3,6 +3,9 @@
 Called by benchmarks/gpu_figures.sh, which says how.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,17 +80,29 @@ def run_step(options: FigureOptions, name: str) -> None:
         record.write(DONE, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
 
 
+def run_limited(command: list[str], limit_s: float) -> int | None:
+    """The exit code of a command, None where it was ended at its limit. The processes that it leaves are ended too:
+    they would hold the GPU's memory."""
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def start_step(options: FigureOptions, name: str, limit_s: float) -> str | None:
     """One step in its own process, which can fail or be ended without the others. Returns what went wrong."""
     command = [sys.executable, "-m", "benchmarks.gpu.figures", "--inside", "--steps", name]
     command += ["--output", str(output_of(options)), *(["--dry"] if options.dry else [])]
     command += ["--index", str(options.index.absolute())] if options.index is not None else []
-    try:
-        done = subprocess.run(command, cwd=ROOT, timeout=limit_s)
-    except subprocess.TimeoutExpired:
+    code = run_limited(command, limit_s)
+    if code is None:
         return f"ended after {limit_s:.0f} s"
-    if done.returncode:
-        return f"ended with code {done.returncode}"
+    if code:
+        return f"ended with code {code}"
     failed = failures(read(output_of(options))[name])
     return f"failed: {', '.join(failed)}" if failed else None
 

@@ -52,9 +52,9 @@ def make_index(options: TextOptions) -> Path:
     with tempfile.TemporaryDirectory() as name:
         raw = Path(name) / "text.jsonl"
         raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(options.num_bytes)))
-        tokenizer = train_tokenizer(
-            TrainTokenizerOptions(input=[raw], output=options.output / "tokenizer", vocab_size=options.vocab_size)
-        )
+        tokenizer = options.output / "tokenizer"
+        if not tokenizer.exists():  # a call that was ended may have left it
+            train_tokenizer(TrainTokenizerOptions(input=[raw], output=tokenizer, vocab_size=options.vocab_size))
         index(IndexOptions(input=[raw], tokenizer=tokenizer, output=prefix))
     return prefix
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_DIRECTIONS, _BUFFERS = ("scaling_fwd", "scaling_bwd"), ("scale", "amax_history")
-_TE_CHECKS = {
+SCALING_DIRECTIONS, SCALING_BUFFERS = ("scaling_fwd", "scaling_bwd"), ("scale", "amax_history")
+"""Transformer Engine's names for what delayed scaling keeps in a module."""
+TE_CHECKS = {
     "delayed": "is_fp8_available",
     "tensorwise": "is_fp8_available",
     "blockwise": "is_fp8_block_scaling_available",
@@ -59,11 +60,11 @@ def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def scaling_statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What delayed scaling keeps in one module of the largest values of the last steps, on the CPU; nothing where it
     keeps none, or has not run yet."""
-    states = {name: state for name, state in getattr(module, "fp8_meta", {}).items() if name in _DIRECTIONS}
+    states = {name: state for name, state in getattr(module, "fp8_meta", {}).items() if name in SCALING_DIRECTIONS}
     return {
         f"{name}.{buffer}": getattr(state, buffer).cpu()
         for name, state in states.items()
-        for buffer in _BUFFERS
+        for buffer in SCALING_BUFFERS
         if hasattr(state, buffer)
     }
 
@@ -106,7 +107,7 @@ def require_active(training: TrainingConfig, *, transformer_engine: bool) -> Non
         raise UserError(f"training.fp8={training.fp8} needs Transformer Engine on a GPU: give --training.fp8=none here")
     import transformer_engine.pytorch as te
 
-    is_active, reason = getattr(te, _TE_CHECKS[training.fp8])(return_reason=True)
+    is_active, reason = getattr(te, TE_CHECKS[training.fp8])(return_reason=True)
     if not is_active:
         raise UserError(
             f"training.fp8={training.fp8} is not active on {torch.cuda.get_device_name()}: {' '.join(reason.split())}; "

@@ -1,5 +1,6 @@
 """Loading checkpoints (checkpoint_saving.py) under any parallel layout."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     """Load everything a run needs to resume, under any layout. Returns the trainer state that was saved.
 
     The random state is restored if layout and device type are the same; otherwise it stays as seeded, which only
-    affects dropout.
+    affects dropout. So are the scales of delayed scaling in FP8; a line in the log says where they are not.
     """
     trainer_state = read_trainer_state(folder)
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
@@ -146,9 +149,12 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     same_layout = trainer_state["layout"] == layout()
     if same_layout:
         state["random_state"] = sharded_random_state()
-        # Earlier versions wrote pickles, under another name: those stay where they are.
-        if trainer_state.get("has_fp8_scales") and (statistics := fp8_statistics(model)):
+    if statistics := fp8_statistics(model):
+        if same_layout and trainer_state.get("has_fp8_scales"):
             state["fp8_statistics"] = statistics
+        elif {"has_fp8_scales", "has_fp8_statistics"} & trainer_state.keys():
+            origin = "another layout" if "has_fp8_scales" in trainer_state else "an earlier version, as a pickle"
+            logger.warning(f"{folder}: its FP8 scales are of {origin}: delayed scaling begins anew, as in a new run")
     loaded = _load(state, folder)
     if under_fsdp:
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])

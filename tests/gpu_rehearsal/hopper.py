@@ -2,7 +2,8 @@
 
 torch's questions about the device are answered as an H100 would; tensors that libraries ask for on "cuda" are made on
 the CPU, or on `meta`, where they have a shape alone. Process groups are torch's fake ones: one process is any rank of
-any number, and nothing is sent. Import this module before Megatron Core.
+any number, and nothing is sent; a run of one rank has gloo's, by which checkpoints are written and read. Import this
+module before Megatron Core.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ def h100(tensors_on: str = "cpu") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(unittest.mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(unittest.mock.patch.object(platform, "device", lambda: torch.device(tensors_on)))
         yield
 
 
@@ -47,13 +49,14 @@ def h100(tensors_on: str = "cpu") -> Iterator[None]:
 def rank_of(parallel: ParallelConfig, rank: int, num_ranks: int) -> Iterator[None]:
     """The package's process groups, as that rank of a run of `num_ranks` has them."""
     init, new_group = torch.distributed.init_process_group, torch.distributed.new_group
+    stand_in, store = ("gloo", torch.distributed.HashStore()) if num_ranks == 1 else ("fake", FakeStore())
 
     def fake_init(backend: str, **_: Any) -> None:
         assert backend == "nccl"
-        init("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+        init(stand_in, store=store, rank=rank, world_size=num_ranks)
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **{**kwargs, "backend": "fake", "pg_options": None})
+        return new_group(*args, **{**kwargs, "backend": stand_in, "pg_options": None})
 
     variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(num_ranks)}
     with (

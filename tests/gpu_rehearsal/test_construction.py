@@ -16,6 +16,7 @@ from megatron_tpt.models.precision import describe_kernels, require_active
 from megatron_tpt.models.sizes import stage_parameters
 from megatron_tpt.models.spec import build_chunks, spec_of
 from megatron_tpt.training.checkpoint_state import weights_state
+from megatron_tpt.training.reporting import ReportMetrics
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -111,6 +112,16 @@ def test_a_hopper_has_every_fp8_recipe_but_that_of_its_successor() -> None:
             require_active(dataclasses.replace(training, fp8=name), transformer_engine=True)
         with pytest.raises(UserError, match=f"mxfp8 is not active on {hopper.NAME}: .*; give another"):
             require_active(dataclasses.replace(training, fp8="mxfp8"), transformer_engine=True)
+
+
+@pytest.mark.parametrize(("fp8", "peak"), [("none", 989), ("delayed", 1979)])
+def test_utilisation_is_of_the_h100s_dense_peak(fp8: str, peak: float) -> None:
+    recipe = recipes.load("tpt/pretrain_8b")
+    recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, fp8=fp8))
+    report = ReportMetrics()
+    report.flops_per_token = 1.0
+    with hopper.h100(), hopper.rank_of(ParallelConfig(), 0, 1):
+        assert report._peak_tflops(recipe) == pytest.approx(peak, abs=1)
 
 
 LAYOUTS = {

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import training as bench
 from benchmarks.gpu.comparisons import KERNELS
+from benchmarks.gpu.figures import run_limited
 from benchmarks.gpu.kernels import Kernel, all_kernels, compare, too_far
 from benchmarks.gpu.record import Record, failures, read
 from megatron_tpt import platform
@@ -60,18 +61,35 @@ def test_a_part_is_measured_once_unless_it_failed(tmp_path: Path) -> None:
     assert len(calls) == 2 and read(record.path) == {"step": {"part": 1}}
 
 
+def test_a_step_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # The reader sees the end of the pipe when nobody has it open for writing: neither the step nor what it started.
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    program = f"exec 3> {pipe}; echo begun >&3; sleep 1000 & wait"
+    assert run_limited(["bash", "-c", program], limit_s=3) is None
+    os.set_blocking(reader, True)
+    with os.fdopen(reader) as file:
+        assert file.read() == "begun\n"
+    assert run_limited(["bash", "-c", "exit 3"], limit_s=60) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the toy shapes are for a CPU")
 def test_every_step_passes_dry_and_is_not_repeated(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = ["bash", str(ROOT / "benchmarks/gpu_figures.sh"), "--dry", "--output", str(output)]
-    steps = [
-        "--steps",
-        *(str(number) for number in range(1, 10)),
-    ]  # vLLM's takes minutes and has a benchmark of its own
+    steps = ["--steps", *map(str, range(1, 10))]  # vLLM's takes minutes and has a benchmark of its own
     for expected in ("all done", "done before"):
         done = subprocess.run(
             [*command, *steps], capture_output=True, text=True, env=os.environ | {"CARRIED": "/nowhere"}
         )
         assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
-    assert len(json.loads(output.read_text())) == 9
+    figures = json.loads(output.read_text())
+    assert len(figures) == 9
+    for name in ("bf16", "mlp recomputed", "all recomputed"):
+        memory = figures["memory"][name]
+        assert memory["tensors_gib"] == pytest.approx(memory["tensors_computed_gib"], rel=0.01)
+    assert figures["options"]["plain"]["losses"] == figures["options"]["all recomputed"]["losses"]
+    for direction in ("from a CPU", "to a CPU"):
+        assert figures["checkpoints"][direction]["largest_relative_difference"] == 0.0
