@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # Files of tests that run at once.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo teacher study test test-slow check
+.PHONY: setup demo teacher study test test-slow check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -30,3 +30,8 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(dir $(PY))lint-imports
+
+# Apart from the others, in an environment of its own: Transformer Engine is built there the first time.
+gpu-rehearsal:
+	@benchmarks/gpu/setup.sh
+	GPU_REHEARSAL=1 $${GPU_VENV:-.venv-gpu}/bin/python -m pytest tests/gpu_rehearsal tests/platform/test_options.py
