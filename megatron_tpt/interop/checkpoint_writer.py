@@ -1,6 +1,6 @@
 """Writes the weights of a whole model as a checkpoint to start from: one process, no training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,8 @@ def sharded_tensors(model: ModelConfig, read: Reader) -> dict[str, ShardedTensor
     for weight in model.weights():
         if weight.is_tied:
             continue
-        for layer in range(model.num_layers) if weight.part == "layer" else [None]:
+        layers: Sequence[int | None] = range(model.num_layers) if weight.part == "layer" else [None]
+        for layer in layers:
             place = [] if layer is None else [(0, layer, model.num_layers)]
             state[f"{weight.key} {layer}"] = ShardedTensor.from_rank_offsets(
                 weight.key, read(weight.key, layer).contiguous(), *place, prepend_axis_num=len(place)

@@ -37,6 +37,8 @@ class DepthMetrics:
         num_tokens = batch["tokens"].numel()
         zero = loss.new_zeros((), dtype=torch.float64)
         own = dict.fromkeys(self.sum_names[len(self.objective.sum_names) :], zero)
+        if "drawn_recurrences" not in batch:  # a batch of another loop, without draws
+            return loss, {**sums, **own}
         own["depth_positions"] = zero + num_tokens
         own |= {f"depth_{name}": zero + num_tokens * batch[f"drawn_{name}"] for name in _DEPTHS}
         own |= {name: batch[name].double() for name in ("state_norm", "state_change")}

@@ -38,7 +38,7 @@ class Batch:
     ) -> None:
         self.seeds = tuple(seeds)
         """One for each micro-batch; at most this many are read from `microbatches`."""
-        self.draws = tuple(draws) if draws is not None else ({},) * len(self.seeds)
+        self.draws: tuple[Mapping[str, int], ...] = tuple(draws) if draws is not None else ({},) * len(self.seeds)
         """What the model decides of each micro-batch; if not given, as in validation."""
         self.num_tokens = num_tokens
         """Tokens of the whole global batch."""

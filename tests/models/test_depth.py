@@ -1,6 +1,7 @@
 """The depths of recurrent training have the distribution of the paper's code, and follow from the seed alone."""
 
 import collections
+import dataclasses
 import math
 import statistics
 
@@ -83,11 +84,11 @@ def tinyllama(largest: int) -> RecurrentConfig:
     ("largest", "flops"), [(4, 3.776e20), (8, 5.975e20), (16, 8.481e20), (32, 1.218e21), (None, 3.048e20)]
 )
 def test_training_flops_are_those_of_the_paper(largest: int | None, flops: float) -> None:
-    """Which counts the blocks alone, at the mean depth of every step of 2^20 tokens."""
-    model = tinyllama(largest or 1)
+    """Which counts the blocks alone, at the mean depth of every step of 2^20 tokens; static: all 22 layers, once."""
     if largest is None:
-        found = 50_000 * model.block_flops_per_token(1)
+        found = 50_000 * dataclasses.replace(tinyllama(1), num_layers=22).block_flops_per_token(1)
     else:
+        model = tinyllama(largest)
         found = sum(model.block_flops_per_token(model.mean_depth(step)) for step in range(50_000))
     assert found * 2**20 == pytest.approx(flops, rel=1e-3)
 
@@ -98,7 +99,8 @@ def test_unrolled_parameters_are_those_of_the_paper() -> None:
 
 
 def test_operations_follow_the_measured_depth() -> None:
-    """The blocks' as the paper counts them; ours have the adapter, attention and the output matrix on top."""
+    """The blocks' as the paper counts them, with the norms' weights, a thousandth; ours have the adapter, attention and
+    the output matrix on top."""
     model = tinyllama(16)
     deep, shallow = (
         model_flops_per_token(model, 1024, model.passes({"depth": depth, "depth_backprop": min(depth, 8)}))
@@ -107,7 +109,7 @@ def test_operations_follow_the_measured_depth() -> None:
     h, heads = 2048, 32 * 64
     per_third = 2 * (8 * 1024 * heads + 2 * h * h)  # of one pass forward: attention of 8 layers, and the adapter
     expected = model.block_flops_per_token(20) - model.block_flops_per_token(4) + (3 * 4 + 12) * per_third
-    assert deep - shallow == pytest.approx(expected, rel=1e-9)
+    assert deep - shallow == pytest.approx(expected, rel=1e-3)
 
 
 def test_expected_operations_follow_the_curriculum() -> None:

@@ -32,8 +32,10 @@ def architecture_of(model: GPTConfig) -> str:
     biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
     norms = (model.norm_placement, model.qk_norm_width if model.qk_norm else None)
     # Keys: biases on the QKV projections, the attention output and the feed-forward network.
-    llama = {bias: "LlamaForCausalLM" for bias in itertools.product((False, True), repeat=3) if bias[0] == bias[1]}
-    computes = {
+    llama: dict[tuple[bool, ...], str] = {
+        bias: "LlamaForCausalLM" for bias in itertools.product((False, True), repeat=3) if bias[0] == bias[1]
+    }
+    computes: dict[tuple[str, str | None], dict[tuple[bool, ...], str]] = {
         ("before", None): {**llama, (True, False, False): "Qwen2ForCausalLM"},
         ("before", "head"): dict.fromkeys([(False, False, False), (True, True, False)], "Qwen3ForCausalLM"),
         ("after", "all-heads"): dict.fromkeys([(False, False, False), (True, True, False)], "Olmo2ForCausalLM"),
