@@ -72,11 +72,13 @@ def test_losses_gradients_and_weights_equal_those_of_one_process(
     for ours, theirs in zip(found, expected, strict=True):
         for name in ("depth", "depth_backprop", "depth_mean"):
             assert ours[name] == theirs[name], name
-        for name in ("loss", "grad_norm", "state_norm", "state_change"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (ours["step"], name)
-    for what, wanted in (("gradients", gradients), ("weights", weights)):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
+        for name in ("grad_norm", "state_norm", "state_change"):  # the last is the norm of a small difference
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+    # Adam makes steps of full size even of gradients that are mostly rounding: weights drift apart more than gradients.
+    for what, wanted, tolerance in (("gradients", gradients, 1e-5), ("weights", weights, 1e-4)):
         distance = distances(gathered(tmp_path, layout, what), wanted)
-        assert max(distance.values()) <= 2e-5, (what, distance)
+        assert max(distance.values()) <= tolerance, (what, distance)
 
 
 def test_metrics_tell_the_depth_and_what_it_costs(train: Train, recurrent: dict, recipe: dict) -> None:
@@ -87,6 +89,7 @@ def test_metrics_tell_the_depth_and_what_it_costs(train: Train, recurrent: dict,
         step = one["step"] - 1
         loader = Loader(None, recipe_from_dict(PretrainRecipe, {**recipe, **recurrent}).training, 0, 1)
         draws = take_batch(loader, iter([]), step, 1234, model).draws
+        assert one["depth"] == sum(draw["recurrences"] for draw in draws) / 4
         assert len(draws) == 4 and one["depth_mean"] == min(3, max(1, -(-3 * step // 4)))
         assert all(draw["backprop"] == min(2, one["depth_mean"], draw["recurrences"]) for draw in draws)
         assert one["tflops_per_device"] == pytest.approx(1e9 * one["mfu"] * 1e-12)
