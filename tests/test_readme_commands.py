@@ -57,6 +57,7 @@ IN_PLACE_OF = {
     "--model model/": "--model runs/sft/model",
     "--data problems.jsonl": "--data problems.jsonl --max-new-tokens 8",
     "--estimate 200": "--estimate 3",
+    "--split 8,10,6": "--split 0,1,1",
 }
 SMALL = {
     "{preset: llama3.2-1b}": "{num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 2}",

@@ -109,6 +109,7 @@ def check_layout(recipe: Recipe, world_size: int) -> None:
     """
     parallel, training = recipe.parallel, recipe.training
     pp, vp = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    recipe.model.check_layout(parallel, training)
     _check_model(recipe)
     _check_precision(recipe)
     _check_optimizer(recipe)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from megatron_tpt.config.fields import NonNegativeFloat, PositiveInt, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
+from megatron_tpt.config.parallel import ParallelConfig
+from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 
 DEFAULT_FAMILY = "gpt"
@@ -30,8 +32,8 @@ class Weight:
     """Its name in checkpoints, where the tensors of all layers are stacked along a leading axis."""
     shape: tuple[int, ...]
     """Of one layer's tensor."""
-    part: Literal["embedding", "layer", "output"]
-    """Where it is: on the first pipeline stage, in every layer, or on the last stage."""
+    part: Literal["embedding", "block", "layer", "output"]
+    """Where it is: on the first pipeline stage, there beside the layers, in every layer, or on the last stage."""
     is_split: bool = False
     """Whether tensor-parallel ranks have a share each, rather than a copy."""
     is_tied: bool = False
@@ -43,9 +45,9 @@ class Weight:
         return math.prod(self.shape)
 
     @property
-    def is_layer_matrix(self) -> bool:
-        """Whether it is one of the layers' matrices: what Muon updates, and a product with every token."""
-        return self.part == "layer" and len(self.shape) == 2
+    def is_block_matrix(self) -> bool:
+        """Whether it is a matrix in or beside the layers: what Muon updates."""
+        return self.part in ("block", "layer") and len(self.shape) == 2
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,34 @@ class ModelConfig(ABC):
         training.recompute_modules, and others for what only recomputation of the whole layer saves."""
 
     @property
-    def depth(self) -> float:
-        """Layers that a token passes in training, one that it passes again counted again."""
+    def activation_layers(self) -> float:
+        """Layers whose activations are kept for the backward pass, one that is passed again counted again."""
         return self.num_layers
+
+    def passes(self, measured: Mapping[str, float] | None = None) -> dict[str, float]:
+        """How often a token of training passes what the FLOPs consist of: "layer", layers, and "block", the matrices
+        beside them. A pass without a backward pass counts a third, since that takes twice as much as the forward pass.
+        `measured`: metrics of some steps that tell it, such as a sampled depth; without them, what is expected."""
+        return {"layer": self.num_layers, "block": 0}
+
+    def expected_passes(self, num_steps: int) -> dict[str, float]:
+        """The mean of `passes` over a run of `num_steps` steps."""
+        return self.passes()
+
+    @property
+    def depth_limits(self) -> tuple[int, ...]:
+        """The smallest depths of the groups by which the loss is reported; empty where all tokens pass all layers
+        once."""
+        return ()
+
+    def draws(self, step: int, seed: int, *, training: bool) -> dict[str, int]:
+        """What the decoder and the metrics must know about a micro-batch of the step that follows `step` others, by
+        name. All ranks have the same `seed` for their micro-batch of the same number, so they take the same decisions;
+        in validation (not `training`) nothing is left to chance."""
+        return {}
+
+    def check_layout(self, parallel: ParallelConfig, training: TrainingConfig) -> None:  # noqa: B027 (most check nothing)
+        """Raise UserError for what this family does not support."""
 
     @property
     def query_groups(self) -> int:

@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tpt import platform
-from megatron_tpt.logs import print_result
-from megatron_tpt.names import first_few
-from megatron_tpt.units import GIB
-
-# Megatron Core comes after the platform.
-# isort: split
-from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
-from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError, one_line
-from megatron_tpt.files import atomic_directory, free_space
-from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
+from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer
+from megatron_tpt.interop.checkpoint_writer import Reader, Source, sharded_tensors, write_checkpoint
 from megatron_tpt.interop.hf_config import adapter_for
 from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.json_data import pretty, read_object
+from megatron_tpt.logs import print_result
 from megatron_tpt.models.hugging_face import HuggingFaceAdapter
-from megatron_tpt.training.checkpoint_files import write_checksums
+from megatron_tpt.names import first_few
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History
-
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +36,18 @@ def import_hf(options: ImportOptions) -> None:
     Raises UserError when the folder is no complete model of a supported kind, or when the output exists.
     """
     refuse_existing(options.output)
-    config_path = options.model / "config.json"
+    source = open_model(options.model)
+    output = options.output
+    write_checkpoint(output, source.model, sharded_tensors(source.model, source.read), source.tokenizer, source.files)
+    print_result(f"{output}: {source.model.num_parameters():,} parameters from {options.model}")
+    for note in source.notes:
+        print_result(f"{output}: {note}")
+
+
+def open_model(folder: Path) -> Source:
+    """A Hugging Face folder as the source of a checkpoint. Raises UserError when it is no complete model of a supported
+    kind."""
+    config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"{config_path}: no such file: give a Hugging Face model folder")
     config = read_object(config_path, _AGAIN)
@@ -58,49 +56,30 @@ def import_hf(options: ImportOptions) -> None:
         model = adapter.from_config(config, config_path)
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # foreign files may be anything
         raise UserError(f"{config_path}: damaged: a field has a value of a wrong type ({one_line(error)})") from error
-    tensors = HfTensors(options.model, adapter)
+    tensors = HfTensors(folder, adapter)
     model, notes = tensors.settle_tying(model)
     tensors.check_names(model)
-    Tokenizer(options.model)  # refuses one that training could not use
-    generation = read_object(options.model / GENERATION_CONFIG, _AGAIN)
-    with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
-        _save(sharded_tensors(model, tensors), folder, options.output)
-        copy_tokenizer(options.model, folder / "tokenizer")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
-        (folder / HF_CONFIG).write_bytes(pretty(config))
-        if generation:
-            (folder / GENERATION_CONFIG).write_bytes(pretty(generation))
-        (folder / HISTORY).write_bytes(pretty(dataclasses.asdict(History())))
-        write_checksums(folder)
-    print_result(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
-    for note in [*notes, *adapter.notes(config)]:
-        print_result(f"{options.output}: {note}")
-    _report_not_carried(options.model, tensors, options.output)
+    Tokenizer(folder)  # refuses one that training could not use
+    generation = read_object(folder / GENERATION_CONFIG, _AGAIN)
+    files = {HF_CONFIG: pretty(config), HISTORY: pretty(dataclasses.asdict(History()))}
+    if generation:
+        files[GENERATION_CONFIG] = pretty(generation)
+    notes += [*adapter.notes(config), *_not_carried(folder, tensors)]
+    return Source(model, tensors.reader_of(model), folder, files, notes)
 
 
-def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
-    try:
-        dist_checkpointing.save(tensors, str(folder))
-    except CheckpointException as error:  # a separate process wrote, and reports no error number
-        reason = " ".join(str(error).split())[-300:]
-        free = free_space(folder)[1] / GIB
-        raise UserError(
-            f"{output}: could not be written ({reason}): make room, {free:.1f} GiB are free there"
-        ) from error
-
-
-def _report_not_carried(folder: Path, tensors: "HfTensors", output: Path) -> None:
-    """Name the files of a model's folder that an import does not read."""
+def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
+    """Notes on the files of a model's folder that are not read; warns where they may have been meant to count."""
     read = {"config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *tensors.files}
     others = sorted(path.name for path in folder.iterdir() if path.name not in read and not path.name.startswith("."))
     adapters = [name for name in others if name.startswith("adapter_")]
     if adapters:
         logger.warning(
-            f"{output}: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
+            f"{folder}: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
             f"and import that, if it is to count"
         )
-    if rest := [name for name in others if name not in adapters]:
-        print_result(f"{output}: not carried over: {first_few(rest, 20)}")
+    rest = [name for name in others if name not in adapters]
+    return [f"not carried over: {first_few(rest, 20)}"] if rest else []
 
 
 class HfTensors:
@@ -177,6 +156,16 @@ class HfTensors:
         if unknown:
             raise UserError(f"{self.folder}: tensor {unknown[0]} is not supported: config.json describes no such part")
 
+    def reader_of(self, model: ModelConfig) -> Reader:
+        """Reads the tensors as Megatron Core has them, by key and layer."""
+        rows = {row.weight.key: row for row in self.adapter.rows(model)}
+
+        def read(key: str, layer: int | None) -> torch.Tensor:
+            parts = [self.read(name.format(layer=layer), shape) for name, shape in rows[key].shapes.items()]
+            return rows[key].transform.join(parts)
+
+        return read
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """One tensor. Raises UserError when its shape is another."""
         tensor = self._open(self._file_of[name]).get_tensor(self._source_of.get(name, name))
@@ -191,16 +180,3 @@ class HfTensors:
                 f"of different models"
             )
         return tensor
-
-
-def sharded_tensors(model: ModelConfig, tensors: HfTensors) -> dict[str, ShardedTensor]:
-    """All weights as Megatron Core's checkpoints name and stack them."""
-    state = {}
-    for row, layer in tensors.adapter.places(model):
-        parts = [tensors.read(name.format(layer=layer), shape) for name, shape in row.shapes.items()]
-        tensor = row.transform.join(parts).contiguous()
-        place = [] if layer is None else [(0, layer, model.num_layers)]
-        state[f"{row.weight.key} {layer}"] = ShardedTensor.from_rank_offsets(
-            row.weight.key, tensor, *place, prepend_axis_num=len(place)
-        )
-    return state

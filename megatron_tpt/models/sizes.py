@@ -1,5 +1,7 @@
 """Parameters and FLOPs of a model of any family, from the tensors in its configuration. Imports no torch."""
 
+from collections.abc import Mapping
+
 from megatron_tpt.config.model import ModelConfig, Weight
 from megatron_tpt.config.parallel import ParallelConfig
 
@@ -10,6 +12,7 @@ def _stage_sizes(model: ModelConfig, parallel: ParallelConfig, stage: int) -> li
     t, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     copies = {
         "embedding": int(stage == 0),
+        "block": int(stage == 0),
         "layer": parallel.stage_layers(model.num_layers)[stage],
         "output": int(stage == last),
     }
@@ -27,19 +30,22 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
 def stage_matrices(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
     """Those of stage_parameters that are in the matrices of the layers, which Muon updates."""
-    return sum(size for weight, size in _stage_sizes(model, parallel, stage) if weight.is_layer_matrix)
+    return sum(size for weight, size in _stage_sizes(model, parallel, stage) if weight.is_block_matrix)
 
 
-def model_flops_per_token(model: ModelConfig, sequence_length: int, depth: float | None = None) -> float:
+def model_flops_per_token(model: ModelConfig, sequence_length: int, passes: Mapping[str, float] | None = None) -> float:
     """Floating-point operations that one token of training needs: forward and backward, no recomputation counted.
 
     6 per weight of every matrix product (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), the output matrix
     included and the embedding look-up not, plus 6 * sequence_length * heads * head_dim per layer for the two attention
-    products under a causal mask (half of the 12 that full attention needs). `depth`: layers that a token passes;
-    model.depth when not given.
+    products under a causal mask (half of the 12 that full attention needs). `passes`: see ModelConfig.passes, which
+    gives them when they are not given.
     """
-    depth = model.depth if depth is None else depth
-    layer = sum(weight.size for weight in model.weights() if weight.is_layer_matrix)
-    output = sum(weight.size for weight in model.weights() if weight.part == "output" and len(weight.shape) == 2)
+    passes = {"output": 1.0, **(model.passes() if passes is None else passes)}
+    matrices = sum(
+        passes[weight.part] * weight.size
+        for weight in model.weights()
+        if len(weight.shape) == 2 and weight.part != "embedding"
+    )
     attention = sequence_length * model.num_attention_heads * model.kv_channels
-    return 6.0 * (depth * layer + output) + 6.0 * depth * attention
+    return 6.0 * matrices + 6.0 * passes["layer"] * attention

@@ -1,4 +1,4 @@
-"""Turn a Hugging Face model (Llama, Qwen2, Qwen3) into a checkpoint to start training from, under any parallel layout.
+"""Turn a Hugging Face model (Llama, Qwen2, Qwen3, OLMo-2) into a checkpoint to start training from, under any layout.
 
 python tools/import_hf.py --model DIR --output CHECKPOINT_DIR
 torchrun -m megatron_tpt.pretrain RECIPE.yaml --training.init_from=CHECKPOINT_DIR

@@ -1,15 +1,18 @@
 """A rank's part of the global batch of an optimizer step: its micro-batches, each with a random seed."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
+from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.names import seed_of
 from megatron_tpt.objectives.objective import MicroBatch
 from megatron_tpt.training.data import Loader
 from megatron_tpt.training.phases import phase
+
+DRAWN = "drawn_"
 
 
 class Batch:
@@ -19,14 +22,24 @@ class Batch:
     Each micro-batch has a `seed`, int64 [], for anything random in it. It depends only on the run's seed, the step and
     the place in the global batch, so that resume, roll-back and re-run repeat it. (Dropout draws from the random
     streams of Megatron Core instead, whose states a checkpoint holds and a re-run restores.)
+
+    What its model decides by chance (ModelConfig.draws) is in it too, int64 [] by name, each with the prefix DRAWN.
     """
 
     num_taken: ClassVar[int] = 0
     """Micro-batches that this process has taken from any batch; the watchdog reads it as progress."""
 
-    def __init__(self, microbatches: Iterable[MicroBatch], seeds: Sequence[int], num_tokens: int) -> None:
+    def __init__(
+        self,
+        microbatches: Iterable[MicroBatch],
+        seeds: Sequence[int],
+        num_tokens: int,
+        draws: Sequence[Mapping[str, int]] | None = None,
+    ) -> None:
         self.seeds = tuple(seeds)
         """One for each micro-batch; at most this many are read from `microbatches`."""
+        self.draws: tuple[Mapping[str, int], ...] = tuple(draws) if draws is not None else ({},) * len(self.seeds)
+        """What the model decides of each micro-batch; if not given, as in validation."""
         self.num_tokens = num_tokens
         """Tokens of the whole global batch."""
         self.waited_s = 0.0
@@ -40,7 +53,8 @@ class Batch:
     def __iter__(self) -> Iterator[MicroBatch]:
         for place in range(len(self)):
             if place == len(self._kept):
-                self._kept.append({**self._take(), "seed": torch.tensor(self.seeds[place])})
+                drawn = {f"{DRAWN}{name}": torch.tensor(value) for name, value in self.draws[place].items()}
+                self._kept.append({**self._take(), "seed": torch.tensor(self.seeds[place]), **drawn})
             Batch.num_taken += 1
             yield self._kept[place]
 
@@ -59,11 +73,19 @@ def microbatch_seed(run_seed: int, step: int, place: int) -> int:
     return seed_of(f"{run_seed}/{step}/{place}")
 
 
-def take_batch(loader: Loader, microbatches: Iterator[MicroBatch], step: int, run_seed: int) -> Batch:
-    """The batch of the step that follows `step` others; its micro-batches are the next that the loader yields."""
-    places = (
-        microbatch * loader.data_parallel_size + loader.data_parallel_rank
-        for microbatch in range(loader.num_microbatches(step))
-    )
+def take_batch(
+    loader: Loader,
+    microbatches: Iterator[MicroBatch],
+    step: int,
+    run_seed: int,
+    model: ModelConfig,
+    *,
+    training: bool = True,
+) -> Batch:
+    """The batch of the step that follows `step` others; its micro-batches are the next that the loader yields. What
+    `model` decides by chance is the same on all data-parallel ranks."""
+    numbers = range(loader.num_microbatches(step))
+    places = (number * loader.data_parallel_size + loader.data_parallel_rank for number in numbers)
     num_tokens = loader.training.batch_size(step) * loader.training.sequence_length
-    return Batch(microbatches, [microbatch_seed(run_seed, step, place) for place in places], num_tokens)
+    draws = [model.draws(step, seed_of(f"{run_seed}/{step}/alike {number}"), training=training) for number in numbers]
+    return Batch(microbatches, [microbatch_seed(run_seed, step, place) for place in places], num_tokens, draws)

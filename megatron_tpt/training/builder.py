@@ -10,6 +10,7 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.files import atomic_write
 from megatron_tpt.models.precision import describe_kernels
 from megatron_tpt.models.spec import build_chunks
+from megatron_tpt.objectives.depth import DepthMetrics
 from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.objectives.objective import Objective
 from megatron_tpt.training.checkpoint_files import newest_whole_checkpoint
@@ -39,6 +40,8 @@ def build_trainer(
     # Read now: when a checkpoint is due, the folder may be gone or hold something else.
     files = model_files(recipe, data.tokenizer_path, newest or recipe.training.init_from)
     objective = objective or LanguageModeling.from_recipe(recipe, data.source_names, data.unmarked_name)
+    if limits := recipe.model.depth_limits:
+        objective = DepthMetrics(objective, limits)
     trainer = Trainer(recipe, model, objective, data, callbacks, model_files=files)
     if newest is not None:
         trainer.resume(newest)

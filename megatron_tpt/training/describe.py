@@ -68,7 +68,8 @@ def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, s
 def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | None) -> dict[str, str]:
     training = recipe.training
     num_tokens = training.num_samples(training.num_steps) * training.sequence_length
-    flops = model_flops_per_token(recipe.model, training.sequence_length)
+    passes = recipe.model.expected_passes(training.num_steps)
+    flops = model_flops_per_token(recipe.model, training.sequence_length, passes)
     rows = {
         "tokens per step": f"{training.global_batch_size * training.sequence_length:,}",
         "tokens of the run": f"{num_tokens:,}",

@@ -61,17 +61,16 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatch
     return min(2 * (p - stage - 1) + (v - 1) * p + 1, num_microbatches * v) / v
 
 
-def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: float | None = None) -> float:
+def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> float:
     """Bytes of activations on a rank of a pipeline stage (from 0), given what the recipe recomputes.
 
     Recomputed layers keep only their input, and one at a time keeps everything; the last stage also has the logits of
-    one micro-batch, in the training precision and in fp32. `depth`: layers that a token passes, of which each stage has
-    its share; model.depth when not given.
+    one micro-batch, in the training precision and in fp32. Each stage has its share of model.activation_layers.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     value_bytes, tokens = _value_bytes(recipe), _micro_batch_tokens(recipe)
     values = _layer_values(recipe)
-    layers = parallel.stage_layers(model.num_layers)[stage] * (depth or model.depth) / model.num_layers
+    layers = parallel.stage_layers(model.num_layers)[stage] * model.activation_layers / model.num_layers
     own_input = tokens * model.hidden_size / (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
     whole = sum(values.values())
     kept, once = layers * whole, 0.0
@@ -162,6 +161,8 @@ def peak_of(recipe: Recipe, device: Device) -> tuple[float, str] | None:
 
 
 def tokens_per_s_bound(recipe: Recipe, world_size: int, peak_tflops: float) -> float:
-    """Tokens per second of all devices at 100% MFU: their peak over model_flops_per_token."""
-    flops = model_flops_per_token(recipe.model, recipe.training.sequence_length)
+    """Tokens per second of all devices at 100% MFU, in the mean over a run: their peak over model_flops_per_token."""
+    flops = model_flops_per_token(
+        recipe.model, recipe.training.sequence_length, recipe.model.expected_passes(recipe.training.num_steps)
+    )
     return peak_tflops * 1e12 * world_size / flops

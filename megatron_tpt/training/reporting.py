@@ -264,9 +264,12 @@ class ReportMetrics(Callback):
         self.writer = trainer.metrics = MetricsWriter(recipe, trainer.global_step)
         names = trainer.objective.sum_names
         self.window = Window(len(names)) if self.restored is None else Window.from_state(self.restored, names)
-        self.flops_per_token = model_flops_per_token(recipe.model, recipe.training.sequence_length)
         self.peak_tflops = self._peak_tflops(recipe)
         self.stragglers = Stragglers()
+
+    def _flops_per_token(self, recipe: Recipe, measured: dict[str, float]) -> float:
+        passes = recipe.model.passes(measured)
+        return model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
 
     def _peak_tflops(self, recipe: Recipe) -> float | None:
         """The peak that MFU is relative to: the recipe's, or that of the device. Prints which one it is."""
@@ -278,7 +281,8 @@ class ReportMetrics(Callback):
             peak = metrics.device_peak_tflops(device_name, precision)
         if peak is not None:
             logger.info(
-                f"MFU = tokens/s x {self.flops_per_token:.4g} FLOPs per token / {torch.distributed.get_world_size()} "
+                f"MFU = tokens/s x {self._flops_per_token(recipe, {}):.4g} FLOPs per token"
+                f"{' at the mean depth' if recipe.model.depth_limits else ''} / {torch.distributed.get_world_size()} "
                 f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})"
             )
         return peak
@@ -325,7 +329,7 @@ class ReportMetrics(Callback):
             window.num_tokens,
             sum(seconds),
             data_wait_s,
-            flops_per_token=self.flops_per_token,
+            flops_per_token=self._flops_per_token(trainer.recipe, values),
             num_devices=torch.distributed.get_world_size(),
             peak_tflops=self.peak_tflops,
         )

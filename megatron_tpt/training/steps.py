@@ -8,7 +8,7 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
-from megatron_tpt.training.batches import Batch
+from megatron_tpt.training.batches import DRAWN, Batch
 from megatron_tpt.training.phases import phase
 
 from megatron.core import parallel_state
@@ -82,6 +82,9 @@ def forward_step(
         tokens, labels, position_ids = (tensor.reshape(1, -1) for tensor in (tokens, labels, position_ids))
     elif "segment_ids" in batch:
         attention["attention_mask"] = _segment_mask(batch["segment_ids"])
+    draws = {name.removeprefix(DRAWN): int(value) for name, value in on_host.items() if name.startswith(DRAWN)}
+    if draws:  # what the decoder measures becomes part of the micro-batch, for the objective
+        attention["extra_block_kwargs"] = {"draws": draws, "measured": batch}
     outputs = model(tokens, position_ids, labels=labels if needs == "token_losses" else None, **attention)
     return outputs, partial(evaluate, batch)
 

@@ -194,7 +194,7 @@ class Trainer:
                 if step + 1 in skipped or self.recipe.training.skips(step + 1):
                     yield Batch([], [], self.recipe.training.batch_size(step) * self.recipe.training.sequence_length)
                 else:
-                    yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed)
+                    yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed, self.recipe.model)
 
     def step(self, batch: Batch) -> StepReport:
         """Do one optimizer step and call `after_step` of the callbacks. All ranks call it. Raises BadStep or RollBack;
@@ -270,7 +270,10 @@ class Trainer:
 
     def _validation_sums(self, loader: ValidationLoader) -> dict[str, float]:
         with contextlib.closing(loader.iterate(0, loader.num_steps)) as microbatches:
-            batches = (take_batch(loader, microbatches, step, self.recipe.run.seed) for step in range(loader.num_steps))
+            batches = (
+                take_batch(loader, microbatches, step, self.recipe.run.seed, self.recipe.model, training=False)
+                for step in range(loader.num_steps)
+            )
             parts = [self.model.evaluate(batch, self.objective) for batch in batches]
         return self.named_sums(torch.stack(parts).sum(dim=0))
 

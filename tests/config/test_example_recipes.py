@@ -91,3 +91,25 @@ def test_commands_of_the_page_on_recipes_are_described(capsys: pytest.CaptureFix
         assert prepare(recipe, Arguments(Path(path), [], dry_run=True, num_processes=32, device="h100")) is None
         gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
         assert gib < 76, "more than an H100 has"
+
+
+RECURRENCE = sorted((EXAMPLES / "recurrence").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECURRENCE, ids=lambda path: path.stem)
+def test_recipes_of_recurrence_hold_the_values_of_the_paper(path: Path, capsys: pytest.CaptureFixture) -> None:
+    """arXiv 2511.07384: layers, depths, tokens and rates; and they fit on the GPUs that they name."""
+    recipe = load(path)
+    model, training, optimizer = recipe.model, recipe.training, recipe.optimizer
+    layers = (model.prelude_layers, model.recurrent_layers, model.coda_layers)
+    assert layers == ((4, 8, 4) if "tinyllama" in path.stem else (4, 6, 4)) and not model.tie_embeddings
+    assert (model.mean_recurrences, model.backprop_recurrences) == (32, 8)
+    steps, kind, share = (25_000, "linear", 0.25) if "heal" in path.stem else (50_000, "1-sqrt", 0.75)
+    assert (training.num_steps, model.depth_curriculum, model.depth_curriculum_steps) == (steps, kind, share * steps)
+    assert training.global_batch_size * training.sequence_length == 2**20 and training.sequence_length == 1024
+    rates = (optimizer.learning_rate, optimizer.adam_learning_rate, optimizer.min_learning_rate)
+    assert rates == (1e-3, 5e-5, 1e-6) and (optimizer.schedule, optimizer.wsd_decay_shape) == ("wsd", "cosine")
+    rule = (optimizer.muon_coefficients, optimizer.muon_scale, optimizer.muon_scale_factor, optimizer.muon_momentum)
+    assert rule == ("simple", "shape_scaling", 1.0, 0.95) and optimizer.muon_nesterov
+    assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=32, device="h100")) is None
+    assert "DOES NOT FIT" not in capsys.readouterr().out

@@ -57,12 +57,15 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     ),
     "qwen2-yarn": transformers.Qwen2Config(**_SHAPE, rope_parameters=_YARN),
 }
-# Not compared with vLLM, which has no biases behind Qwen3's attention; for the others two of a kind suffice.
+# Not compared with vLLM: it has no biases behind Qwen3's attention; for the others, what is compared suffices.
 WITHOUT_VLLM: dict[str, transformers.PreTrainedConfig] = {
     "qwen3-biases-yarn": transformers.Qwen3Config(
         **_SHAPE,
         attention_bias=True,
         rope_parameters={**_YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 0.8},
+    ),
+    "olmo2": transformers.Olmo2Config(
+        **_SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attention_bias=True
     ),
     "llama-attention-bias-yarn": transformers.LlamaConfig(
         **_SHAPE, attention_bias=True, rope_parameters={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3}

@@ -130,7 +130,7 @@ def test_what_is_not_carried_over_is_named(tokenizer: Path, tmp_path: Path, caps
         (source / name).write_text("{}")
     import_hf(ImportOptions(source, tmp_path / "imported"))
     output = capsys.readouterr()
-    assert f"warning: {tmp_path / 'imported'}: adapter_model.safetensors: an adapter is not part" in output.err
+    assert f"warning: {source}: adapter_model.safetensors: an adapter is not part" in output.err
     for words in ("auto_map: the model's own code", "my_note"):
         assert words in output.out
     assert "not carried over: modeling_own.py, preprocessor_config.json\n" in output.out

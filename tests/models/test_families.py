@@ -56,7 +56,7 @@ def test_a_recipe_names_its_family_and_gives_its_fields() -> None:
 @pytest.mark.parametrize(
     ("model", "reported"),
     [
-        ({"family": "mamba"}, "model.family=mamba is not known: use one of gpt, scaled"),
+        ({"family": "mamba"}, "model.family=mamba is not known: use one of gpt, recurrent, scaled"),
         ({"embedding_scale": 2}, "model.embedding_scale: unknown; it is a setting of model.family=scaled"),
         ({"family": "scaled", "embedding_scale": 0}, "model.embedding_scale=0.0 must be above 0"),
         ({"family": "scaled", "embeding_scale": 2}, "model.embeding_scale: unknown; did you mean embedding_scale?"),

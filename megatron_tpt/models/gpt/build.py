@@ -1,4 +1,4 @@
-"""Llama- and Qwen-family models as Megatron Core `GPTModel`s."""
+"""Llama-, Qwen- and OLMo-2-family models as Megatron Core `GPTModel`s."""
 
 import importlib.metadata
 import importlib.util
@@ -12,6 +12,7 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.models.gpt.norms import NormedResidual, RMSNorm, over_all_heads
 from megatron_tpt.models.gpt.rope import rotary_attention_factor, rotary_frequencies
 from megatron_tpt.models.initialization import initialize_weights
 from megatron_tpt.models.precision import (
@@ -29,22 +30,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron Core builds norms, with sequence parallelism.
-
-    Megatron Core's own wrapper of it refuses sequence parallelism. Only an attribute of the weight is needed: under
-    sequence parallelism each rank processes a part of the positions, and `finalize_model_grads` sums the gradients of
-    weights with this attribute over the tensor-parallel group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def use_transformer_engine(model: GPTConfig) -> bool:
@@ -156,17 +145,37 @@ def _building(build: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: build(*args, **{**kwargs, **fixed})
 
 
+def _with_norms(layer: ModuleSpec, model: GPTConfig, config: TransformerConfig) -> ModuleSpec:
+    """The layer with the norms of OLMo-2, if the model has them: behind attention and feed-forward network in place of
+    before them, and over all heads of queries and keys together."""
+    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    if model.norm_placement == "after":
+        if config.transformer_impl == "transformer_engine":  # whose projections have the norms before them
+            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+            attention.linear_qkv = TEColumnParallelLinear
+            parts.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormedResidual, params={"config": config})
+    if model.qk_norm and model.qk_norm_width == "all-heads":
+        attention.q_layernorm = over_all_heads(model.num_attention_heads)
+        attention.k_layernorm = over_all_heads(model.query_groups)
+    return layer
+
+
 def _block_spec(
     model: GPTConfig, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    if use_transformer_engine(model):
-        return _with_biases(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm), model)
-    layer = _with_biases(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm), model)
+    if config.transformer_impl == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+        return _with_biases(_with_norms(layer, model, config), model)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if model.qk_norm:
         layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    layer = _with_biases(_with_norms(layer, model, config), model)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
@@ -194,6 +203,13 @@ def build_model(
     Needs initialized process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s] to
     losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
     """
+    return finish_model(construct_model(model, parallel, training, vp_stage), model, training, seed)
+
+
+def construct_model(
+    model: GPTConfig, parallel: ParallelConfig, training: TrainingConfig, vp_stage: int | None = None
+) -> GPTModel:
+    """The modules of `build_model`, uninitialized, which a family may still change before `finish_model`."""
     config = transformer_config(model, parallel, training)
     gpt = GPTModel(
         config=config,
@@ -209,6 +225,11 @@ def build_model(
     )
     if model.rope_scaling_factor is not None:
         _set_rotary_scaling(gpt, model)
+    return gpt
+
+
+def finish_model(gpt: GPTModel, model: GPTConfig, training: TrainingConfig, seed: int | None) -> GPTModel:
+    """The model with its initial weights, on its device and in the precision of training."""
     if seed is not None:
         initialize_weights(gpt, model, seed)
     if torch.cuda.is_available():

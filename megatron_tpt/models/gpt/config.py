@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_tpt.config.fields import Decay, NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_tpt.config.model import Activation, ModelConfig, Weight
 from megatron_tpt.config.on_change import Effect, on_change
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, require
 
 _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
     "llama3": ("rope_original_context", "rope_low_freq_factor", "rope_high_freq_factor"),
@@ -24,7 +24,9 @@ _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
 
 @on_change(
     {
-        (Effect.REFUSED, Effect.REFUSED): "qkv_bias attention_output_bias mlp_bias qk_norm",
+        (Effect.REFUSED, Effect.REFUSED): """
+            qkv_bias attention_output_bias mlp_bias qk_norm qk_norm_width norm_placement
+        """,
         (Effect.WARNED, Effect.WARNED): """
             rotary_base rope_scaling_factor rope_scaling_type rope_original_context rope_low_freq_factor
             rope_high_freq_factor rope_beta_fast rope_beta_slow rope_truncate rope_attention_factor
@@ -35,7 +37,8 @@ _FIELDS_OF_ROPE: dict[str, tuple[str, ...]] = {
 )
 @dataclass
 class GPTConfig(ModelConfig):
-    """A decoder-only transformer of the Llama and Qwen families: RMSNorm, rotary positions, SwiGLU, grouped queries."""
+    """A decoder-only transformer of the Llama, Qwen and OLMo-2 families: RMSNorm, rotary positions, SwiGLU, grouped
+    queries."""
 
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
@@ -69,7 +72,13 @@ class GPTConfig(ModelConfig):
     mlp_bias: bool = False
     """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
     qk_norm: bool = False
-    """RMSNorm on every query and key head (Qwen3)."""
+    """RMSNorm on queries and keys (Qwen3, OLMo-2)."""
+    qk_norm_width: Literal["head", "all-heads"] = "head"
+    """What qk_norm normalizes: every head by itself, with one weight for all of them (Qwen3), or all heads of a token
+    together (OLMo-2)."""
+    norm_placement: Literal["before", "after"] = "before"
+    """Where the RMSNorms of a layer are: before attention and the feed-forward network (Llama), or after them, before
+    their outputs are added to the residual stream (OLMo-2)."""
     hidden_dropout: Decay = 0.0
     """Dropout on the residual branches."""
     attention_dropout: Decay = 0.0
@@ -77,6 +86,10 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.qk_norm or self.qk_norm_width == "head",
+            f"model.qk_norm_width={self.qk_norm_width} has no effect without model.qk_norm: omit it, or give qk_norm",
+        )
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise UserError(
                 f"model.rope_high_freq_factor={self.rope_high_freq_factor} must be above model.rope_low_freq_factor="
@@ -103,20 +116,29 @@ class GPTConfig(ModelConfig):
         def of_layer(key: str, *shape: int, is_split: bool = False) -> Weight:
             return Weight(key, shape, "layer", is_split)
 
-        norms = [of_layer(f"{attention}q_layernorm.weight", d), of_layer(f"{attention}k_layernorm.weight", d)]
+        widths = (d, d) if self.qk_norm_width == "head" else (q, self.query_groups * d)
+        norms = [
+            of_layer(f"{attention}{name}_layernorm.weight", width) for name, width in zip("qk", widths, strict=True)
+        ]
+
+        def norm(placement: str, key: str) -> list[Weight]:
+            return [of_layer(key, h)] if self.norm_placement == placement else []
+
         return [
             Weight("embedding.word_embeddings.weight", table, "embedding", is_split=True),
-            of_layer(f"{attention}linear_qkv.layer_norm_weight", h),
+            *norm("before", f"{attention}linear_qkv.layer_norm_weight"),
             of_layer(f"{attention}linear_qkv.weight", qkv, h, is_split=True),
             *([of_layer(f"{attention}linear_qkv.bias", qkv, is_split=True)] if self.qkv_bias else []),
             *(norms if self.qk_norm else []),
             of_layer(f"{attention}linear_proj.weight", h, q, is_split=True),
             *([of_layer(f"{attention}linear_proj.bias", h)] if self.attention_output_bias else []),
-            of_layer(f"{mlp}linear_fc1.layer_norm_weight", h),
+            *norm("after", "decoder.layers.self_attn_bda.norm.weight"),
+            *norm("before", f"{mlp}linear_fc1.layer_norm_weight"),
             of_layer(f"{mlp}linear_fc1.weight", 2 * f, h, is_split=True),
             *([of_layer(f"{mlp}linear_fc1.bias", 2 * f, is_split=True)] if self.mlp_bias else []),
             of_layer(f"{mlp}linear_fc2.weight", h, f, is_split=True),
             *([of_layer(f"{mlp}linear_fc2.bias", h)] if self.mlp_bias else []),
+            *norm("after", "decoder.layers.mlp_bda.norm.weight"),
             Weight("decoder.final_layernorm.weight", (h,), "output"),
             Weight("output_layer.weight", table, "output", is_split=True, is_tied=self.tie_embeddings),
         ]

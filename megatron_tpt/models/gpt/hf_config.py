@@ -1,5 +1,6 @@
-"""Conversion between GPTConfig and config.json of Hugging Face's Llama, Qwen2 and Qwen3 (dense) models."""
+"""Conversion between GPTConfig and config.json of Hugging Face's Llama, Qwen2, Qwen3 and OLMo-2 (dense) models."""
 
+import itertools
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.gpt.hf_fields import kept_fields, refuse_unsupported
 from megatron_tpt.models.gpt.hf_rope import read_rope, write_rope
 
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Olmo2ForCausalLM": "olmo2",
+}
+_WITHOUT_HEAD_DIM = ("Qwen2ForCausalLM", "Olmo2ForCausalLM")
 _SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -23,30 +30,31 @@ _SHAPE_FIELDS = (
 def architecture_of(model: GPTConfig) -> str:
     """The Hugging Face class that computes the same as the model. Raises UserError when there is none."""
     biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
-    # Keys: qk_norm, and biases on the QKV projections, the attention output and the feed-forward network.
-    computes = {
-        (False, False, False, False): "LlamaForCausalLM",
-        (False, False, False, True): "LlamaForCausalLM",
-        (False, True, True, False): "LlamaForCausalLM",
-        (False, True, True, True): "LlamaForCausalLM",
-        (False, True, False, False): "Qwen2ForCausalLM",
-        (True, False, False, False): "Qwen3ForCausalLM",
-        (True, True, True, False): "Qwen3ForCausalLM",
+    norms = (model.norm_placement, model.qk_norm_width if model.qk_norm else None)
+    # Keys: biases on the QKV projections, the attention output and the feed-forward network.
+    llama: dict[tuple[bool, ...], str] = {
+        bias: "LlamaForCausalLM" for bias in itertools.product((False, True), repeat=3) if bias[0] == bias[1]
     }
-    architecture = computes.get((model.qk_norm, *biases))
+    computes: dict[tuple[str, str | None], dict[tuple[bool, ...], str]] = {
+        ("before", None): {**llama, (True, False, False): "Qwen2ForCausalLM"},
+        ("before", "head"): dict.fromkeys([(False, False, False), (True, True, False)], "Qwen3ForCausalLM"),
+        ("after", "all-heads"): dict.fromkeys([(False, False, False), (True, True, False)], "Olmo2ForCausalLM"),
+    }
+    architecture = computes.get(norms, {}).get(biases)
     if architecture is None:
         raise UserError(
-            f"no Hugging Face architecture has model.qk_norm={model.qk_norm}, qkv_bias={model.qkv_bias}, "
+            f"no Hugging Face architecture has model.qk_norm={model.qk_norm}, qk_norm_width={model.qk_norm_width}, "
+            f"norm_placement={model.norm_placement}, qkv_bias={model.qkv_bias}, "
             f"attention_output_bias={model.attention_output_bias} and mlp_bias={model.mlp_bias} together: it cannot be "
             f"exported"
         )
     divides = model.hidden_size % model.num_attention_heads == 0
-    if architecture == "Qwen2ForCausalLM" and (
+    if architecture in _WITHOUT_HEAD_DIM and (
         not divides or model.kv_channels != model.hidden_size // model.num_attention_heads
     ):
         raise UserError(
-            f"model.head_dim={model.kv_channels} cannot be exported with model.qkv_bias: that of Qwen2 is always "
-            f"hidden_size / num_attention_heads"
+            f"model.head_dim={model.kv_channels} cannot be exported: that of {architecture} is always hidden_size / "
+            f"num_attention_heads"
         )
     if architecture == "LlamaForCausalLM" and not divides:
         raise UserError(
@@ -86,11 +94,13 @@ def to_hf_config(
         "attention_dropout": model.attention_dropout,
         "use_cache": True,
     }
+    if architecture not in _WITHOUT_HEAD_DIM:
+        config["head_dim"] = model.kv_channels
     if architecture != "Qwen2ForCausalLM":
-        config |= {"head_dim": model.kv_channels, "attention_bias": model.qkv_bias}
+        config["attention_bias"] = model.qkv_bias
     if architecture == "LlamaForCausalLM":
         config["mlp_bias"] = model.mlp_bias
-    else:
+    elif architecture.startswith("Qwen"):
         config["use_sliding_window"] = False
     return {**config, **kept_fields(original or {}), **token_ids}
 
@@ -121,7 +131,7 @@ def _biases(config: dict[str, Any], architecture: str, source: Path) -> dict[str
 
 
 def _query_groups(config: dict[str, Any], architecture: str) -> int:
-    default = None if architecture == "LlamaForCausalLM" else 32  # transformers' own, where the field is absent
+    default = 32 if architecture.startswith("Qwen") else None  # transformers' own, where the field is absent
     return config.get("num_key_value_heads", default) or config["num_attention_heads"]
 
 
@@ -138,6 +148,7 @@ def from_hf_config(config: dict[str, Any], source: Path) -> GPTConfig:
         if not isinstance(config.get(name), int | None):
             raise UserError(f"{source}: {name}={reprlib.repr(config[name])} is not a number: this is no config.json")
     refuse_unsupported({"model_type": MODEL_TYPES[architecture], **config}, source)
+    is_olmo = architecture == "Olmo2ForCausalLM"
     epsilon, init_std = config.get("rms_norm_eps"), config.get("initializer_range")
     return GPTConfig(
         num_layers=config["num_hidden_layers"],
@@ -148,9 +159,11 @@ def from_hf_config(config: dict[str, Any], source: Path) -> GPTConfig:
         head_dim=config.get("head_dim") or (128 if architecture == "Qwen3ForCausalLM" else None),
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
-        norm_epsilon=1e-6 if epsilon is None else float(epsilon),
+        norm_epsilon=float((1e-5 if is_olmo else 1e-6) if epsilon is None else epsilon),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=is_olmo or architecture == "Qwen3ForCausalLM",
+        qk_norm_width="all-heads" if is_olmo else "head",
+        norm_placement="after" if is_olmo else "before",
         init_std=0.02 if init_std is None else float(init_std),
         attention_dropout=float(config.get("attention_dropout") or 0.0),
         **_biases(config, architecture, source),

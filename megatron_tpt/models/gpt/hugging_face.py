@@ -1,4 +1,4 @@
-"""The Hugging Face adapter of GPTs: Llama, Qwen2 and Qwen3 (dense) models."""
+"""The Hugging Face adapter of GPTs: Llama, Qwen2, Qwen3 and OLMo-2 (dense) models."""
 
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ _MODULES = {
 _NORMS = {
     "decoder.layers.self_attention.linear_qkv.layer_norm_weight": f"{_LAYER}input_layernorm.weight",
     "decoder.layers.mlp.linear_fc1.layer_norm_weight": f"{_LAYER}post_attention_layernorm.weight",
+    "decoder.layers.self_attn_bda.norm.weight": f"{_LAYER}post_attention_layernorm.weight",
+    "decoder.layers.mlp_bda.norm.weight": f"{_LAYER}post_feedforward_layernorm.weight",
 }
 
 
