@@ -203,7 +203,7 @@ class _Asker:
         failed: set[int] = set()
 
         def requests() -> Iterator[ScoringRequest]:
-            for i in found:
+            for i in list(found):  # those that are done leave it meanwhile
                 for c, request in enumerate(evaluation.scoring_requests(i)):
                     yield request._replace(key=(i, c))
 

@@ -228,9 +228,9 @@ def test_the_same_command_resumes_and_asks_nothing_twice(
 def test_killed_in_mid_run_the_same_command_gives_the_same_results(
     num_tasks: int, models: list[str], tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"{CORPUS[i % 3]} {i}", "answer": "1"} for i in range(60)]
+    rows = [{"prompt": f"{CORPUS[i % 3]} {i}", "answer": "1"} for i in range(24)]
     data = write_problems(tmp_path / "many.jsonl", rows)
-    arguments = ["--model", models[0], "--data", str(data), "--max-new-tokens", "300", "--max-num-seqs", "8"]
+    arguments = ["--model", models[0], "--data", str(data), "--max-new-tokens", "200", "--max-num-seqs", "4"]
     arguments += ["--temperature", "1", "--num-samples", "2"]
 
     def command(output: str, *more: str) -> list[str]:
@@ -251,7 +251,7 @@ def test_killed_in_mid_run_the_same_command_gives_the_same_results(
     assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
     if num_tasks == 1:
         [asked] = re.findall(r"([0-9]+) of ([0-9]+) answers, [0-9,]+ tokens, [0-9,]+ tokens/s\n", done.stderr)[-1:]
-        assert asked[0] == asked[1] and 0 < int(asked[1]) < 120
+        assert asked[0] == asked[1] and 0 < int(asked[1]) < 48
 
 
 def test_other_settings_are_refused_by_name(models: list[str], problems: Path, tmp_path: Path) -> None:
