@@ -1,0 +1,55 @@
+"""Decontamination against an audit: pairs of a MATH-500 problem and a training problem that share runs of words.
+
+The pairs are data of others (MIT, ademcodesproducts/contamination-audit), looked for where TPT_EVALUATION_DATA says.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from corpus_files import sentence, write_jsonl
+
+from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.corpus.prepare import prepare
+from megatron_tpt.corpus.report import Report
+
+DATA = Path(os.environ.get("TPT_EVALUATION_DATA", "/nowhere"))
+
+
+def test_the_report_names_the_items_that_a_corpus_holds_also_of_list_columns(tmp_path: Path) -> None:
+    items = [{"question": sentence(i, 30), "choices": [sentence(100 + i, 20), "no"]} for i in range(6)]
+    exam = write_jsonl(tmp_path / "exam.jsonl", items)
+    texts = [sentence(50, 60), f"{sentence(51)} {items[1]['question']}", f"{items[4]['choices'][0]} {sentence(52)}"]
+    texts.append(f"{items[1]['question']} {items[2]['question']}")
+    raw = write_jsonl(tmp_path / "raw.jsonl", ({"text": text} for text in texts))
+    report = prepare(
+        PrepareOptions(
+            [raw], tmp_path / "clean", decontaminate=[f"exam={exam}:question,choices", f"other={exam}:choices"],
+            rows_per_shard=2, num_workers=1,
+        )
+    )  # fmt: skip
+    assert report.found_items == {"exam": [2, 3, 5], "other": [5]}
+    assert [report.evaluation_sets[name]["items_found"] for name in ("exam", "other")] == [3, 1]
+    lines = (tmp_path / "clean/report.md").read_text().splitlines()
+    assert "- exam: 3 of 6 items overlap the corpus as it was: 2, 3, 5" in lines
+    assert Report.read(tmp_path / "clean") == report
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="TPT_EVALUATION_DATA does not name a folder with the audit's pairs")
+@pytest.mark.parametrize("name", ["openthoughts", "s1"])
+def test_problems_that_an_audit_found_by_words_are_found(name: str, tmp_path: Path) -> None:
+    lines = (DATA / f"contamination_{name}_lexical.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    problems = list(dict.fromkeys(pair["math500_problem"] for pair in pairs))
+    exam = write_jsonl(tmp_path / "exam.jsonl", ({"problem": text} for text in problems))
+    rows = [{"text": pair["train_problem"]} for pair in pairs] + [{"text": sentence(1, 60)}]
+    raw = write_jsonl(tmp_path / "raw.jsonl", rows)
+    report = prepare(
+        PrepareOptions(
+            [raw], tmp_path / "clean", decontaminate=[f"math500={exam}:problem"], deduplicate="none", num_workers=1
+        )
+    )
+    recall = report.evaluation_sets["math500"]["documents"] / len(pairs)
+    print(f"{name}: {recall:.1%} of {len(pairs)} pairs")
+    assert recall > 0.5
