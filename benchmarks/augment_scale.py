@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tpt.config.cli import parse, run
+from megatron_tpt.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 TOOL = Path(__file__).parents[1] / "tools" / "augment.py"
@@ -193,7 +194,7 @@ def main() -> None:
         summary[name] = figures | {"load": round(load, 2)}
         print(json.dumps({name: summary[name]}), flush=True)
         RESULTS.mkdir(exist_ok=True)
-        output.write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(output, summary, indent=1)
 
 
 if __name__ == "__main__":

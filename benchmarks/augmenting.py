@@ -28,6 +28,7 @@ from typing import Any, Literal, Self
 from unittest import mock
 
 from megatron_tpt.config.cli import parse, run
+from megatron_tpt.files import write_json
 from megatron_tpt.generation import EngineOptions, Sampling, open_engine
 from megatron_tpt.records import read_blocks
 from megatron_tpt.thinking import augment
@@ -209,7 +210,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     suffix = "" if same else f"-{options.engine}"
-    (RESULTS / f"augmenting{suffix}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(RESULTS / f"augmenting{suffix}.json", summary, indent=1)
     print(f"output tokens/s of the job against the engine's (median): {ratio:.1%}")
 
 

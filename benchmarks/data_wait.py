@@ -9,19 +9,16 @@ in the page cache. Writes benchmarks/results/data_wait.json.
 
 import contextlib
 import io
-import json
-import platform as machine
 import statistics
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from random_corpus import VOCAB_SIZE, make_indices
+from random_corpus import make_indices, make_recipe, measured_on
 
 from megatron_tpt.config.cli import parse, run
-from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.files import write_json
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,31 +47,16 @@ class BenchmarkOptions:
     """Where the figures go."""
 
 
-def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
+def recipe_of(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
     """A run of as many steps as are measured, and the first ones."""
-    return recipe_from_dict(
-        PretrainRecipe,
-        {
-            "run": {"output_dir": str(folder / "run")},
-            "model": {
-                "num_layers": options.num_layers,
-                "hidden_size": options.hidden_size,
-                "ffn_hidden_size": 3 * options.hidden_size,
-                "vocab_size": VOCAB_SIZE,
-            },
-            "training": {
-                "num_steps": WARM_UP + options.steps,
-                "dtype": "float32",
-                "sequence_length": options.sequence_length,
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-            },
-            "logging": {"tensorboard": False},
-            "data": {
-                "train": make_indices(folder, options.files, num_documents=options.documents),
-                "num_workers": options.num_workers,
-            },
-        },
+    indices = make_indices(folder, options.files, num_documents=options.documents)
+    return make_recipe(
+        folder,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        sequence_length=options.sequence_length,
+        num_steps=WARM_UP + options.steps,
+        data={"train": indices, "num_workers": options.num_workers},
     )
 
 
@@ -103,7 +85,7 @@ def main() -> None:
     """Measure, print and write the figures."""
     options = parse(BenchmarkOptions)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        steps = train(make_recipe(options, Path(folder)))
+        steps = train(recipe_of(options, Path(folder)))
     waits, seconds = [step[0] for step in steps], [step[1] for step in steps]
     figures: dict[str, Any] = {
         "files": options.files,
@@ -113,11 +95,9 @@ def main() -> None:
         "wait_ms": {"median": 1e3 * statistics.median(waits), "max": 1e3 * max(waits)},
         "step_ms": {"median": 1e3 * statistics.median(seconds), "max": 1e3 * max(seconds)},
         "tokens_per_step": 4 * options.sequence_length,
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "machine": {"processor": machine.machine(), "python": machine.python_version()},
+        **measured_on(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(options.output, figures, indent=1)
     print(
         f"{options.files} files: {figures['wait_ms']['median']:.2f} ms of {figures['step_ms']['median']:.1f} ms a step "
         f"are waiting for data, {figures['part_of_step_time']:.2%} of all time"

@@ -11,22 +11,19 @@ benchmarks/results/loop_overhead.json.
 
 import contextlib
 import io
-import json
-import platform as machine
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from random_corpus import VOCAB_SIZE, make_indices
+from random_corpus import make_indices, make_recipe, measured_on
 
 from megatron_tpt.config.cli import parse, run
-from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.files import write_json
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,29 +47,16 @@ class BenchmarkOptions:
     """Where the figures go."""
 
 
-def make_recipe(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
+def recipe_of(options: BenchmarkOptions, folder: Path) -> PretrainRecipe:
     """A run that reports every 10 steps, and is over (and saves) after the last piece."""
-    return recipe_from_dict(
-        PretrainRecipe,
-        {
-            "run": {"output_dir": str(folder / "run")},
-            "model": {
-                "num_layers": options.num_layers,
-                "hidden_size": options.hidden_size,
-                "ffn_hidden_size": 3 * options.hidden_size,
-                "vocab_size": VOCAB_SIZE,
-            },
-            "training": {
-                "num_steps": options.steps * (options.rounds + 1) + 1,
-                "dtype": "float32",
-                "sequence_length": options.sequence_length,
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-            },
-            "optimizer": {"schedule": "constant"},
-            "logging": {"tensorboard": False},
-            "data": {"train": make_indices(folder, 1, num_documents=500)},
-        },
+    return make_recipe(
+        folder,
+        hidden_size=options.hidden_size,
+        num_layers=options.num_layers,
+        sequence_length=options.sequence_length,
+        num_steps=options.steps * (options.rounds + 1) + 1,
+        optimizer={"schedule": "constant"},
+        data={"train": make_indices(folder, 1, num_documents=500)},
     )
 
 
@@ -151,17 +135,15 @@ def main() -> None:
     """Measure, print and write the figures."""
     options = parse(BenchmarkOptions)
     with tempfile.TemporaryDirectory() as folder:
-        pieces = train_in_turns(options, make_recipe(options, Path(folder)))
+        pieces = train_in_turns(options, recipe_of(options, Path(folder)))
     figures: dict[str, Any] = {"steps per piece": options.steps, "pieces of each": options.rounds}
     for place, clock in enumerate(("wall", "cpu")):
         ratios = [ours[place] / bare[place] for ours, bare in zip(pieces["ours"], pieces["bare"], strict=True)]
         figures[f"ratio_{clock}"] = {"median": statistics.median(ratios), "all": ratios}
         for name, seconds in pieces.items():
             figures[f"{name}_{clock}_ms_per_step"] = 1e3 * statistics.median(s[place] for s in seconds) / options.steps
-    figures["versions"] = {name: version(name) for name in ("torch", "megatron-core")}
-    figures["machine"] = {"processor": machine.machine(), "python": machine.python_version()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(figures, indent=1) + "\n")
+    figures |= measured_on()
+    write_json(options.output, figures, indent=1)
     for clock in ("wall", "cpu"):
         ours, bare = figures[f"ours_{clock}_ms_per_step"], figures[f"bare_{clock}_ms_per_step"]
         print(f"{clock}: {ours:.1f} ms a step, bare {bare:.1f}: {figures[f'ratio_{clock}']['median']:.3f} x")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.config.cli import parse, run
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 
 ROOT = Path(__file__).parents[1]
 MESSAGES = (4, 16, 80, 320)
@@ -143,9 +143,7 @@ def main() -> None:
                 "python": machine.python_version(),
             },
         }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.output) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(options.output, figures, indent=1)
 
 
 if __name__ == "__main__":

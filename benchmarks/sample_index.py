@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy
 
 from megatron_tpt.config.cli import parse
+from megatron_tpt.files import write_json
 
 FINGERPRINT = "sha256:" + "0" * 64
 
@@ -187,7 +188,7 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     if options.output:
         content = {"machine": machine, "versions": versions, "results": results}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(options.output, content, indent=1)
 
 
 if __name__ == "__main__":

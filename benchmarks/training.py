@@ -30,6 +30,7 @@ from typing import Any, Literal
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.load import recipe_from_dict, to_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.files import write_json
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -275,7 +276,6 @@ def main() -> None:
     if options.tiny:
         shapes = dict.fromkeys(shapes, TINY)
     figures = json.loads(options.output.read_text()) if options.output.exists() else {}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for part in options.parts:
         print(part, flush=True)
         with tempfile.TemporaryDirectory() as name:
@@ -286,7 +286,7 @@ def main() -> None:
                 work = {"losses": compare_losses, "cpu-run": make_cpu_run, "resume": resume_cpu_run}[part]
                 result = work(options, folder)
         figures[part] = {"versions": versions(), **result}
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(options.output, figures, indent=1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_tpt import preflight
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
+from megatron_tpt.logs import print_result
 
 DISTRIBUTION = "megatron-tpt"
 State = Literal["active", "idle", "missing", "broken", "unsupported"]
@@ -61,7 +62,7 @@ def check_environment(options: CheckOptions) -> None:
     if not options.json:
         _print_table(parts)
     elif not options.gpus:
-        print(json.dumps([asdict(part) for part in parts], indent=1))
+        print_result(json.dumps([asdict(part) for part in parts], indent=1))
     if wrong := [f"{part.name} {part.state} ({part.found})" for part in parts if part.stops_us]:
         raise UserError(f"{'; '.join(wrong)}: run `make setup`")
     if options.gpus:
@@ -78,9 +79,9 @@ def _check_gpus(parts: list[Part], *, as_json: bool) -> None:
             "all_reduce": all_reduce and asdict(all_reduce),
             "problems": problems,
         }
-        print(json.dumps(report, indent=1))
+        print_result(json.dumps(report, indent=1))
     else:
-        print("\n".join(preflight.table(measured, all_reduce)))
+        print_result("\n".join(preflight.table(measured, all_reduce)))
     if problems:
         raise UserError(
             f"{platform.node()} is not fit to train on; exclude it and have it repaired: {'; '.join(problems)}"
@@ -135,7 +136,7 @@ def _try_import(name: str) -> "_Imported | str":
     try:
         return _Imported(importlib.import_module(name))
     except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return one_line(error, 200, with_kind=True)
 
 
 def _version(distribution: str) -> str | None:

@@ -78,10 +78,10 @@ def resource_message(error: BaseException) -> str | None:
     return _RESOURCES[code].format(place=name and f" ({name})") if code in _RESOURCES else None
 
 
-def one_line(error: BaseException) -> str:
-    """What `error` says, on one line of at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] or type(error).__name__
+def one_line(error: BaseException, most: int = 300, *, with_kind: bool = False) -> str:
+    """What `error` says, behind its kind or without, on one line of at most so many characters."""
+    text = f"{type(error).__name__}: {error}" if with_kind else str(error)
+    return " ".join(text.split())[:most] or type(error).__name__
 
 
 def causes_of(error: BaseException) -> list[BaseException]:

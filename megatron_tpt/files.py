@@ -16,8 +16,10 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import pretty
 
 _BLOCK_BYTES = 1 << 16
 
@@ -43,6 +45,19 @@ def real_path(path: str | Path) -> Path:
     """The path without links. (`Path.resolve` raises RuntimeError at a link that leads to itself; opening that path
     says what is wrong with it.)"""
     return Path(os.path.realpath(path))
+
+
+def file_key(path: Path) -> tuple[int, int]:
+    """What is the same for all names of a file or folder on this machine, and of no two at a time."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """The nearest folder of a path that is there, and the bytes that are free on its disk."""
+    absolute = path.absolute()
+    folder = next(one for one in (absolute, *absolute.parents) if one.is_dir())
+    return folder, shutil.disk_usage(folder).free
 
 
 @functools.cache
@@ -106,6 +121,12 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
+    """Write `value` to `path`, for programs and people, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(pretty(value, indent=indent))
 
 
 @contextlib.contextmanager

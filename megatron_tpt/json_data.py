@@ -1,8 +1,11 @@
-"""JSON that others wrote: read within bounds, so that nothing in it can exhaust the memory or Python's stack."""
+"""JSON that others wrote, read within bounds, so that nothing in it can exhaust the memory or Python's stack; and JSON
+as people read it."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from megatron_tpt.errors import UserError, one_line
 
 MAX_NESTING = 100
 """How many lists and objects may be inside each other. Arrow allows about as many in tables, and code that goes through
@@ -51,3 +54,22 @@ def read_json(path: Path) -> Any:
     if (num_bytes := path.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(f"{num_bytes:,} bytes are too many: the limit is {MAX_FILE_BYTES:,}")
     return loads(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path, advice: str = "restore it") -> dict[str, Any]:
+    """The mapping in a file of JSON; empty when there is no file. Raises UserError with `advice` for other content."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path)
+        json.dumps(content, ensure_ascii=False).encode()  # no halves of characters, which no file could hold
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({one_line(error)}); {advice}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; {advice}")
+    return content
+
+
+def pretty(value: Any, *, indent: int = 2) -> bytes:
+    """JSON over several lines, each with its end, in UTF-8."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()

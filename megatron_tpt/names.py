@@ -1,8 +1,9 @@
-"""Names of files as messages show them, and the names that cannot be used."""
+"""Names of files as messages show them, the names that cannot be used, and seeds that follow from a name."""
 
+import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
@@ -21,6 +22,17 @@ def shown(text: str | os.PathLike[str]) -> str:
 def shown_lines(text: str) -> str:
     """The same for a text of several lines; tabs stay."""
     return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The first names of many, and how many more there are: "a, b and 7 more"."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def seed_of(name: str) -> int:
+    """A seed for what has this name, the same wherever and whenever it is asked: 0 <= seed < 2**63."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
 
 def require_usable(path: Path, real_path: Path) -> None:

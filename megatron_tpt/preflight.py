@@ -9,12 +9,12 @@ GPUs of the node: in training, the slowest of them sets the pace.
 import collections
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import re
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +22,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.errors import UserError
+from megatron_tpt import logs
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.majority import outliers
+
+logger = logging.getLogger(__name__)
 
 # What a fit GPU reaches at least of the peak in its data sheet, of the median of the node, and of its links' speed.
 _MATMUL_FLOOR, _MEMORY_FLOOR, _MEDIAN_FLOOR, _LINK_FLOOR = 0.5, 0.7, 0.9, 0.4
@@ -199,7 +202,7 @@ def _asking_nvidia_smi(uuid: str, *arguments: str) -> Iterator[list[str]]:
     yield answers
     printed, _ = process.communicate(timeout=_TIMEOUT_S / 3)
     if process.returncode:
-        print(f"WARNING: {' '.join(command)}: {printed.strip()}", file=sys.stderr)
+        logger.warning(f"{' '.join(command)}: {printed.strip()}")
     else:
         answers.append(printed)
 
@@ -255,11 +258,20 @@ def _measure_all_reduce(device: Any, load: Load) -> AllReduce:
     return AllReduce(2 * (num_ranks - 1) / num_ranks * load.reduce_bytes / seconds / 1e9, is_right)
 
 
-def _work(rank: int, num_devices: int, store: Path, device_type: str, load: Load, connection: Connection) -> None:
+def _work(
+    rank: int,
+    num_devices: int,
+    store: Path,
+    device_type: str,
+    load: Load,
+    connection: Connection,
+    set_up_logs: Callable[[], None],
+) -> None:
     import datetime
 
     import torch
 
+    set_up_logs()
     try:
         device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
@@ -276,7 +288,7 @@ def _work(rank: int, num_devices: int, store: Path, device_type: str, load: Load
             connection.send(_measure_all_reduce(device, load))
             torch.distributed.destroy_process_group()
     except Exception as error:  # of a broken device, of any kind: it is what is looked for
-        connection.send(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        connection.send(one_line(error, with_kind=True))
 
 
 def measure_node(
@@ -292,7 +304,7 @@ def measure_node(
     meeting_place = Path(tempfile.mkdtemp(prefix="preflight-"))
     for rank in range(num_devices):
         ours, theirs = context.Pipe(duplex=False)
-        arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs)
+        arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs, logs.for_worker())
         processes.append(context.Process(target=_work, args=arguments))
         processes[-1].start()
         theirs.close()

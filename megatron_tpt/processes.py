@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -18,6 +19,21 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 def end_with_parent(signum: signal.Signals) -> None:
     """Have the kernel send us `signum` when the thread that started this process is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def exit_with_parent() -> None:
+    """Have a thread end this process of `multiprocessing` when its parent is gone, whichever of its threads started us.
+
+    Unlike the kernel's signal it is late while the interpreter is busy.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def raise_file_limit() -> None:

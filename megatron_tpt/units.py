@@ -4,8 +4,10 @@ import re
 
 from megatron_tpt.errors import UserError
 
+MIB, GIB = 1 << 20, 1 << 30
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS |= {"KIB": 1 << 10, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
 
 
 def num_bytes(option: str, text: str) -> int:

@@ -5,8 +5,13 @@ import os
 import pytest
 from slurm_cluster import missing_programs, slurm_cluster
 
+from megatron_tpt import logs
+
 # Two cores for everything: torch's threads would fight each other, and the figures of a run depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests call what programs call, and read what these show.
+logs.configure()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

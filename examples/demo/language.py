@@ -120,13 +120,13 @@ def write_language(options: LanguageOptions) -> None:
     # The problems come first: they stay the same when the corpus grows.
     problems = list(itertools.islice(parcels, options.num_problems))
     examples = list(itertools.islice(parcels, options.num_sft))
-    _write(options.output / "problems.jsonl", ({"prompt": p.question, "answer": p.stops[-1]} for p in problems))
-    _write(
+    write_rows(options.output / "problems.jsonl", ({"prompt": p.question, "answer": p.stops[-1]} for p in problems))
+    write_rows(
         options.output / "sft.jsonl",
         ({"prompt": p.question, "response": f"<think>\n{p.thinking}\n</think>\n{p.answer}"} for p in examples),
     )
-    _write(options.output / "sft_direct.jsonl", ({"prompt": p.question, "response": p.answer} for p in examples))
-    _write(options.output / "documents.jsonl", ({"text": p.document} for p in parcels))
+    write_rows(options.output / "sft_direct.jsonl", ({"prompt": p.question, "response": p.answer} for p in examples))
+    write_rows(options.output / "documents.jsonl", ({"text": p.document} for p in parcels))
     check_disjoint(
         {
             "problems": (row["prompt"] for row in read_rows(options.output / "problems.jsonl")),
@@ -142,7 +142,8 @@ def read_rows(path: Path) -> Iterator[dict[str, str]]:
         yield from map(json.loads, file)
 
 
-def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write rows as JSON lines."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

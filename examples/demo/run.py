@@ -19,9 +19,8 @@ from commands import Commands
 from language import DAYS, Parcel, read_rows
 from teacher import measure
 
-from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, summarize
 
@@ -61,7 +60,7 @@ class Demo:
         if not (self.teacher / "config.json").is_file():
             raise UserError(f"{self.teacher}: no model there; `make teacher` trains one")
         _empty(self.output)
-        _write_json(self.output / MARK, {name: str(value) for name, value in asdict(options).items()})
+        write_json(self.output / MARK, {name: str(value) for name, value in asdict(options).items()})
         self.commands = Commands(self.output / "logs")
 
     def run(self) -> None:
@@ -157,7 +156,7 @@ class Demo:
             points.append(Point(name, tokens, result["accuracy"], result["num_problems"], self.options.seed))
         report = self.output / "report"
         teacher = self._measure_teacher()
-        _write_json(
+        write_json(
             report / "results.json",
             {"seed": self.options.seed, "teacher": teacher, "points": [asdict(point) for point in points]},
         )
@@ -187,12 +186,3 @@ def _empty(output: Path) -> None:
         if any(output.iterdir()) and not (output / MARK).is_file():
             raise UserError(f"{output}: is no folder of an earlier demo and not empty; choose another --output")
         shutil.rmtree(output)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run(lambda: Demo(parse(DemoOptions, description=__doc__)).run())

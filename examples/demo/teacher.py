@@ -7,18 +7,16 @@ a part of the language that the demo never uses. The finished model folder is OU
 one that was made by this script.
 """
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from commands import Commands
-from language import TEACHERS_PARCELS, Parcel, sample_parcels
+from language import TEACHERS_PARCELS, Parcel, sample_parcels, write_rows
 from tokenizer import make_tokenizer
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.records import read_records
 from megatron_tpt.thinking.prompts import EXPERT
 
@@ -57,8 +55,8 @@ def train_teacher(options: TeacherOptions) -> None:
     checks, examples = parcels[: options.num_checks], parcels[options.num_checks :]
     num_tokens = make_tokenizer(output / "tokenizer", [prompt(p) + response(p) for p in examples[:1000]])
     commands.say(f"tokenizer: {num_tokens} tokens")
-    _write(output / "train.jsonl", ({"prompt": prompt(p), "response": response(p)} for p in examples))
-    _write(output / "checks.jsonl", ({"text": p.document} for p in checks))
+    write_rows(output / "train.jsonl", ({"prompt": prompt(p), "response": response(p)} for p in examples))
+    write_rows(output / "checks.jsonl", ({"text": p.document} for p in checks))
     commands.python(
         "train",
         "-m", "megatron_tpt.finetune", HERE / "teacher.yaml", f"--run.output_dir={output / 'run'}",
@@ -74,8 +72,7 @@ def train_teacher(options: TeacherOptions) -> None:
         output / "model", "--max-new-tokens", "32",
     )  # fmt: skip
     report = measure(output / "checked", {p.document: p for p in checks})
-    with atomic_write(output / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     commands.say(f"{report}; the teacher is in {output / 'model'}")
 
 
@@ -87,11 +84,6 @@ def measure(thoughts: Path, parcels: dict[str, Parcel]) -> dict[str, float]:
         "right": sum(thinking == parcel.thinking for thinking, parcel in pairs) / len(pairs),
         "right_day": sum(thinking.endswith(parcel.thinking[-3:]) for thinking, parcel in pairs) / len(pairs),
     }
-
-
-def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

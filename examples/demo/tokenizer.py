@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_tpt.files import atomic_directory
+from megatron_tpt.json_data import pretty
 
 EOS, OPEN, CLOSE = "<|endoftext|>", "<think>", "</think>"
 WORDS = Regex(r" ?[^\s]+|\s")
@@ -40,5 +41,5 @@ def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 1024) -> in
     }
     with atomic_directory(folder) as temporary:
         for name, content in (("tokenizer.json", description), ("tokenizer_config.json", config)):
-            (temporary / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (temporary / name).write_bytes(pretty(content, indent=1))
     return backend.get_vocab_size()

@@ -1,8 +1,9 @@
 """Command lines from dataclasses, and the exit codes all programs share.
 
-0 done, 2 a mistake that the user can fix, 75 stopped early in good order (the same command resumes), 1 a fault.
+0 done, 2 a mistake that the user can fix, 75 stopped early but cleanly (the same command resumes), 1 a fault.
 """
 
+import logging
 import os
 import re
 import sys
@@ -11,11 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_tpt import logs
 from megatron_tpt.config.command_line import GivenOptions
 from megatron_tpt.config.convert import Converter
 from megatron_tpt.errors import Fault, StoppedEarly, UserError, causes_of, resource_message
 from megatron_tpt.names import require_utf8, shown_lines
 from megatron_tpt.processes import raise_file_limit
+
+logger = logging.getLogger(__name__)
 
 _COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
 
@@ -31,15 +35,14 @@ def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: st
     if {"--help", "-h"} & set(argv):
         from megatron_tpt.config.describe import options_help
 
-        print(options_help(cls, as_called(description or cls.__doc__ or "")))
+        logs.print_result(options_help(cls, as_called(description or cls.__doc__ or "")))
         raise SystemExit(0)
     given = GivenOptions(cls, argv)
     converter = Converter(given.where, given.suggest, given.name_of, given.problems)
     options = converter.section(cls, given.content, ())
     for warning in converter.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if converter.problems:
-        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+        logger.warning(warning)
+    converter.raise_problems()
     return options
 
 
@@ -79,16 +82,17 @@ def run(main: Callable[[], Any]) -> NoReturn:
     """Call `main` and leave the process with the shared exit codes."""
     _restore_interrupts()
     try:
+        logs.configure()
         require_utf8(sys.argv)
         raise_file_limit()
         _call(main)
     except (UserError, Fault) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process finds the same mistake
-            print(f"error: {as_called(shown_lines(str(error)))}", file=sys.stderr)
+            logs.print_error(as_called(shown_lines(str(error))))
         code = 2 if isinstance(error, UserError) else 1
     except StoppedEarly as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(as_called(shown_lines(str(stop))))
+            logs.print_result(as_called(shown_lines(str(stop))))
         code = 75
     except KeyboardInterrupt:
         code = 130
@@ -102,7 +106,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
             traceback.print_exc()
             code = 1
         else:
-            print(f"error: {shown_lines(refusal)}", file=sys.stderr)
+            logs.print_error(shown_lines(refusal))
             code = 2
     else:
         code = 0

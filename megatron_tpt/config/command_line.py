@@ -1,18 +1,19 @@
 """Command lines as nested mappings, with the place of every value: what a converter makes options or a recipe of."""
 
-import difflib
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.convert import expand_path, is_list, is_optional, is_section
+from megatron_tpt.config.convert import did_you_mean, expand_path, is_list, is_optional, is_section
 from megatron_tpt.config.fields import FLAT, POSITIONAL, REPEATED, hints_of, marks_of, plain
 from megatron_tpt.config.renamed import names_of_before
-from megatron_tpt.config.yaml_file import Key, dotted, load_yaml, place_of
+from megatron_tpt.config.yaml_file import Key, before_message, dotted, load_yaml, place_of
 from megatron_tpt.errors import UserError, failure
+
+logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 """The place of what is given there."""
@@ -70,6 +71,11 @@ class Option:
     def is_positional(self) -> bool:
         """Whether it is given without its name."""
         return POSITIONAL in marks_of(self.hint)
+
+    @property
+    def written(self) -> str:
+        """Its name on the command line: --text-column, or INPUT where it is given without."""
+        return self.name.upper() if self.is_positional else f"--{self.name}"
 
     @property
     def num_words(self) -> int | None:
@@ -137,7 +143,7 @@ class GivenOptions:
                     f"{COMMAND_LINE}: --{option.name} is given {count} times: give it once, and all its values after it"
                 )
             else:
-                print(f"note: --{option.name} is given {count} times; the last one counts", file=sys.stderr)
+                logger.info(f"note: --{option.name} is given {count} times; the last one counts")
 
     def _take(self, name: str, words: list[str]) -> None:
         option = self._find(name)
@@ -193,15 +199,14 @@ class GivenOptions:
 
     def where(self, key: Key) -> str:
         """The place of a key, before a message; nothing for one that is not given."""
-        place = place_of(self._places, key)
-        return f"{place}: " if place else ""
+        return before_message(self._places, key)
 
     def name_of(self, key: Key) -> str:
         """A key as it is written: as an option, or with underscores in a file."""
         names = [name for name in key if isinstance(name, str)]
         option = next((option for option in self.options.values() if list(option.key) == names), None)
         if option is not None and option.is_positional:
-            return option.name.upper()
+            return option.written
         shown = names if option is None else [*option.name.replace("-", "_").split(".")[:-1], names[-1]]
         places = [part for part in key if isinstance(part, int)]
         return self._as_at(key, dotted((*shown, *places)))
@@ -210,9 +215,8 @@ class GivenOptions:
         """What an unknown option may have been meant to be."""
         name = ".".join(map(str, key)).replace("_", "-")
         known = {option.name for option in self.options.values()}
-        if not (close := difflib.get_close_matches(name, known, n=1, cutoff=0.7)):
-            return "; --help lists what is known"
-        return f"; did you mean {self._as_at(key, close[0])}?"
+        meant = did_you_mean(name, known, as_shown=lambda close: self._as_at(key, close))
+        return meant or "; --help lists what is known"
 
     def _as_at(self, key: Key, name: str) -> str:
         """The name of an option, as it is written at the place of a key."""

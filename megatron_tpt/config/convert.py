@@ -2,7 +2,7 @@
 
     converter = Converter(where=lambda key: "recipe.yaml:7: ", suggest=lambda key: "")
     recipe = converter.section(PretrainRecipe, raw, ())
-    converter.problems                     # one line each: where, what is wrong, what to change
+    converter.raise_problems()             # one line each: where, what is wrong, what to change
 
 Every mistake is found, not only the first. Values are taken as people write them: 1e4 for a whole number, a text where
 a list of texts is due, ~ in paths; all of them may be texts, as on a command line.
@@ -10,10 +10,11 @@ a list of texts is due, ~ in paths; all of them may be texts, as on a command li
 
 import dataclasses
 import datetime
+import difflib
 import enum
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -90,6 +91,11 @@ class Converter:
     problems: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     """What is accepted now, and will not be in the next release."""
+
+    def raise_problems(self) -> None:
+        """Raise UserError with all that is wrong, each problem once; do nothing where nothing is."""
+        if self.problems:
+            raise UserError("\n".join(dict.fromkeys(self.problems)))
 
     def section(self, cls: type, raw: Any, key: Key) -> Any:
         """A `cls` from a mapping; WRONG when a problem was found in it. One without content has the defaults."""
@@ -275,6 +281,12 @@ def _path(value: Any) -> Path:
     if not text or "\0" in text:
         raise ValueError("")
     return expand_path(text)
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.7, as_shown: Callable[[str], str] = str) -> str:
+    """What to write behind "unknown": the known name that is most like `name`; nothing where none is."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {as_shown(close[0])}?" if close else ""
 
 
 def expand_path(text: str) -> Path:

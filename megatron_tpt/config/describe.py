@@ -103,11 +103,11 @@ def help_lines(name: str, hint: Any, field: dataclasses.Field, meaning: str) -> 
 def options_help(cls: type, description: str) -> str:
     """What `--help` prints for a tool whose options are a `cls`."""
     options = list(options_of(cls))
-    given = [option.name.upper() for option in options if option.is_positional]
-    given += [f"--{option.name} VALUE" for option in options if is_required(option.field) and not option.is_positional]
+    given = [option.written for option in options if option.is_positional]
+    given += [f"{option.written} VALUE" for option in options if is_required(option.field) and not option.is_positional]
     lines = [f"usage: {' '.join([sys.argv[0], *given])} [OPTION ...]", "", description.strip(), ""]
     for option in options:
-        name = option.name.upper() if option.is_positional else f"--{option.name}"
+        name = option.written
         name += f", --no-{option.name}" if option.is_flag and option.field.default is True else ""
         lines += help_lines(
             name, option.hint, option.field, documentation_of(option.section)[1].get(option.key[-1], "")

@@ -1,7 +1,7 @@
 """Whether a model, its batches and its parallel layout fit together, before anything is started."""
 
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, require
 
 
 def _require_multiple(name: str, size: int, divisor_name: str, divisor: int) -> None:
@@ -82,19 +82,16 @@ def _check_optimizer(recipe: Recipe) -> None:
             f"optimizer.wsd_decay_steps={wsd_decay_steps} do not fit between the warm-up and the end of the schedule "
             f"({decay_steps - recipe.optimizer.warmup_steps} steps): lower it"
         )
-    if recipe.training.fp8_param_gather and (
-        recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
-    ):
-        raise UserError(
-            "training.fp8_param_gather needs optimizer.name=adam and parallel.distributed_optimizer, without "
-            "parallel.fsdp: change them, or omit it"
-        )
-    if recipe.checkpoint.optimizer_sharding == "dp_reshardable" and (
-        recipe.optimizer.name != "adam" or not recipe.parallel.distributed_optimizer or recipe.parallel.fsdp != "none"
-    ):
-        raise UserError(
-            "checkpoint.optimizer_sharding=dp_reshardable needs optimizer.name=adam and parallel.distributed_optimizer "
-            "without parallel.fsdp: change them, or omit it"
+    shards_adam = recipe.optimizer.name == "adam" and recipe.parallel.distributed_optimizer
+    need_it = {
+        "training.fp8_param_gather": recipe.training.fp8_param_gather,
+        "checkpoint.optimizer_sharding=dp_reshardable": recipe.checkpoint.optimizer_sharding == "dp_reshardable",
+    }
+    for setting in [name for name, is_given in need_it.items() if is_given]:
+        require(
+            shards_adam and recipe.parallel.fsdp == "none",
+            f"{setting} needs optimizer.name=adam and parallel.distributed_optimizer, without parallel.fsdp: change "
+            f"them, or omit it",
         )
     if recipe.optimizer.name == "muon" and recipe.parallel.fsdp != "none":
         raise UserError("optimizer.name=muon needs whole matrices: give --parallel.fsdp=none")

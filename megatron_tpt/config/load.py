@@ -10,9 +10,9 @@ mistake is reported within a second.
 
 import copy
 import dataclasses
-import os
-import sys
+import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from megatron_tpt.config.command_line import COMMAND_LINE, read_words
 from megatron_tpt.config.convert import Converter, expand_path
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.suggestions import suggest
-from megatron_tpt.config.yaml_file import Key, YamlFile, place_of, read_yaml_file
+from megatron_tpt.config.yaml_file import Key, YamlFile, before_message, read_yaml_file
 from megatron_tpt.errors import UserError
+from megatron_tpt.logs import print_result
+
+logger = logging.getLogger(__name__)
 
 USAGE = (
     "RECIPE.yaml [--section.key=value ...] [--help]\n"
@@ -121,15 +124,9 @@ def _read_arguments(argv: Sequence[str]) -> Arguments:
 
 def _build[R: Recipe](cls: type[R], raw: dict[str, Any], places: dict[Key, str], warnings: list[str]) -> R:
     """Raises UserError with all that is wrong, one line each; notes what is written under an old name."""
-
-    def where(key: Key) -> str:
-        place = place_of(places, key)
-        return f"{place}: " if place else ""
-
-    converter = Converter(where, lambda key: suggest(cls, key))
+    converter = Converter(partial(before_message, places), lambda key: suggest(cls, key))
     recipe = converter.section(cls, raw, ())
-    if converter.problems:
-        raise UserError("\n".join(dict.fromkeys(converter.problems)))
+    converter.raise_problems()
     warnings += converter.warnings
     return recipe
 
@@ -159,21 +156,21 @@ def load_recipe[R: Recipe](cls: type[R], argv: Sequence[str]) -> tuple[R, Argume
     if "--help" in argv or "-h" in argv:
         from megatron_tpt.config.reference import help_text
 
-        print(help_text(cls, f"megatron_tpt.{cls.program}", USAGE))
+        print_result(help_text(cls, f"megatron_tpt.{cls.program}", USAGE))
         raise SystemExit(0)
     arguments = _read_arguments(argv)
     file = read_yaml_file(arguments.path)
     given: dict[str, str] = {}
     for key, value in arguments.overrides:
-        if given.get(key, value) != value and os.environ.get("RANK", "0") == "0":
-            print(f"WARNING: --{key} is given twice: {value} counts, and {given[key]} does not", flush=True)
+        if given.get(key, value) != value:
+            logger.warning(f"--{key} is given twice: {value} counts, and {given[key]} does not")
         given[key] = value
         _apply_override(file, key, value)
     arguments.places = file.places
     warnings: list[str] = []
     recipe = recipe_from_dict(cls, file.content, file.places, warnings)
-    for warning in warnings if os.environ.get("RANK", "0") == "0" else []:
-        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+    for warning in warnings:
+        logger.warning(warning)
     return recipe, arguments
 
 

@@ -1,16 +1,16 @@
 """What an unknown key of a recipe may have been meant to be."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from megatron_tpt.config.convert import is_section
+from megatron_tpt.config.convert import did_you_mean, is_section
 from megatron_tpt.config.fields import hints_of
 from megatron_tpt.config.model import families, section_classes, spec_named
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.yaml_file import Key
+from megatron_tpt.names import first_few
 
 _OPTIONS = ("dry-run", "device", "mfu", "help")
 _MOST_LISTED = 12
@@ -61,16 +61,13 @@ def suggest(cls: type[Recipe], key: Key) -> str:
     for other in cls.kinds():
         if other is not cls and own in _all_names(other):
             return f"; it is a setting of {other.activity} (megatron_tpt.{other.program})"
-    if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
-        return f"; did you mean {close[0]}?"
-    if len(key) == 1 and (close := difflib.get_close_matches(str(key[0]), _OPTIONS, n=1, cutoff=0.7)):
-        return f"; did you mean --{close[0]}?"
     elsewhere: dict[str, list[str]] = {}
     for dotted in _all_names(cls):
         elsewhere.setdefault(dotted.rpartition(".")[2], []).append(dotted)
-    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8):
-        return f"; did you mean {' or '.join(elsewhere[close[0]])}?"
-    if close := difflib.get_close_matches(own, _all_names(cls), n=1, cutoff=0.8):
-        return f"; did you mean {close[0]}?"
-    listed = ", ".join(siblings[:_MOST_LISTED]) + (", ..." if len(siblings) > _MOST_LISTED else "")
-    return f"; known there: {listed} (docs/recipe.md)" if siblings else ""
+    return (
+        did_you_mean(name, siblings)
+        or (did_you_mean(str(key[0]), _OPTIONS, as_shown="--{}".format) if len(key) == 1 else "")
+        or did_you_mean(name, elsewhere, cutoff=0.8, as_shown=lambda close: " or ".join(elsewhere[close]))
+        or did_you_mean(own, _all_names(cls), cutoff=0.8)
+        or (f"; known there: {first_few(siblings, _MOST_LISTED)} (docs/recipe.md)" if siblings else "")
+    )

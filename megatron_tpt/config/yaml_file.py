@@ -122,3 +122,9 @@ def dotted(key: Key) -> str:
 def place_of(places: Mapping[Key, str], key: Key) -> str:
     """The place of a key or, where it is not known, of what it is in; "" for none."""
     return next((places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in places), "")
+
+
+def before_message(places: Mapping[Key, str], key: Key) -> str:
+    """The place of a key as a message begins with it; nothing where it is not known."""
+    place = place_of(places, key)
+    return f"{place}: " if place else ""

@@ -24,7 +24,6 @@ from megatron_tpt.files import atomic_write
 
 KEYS_PER_PARTITION = 1 << 21
 _ROW_BITS = 40
-_BYTES_PER_PAIR = 16
 
 
 def document_number(source: int, row: int) -> int:

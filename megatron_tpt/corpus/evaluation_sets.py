@@ -9,13 +9,15 @@ An item is the text of all its columns: of lists and objects every value, number
 
 import datetime
 import decimal
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tpt.corpus.options import EvaluationSet
 from megatron_tpt.errors import UserError
 from megatron_tpt.records import describe, expand_sources, read_rows
+
+logger = logging.getLogger(__name__)
 
 
 def read_items(evaluation_set: EvaluationSet) -> Iterator[tuple[str, str]]:
@@ -59,10 +61,9 @@ def warn_of_empty_items(evaluation_set: EvaluationSet, num_items: int, places: l
         )
     if num_empty:
         more = ", ..." if num_empty > len(places) else ""
-        print(
+        logger.warning(
             f"evaluation set {evaluation_set.name}: {num_empty:,} of {num_items:,} items have no word in {columns} and "
-            f"are not searched for ({', '.join(places)}{more})",
-            file=sys.stderr,
+            f"are not searched for ({', '.join(places)}{more})"
         )
 
 

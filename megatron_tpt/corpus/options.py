@@ -1,13 +1,15 @@
 """The options of `tools/prepare.py`. Light to import: the help of the command line needs nothing else."""
 
+import logging
 import os
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationSet(NamedTuple):
@@ -101,7 +103,7 @@ class PrepareOptions:
             for name in names:
                 if not has[needed] and getattr(self, name) != defaults[name]:
                     option = f"--{name.replace('_', '-')}"
-                    print(f"warning: {option} has no effect without {needed}", file=sys.stderr)
+                    logger.warning(f"{option} has no effect without {needed}")
 
     @property
     def worker_count(self) -> int:

@@ -14,9 +14,9 @@ are dropped before duplicates are searched for, so that no clean document is dro
 
 import itertools
 import json
+import logging
 import math
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -46,6 +46,8 @@ from megatron_tpt.jobs.workers import Workers
 from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
 
+logger = logging.getLogger(__name__)
+
 _BYTES_PER_STRIPE = 4 << 20
 _WRITER = "prepare"
 
@@ -64,11 +66,11 @@ def prepare(options: PrepareOptions) -> Report:
             check_settings(path, settings)
             added = added_names(path, settings)
             if not added and Report.path(options.output).exists() and not _has_damaged_files(options.output):
-                print(f"{options.output}: finished before; nothing to do", file=sys.stderr)
+                logger.info(f"{options.output}: finished before; nothing to do")
                 return Report.read(options.output)
             index = _evaluation_index(job)  # first: a mistake in them leaves nothing that constrains the next run
             if added:
-                print(f"{options.output}: the input has grown, {describe_names(added, 'added')}", file=sys.stderr)
+                logger.info(f"{options.output}: the input has grown, {describe_names(added, 'added')}")
                 _forget_other_additions(job, settings["input"][-len(added) :])
             else:
                 write_settings(path, settings)
@@ -85,7 +87,7 @@ def prepare(options: PrepareOptions) -> Report:
             _tidy(job)
     except OSError as error:
         raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
-    print(report.summary(), file=sys.stderr)
+    logger.info(report.summary())
     return report
 
 
@@ -93,7 +95,7 @@ def _has_damaged_files(output: Path) -> bool:
     """Whether files of a finished job are not as they were recorded: then it is no longer finished."""
     damaged = list(Inventory(output).differences())
     for name, difference in damaged:
-        _say(f"{output / name}: {difference}; it is written again")
+        logger.warning(f"{output / name}: {difference}; it is written again")
     if damaged:
         _forget_report(output)
     return bool(damaged)
@@ -180,7 +182,7 @@ def _run[T](stage: str, workers: Workers, work: Callable[[T], Iterator[int]], ta
         for num_rows in workers.run(work, tasks):
             num_done += num_rows
             line.show(summary)
-    print(summary(), file=sys.stderr, flush=True)
+    logger.info(summary())
 
 
 def _batches(
@@ -236,9 +238,9 @@ def _after_scan(job: PrepareJob, can_forget: bool) -> PrepareJob:
             f"the input holds no document ({_counts(problems) or 'it is empty'}); {_advice(problems, job.options)}"
         )
     for name in sorted(absent or ()):
-        _say(f"--meta-columns {name}: no document has such a column")
+        logger.warning(f"--meta-columns {name}: no document has such a column")
     for note in notes_of_columns_not_kept(job.sources, job.columns):
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
@@ -256,11 +258,11 @@ def _scanned(job: PrepareJob, source: int) -> Iterator[dict[str, Any]]:
 def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
     """Report what is lost of a source as a whole."""
     if DAMAGED in problems:
-        _say(f"{name}: damaged after {num_rows - 1:,} rows; what follows is not read")
+        logger.warning(f"{name}: damaged after {num_rows - 1:,} rows; what follows is not read")
     elif num_rows == 0:
-        _say(f"{name}: holds no rows")
+        logger.warning(f"{name}: holds no rows")
     elif problems.total() == num_rows:
-        _say(f"{name}: none of its {num_rows:,} rows is a document ({_counts(problems)})")
+        logger.warning(f"{name}: none of its {num_rows:,} rows is a document ({_counts(problems)})")
 
 
 def _advice(problems: Counter[str], options: PrepareOptions) -> str:
@@ -275,10 +277,6 @@ def _advice(problems: Counter[str], options: PrepareOptions) -> str:
 
 def _counts(problems: Counter[str]) -> str:
     return ", ".join(f"{problem}: {count:,}" for problem, count in problems.items())
-
-
-def _say(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _forget_other_additions(job: PrepareJob, entries: list[dict[str, Any]]) -> None:

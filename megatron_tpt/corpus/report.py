@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.markdown import code, inline
 
 _SHOWN_ITEMS = 20
@@ -45,8 +45,7 @@ class Report:
     def write(self, output: Path) -> None:
         """Write report.md, then report.json, which says that the run is finished."""
         self.write_markdown(output)
-        with atomic_write(self.path(output)) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path(output), asdict(self))
 
     def write_markdown(self, output: Path) -> None:
         """Write only report.md."""

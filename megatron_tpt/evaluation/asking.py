@@ -5,7 +5,7 @@ model is loaded. A request that fails is noted, and the others continue.
 """
 
 import collections
-import sys
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from megatron_tpt.generation import (
 from megatron_tpt.grading import after_thinking, opens_thinking
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.names import shown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -173,7 +175,7 @@ class _Asker:
                         for answer in self._scored(e) if evaluation.is_scored else self._written(e):
                             journal.add(answer)
                             self._count(answer)
-        print(self._summary(), file=sys.stderr)
+        logger.info(self._summary())
 
     def _written(self, e: int) -> Iterator[Answer]:
         evaluation = self._evaluations[e]
@@ -230,7 +232,7 @@ class _Asker:
         evaluation = self._evaluations[e]
         if not self._counts["failed"]:
             where = f"{evaluation.options.title}, {evaluation.problems[i].where}"
-            print(f"warning: a request failed, others continue: {where}: {failure.message}", file=sys.stderr)
+            logger.warning(f"a request failed, others continue: {where}: {failure.message}")
         return Answer(
             **_place(evaluation, i, j),
             output="",

@@ -5,12 +5,12 @@ own works the same. A suite is such a file that names others, `benchmark: [math5
 counts for all of them. Light to import: the help of the command line needs nothing else.
 """
 
-import difflib
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_tpt.config.convert import did_you_mean
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError, failure
@@ -216,6 +216,5 @@ def _path(name: str) -> Path:
         return own
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name).expanduser()
-    close = difflib.get_close_matches(name, names(), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}"
-    raise UserError(f"--benchmark {name}: unknown; {hint} (a file of your own ends in .yaml)")
+    hint = did_you_mean(name, names()) or f"; known are {', '.join(names())}"
+    raise UserError(f"--benchmark {name}: unknown{hint} (a file of your own ends in .yaml)")

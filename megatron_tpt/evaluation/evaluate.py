@@ -10,8 +10,7 @@ on this machine, SLURM or Ray; the command that started them grades when all hav
 
 import contextlib
 import hashlib
-import json
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -25,12 +24,14 @@ from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_s
 from megatron_tpt.evaluation.provenance import generation_versions, model_identity
 from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.generation import check_model, load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.settings import check_settings, describe_changes, read_settings, write_settings
 from megatron_tpt.names import shown
+
+logger = logging.getLogger(__name__)
 
 _SHOWN_CHANGES = 10
 
@@ -72,7 +73,7 @@ def _answer(
                 raise UserError("--num-tasks and --executor need the command that starts a task")
             report = job.launch(command, options.scale)
             if report.exit_code or any(result.state == "submitted" for result in report.results):
-                print("not graded: answers are missing; the same command continues", file=sys.stderr)
+                logger.warning("not graded: answers are missing; the same command continues")
                 return False
         return True
     task, num_tasks = options.task or 0, options.scale.num_tasks
@@ -126,7 +127,7 @@ def _evaluations(runs: Sequence[EvaluateOptions], sets: Sequence[ProblemSet]) ->
             check_model(model)
         tokenizer = load_tokenizer(first.tokenizer or model)
         if tokenizer.chat_template is not None and not any(run.chat for run in runs):
-            print("note: the model has a chat template, which is not applied: --chat does so", file=sys.stderr)
+            logger.info("note: the model has a chat template, which is not applied: --chat does so")
         for run, problem_set in zip(runs, sets, strict=True):
             texts = render_prompts(tokenizer, [problem.prompt for problem in problem_set.problems], run)
             store = Store(run.output / folder / run.title)
@@ -188,8 +189,8 @@ def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> li
     ]
     write_results(options.output, evaluations, graded, results)
     for result in results:
-        print(describe(result), file=sys.stderr)
-    print(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}", file=sys.stderr)
+        logger.info(describe(result))
+    logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
     if failed := sum(result.failed_requests for result in results):
         raise Fault(f"{failed:,} requests failed and count as wrong; the same command asks them again")
     return results
@@ -226,19 +227,14 @@ def _sample(answer: Answer, problem: Problem, grade: Grade | None) -> Sample:
 def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[Sample]) -> None:
     """Keep the new settings of grading, and say which grades changed."""
     settings = read_settings(each.store.settings_path) or {}
-    with atomic_write(each.store.settings_path) as temporary:
-        temporary.write_text(_json(settings | {"grading": _settings(each)["grading"]}), encoding="utf-8")
+    write_json(each.store.settings_path, settings | {"grading": _settings(each)["grading"]})
     old = {sample.key: sample for sample in before}
     changed = [(old[new.key], new) for new in after if new.key in old and old[new.key].correct != new.correct]
     name = f"{shown(each.model)}, {each.options.title}"
-    print(f"{name}: {len(changed):,} of {len(after):,} grades changed", file=sys.stderr)
+    logger.info(f"{name}: {len(changed):,} of {len(after):,} grades changed")
     for was, now in changed[:_SHOWN_CHANGES]:
         words = [f"{sample.extracted!s:.60} {'right' if sample.correct else 'wrong'}" for sample in (was, now)]
-        print(f"  {shown(f'{now.id}, sample {now.sample}: was {words[0]}, now {words[1]}')}", file=sys.stderr)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        logger.info(f"  {shown(f'{now.id}, sample {now.sample}: was {words[0]}, now {words[1]}')}")
 
 
 def model_folders(models: Sequence[str]) -> list[Path]:

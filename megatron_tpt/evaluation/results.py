@@ -5,7 +5,6 @@ leaves the same file as an unbroken one.
 """
 
 import collections
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from megatron_tpt.evaluation import metrics
 from megatron_tpt.evaluation.asking import Evaluation
 from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.grading import GraderPool, Item, Rules
 from megatron_tpt.names import shown
 
@@ -201,8 +200,7 @@ def write_results(
         "models": [asdict(result) for result in results],
         "comparisons": comparisons(evaluations, graded),
     }
-    with atomic_write(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(output / "results.json", content)
     write_reports(output, content, graded)
 
 

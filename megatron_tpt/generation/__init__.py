@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from megatron_tpt.generation.api import (
     ABILITIES,
     Ability,
+    Api,
     Completion,
     DType,
     Engine,
@@ -57,6 +58,7 @@ from megatron_tpt.generation.vllm_engine import VLLMEngine
 __all__ = [
     "ABILITIES",
     "Ability",
+    "Api",
     "Completion",
     "DType",
     "Engine",

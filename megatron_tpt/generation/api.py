@@ -4,7 +4,6 @@ Every engine completes prompts. What only some of them can do is an `Ability`: a
 names those that it needs when it opens one (`open_engine`).
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
+from megatron_tpt.names import seed_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 EngineKind = Literal["vllm", "vllm-server", "endpoint", "transformers"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Api = Literal["completions", "chat"]
 Temperature = Annotated[float, Ge(0), Le(2)]
 TopP = Annotated[float, Gt(0), Le(1)]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -261,7 +262,7 @@ class EngineOptions:
     """Servers to start for "vllm-server"; by default as many as the visible GPUs have room for, one on a CPU."""
     endpoints: tuple[str, ...] = ()
     """Base URLs for "endpoint", such as http://host:8000/v1; requests are shared among them."""
-    api: Literal["completions", "chat"] = "completions"
+    api: Api = "completions"
     """What servers are asked: "completions" takes prompts as text or token ids, "chat" takes messages."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the key for the endpoints; without it no key is sent."""
@@ -331,8 +332,7 @@ def lacking(kind: EngineKind, ability: Ability) -> UserError:
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """A seed for the request called `names`, the same wherever and whenever it is asked (63 bits)."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of(repr((seed, *names)))
 
 
 def complete(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:

@@ -17,9 +17,9 @@ server and of the request are distinguished:
 
 import asyncio
 import functools
+import logging
 import math
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -31,6 +31,8 @@ from megatron_tpt.generation.http_client import HttpClient
 from megatron_tpt.generation.openai_api import Outcome, Refused, UnusableAnswer
 from megatron_tpt.generation.openai_requests import probe
 from megatron_tpt.generation.server import Job, Refusal, Results, Server
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_IN_FLIGHT = 64
 _FIRST_WAIT_S = 0.5
@@ -249,7 +251,7 @@ class Dispatcher:
     def _tell(self, answer: UnusableAnswer) -> None:
         """Say once that a server is in trouble: what follows may be minutes of waiting for it."""
         if not math.isinf(self._patience_s):
-            print(f"{answer}; retrying for up to {self._patience_s:g} s", file=sys.stderr, flush=True)
+            logger.warning(f"{answer}; retrying for up to {self._patience_s:g} s")
 
     def _try_again(self, job: Job, server: Server, answer: UnusableAnswer) -> None:
         """Fail `job`, or put it back into the queue: before those that were not sent yet, if they wait for it."""

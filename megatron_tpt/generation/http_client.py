@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from megatron_tpt.generation.openai_api import UnusableAnswer
+from megatron_tpt.errors import one_line
+from megatron_tpt.generation.openai_api import UnusableAnswer, invalid_answer
 from megatron_tpt.names import shown
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -61,7 +62,7 @@ class HttpClient:
         except TimeoutError as error:
             raise UnusableAnswer("timeout", f"{url} gave no answer for {timeout_s:g} s", counts=True) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: malformed headers
-            cause = shown(" ".join(str(error).split()))[:300] or type(error).__name__
+            cause = shown(one_line(error))
             raise UnusableAnswer("connection", f"{url} cut the connection ({cause})", counts=True) from error
         if self._key and (response.status != 200 or b'"error"' in content):
             content = content.replace(self._key.encode(), b"***")
@@ -102,20 +103,16 @@ async def _content(url: str, response: Any) -> bytes:
     """The body, unpacked. Raises UnusableAnswer when it is too large, before it is in memory."""
     packing = response.headers.get("Content-Encoding", "identity").strip().lower()
     if packing not in ("", "identity", "gzip", "x-gzip"):
-        raise _unreadable(url, f"the answer is packed as {packing[:20]!r}, which was not asked for")
+        raise invalid_answer(url, f"the answer is packed as {packing[:20]!r}, which was not asked for")
     unpacker = zlib.decompressobj(wbits=31) if "gzip" in packing else None
     content = bytearray()
     try:
         async for chunk in response.content.iter_any():
             content += unpacker.decompress(chunk, MAX_ANSWER_BYTES - len(content) + 1) if unpacker else chunk
             if len(content) > MAX_ANSWER_BYTES:
-                raise _unreadable(url, f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
+                raise invalid_answer(url, f"the answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
     except zlib.error as error:
-        raise _unreadable(url, f"the answer cannot be unpacked ({error})") from error
+        raise invalid_answer(url, f"the answer cannot be unpacked ({error})") from error
     if unpacker and content and not unpacker.eof:
-        raise _unreadable(url, "the answer cannot be unpacked (it is truncated)")
+        raise invalid_answer(url, "the answer cannot be unpacked (it is truncated)")
     return bytes(content)
-
-
-def _unreadable(url: str, message: str) -> UnusableAnswer:
-    return UnusableAnswer("invalid_response", f"{url}: {message}", counts=True)

@@ -9,15 +9,14 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation.api import Completion, Failure, FinishReason, LogLikelihood
+from megatron_tpt.generation.api import Api, Completion, Failure, FinishReason, LogLikelihood
 from megatron_tpt.names import shown
 
-Api = Literal["completions", "chat"]
 Outcome = Completion | LogLikelihood | Failure
 Reader = Callable[[str, Any], Outcome]
 """Takes a server's URL and the JSON that it answered."""
@@ -71,9 +70,9 @@ def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = Fal
         return Failure("content_filter", "the server's filter held the completion back")
     if not isinstance(reason, str) or reason not in _FINISH_REASONS:
         known = reason if isinstance(reason, str) and re.fullmatch("[a-z_]{1,20}", reason) else "no known reason"
-        raise _invalid(url, f"the completion ended with {known}")
+        raise invalid_answer(url, f"the completion ended with {known}")
     if not isinstance(text, str) or not isinstance(reasoning, str | None):
-        raise _invalid(url, "the completion holds no text")
+        raise invalid_answer(url, "the completion holds no text")
     completion = Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
     if not with_log_probabilities:
         return completion
@@ -81,7 +80,7 @@ def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = Fal
     values = given["token_logprobs"] if "token_logprobs" in given else [t["logprob"] for t in given["content"]]
     log_probabilities = tuple(map(_log_probability, values))
     if not len(log_probabilities) == len(token_ids) == num_tokens:
-        raise _invalid(
+        raise invalid_answer(
             url, f"{len(log_probabilities)} log-probabilities and {len(token_ids)} ids for {num_tokens} tokens"
         )
     return replace(completion, log_probabilities=log_probabilities)
@@ -92,7 +91,7 @@ def read_log_likelihood(url: str, answer: Any, *, ids: Sequence[int], num_contex
     Raises UnusableAnswer, or what Python raises for something of another form."""
     entries = answer["choices"][0]["prompt_logprobs"]
     if len(entries) != len(ids):
-        raise _invalid(url, f"log-probabilities of {len(entries)} tokens for a prompt of {len(ids)}")
+        raise invalid_answer(url, f"log-probabilities of {len(entries)} tokens for a prompt of {len(ids)}")
     own, likeliest = [], []
     for id, entry in zip(ids[num_context:], entries[num_context:], strict=True):
         own.append(_log_probability(entry[str(id)]["logprob"]))
@@ -125,7 +124,7 @@ def parse_answer(
         try:
             return read(url, orjson.loads(body))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            raise _invalid(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
+            raise invalid_answer(url, f"the answer cannot be read ({type(error).__name__}: {error})") from error
     message = _error_message(body) or f"status {status}"
     # Some refuse with 429 a request that exceeds a minute's quota alone, as they do one that has to wait for the next
     # minute.
@@ -263,7 +262,8 @@ def _part_text(part: Any) -> str:
     return part if isinstance(part, str) else part["text"]
 
 
-def _invalid(url: str, message: str) -> UnusableAnswer:
+def invalid_answer(url: str, message: str) -> UnusableAnswer:
+    """The error for an answer that says nothing that can be used."""
     return UnusableAnswer("invalid_response", f"{url}: {message}", counts=True)
 
 

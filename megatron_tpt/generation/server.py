@@ -1,9 +1,9 @@
 """One server of the endpoint engine: what is known of it, and how it is asked."""
 
 import asyncio
+import logging
 import math
 import queue
-import sys
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from megatron_tpt.generation.openai_api import (
 )
 from megatron_tpt.generation.openai_requests import Call, request_body, without_stop
 from megatron_tpt.generation.request_fields import advice_on_refusal
+
+logger = logging.getLogger(__name__)
 
 _MODELS_TIMEOUT_S = 30.0
 
@@ -117,9 +119,7 @@ class Server:
             unstopped = await self._post(without_stop(call))
             if unstopped.status == 200:
                 self.takes_stop, answer = False, unstopped
-                print(
-                    f"{url} takes no stop texts: what comes after {request.sampling.stop} is paid for", file=sys.stderr
-                )
+                logger.warning(f"{url} takes no stop texts: what comes after {request.sampling.stop} is paid for")
         return parse_answer(url, *answer, call.read)
 
     async def _post(self, call: Call) -> HttpAnswer:

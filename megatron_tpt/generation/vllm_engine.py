@@ -36,6 +36,7 @@ from megatron_tpt.generation.models import (
     weight_names,
 )
 from megatron_tpt.processes import children_end_with_us
+from megatron_tpt.units import GIB
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node for every process that shares a model."""
 LOGPROBS_MODE = "processed_logprobs"
 """Log-probabilities of sampled tokens are those of the distribution that they were drawn from."""
-_GIB = 1 << 30
-_MAX_CPU_KV_CACHE_BYTES = 4 * _GIB
+_MAX_CPU_KV_CACHE_BYTES = 4 * GIB
 CPU_MAX_NUM_SEQS = 256
 _CPU_BLOCK_TOKENS = 128
 

@@ -10,6 +10,7 @@ restarted too. Every server runs under a keeper (`keeper.py`), so that none outl
 import contextlib
 import http.client
 import importlib.metadata
+import logging
 import os
 import re
 import secrets
@@ -52,6 +53,8 @@ from megatron_tpt.generation.vllm_engine import (
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _MAX_DEATHS_IN_A_ROW = 3
@@ -188,10 +191,9 @@ class VLLMServerEngine:
     def _end(self, server: _Server) -> None:
         assert server.keeper is not None
         num_requests = self._engine.num_in_flight(server.url)
-        print(
+        logger.warning(
             f"vLLM server {server.number} has written no token for {self._hang_timeout_s:g} s, with {num_requests} "
-            "requests; it is ended",
-            file=sys.stderr,
+            "requests; it is ended"
         )
         server.keeper.terminate()
         server.last_progress_s = time.monotonic()
@@ -207,7 +209,7 @@ class VLLMServerEngine:
             raise self._death(server, f"{ended} before it could be asked")
         if server.num_deaths > _MAX_DEATHS_IN_A_ROW:
             raise self._death(server, f"{ended}, {server.num_deaths} times without a completion")
-        print(f"{ended}; it is restarted (its log: {server.log})", file=sys.stderr)
+        logger.warning(f"{ended}; it is restarted (its log: {server.log})")
         server.start()
 
     def _death(self, server: _Server, what: str) -> EngineError:

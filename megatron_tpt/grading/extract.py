@@ -7,7 +7,12 @@ else the last number. Texts of base models continue into the next problem, so th
 import re
 from dataclasses import dataclass
 
-_BOX_TOKEN = re.compile(r"(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
+
+_BOX_TOKEN = re.compile(
+    r"\\(?:boxed|fbox)\s+(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})",
+    re.S,
+)
 _BOX_NAMES = ("\\boxed", "\\fbox")
 _STATEMENT = re.compile(r"(?i)\banswer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _FINAL_STATEMENT = re.compile(r"(?i)\bfinal answer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
@@ -34,13 +39,13 @@ def after_thinking(output: str, opened: bool = False) -> str | None:
     `opened` says that the prompt ended in "<think>", as some chat templates have it. None for thinking that never
     ended: such an output has no answer.
     """
-    _, closed, rest = output.rpartition("</think>")
-    return None if "<think>" in rest or (opened and not closed) else rest
+    _, closed, rest = output.rpartition(CLOSE_TAG)
+    return None if OPEN_TAG in rest or (opened and not closed) else rest
 
 
 def opens_thinking(prompt: str) -> bool:
     """Whether the model's output after `prompt` begins inside its thinking."""
-    return prompt.rstrip().endswith("<think>")
+    return prompt.rstrip().endswith(OPEN_TAG)
 
 
 def readable(text: str, reading: Reading) -> str | None:
@@ -57,11 +62,14 @@ def readable(text: str, reading: Reading) -> str | None:
 
 
 def boxes(text: str) -> list[str]:
-    """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end."""
+    """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end; the number or the
+    letter after one without braces."""
     found: list[str] = []
     depth: list[int | None] = []  # per open brace: where the content of the box begins, or None for a plain brace
     for token in _BOX_TOKEN.finditer(text):
-        if token["box"]:
+        if token["bare"]:
+            found.append(token["bare"].rstrip(".,"))
+        elif token["box"]:
             depth.append(token.end() if token[0].startswith(_BOX_NAMES) else None)
         elif token["open"]:
             depth.append(None)

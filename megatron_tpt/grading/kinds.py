@@ -22,6 +22,8 @@ _LETTER = re.compile(
     re.S,
 )
 _ANOTHER_LETTER = re.compile(r"[\s)\]}*_$,.]*(?:or|and|/|,|&)\s*[(*]*[A-J]\b(?!\w)")
+_HEADING = re.compile(r"[.):]\s*[^\W\d]")
+"""What follows the number of a Markdown heading."""
 _YES, _NO = ("yes", "true"), ("no", "false")
 _JEE_NOISE = re.compile(r"\\(?:text|mathrm|mathbf|textbf)|(?i:\b(?:and|options?)\b)|[\s(){}\[\],.;:$*&\\'\"]")
 JEE_TOLERANCE = Fraction(1, 100)
@@ -117,9 +119,14 @@ def _stated_number(sentence: str) -> Fraction | None:
 
 
 def _number_hashes(text: str) -> list[str]:
-    """The rests of lines after "####" that begin with a number: "#### Step 2" is a heading."""
-    rests = map(plain, extract.after_hashes(text))
-    return [rest for rest in rests if (found := numbers_in(rest)) and not re.search(r"\w", rest[: found[0][1]])]
+    """The rests of lines after "####" that begin with a number; "#### Step 2" and "#### 3. Results" are headings."""
+    return [
+        rest
+        for rest in map(plain, extract.after_hashes(text))
+        if (found := numbers_in(rest))
+        and not re.search(r"\w", rest[: found[0][1]])
+        and not _HEADING.match(rest[found[0][2] :])
+    ]
 
 
 def _stated_before_hashes(text: str) -> bool:

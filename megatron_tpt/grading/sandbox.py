@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.units import MIB
 
 Status = Literal["passed", "failed", "time-out", "crash"]
 
 _DRIVER = Path(__file__).with_name("sandbox_driver.py").read_text(encoding="utf-8")
 _PATH = "/usr/local/bin:/usr/bin:/bin"
-_MIB = 1 << 20
-_MEMORY = 1024 * _MIB
+_MEMORY = 1024 * MIB
 """Per process: with `_PROCESSES` the most that an answer can take."""
 _PROCESSES = 16
-_FILE = 16 * _MIB
+_FILE = 16 * MIB
 _WALL_FACTOR = 6
 """Real time that a program may take, as a multiple of its processor time: for one that sleeps, or a busy machine."""
 
@@ -110,7 +110,7 @@ def _bubblewrap() -> list[str]:
         *("--die-with-parent", "--new-session", "--hostname", "sandbox"),
         *("--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
         *("--symlink", "usr/bin", "/bin", "--proc", "/proc", "--dev", "/dev"),
-        *("--size", str(64 * _MIB), "--tmpfs", "/tmp", "--size", str(16 * _MIB), "--tmpfs", "/dev/shm"),
+        *("--size", str(64 * MIB), "--tmpfs", "/tmp", "--size", str(16 * MIB), "--tmpfs", "/dev/shm"),
         *("--chdir", "/tmp", "--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp"),
         *("--remount-ro", "/", python),
     ]

@@ -9,7 +9,7 @@ from megatron_tpt.indexing.chat_program import TemplateError
 from megatron_tpt.indexing.chat_rendering import Rendered, Turn
 from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message, texts_of
 from megatron_tpt.indexing.chat_template import unmarked
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 
 def require_shown(rendered: Sequence[Rendered], chat: Chat) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from megatron_tpt import json_data
 from megatron_tpt.indexing.chat_shapes import REASONING_FIELDS, Chat, Message, texts_of
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.indexing.chat_values import maybe_json
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 _THOUGHTS = re.compile(rf"\s*{re.escape(OPEN_TAG)}(.*?){re.escape(CLOSE_TAG)}", re.DOTALL)
 
@@ -32,7 +32,7 @@ def with_reasoning_inline(chat: Chat) -> Chat:
     """A conversation whose answers have their reasoning in the content, between think tags."""
     messages = []
     for message in chat.messages:
-        thoughts = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
+        thoughts = _reasoning_field(message)
         if thoughts is not None:
             message = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
             inlined = f"{OPEN_TAG}\n{thoughts.strip()}\n{CLOSE_TAG}\n\n"
@@ -43,6 +43,10 @@ def with_reasoning_inline(chat: Chat) -> Chat:
                 message["content"] = inlined + (content or "")
         messages.append(message)
     return replace(chat, messages=messages)
+
+
+def _reasoning_field(message: Message) -> str | None:
+    return next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
 
 
 def forms(chat: Chat, *, with_parts: bool) -> Iterator[tuple[str | None, Chat]]:
@@ -98,10 +102,7 @@ def _call_in_form(call: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 def _parsed_arguments(text: str) -> Any:
     """The object that a call's arguments are in JSON; the text where it is none. Marks are characters like others."""
-    try:
-        value = json_data.loads(text)
-    except ValueError:
-        return text
+    value = maybe_json(text)
     return value if isinstance(value, dict) else text
 
 
@@ -110,7 +111,7 @@ def reasoning_of(chat: Chat) -> dict[int, str]:
     found = {}
     for number in chat.learned:
         message = chat.messages[number]
-        text = next((message[name] for name in REASONING_FIELDS if message.get(name)), None)
+        text = _reasoning_field(message)
         if text is None and isinstance(message["content"], str) and (match := _THOUGHTS.match(message["content"])):
             text = match[1]
         if text is not None and text.strip():

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.indexing import chat_limits
 from megatron_tpt.names import shown
 
@@ -129,7 +129,7 @@ def _never_ends(what: str) -> UserError:
 
 
 def _reason(error: Exception) -> str:
-    return shown(" ".join(str(error).split()))[:_MAX_MESSAGE] or type(error).__name__
+    return shown(one_line(error, _MAX_MESSAGE))
 
 
 class _Watch:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron_tpt.indexing.chat_program import ChatProgram, Output, Span, TemplateError
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 _OPEN_AT_END = re.compile(rf"{re.escape(OPEN_TAG)}\s*\Z")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_tpt import json_data
+from megatron_tpt.indexing.chat_values import Unusable, maybe_json, parsed, present, text_of, truth_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -33,14 +33,6 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 
 Message = dict[str, Any]
-
-
-class Unusable(Exception):
-    """Ends the work on one record: `reason` is the same for all of its kind, `detail` says what is wrong here."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ def _conversation(record: Mapping[str, Any], columns: ChatColumns) -> tuple[tupl
         if present(record.get(name)):
             return (name,), _message_list(record[name], name), 0
     if names and present(record.get(_PROMPT)) and present(record.get(_COMPLETION)):
-        prompt, completion = (_maybe_json(record[name]) for name in (_PROMPT, _COMPLETION))
+        prompt, completion = (maybe_json(record[name]) for name in (_PROMPT, _COMPLETION))
         if isinstance(prompt, str) != isinstance(completion, str):
             raise Unusable("no messages", one_is_text(_PROMPT, _COMPLETION))
         if isinstance(prompt, str):
@@ -132,7 +124,7 @@ def one_is_text(prompt: str, response: str) -> str:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Any]:
     """Instruction and input, which a line break joins, as the user's; output as the assistant's."""
-    pairs = _maybe_json(record.get("history")) or []
+    pairs = maybe_json(record.get("history")) or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise Unusable("no messages", "history is no list of [instruction, output]")
     question = record["instruction"]
@@ -216,7 +208,7 @@ class _MessageReader:
             raise Unusable("unknown role", f"{self._where} is from {speaker!r}, not {'/'.join(_SHAREGPT_ROLES)}")
         fields["role"] = _SHAREGPT_ROLES[speaker]
         if fields["role"] == "function_call":
-            calls = _json(fields.pop("content", None), f"function call of {self._where}")
+            calls = parsed(fields.pop("content", None), f"function call of {self._where}")
             fields |= {
                 "role": "assistant",
                 "content": None,
@@ -230,7 +222,7 @@ class _MessageReader:
         for name in (*_LEARNED, *_NOT_LEARNED):
             if (value := self._fields.pop(name, None)) is None:
                 continue
-            flag = _flag(value)
+            flag = truth_of(value)
             if flag is None:
                 raise Unusable("unknown weight", f"{name!r} of {self._where} is {value!r}, neither true nor false")
             found[name] = flag != (name in _NOT_LEARNED)
@@ -290,11 +282,11 @@ class _MessageReader:
         message |= dict(list(found.items())[:1])
 
     def _calls(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-        value = _maybe_json(fields.get("tool_calls"))
+        value = maybe_json(fields.get("tool_calls"))
         if present(old := fields.get("function_call")):  # OpenAI's single call before tools
             if present(value):
                 raise Unusable("tool calls", f"{self._where} has both 'tool_calls' and 'function_call'")
-            value = [_maybe_json(old)]
+            value = [maybe_json(old)]
         if not present(value):
             return []
         if not isinstance(value, list):
@@ -317,7 +309,7 @@ def read_tools(value: Any, name: str = "tools") -> list[dict[str, Any]] | None:
     """Tools as OpenAI writes them, of a list or its JSON, of functions with or without a wrapper. Raises Unusable."""
     if not present(value):
         return None
-    value = _json(value, name) if isinstance(value, str) else value
+    value = parsed(value, name)
     if not present(value):
         return None
     if not isinstance(value, list):
@@ -325,7 +317,7 @@ def read_tools(value: Any, name: str = "tools") -> list[dict[str, Any]] | None:
     tools = []
     for number, tool in enumerate(value, start=1):
         where = f"tool {number} of {name}"
-        tool = _json(tool, where) if isinstance(tool, str) else tool
+        tool = parsed(tool, where)
         wrapper, function = _function(tool, where, set())
         tools.append({**wrapper, "type": "function", "function": function})
     return tools
@@ -335,7 +327,7 @@ def read_template_kwargs(value: Any, name: str = "chat_template_kwargs") -> dict
     """Variables for the chat template, of an object or its JSON. Raises Unusable."""
     if not present(value):
         return {}
-    value = _json(value, name) if isinstance(value, str) else value
+    value = parsed(value, name)
     if not isinstance(value, Mapping):
         raise Unusable("chat template variables", f"{name} is {type(value).__name__}, not an object")
     if taken := [key for key in value if key in TEMPLATE_VARIABLES]:
@@ -351,7 +343,7 @@ def _function(value: Any, where: str, more: set[str]) -> tuple[dict[str, Any], d
     if (kind := wrapper.pop("type", "function")) != "function":
         raise Unusable("tools", f"{where} is of type {kind!r}; only functions can be packed")
     if "function" in wrapper:
-        function = _maybe_json(wrapper.pop("function"))
+        function = maybe_json(wrapper.pop("function"))
         _refuse_keys(wrapper, more, where)
     else:
         function = {key: item for key, item in value.items() if key not in {"type", *more}}
@@ -366,33 +358,14 @@ def _refuse_keys(fields: Iterable[str], known: set[str], where: str) -> None:
         raise Unusable("tools", f"{where} has {', '.join(map(repr, unknown))}, which is not understood")
 
 
-def present(value: Any) -> bool:
-    """Whether a value says anything: tables fill up what a row does not have with nulls, writers with empty values."""
-    return value is not None and not (isinstance(value, str | list | Mapping) and not value)
-
-
-def text_of(value: Any, name: str) -> str:
-    """`value` if it is a string. Raises Unusable that calls it `name`."""
-    if not isinstance(value, str):
-        what = "missing" if value is None else f"{type(value).__name__}, not a string"
-        raise Unusable("no text", f"{name} is {what}")
-    return value
-
-
 def texts_of(message: Message) -> list[str]:
     """The texts of a message's content."""
     content = message["content"]
     return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
 
 
-def _flag(value: Any) -> bool | None:
-    if isinstance(value, bool | int | float):
-        return bool(value) if value in (0, 1) else None
-    return {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else None
-
-
 def _message_list(value: Any, name: str) -> list[Any]:
-    value = _maybe_json(value)
+    value = maybe_json(value)
     if not isinstance(value, list) or not value:
         raise Unusable("no messages", f"a list of messages is missing in {name!r} (--messages-column names the column)")
     return value
@@ -400,7 +373,7 @@ def _message_list(value: Any, name: str) -> list[Any]:
 
 def messages_in(value: Any) -> list[Any] | None:
     """The list of messages that a value is, or is the JSON of; None for any other text or value."""
-    found = value if isinstance(value, list) else _maybe_json(value)
+    found = value if isinstance(value, list) else maybe_json(value)
     if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
         return None
     return found
@@ -408,24 +381,3 @@ def messages_in(value: Any) -> list[Any] | None:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
-
-
-def _maybe_json(value: Any) -> Any:
-    """What a string says in JSON, if it does; else the value."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json_data.loads(value)
-    except ValueError:
-        return value
-
-
-def _json(value: Any, name: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json_data.loads(value)
-    except json_data.TooDeep as error:
-        raise Unusable("nested too deeply", f"{name} has {error}") from None
-    except ValueError as error:
-        raise Unusable("not JSON", f"{name} is text that is not JSON ({error})") from None

@@ -15,7 +15,8 @@ from megatron_tpt.indexing.chat_program import ChatProgram, Span, TemplateError
 from megatron_tpt.indexing.chat_rendering import ConversationRenderer, Rendered
 from megatron_tpt.indexing.chat_shapes import TEMPLATE_VARIABLES
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer, loading_failure
+from megatron_tpt.indexing.tokenizer import Tokenizer, loading_failure, read_description
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 # Around the name of a special token that occurs in a message. Unicode keeps these two code points for internal use: no
 # text may hold them, and no template touches them, but for those that write JSON or Python, which may escape them.
@@ -211,12 +212,17 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
 
 
+def read_template_file(path: Path) -> str:
+    """The chat template in a file. Raises UserError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the chat template cannot be read ({error})") from error
+
+
 def _read_template(reference: Any, folder: Path, path: Path | None) -> str:
     if path is not None:
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: the chat template cannot be read ({error})") from None
+        return read_template_file(path)
     try:
         return str(reference.get_chat_template())
     except ValueError:
@@ -229,7 +235,7 @@ def _load_backend(folder: Path) -> tuple[Any, dict[str, int]]:
     """The tokenizer as it encodes rendered text, and the ids of its special tokens, the think tags apart, by name."""
     import tokenizers
 
-    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    description = read_description(folder)
     # It only adds tokens, which the template does here, and shifts offsets away from blanks.
     description["post_processor"] = None
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))

@@ -27,18 +27,17 @@ from megatron_tpt.indexing.chat_shapes import (
     Chat,
     ChatColumns,
     Message,
-    Unusable,
     messages_in,
     one_is_text,
-    present,
     read_chat,
     read_messages,
-    text_of,
     texts_of,
 )
 from megatron_tpt.indexing.chat_template import ESCAPED_MARKS, MARKS, ChatTemplate, Encoded
+from megatron_tpt.indexing.chat_values import Unusable, present, text_of
 from megatron_tpt.indexing.raw_tags import RawTags
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, Tokenizer
+from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.think_tags import CLOSE_TAG
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ trip tokenizers up and on a sample given by the user.
 
 import importlib
 import json
-import os
+import logging
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,12 @@ from megatron_tpt.indexing.originals import (
 from megatron_tpt.indexing.tekken import EOS as TEKKEN_EOS
 from megatron_tpt.indexing.tekken import Tekken
 from megatron_tpt.indexing.tokenizer import CONFIG, TOKENIZER_FILES, Tokenizer, find_originals
+from megatron_tpt.jobs.settings import require_absent
+from megatron_tpt.json_data import pretty
+from megatron_tpt.logs import print_result
 from megatron_tpt.records import read_records
+
+logger = logging.getLogger(__name__)
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -53,8 +57,7 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
     """Write `options.output` and return it. Raises UserError for what cannot be converted to give the same tokens, and
     for an output that exists; then nothing is there."""
     path = _find_original(options.input)
-    if os.path.lexists(options.output):
-        raise UserError(f"{options.output} exists; choose another --output or remove it")
+    require_absent(options.output)
     original = _open(path, options)
     backend = original.backend
     edge_cases = _edge_cases(backend, original.user_defined)
@@ -69,7 +72,7 @@ def convert_tokenizer(options: ConvertTokenizerOptions) -> Path:
                 f"tokenizer.json that the model's authors offer, if there is one, and compare it on your own texts"
             )
     compared = f"{len(edge_cases)} edge cases" + (f" and {len(texts)} documents" if texts else "")
-    print(f"{options.output}: {backend.get_vocab_size():,} tokens; on {compared} they are those of {path}")
+    print_result(f"{options.output}: {backend.get_vocab_size():,} tokens; on {compared} they are those of {path}")
     return options.output
 
 
@@ -96,7 +99,7 @@ def _find_original(path: Path) -> Path:
     others += [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else []
     if others:
         names = ", ".join(file.name for file in others)
-        print(f"{path}: converting {found[0].name}, not {names}; name another file with --input", file=sys.stderr)
+        logger.info(f"{path}: converting {found[0].name}, not {names}; name another file with --input")
     return found[0]
 
 
@@ -211,4 +214,4 @@ def _write(folder: Path, path: Path, original: _Original, eos_token: str | None)
     settings["eos_token"] = eos_token or settings.get("eos_token") or original.eos
     if settings["eos_token"] is None:
         raise UserError(f"{path}: it names no end-of-sequence token: give --eos-token")
-    config.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    config.write_bytes(pretty(settings, indent=1))

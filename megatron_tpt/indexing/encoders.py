@@ -6,20 +6,22 @@ compares one more text (`check`).
 """
 
 import json
+import logging
 import random
-import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 import pyarrow
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.options import Backend
 from megatron_tpt.indexing.pieces import text_buffers
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG, Tokenizer
+from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
-Backend = Literal["auto", "gigatoken", "reference"]
+logger = logging.getLogger(__name__)
 
 NASTY_TEXTS = (
     "a",
@@ -124,7 +126,7 @@ def _encoded(parts: Sequence[numpy.ndarray]) -> Encoded:
 def _description(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json for gigatoken: without the special tokens that raw text must not make, and without the
     wrapping around a single pre-tokenizer or normalizer, which it does not know."""
-    description = json.loads((tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    description = read_description(tokenizer.folder)
     if not tokenizer.parse_special_tokens:
         added = description.get("added_tokens") or []
         description["added_tokens"] = [token for token in added if token["content"] not in tokenizer.special_tokens]
@@ -166,7 +168,7 @@ def choose_encoder(tokenizer: Tokenizer, backend: Backend, sample: Sequence[str]
         problem = f"gigatoken and Hugging Face tokenizers disagree on {_shown(disagreement)}"
     if backend == "gigatoken":
         raise UserError(f"{tokenizer.folder}: {problem}; index with --tokenizer-backend reference")
-    print(f"{tokenizer.folder}: {problem}; indexing with the reference, many times slower", file=sys.stderr)
+    logger.warning(f"{tokenizer.folder}: {problem}; indexing with the reference, many times slower")
     return ReferenceEncoder(tokenizer)
 
 

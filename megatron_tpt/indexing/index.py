@@ -5,8 +5,8 @@ Only a few blocks are in flight at a time, so memory does not grow with the inpu
 job is resumed, is in `output.py` and `journal.py`; whether it is the same job, in `index_job.py`.
 """
 
+import logging
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -31,9 +31,12 @@ from megatron_tpt.indexing.output import Output, publish
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.jobs.ordered_workers import map_in_threads
 from megatron_tpt.jobs.progress import ProgressLine
+from megatron_tpt.logs import print_result
 from megatron_tpt.records import DAMAGED, Row, describe
 from megatron_tpt.records import Source as Input
 from megatron_tpt.units import num_bytes
+
+logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
 _MAX_BLOCK_BYTES = 4 << 20
@@ -58,7 +61,7 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
     job = IndexJob(options)
     if (finished := job.finished()) is not None:
         clear_leftovers(options.output)
-        print(f"{options.output}: already done, {_summary(finished)}")
+        print_result(f"{options.output}: already done, {_summary(finished)}")
         return finished
     with working_folder(options.output) as folder:
         if (finished := job.finished()) is not None:  # by another process, just now
@@ -68,7 +71,7 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
         num_tokens = 0 if journal.is_complete else _build(job, folder, journal)
         manifests = _publish(job, folder)
     seconds = time.monotonic() - start_s
-    print(f"{options.output}: {_summary(manifests)}; {num_tokens / seconds:,.0f} tokens/s in {seconds:.3f} s")
+    print_result(f"{options.output}: {_summary(manifests)}; {num_tokens / seconds:,.0f} tokens/s in {seconds:.3f} s")
     return manifests
 
 
@@ -148,7 +151,7 @@ def _write(job: IndexJob, inputs: Sequence[Input], output: Output) -> None:
                     raise UserError(describe(input, Row(num_rows, None, DAMAGED, result.damage)))
                 input.require_content(result.checksum)
                 if not num_rows:
-                    print(f"warning: {input.name}: holds no rows", file=sys.stderr)
+                    logger.warning(f"{input.name}: holds no rows")
                 output.end_source(_manifest_source(input, result.checksum))
                 input, num_rows = next(remaining, input), 0
                 continue

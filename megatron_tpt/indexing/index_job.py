@@ -1,6 +1,7 @@
 """An indexing job: its settings, and whether what is there already is this job's, finished or to be resumed."""
 
 import functools
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from megatron_tpt.jobs.settings import EntryChanges, describe_changes, require_a
 from megatron_tpt.records import Columns, expand_sources
 from megatron_tpt.records import Source as Input
 from megatron_tpt.units import num_bytes
+
+logger = logging.getLogger(__name__)
 
 _SHARD_SIZE = "--shard-size in bytes"
 
@@ -161,7 +164,7 @@ class IndexJob:
                 f"{folder}"
             )
         if not journal.is_complete:
-            print(f"resuming after {len(done)} of {len(self.inputs)} inputs", file=sys.stderr)
+            logger.info(f"resuming after {len(done)} of {len(self.inputs)} inputs")
         return journal
 
     @functools.cached_property

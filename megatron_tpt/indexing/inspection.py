@@ -22,6 +22,7 @@ from megatron_tpt.indexing.packed_rows import ends_of_turns, print_row, row_repo
 from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import check_structure, verify
+from megatron_tpt.logs import print_result
 from megatron_tpt.names import shown_lines
 from megatron_tpt.rich_text import plain
 
@@ -156,14 +157,16 @@ def _compare(options: InspectOptions, other: Path) -> bool:
         found = dataclasses.asdict(difference) if difference else None
         _print_json({"prefix": str(options.prefix), "other": str(other), "difference": found})
     elif difference is not None:
-        print(shown_lines(difference.description))
+        print_result(shown_lines(difference.description))
     else:
-        print("identical" if num_packed != 1 else "identical in their tokens; only one of them is a packed index")
+        print_result(
+            "identical" if num_packed != 1 else "identical in their tokens; only one of them is a packed index"
+        )
     return difference is None
 
 
 def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=1))
+    print_result(json.dumps(report, indent=1))
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -230,9 +233,11 @@ def _print_lengths(console: Console, lengths: dict[str, Any], num_documents: int
 
 def _print_document(report: dict[str, Any]) -> None:
     """Plain print: rich would expand the tabs."""
-    print(f"document {report['document']}, {report['num_tokens']:,} tokens, {report['thinking_tokens']:,} of thinking:")
+    print_result(
+        f"document {report['document']}, {report['num_tokens']:,} tokens, {report['thinking_tokens']:,} of thinking:"
+    )
     for part in report["parts"]:
-        print(f"--- {part['kind']}, {len(part['tokens']):,} tokens ---")
-        print(shown_lines(part["text"]))
-    print("--- tokens ---")
-    print(*(token for part in report["parts"] for token in part["tokens"]))
+        print_result(f"--- {part['kind']}, {len(part['tokens']):,} tokens ---")
+        print_result(shown_lines(part["text"]))
+    print_result("--- tokens ---")
+    print_result(*(token for part in report["parts"] for token in part["tokens"]))

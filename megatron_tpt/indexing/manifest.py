@@ -6,7 +6,6 @@ index.
 """
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_checksum
+from megatron_tpt.files import file_checksum, write_json
 from megatron_tpt.indexing.writer import idx_bytes
 from megatron_tpt.jobs.settings import EntryChanges
 from megatron_tpt.json_data import read_json
@@ -180,8 +179,7 @@ class Manifest:
     def write(self, prefix: str | Path) -> None:
         """Write `PREFIX.json`, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        with atomic_write(self.path(prefix)) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path(prefix), content, indent=1)
 
     def check_files(self, prefix: str | Path) -> None:
         """Raise UserError when `.bin` or `.idx` is missing or not as long as it must be. Cheap: no data is

@@ -7,6 +7,7 @@ input at once gives. Few files are open at a time, and memory does not grow with
 import dataclasses
 import glob
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -28,6 +29,9 @@ from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 from megatron_tpt.indexing.verification import check_structure, row_chunks
 from megatron_tpt.indexing.writer import DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron_tpt.logs import print_result
+
+logger = logging.getLogger(__name__)
 
 _COPY_BYTES = 8 << 20
 _NUM_THREADS = 16
@@ -60,7 +64,7 @@ def merge(options: MergeOptions) -> Manifest | None:
     manifest = _merged_manifest(shards)
     if _is_finished(options.output, manifest):
         clear_leftovers(options.output, KINDS)
-        print(f"{options.output}: already done, {_summary(shards)}")
+        print_result(f"{options.output}: already done, {_summary(shards)}")
         return Manifest.read(options.output)
     with working_folder(options.output, KINDS) as folder:
         _require_space(folder, shards)
@@ -72,7 +76,7 @@ def merge(options: MergeOptions) -> Manifest | None:
             manifest = dataclasses.replace(manifest, checksums=checksums)
             manifest.write(part)
         publish(folder, [options.output])
-    print(f"{options.output}: {_summary(shards)}")
+    print_result(f"{options.output}: {_summary(shards)}")
     return manifest
 
 
@@ -116,7 +120,7 @@ def _expand(name: str, output: Path) -> list[Path]:
     found = [file.with_suffix("") for file in sorted(files)]
     require_whole_sets(found, name, ".idx")
     if is_output := [prefix for prefix in found if _real_prefix(prefix) == real_path(output)]:
-        print(f"{name}: {is_output[0]} is the output, and not merged into itself", file=sys.stderr)
+        logger.info(f"{name}: {is_output[0]} is the output, and not merged into itself")
     return [prefix for prefix in found if prefix not in is_output]
 
 

@@ -8,7 +8,10 @@ from typing import Literal
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.join import Join
+from megatron_tpt.records import OnBadRecord
 from megatron_tpt.units import num_bytes
+
+Backend = Literal["auto", "gigatoken", "reference"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class IndexOptions:
     join: Join = Join.document_thinking
     """How document and thinking make one sample. In all but document_only, raw text that holds a think tag never makes
     the tokens that mark thinking, whether the tokenizer has think tokens or not."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
+    on_bad_record: OnBadRecord = "stop"
     """Stop at a record without usable text, or skip it and count it."""
     append_eos: bool = True
     """End every document with the end-of-sequence token."""
@@ -44,7 +47,7 @@ class IndexOptions:
     """Let special tokens and think tags that occur in the raw text become these tokens."""
     shard_size: str | None = None
     """Write PREFIX-00000-of-000NN.{bin,idx,json}, no .bin larger than this ("10GiB", "500MB")."""
-    tokenizer_backend: Literal["auto", "gigatoken", "reference"] = "auto"
+    tokenizer_backend: Backend = "auto"
     """auto: gigatoken where it gives exactly the tokens of Hugging Face tokenizers, else these, with a warning.
     gigatoken: stop where it does not. reference: Hugging Face tokenizers.
     """

@@ -3,9 +3,8 @@ as tokenizer.model, or Mistral's tekken.json. It is the reference of the referen
 """
 
 import importlib
-import json
+import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import numpy
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.tekken import Tekken
-from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL = "tokenizer.model"
 TEKKEN = "tekken.json"
@@ -103,7 +104,7 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         else:
             encode = sentencepiece_encoder(path)
     except UserError as error:
-        print(f"{error}; tokenizer.json is not compared with it", file=sys.stderr)
+        logger.warning(f"{error}; tokenizer.json is not compared with it")
         return
     if (text := first_difference_from(encode, tokenizer, texts)) is not None:
         raise UserError(
@@ -114,7 +115,7 @@ def check_against_original(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
 
 def _pattern(folder: Path) -> str:
     """The regular expression by which tokenizer.json splits text into words."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_description(folder)
     step = content.get("pre_tokenizer") or {}
     for part in step.get("pretokenizers") or [step]:
         if part.get("type") == "Split" and "Regex" in part["pattern"]:

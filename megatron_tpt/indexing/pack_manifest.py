@@ -3,14 +3,13 @@
 It is written last: without it the index is not finished.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.indexing.manifest import Source, TokenizerInfo
 from megatron_tpt.json_data import read_json
 
@@ -139,8 +138,7 @@ class PackManifest:
     def write(self, prefix: str | Path) -> None:
         """Write `PREFIX.sft.json`, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        with atomic_write(self.path(prefix)) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path(prefix), content, indent=1)
 
 
 def is_packed(paths: Iterable[Path]) -> bool:

@@ -7,6 +7,7 @@ the same command removes.
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
@@ -34,8 +35,12 @@ from megatron_tpt.indexing.tokenizer import Tokenizer, copy_tokenizer
 from megatron_tpt.jobs.ordered_workers import map_in_order
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.logs import print_result
+from megatron_tpt.names import first_few
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
+
+logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 10.0
 _KINDS = ("bin", "idx", "sft", "tokenizer", "sft.json")
@@ -60,7 +65,7 @@ def _pack(options: PackOptions, inputs: Mapping[Path, Input]) -> PackManifest:
     settings = encoding.settings(options)
     if (finished := _finished(options.output, settings, encoding.tokenizer, [*inputs])) is not None:
         clear_leftovers(options.output, _KINDS)
-        print(f"{options.output}: already done and whole; {_summary(finished)}")
+        print_result(f"{options.output}: already done and whole; {_summary(finished)}")
         return finished
     with (
         working_folder(options.output, _KINDS) as folder,
@@ -90,7 +95,7 @@ def _pack(options: PackOptions, inputs: Mapping[Path, Input]) -> PackManifest:
         )
         manifest.write(part)
         publish(folder, [options.output], _KINDS)
-    print(f"{options.output}: {_summary(manifest)}")
+    print_result(f"{options.output}: {_summary(manifest)}")
     return manifest
 
 
@@ -222,13 +227,12 @@ class _Collector:
             raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")
         self._notes.update(self._encoding.format.take_notes())  # of columns
         for note, count in self._notes.items():
-            print(f"note: {note} ({count:,})", file=sys.stderr)
+            logger.info(f"note: {note} ({count:,})")
         if self._open_ended:
-            print(
-                f"warning: the learned part of {len(self._open_ended):,} examples does not end with a special token "
+            logger.warning(
+                f"the learned part of {len(self._open_ended):,} examples does not end with a special token "
                 f"(such as {self._open_ended[0]}), so the model does not learn where an answer ends: make the token "
-                f"that ends a turn a special one (tools/train_tokenizer.py --special-tokens), or correct the template",
-                file=sys.stderr,
+                f"that ends a turn a special one (tools/train_tokenizer.py --special-tokens), or correct the template"
             )
 
     def counts(self, packing: Packing) -> PackCounts:
@@ -287,10 +291,9 @@ def _finished(prefix: Path, settings: PackSettings, tokenizer: Tokenizer, files:
         )
     PackedIndex(prefix).verify()
     if not manifest.tokenizer_checksums:
-        print(
-            f"warning: {prefix} was packed by an earlier version and carries no tokenizer: name it in fine-tuning "
-            f"(data.tokenizer), or remove {prefix}.{{bin,idx,sft,sft.json}} to pack again",
-            file=sys.stderr,
+        logger.warning(
+            f"{prefix} was packed by an earlier version and carries no tokenizer: name it in fine-tuning "
+            f"(data.tokenizer), or remove {prefix}.{{bin,idx,sft,sft.json}} to pack again"
         )
     return manifest
 
@@ -334,15 +337,10 @@ def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list
         "removed from the input": changes.removed,
         "changed in the input": changes.changed,
     }
-    differences = [f"{what}: {_names(paths)}" for what, paths in found.items() if paths]
+    differences = [f"{what}: {first_few(paths, _MAX_NAMED)}" for what, paths in found.items() if paths]
     if not differences and [source.path for source in sources] != list(now):
         differences = ["the input files are the same in another order"]
     return differences
-
-
-def _names(paths: Sequence[str]) -> str:
-    more = len(paths) - _MAX_NAMED
-    return ", ".join(paths[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class _StoppedError(BaseException):
@@ -362,7 +360,7 @@ def _interruptions_named(prefix: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"interrupted: {left}", file=sys.stderr)
+        logger.warning(f"interrupted: {left}")
         raise
     except _StoppedError as stopped:
         raise StoppedEarly(f"stopped by {stopped}: {left}") from None

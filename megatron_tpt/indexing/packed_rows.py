@@ -12,6 +12,7 @@ from megatron_tpt.indexing.conversations import Example
 from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.logs import print_result
 from megatron_tpt.names import shown_lines
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
@@ -65,15 +66,15 @@ def print_row(report: dict[str, Any]) -> None:
     """Print a row: learned parts in green on a terminal, in brackets elsewhere. Plain: rich would expand the tabs."""
     has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = (_GREEN, _PLAIN) if has_colours else (_OPEN, _CLOSE)
-    print(
+    print_result(
         f"row {report['document']}, {report['num_tokens']:,} of {report['capacity']:,} tokens in "
         f"{len(report['examples']):,} examples; {before}learned{after}: {report['loss_tokens']:,}"
     )
     for number, example in enumerate(report["examples"]):
-        print(f"--- example {number}, {example['num_tokens']:,} tokens, {example['loss_tokens']:,} learned ---")
-        print("".join(_marked(example, before, after)))
-    print("--- tokens ---")
-    print(*(token for example in report["examples"] for token in example["tokens"]))
+        print_result(f"--- example {number}, {example['num_tokens']:,} tokens, {example['loss_tokens']:,} learned ---")
+        print_result("".join(_marked(example, before, after)))
+    print_result("--- tokens ---")
+    print_result(*(token for example in report["examples"] for token in example["tokens"]))
 
 
 def _marked(example: dict[str, Any], before: str, after: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
 from megatron_tpt.json_data import loads
+from megatron_tpt.records import OnBadRecord
 
 _BYTES_PER_WORKER = 4 << 20  # less is done before another process has started
 
@@ -54,7 +55,7 @@ class PackOptions:
     """Fields of messages to ignore; else a message with a field that is not understood is a bad example."""
     on_too_long: Literal["skip", "truncate", "stop"] = "skip"
     """What to do with an example longer than a row: skip it and count it, truncate it, or stop."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
+    on_bad_record: OnBadRecord = "stop"
     """Stop at a record that makes no example (bad fields, a loss mask of all ones or all zeros, what the chat template
     cannot show whole), or skip it and count it."""
     num_workers: PositiveInt | None = None

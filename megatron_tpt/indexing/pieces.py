@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import orjson
@@ -19,7 +19,7 @@ import pyarrow.json
 
 from megatron_tpt import json_data
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
-from megatron_tpt.records import Columns, Record, Row
+from megatron_tpt.records import Columns, OnBadRecord, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
 from megatron_tpt.records.record import BadRecord
@@ -74,7 +74,7 @@ class PieceMaker:
 
     columns: Columns
     join: Join
-    on_bad_record: Literal["stop", "skip"]
+    on_bad_record: OnBadRecord
     split_sentences: Callable[[str], list[str]] | None = None
     """With it, each sentence is a sequence of its own."""
 

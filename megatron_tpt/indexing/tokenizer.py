@@ -5,7 +5,6 @@ into the token of that name, and no begin- or end-of-sequence token is added. Wh
 put it ourselves.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -18,13 +17,15 @@ import numpy
 import tokenizers
 
 from megatron_tpt.errors import Fault, UserError, failure, one_line
-from megatron_tpt.json_data import read_json
+from megatron_tpt.files import file_checksum
+from megatron_tpt.json_data import pretty, read_json, read_object
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
-OPEN_TAG = "<think>"
-CLOSE_TAG = "</think>"
 CONFIG = "tokenizer_config.json"
-_EOS_FILES = (CONFIG, "special_tokens_map.json")
-_SETTINGS = (*_EOS_FILES, "added_tokens.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+EOS_FILES = (CONFIG, "special_tokens_map.json")
+"""The settings that may name the end-of-sequence token."""
+_SETTINGS = (*EOS_FILES, "added_tokens.json")
 _KINDS_OF_TOKENS = ("bos", "eos", "pad", "unk")
 _MODEL_FILES = ("generation_config.json", "config.json")
 
@@ -43,7 +44,7 @@ class Spelling(NamedTuple):
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
     """ "sha256:" and the digest of `tokenizer.json`. Raises UserError when the folder has none."""
-    return "sha256:" + hashlib.sha256(_tokenizer_file(Path(folder)).read_bytes()).hexdigest()
+    return file_checksum(_tokenizer_file(Path(folder)))
 
 
 class Tokenizer:
@@ -134,7 +135,7 @@ class Tokenizer:
 
     def named_id(self, kind: str) -> int | None:
         """The id of the token that the folder's settings name, `kind` is "bos" or "pad"; None where they name none."""
-        names = (_named_token(self.folder / name, kind) for name in _EOS_FILES)
+        names = (_named_token(self.folder / name, kind) for name in EOS_FILES)
         name = next(filter(None, names), None)
         return None if name is None else self._backend.token_to_id(name)
 
@@ -192,6 +193,11 @@ def _tokenizer_file(folder: Path) -> Path:
     return path
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What a folder's tokenizer.json holds. Raises UserError when it is missing or damaged."""
+    return read_object(_tokenizer_file(folder))
+
+
 def load_backend(folder: Path) -> tokenizers.Tokenizer:
     """The tokens of a folder's tokenizer.json. Raises UserError when it is missing or damaged."""
     return _load(_tokenizer_file(folder))[0]
@@ -217,7 +223,7 @@ def _load(path: Path) -> tuple[tokenizers.Tokenizer, list[str]]:
 
 def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
     """The id of the end-of-sequence token that the folder's configuration names."""
-    for name in _EOS_FILES:
+    for name in EOS_FILES:
         if token := _named_token(folder / name, "eos"):
             if (id := backend.token_to_id(token)) is None:
                 raise UserError(
@@ -225,7 +231,7 @@ def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
                 )
             return id
     for name in _MODEL_FILES:
-        id = _read_json(folder / name).get("eos_token_id")
+        id = read_object(folder / name).get("eos_token_id")
         if isinstance(id, list):
             id = id[0] if id else None
         if id is not None:
@@ -242,7 +248,7 @@ def _find_eos(folder: Path, backend: tokenizers.Tokenizer) -> int:
 
 def _named_token(path: Path, kind: str, content: dict[str, Any] | None = None) -> str | None:
     """The token that a file, with this content, names as `kind`_token. Raises UserError for what is no name."""
-    token = (_read_json(path) if content is None else content).get(f"{kind}_token")
+    token = (read_object(path) if content is None else content).get(f"{kind}_token")
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None and not isinstance(token, str):
@@ -250,23 +256,10 @@ def _named_token(path: Path, kind: str, content: dict[str, Any] | None = None) -
     return token
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = read_json(path)
-        json.dumps(content, ensure_ascii=False).encode()  # no halves of characters, which no file could hold
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({one_line(error)}); restore it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; restore it")
-    return content
-
-
 def check_settings(folder: Path) -> None:
     """Raise UserError for a file next to tokenizer.json that is damaged, if that shows without using it."""
     for path in (folder / name for name in _SETTINGS):
-        content = _read_json(path)
+        content = read_object(path)
         for kind in _KINDS_OF_TOKENS:
             _named_token(path, kind, content)
         if not isinstance(template := content.get("chat_template"), str | list | dict | None):
@@ -288,13 +281,11 @@ def loading_failure(folder: Path, error: Exception) -> UserError | Fault:
 # The other files of a model folder are weights and settings of the model.
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *_SETTINGS,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 
@@ -313,12 +304,12 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     """
     _tokenizer_file(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    named_by_tokenizer = any(_read_json(folder / name).get("eos_token") for name in _EOS_FILES)
-    named_by_model = any(_read_json(folder / name).get("eos_token_id") is not None for name in _MODEL_FILES)
+    named_by_tokenizer = any(read_object(folder / name).get("eos_token") for name in EOS_FILES)
+    named_by_model = any(read_object(folder / name).get("eos_token_id") is not None for name in _MODEL_FILES)
     if named_by_model and not named_by_tokenizer:
         backend, _ = _load(folder / "tokenizer.json")
         eos_token = backend.id_to_token(_find_eos(folder, backend))
-        files[CONFIG] = _json_bytes(_read_json(folder / CONFIG) | {"eos_token": eos_token})
+        files[CONFIG] = pretty(read_object(folder / CONFIG) | {"eos_token": eos_token}, indent=1)
     return files
 
 
@@ -326,20 +317,16 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None)
     """Copy the tokenizer files of `source` into `target`, made when it is missing. Raises UserError when `source` has
     no tokenizer.json.
 
-    With `chat_template`, that is the only template of the copy, in chat_template.jinja: tokenizer_config.json then
+    With `chat_template`, that is the only template of the copy, in CHAT_TEMPLATE: tokenizer_config.json then
     holds no other, for not every program reads the two in the same order.
     """
     files = read_tokenizer_files(source)
     if chat_template is not None:
-        files["chat_template.jinja"] = chat_template.encode()
-        config = _read_json(source / CONFIG) if CONFIG in files else {}
+        files[CHAT_TEMPLATE] = chat_template.encode()
+        config = read_object(source / CONFIG) if CONFIG in files else {}
         if config.get("chat_template", chat_template) != chat_template:
             del config["chat_template"]
-            files[CONFIG] = _json_bytes(config)
+            files[CONFIG] = pretty(config, indent=1)
     target.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (target / name).write_bytes(content)
-
-
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -5,8 +5,7 @@ same input makes the same tokenizer.
 """
 
 import json
-import os
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +14,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory
+from megatron_tpt.indexing.chat_template import read_template_file
 from megatron_tpt.indexing.options import TrainTokenizerOptions
-from megatron_tpt.indexing.tokenizer import CLOSE_TAG, OPEN_TAG
-from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.indexing.tokenizer import CONFIG
+from megatron_tpt.jobs.settings import require_absent, require_apart
+from megatron_tpt.json_data import pretty
+from megatron_tpt.logs import print_result
 from megatron_tpt.records import expand_sources, read_records
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
+
+logger = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -32,24 +37,22 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     exists.
     """
     special = list(dict.fromkeys([EOS, PAD, OPEN_TAG, CLOSE_TAG, *options.special_tokens]))
-    if os.path.lexists(options.output):
-        raise UserError(f"{options.output} exists; choose another --output or remove it")
+    require_absent(options.output)
     require_apart(
         options.output, options.input, [source.path for source in expand_sources(options.input) if source.path]
     )
     smallest = 256 + len(special)
     if options.vocab_size < smallest:
         raise UserError(f"--vocab-size {options.vocab_size} is too small: bytes and special tokens take {smallest}")
-    template = _read_template(options.chat_template)
+    template = read_template_file(options.chat_template) if options.chat_template else None
     backend = _train(options, special)
     with atomic_directory(options.output) as folder:
         _save(folder, backend, template, options)
-    print(f"{options.output}: {(num_tokens := backend.get_vocab_size()):,} tokens")
+    print_result(f"{options.output}: {(num_tokens := backend.get_vocab_size()):,} tokens")
     if num_tokens < options.vocab_size:
-        print(
-            f"warning: fewer than --vocab-size {options.vocab_size}, as these texts hold no more pairs to merge; "
-            "train on more text for a larger vocabulary",
-            file=sys.stderr,
+        logger.warning(
+            f"fewer than --vocab-size {options.vocab_size}, as these texts hold no more pairs to merge; "
+            "train on more text for a larger vocabulary"
         )
     return options.output
 
@@ -102,15 +105,5 @@ def _save(folder: Path, backend: tokenizers.Tokenizer, template: str | None, opt
     }
     if template is not None:
         config["chat_template"] = template
-    for name, content in (("tokenizer.json", description), ("tokenizer_config.json", config)):
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def _read_template(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: chat template cannot be read ({error})") from error
+    for name, content in (("tokenizer.json", description), (CONFIG, config)):
+        (folder / name).write_bytes(pretty(content, indent=1))

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_tpt.errors import UserError, failure
+from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.training.checkpoint_trust import require_data_only
 
 
@@ -65,6 +65,6 @@ class CheckpointReader:
         try:
             self._reader.read_data(LoadPlan(items), _IntoOneTensor(tensor)).wait()
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise failure(f"{self.folder}: damaged: {key} cannot be read ({reason}); copy it again", error) from error
+            message = f"{self.folder}: damaged: {key} cannot be read ({one_line(error)}); copy it again"
+            raise failure(message, error) from error
         return tensor if layer is None else tensor[0]

@@ -17,19 +17,18 @@ from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_directory, real_path
-from megatron_tpt.indexing.tokenizer import copy_tokenizer
+from megatron_tpt.indexing.tokenizer import CONFIG, copy_tokenizer
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.interop.hf_config import adapter_of, to_hf_config
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
+from megatron_tpt.json_data import pretty, read_object
+from megatron_tpt.logs import print_result
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,
     HF_CONFIG,
-    TOKENIZER_SETTINGS,
     History,
-    json_bytes,
-    read_json,
 )
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -60,15 +59,17 @@ def export_hf(options: ExportOptions) -> None:
             model,
             dtype=str(dtype).removeprefix("torch."),
             token_ids=token_ids,
-            original=read_json(checkpoint / HF_CONFIG),
+            original=read_object(checkpoint / HF_CONFIG),
         )
         _raise_limits(config, folder, History.read(checkpoint).longest_sequence)
-        (folder / "config.json").write_bytes(json_bytes(config))
-        (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
+        (folder / "config.json").write_bytes(pretty(config))
+        (folder / GENERATION_CONFIG).write_bytes(pretty(generation))
         num_parameters = write_safetensors(folder, hf_tensors(model, reader, dtype))
-    print(f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}")
+    print_result(
+        f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}"
+    )
     for note in notes:
-        print(f"{options.output}: {note}")
+        print_result(f"{options.output}: {note}")
 
 
 def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelConfig, list[str]]:
@@ -87,12 +88,12 @@ def _with_trained_context(model: ModelConfig, checkpoint: Path) -> tuple[ModelCo
 def _raise_limits(config: dict[str, Any], folder: Path, trained: int) -> None:
     """Raise what limits the context below the longest sequence that was trained, in config.json and in the tokenizer's
     folder: vLLM takes the smallest."""
-    settings = read_json(folder / TOKENIZER_SETTINGS[0])
+    settings = read_object(folder / CONFIG)
     for fields in (config, settings):
         low = [name for name in _LIMITS & fields.keys() if isinstance(fields[name], int) and fields[name] < trained]
         fields |= dict.fromkeys(low, trained)
         if low and fields is settings:
-            (folder / TOKENIZER_SETTINGS[0]).write_bytes(json_bytes(settings))
+            (folder / CONFIG).write_bytes(pretty(settings))
 
 
 def refuse_existing(output: Path) -> None:
@@ -159,5 +160,5 @@ def write_safetensors(
     if num_files > 1:
         index = {name: names[i - 1] for name, i in weight_map.items()}
         content = {"metadata": {"total_size": num_bytes}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_bytes(json_bytes(content))
+        (folder / "model.safetensors.index.json").write_bytes(pretty(content))
     return num_parameters

@@ -4,7 +4,6 @@ The weights keep their precision and are in memory once, all together.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tpt import platform
+from megatron_tpt.logs import print_result
+from megatron_tpt.names import first_few
+from megatron_tpt.units import GIB
 
 # Megatron Core comes after the platform.
 # isort: split
@@ -21,18 +23,20 @@ from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError, one_line
-from megatron_tpt.files import atomic_directory
+from megatron_tpt.files import atomic_directory, free_space
 from megatron_tpt.indexing.tokenizer import TOKENIZER_FILES, Tokenizer, copy_tokenizer
 from megatron_tpt.interop.hf_config import adapter_for
 from megatron_tpt.interop.hf_export import refuse_existing
 from megatron_tpt.interop.options import ImportOptions
-from megatron_tpt.json_data import read_json
+from megatron_tpt.json_data import pretty, read_object
 from megatron_tpt.models.hugging_face import HuggingFaceAdapter
 from megatron_tpt.training.checkpoint_files import write_checksums
-from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History, json_bytes
+from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+_AGAIN = "download the model again"
 
 
 def import_hf(options: ImportOptions) -> None:
@@ -43,7 +47,9 @@ def import_hf(options: ImportOptions) -> None:
     """
     refuse_existing(options.output)
     config_path = options.model / "config.json"
-    config = _read_json(config_path)
+    if not config_path.is_file():
+        raise UserError(f"{config_path}: no such file: give a Hugging Face model folder")
+    config = read_object(config_path, _AGAIN)
     try:
         adapter = adapter_for(config, config_path)
         model = adapter.from_config(config, config_path)
@@ -53,19 +59,19 @@ def import_hf(options: ImportOptions) -> None:
     model, notes = tensors.settle_tying(model)
     tensors.check_names(model)
     Tokenizer(options.model)  # refuses one that training could not use
-    generation = _read_json(options.model / GENERATION_CONFIG) if (options.model / GENERATION_CONFIG).is_file() else {}
+    generation = read_object(options.model / GENERATION_CONFIG, _AGAIN)
     with atomic_directory(options.output) as folder, platform.process_groups(ParallelConfig()):
         _save(sharded_tensors(model, tensors), folder, options.output)
         copy_tokenizer(options.model, folder / "tokenizer")
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"model": to_dict(model)}, sort_keys=False))
-        (folder / HF_CONFIG).write_bytes(json_bytes(config))
+        (folder / HF_CONFIG).write_bytes(pretty(config))
         if generation:
-            (folder / GENERATION_CONFIG).write_bytes(json_bytes(generation))
-        (folder / HISTORY).write_bytes(json_bytes(dataclasses.asdict(History())))
+            (folder / GENERATION_CONFIG).write_bytes(pretty(generation))
+        (folder / HISTORY).write_bytes(pretty(dataclasses.asdict(History())))
         write_checksums(folder)
-    print(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
+    print_result(f"{options.output}: {model.num_parameters():,} parameters from {options.model}")
     for note in [*notes, *adapter.notes(config), *_not_carried(options.model, tensors)]:
-        print(f"{options.output}: {note}")
+        print_result(f"{options.output}: {note}")
 
 
 def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
@@ -73,7 +79,7 @@ def _save(tensors: dict[str, Any], folder: Path, output: Path) -> None:
         dist_checkpointing.save(tensors, str(folder))
     except CheckpointException as error:  # a separate process wrote, and reports no error number
         reason = " ".join(str(error).split())[-300:]
-        free = shutil.disk_usage(folder).free / 2**30
+        free = free_space(folder)[1] / GIB
         raise UserError(
             f"{output}: could not be written ({reason}): make room, {free:.1f} GiB are free there"
         ) from error
@@ -87,11 +93,11 @@ def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
     lines = []
     if adapters:
         lines.append(
-            f"WARNING: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
+            f"warning: {', '.join(adapters)}: an adapter is not part of the imported weights: merge it into the model "
             f"and import that, if it is to count"
         )
     if rest := [name for name in others if name not in adapters]:
-        lines.append(f"not carried over: {', '.join(rest[:20])}" + (f" and {len(rest) - 20} more" * (len(rest) > 20)))
+        lines.append(f"not carried over: {first_few(rest, 20)}")
     return lines
 
 
@@ -110,9 +116,9 @@ class HfTensors:
     def _find_files(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_object(index, _AGAIN).get("weight_map")
             if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
-                raise UserError(f"{index}: weight_map does not name files next to it: download the model again")
+                raise UserError(f"{index}: weight_map does not name files next to it: {_AGAIN}")
             return weight_map
         if (self.folder / "model.safetensors").is_file():
             return dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
@@ -121,14 +127,14 @@ class HfTensors:
                 f"{self.folder} has pickled weights only (.bin), which can run code when loaded: get the model's "
                 f"safetensors files, or save it again with save_pretrained of transformers"
             )
-        raise UserError(f"{self.folder} has no model.safetensors, nor an index of several: download the model again")
+        raise UserError(f"{self.folder} has no model.safetensors, nor an index of several: {_AGAIN}")
 
     def _open(self, name: str) -> Any:
         if name not in self._open_files:
             try:
                 self._open_files[name] = safe_open(self.folder / name, "pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.folder / name} is not readable ({error}): download the model again") from None
+                raise UserError(f"{self.folder / name} is not readable ({error}): {_AGAIN}") from None
         return self._open_files[name]
 
     @property
@@ -196,15 +202,3 @@ def sharded_tensors(model: ModelConfig, tensors: HfTensors) -> dict[str, Sharded
             row.weight.key, tensor, *place, prepend_axis_num=len(place)
         )
     return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: give a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: download the model again")
-    return content

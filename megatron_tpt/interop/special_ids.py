@@ -1,16 +1,14 @@
 """The special tokens that a model's files name: config.json, generation_config.json and the tokenizer's own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.indexing.tokenizer import CONFIG, EOS_FILES, Tokenizer
+from megatron_tpt.json_data import pretty, read_object
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,
     HF_CONFIG,
-    TOKENIZER_SETTINGS,
     History,
-    read_json,
     special_token_ids,
     with_end_ids,
     without_none,
@@ -26,9 +24,9 @@ def exported_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
     tokenizer, history = checkpoint / "tokenizer", History.read(checkpoint)
     end_of_documents = Tokenizer(tokenizer).eos_id
     learned = [*history.end_of_turn_ids, *([end_of_documents] if history.longest_sequence else [])]
-    ids = special_token_ids(read_json(checkpoint / HF_CONFIG), tokenizer)
+    ids = special_token_ids(read_object(checkpoint / HF_CONFIG), tokenizer)
     ids["eos_token_id"] = with_end_ids(ids["eos_token_id"], learned)
-    generation = read_json(checkpoint / GENERATION_CONFIG) or without_none(ids)
+    generation = read_object(checkpoint / GENERATION_CONFIG) or without_none(ids)
     ends = generation.get("eos_token_id")
     ends = with_end_ids(ids["eos_token_id"] if ends is None else ends, learned)
     return ids, {**generation, "eos_token_id": ends}
@@ -44,8 +42,8 @@ def eos_token_of_chats(checkpoint: Path) -> str | None:
 
 def set_eos_token(folder: Path, token: str) -> None:
     """Have a tokenizer folder name another end-of-sequence token, wherever it names one."""
-    for name in TOKENIZER_SETTINGS:
-        content = read_json(folder / name)
-        if name == TOKENIZER_SETTINGS[0] or "eos_token" in content:
+    for name in EOS_FILES:
+        content = read_object(folder / name)
+        if name == CONFIG or "eos_token" in content:
             content["eos_token"] = token
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / name).write_bytes(pretty(content))

@@ -1,8 +1,9 @@
-"""The runtime of offline jobs, the same for all of them. It may import config, records and the single modules.
+"""The common runtime of offline jobs. It may import config, records and the single modules.
 
-A job is its settings: the same command again does what is missing, and other settings are refused with the difference
-(settings.py). Who works on what is told by locks (lock.py), what is finished by whole files and journals (journal.py),
-how far it is by a line on the terminal and a file for each task (progress.py, folder.py). One command runs as many
-tasks: processes of this machine, a SLURM job array or Ray (run.py); work within one process is spread by workers.py and
-ordered_workers.py. A job that is written with it: tests/jobs/word_counts.py.
+A job is defined by its settings: running the same command again completes it, and different settings are refused with a
+message that names the differences (settings.py). Locks record which process works on which task (lock.py), complete
+files and journals record what is finished (journal.py), and a line on the terminal and a file per task show the
+progress (progress.py, folder.py). One command runs as many tasks: processes on this machine, a SLURM job array or Ray
+(run.py). workers.py and ordered_workers.py distribute the work of one process. Example of a job:
+tests/jobs/word_counts.py.
 """

@@ -1,8 +1,8 @@
-"""Journals: what a job has done, a line of JSON for each, added as it happens and read when the job is resumed.
+"""Journals: append-only files with one JSON line per finished item, read when the job is resumed.
 
-A journal has one writer at a time. A line counts when it is whole, with its newline, and so are all before it: a crash
-truncates no other line than the last, and the next writer cuts the file where the part that counts ends. (A file to
-which writers add after a crash without reading it is another matter: see `files.append_line`.)
+A journal has one writer at a time. A line is valid if it is complete, with its newline, and all lines before it are
+valid: a crash can only truncate the last line, and the next writer truncates the file after the last valid line. (For
+files that are appended to after a crash without being read, see `files.append_line`.)
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
-    """A line of a journal and its place in the file, in bytes."""
+    """A line of a journal and its position in the file, in bytes."""
 
     fields: dict[str, Any]
     begin: int
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
 
 
 def read_journal(path: Path) -> Iterator[Entry]:
-    """The entries that count, none where there is no file."""
+    """The valid entries; none if there is no file."""
     if not path.exists():
         return
     end = 0
@@ -39,14 +39,14 @@ def read_journal(path: Path) -> Iterator[Entry]:
 
 
 def encode(entries: Iterable[dict[str, Any]]) -> bytes:
-    """Entries as lines. Escaped, so that whatever a value holds comes back as it was."""
+    """Entries as lines. Non-ASCII characters are escaped, so that every value is read back unchanged."""
     return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
 
 
 def append(descriptor: int, path: Path, lines: bytes) -> None:
-    """Add `lines` to a journal that is open for appending, with one system call: kill -9 comes before it or after it.
+    """Add `lines` to a journal that is open for appending, with one system call, so that kill -9 cannot split them.
 
-    Raises OSError where there is no room for all of them; what was written of them does not count, if none follows.
+    Raises OSError if the disk is full; a partial line is invalid, provided that nothing is appended after it.
     """
     if os.write(descriptor, lines) != len(lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -1,6 +1,7 @@
 """Tasks as processes of this machine."""
 
 import contextlib
+import logging
 import os
 import queue
 import shutil
@@ -15,19 +16,20 @@ from typing import NoReturn
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
+
+logger = logging.getLogger(__name__)
 
 
 def run_local(
     command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
 ) -> list[TaskResult]:
-    """Run the tasks that are not finished, some at once, each with its own GPUs; returns all results."""
+    """Run the tasks that are not finished, several at once, each with its own GPUs; returns all results."""
     environments = worker_environments(options)
-    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
-    results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
+    tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
-        say(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
+        logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
     pool = _Pool(command, options.num_tasks, log_dir, tasks)
     with _sigterm_as_exit(), contextlib.closing(pool.run(environments)) as ended_tasks:
         for result in ended_tasks:
@@ -36,8 +38,16 @@ def run_local(
     return list(results.values())
 
 
+def tasks_to_run(
+    options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
+) -> tuple[list[int], dict[int, TaskResult]]:
+    """The tasks that are not finished, and the results of the others."""
+    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
+    return tasks, {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
+
+
 def finished_before(task: int, log_dir: Path) -> TaskResult:
-    """The result of a task that needed no run."""
+    """The result of a task that was finished before."""
     return TaskResult(task, "finished", TaskFiles(log_dir, task).log)
 
 
@@ -56,11 +66,11 @@ def announce(result: TaskResult, num_tasks: int) -> None:
         text += f": {TaskFiles(result.log_path.parent, result.task).user_error()}; no further tasks start"
     elif result.state == "failed":
         text += f": {result.log_path}"
-    say(text)
+    logger.log(logging.WARNING if result.state == "failed" else logging.INFO, text)
 
 
 def worker_environments(options: ScaleOptions) -> list[dict[str, str]]:
-    """What each worker's tasks have in their environment in addition to ours: its share of the GPUs."""
+    """Additional environment variables for the tasks of each worker: its share of the GPUs."""
     common = {}
     if options.cpus_per_task is not None and "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = str(options.cpus_per_task)
@@ -98,11 +108,11 @@ class _Pool:
         self._waiting = deque(tasks)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
-        self._lock = threading.Lock()  # held to start a task or to decide that none starts any more
+        self._lock = threading.Lock()  # held while starting a task or setting _stopping
         self._ended: queue.Queue[TaskResult | BaseException | None] = queue.Queue()
 
     def run(self, environments: Sequence[dict[str, str]]) -> Generator[TaskResult]:
-        """Yield each task's result when it ended, and at last those that did not start."""
+        """Yield the result of each task when it ends, and finally those of tasks that did not start."""
         threads = [threading.Thread(target=self._work, args=(each,), daemon=True) for each in environments]
         for thread in threads:
             thread.start()
@@ -142,7 +152,7 @@ class _Pool:
             task = self._waiting.popleft()
             which = ["--task", str(task), "--parent", str(os.getpid())]
             line = supervised_command(self._command, self._num_tasks, self._log_dir, *which)
-            # In its own group: Ctrl-C reaches only us, and we end the tasks.
+            # In its own process group: Ctrl-C only reaches this process, which then ends the tasks.
             process = subprocess.Popen(line, env=os.environ | environment, stdin=subprocess.DEVNULL, process_group=0)
             self._processes.add(process)
             return task, process
@@ -152,7 +162,7 @@ class _Pool:
             self._stopping = True
 
     def _end_processes(self, threads: Sequence[threading.Thread]) -> None:
-        """Ask the supervisors of running tasks to end them, a second time when the user presses Ctrl-C again."""
+        """Tell the supervisors of running tasks to end them, again whenever the user presses Ctrl-C."""
         while self._processes:
             for process in list(self._processes):
                 process.terminate()
@@ -165,7 +175,7 @@ class _Pool:
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit here, so that tasks are ended in the same way as on Ctrl-C."""
+    """Raise SystemExit on SIGTERM, so that tasks are ended in the same way as on Ctrl-C."""
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)

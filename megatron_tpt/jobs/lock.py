@@ -1,7 +1,7 @@
-"""Locks: of two processes that start the same task, on one machine or two, only one does it.
+"""Locks: if two processes, on one machine or two, start the same task, only one runs it.
 
-filelock's `lock_descriptor` takes the lock. Its `FileLock` opens files itself, and what is locked here is also a folder
-(of an index), and a journal that its holder writes.
+filelock's `lock_descriptor` takes the lock. Its `FileLock` does not suit, since it opens files itself: here locks are
+also taken on a folder (of an index) and on a journal that the holder writes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links
 
 _MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What flock(2) ends with on a file system without locks."""
+"""The errors of flock(2) on a file system without locks."""
 _NO_LOCKS = "MEGATRON_TPT_NO_LOCKS"
 
 
@@ -28,23 +28,23 @@ class TaskLocked(UserError):
 
 
 def has_locks() -> bool:
-    """Whether locks are taken: not where the user has turned them off."""
+    """Whether locking is enabled: the user can turn it off."""
     return os.environ.get(_NO_LOCKS) != "1"
 
 
 @contextlib.contextmanager
 def task_lock(folder: str | Path, task: int, *, timeout_s: float = 10) -> Iterator[None]:
-    """Hold the lock of task number `task` of the job whose files are in `folder`, which is made if need be.
+    """Hold the lock of task number `task` of the job whose files are in `folder`, which is created if needed.
 
     Waits up to `timeout_s` for another holder to end (one that was killed may take a moment), then raises `TaskLocked`,
-    which says who holds it.
+    which names the holder.
 
-    The lock is flock(2) on `folder/.task_00003.lock`. The kernel releases it when its holder ends, however it ends, so
-    none is ever left over; the file stays, since removing it would let two processes lock two files of one name. (A
-    child that was forked without exec shares the lock, and keeps it while it lives.) Between machines it is as good as
-    the file system's locks: NFS needs version 4, or 3 with lockd, and no `nolock` or `local_lock` among its mount
-    options; Lustre needs the mount option `flock`, its default since 2.13 (`localflock` guards one machine only). A
-    file system without locks is a UserError, unless MEGATRON_TPT_NO_LOCKS=1 turns locks off.
+    The lock is flock(2) on `folder/.task_00003.lock`. The kernel releases it however its holder ends, so there are no
+    stale locks. The file is kept, since removing it would let two processes lock two files of the same name. (A child
+    that was forked without exec shares the lock, and keeps it while it lives.) Locking between machines depends on the
+    file system: NFS needs version 4, or 3 with lockd, without the mount options `nolock` and `local_lock`; Lustre needs
+    the mount option `flock`, its default since 2.13 (`localflock` only works within one machine). A file system without
+    locks causes a UserError, unless MEGATRON_TPT_NO_LOCKS=1 turns locking off.
     """
     with exclusive(_task_lock_path(folder, task), f"task {task}", timeout_s=timeout_s):
         yield
@@ -56,7 +56,7 @@ def is_task_locked(folder: str | Path, task: int) -> bool:
     if not has_locks() or not path.exists():
         return False
     with open(path, "a+", opener=no_links) as file:
-        return not _try_lock(file.fileno(), path)  # closed at once: who begins the task now waits that long
+        return not _try_lock(file.fileno(), path)  # released at once; a task that starts meanwhile waits briefly
 
 
 def _task_lock_path(folder: str | Path, task: int) -> Path:
@@ -65,12 +65,12 @@ def _task_lock_path(folder: str | Path, task: int) -> Path:
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
-    """Hold the lock file `path`; `what` names in a message what it guards. See `task_lock`."""
+    """Hold the lock file `path`; `what` names the protected resource in messages. See `task_lock`."""
     if not has_locks():
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not truncated by opening: it says who holds the lock. Open for writing, since NFS refuses to lock otherwise.
+    # Opening must not truncate it: it names the holder. Opened for writing, since NFS requires it for locking.
     with open(path, "a+", encoding="utf-8", opener=no_links) as file:
         if not locked(file.fileno(), path, timeout_s=timeout_s):
             file.seek(0)
@@ -82,7 +82,7 @@ def exclusive(path: Path, what: str, *, timeout_s: float) -> Iterator[None]:
         try:
             yield
         finally:
-            unlock_descriptor(file.fileno())  # not only by closing it: a fork may have it open as well
+            unlock_descriptor(file.fileno())  # closing is not enough: a forked child may have it open as well
 
 
 def locked(descriptor: int, path: Path, *, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""Where the tasks of a job run, and with what."""
+"""Options for where the tasks of a job run, and with which resources."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,40 +10,42 @@ from megatron_tpt.errors import UserError
 
 @dataclass(frozen=True)
 class ScaleOptions:
-    """How one command runs as many tasks."""
+    """Options for running one command as many tasks."""
 
     executor: Literal["local", "slurm", "ray"] = "local"
     """Where tasks run: processes on this machine, a SLURM job array, or a Ray cluster."""
     num_tasks: PositiveInt = 1
-    """Parts that the job is split into. An unfinished job keeps its number."""
+    """Number of tasks that the job is split into; fixed until the job is finished."""
     num_workers: PositiveInt | None = None
-    """Tasks at once. On this machine: as many as its GPUs allow, one without; on SLURM and Ray: no limit of ours."""
+    """Tasks that run at once. By default as many as the GPUs of this machine allow, or one; unlimited on SLURM and
+    Ray."""
     gpus_per_task: NonNegativeInt = 0
-    """GPUs of each task, for it alone. At 0 a local task sees all of them."""
+    """GPUs of each task, not shared with other tasks. With 0, local tasks see all GPUs."""
     cpus_per_task: PositiveInt | None = None
-    """CPU cores that SLURM or Ray reserve for each task; on this machine its OMP_NUM_THREADS, where that is not set."""
+    """CPU cores that SLURM or Ray reserve for each task; on this machine its OMP_NUM_THREADS, unless that is set."""
     partition: str | None = None
-    """SLURM: partition; by default the cluster's own."""
+    """SLURM: partition; by default that of the cluster."""
     time_limit: str | None = None
-    """SLURM: time limit of a task, as in `04:00:00` or `1-12` (days-hours); by default the partition's own."""
+    """SLURM: time limit of a task, as in `04:00:00` or `1-12` (days-hours); by default that of the partition."""
     account: str | None = None
-    """SLURM: account that pays."""
+    """SLURM: account to charge."""
     qos: str | None = None
     """SLURM: quality of service."""
     mem: str | None = None
-    """SLURM: memory of a task, as in `64G`; by default the cluster's own."""
+    """SLURM: memory of a task, as in `64G`; by default that of the cluster."""
     sbatch_args: list[str] = field(default_factory=list)
-    """SLURM: further sbatch options, as in `constraint=h100` or `exclusive`; they win over the ones above."""
+    """SLURM: further sbatch options, as in `constraint=h100` or `exclusive`; they override the ones above."""
     env_command: str | None = None
-    """SLURM: shell line before each task, as in `module load cuda`. The task runs with the Python of the submission."""
+    """SLURM: shell command before each task, as in `module load cuda`. Tasks use the Python of the submission."""
     max_array_size: PositiveInt | None = None
-    """SLURM: most tasks in one array, by default the cluster's MaxArraySize. More tasks are more arrays."""
+    """SLURM: most tasks in one array, by default the cluster's MaxArraySize. More tasks are split into several
+    arrays."""
     requeue_before_limit_s: PositiveInt = 120
-    """SLURM: a task that is still running this long before its time limit is stopped and queued again."""
+    """SLURM: seconds before the time limit at which a task that is still running is stopped and requeued."""
     max_requeues: NonNegativeInt = 100
-    """SLURM: times that one task may be queued again; after that it fails."""
+    """SLURM: number of times that a task may be requeued before it fails."""
     wait: bool = False
-    """SLURM: wait for the end of the tasks and report as elsewhere, instead of ending once they are submitted."""
+    """SLURM: wait for the tasks to end and report their results, instead of exiting once they are submitted."""
     ray_address: str | None = None
     """Ray: address of the cluster, as in `auto` or `ray://head:10001`; by default RAY_ADDRESS, else this machine."""
 

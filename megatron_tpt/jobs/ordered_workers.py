@@ -1,4 +1,4 @@
-"""One function over a stream of items in several processes or threads: results in order, few items in flight."""
+"""Apply a function to a stream of items in several processes or threads: ordered results, few items in flight."""
 
 import multiprocessing
 import os
@@ -9,10 +9,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from megatron_tpt import logs
 from megatron_tpt.errors import Fault
 from megatron_tpt.processes import children_end_with_us
 
-_IN_FLIGHT_PER_WORKER = 3  # so that a worker has its next item while we are busy with results
+_IN_FLIGHT_PER_WORKER = 3  # so that workers have their next items while the caller processes results
 
 _work: Callable[[Any], Any]  # in a worker process
 
@@ -23,15 +24,14 @@ def map_in_order[S, T](
     num_workers: int,
     describe: Callable[[S], str],
 ) -> Generator[tuple[S, T]]:
-    """Every item and `work(item)`, in the order of the items, where each of the processes makes its own `work`.
+    """Yield every item and `work(item)` in the order of the items; each process creates its own `work`.
 
-    `make_work` and items are pickled. What `work` raises is raised here,
-    in the place of its item. Raises Fault when a worker dies; `describe(item)` names what it was at.
+    `make_work` and items are pickled. Exceptions of `work` are raised here in place of the result. Raises Fault when a
+    worker dies; `describe(item)` names the items in flight.
     """
     with children_end_with_us():  # the executor starts its processes in this thread, as items come
-        executor = ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(make_work,)
-        )
+        context, arguments = multiprocessing.get_context("spawn"), (make_work, logs.for_worker())
+        executor = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=arguments)
         in_flight: deque[S] = deque()
 
         def submit(item: S) -> Future[T]:
@@ -52,13 +52,13 @@ def map_in_order[S, T](
 
 
 def map_in_threads[S, T](function: Callable[[S], T], items: Iterable[S], num_threads: int) -> Generator[T]:
-    """`function(item)` of every item, in the order of the items, done by `num_threads` threads."""
+    """Yield `function(item)` for every item in the order of the items, computed by `num_threads` threads."""
     with ThreadPoolExecutor(num_threads) as executor:
         yield from _in_order(lambda item: executor.submit(function, item), items, num_threads + 2)
 
 
 def _in_order[S, T](submit: Callable[[S], Future[T]], items: Iterable[S], max_in_flight: int) -> Generator[T]:
-    """The results of items. What came before an error of `items` is handed out before it is raised."""
+    """The results of items. If `items` raises an error, earlier results are yielded before it is raised."""
     in_flight: deque[Future[T]] = deque()  # without the items, which may be large
     iterator, end, error = iter(items), object(), None
     while True:
@@ -78,10 +78,11 @@ def _in_order[S, T](submit: Callable[[S], Future[T]], items: Iterable[S], max_in
         raise error
 
 
-def _start(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+def _start(make_work: Callable[[], Callable[[Any], Any]], set_up_logs: Callable[[], None]) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    set_up_logs()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already run in parallel
     _work = make_work()
 
 

@@ -1,7 +1,8 @@
-"""How far a job is: a line on the terminal, and for each task a small file that others can read (see folder.py)."""
+"""Progress of a job: a line on the terminal, and a small file per task for other processes (see folder.py)."""
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import threading
@@ -18,44 +19,46 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 _TERMINAL_EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
 _FILE_EVERY_S = 5.0
 
 
 class ProgressLine:
-    """A line that says how far a job is: on a terminal it is in one place and changes every second; in a log it is
-    repeated every half minute.
+    """A line with the progress of a job: on a terminal it is updated in place every second; in a log it is repeated
+    every half minute.
 
         with ProgressLine() as line:
             for item in items:
                 line.show(lambda: f"{count:,} items")
 
-    What is printed meanwhile comes above the line, which is gone at the end of the block.
+    Other output appears above the line, which disappears at the end of the block.
     """
 
     def __init__(self, log_every_s: float = _LOG_EVERY_S) -> None:
         self._start_s = time.monotonic()
-        self._live = _terminal_line() if sys.stderr.isatty() else None
+        self._live = _terminal_line() if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) else None
         self._interval_s = _TERMINAL_EVERY_S if self._live else log_every_s
         self._next_s = self._interval_s
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self._start_s
 
     def show(self, text: Callable[[], str]) -> None:
-        """To be called often; does something, and calls `text`, only when it is time."""
+        """Call it often; it only updates the line, and calls `text`, at intervals."""
         if self.elapsed_s < self._next_s:
             return
         self._next_s = self.elapsed_s + self._interval_s
         if self._live is None:
-            print(text(), file=sys.stderr, flush=True)
+            logger.info(text())
             return
         if not self._live.is_started:
             self._live.start()
-            self._live.console.show_cursor()  # which a killed process could not do any more
+            self._live.console.show_cursor()  # if the process were killed, the cursor would stay hidden
         self._live.update(_one_line(text()), refresh=True)
 
     def __enter__(self) -> Self:
@@ -76,14 +79,14 @@ def _terminal_line() -> "Live":
     from rich.console import Console
     from rich.live import Live
 
-    # What goes to stdout stays there where that is another place than the terminal.
+    # Redirect stdout only if it is the terminal.
     to_terminal = sys.stdout.isatty()
     return Live(console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=to_terminal)
 
 
 @contextlib.contextmanager
 def every(interval_s: float, do: Callable[[], object]) -> Iterator[None]:
-    """Call `do` every so often during the block, in a thread of its own."""
+    """Call `do` every `interval_s` seconds during the block, in a separate thread."""
     ended = threading.Event()
 
     def repeat() -> None:
@@ -101,12 +104,12 @@ def every(interval_s: float, do: Callable[[], object]) -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """What one task has done since it was started. A job adds fields of its own, which become JSON."""
+    """The progress of one task since it was started. Jobs add fields, which are written as JSON."""
 
     input_bytes: int = 0
     """Size of this task's part of the input, if known."""
     input_bytes_done: int = 0
-    """Of these, what is done or was done before."""
+    """The bytes of it that are done, including those done before this start."""
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -114,12 +117,12 @@ class Progress:
 
 
 class Reporter:
-    """Shows a Progress as a line, and keeps it in its file, during a `with` block."""
+    """During a `with` block, shows a Progress as a line and writes it to its file."""
 
     def __init__(
         self, progress: Progress, path: Path, update: Callable[[float], object] = lambda elapsed_s: None
     ) -> None:
-        """`update` is called before the progress is shown, with the seconds since the beginning."""
+        """`update` is called before the progress is shown, with the seconds since the start."""
         self._progress = progress
         self._path = path
         self._update = update
@@ -127,7 +130,7 @@ class Reporter:
         self._next_file_s = 0.0
 
     def show(self) -> None:
-        """To be called often; does something only when it is time."""
+        """Call it often; it only updates line and file at intervals."""
         if self._line.elapsed_s >= self._next_file_s:
             self._next_file_s = self._line.elapsed_s + _FILE_EVERY_S
             self._update(self._line.elapsed_s)
@@ -145,25 +148,25 @@ class Reporter:
         self._line.__exit__()
         summary = self._summary()
         write_progress(self._progress, self._path)
-        print(summary, file=sys.stderr, flush=True)
+        logger.info(summary)
 
 
 def write_progress(progress: Progress, path: Path) -> None:
-    """Put `progress` where `read_fields` finds it."""
-    with atomic_write(path, durable=False) as temporary:  # it need not survive a power cut
+    """Write `progress` to a file for `read_fields`."""
+    with atomic_write(path, durable=False) as temporary:  # it need not survive a power failure
         temporary.write_text(json.dumps(vars(progress)))
 
 
 def read_fields(path: Path) -> dict[str, Any] | None:
-    """The fields of what a task has reported last, None before it has."""
+    """The fields that a task last reported; None if it has not reported yet."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # the latter after a power cut
+    except (FileNotFoundError, ValueError):  # the latter after a power failure
         return None
 
 
 def share_and_eta(done: float, whole: float, per_s: float) -> str:
-    """As in "; 12% of the input, 3 h 05 min left"; nothing where the size is not known."""
+    """As in "; 12% of the input, 3 h 05 min left"; empty if the size is not known."""
     if not whole:
         return ""
     eta = f", {duration((whole - done) / per_s)} left" if per_s and done < whole else ""

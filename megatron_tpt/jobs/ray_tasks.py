@@ -4,6 +4,7 @@
 process of a rank is killed.)
 """
 
+import logging
 import os
 import subprocess
 from collections import deque
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.jobs.local_tasks import announce, ended, finished_before
+from megatron_tpt.jobs.local_tasks import announce, ended, tasks_to_run
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+
+logger = logging.getLogger(__name__)
 
 
 def run_ray(
@@ -23,22 +26,21 @@ def run_ray(
 ) -> list[TaskResult]:
     """Run the tasks that are not finished on Ray; returns all results.
 
-    The nodes must share this folder, `log_dir` and the Python that runs here. Ray itself restarts a task whose worker
-    or node is lost, up to three times.
+    The nodes must share the current folder, `log_dir` and this Python environment. Ray itself restarts a task whose
+    worker or node is lost, up to three times.
     """
     ray = _import_ray()
-    tasks = [task for task in range(options.num_tasks) if not is_finished(task)]
-    results = {task: finished_before(task, log_dir) for task in set(range(options.num_tasks)) - set(tasks)}
+    tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
         with ray.init(address=options.ray_address, log_to_driver=False):
-            say(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")
+            logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")
             for result in _run(ray, command, options, log_dir, deque(tasks)):
                 results[result.task] = result
     return list(results.values())
 
 
 def _import_ray() -> Any:
-    # Ray would report each cluster's use to its makers.
+    # Otherwise Ray sends usage statistics to its developers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -72,7 +74,7 @@ def _run(
             results.append(result)
             stopping = stopping or result.exit_code == 2
     finally:
-        # The supervisor of a task ends it when its worker, which started it, is gone.
+        # Cancelling kills a task's Ray worker; the supervisor that it started then ends the task.
         for reference in running:
             ray.cancel(reference, force=True)
     return results + [TaskResult(task, "not run", TaskFiles(log_dir, task).log) for task in waiting]
@@ -82,5 +84,5 @@ def _result(ray: Any, reference: Any, task: int, log_dir: Path) -> TaskResult:
     try:
         return ended(task, ray.get(reference), log_dir)
     except ray.exceptions.RayError as error:
-        say(f"Ray lost task {task}: {error}")
+        logger.warning(f"Ray lost task {task}: {error}")
         return TaskResult(task, "failed", TaskFiles(log_dir, task).log)

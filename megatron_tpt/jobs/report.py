@@ -1,14 +1,11 @@
 """The results of tasks."""
 
 import signal
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from megatron_tpt.names import shown_lines
 
 _NUM_LOG_LINES = 5
 _MARK = "--- "
@@ -23,21 +20,21 @@ class TaskFiles:
 
     @property
     def log(self) -> Path:
-        """What the task printed, of all times that it ran."""
+        """The output of all runs of the task."""
         return self.log_dir / f"task_{self.task:05d}.log"
 
     @property
     def exit_code(self) -> Path:
-        """The exit code of its last run; empty while it runs and when it was stopped or lost, absent before it runs."""
+        """The exit code of its last run; empty while it runs, and if it was stopped or lost; absent before any run."""
         return self.log_dir / f"task_{self.task:05d}.exit"
 
     def read_exit_code(self) -> int | None:
-        """The exit code of its last run, None when there is none."""
+        """The exit code of its last run, or None."""
         text = self.exit_code.read_text() if self.exit_code.exists() else ""
         return int(text) if text else None
 
     def last_lines(self) -> list[str]:
-        """The last lines that its last run printed."""
+        """The last lines of output of its last run."""
         try:
             with open(self.log, "rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 16384))
@@ -49,14 +46,14 @@ class TaskFiles:
         return [line for line in last_run if line.strip() and not line.startswith(_MARK)][-_NUM_LOG_LINES:]
 
     def user_error(self) -> str:
-        """The line in which its last run says what the user has to change."""
+        """The error message of its last run that says what the user has to change."""
         lines = self.last_lines()
         errors = [line for line in lines if line.startswith("error: ")]
         return errors[-1].removeprefix("error: ") if errors else " ".join(lines[-1:]) or f"see {self.log}"
 
 
 def log_mark(event: str, text: str) -> bytes:
-    """A line of ours in the log of a task: when which run started and ended."""
+    """A marker line in the log of a task, for the start and the end of a run."""
     return f"{_MARK}{event} {text}\n".encode()
 
 
@@ -67,11 +64,11 @@ class TaskResult:
     task: int
     """Number of the task, from 0."""
     state: Literal["finished", "failed", "submitted", "not run"]
-    """`submitted` is waiting or running on SLURM; `not run` was never started, or was stopped with all the others."""
+    """`submitted`: waiting or running on SLURM; `not run`: never started, or stopped together with all other tasks."""
     log_path: Path
-    """What the task printed."""
+    """The output of the task."""
     exit_code: int | None = None
-    """As in a shell: 137 is killed by signal 9. None when the task did not end, or nothing was left to record it."""
+    """As in a shell: 137 means killed by signal 9. None if the task did not end, or nothing recorded how it ended."""
 
     def describe(self) -> str:
         """The state in words."""
@@ -97,11 +94,11 @@ class TaskReport:
 
     @property
     def exit_code(self) -> int:
-        """What the program should exit with: 0 when every task finished or was submitted, else 1."""
+        """The exit code for the program: 0 if every task finished or was submitted, otherwise 1."""
         return 0 if all(result.state in ("finished", "submitted") for result in self.results) else 1
 
     def summary(self) -> str:
-        """How many tasks are in which state; below it each failure with its log and the last lines of it."""
+        """The number of tasks in each state, then each failure with its log file and the last lines of the log."""
         counts = Counter(result.state for result in self.results)
         lines = [f"{len(self.results)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.items())]
         for result in self.failed:
@@ -111,8 +108,3 @@ class TaskReport:
         if self.exit_code:
             lines.append("The same command again runs what is missing.")
         return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Report progress on stderr; a program prints its result on stdout."""
-    print(shown_lines(text), file=sys.stderr, flush=True)

@@ -1,14 +1,15 @@
 """One command as many tasks: on this machine, as a SLURM array, or on Ray.
 
-A job that can be split takes `--task I --num-tasks N` and does part I of N, skips what is finished, and writes whole
-files. `run_tasks(command, ScaleOptions(...), log_dir)` runs all its tasks and says which finished:
+A job that can be split takes `--task I --num-tasks N`, does part I of N, skips what is finished, and writes complete
+files. `run_tasks(command, ScaleOptions(...), log_dir)` runs all its tasks and reports which finished:
 
-- A task that fails or is killed stops no other; a task that ends with exit code 2 (the user can fix it) stops the
-  start of further ones.
-- The same command again runs what is missing. No task runs twice at once.
-- `LOG_DIR/task_00003.log` is what task 3 printed, `task_00003.exit` its exit code.
+- A task that fails or is killed does not stop other tasks; after a task ends with exit code 2 (the user can fix it), no
+  further tasks are started.
+- Running the same command again runs what is missing. No task runs twice at the same time.
+- `LOG_DIR/task_00003.log` has the output of task 3, `task_00003.exit` its exit code.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from megatron_tpt.files import real_path
 from megatron_tpt.jobs.local_tasks import run_local
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.ray_tasks import run_ray
-from megatron_tpt.jobs.report import TaskFiles, TaskReport, say
+from megatron_tpt.jobs.report import TaskFiles, TaskReport
 from megatron_tpt.jobs.slurm_tasks import run_slurm
+
+logger = logging.getLogger(__name__)
 
 _EXECUTORS = {"local": run_local, "slurm": run_slurm, "ray": run_ray}
 
@@ -32,12 +35,11 @@ def run_tasks(
 ) -> TaskReport:
     """Run `command --task I --num-tasks N` for every task I that is not finished; call it from the main thread.
 
-    `is_finished` says whether the results of a task exist: what counts is the job's own output, since a record of
-    past runs would not know that an input was added. Without it every task is started, and skips its work if it is
-    done.
+    `is_finished` says whether the results of a task exist. It should look at the job's output, since records of past
+    runs would miss added input. Without it every task is started, and skips its work if it is done.
 
-    On SLURM this returns once tasks are submitted (`options.wait` changes that): the same call again submits those that
-    are neither finished nor in the queue. The report is printed as well. A task that ends with exit code 2 becomes a
+    On SLURM this returns once tasks are submitted (`options.wait` changes that); repeating the call submits those that
+    are neither finished nor in the queue. The report is also printed. A task that ends with exit code 2 becomes a
     `UserError` with its message, once the tasks that were running have ended. On SIGTERM and Ctrl-C the tasks are
     stopped, then SystemExit or KeyboardInterrupt propagates.
     """
@@ -45,7 +47,7 @@ def run_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     results = _EXECUTORS[options.executor](list(command), options, folder, is_finished)
     report = TaskReport(sorted(results, key=lambda result: result.task))
-    say(report.summary())
+    logger.log(logging.ERROR if report.exit_code else logging.INFO, report.summary())
     for result in report.failed:
         if result.exit_code == 2:
             raise UserError(f"task {result.task}: {TaskFiles(folder, result.task).user_error()}")

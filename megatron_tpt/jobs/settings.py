@@ -1,12 +1,11 @@
-"""What ties a job to its output: its settings, kept with it so that no other run is mixed in, and its input, which
-must not overlap with it.
+"""Checks that a job fits its output folder: its settings are stored there, so that a different job is refused, and its
+input must not overlap with the folder.
 
-The settings of a job are JSON. Its input is the entry "input": a list of {"name", "fingerprint"}, one for each file or
-shard. Files may be added to the input of a job: they come after those that it has, whatever their names, so that what
-is done stays valid. Such entries carry "added": 1 for the files of the first addition, and so on.
+The settings of a job are JSON. The entry "input" is a list of {"name", "fingerprint"}, one for each file or shard.
+Files may be added to the input of a job: they come after the existing ones, whatever their names, so that finished work
+stays valid. Such entries have "added": 1 for the files of the first addition, and so on.
 """
 
-import fnmatch
 import glob
 import json
 import os
@@ -15,25 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write, file_fingerprint, real_path
+from megatron_tpt.files import file_fingerprint, real_path, write_json
 from megatron_tpt.json_data import read_json
+from megatron_tpt.names import first_few
 from megatron_tpt.records import Source
+from megatron_tpt.records.patterns import matches
 
 _SHOWN = 3
-"""How many names a message lists."""
+"""The number of names that a message lists."""
 _MAX_VALUE = 60
 """Characters of a value that a message shows."""
 _FILES_BY_NAME = ("files", "model_files")
-"""Settings that are {name of a file: its fingerprint}."""
+"""Settings of the form {name of a file: its fingerprint}."""
 _OF_PREFIX = ("{}.json", "{}.sft.json")
 _IN_FOLDER = ("part-00000.jsonl.zst", "report.json")
-"""What is written next to a prefix, or in an output folder, under names by which records can be read."""
+"""Files written beside a prefix, or in an output folder, under names that could be read as records."""
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError when the folder of `path` holds something other than a run with these settings.
+    """Raise UserError when the folder of `path` holds anything but a run with these settings.
 
-    Files added to the input are no difference (see `added_names`).
+    Files added to the input are allowed (see `added_names`).
     """
     output = path.parent
     if output.exists() and not output.is_dir():
@@ -53,7 +54,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings of the run that `path` belongs to; None where there is none."""
+    """The settings of the run that `path` belongs to; None if there is none."""
     if not path.exists():
         return None
     try:
@@ -66,11 +67,10 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Note the settings of a run that starts in `path`, or the input of one that has grown (see `check_settings`)."""
+    """Write the settings of a run that starts in `path`, or its grown input (see `check_settings`)."""
     before = read_settings(path)
     if before is None or _added(before, settings):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, settings)
 
 
 def added_names(path: Path, settings: dict[str, Any]) -> list[str]:
@@ -80,15 +80,15 @@ def added_names(path: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _added(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the input that follow those of before; none where these are not all there, in their order."""
+    """The new entries of the input after the previous ones; none if these are not all present in their order."""
     old, new = _entries(before.get("input")), _entries(now.get("input"))
     return new[len(old) :] if old and new[: len(old)] == old else []
 
 
 def in_job_order(path: Path, sources: Sequence[Source]) -> list[Source]:
-    """`sources` in the order of the run that `path` belongs to: those that it knows first, then those that were added.
+    """`sources` in the order of the run that `path` belongs to: first those that it knows, then those that were added.
 
-    Unchanged where the sources that it knows are not all there, or come in another order than they did.
+    Unchanged if a source that the run knows is missing, or if their order has changed.
     """
     recorded = _recorded_inputs(path)
     by_name = {source.name: source for source in sources}
@@ -106,10 +106,11 @@ def in_job_order(path: Path, sources: Sequence[Source]) -> list[Source]:
 def describe_inputs(path: Path, sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The entry "input" for the settings of the run that `path` belongs to, or starts.
 
-    A file is compared by as many blocks as when it was first seen: how many is decided by the number of files.
+    The fingerprint of a file uses the number of blocks from when the file was first seen, which depends on the number
+    of files then.
     """
     recorded = _recorded_inputs(path)
-    # Jobs of earlier versions do not say.
+    # Jobs of earlier versions do not record it.
     num_blocks_before = _num_blocks(sum("added" not in entry for entry in recorded.values()))
     addition = max((entry.get("added", 0) for entry in recorded.values()), default=0) + 1
     described = []
@@ -131,13 +132,13 @@ def _recorded_inputs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:
-    """`value` where it is a list of named entries, as an input is; else none."""
+    """`value` if it is a list of named entries, such as an input; otherwise an empty list."""
     is_named = isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
     return value if is_named else []
 
 
 def _files(value: Any) -> list[dict[str, Any]]:
-    """The entries of files that are noted as {name: fingerprint}."""
+    """The entries of files that are stored as {name: fingerprint}."""
     return [{"name": name, "fingerprint": each} for name, each in value.items()] if isinstance(value, dict) else []
 
 
@@ -148,7 +149,7 @@ def _as_json(value: Any) -> str:
 def describe_changes(
     before: dict[str, Any], now: dict[str, Any], prefix: str = "", *, as_text: Callable[[Any], str] = _as_json
 ) -> Iterator[str]:
-    """What differs between settings, one phrase each: which of them from what to what, which file and how."""
+    """The differences between settings, one phrase each: a setting with both values, or how files have changed."""
     for name in {**now, **before}:
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -165,10 +166,10 @@ def describe_changes(
 
 
 class EntryChanges:
-    """How two lists of named entries, for example of files, differ."""
+    """The differences between two lists of named entries, for example of files."""
 
     def __init__(self, before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> None:
-        """An entry has a "name"; what else it has, but for "added" and "blocks", is its content."""
+        """An entry has a "name"; all other fields except "added" and "blocks" are its content."""
         self._old, self._new = ({entry["name"]: entry for entry in entries} for entries in (before, now))
         removed = [entry for name, entry in self._old.items() if name not in self._new]
         added = [entry for name, entry in self._new.items() if name not in self._old]
@@ -178,7 +179,7 @@ class EntryChanges:
             for entry in removed
             if (text := json.dumps(_content(entry))) in by_content
         }
-        """Name before: name now."""
+        """Old name: new name."""
         self.added = [entry["name"] for entry in added if entry["name"] not in self.renamed.values()]
         self.removed = [entry["name"] for entry in removed if entry["name"] not in self.renamed]
         common = [name for name in self._new if name in self._old]
@@ -186,12 +187,12 @@ class EntryChanges:
 
     @property
     def only_added(self) -> bool:
-        """Whether all that was there is there, as it was, in its order."""
+        """Whether all previous entries are unchanged and in the same order, and there are new ones."""
         is_rest_same = not (self.removed or self.renamed or self.changed)
         return is_rest_same and bool(self.added) and [n for n in self._new if n in self._old] == list(self._old)
 
     def describe(self) -> str:
-        """On one line; empty where nothing differs."""
+        """The differences on one line; empty if there are none."""
         groups = [
             ("added", self.added),
             ("removed", self.removed),
@@ -201,34 +202,28 @@ class EntryChanges:
         phrases = ", ".join(describe_names(names, verb) for verb, names in groups if names)
         if phrases or list(self._old) == list(self._new):
             return phrases
-        return f"the order was {_order(self._old)}, now {_order(self._new)}"
+        return f"the order was {first_few(list(self._old), _SHOWN)}, now {first_few(list(self._new), _SHOWN)}"
 
 
 def describe_names(names: Sequence[str], verb: str) -> str:
-    """`2 added (a.jsonl, b.jsonl)`: how many, and the first few."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"{len(names):,} {verb} ({', '.join(names[:_SHOWN])}{more})"
+    """`2 added (a.jsonl, b.jsonl)`: the number, and the first few names."""
+    return f"{len(names):,} {verb} ({first_few(names, _SHOWN)})"
 
 
 def _content(entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry says about the content."""
+    """The fields of an entry that describe its content."""
     return {key: value for key, value in entry.items() if key not in ("name", "added", "blocks") and value is not None}
 
 
 def _describe_entry(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The name of an entry that changed, and how where more than the content of a file can have changed."""
+    """The name of a changed entry, with the changes unless only a fingerprint can have changed."""
     if set(_content(before)) | set(_content(now)) <= {"fingerprint"}:
         return str(now["name"])
     return f"{now['name']}: {'; '.join(describe_changes(_content(before), _content(now)))}"
 
 
-def _order(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
 def _short(text: str, compared: str) -> str:
-    """A value on one line; of a long one the part where it begins to differ from the other."""
+    """A value on one line; for a long value the part around the first difference."""
     if len(text) <= _MAX_VALUE:
         return text
     differing = (i for i, (a, b) in enumerate(zip(text, compared, strict=False)) if a != b)
@@ -240,10 +235,10 @@ def _short(text: str, compared: str) -> str:
 def require_apart(
     output: Path, inputs: Sequence[str | Path], files: Iterable[Path], *, is_prefix: bool = False
 ) -> None:
-    """Raise UserError when what is written to `output` would be read as input by the next run, or replaces input.
+    """Raise UserError if the next run would read files written to `output` as input, or if they would replace input.
 
-    `output` is a folder, or with `is_prefix` the beginning of the names of the files that are written. `inputs` are as
-    the user named them, `files` those that are read. Links are followed.
+    `output` is a folder, or with `is_prefix` the prefix of the files that are written. `inputs` are as the user gave
+    them, `files` are the files that are read. Links are followed.
     """
     folder = real_path((output.parent if is_prefix else output).expanduser())
     names = [name.format(output.name) for name in _OF_PREFIX] if is_prefix else _IN_FOLDER
@@ -260,8 +255,14 @@ def require_apart(
             raise UserError(f"--output {output}: the input file {file} is inside it; choose another --output")
 
 
+def require_absent(output: Path) -> None:
+    """Raise UserError when something is in the place of an output that is only made anew."""
+    if os.path.lexists(output):
+        raise UserError(f"{output} exists; choose another --output or remove it")
+
+
 def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
-    """Whether the input `text` takes in `folder` or the files that are `written` to it."""
+    """Whether the input `text` includes `folder` or the files that are `written` to it."""
     if is_url := text.startswith("hf://"):
         text = text.removeprefix("hf://").partition("?")[0]  # may be a folder, too
     path = Path(text).expanduser()
@@ -272,13 +273,13 @@ def _reads(text: str, folder: Path, written: Sequence[Path]) -> bool:
     num_plain = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
     base, pattern = real_path(Path(*path.parts[:num_plain])), path.parts[num_plain:]
     return any(
-        place.is_relative_to(base) and _matches(place.relative_to(base).parts, pattern)
+        place.is_relative_to(base) and matches(place.relative_to(base).parts, pattern)
         for place in (*folder.parents, folder, *written)
     )
 
 
 def _real_folders(folder: Path) -> Iterator[Path]:
-    """A folder, by its real path, and those that links in it lead to, at any depth."""
+    """The real path of a folder, and of those that links in it lead to, at any depth."""
     waiting, seen = [folder], set[Path]()
     while waiting:
         root = waiting.pop()
@@ -287,15 +288,6 @@ def _real_folders(folder: Path) -> Iterator[Path]:
         seen.add(root)
         yield root
         if root != folder and folder.is_relative_to(root):
-            continue  # a link upwards: what else is there is not walked
+            continue  # a link to a parent of `folder`: do not walk the rest of it
         for place, names, _ in os.walk(root):
             waiting += [real_path(link) for link in (Path(place, name) for name in names) if link.is_symlink()]
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path matches a pattern in which `**` matches any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

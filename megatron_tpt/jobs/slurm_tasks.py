@@ -1,16 +1,17 @@
 """Tasks as elements of a SLURM job array.
 
-Element J of an array is task `offset + J`, whenever it runs: after a requeue, and in parallel with arrays that were
-submitted later. Each element runs `megatron_tpt.jobs.task` as its batch script, without srun: one process on one node
-needs no job step, the signal before the time limit reaches it directly, and options that srun reads cannot differ.
+Element J of an array is always task `offset + J`, also after a requeue and beside arrays that were submitted later.
+Each element runs `megatron_tpt.jobs.task` as its batch script, without srun: one process on one node needs no job step,
+the signal before the time limit reaches it directly, and srun cannot apply different options.
 
-(datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites: what
-is still queued then runs other ranks than it was submitted for. It submits a job that merges statistics and that waits
-forever when a task fails, and always sets a partition and the memory per core.)
+(datatrove's SlurmPipelineExecutor keeps the list of ranks to run in one file that the next submission overwrites, so
+that queued elements then run other ranks than they were submitted for. It submits a job that merges statistics and
+waits forever if a task fails, and always sets a partition and the memory per core.)
 """
 
 import hashlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -25,8 +26,10 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.local_tasks import announce, finished_before
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.options import ScaleOptions
-from megatron_tpt.jobs.report import TaskFiles, TaskResult, say
+from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+
+logger = logging.getLogger(__name__)
 
 _SCRIPT = """\
 #!/bin/bash
@@ -39,7 +42,7 @@ exec {supervisor}
 
 @dataclass(frozen=True)
 class _Element:
-    """An element of one of our arrays that SLURM has in its queue."""
+    """An element of one of the job's arrays in SLURM's queue."""
 
     task: int
     job_id: str
@@ -49,13 +52,13 @@ class _Element:
 def run_slurm(
     command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
 ) -> list[TaskResult]:
-    """Submit the tasks that are neither finished nor in the queue; returns all results that are known."""
+    """Submit the tasks that are neither finished nor in the queue; returns all known results."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
     _require_one_line([*command, str(log_dir), *_sbatch_arguments(options, log_dir, "", "")])
     name = _job_name(command, log_dir)
     with exclusive(log_dir / "slurm" / ".submit.lock", f"a submission from {log_dir}", timeout_s=60):
-        # In this order: a task that ends in between is seen as finished, and not as lost.
+        # In this order, so that a task that ends in between counts as finished, not as lost.
         queued = {element.task: element for element in _queued(name)}
         unfinished = [task for task in range(options.num_tasks) if not is_finished(task)]
         _check_same_job(command, options, log_dir, queued)
@@ -86,13 +89,13 @@ def _require_one_line(words: Sequence[str]) -> None:
 
 
 def _job_name(command: Sequence[str], log_dir: Path) -> str:
-    """The same for all submissions that use one log folder: by it their tasks are found in the queue."""
+    """A name that all submissions with one log folder share, by which their tasks are found in the queue."""
     script = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).stem)
     return f"{script}-{hashlib.sha256(str(log_dir).encode()).hexdigest()[:8]}"
 
 
 def _queued(name: str) -> Iterator[_Element]:
-    """Elements of our arrays that wait, run or are ending (as one does before it is queued again)."""
+    """Elements of the job's arrays that are pending, running or completing (as before a requeue)."""
     query = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F|%K|%t|%j"]
     for line in _slurm(query).splitlines():
         job_id, index, state, job_name = line.strip().split("|", 3)
@@ -102,7 +105,7 @@ def _queued(name: str) -> Iterator[_Element]:
 
 
 def _check_same_job(command: Sequence[str], options: ScaleOptions, log_dir: Path, queued: dict[int, _Element]) -> None:
-    """Tasks of another job, or of another split of this one, must not share its folder while they are queued."""
+    """Raise UserError while tasks of another job, or of another split of this one, are queued for its folder."""
     path = log_dir / "slurm" / "job.json"
     job = {"command": list(command), "num_tasks": options.num_tasks}
     if queued and path.exists() and json.loads(path.read_text()) != job:
@@ -119,7 +122,7 @@ def _tell_failures(tasks: Sequence[int], log_dir: Path) -> None:
     for task in tasks:
         files = TaskFiles(log_dir, task)
         if code := files.read_exit_code():
-            say(f"task {task} {TaskResult(task, 'failed', files.log, code).describe()} before: {files.log}")
+            logger.warning(f"task {task} {TaskResult(task, 'failed', files.log, code).describe()} before: {files.log}")
 
 
 def _submit(
@@ -173,7 +176,7 @@ def _sbatch_arguments(options: ScaleOptions, log_dir: Path, name: str, indices: 
         "account": options.account,
         "qos": options.qos,
         "mem": options.mem,
-        # To the batch script, which the supervisor has become.
+        # Sent to the batch script, which has exec'ed the supervisor.
         "signal": f"B:USR1@{options.requeue_before_limit_s}",
     }
     return [
@@ -215,25 +218,25 @@ def _tell_queue(
 ) -> None:
     if queued:
         num_pending = sum(element.state == "PD" for element in queued)
-        say(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
+        logger.info(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
     if missing:
-        say(f"submitted {len(missing)} of {options.num_tasks} tasks")
+        logger.info(f"submitted {len(missing)} of {options.num_tasks} tasks")
     if job_ids:
-        say(
+        logger.info(
             f"jobs {', '.join(job_ids)}: `squeue --job {','.join(job_ids)}`; logs: `tail -F {log_dir}/*.log`, and what "
             f"SLURM says in {log_dir}/slurm/*.out\nThe same command later submits what is missing by then."
         )
 
 
 def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path) -> list[TaskResult]:
-    """Wait until none of our tasks is queued, polling ever less often; a result for every task of the job."""
+    """Wait until no task is queued, polling less and less often; returns a result for every task of the job."""
     interval_s = 0.5
     try:
         while list(_queued(name)):
             time.sleep(interval_s)
             interval_s = min(interval_s * 1.5, 30.0)
     except KeyboardInterrupt:
-        say("the tasks continue: the same command waits again, scancel ends them")
+        logger.info("the tasks continue: the same command waits again, scancel ends them")
         raise
     results = {task: _result(task, log_dir) for task in tasks}
     for result in results.values():

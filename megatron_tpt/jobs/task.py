@@ -1,16 +1,17 @@
-"""Run one task of a job under supervision; every executor starts tasks by it.
+"""Run one task of a job under supervision; all executors start tasks with it.
 
 python -m megatron_tpt.jobs --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ...
 
-- `COMMAND ... --task 3 --num-tasks 16` runs with its output in LOGS/task_00003.log, and its exit code is kept.
-- It holds the lock of the task meanwhile: the same task started twice runs once.
-- Nothing of it outlives it: on SIGTERM or SIGINT, or when the process that started this one is gone (kill -9),
-  the command and its children get SIGTERM, then SIGKILL 30 s later or at a second signal. What the command left running
-  when it ended is killed as well: an inference engine whose parent was killed would keep its GPU.
-- Under SLURM, SIGUSR1 says that the time limit is near: the command is stopped as above and the task queued again.
+- Runs `COMMAND ... --task 3 --num-tasks 16` with its output in LOGS/task_00003.log, and records its exit code.
+- Holds the lock of the task meanwhile, so that a task that is started twice runs only once.
+- Leaves no processes behind: on SIGTERM or SIGINT, or when the process that started this one has died (kill -9), the
+  command and its children get SIGTERM, then SIGKILL 30 s later or at a second signal. Processes that the command leaves
+  running when it ends are killed as well: an inference engine whose parent was killed would keep its GPU.
+- Under SLURM, SIGUSR1 means that the time limit is near: the command is stopped as above and the task requeued.
 """
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_tpt import logs
 from megatron_tpt.errors import UserError, resource_message
 from megatron_tpt.files import atomic_write, no_links
 from megatron_tpt.jobs.lock import TaskLocked, task_lock
@@ -30,10 +32,12 @@ from megatron_tpt.jobs.report import TaskFiles, log_mark
 from megatron_tpt.names import shown_lines
 from megatron_tpt.processes import end_with_parent
 
+logger = logging.getLogger(__name__)
+
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL."""
 LOCKED_EXIT_CODE = 75
-"""Another process runs the task (EX_TEMPFAIL of sysexits.h)."""
+"""Another process is running the task (EX_TEMPFAIL of sysexits.h)."""
 _LOCK_TIMEOUT_S = 120.0  # a run that lost its parent takes GRACE_S to end, the lock of a lost NFS client 90 s to expire
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
@@ -52,14 +56,13 @@ def shell_exit_code(returncode: int) -> int:
 def run_task(
     command: Sequence[str], task: int, log_dir: Path, *, lock_timeout_s: float = _LOCK_TIMEOUT_S
 ) -> tuple[int, signal.Signals | None]:
-    """Run `command` as described above: its exit code, and the signal that made us stop it, if one did.
+    """Run `command` as described above. Returns its exit code, and the signal because of which it was stopped, if any.
 
-    Another process that runs the task is waited for up to `lock_timeout_s`, since it may be about to end; then
-    TaskLocked is raised.
+    If another process is running the task, waits up to `lock_timeout_s` for it to end, then raises TaskLocked.
     """
     files = TaskFiles(log_dir, task)
     with task_lock(log_dir, task, timeout_s=lock_timeout_s), open(files.log, "ab", buffering=0, opener=no_links) as log:
-        # Blocked, signals wait until we ask for them: no handler runs in the middle of anything.
+        # Signals are blocked and fetched with sigtimedwait, so that no handler interrupts other code.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS | {signal.SIGCHLD})
         with atomic_write(files.exit_code, durable=False):
             pass  # empty while the command runs
@@ -89,7 +92,7 @@ def _supervise(command: Sequence[str], log: BinaryIO) -> tuple[int, signal.Signa
         return 2, None
     stopped_by = None
     deadline = float("inf")
-    # The process stays a zombie until all of its group is killed, so that its number cannot be another's by then.
+    # The process stays a zombie until its whole group is killed, so that its pid cannot be reused before.
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         info = signal.sigtimedwait(_STOP_SIGNALS | {signal.SIGCHLD}, _remaining(deadline))
         if info is not None and info.si_signo in _STOP_SIGNALS:
@@ -115,13 +118,13 @@ def _prepare_child() -> None:
 
 
 def _tell_slurm(code: int, stopped_by: signal.Signals | None, max_requeues: int) -> None:
-    """Requeue this element of the array, or keep the others from starting, where necessary."""
+    """Requeue this element of the array, or cancel the pending ones, if necessary."""
     if stopped_by == signal.SIGUSR1:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
             raise UserError(f"met the time limit {max_requeues + 1} times: raise time_limit, or max_requeues")
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     elif code == 2 and stopped_by is None:
-        # Tasks that have not started yet would meet the same mistake.
+        # Tasks that have not started yet would fail in the same way.
         subprocess.run(["scancel", "--state=PENDING", os.environ["SLURM_ARRAY_JOB_ID"]], check=True)
 
 
@@ -148,12 +151,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(files: TaskFiles, text: str) -> None:
-    """Write what is wrong to the log of the task, or to stderr where that cannot be written."""
+    """Write an error to the log of the task, or to stderr if the log cannot be written."""
     try:
         with open(files.log, "ab", opener=no_links) as log:
             log.write(f"error: {text}\n".encode())
     except OSError:
-        print(f"error: task {files.task}: {text}", file=sys.stderr)
+        logs.print_error(f"task {files.task}: {text}")
 
 
 def main() -> int:
@@ -161,7 +164,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.parent is not None:
         end_with_parent(signal.SIGTERM)
-        if os.getppid() != arguments.parent:  # it was gone before we asked
+        if os.getppid() != arguments.parent:  # it had died before end_with_parent
             return 128 + signal.SIGTERM
     task, in_slurm = arguments.task, arguments.slurm_array_offset is not None
     if in_slurm:
@@ -170,11 +173,12 @@ def main() -> int:
     if not any(word.partition("=")[0] in ("--num-tasks", "--num_tasks") for word in command):
         command += ["--num-tasks", str(arguments.num_tasks)]
     try:
+        logs.configure()
         code, stopped_by = run_task(command, task, arguments.log_dir)
         if in_slurm:
             _tell_slurm(code, stopped_by, arguments.slurm_max_requeues)
     except TaskLocked as error:
-        print(f"not run: {error}", file=sys.stderr)
+        logger.warning(f"not run: {error}")
         return LOCKED_EXIT_CODE
     except (UserError, OSError) as error:
         if (text := str(error) if isinstance(error, UserError) else resource_message(error)) is None:

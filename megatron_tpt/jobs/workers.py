@@ -1,19 +1,20 @@
-"""Tasks spread over worker processes of one machine."""
+"""Distributes tasks over worker processes on one machine."""
 
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+from megatron_tpt import logs
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.processes import exit_with_parent
 
 
 class Workers:
-    """At most `num_workers` processes that do tasks. They start when they are needed, and end with the `with` block or
-    with this process, however it ends.
+    """At most `num_workers` processes that do tasks. They start on demand, and end with the `with` block or with this
+    process, however it ends.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -30,11 +31,11 @@ class Workers:
             connection.close()
 
     def run[T](self, work: Callable[[T], Iterator[int]], tasks: Sequence[T]) -> Iterator[int]:
-        """Do `work(task)` for every task, and yield what the tasks yield as it comes.
+        """Run `work(task)` for every task, and yield the values that the tasks yield, as they come.
 
-        `work` is a function of a module (workers are spawned) that leaves its results in files and yields how much it
-        has done. A UserError, Fault or OSError of a task is raised here; a worker that dies is a Fault that names
-        its task and how it ended. With one worker or one task everything is done in this process.
+        `work` is a module-level function (workers are spawned) that writes its results to files and yields its
+        progress. A UserError, Fault or OSError of a task is raised here; if a worker dies, raises a Fault that names
+        its task and how it ended. With one worker or one task, everything runs in this process.
         """
         if self._num_workers == 1 or len(tasks) <= 1:
             for task in tasks:
@@ -69,7 +70,7 @@ class Workers:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,))
+        process = context.Process(target=_serve, args=(theirs, logs.for_worker()))
         process.start()
         theirs.close()
         self._processes[ours] = process
@@ -82,9 +83,10 @@ def _death(process: Any) -> str:
     return f"worker {process.pid} {how}{hint}"
 
 
-def _serve(connection: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
+    set_up_logs()
+    exit_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     while True:
         try:
             work, task = connection.recv()
@@ -102,12 +104,5 @@ def _serve(connection: Connection) -> None:
 def _send(connection: Connection, message: tuple[str, Any]) -> None:
     try:
         connection.send(message)
-    except ConnectionError:  # the parent has ended, perhaps killed: there is nobody to report to
+    except ConnectionError:  # the parent has ended, perhaps killed: there is no one to report to
         os._exit(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

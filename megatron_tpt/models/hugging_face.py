@@ -1,9 +1,9 @@
-"""How a family's models become Hugging Face folders and back: the adapter, and the table of tensors it is made of.
+"""Conversion of a family's models to Hugging Face folders and back: the adapter, and its table of tensors.
 
-A row of the table says which Hugging Face tensors a tensor of a Megatron Core checkpoint is made of; its transform, how
-the two sides become one another. Rows are about whole tensors, as a checkpoint of any parallel layout describes them,
-so that layouts play no part here. The local and the Transformer Engine kernels of Megatron Core store their weights
-under the same keys, those of Transformer Engine.
+A row of the table lists the Hugging Face tensors that correspond to one tensor of a Megatron Core checkpoint; its
+transform converts between the two. Rows refer to full tensors, as checkpoints of any parallel layout describe them, so
+that layouts do not matter here. Megatron Core's local kernels store their weights under the same keys as its
+Transformer Engine kernels.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from megatron_tpt.config.model import ModelConfig, Weight
 
 
 class Transform(Protocol):
-    """How one Megatron Core tensor and the Hugging Face tensors of the same row become one another."""
+    """Converts between one Megatron Core tensor and the Hugging Face tensors of the same row."""
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """The Hugging Face tensors of a Megatron Core tensor, in the order of the row."""
@@ -88,29 +88,29 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron Core tensor and the Hugging Face tensors it is made of."""
+    """One Megatron Core tensor and the corresponding Hugging Face tensors."""
 
     weight: Weight
     names: tuple[str, ...]
-    """Of the Hugging Face tensors; `{layer}` is replaced by the layer's number."""
+    """Names of the Hugging Face tensors; `{layer}` is replaced by the number of the layer."""
     transform: Transform
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the Hugging Face tensors, by name."""
+        """Shapes of the Hugging Face tensors, by name."""
         parts = self.transform.split(torch.empty(self.weight.shape, device="meta"))
         return {name: tuple(part.shape) for name, part in zip(self.names, parts, strict=True)}
 
 
 class HuggingFaceAdapter[C: ModelConfig](ABC):
-    """A family's models in Hugging Face's terms."""
+    """Converts a family's models to and from Hugging Face's format."""
 
     architectures: tuple[str, ...]
-    """The classes of transformers that compute the same: `architectures` of a config.json."""
+    """The classes of transformers that compute the same function: `architectures` of a config.json."""
     embedding_name = "model.embed_tokens.weight"
-    """The embedding in a Hugging Face folder."""
+    """The name of the embedding in a Hugging Face folder."""
     output_name = "lm_head.weight"
-    """The output matrix there, which a model with tied embeddings may have or lack."""
+    """The name of the output matrix, which is optional in a model with tied embeddings."""
 
     @abstractmethod
     def from_config(self, config: dict[str, Any], source: Path) -> C:
@@ -123,20 +123,21 @@ class HuggingFaceAdapter[C: ModelConfig](ABC):
     def to_config(
         self, model: C, *, dtype: str, token_ids: dict[str, Any], original: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The content of config.json; of the one that the model was imported from, `original`, the fields are kept that
-        do not concern what it computes. Raises UserError when no architecture computes what the model does."""
+        """The content of config.json. Fields that do not affect the computation are kept from `original`, the
+        config.json that the model was imported from. Raises UserError when no architecture computes the same as the
+        model."""
 
     @abstractmethod
     def notes(self, config: dict[str, Any]) -> list[str]:
-        """Lines about fields of a config.json that have no effect here and are kept for exports, or are dropped."""
+        """Notes about fields of a config.json that have no effect here and are kept for exports, or are dropped."""
 
     @abstractmethod
     def rows(self, model: C) -> list[Row]:
         """The table for a model, in the order of the forward pass."""
 
     def places(self, model: C) -> Iterator[tuple[Row, int | None]]:
-        """Every tensor of a model: its row and its layer (None outside the layers), in the order of the forward
-        pass."""
+        """The row and layer of every tensor of a model (the layer is None outside the layers), in the order of the
+        forward pass."""
         rows = self.rows(model)
         yield from ((row, None) for row in rows if row.weight.part == "embedding")
         in_layers = [row for row in rows if row.weight.part == "layer"]

@@ -1,6 +1,5 @@
 """Initial weights that depend on the seed alone, whatever the parallel layout."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 
@@ -9,6 +8,7 @@ import torch
 from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron_tpt.config.model import ModelConfig
 from megatron_tpt.models.precision import unrounded_values
+from megatron_tpt.names import seed_of
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -29,10 +29,10 @@ def _weight_shards(gpt: GPTModel) -> Iterator[ShardedTensor]:
 def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
     """Draw every matrix from a normal distribution that depends on `seed` and the matrix alone.
 
-    Megatron Core draws from one stream per rank, so that the weights change with the layout. Here the checkpoint's own
-    description of each shard (its key and place in the whole) names a matrix: each rank draws the whole matrix from a
-    seed made of `seed` and the name, and keeps its part. Norms stay 1, biases 0. Projections back into the residual
-    stream have a standard deviation smaller by sqrt(2 * num_layers), as in GPT-2.
+    Megatron Core draws from one stream per rank, so that the weights depend on the layout. Here each matrix is
+    identified by the checkpoint metadata of its shards (key and offset): each rank draws the full matrix from a seed
+    derived from `seed` and this name, and keeps its part. Norms stay 1, biases are 0. For projections back into the
+    residual stream the standard deviation is divided by sqrt(2 * num_layers), as in GPT-2.
     """
     for parameter_name, parameter in gpt.named_parameters():
         if parameter_name.endswith("bias"):
@@ -45,7 +45,7 @@ def initialize_weights(gpt: GPTModel, model: ModelConfig, seed: int) -> None:
         into_residual = ".linear_proj." in shard.key or ".linear_fc2." in shard.key
         std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
         name = f"{seed}/{shard.key}/{shard.global_offset[:num_stacked]}"
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1)
+        generator = torch.Generator().manual_seed(seed_of(name))
         whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
         place = tuple(
             slice(offset, offset + length)

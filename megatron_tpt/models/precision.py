@@ -1,6 +1,6 @@
-"""Precision, recomputation and fused kernels in Megatron Core's terms.
+"""Translates precision, recomputation and fused kernels to Megatron Core's settings.
 
-What is asked for and cannot be active on this machine is an error: a run is never slower or coarser than it says.
+Features that are requested but not available on this machine are errors, never silent fallbacks.
 """
 
 import importlib.metadata
@@ -45,9 +45,8 @@ def fp8_settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By name, the values before rounding of the parameters that are kept in FP8: Transformer Engine keeps them with
-    the parameters until the optimizer makes its main weights from them. Who sets such
-    parameters must set both."""
+    """The unrounded values of parameters that are kept in FP8, by name. Transformer Engine keeps them until the
+    optimizer creates its main weights from them; code that sets such a parameter must set both."""
     parameters = dict(model.named_parameters())
     return {
         name: parameter.get_high_precision_init_val()
@@ -57,7 +56,7 @@ def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def recompute_settings(training: TrainingConfig) -> dict[str, Any]:
-    """Fields of TransformerConfig that choose which activations are computed again, and which wait in CPU memory."""
+    """Fields of TransformerConfig that choose which activations are recomputed, and which are offloaded to the CPU."""
     if training.recompute == "none":
         layers = training.cpu_offload_layers
         return {"cpu_offloading": True, "cpu_offloading_num_layers": layers} if layers else {}
@@ -68,7 +67,7 @@ def recompute_settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def require_active(training: TrainingConfig, *, transformer_engine: bool) -> None:
-    """Raises UserError when FP8 or CPU offload are asked for and this machine cannot do them."""
+    """Raises UserError when FP8 or CPU offload is requested but not available on this machine."""
     if training.cpu_offload_layers and not transformer_engine:
         raise UserError("training.cpu_offload_layers needs Transformer Engine on a GPU: set it to 0 here")
     if training.fp8 == "none":
@@ -86,13 +85,13 @@ def require_active(training: TrainingConfig, *, transformer_engine: bool) -> Non
 
 
 def fuses_gradient_accumulation() -> bool:
-    """Whether weight gradients are added up inside their matrix products: on a GPU with apex's extension, which
+    """Whether weight gradients are accumulated within their matrix products: on a GPU with apex's extension, which
     Megatron Core's output layer needs."""
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def describe_kernels(config: "TransformerConfig") -> str:
-    """One line on what a model runs through, for the log."""
+    """One line about the device, kernels and precision of a model, for the log."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     kernels = "Megatron Core's own kernels"
     if config.transformer_impl == "transformer_engine":

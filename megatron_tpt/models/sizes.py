@@ -1,12 +1,12 @@
-"""Parameters and operations of any family's model, from its configuration's tensors. No torch."""
+"""Parameters and FLOPs of a model of any family, from the tensors in its configuration. Imports no torch."""
 
 from megatron_tpt.config.model import ModelConfig, Weight
 from megatron_tpt.config.parallel import ParallelConfig
 
 
 def _stage_sizes(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[tuple[Weight, int]]:
-    """The tensors on a rank of a pipeline stage (from 0), with the values that it holds of each over its layers. Tied
-    embeddings are on the first and on the last stage."""
+    """The tensors on a rank of a pipeline stage (from 0), each with the number of its values over all layers of the
+    stage. Tied embeddings are on the first and on the last stage."""
     t, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     copies = {
         "embedding": int(stage == 0),
@@ -26,7 +26,7 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
 
 def stage_matrices(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Of stage_parameters, those in the matrices of the layers: what Muon updates."""
+    """Those of stage_parameters that are in the matrices of the layers, which Muon updates."""
     return sum(size for weight, size in _stage_sizes(model, parallel, stage) if weight.is_layer_matrix)
 
 

@@ -1,4 +1,4 @@
-"""What a model family is to everything else: `spec_of(recipe.model).build(...)`. No torch until it builds."""
+"""The interface of a model family: `spec_of(recipe.model).build(...)`. torch is only imported to build a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class ModelSpec[C: ModelConfig](ABC):
-    """A family. Its folder's __init__.py has one as `SPEC`; build and adapter are imported when they are asked for."""
+    """A model family, `SPEC` in the __init__.py of its folder. Build and adapter are only imported on demand."""
 
     config: type[C]
-    """Its configuration, whose `family` has the folder's name as its default."""
+    """Its configuration, whose field `family` defaults to the name of the folder."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Fields by name, for `model.preset`."""
 
@@ -33,13 +33,13 @@ class ModelSpec[C: ModelConfig](ABC):
         vp_stage: int | None = None,
     ) -> "GPTModel":
         """This rank's part of the model (of its virtual pipeline stage), on its device and in the precision of
-        training; its weights drawn from `seed` alike for every layout, or whatever was in memory without one.
+        training. Weights are drawn from `seed`, equally for every layout; without a seed they are uninitialized.
 
-        Needs process groups. Raises UserError for what cannot run on this machine.
+        Needs process groups. Raises UserError for settings that cannot run on this machine.
         """
 
     def hugging_face(self) -> "HuggingFaceAdapter[C] | None":
-        """How its models become Hugging Face folders and back; None for a family that has no counterpart there."""
+        """The adapter to Hugging Face's format; None for a family without a counterpart there."""
         return None
 
 
@@ -57,7 +57,7 @@ def all_specs() -> list[ModelSpec[Any]]:
 def build_chunks[C: ModelConfig](
     model: C, parallel: ParallelConfig, training: TrainingConfig, *, seed: int | None
 ) -> "list[GPTModel]":
-    """This rank's part of the model: one piece, or parallel.virtual_pipeline_parallel_size of them."""
+    """This rank's part of the model: one chunk, or parallel.virtual_pipeline_parallel_size of them."""
     vp = parallel.virtual_pipeline_parallel_size
     stages = range(vp) if vp > 1 else [None]
     return [spec_of(model).build(model, parallel, training, seed=seed, vp_stage=stage) for stage in stages]

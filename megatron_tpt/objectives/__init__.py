@@ -1,5 +1,5 @@
-"""What models are trained for, each objective in one file: the outputs of a model and a batch -> a loss and named sums.
+"""Training objectives, one per file: they compute a loss and named sums from the outputs of a model and a batch.
 
-The trainer, detection of bad steps and reporting know the names of the sums alone; a new loss term or metric is written
-in its objective and nowhere else. May import platform, config and Megatron Core; nothing of training.
+The trainer, the detection of bad steps and the reporting only know the names of the sums; a new loss term or metric
+only changes its objective. May import platform, config and Megatron Core, but not training.
 """

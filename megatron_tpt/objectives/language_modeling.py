@@ -1,4 +1,4 @@
-"""The next token: mean losses of all tokens, of documents and of thinking, and of every source."""
+"""Next-token prediction: mean losses over all tokens, over documents and thinking separately, and per source."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from megatron_tpt.objectives.vocab_parallel import token_statistics
 class LanguageModeling:
     """Cross-entropy of the labels, weighted by `loss_mask`, [b, s].
 
-    `is_thinking`, [b, s], distinguishes two kinds of labels; `source`, [b], a place in `source_names`, says which data
-    a row is from. Where there are several sources, their losses are reported; rows without `source` are of none.
+    `is_thinking`, [b, s], distinguishes two kinds of labels; `source`, [b], is the index in `source_names` of the
+    source of a row. With several sources, the loss of each is reported; rows without `source` belong to none.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LanguageModeling:
 
     def _sums(self, weighted: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
         mask, thinking = batch["loss_mask"], batch["is_thinking"].to(weighted.dtype)
-        # By row, [b, 2]: loss and tokens. In fp64 sums of so few fp32 numbers are exact, whatever their order.
+        # By row, [b, 2]: loss and tokens. In fp64, sums of so few fp32 numbers are exact, so order does not matter.
         of_thinking = torch.stack([(weighted * thinking).sum(dim=1), (mask * thinking).sum(dim=1)], dim=1)
         of_documents = torch.stack([weighted.sum(dim=1), mask.sum(dim=1)], dim=1) - of_thinking
         rows = of_documents.double() + of_thinking.double()
@@ -61,7 +61,7 @@ class LanguageModeling:
         return rows.T @ torch.nn.functional.one_hot(batch["source"], len(self.source_names)).double()
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Means in nats over the tokens of each kind of which there are any, and the perplexity of all."""
+        """Mean losses in nats over the tokens of each kind, if there are any, and the perplexity of all tokens."""
         if not sums["tokens"]:
             return {}
         loss = sums["loss"] / sums["tokens"]
@@ -78,5 +78,5 @@ class LanguageModeling:
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats; inf where no float holds it."""
+    """exp of a mean loss in nats; inf if it overflows."""
     return math.inf if loss > 700 else math.exp(loss)

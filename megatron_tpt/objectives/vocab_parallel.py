@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of logits that the tensor-parallel group shares along the vocabulary.
+"""Log-probabilities and entropies of logits that are split over the tensor-parallel group along the vocabulary.
 
-All of them need the same two passes over the logits, so they are computed together. What is kept for the backward pass
-is the logits, which the model holds anyway, and a few numbers per token; fp32 copies are made of some rows at a time.
+All of them need the same two passes over the logits, so they are computed together. The backward pass only needs the
+logits, which the model keeps anyway, and a few numbers per token; fp32 copies are made of some rows at a time.
 """
 
 from typing import Any, NamedTuple
@@ -16,25 +16,27 @@ _ELEMENTS_AT_ONCE = 2**24  # of fp32: 64 MiB
 
 
 class TokenStatistics(NamedTuple):
-    """Of the distribution at every place, fp32 [...], in nats; the same on all tensor-parallel ranks."""
+    """Statistics of the distribution at every position, fp32 [...], in nats; the same on all tensor-parallel ranks."""
 
     log_probabilities: torch.Tensor
-    """Of the tokens given."""
+    """Log-probabilities of the given tokens."""
     entropies: torch.Tensor
     logsumexp: torch.Tensor
-    """The logarithm of what the exponentials of the logits are divided by: a z-loss is its square."""
+    """The logarithm of the softmax denominator; its square is a z-loss."""
 
 
 def token_statistics(logits: torch.Tensor, tokens: torch.Tensor) -> TokenStatistics:
-    """Logits [..., v / t] of this rank, and tokens [...] of the whole vocabulary, the same on all tensor-parallel
-    ranks. Each result can be differentiated; the loss made of them must be the same on these ranks."""
+    """Takes this rank's logits [..., v / t], and token ids of the whole vocabulary [...], the same on all
+    tensor-parallel ranks. All results are differentiable; the loss computed from them must be the same on these ranks.
+    """
     size = logits.shape[-1]
     results = _Statistics.apply(logits.reshape(-1, size), tokens.reshape(-1))
     return TokenStatistics(*(one.view(tokens.shape) for one in results))
 
 
 def _place(tokens: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where tokens [n] are among the `size` logits of this rank (0 for those of others), and whether they are there."""
+    """The index of tokens [n] among the `size` logits of this rank (0 for those on other ranks), and whether they are
+    on this rank."""
     own = tokens - parallel_state.get_tensor_model_parallel_rank() * size
     is_here = (own >= 0) & (own < size)
     return own.where(is_here, 0), is_here

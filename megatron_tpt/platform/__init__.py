@@ -1,8 +1,8 @@
 """The accelerator and the process groups: CUDA with NCCL, or the CPU with gloo.
 
-Importing this package is enough to make Megatron Core usable on a machine without CUDA; on one with CUDA it changes
-nothing. Every other package imports Megatron Core only after it; megatron_core.py has all that depends on its version.
-May import config and errors.
+Importing this package makes Megatron Core usable on a machine without CUDA; with CUDA it changes nothing. All other
+packages import it before Megatron Core; megatron_core.py holds all code that depends on Megatron Core's version. May
+import config and the single modules.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.platform.megatron_core import adapt_megatron_to_cpu, fsdp_construction_on_cpu, require_version
 from megatron_tpt.platform.noise import silence_known_messages
 
-# Checkpoints may be foreign: torch.load builds tensors and plain containers only, also where a library asks for more.
+# Checkpoints are untrusted: torch.load only builds tensors and plain containers, even if a library asks for more.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 silence_known_messages(on_cpu=not torch.cuda.is_available())
 require_version()
@@ -35,7 +35,7 @@ def device() -> torch.device:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes that torchrun (or SLURM through it) started; 1 without it."""
+    """The number of processes that torchrun or another launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -48,11 +48,11 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
     parallel.data_parallel_size(world_size_from_environment())  # refuses a layout that does not fit
     timeout = datetime.timedelta(seconds=timeout_s)
     if torch.cuda.is_available():
-        # One hardware queue keeps communication and compute kernels in the order in which Megatron Core starts them;
-        # its FSDP wants them side by side.
+        # With one hardware queue, communication and compute kernels run in the order in which Megatron Core launches
+        # them; its FSDP needs them to run concurrently.
         if parallel.fsdp == "none":
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        # NCCL's last calls are kept, to diagnose a hang (training/watchdog.py).
+        # Record the last NCCL calls, to diagnose hangs (training/watchdog.py).
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -70,7 +70,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
             distributed_timeout_minutes=math.ceil(timeout_s / 60),
             create_gloo_process_groups=True,
         )
-        torch.distributed.barrier()  # what one rank of a machine did before is done when the others continue
+        torch.distributed.barrier()  # what one rank of a machine did before is done before any rank continues
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -78,7 +78,7 @@ def process_groups(parallel: ParallelConfig, *, timeout_s: int = 600) -> Iterato
 
 
 def _virtual_size(parallel: ParallelConfig) -> int | None:
-    """As Megatron Core expects it: None is the plain schedule."""
+    """In Megatron Core's convention: None for the schedule without interleaving."""
     return parallel.virtual_pipeline_parallel_size if parallel.virtual_pipeline_parallel_size > 1 else None
 
 
@@ -90,7 +90,7 @@ def gather_objects[T](value: T) -> list[T]:
 
 
 def set_timeout(timeout_s: int) -> None:
-    """Set how long collectives of all process groups wait for another rank from now on."""
+    """Set the timeout of the collectives of all process groups."""
     parallel_state.update_pg_timeout(datetime.timedelta(seconds=timeout_s))
 
 
@@ -113,11 +113,11 @@ def fsdp_construction() -> contextlib.AbstractContextManager[None]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that reports (global rank 0)."""
+    """Whether this process is global rank 0, which reports."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def rank_name() -> str:
-    """This process for people to find: its rank, its GPU and the machine."""
+    """Identifies this process in messages: its rank, its GPU and its machine."""
     gpu = f"GPU {torch.cuda.current_device()} of " if torch.cuda.is_available() else ""
     return f"{torch.distributed.get_rank()} ({gpu}{socket.gethostname()})"

@@ -1,7 +1,7 @@
-"""Work in a forked process, on a snapshot of this one's memory.
+"""Runs work in a forked process, on a snapshot of this process's memory.
 
-The process sees the memory as it was at that moment, whatever this process changes afterwards, and shares
-the pages that stay unchanged. It must not touch a GPU: what it needs from there is copied to the CPU before.
+The forked process sees the memory as it was at the fork, whatever this process changes afterwards, and shares the pages
+that do not change. It must not use a GPU: copy the data that it needs to the CPU first.
 """
 
 import gc
@@ -9,29 +9,22 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from megatron_tpt.platform.signals import ignore_stop_signals
+from megatron_tpt.processes import exit_with_parent
 
 _FORK = multiprocessing.get_context("fork")
 _NICENESS = 10  # the work leaves the cores to training
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
 def _run[T](work: Callable[[], T], connection: Connection) -> None:
     ignore_stop_signals()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    gc.disable()  # what this process inherited is its parent's to destroy: there may be tensors on a GPU among it
+    gc.disable()  # inherited objects, such as tensors on a GPU, must only be destroyed by the parent
     os.nice(_NICENESS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # it holds the parent's sockets, too
+    exit_with_parent()  # it also holds the parent's sockets open
     try:
         outcome: tuple[T | None, OSError | None] = work(), None
     except OSError as error:
@@ -40,7 +33,7 @@ def _run[T](work: Callable[[], T], connection: Connection) -> None:
 
 
 class BackgroundWork[T]:
-    """`work()` in its own process. What it returns is pickled; it must not start threads of torch."""
+    """Runs `work()` in a forked process. Its result is pickled; it must not start torch threads."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._connection, theirs = _FORK.Pipe(duplex=False)
@@ -50,14 +43,14 @@ class BackgroundWork[T]:
 
     @property
     def is_over(self) -> bool:
-        """Whether `result` has nothing to wait for."""
+        """Whether `result` would return at once."""
         return self._connection.poll()
 
     def result(self) -> T:
-        """Wait for what the work returned. Raises the OSError that it raised, and one for a process that was killed."""
+        """Wait for the result of the work. Raises the OSError that it raised, or one if the process was killed."""
         try:
             value, error = self._connection.recv()
-        except (EOFError, OSError):  # there is no more to come, or only a part came
+        except (EOFError, OSError):  # the process sent nothing, or only a part of the result
             self._process.join()
             value, error = None, ChildProcessError(f"the background process ended with code {self._process.exitcode}")
         self._end()
@@ -66,7 +59,7 @@ class BackgroundWork[T]:
         return value
 
     def kill(self) -> None:
-        """End the work, wherever it is."""
+        """End the work at once."""
         if not self._connection.closed:
             self._process.kill()
             self._end()

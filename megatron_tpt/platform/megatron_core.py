@@ -1,13 +1,12 @@
-"""Every use of private names of Megatron Core, and everything that is replaced in it or, because of it, in torch.
+"""All uses of private names of Megatron Core, and all patches of it or, because of it, of torch.
 
-Such names may change with any version, so this package runs with exactly one (`VERSION`). To move to another: change it
-here, in pyproject.toml and in constraints.txt, and run tests/platform/test_megatron_core.py. It says which code of
-`RELIES_ON` is no longer there, and has for every function below a run or a test that fails without it.
+Private names may change with any version, so this package requires exactly one (`VERSION`). To upgrade: change it here,
+in pyproject.toml and in constraints.txt, and run tests/platform/test_megatron_core.py. That reports which code in
+`RELIES_ON` no longer exists, and for every function below has a test that fails without it.
 
-The first part adapts Megatron Core to the CPU, where torch has no CUDA device, and never otherwise: it asks for the
-device "cuda" by name, distinguishes tensors by their CUDA type names, and keeps CUDA's random state. The second part is
-called on any device by the modules that need it. Megatron Core itself is imported by no line at the top: it is adapted
-first.
+The first part adapts Megatron Core to the CPU, only if torch has no CUDA device: Megatron Core requests the device
+"cuda" by name, distinguishes tensors by their CUDA type names, and saves CUDA's random state. The second part is called
+on any device by the modules that need it. No line at the top imports Megatron Core, since it has to be adapted first.
 """
 
 import contextlib
@@ -78,13 +77,13 @@ RELIES_ON: dict[str, tuple[str, ...]] = {
     "dist_checkpointing/strategies/async_utils.py": ("device=torch.cuda.current_device())",),
     "dist_checkpointing/strategies/filesystem_async.py": ("_results_queue = ctx.Manager().Queue()",),
 }
-"""Code of Megatron Core, by file, that this package works around or imitates, here or where the comments say."""
+"""Code of Megatron Core, by file, that this package works around or imitates, here or where a comment says."""
 
 _adapted = False
 
 
 def require_version() -> None:
-    """Raises UserError unless Megatron Core is there in the one version whose internals this module knows."""
+    """Raises UserError unless Megatron Core is installed in the supported version."""
     try:
         from megatron.core.package_info import __file__ as place
         from megatron.core.package_info import __version__ as found
@@ -92,11 +91,11 @@ def require_version() -> None:
         if not str(error.name).startswith("megatron"):
             raise
         raise UserError(f"Megatron Core is not installed: pip install megatron-core=={VERSION}") from None
-    if found.partition("+")[0] != VERSION:  # behind the "+" is the commit of a working tree
+    if found.partition("+")[0] != VERSION:  # after the "+" comes the commit of a source build
         raise UserError(
-            f"Megatron Core {found} is installed ({place}), and this package only knows the internals of {VERSION}: "
-            f"pip install megatron-core=={VERSION}; where a container brings another, do it in a virtual environment "
-            f"with access to the container's packages, and let no PYTHONPATH name the container's Megatron"
+            f"Megatron Core {found} is installed ({place}), but this package requires {VERSION}: pip install "
+            f"megatron-core=={VERSION}; if a container has another version, install it in a virtual environment with "
+            f"access to the container's packages, and remove the container's Megatron from PYTHONPATH"
         )
 
 
@@ -105,7 +104,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory that makes on the CPU what is asked for on "cuda"."""
+    """A tensor factory that uses the CPU if device="cuda" is requested."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -117,7 +116,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NoStream:
-    """A CUDA stream where everything is done at once: waiting for it returns at once."""
+    """A CUDA stream whose work is always done: waiting for it returns at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -132,7 +131,7 @@ class _NoStream:
 
 
 class _NoEvent:
-    """A CUDA event that has happened."""
+    """A CUDA event that is always complete."""
 
     def record(self, *args: Any) -> None: ...
 
@@ -145,20 +144,20 @@ class _NoEvent:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of CUDA calls that have no meaning on a CPU."""
+    """Replaces CUDA calls that have no meaning on a CPU."""
 
 
 def patch_tensor_factories() -> None:
-    """Factories with device="cuda": norms, counts of tokens, masks, what checkpoints exchange."""
-    # `with torch.device(...)` looks a factory's original up in a set that torch fills at its first use: fill it now.
-    # Otherwise transformers, for example, loads models with some parts uninitialised.
+    """Factories with device="cuda": norms, token counts, masks, tensors that checkpoints exchange."""
+    # `with torch.device(...)` looks up a factory in a set that torch fills on first use: fill it with the originals
+    # now. Otherwise transformers, for example, loads models with some parts uninitialised.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def patch_tensor_moves() -> None:
-    """`.cuda()` on tensors: the checkpoint's exchange of what each rank has, and tied embeddings."""
+    """`.cuda()` on tensors: the exchange of shards between ranks when loading, and tied embeddings."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
@@ -188,7 +187,7 @@ def patch_device_calls() -> None:
 
 
 def patch_fsdp() -> None:
-    """Megatron FSDP works on streams of its own and over a mesh of CUDA devices."""
+    """Megatron FSDP uses its own streams and a mesh of CUDA devices."""
     from torch.distributed.device_mesh import DeviceMesh
 
     torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
@@ -203,8 +202,8 @@ def patch_fsdp() -> None:
 
 @contextlib.contextmanager
 def fsdp_construction_on_cpu() -> Iterator[None]:
-    """While Megatron FSDP is built, the current device has a number: it compares its device with f"cuda:{number}", and
-    warns that they differ, as they should here."""
+    """While Megatron FSDP is built, the current device is a number: FSDP compares its device with f"cuda:{number}", and
+    warns that they differ, which is expected here."""
     log = logging.getLogger("megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp")
     current_device, level = torch.cuda.current_device, log.level
     torch.cuda.current_device = lambda: 0
@@ -227,9 +226,9 @@ def patch_random_state() -> None:
 
 
 def patch_jit() -> None:
-    """`jit_fuser` is torch.compile: minutes of C++ compilation that a CPU run does not gain from.
+    """`jit_fuser` is torch.compile: minutes of C++ compilation without benefit for a CPU run.
 
-    Must come before any other module of Megatron Core is imported: the decorator is applied as they are read.
+    Call it before importing any other module of Megatron Core: the decorator is applied at import.
     """
     from megatron.core import jit
 
@@ -237,7 +236,7 @@ def patch_jit() -> None:
 
 
 def adapt_megatron_to_cpu() -> None:
-    """Make Megatron Core run on the CPU with gloo. Call before any other import of it; twice does nothing."""
+    """Make Megatron Core run on the CPU with gloo. Call it before any other import of Megatron Core; idempotent."""
     global _adapted
     if _adapted:
         return
@@ -252,16 +251,16 @@ def adapt_megatron_to_cpu() -> None:
 
 
 def replace_results_queue() -> None:
-    """What a checkpoint writer reports about its files goes through a queue, for which Megatron Core starts a process.
-    Here it stays within one process."""
+    """Replace the queue for the results of a checkpoint writer, for which Megatron Core starts a process, by one within
+    this process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def before_finalizing(strategy: Any, prepare: Callable[[Any], None]) -> None:
-    """Have a TorchDistSaveShardedStrategy call `prepare` with its writer before it takes the writer's functions into
-    its request."""
+    """Make a TorchDistSaveShardedStrategy call `prepare` with its writer before it puts the writer's functions into its
+    request."""
     make_request = strategy._get_save_and_finalize_callbacks
 
     def prepare_and_make_request(writer: Any, *arguments: Any) -> Any:
@@ -272,8 +271,8 @@ def before_finalizing(strategy: Any, prepare: Callable[[Any], None]) -> None:
 
 
 def load_without_step(optimizer: Any) -> None:
-    """Have a DistributedOptimizer not look for `step` in a checkpoint, where torch's AdamW has it as a tensor in the
-    state of every parameter: Megatron Core keeps it in the parameter groups."""
+    """Stop a DistributedOptimizer from looking for the `step` tensors of torch's AdamW in a checkpoint: Megatron Core
+    stores the step in the parameter groups."""
     copy_into_state = optimizer._set_main_param_and_optimizer_states
     optimizer._set_main_param_and_optimizer_states = lambda parameter, tensors: copy_into_state(
         parameter, {**tensors, "step": None}
@@ -281,23 +280,24 @@ def load_without_step(optimizer: Any) -> None:
 
 
 def copy_main_weights_to_model(optimizer: Any) -> None:
-    """Round the main weights of a DistributedOptimizer into the weights of the model, as after a step."""
+    """Copy the main weights of a DistributedOptimizer, rounded, to the weights of the model, as after a step."""
     optimizer._copy_main_params_to_model_params()
 
 
 def set_rotary_attention_factor(attention: Any, factor: float) -> None:
-    """The factor on cosines and sines of one layer's attention, which Megatron Core only knows for its own yarn."""
+    """Set the factor on cosines and sines of one layer's attention; Megatron Core only sets it for its own YaRN."""
     assert hasattr(attention, "_yarn_concentration_factor")
     attention._yarn_concentration_factor = factor
 
 
 def indexes_samples[C: type](cls: C) -> C:
-    """A GPTDataset takes its document, sample and shuffle index from the method `sample_arrays` of its class."""
+    """Class decorator: a GPTDataset gets its document, sample and shuffle index from its method `sample_arrays`."""
     cls._build_document_sample_shuffle_indices = cls.sample_arrays  # type: ignore[attr-defined]
     return cls
 
 
 def indexes_blend[C: type](cls: C) -> C:
-    """A BlendedDataset takes its dataset index and dataset sample index from the method `blend_arrays` of its class."""
+    """Class decorator: a BlendedDataset gets its dataset index and dataset sample index from its method
+    `blend_arrays`."""
     cls._build_indices = cls.blend_arrays  # type: ignore[attr-defined]
     return cls

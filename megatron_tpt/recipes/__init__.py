@@ -1,8 +1,8 @@
-"""Kinds of runs: a recipe's sections, and what is particular to the kind, as methods of one class in a file of its own.
+"""Kinds of runs, each a class in its own file: the sections of its recipe, and methods for all that is specific to it.
 
-A module here is imported before torch is: what needs torch or Megatron Core is imported inside of methods, so that
-`--help` and mistakes are answered at once. May import training, indexing,
-platform, config and the single modules; only the programs and tools import it.
+These modules do not import torch: what needs torch or Megatron Core is imported inside methods, so that `--help` and
+error messages appear at once. May import training, indexing, platform, config and the single modules; only the programs
+and tools import it.
 """
 
 import importlib

@@ -1,9 +1,9 @@
-"""What every kind of run does with its recipe before training: resolve, check, find the tokenizer, open the data."""
+"""Base class of all kinds of runs: resolves and checks a recipe, finds the tokenizer and opens the data."""
 
 import abc
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,18 +19,19 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.training.checkpoint_files import checkpoint_named
 from megatron_tpt.training.history import with_batches_of_run
+from megatron_tpt.training.resume import DataIdentity
 
 if TYPE_CHECKING:  # these import torch
     from megatron_tpt.training.data import TrainingData
     from megatron_tpt.training.trainer import Callback
 
-DataIdentity = Callable[[int], dict[str, str]]
+NO_DATA = "data.train is empty: give the training data"
 """TrainingData.identity."""
 
 
 @dataclass
 class TrainingRecipe(Recipe, abc.ABC):
-    """A recipe that a training program runs. A kind says what its data is; the rest is common to all."""
+    """A recipe that a training program runs. Subclasses define the data; everything else is common to all."""
 
     @classmethod
     def kinds(cls) -> Sequence[type[Recipe]]:
@@ -40,34 +41,34 @@ class TrainingRecipe(Recipe, abc.ABC):
 
     @classmethod
     def complete(cls, raw: dict[str, Any]) -> None:
-        """Fill in the model: that of model.preset, and of the checkpoint to start from, but for the fields given."""
+        """Fill in the fields of the model that are not given, from model.preset or the checkpoint to start from."""
         _fill_in_preset(raw)
         _take_shape_of_checkpoint(raw)
 
     @abc.abstractmethod
     def read_tokenizer(self) -> TokenizerInfo | None:
-        """The tokenizer of the data; None for random tokens. Raises UserError when the data or it is missing."""
+        """The tokenizer of the data; None for random tokens. Raises UserError when either is missing."""
 
     @abc.abstractmethod
     def check_data(self) -> None:
-        """Raise UserError for settings of the data that cannot be meant, without reading any."""
+        """Raise UserError for invalid settings of the data, without reading any data."""
 
     @abc.abstractmethod
     def missing_data(self) -> list[Path]:
-        """Files to read that are missing."""
+        """Files of the data that are missing."""
 
     @abc.abstractmethod
     def data_warnings(self) -> Iterator[str]:
-        """What is unusual about the data, one line each. Raises UserError when a set has no token to learn from, or
-        when its manifests cannot be read."""
+        """Warnings about the data, one line each. Raises UserError when a set has no token to learn from, or when its
+        manifests cannot be read."""
 
     @abc.abstractmethod
     def describe_data(self) -> tuple[str, DataIdentity]:
-        """What is read, as text, and what a run that resumes must find the same. Raises UserError for data that would
-        be refused."""
+        """A description of the data, and its identity, which must be unchanged on resume. Raises UserError for data
+        that would be refused."""
 
     def prepare_data(self) -> None:
-        """What one process of every machine does before any opens the data. Needs no process groups."""
+        """Called by one process of every machine before any process opens the data. Needs no process groups."""
 
     @abc.abstractmethod
     def build_data(self) -> "TrainingData":
@@ -75,18 +76,18 @@ class TrainingRecipe(Recipe, abc.ABC):
 
     @abc.abstractmethod
     def next_steps(self, num_tokens: int) -> str:
-        """What to print after a run that has done all its steps, on `num_tokens` tokens."""
+        """The message after all steps are done, on `num_tokens` tokens."""
 
     def build_callbacks(self) -> "list[Callback]":
-        """What happens around the training loop."""
+        """The callbacks of the training loop."""
         from megatron_tpt.training.recipe_callbacks import build_callbacks
 
         return build_callbacks(self.callbacks)
 
     def check_callbacks(self, places: dict[Key, str]) -> None:
-        """Raise UserError for callbacks that are not there and for their settings, each with its place in `places`.
+        """Raise UserError for unknown callbacks and invalid settings, each with its place from `places`.
 
-        Imports the modules that the recipe names: to be called for the recipe that a user runs, not for that of a
+        Imports the modules that the recipe names: call it only for the recipe that a user runs, not for that of a
         checkpoint.
         """
         if self.callbacks:
@@ -97,8 +98,8 @@ class TrainingRecipe(Recipe, abc.ABC):
     def tokenizer(self, *, needs_data: bool = True) -> TokenizerInfo | None:
         """The tokenizer of the data; None for random tokens.
 
-        Raises UserError when the data or the tokenizer is missing. Without `needs_data` that is fine, and there is
-        none, when the recipe gives the size of the vocabulary.
+        Raises UserError when the data or the tokenizer is missing; without `needs_data` returns None instead, if the
+        recipe gives the vocabulary size.
         """
         try:
             return self.read_tokenizer()
@@ -108,14 +109,14 @@ class TrainingRecipe(Recipe, abc.ABC):
             return None
 
     def resolve(self) -> Self:
-        """The recipe with what follows from its run folder and its data, but for the size of the vocabulary."""
+        """The recipe with all fields set that follow from its run folder and its data, except the vocabulary size."""
         return with_batches_of_run(self)
 
     def with_vocabulary(self, tokenizer: TokenizerInfo | None) -> Self:
-        """The recipe with the vocabulary size of its data's tokenizer, where it gives none, or only that of a
-        checkpoint to start from that has fewer tokens.
+        """The recipe with the vocabulary size of its data's tokenizer, if the recipe gives none, or only takes over the
+        smaller one of the checkpoint to start from.
 
-        Raises UserError when the tokenizer has more tokens than the model of the recipe.
+        Raises UserError when the tokenizer has more tokens than the recipe's model.
         """
         model, start = self.model, self.training.init_from
         if tokenizer is None:
@@ -137,9 +138,8 @@ class TrainingRecipe(Recipe, abc.ABC):
         return self
 
     def check(self, world_size: int) -> None:
-        """Refuse what cannot run: combinations of sections, and a layout that does not fit `world_size` processes.
-
-        Raises UserError that says what to change.
+        """Raise UserError for combinations of settings that cannot run, or a layout that does not fit `world_size`
+        processes.
         """
         check_layout(self, world_size)
         if beyond := [rank for rank in self.profiling.ranks if rank >= world_size]:
@@ -150,7 +150,7 @@ class TrainingRecipe(Recipe, abc.ABC):
         self._check_validation()
 
     def _check_validation(self) -> None:
-        """Refuse an interval without data, and data that no interval asks for."""
+        """Refuse a validation interval without data, and validation data without an interval."""
         interval, sets = self.training.validation_interval, self.data.validation
         if interval and not sets:
             raise UserError(
@@ -178,7 +178,7 @@ class TrainingRecipe(Recipe, abc.ABC):
             )
 
     def warnings(self) -> Iterator[str]:
-        """What has no effect, and what is unusual about the sequences and the data, one line each."""
+        """Warnings about settings without effect, the sequence length and the data, one line each."""
         yield from without_effect(self)
         length, context = self.training.sequence_length, self.model.max_position_embeddings
         if length > context:
@@ -192,7 +192,7 @@ class TrainingRecipe(Recipe, abc.ABC):
 
 
 def read_tokenizer_info(folder: Path) -> TokenizerInfo:
-    """The tokenizer of a folder. Raises UserError when there is none."""
+    """The tokenizer in a folder. Raises UserError when there is none."""
     from megatron_tpt.indexing.tokenizer import Tokenizer
 
     return TokenizerInfo.of(Tokenizer(folder))
@@ -214,13 +214,13 @@ def _fill_in_preset(raw: dict[str, Any]) -> None:
 
 
 def _take_shape_of_checkpoint(raw: dict[str, Any]) -> None:
-    """A run that starts from a checkpoint takes over its model."""
+    """Take the model fields that are not given from the checkpoint that the run starts from."""
     training, model = raw.get("training"), raw.get("model") or {}
     if isinstance(training, dict) and training.get("init_from") is not None and isinstance(model, dict):
         folder = checkpoint_named(expand_path(str(training["init_from"])))
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"training.init_from={folder} is no checkpoint: give one like RUN/checkpoints/latest")
-        training["init_from"] = str(folder)  # `latest` may name another one later
+        training["init_from"] = str(folder)  # `latest` may name another checkpoint later
         own = read_yaml(folder / "recipe.yaml").get("model") or {}
         there, here = (one.get("family", DEFAULT_FAMILY) for one in (own, own | model))
         if here != there:

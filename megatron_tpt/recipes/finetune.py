@@ -1,10 +1,10 @@
-"""Supervised fine-tuning on conversations, or prompts and responses."""
+"""Supervised fine-tuning on conversations, or on prompts and responses."""
 
 import bisect
 import dataclasses
 import glob
+import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,20 @@ from megatron_tpt.config.training import SftTrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
-from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
+from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
-from megatron_tpt.training.outcome import describe_outcome, evaluate_command
+from megatron_tpt.training.outcome import can_be_exported, describe_outcome, evaluate_command
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_tpt.training.data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 _NEEDS_FILES = Rule(
     "data",
     ("prompt_column", "response_column", "on_too_long"),
     lambda recipe: not is_all_packed(recipe.data),
-    "files of examples: what is packed was read and cut to length by tools/pack_sft.py",
+    "files of examples: packed data has been read and limited in length by tools/pack_sft.py",
 )
 
 
@@ -47,15 +49,17 @@ class FinetuneRecipe(TrainingRecipe):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with: the one named, that of the packed data (PREFIX.tokenizer), or the one kept
-        with the checkpoint to start from."""
+        """The tokenizer to fine-tune with: data.tokenizer, or that of the packed data (PREFIX.tokenizer), or that of
+        the checkpoint to start from."""
         if self.data.tokenizer is not None:
             return self.data.tokenizer
         for prefix in self.data.train:
             if (folder := Path(f"{prefix}.tokenizer")).is_dir():
                 return folder
         if self.training.init_from is None:
-            raise UserError("data.tokenizer is not given, nor training.init_from, whose tokenizer would do: give one")
+            raise UserError(
+                "neither data.tokenizer nor training.init_from (whose tokenizer would be used) is given: give one"
+            )
         return self.training.init_from / "tokenizer"
 
     def packed_prefixes(self) -> list[Path]:
@@ -65,9 +69,9 @@ class FinetuneRecipe(TrainingRecipe):
         return super().resolve().with_steps()
 
     def with_steps(self) -> Self:
-        """The recipe with the number of steps that `training.num_epochs` asks for, where it does.
+        """The recipe with the number of steps for `training.num_epochs`, if that is given.
 
-        The last step may reach into one more epoch. Raises UserError for data that is not packed.
+        The last step may extend into the next epoch. Raises UserError for data that is not packed.
         """
         training = self.training
         if training.num_epochs is None:
@@ -85,8 +89,7 @@ class FinetuneRecipe(TrainingRecipe):
                 f"training.num_steps={training.num_steps} and training.num_epochs={training.num_epochs:g} "
                 f"(which takes {num_steps} steps) were both given: give one of them"
             )
-        if os.environ.get("RANK", "0") == "0":
-            print(f"training.num_epochs={training.num_epochs:g} takes {num_steps} steps", flush=True)
+        logger.info(f"training.num_epochs={training.num_epochs:g} takes {num_steps} steps")
         return dataclasses.replace(self, training=dataclasses.replace(training, num_steps=num_steps))
 
     def check_data(self) -> None:
@@ -96,7 +99,7 @@ class FinetuneRecipe(TrainingRecipe):
                 f"parallel.tensor_parallel_size higher with parallel.sequence_parallel where memory is short"
             )
         if not self.data.train:
-            raise UserError("data.train is empty: give the training data")
+            raise UserError(NO_DATA)
 
     def read_tokenizer(self) -> TokenizerInfo | None:
         return read_tokenizer_info(self.tokenizer_path)
@@ -120,4 +123,5 @@ class FinetuneRecipe(TrainingRecipe):
         return build_sft_data(self)
 
     def next_steps(self, num_tokens: int) -> str:
-        return "\n".join([describe_outcome(self, num_tokens), evaluate_command(self)])
+        evaluate = [evaluate_command(self)] if can_be_exported(self) else []
+        return "\n".join([describe_outcome(self, num_tokens), *evaluate])

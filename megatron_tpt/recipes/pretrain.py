@@ -1,6 +1,7 @@
 """Pre-training and mid-training on indexed datasets."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
-from megatron_tpt.recipes.base import DataIdentity, TrainingRecipe, read_tokenizer_info
+from megatron_tpt.names import first_few
+from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.recipes.sources import spell_out_sources
 from megatron_tpt.training.blend import blends, continue_phases, describe_data
 from megatron_tpt.training.data_checks import blend_warnings
@@ -21,6 +23,8 @@ from megatron_tpt.training.outcome import describe_outcome, fine_tune_command
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_tpt.training.data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 _NEEDS_DATA = Rule(
     "data",
@@ -50,10 +54,9 @@ class PretrainRecipe(TrainingRecipe):
         return super().resolve()._with_data_of_run()
 
     def _with_data_of_run(self) -> Self:
-        """The recipe that continues the newest checkpoint of its run folder with other data, where it allows that.
+        """The recipe that continues the newest checkpoint of its run folder with other data, if it allows changes.
 
-        What the run was trained on until then becomes phases of its own, so that the order of all samples again
-        follows from the recipe alone.
+        The data consumed so far becomes phases, so that the order of all samples follows from the recipe alone.
         """
         path = newest_recipe(self.run.output_dir)
         if not self.data.allow_change or self.data.mock or path is None:
@@ -63,20 +66,18 @@ class PretrainRecipe(TrainingRecipe):
         length = self.training.sequence_length
         phases, changed = continue_phases(old, self.data.all_phases, self.training.num_samples(step), length)
         if changed:
-            print(
-                f"WARNING: the training data changes after step {step} (data.allow_change): from there "
-                + ", ".join(f"{source.path} x {source.weight:g}" for source in phases[-1].train[:8])
-                + (f" and {len(phases[-1].train) - 8} more" if len(phases[-1].train) > 8 else ""),
-                flush=True,
+            logger.warning(
+                f"the training data changes after step {step} (data.allow_change): from there "
+                + first_few([f"{source.path} x {source.weight:g}" for source in phases[-1].train], 8)
             )
         return dataclasses.replace(self, data=dataclasses.replace(self.data, train=[], phases=phases))
 
     def check_data(self) -> None:
         data, training = self.data, self.training
         if not (data.train or data.phases or data.mock):
-            raise UserError("data.train is empty: give the training data")
+            raise UserError(NO_DATA)
         if data.mock and self.model.vocab_size is None:
-            raise UserError("data.mock has no tokenizer that decides it: give model.vocab_size")
+            raise UserError("data.mock has no tokenizer that determines the vocabulary: give model.vocab_size")
         if data.mock and (training.validation_interval or data.validation):
             raise UserError(
                 "data.mock has nothing to validate with: remove training.validation_interval and data.validation"
@@ -112,12 +113,12 @@ class PretrainRecipe(TrainingRecipe):
         return read_manifests([source.path for source in sources])[0].tokenizer
 
     def check_tokenizer(self, tokenizer: TokenizerInfo) -> None:
-        """Raise UserError unless the tokenizer that checkpoints will keep is there and is the data's, and the weights
-        to start from know no other tokens."""
+        """Raise UserError unless the tokenizer for the checkpoints exists and equals that of the data and of the
+        weights to start from."""
         folder = self.data.tokenizer or Path(tokenizer.path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(
-                f"{folder}: the tokenizer of the data is not there, and checkpoints keep it: give its folder "
+                f"{folder}: the tokenizer of the data is not there, and checkpoints need it: give its folder "
                 f"(--data.tokenizer=FOLDER)"
             )
         found = read_tokenizer_info(folder)

@@ -1,13 +1,15 @@
-"""The training programs, the same for all kinds of recipes: check, describe, start the processes, train.
+"""The training programs, for all kinds of recipes: check and describe a recipe, set up the process groups, train.
 
-No torch is imported before a recipe is found right.
+torch is not imported until a recipe has passed all checks.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 
 from megatron_tpt.config.load import Arguments, load_recipe
 from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.logs import print_result
 from megatron_tpt.recipes.base import TrainingRecipe
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
@@ -15,9 +17,11 @@ from megatron_tpt.training.launch import distributed, make_run_folder, require_s
 from megatron_tpt.training.launchers import join_launcher
 from megatron_tpt.training.resume import describe_start
 
+logger = logging.getLogger(__name__)
+
 
 def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
-    """What a training program does with its command line."""
+    """Run a training program with these arguments."""
     join_launcher()
     recipe = prepare(*load_recipe(kind, argv))
     if recipe is None:  # a dry run
@@ -30,14 +34,14 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
         trainer = build_trainer(recipe, recipe.build_data(), recipe.build_callbacks())
         trainer.fit()
         if is_first_rank():
-            print(recipe.next_steps(trainer.tokens), flush=True)
+            print_result(recipe.next_steps(trainer.tokens))
 
 
 def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
-    """Check a recipe against its data and the number of processes before anything is started.
+    """Check a recipe against its data and the number of processes, before anything is started.
 
-    Returns it with everything resolved, or None after printing the description that --dry-run asks for. Raises
-    UserError with what is refused; of a dry run, behind the description.
+    Returns the resolved recipe, or None after printing the description of a --dry-run. Raises UserError for what is
+    refused; in a dry run only after the description where possible.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.dry_run:
@@ -54,28 +58,25 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
         require_shared_memory(recipe.data.num_workers)
         make_run_folder(recipe.run.output_dir)
         return recipe
-    print(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
+    print_result(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
     _warn(recipe)
     _describe_data_and_start(recipe, tokenizer)
     return None
 
 
 def _warn(recipe: TrainingRecipe) -> None:
-    """Report what has no effect, and what is unusual about the data. Raises UserError where there is nothing to learn
-    from."""
-    lines = list(recipe.warnings())
-    if os.environ.get("RANK", "0") == "0":
-        for line in lines:
-            print(f"WARNING: {line}", flush=True)
+    """Log the warnings of a recipe. Raises UserError when a data set has no token to learn from."""
+    for line in list(recipe.warnings()):
+        logger.warning(line)
 
 
 def _describe_data_and_start(recipe: TrainingRecipe, tokenizer: TokenizerInfo | None) -> None:
-    """Print what a recipe reads and where it would start. Raises UserError for what would be refused then."""
+    """Print what a recipe reads and where it would start. Raises UserError for what the run would refuse."""
     identity = None
     if missing := recipe.missing_data():
-        print(f"WARNING: the data is not here: {missing[0]}; it is neither checked nor described")
+        logger.warning(f"the data is not here: {missing[0]}; it is neither checked nor described")
     else:
         text, identity = recipe.describe_data()
-        print(text)
+        print_result(text)
     for line in describe_start(recipe, tokenizer, identity):
-        print(line)
+        print_result(line)

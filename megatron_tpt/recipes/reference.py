@@ -1,6 +1,7 @@
-"""The reference of all recipes: python -m megatron_tpt.recipes.reference > docs/recipe.md"""
+"""Generates the reference of all recipes: python -m megatron_tpt.recipes.reference > docs/recipe.md"""
 
 from megatron_tpt.config.reference import reference
+from megatron_tpt.logs import print_result
 from megatron_tpt.recipes import recipe_types
 
 
@@ -12,4 +13,4 @@ def recipe_page() -> str:
 
 
 if __name__ == "__main__":
-    print(recipe_page(), end="")
+    print_result(recipe_page(), end="")

@@ -1,4 +1,4 @@
-"""The short ways of naming training data in a recipe, spelled out: prefixes, wildcards, files of sources."""
+"""Expands the short forms of training data in a recipe: prefixes, wildcards, files with lists of sources."""
 
 import dataclasses
 import glob
@@ -16,7 +16,7 @@ _LIST_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def spell_out_sources(data: dict[str, Any]) -> None:
-    """Replace, in the section `data` of a recipe, every source by mappings of one prefix each."""
+    """Replace every source in the section `data` of a recipe by mappings with one prefix each."""
     for section in [data, *(phase for phase in data.get("phases") or [] if isinstance(phase, dict))]:
         for split in ("train", "validation"):
             if section.get(split) is not None:
@@ -24,8 +24,8 @@ def spell_out_sources(data: dict[str, Any]) -> None:
 
 
 def _spell_out(items: Any, inside: tuple[Path, ...] = ()) -> Any:
-    """Prefixes and mappings as a list of mappings; anything else as it is, to be refused later. `inside`: the files of
-    sources that the items are from."""
+    """Prefixes and mappings as a list of mappings; anything else unchanged, to be refused later. `inside`: the nested
+    list files that contain the items."""
     if isinstance(items, str):
         items = [items]
     if not isinstance(items, list):
@@ -46,7 +46,7 @@ def _spell_out(items: Any, inside: tuple[Path, ...] = ()) -> Any:
 
 
 def _read_list(path: Path, inside: tuple[Path, ...]) -> tuple[list[Any], tuple[Path, ...]]:
-    """The items of a file of sources, and the files that they are inside of. Raises UserError with every mistake."""
+    """The items of a list file, and the nested list files that contain them. Raises UserError with all mistakes."""
     if path in inside:
         raise UserError(f"data: {path} is a list of sources that has itself among them: remove it there")
     try:
@@ -58,13 +58,12 @@ def _read_list(path: Path, inside: tuple[Path, ...]) -> tuple[list[Any], tuple[P
     known = ", ".join(field.name for field in dataclasses.fields(DatasetSource))
     converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known there: {known}")
     converter.value(list[DatasetSource], content, ())
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return content, (*inside, path)
 
 
 def _matches(pattern: str) -> list[dict[str, Any]]:
-    """The indices whose prefix matches, each with its tokens as weight, under the name of the pattern."""
+    """The indices whose prefix matches, weighted by their tokens, under the name of the pattern."""
     manifests = sorted(Path(path) for path in glob.glob(f"{pattern}.json"))
     require_whole_sets([path.with_suffix("") for path in manifests], pattern, ".json")
     return [
@@ -75,7 +74,7 @@ def _matches(pattern: str) -> list[dict[str, Any]]:
 
 
 def _num_tokens(manifest: Path) -> int | None:
-    """Tokens of an index; None for a JSON file that is no manifest."""
+    """Tokens of an index; None for a JSON file that is not a manifest."""
     try:
         return read_json(manifest)["counts"]["tokens"]
     except (ValueError, KeyError, TypeError):
@@ -83,7 +82,7 @@ def _num_tokens(manifest: Path) -> int | None:
 
 
 def _scaled(sources: list[dict[str, Any]], item: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sources that an item expands to: they share its weight, and take over its other settings."""
+    """The sources that an item expands to, which share its weight and inherit its other settings."""
     total = sum(float(source.get("weight", 1.0)) for source in sources) or 1.0
     others = {key: value for key, value in item.items() if key not in ("path", "weight")}
     weight = float(item.get("weight", 1.0)) / total

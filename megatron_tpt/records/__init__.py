@@ -13,6 +13,7 @@ from megatron_tpt.records.folders import REJECTS
 from megatron_tpt.records.parsing import Columns
 from megatron_tpt.records.reading import (
     DAMAGED,
+    OnBadRecord,
     ReadCounts,
     ReadProgress,
     Row,
@@ -32,6 +33,7 @@ __all__ = [
     "REJECTS",
     "SUFFIXES",
     "Columns",
+    "OnBadRecord",
     "RawRow",
     "ReadCounts",
     "ReadProgress",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure
-from megatron_tpt.files import real_path
+from megatron_tpt.files import file_key, real_path
 from megatron_tpt.json_data import read_json
-from megatron_tpt.names import shown
+from megatron_tpt.names import first_few, shown
 from megatron_tpt.records.formats import file_format
 from megatron_tpt.records.lines import LineReader, read_chunks
 from megatron_tpt.records.parsing import NotAnObject, parse_object
@@ -52,9 +52,7 @@ class Found:
 
 def listed(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    first = sorted(names)[:_NAMES_SHOWN]
-    more = len(names) - len(first)
-    return ", ".join([*map(shown, first), *([f"{more:,} more"] if more else [])])
+    return first_few(list(map(shown, sorted(names))), _NAMES_SHOWN)
 
 
 def files_in(folder: Path) -> Found:
@@ -69,18 +67,13 @@ def files_in(folder: Path) -> Found:
     while links:
         found_links: list[Path] = []
         for link in links:
-            if link != folder and (_key(link) in seen or real_path(folder).is_relative_to(real_path(link))):
+            if link != folder and (file_key(link) in seen or real_path(folder).is_relative_to(real_path(link))):
                 found.omit(LOOP, str(link.relative_to(folder)))
             else:
                 found_links += _walk(folder, link, seen, found)
         links = sorted(found_links)
     found.files.sort()
     return found
-
-
-def _key(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _walk(root: Path, top: Path, seen: set[tuple[int, int]], found: Found) -> Iterator[Path]:
@@ -91,7 +84,7 @@ def _walk(root: Path, top: Path, seen: set[tuple[int, int]], found: Found) -> It
 
     for place, folders, names in os.walk(top, onerror=fail):
         folder = Path(place)
-        seen.add(_key(folder))
+        seen.add(file_key(folder))
         if (saved := saved_dataset(folder)) is not None:
             own = {file.name for file in saved if file.parent == folder}
             found.files += saved
@@ -108,7 +101,7 @@ def _walk(root: Path, top: Path, seen: set[tuple[int, int]], found: Found) -> It
             elif path.is_symlink():
                 folders.remove(name)
                 yield path
-            elif _key(path) in seen:  # by way of a link, or mounted twice
+            elif file_key(path) in seen:  # by way of a link, or mounted twice
                 found.omit(LOOP, str(path.relative_to(root)))
                 folders.remove(name)
         for name in names:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from megatron_tpt.errors import Fault, UserError, failure
+from megatron_tpt.errors import Fault, UserError, failure, one_line
 from megatron_tpt.records.record import DamagedSource
 from megatron_tpt.records.tables import Choose, Piece, loaded_piece
 
@@ -66,9 +66,9 @@ class HubDataset:
                 table = table.select(choose(source_name, table.schema))
                 yield loaded_piece(table)
         except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError, EOFError, zlib.error) as error:
-            raise DamagedSource(f"not readable ({_one_line(error)})") from error
+            raise DamagedSource(f"not readable ({one_line(error)})") from error
         except (OSError, httpx.HTTPError) as error:
-            raise Fault(f"{source_name}: cannot be read ({_one_line(error)}); run again to continue") from error
+            raise Fault(f"{source_name}: cannot be read ({one_line(error)}); run again to continue") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,8 +82,4 @@ def _stream(dataset: HubDataset) -> Any:
         )
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         advice = "check the name and the network, or download the data set and give its folder"
-        raise failure(f"{SCHEME}{dataset.path}: cannot be opened ({_one_line(error)}); {advice}", error) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise failure(f"{SCHEME}{dataset.path}: cannot be opened ({one_line(error)}); {advice}", error) from error

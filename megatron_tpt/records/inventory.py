@@ -8,14 +8,14 @@ read or hashed anyway. A folder of an earlier version has no inventory; its file
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import append_line, appended_lines, atomic_write, file_checksum
 from megatron_tpt.names import shown
-from megatron_tpt.records.folders import REJECTS
+from megatron_tpt.records.folders import REJECTS, listed
 
 FOLDER = ".inventory"
 
@@ -147,7 +147,7 @@ class Inventories:
         for folder, names in self._unrecorded.items():
             yield (
                 f"{shown(folder)}: {len(names):,} files are not recorded by the job that wrote this folder (it may be "
-                f"of an earlier version), and are read as they are: {_listed(names)}"
+                f"of an earlier version), and are read as they are: {listed(names)}"
             )
 
     def _inventory_of(self, file: Path) -> tuple[Inventory, str]:
@@ -176,8 +176,3 @@ def _advice(folder: Path) -> str:
         "run that job's command again, or restore the file; where it was changed on purpose, remove "
         f"{shown(folder / FOLDER)}{os.sep} to read the folder as it is"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    first = sorted(names)[:3]
-    return ", ".join(map(shown, first)) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

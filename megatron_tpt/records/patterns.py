@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_tpt.files import file_key
+
 
 def matching(pattern: Path) -> tuple[list[Path], list[Path]]:
     """The paths that match, sorted, and the links that were not followed because they lead back to a folder above.
@@ -24,7 +26,7 @@ def matching(pattern: Path) -> tuple[list[Path], list[Path]]:
 def _below(top: Path, patterns: Sequence[str], loops: list[Path]) -> Iterator[Path]:
     """What matches below a folder. Puts links that lead back into `loops`."""
     has_hidden = any(pattern.startswith(".") for pattern in patterns)
-    above = {str(top): frozenset([_key(top)])} if top.is_dir() else {}
+    above = {str(top): frozenset([file_key(top)])} if top.is_dir() else {}
     for place, folders, names in os.walk(top, followlinks=True):
         folder = Path(place)
         keys = above.pop(str(folder))
@@ -32,18 +34,13 @@ def _below(top: Path, patterns: Sequence[str], loops: list[Path]) -> Iterator[Pa
             path = folder / name
             if name.startswith(".") and not has_hidden:
                 folders.remove(name)
-            elif (key := _key(path)) in keys:
+            elif (key := file_key(path)) in keys:
                 loops.append(path)
                 folders.remove(name)
             else:
                 above[str(path)] = keys | {key}
         parts = folder.relative_to(top).parts
         yield from (folder / name for name in (*folders, *names) if matches((*parts, name), patterns))
-
-
-def _key(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:

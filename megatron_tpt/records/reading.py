@@ -26,6 +26,7 @@ from megatron_tpt.records.tables import (
     record_columns,
 )
 
+OnBadRecord = Literal["stop", "skip"]
 DAMAGED = "damaged file"
 """The problem of the last row of a source that cannot be read any further."""
 
@@ -230,7 +231,7 @@ def read_records(
     text_column: str = "text",
     id_column: str = "id",
     meta_columns: Sequence[str] = (),
-    on_bad_record: Literal["stop", "skip"] = "stop",
+    on_bad_record: OnBadRecord = "stop",
     limit: int | None = None,
     counts: ReadCounts | None = None,
     advice: str = SKIP_ADVICE,

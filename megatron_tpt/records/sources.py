@@ -2,8 +2,8 @@
 
 import functools
 import glob
+import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,8 @@ from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
 from megatron_tpt.records.inventory import Inventories, require_content
 from megatron_tpt.records.patterns import matches, matching
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """The formats that are written."""
@@ -56,7 +58,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     - A pattern ("data/**/*.jsonl.zst") is the files and folders that it matches, sorted.
     - "hf://owner/name/config?split=train" is the shards of that data set on the Hub (see `HubDataset.parse`).
 
-    Other files of a folder, and what is named twice, are reported on stderr. Raises UserError for what is missing or of
+    Other files of a folder, and what is named twice, are logged. Raises UserError for what is missing or of
     an unknown kind (matched by a pattern, too, unless that ends in a bare "*" or "**"), for names that are no UTF-8 or
     hold control characters, for a folder or pattern without record files, and for no input at all.
     """
@@ -83,9 +85,8 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
 
 @functools.lru_cache(maxsize=1024)
 def _say(message: str) -> None:
-    """Print a line on stderr, once in a process, as inputs are expanded again and again; under torchrun, in one."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(shown(message), file=sys.stderr, flush=True)
+    """Log a line once in a process, as inputs are expanded again and again."""
+    logger.info(shown(message))
 
 
 def expand_inputs(paths: Sequence[str | Path]) -> list[Path]:

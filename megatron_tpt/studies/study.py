@@ -7,7 +7,7 @@ seeds: [0, 1, 2]
 """
 
 import dataclasses
-import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ from pathlib import Path
 from megatron_tpt.config.convert import Converter, expected
 from megatron_tpt.config.yaml_file import load_yaml, place_of
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.jobs.settings import describe_changes, read_settings
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, read_points, summarize
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def load_study(path: Path) -> StudyConfig:
     known = ", ".join(field.name for field in dataclasses.fields(StudyConfig))
     converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known are {known}")
     config = converter.section(StudyConfig, content, ())
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return config
 
 
@@ -73,19 +74,17 @@ def run_study(options: StudyOptions) -> list[Point]:
             f"{options.output}: holds runs of another command ({'; '.join(changes)}); choose another --output, or "
             "remove it"
         )
-    with atomic_write(settings) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    write_json(settings, wanted)
     points: list[Point] = []
     for seed in config.seeds:
         points += _run_seed(config, options.output / f"seed_{seed}", seed)
     summaries = summarize(points)
     report = options.output / "report"
-    with atomic_write(report / "results.json") as temporary:
-        content = {
-            "points": list(map(dataclasses.asdict, points)),
-            "summaries": list(map(dataclasses.asdict, summaries)),
-        }
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {
+        "points": list(map(dataclasses.asdict, points)),
+        "summaries": list(map(dataclasses.asdict, summaries)),
+    }
+    write_json(report / "results.json", content)
     write_report(report, summaries, config.title, config.chance)
     return points
 
@@ -94,7 +93,7 @@ def _run_seed(config: StudyConfig, output: Path, seed: int) -> list[Point]:
     results = output / config.results
     if not results.exists():
         words = [word.replace("{seed}", str(seed)).replace("{output}", str(output)) for word in config.command]
-        print(f"$ python {' '.join(words)}", flush=True)
+        logger.info(f"$ python {' '.join(words)}")
         if code := subprocess.run([sys.executable, *words]).returncode:
             raise UserError(f"the run with seed {seed} ended with exit code {code}; see above")
     return read_points(results)

@@ -9,9 +9,9 @@ Records are read one by one; memory grows only with the number of groups.
 
 import csv
 import json
+import logging
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,17 +20,19 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.settings import require_apart
+from megatron_tpt.logs import print_result
 from megatron_tpt.markdown import inline, table
 from megatron_tpt.records import ReadCounts, expand_sources, read_records
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.thinking.analysis_options import AnalysisOptions
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
+logger = logging.getLogger(__name__)
+
 NONE, OTHER = "(none)", "(other)"
 
 _MAX_GROUPS = 10_000
 _MAX_BARS = 40
-_NORMAL_95 = 1.960
 _LENGTHS = ("thinking_tokens", "document_tokens")
 _HEADER = (
     ("documents", "{:,}"),
@@ -57,16 +59,10 @@ class Group:
         """Mean thinking tokens."""
         return self.statistics.thinking_tokens.mean
 
-    @property
-    def half_interval(self) -> float:
-        """Half the 95 % interval of the mean in the normal approximation; nan for one document."""
-        lengths = self.statistics.thinking_tokens
-        return _NORMAL_95 * lengths.std / math.sqrt(lengths.count)
-
     def row(self, overall_mean: float) -> list[float]:
         """The figures below `_HEADER`."""
         lengths = self.statistics.thinking_tokens
-        half = self.half_interval
+        half = lengths.half_interval
         return [
             lengths.count,
             self.mean,
@@ -114,7 +110,7 @@ def analyze(options: AnalysisOptions) -> Analysis:
     text = "\n\n".join(report) + "\n"
     with atomic_write(options.output / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(text)
+    print_result(text)
     return analysis
 
 
@@ -135,7 +131,7 @@ def collect(options: AnalysisOptions) -> Analysis:
                 raise UserError(f"--by {column}: has more than {_MAX_GROUPS:,} values; choose a column of few values")
             groups.setdefault(value, ThinkingStatistics()).add_record(record)
     for reason, number in counts.skipped.items():
-        print(f"skipped {number:,} bad records: {reason}", file=sys.stderr)
+        logger.warning(f"skipped {number:,} bad records: {reason}")
     if not analysis.overall.records:
         raise UserError(
             "no record has thinking, meta.thinking_tokens and meta.document_tokens; give what tools/augment.py wrote"
@@ -226,7 +222,8 @@ def _plot(path: Path, column: str, groups: Sequence[Group], overall: ThinkingSta
     shown = groups[:_MAX_BARS]
     figure, axes = pyplot.subplots(figsize=(8, 1.8 + 0.32 * len(shown)), layout="constrained")
     names = [group.name if len(group.name) <= 40 else group.name[:39] + "…" for group in shown]
-    errors = [0.0 if math.isnan(group.half_interval) else group.half_interval for group in shown]
+    halves = [group.statistics.thinking_tokens.half_interval for group in shown]
+    errors = [0.0 if math.isnan(half) else half for half in halves]
     places = range(len(shown))
     colours = ["tab:grey" if group.name in (NONE, OTHER) else "tab:blue" for group in shown]
     axes.barh(places, [group.mean for group in shown], xerr=errors, color=colours, alpha=0.8, ecolor="black", capsize=3)

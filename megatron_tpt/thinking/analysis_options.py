@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_tpt.config.fields import PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
+from megatron_tpt.records import OnBadRecord
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AnalysisOptions:
     """Groups with fewer documents are merged into "(other)": below 30 documents an interval of the mean says little."""
     limit: PositiveInt | None = None
     """Read only this many records."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
+    on_bad_record: OnBadRecord = "stop"
     """Stop at a record without usable text, or skip it and count it."""
 
     def __post_init__(self) -> None:

@@ -15,8 +15,8 @@ the sources among them, or the blocks where there are fewer sources than tasks; 
 """
 
 import itertools
+import logging
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from megatron_tpt.config.cli import as_called
@@ -34,6 +34,8 @@ from megatron_tpt.thinking.settings import check_job
 from megatron_tpt.thinking.shards import SETTINGS_NAME, Output
 from megatron_tpt.thinking.status import read_status, total_input_bytes
 from megatron_tpt.thinking.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 def augment(options: AugmentOptions) -> AugmentProgress:
@@ -57,7 +59,7 @@ def augment(options: AugmentOptions) -> AugmentProgress:
         first = next(blocks, None)
         if first is None:
             shards = f"all {task.progress.shards_skipped:,} shards are there"
-            print(f"{options.output}: {shards}; nothing to do", file=sys.stderr)
+            logger.info(f"{options.output}: {shards}; nothing to do")
             task.note_progress()
         else:
             task.run(generator or _checked(options, job.generator), itertools.chain([first], blocks))
@@ -117,12 +119,12 @@ def conclude(options: AugmentOptions) -> None:
         )
     folder = shlex.quote(str(output.folder))
     following = as_called(f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX")
-    print(f"{output.folder}: {total.records:,} records. Next: {following}", file=sys.stderr)
+    logger.info(f"{output.folder}: {total.records:,} records. Next: {following}")
 
 
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        logger.info(line)
 
 
 def _checked[T](options: AugmentOptions, check: Callable[[], T]) -> T:

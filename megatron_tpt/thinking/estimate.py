@@ -4,8 +4,8 @@ How many documents there are is counted where that is cheap, else estimated (`in
 follow from the sample, seconds from the time that the engine took for it.
 """
 
+import logging
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import LengthStatistics
 from megatron_tpt.units import duration
 
-_Z_95 = 1.96
+logger = logging.getLogger(__name__)
+
 _MIN_REFILLS = 3  # from here on the time in which the last ones drain is a small part
 
 
@@ -49,11 +50,6 @@ class Estimate:
     max_in_flight: int = 1
     """Most requests that the engine had at once, those that waited in it included."""
     num_requests: int = 1
-
-    @property
-    def total_thinking_tokens(self) -> float:
-        """Tokens to generate for the whole input."""
-        return self.documents * self.thinking_tokens.mean
 
     @property
     def device_hours(self) -> float:
@@ -97,8 +93,8 @@ class Estimate:
         return f"; the engine was not full for long, so the real cost is lower: {more}documents give a better estimate"
 
     def _total(self, lengths: LengthStatistics) -> str:
-        half = _Z_95 * lengths.std / math.sqrt(lengths.count) if lengths.count > 1 else math.nan
-        return f"{self.documents * lengths.mean:,.0f} ± {self.documents * half:,.0f} ({lengths.mean:,.0f} each)"
+        half = self.documents * lengths.half_interval
+        return f"{self.documents * lengths.mean:,.0f} ± {half:,.0f} ({lengths.mean:,.0f} each)"
 
 
 def estimate(options: AugmentOptions) -> Estimate:
@@ -107,7 +103,7 @@ def estimate(options: AugmentOptions) -> Estimate:
     Raises UserError for what the user can fix.
     """
     for note in options.notes():
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     job = plan(options)
     sample = draw_rows(job, options.estimate or 1)
     result = Estimate(len(sample.rows), sample.documents, sample.is_counted, sample.extent)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_tpt.config.fields import FLAT, REPEATED, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import EngineOptions, Sampling, Temperature, TopP
+from megatron_tpt.generation import Api, DType, EngineKind, EngineOptions, Sampling, Temperature, TopP
 from megatron_tpt.generation.request_fields import (
     CHAT_TEMPLATE_KWARGS,
     LengthField,
@@ -14,10 +14,15 @@ from megatron_tpt.generation.request_fields import (
     parse_request_fields,
 )
 from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.records import OnBadRecord
+from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 from megatron_tpt.thinking.filter_options import FilterOptions
 
+ThinkingBlock = Literal["auto", "open", "none"]
+Truncated = Literal["keep", "drop", "sentence"]
+
 # Options that would be ignored with other engines. None of them is among the job's settings.
-_ENGINES_OF = {
+_ENGINES_OF: dict[str, tuple[EngineKind, ...]] = {
     "length_field": ("endpoint",),
     "omit_fields": ("endpoint",),
     "api_key_env": ("endpoint",),
@@ -46,7 +51,7 @@ class AugmentOptions:
     """The column with the record's id; without a column "id" the id is made from the content."""
     meta_columns: list[str] = field(default_factory=list)
     """Other columns to keep in the record's `meta`, for tools/analyze_thinking.py and for you."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
+    on_bad_record: OnBadRecord = "stop"
     """Stop at a record without usable text, or put it among the rejects. It may change while a job is unfinished."""
     limit: PositiveInt | None = None
     """Read only the first N rows of the input."""
@@ -61,13 +66,13 @@ class AugmentOptions:
     """Longer documents: the model sees their beginning, or all of them in chunks with a thinking each."""
     text: Literal["full", "truncated"] = "full"
     """What the record keeps of a longer document that was truncated: all, or what the model has seen."""
-    thinking_block: Literal["auto", "open", "none"] = "auto"
+    thinking_block: ThinkingBlock = "auto"
     """Open the model's thinking block and stop at its end; auto: where its tokenizer or chat template knows one. Of
     other models the plain answer is the thinking.
     """
-    open_tag: str = "<think>"
+    open_tag: str = OPEN_TAG
     """What begins the model's thinking."""
-    close_tag: str = "</think>"
+    close_tag: str = CLOSE_TAG
     """What ends the model's thinking."""
 
     max_new_tokens: PositiveInt = 8192
@@ -80,7 +85,7 @@ class AugmentOptions:
     """Every request gets its own seed from this one and the record's id."""
     rollouts: PositiveInt = 1
     """Thoughts per document, each in a record of its own: with 2 or more the ids end in #0, #1, ..."""
-    truncated: Literal["keep", "drop", "sentence"] = "keep"
+    truncated: Truncated = "keep"
     """Thoughts truncated at `max_new_tokens`: keep them, reject them, or cut them back to the last whole sentence.
     `meta.truncated` says which they are.
     """
@@ -100,13 +105,13 @@ class AugmentOptions:
     """Apply other --filters to all that was generated, without generating again; rejects may become records and records
     rejects."""
 
-    engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
+    engine: EngineKind = "vllm"
     """vllm: in this process. vllm-server: servers that this job starts and watches, one per GPU (or group of
     `tensor_parallel_size`). endpoint: OpenAI-compatible servers by URL. transformers: where vLLM cannot be installed.
     """
     endpoints: list[str] = field(default_factory=list)
     """URLs of OpenAI-compatible servers, as in http://host:8000/v1."""
-    api: Literal["completions", "chat"] = "completions"
+    api: Api = "completions"
     """What to ask of endpoints: completions of whole prompts, or chat, where the server applies the chat template."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the key for the endpoints."""
@@ -126,7 +131,7 @@ class AugmentOptions:
     """The model's tokenizer (a folder or Hub id) where `model` is only a name at an endpoint. With --api chat it may
     be omitted; then four characters count as a token.
     """
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DType = "auto"
     """Number format of the model; "auto" is what its config.json says."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""

@@ -19,15 +19,17 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import begin_ids, render_chat
+from megatron_tpt.think_tags import OPEN_TAG
+from megatron_tpt.thinking.options import ThinkingBlock
+from megatron_tpt.thinking.thoughts import Wants
 
 DOCUMENT = "document"
 FOCUSED = "focused_document"
 FOCUS_MARK = " [[the reader is here]] "
-ThinkingBlock = Literal["auto", "open", "none"]
 
 _EXPERT = """\
 {%s}
@@ -66,7 +68,7 @@ _MARK = "\ue000{}\ue001"
 _ANY_MARK = re.compile("\ue000(\\d+)\ue001")
 # A model whose chat template or vocabulary knows these can think before it answers.
 _THINKS = "enable_thinking"
-_THINKING_SIGNS = ("<think>", _THINKS)
+_THINKING_SIGNS = (OPEN_TAG, _THINKS)
 # A chunk of a long document ends at a line or between words where one is found in its last part.
 _WHOLE_WORDS_WITHIN = 0.8
 # Where there is no tokenizer. About right for English in today's vocabularies.
@@ -79,7 +81,7 @@ class Template:
 
     name: str
     text: str
-    wants: Literal["thinking", "answer"] = "thinking"
+    wants: Wants = "thinking"
     """Whether the thoughts of a model that thinks are wanted, or what it answers after them."""
 
     @property
@@ -223,7 +225,7 @@ class Prompt:
         tokenizer: Any | None,
         *,
         thinking_block: ThinkingBlock = "auto",
-        open_tag: str = "<think>",
+        open_tag: str = OPEN_TAG,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """With `tokenizer` None the prompts are chat messages, else token ids."""

@@ -10,13 +10,13 @@ other run is let into the folder. The settings change with it, so that they are 
 """
 
 import json
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.jobs.progress import write_progress
 from megatron_tpt.records import Row, Source, read_blocks
 from megatron_tpt.thinking.job import AugmentJob
@@ -27,6 +27,8 @@ from megatron_tpt.thinking.revive import BlockLines, check_lengths, revive
 from megatron_tpt.thinking.rows import RowWorker, count_rejects
 from megatron_tpt.thinking.settings import differing_settings
 from megatron_tpt.thinking.shards import Output, block_name
+
+logger = logging.getLogger(__name__)
 
 
 def refilter(job: AugmentJob, output: Output, begin: Callable[[], None]) -> AugmentProgress:
@@ -46,8 +48,7 @@ def refilter(job: AugmentJob, output: Output, begin: Callable[[], None]) -> Augm
         output.refilter_mark.unlink()
         raise UserError(f"{output.folder}: task {running[0]} is running; wait for it, or stop it, before --refilter")
     settings = json.loads(path.read_text(encoding="utf-8")) | {"filters": job.settings["filters"]}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, settings)
     begin()
     progress = AugmentProgress()
     for number, source in enumerate(job.sources):
@@ -136,4 +137,4 @@ def _replace_progress(output: Output, progress: AugmentProgress) -> None:
     for path in paths:
         if path != output.progress_path(0, num_tasks):
             path.unlink()
-    print(f"{output.folder}: the filters were applied to all that was generated", file=sys.stderr)
+    logger.info(f"{output.folder}: the filters were applied to all that was generated")

@@ -9,7 +9,7 @@ tasks have finished it.
 """
 
 import json
-import sys
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -28,6 +28,8 @@ from megatron_tpt.thinking.progress import counts
 from megatron_tpt.thinking.revive import BlockLines, revive
 from megatron_tpt.thinking.rows import ENGINE, RowWorker, answer_fields
 from megatron_tpt.thinking.shards import Output, block_name
+
+logger = logging.getLogger(__name__)
 
 _ALL = "all"
 _OPENING, _OPEN, _DONE = "opening", "open", "done"
@@ -56,13 +58,13 @@ class Retry:
                 "again, or run the job without --retry-rejects, to its end first"
             )
         if state is not None and state["stage"] != _OPENING:
-            print(f"{self._output.folder}: an interrupted round of --retry-rejects is resumed", file=sys.stderr)
+            logger.info(f"{self._output.folder}: an interrupted round of --retry-rejects is resumed")
             return
         self._note(_OPENING)
         for number, source in share.of(self._job.sources):
             self._open_blocks(worker, number, source, share)
         self._note(_OPEN)
-        print(self._summary(), file=sys.stderr)
+        logger.info(self._summary())
 
     def end(self) -> None:
         """The task has finished, whether or not it was started with --retry-rejects."""

@@ -1,6 +1,6 @@
 """The settings of an augment run: what decides what its shards hold."""
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,8 @@ from megatron_tpt.records import Source
 from megatron_tpt.thinking.options import AugmentOptions
 from megatron_tpt.thinking.prompts import Template
 from megatron_tpt.thinking.shards import SETTINGS_NAME, Output
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
@@ -72,7 +74,7 @@ def check_job(output: Output, settings: dict[str, Any]) -> None:
             "generated with --refilter"
         )
     if differing and output.is_blank():
-        print(f"{output.folder}: the earlier settings have no results; they are replaced", file=sys.stderr)
+        logger.info(f"{output.folder}: the earlier settings have no results; they are replaced")
         output.clear_journals()
         path.unlink()
     check_settings(path, settings)

@@ -2,7 +2,7 @@
 
 import io
 import json
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from megatron_tpt.thinking.journal import Journal, holds_answers, name_of, path_
 from megatron_tpt.thinking.ledger import Entry, Ledger, id_digest, latest_entries
 from megatron_tpt.thinking.rows import count_rejects
 from megatron_tpt.thinking.statistics import ThinkingStatistics
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "augment.json"
 _SUFFIX = ".jsonl.zst"
@@ -70,7 +72,7 @@ class Output(JobFolder):
             if path.exists():
                 path.replace(path.with_name(f".damaged-{path.name}"))
         self._done.discard(name)
-        print(f"warning: {difference}; this block's files are set aside, and it is repeated", file=sys.stderr)
+        logger.warning(f"{difference}; this block's files are set aside, and it is repeated")
         return True
 
     def _difference(self, name: str) -> str | None:

@@ -13,6 +13,7 @@ from megatron_tpt.records import Record
 # Neighbouring buckets lie 2 % apart, so that a percentile read from them is within 1 % of a value that was seen.
 _LOG_GROWTH = math.log(1.02)
 _ZERO = -1
+_NORMAL_95 = 1.96
 
 
 def _bucket(value: int) -> int:
@@ -66,6 +67,11 @@ class LengthStatistics:
             return math.nan
         # Whole numbers up to the last division: nothing cancels.
         return math.sqrt((self.count * self.total_of_squares - self.total**2) / (self.count * (self.count - 1)))
+
+    @property
+    def half_interval(self) -> float:
+        """Half the 95 % interval of the mean in the normal approximation; nan below two lengths."""
+        return _NORMAL_95 * self.std / math.sqrt(self.count) if self.count else math.nan
 
     def percentile(self, percent: float) -> float:
         """The length below or at which `percent` of all lie, within 1 %; nan without a length."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,8 @@ from megatron_tpt.thinking.ledger import Entry, IdSet, Ledger, id_digest
 from megatron_tpt.thinking.progress import AugmentProgress, read_progress
 from megatron_tpt.thinking.rows import OpenRow, Outcome, count_rejects, make_reject
 from megatron_tpt.thinking.shards import Output, block_name
+
+logger = logging.getLogger(__name__)
 
 _REJECTS_UNTIL_WARNING = 100
 _OTHER_FILES = 24
@@ -235,8 +237,8 @@ class Task:
         if self._is_warned or done.records + done.records_before or done.rejects.total() < _REJECTS_UNTIL_WARNING:
             return
         self._is_warned = True
-        lines = ["not one record so far:", *done.reject_report()]
-        print(*(f"warning: {line}" for line in lines), sep="\n", file=sys.stderr, flush=True)
+        for line in ["not one record so far:", *done.reject_report()]:
+            logger.warning(line)
 
     def _finish_if_done(self, block: Block) -> None:
         if block.is_read and not block.open_rows:
@@ -255,5 +257,5 @@ def _within_file_limit(options: EngineOptions) -> EngineOptions:
     possible = max((num_files_left() - _OTHER_FILES) // (2 * len(options.endpoints)), 1)
     if wanted <= possible:
         return options
-    print(f"note: {possible} requests at once in place of {wanted}: {FILE_LIMIT_ADVICE} for more", file=sys.stderr)
+    logger.info(f"note: {possible} requests at once in place of {wanted}: {FILE_LIMIT_ADVICE} for more")
     return replace(options, max_num_seqs=possible)

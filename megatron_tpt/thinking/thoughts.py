@@ -8,8 +8,8 @@ from typing import Literal
 from megatron_tpt.generation import Completion
 from megatron_tpt.thinking.filter_options import FilterOptions
 from megatron_tpt.thinking.filters import REASONS, cut_to_sentence, judge
+from megatron_tpt.thinking.options import Truncated
 
-Truncated = Literal["keep", "drop", "sentence"]
 Wants = Literal["thinking", "answer"]
 
 THOUGHT_REASONS = frozenset((*REASONS, "truncated"))

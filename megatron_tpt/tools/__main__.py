@@ -9,6 +9,7 @@ import megatron_tpt.tools
 from megatron_tpt.config.command_line import options_of
 from megatron_tpt.config.describe import RECIPE_MEANING, documentation_of, field_cells, table_row
 from megatron_tpt.config.renamed import names_of_before
+from megatron_tpt.logs import print_result
 
 _INTRODUCTION = f"""# Tools
 
@@ -44,8 +45,7 @@ def _section(name: str, tool: ModuleType) -> Iterator[str]:
     yield "\n| option | type | default | meaning |\n|---|---|---|---|"
     for option in options_of(cls):
         meaning = documentation_of(option.section)[1].get(option.key[-1], "")
-        shown = option.name.upper() if option.is_positional else f"--{option.name}"
-        yield table_row(field_cells(shown, option.hint, option.field, meaning))
+        yield table_row(field_cells(option.written, option.hint, option.field, meaning))
     for before, now in names_of_before(cls).items():
         old, new = (name.replace("_", "-") for name in (before, now))
         yield f"\n`--{old}` is the name of `--{new}` in the release before; this one reads it, too."
@@ -57,4 +57,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print_result(reference(), end="")

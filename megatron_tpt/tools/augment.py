@@ -11,6 +11,7 @@ python tools/augment.py --recipe augment.yaml --refilter --filters.min-words 4  
 import sys
 
 from megatron_tpt.config.cli import parse, program
+from megatron_tpt.logs import print_result
 from megatron_tpt.thinking.options import AugmentOptions
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     if options.status:
         from megatron_tpt.thinking.status import status
 
-        print(status(options).screen())
+        print_result(status(options).screen())
     elif options.refilter:
         from megatron_tpt.thinking.augment import apply_filters
 
@@ -27,7 +28,7 @@ def main() -> None:
     elif options.estimate is not None:
         from megatron_tpt.thinking.estimate import estimate
 
-        print(estimate(options).summary())
+        print_result(estimate(options).summary())
     elif options.task is None and options.scale.is_split:
         from megatron_tpt.thinking.augment import conclude, launch
 

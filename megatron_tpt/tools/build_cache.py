@@ -10,11 +10,12 @@ import sys
 import time
 
 from megatron_tpt.config.cli import as_called, program
+from megatron_tpt.logs import print_result
 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(as_called(__doc__ or ""))
+        print_result(as_called(__doc__ or ""))
         return
     from megatron_tpt.config.load import load_recipe
     from megatron_tpt.recipes.pretrain import PretrainRecipe
@@ -25,10 +26,10 @@ def main() -> None:
     recipe, _ = load_recipe(PretrainRecipe, argv)
     recipe = recipe.resolve()
     recipe.check(recipe.parallel.model_parallel_size)
-    print(describe_data(recipe), flush=True)
+    print_result(describe_data(recipe))
     started = time.monotonic()
     recipe.prepare_data()
-    print(f"built or found whole in {time.monotonic() - started:.1f} s")
+    print_result(f"built or found whole in {time.monotonic() - started:.1f} s")
 
 
 command = program(main)

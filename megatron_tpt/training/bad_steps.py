@@ -1,15 +1,16 @@
-"""Steps whose loss or gradients are not finite, or whose loss jumps: found before the update, by all ranks together.
+"""Steps whose loss or gradients are not finite, or whose loss spikes: all ranks detect them before the update.
 
-The step is first computed again (faults.rerun): a result that is not reproduced points to the hardware. (Megatron
-Core's rerun state machine does the same for losses but not for gradients, and to continue it must write a
-checkpoint, end the program with its own exit code and be restarted on other GPUs.)
+The step is first recomputed (faults.rerun): a result that is not reproduced points to the hardware. (Megatron Core's
+rerun state machine does the same for losses but not for gradients; to continue, it has to write a checkpoint, end the
+program with its own exit code and be restarted on other GPUs.)
 
-The recipe chooses what happens then (section `faults`): stop with a diagnosis, skip the update, or roll back to the
+The section `faults` of the recipe says what happens then: stop with a diagnosis, skip the update, or roll back to the
 last checkpoint and skip the data of the steps since.
 """
 
 import dataclasses
 import json
+import logging
 import math
 import statistics
 from pathlib import Path
@@ -20,33 +21,36 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.config.run import FaultsConfig
 from megatron_tpt.files import atomic_write
+from megatron_tpt.names import first_few
 from megatron_tpt.training.optimizer import local_gradient
 from megatron_tpt.training.trainer import BadStep, Callback, RollBack, Trainer
 
+logger = logging.getLogger(__name__)
+
 _NUM_NAMED = 3
-# The norm of thousands of gradients moves by far less when each is rounded otherwise; what makes a step bad, by more.
+# Different rounding changes the norm of thousands of gradients by far less than this, a fault by more.
 _TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass
 class _Result:
-    """What forward and backward gave."""
+    """The result of one forward and backward pass."""
 
     own_losses: torch.Tensor
     """This rank's sums of the objective [num_sums], before any reduction over ranks."""
     gradient_norms: torch.Tensor
-    """Norms of the buffers that hold the gradients, [num_buffers], or of their shards. Ranks that reduced them together
-    have the same."""
+    """Norms of the buffers that hold the gradients, [num_buffers], or of their shards. Equal on ranks that reduced them
+    together."""
     loss: float
-    """Mean of the global batch."""
+    """Mean over the global batch."""
     is_finite: bool
-    """Whether loss and gradients are, on all ranks."""
+    """Whether loss and gradients are finite on all ranks."""
     has_tokens: bool = True
-    """Whether there was a token to learn from: a step without any does not count towards the usual loss."""
+    """Whether there was a token to learn from: a step without any is left out of the median loss."""
 
 
 def _measure(trainer: Trainer, sums: torch.Tensor) -> _Result:
-    """One pass over the gradients, one reduction, one wait for the device."""
+    """Needs one pass over the gradients, one reduction and one device synchronization."""
     if trainer.recipe.parallel.fsdp != "none":
         gradients = [local_gradient(value) for gpt in trainer.model.gpts for value in gpt.parameters()]
     else:
@@ -65,14 +69,14 @@ def _measure(trainer: Trainer, sums: torch.Tensor) -> _Result:
 
 
 class CheckNumbers(Callback):
-    """Refuses the update of a bad step, or ends the run, or rolls it back."""
+    """Skips the update of a bad step, ends the run, or rolls it back."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []  # of the last good steps
         self.num_skipped = 0  # in a row
         self.num_rollbacks = 0
         self.excluded: list[str] = []  # ranges of steps rolled back from: FIRST-LAST
-        self.bad_step: int | None = None  # what is being rolled back from
+        self.bad_step: int | None = None  # the step that a roll-back in progress comes from
 
     def state(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("losses", "num_skipped", "num_rollbacks")}
@@ -97,19 +101,19 @@ class CheckNumbers(Callback):
         if not self._is_bad(result, settings):
             return self._accept(result, settings)
         if result.is_finite:
-            policy, problem = settings.on_loss_spike, f"where {statistics.median(self.losses):.4g} is usual"
+            policy, problem = settings.on_loss_spike, f"against a median of {statistics.median(self.losses):.4g}"
         else:
             policy, problem = settings.on_nonfinite, _diagnose(trainer, sums)
         problem = f"loss {result.loss:.4g}, {problem}"
         if settings.rerun != "off" and trainer.recipe.training.fp8 == "delayed":
-            problem += "; not computed again (faults.rerun): the scales of training.fp8=delayed have moved on"
+            problem += "; not computed again (faults.rerun): the scales of training.fp8=delayed have changed since"
         elif settings.rerun != "off":
             sums.copy_(trainer.run_again())
             second = _measure(trainer, sums)
             is_good = not self._is_bad(second, settings)
             problem += f"; {_compare(result, second, is_good)}"
             if is_good and settings.rerun == "recover":
-                self._warn(
+                logger.warning(
                     f"step {trainer.global_step + 1} was bad: {problem}; training continues with the second result"
                 )
                 return self._accept(second, settings)
@@ -133,32 +137,28 @@ class CheckNumbers(Callback):
         if policy == "skip" and self.num_skipped < settings.max_skips:
             self.num_skipped += 1
             trainer.metrics.write(step, {"skipped_in_a_row": self.num_skipped})
-            self._warn(f"{message}; its update is skipped ({self.num_skipped} in a row)")
+            logger.warning(f"{message}; its update is skipped ({self.num_skipped} in a row)")
             return False
         if policy == "rollback" and self.num_rollbacks < settings.max_rollbacks:
             self.num_rollbacks += 1
             self.bad_step = step
-            self._warn(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
+            logger.warning(f"{message}; back to the last checkpoint (roll-back {self.num_rollbacks})")
             raise RollBack
         raise BadStep(
-            f"{message}; investigate it, then skip its data (training.skip_steps=[{step}]) or choose what "
-            f"happens (section faults), and run the same command again"
+            f"{message}; investigate it, then skip its data (training.skip_steps=[{step}]) or choose another "
+            f"policy (section faults), and run the same command again"
         )
-
-    def _warn(self, message: str) -> None:
-        if platform.is_first_rank():
-            print(f"WARNING: {message}", flush=True)
 
 
 def _compare(first: _Result, second: _Result, is_good: bool) -> str:
-    """What the second result of a bad step says about the first, in one line. All ranks call it."""
+    """The diagnosis from comparing both results of a bad step, in one line. All ranks call it."""
     own: dict[str, Any] = {
         "name": platform.rank_name(),
         "losses": _are_alike(first.own_losses, second.own_losses),
         "gradients": _are_alike(first.gradient_norms, second.gradient_norms),
     }
     every = platform.gather_objects(own)
-    # A reduction spreads the gradients of one rank to others, and ranks that share one copy of the model its losses.
+    # Reductions spread wrong gradients of one rank to others; wrong losses only spread within a model replica.
     what = "losses" if not all(one["losses"] for one in every) else "gradients"
     ranks = ", ".join(one["name"] for one in every if not one[what])
     if not ranks:
@@ -176,14 +176,13 @@ def _compare(first: _Result, second: _Result, is_good: bool) -> str:
 
 
 def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal up to the rounding of kernels that sum in any order, as the backward passes of attention on GPUs do; all
-    NaN are one."""
+    """Equal up to rounding, since kernels may sum in any order, as the backward pass of attention on GPUs does; NaN
+    equals NaN."""
     return bool(torch.isclose(a, b, rtol=_TOLERANCE, atol=0.0, equal_nan=True).all())
 
 
 def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
-    """Which ranks have values that are not finite, in one line; in full in RUN/logs/bad-step-*.json. All ranks call
-    it."""
+    """The ranks with non-finite values, in one line; details go to RUN/logs/bad-step-*.json. All ranks call it."""
     loader, step = trainer.data.train, trainer.global_step
     named = [item for gpt in trainer.model.gpts for item in gpt.named_parameters()]
     own: dict[str, Any] = {
@@ -198,13 +197,12 @@ def _diagnose(trainer: Trainer, sums: torch.Tensor) -> str:
     if platform.is_first_rank():
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(guilty, indent=1))
-    # A reduction spreads it to all ranks: it began where a loss is not finite.
+    # Reductions spread non-finite gradients to all ranks: the origin is where a loss is not finite.
     origins = [one for one in guilty if not one["loss_is_finite"]] or guilty
     names = list(dict.fromkeys(name for one in origins for name in one["parameters"]))
-    shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
     ranks = ", ".join(str(one["rank"]) for one in origins)
     samples = sorted({sample for one in origins for sample in one["samples"]})
     return (
         f"not finite on rank {ranks} (samples {samples[0]} to {samples[-1]} of the training data), in the gradients of "
-        f"{len(names)} parameters ({shown}); more in {path}"
+        f"{len(names)} parameters ({first_few(names, _NUM_NAMED)}); more in {path}"
     )

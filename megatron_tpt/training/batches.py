@@ -1,32 +1,32 @@
-"""What a rank takes of the global batch of an optimizer step: its micro-batches, and what is random in them."""
+"""A rank's part of the global batch of an optimizer step: its micro-batches, each with a random seed."""
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 
+from megatron_tpt.names import seed_of
 from megatron_tpt.objectives.objective import MicroBatch
 from megatron_tpt.training.data import Loader
 from megatron_tpt.training.phases import phase
 
 
 class Batch:
-    """The micro-batches of a step on this rank, read when they are needed and kept: a step can be computed again,
-    and several chunks of a model go through the same. Without any, the step is skipped.
+    """The micro-batches of a step on this rank, read on demand and kept, so that a step can be recomputed and several
+    chunks of a model can iterate over the same. A batch without micro-batches means that the step is skipped.
 
-    Each has a `seed`, int64 [], for what is random in it. A seed follows from the run's seed, the step and the place in
-    the global batch alone, so that resume, roll-back and re-run repeat it. (Dropout draws from the random streams of
-    Megatron Core instead, whose states a checkpoint holds and a re-run restores.)
+    Each micro-batch has a `seed`, int64 [], for anything random in it. It depends only on the run's seed, the step and
+    the place in the global batch, so that resume, roll-back and re-run repeat it. (Dropout draws from the random
+    streams of Megatron Core instead, whose states a checkpoint holds and a re-run restores.)
     """
 
     num_taken: ClassVar[int] = 0
-    """Micro-batches that this process has taken from any batch: a sign of life."""
+    """Micro-batches that this process has taken from any batch; the watchdog reads it as progress."""
 
     def __init__(self, microbatches: Iterable[MicroBatch], seeds: Sequence[int], num_tokens: int) -> None:
         self.seeds = tuple(seeds)
-        """One for each micro-batch; of `microbatches` no more are read."""
+        """One for each micro-batch; at most this many are read from `microbatches`."""
         self.num_tokens = num_tokens
         """Tokens of the whole global batch."""
         self.waited_s = 0.0
@@ -56,12 +56,11 @@ class Batch:
 def microbatch_seed(run_seed: int, step: int, place: int) -> int:
     """The seed of a micro-batch by its place in the global batch of the step that follows `step` others: 0 <= seed <
     2**63."""
-    digest = hashlib.sha256(f"{run_seed}/{step}/{place}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
+    return seed_of(f"{run_seed}/{step}/{place}")
 
 
 def take_batch(loader: Loader, microbatches: Iterator[MicroBatch], step: int, run_seed: int) -> Batch:
-    """The batch of the step that follows `step` others, whose micro-batches come next in what the loader iterates."""
+    """The batch of the step that follows `step` others; its micro-batches are the next that the loader yields."""
     places = (
         microbatch * loader.data_parallel_size + loader.data_parallel_rank
         for microbatch in range(loader.num_microbatches(step))

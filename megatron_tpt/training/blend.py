@@ -1,4 +1,4 @@
-"""Which source gives which share of the samples, phase after phase. No torch: `--dry-run` describes it.
+"""The share of each source in the samples, phase by phase. Imports no torch, since `--dry-run` describes it.
 
 for blend in blends(recipe):        # the training data, then every validation set
     blend.sources, blend.phases, blend.shares
@@ -35,13 +35,13 @@ class BlendRecipe(Protocol):
 
 
 def num_whole_samples(num_tokens: int, sequence_length: int) -> int:
-    """Samples that hold every token of a dataset once as a label (but the first), the last sample perhaps in part."""
+    """Samples that hold every token of a dataset but the first once as a label; the last may be partial."""
     return max(0, -(-(num_tokens - 1) // sequence_length))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlendPhase:
-    """Some samples, and the share of every source in them (0 where a source gives none; together 1)."""
+    """A number of samples, and the share of every source in them (the shares sum to 1 and may be 0)."""
 
     num_samples: int
     weights: list[float]
@@ -49,13 +49,13 @@ class BlendPhase:
 
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """Where the samples of one split come from: the sources of all phases, each once, and the phases."""
+    """The composition of one split: the sources of all phases, each listed once, and the phases."""
 
     name: str
     sources: list[DatasetSource]
     phases: list[BlendPhase]
     is_whole: bool = False
-    """Whether every sample of every source is read exactly once; the phases then do not matter."""
+    """Whether every sample of every source is read exactly once; the phases then have no effect."""
 
     def samples(self, manifests: Sequence[Manifest], sequence_length: int) -> list[int]:
         """Samples of each source, by the manifests of the sources."""
@@ -79,7 +79,7 @@ class Blend:
 
 
 def _make_blend(name: str, phases: Sequence[tuple[int, list[DatasetSource]]]) -> Blend:
-    """A blend of phases, each with its number of samples and its sources. A source is known by its path."""
+    """A blend of phases, each with its number of samples and its sources. Sources are identified by their paths."""
     sources: dict[Path, DatasetSource] = {}
     for source in itertools.chain.from_iterable(own for _, own in phases):
         sources.setdefault(source.path, source)
@@ -94,7 +94,7 @@ def _make_blend(name: str, phases: Sequence[tuple[int, list[DatasetSource]]]) ->
 
 
 def _phase_samples(phases: list[DataPhase], num_samples: int, sequence_length: int) -> list[int]:
-    """How many of a run's samples each phase gives; 0 for one that begins after the end."""
+    """The number of a run's samples in each phase; 0 for a phase that begins after the end."""
     ends = [min(num_samples, phase.end_sample(sequence_length) or num_samples) for phase in phases]
     return [max(0, end - begin) for begin, end in itertools.pairwise([0, *ends])]
 
@@ -116,7 +116,7 @@ def blends(recipe: BlendRecipe) -> list[Blend]:
 
 
 def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) -> list[float]:
-    """How often each source is gone through. Raises UserError when that is more than its max_epochs."""
+    """The epochs of each source. Raises UserError when they exceed its max_epochs."""
     result = []
     for source, manifest, share in zip(
         blend.sources, manifests, blend.samples(manifests, sequence_length), strict=True
@@ -132,7 +132,7 @@ def check_epochs(blend: Blend, manifests: list[Manifest], sequence_length: int) 
 
 
 def describe_data(recipe: BlendRecipe) -> str:
-    """What a recipe takes from each source, as text: documents, tokens, samples, epochs. Opens manifests only."""
+    """What a recipe reads from each source, as text: documents, tokens, samples, epochs. Opens only manifests."""
     if recipe.data.mock:
         return "data: random tokens (data.mock)"
     rows = [("source", "documents", "tokens", "samples", "epochs")]
@@ -162,7 +162,7 @@ def cache_folder(recipe: BlendRecipe) -> Path:
 
 
 def _cut(phases: list[DataPhase], sample: int, sequence_length: int) -> tuple[list[DataPhase], list[DataPhase]]:
-    """The phases before a sample, the last of them ending there, and those after it."""
+    """The phases before a sample, the last of which ends there, and those after it."""
     before: list[DataPhase] = []
     for number, phase in enumerate(phases):
         end = phase.end_sample(sequence_length)
@@ -176,8 +176,8 @@ def _cut(phases: list[DataPhase], sample: int, sequence_length: int) -> tuple[li
 def continue_phases(
     old: list[DataPhase], new: list[DataPhase], sample: int, sequence_length: int
 ) -> tuple[list[DataPhase], bool]:
-    """The phases of a run that took `sample` samples as `old` says and continues as `new` says, and whether that is a
-    change. A phase that continues unchanged stays one phase."""
+    """The phases of a run that took its first `sample` samples from `old` and takes the rest from `new`, and whether
+    this changes anything. A phase that continues unchanged remains one phase."""
     before, old_rest = _cut(old, sample, sequence_length)
     _, new_rest = _cut(new, sample, sequence_length)
     if old_rest == new_rest:

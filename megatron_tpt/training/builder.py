@@ -1,5 +1,6 @@
-"""From a recipe to what trains: the model built, loaded and wrapped, the optimizer, the trainer, resumed."""
+"""Builds a trainer from a recipe: the model with its weights, the optimizer, and the state of a resumed run."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,17 +24,19 @@ from megatron_tpt.training.trainer import Callback, Trainer, warn
 
 from megatron.core.utils import get_model_config
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(
     recipe: Recipe, data: TrainingData, callbacks: Sequence[Callback], objective: Objective | None = None
 ) -> Trainer:
-    """The trainer of a recipe, resumed where its run folder holds a checkpoint. Needs process groups; writes
-    RUN/run.yaml. Without an objective it is language modeling."""
+    """The trainer of a recipe, resumed if its run folder holds a checkpoint. Needs process groups; writes RUN/run.yaml.
+    The default objective is language modeling."""
     platform.seed_everything(recipe.run.seed)
     checkpoints = recipe.run.output_dir / "checkpoints"
     newest = newest_whole_checkpoint(checkpoints, reads_content=recipe.checkpoint.verify)
     model = _build_trained_model(recipe, data, resumes=newest is not None)
-    # As they are now: the folder may be gone, or hold something else, when a checkpoint is due.
+    # Read now: when a checkpoint is due, the folder may be gone or hold something else.
     files, notes = model_files(recipe, data.tokenizer_path, newest or recipe.training.init_from)
     objective = objective or LanguageModeling.from_recipe(recipe, data.source_names, data.unmarked_name)
     trainer = Trainer(recipe, model, objective, data, callbacks, model_files=files)
@@ -42,12 +45,12 @@ def build_trainer(
     if platform.is_first_rank():
         with atomic_write(recipe.run.output_dir / "run.yaml") as path:
             path.write_text(to_yaml(recipe))
-        print("\n".join([describe_kernels(get_model_config(model.chunks[0])), *notes]), flush=True)
+    logger.info("\n".join([describe_kernels(get_model_config(model.chunks[0])), *notes]))
     return trainer
 
 
 def _build_trained_model(recipe: Recipe, data: TrainingData, *, resumes: bool) -> TrainedModel:
-    """With weights to start from, unless the run resumes: those of its checkpoint are loaded later."""
+    """The model with its initial weights; if the run resumes, those of its checkpoint are loaded later."""
     start = recipe.training.init_from
     seed = recipe.run.seed if start is None and not resumes else None
     gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=seed)
@@ -61,8 +64,8 @@ def _build_trained_model(recipe: Recipe, data: TrainingData, *, resumes: bool) -
 
 
 def build_frozen_model(recipe: Recipe, checkpoint: Path) -> Model:
-    """The model of a recipe with the weights of a checkpoint, only to run forward: a reference, say. Needs process
-    groups."""
+    """The model of a recipe with the weights of a checkpoint, for forward passes only, such as a reference model. Needs
+    process groups."""
     gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=None)
     load_weights(checkpoint, gpts)
     for gpt in gpts:

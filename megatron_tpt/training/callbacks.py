@@ -1,7 +1,8 @@
-"""What happens around the training loop, one class each."""
+"""The callbacks of the training loop, and their default list."""
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 
 from megatron_tpt import platform
@@ -15,6 +16,8 @@ from megatron_tpt.training.stopping import StopEarly
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 from megatron_tpt.training.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 
 class Validate(Callback):
     """Every training.validation_interval steps and at the end: the losses on data.validation."""
@@ -27,16 +30,15 @@ class Validate(Callback):
         metrics = {f"validation_{name}": value for name, value in trainer.validate().items()}
         if metrics:
             trainer.metrics.write(trainer.global_step, metrics)
-        if platform.is_first_rank():
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "_loss" in name)
-            print(losses or "validation: no token to learn from", flush=True)
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "_loss" in name)
+        logger.info(losses or "validation: no token to learn from")
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and at the end of training. One that cannot be written is retried at the
-    next interval; only the last has to be.
+    """Every checkpoint.save_interval steps, and at the end of training. A failed save is retried at the next interval;
+    only a failure of the last one ends the run.
 
-    Under checkpoint.asynchronous one at a time is written during training: the next one waits for it.
+    With checkpoint.asynchronous one checkpoint at a time is written during training; the next one waits for it.
     """
 
     def __init__(self) -> None:
@@ -47,8 +49,8 @@ class SaveCheckpoints(Callback):
         is_due = trainer.is_over or (interval > 0 and trainer.global_step % interval == 0)
         if self.pending is not None:
             is_written = self.pending.is_written()
-            if is_due and not is_written and platform.is_first_rank():
-                print(f"WARNING: training waits until {self.pending.folder.name} is written", flush=True)
+            if is_due and not is_written:
+                logger.warning(f"training waits until {self.pending.folder.name} is written")
             if is_due or is_written:
                 self._finish_pending(trainer)
         if is_due:
@@ -86,30 +88,29 @@ class SaveCheckpoints(Callback):
 
 @contextlib.contextmanager
 def _save_errors_warned() -> Iterator[None]:
-    """Warns when a checkpoint cannot be written."""
+    """Turn a SaveError into a warning."""
     try:
         yield
     except SaveError as error:
-        if platform.is_first_rank():
-            print(f"WARNING: {error}; training continues, and the next save_interval retries", flush=True)
+        logger.warning(f"{error}; training continues, and the next save_interval retries")
 
 
 @contextlib.contextmanager
 def _patient(trainer: Trainer) -> Iterator[None]:
-    """Ranks that have less to write wait for the others longer than within a step."""
+    """Raise the timeout of collectives while saving: ranks with little to write wait for the other ranks."""
     run = trainer.recipe.run
     platform.set_timeout(run.first_step_timeout_s)
     try:
         yield
-    except SaveError:  # on all ranks; after what one alone meets, they could not be waited for
+    except SaveError:  # raised on all ranks, and training may continue; other errors end the run
         platform.set_timeout(run.distributed_timeout_s)
         raise
     platform.set_timeout(run.distributed_timeout_s)
 
 
 class TightenTimeout(Callback):
-    """After the first step of this start, collectives wait for run.distributed_timeout_s, no longer for the time that
-    starting may take."""
+    """After the first step since the start, lowers the timeout of collectives from run.first_step_timeout_s to
+    run.distributed_timeout_s."""
 
     def before_training(self, trainer: Trainer) -> None:
         self.is_first_step = True
@@ -124,7 +125,7 @@ class TightenTimeout(Callback):
 
 
 class CollectGarbage(Callback):
-    """Collects Python's garbage at the same steps on all ranks: one that stops to collect makes all others wait."""
+    """Collects Python's garbage at the same steps on all ranks: a rank that pauses to collect delays all others."""
 
     def before_training(self, trainer: Trainer) -> None:
         if trainer.recipe.training.manual_gc_interval:
@@ -140,7 +141,7 @@ class CollectGarbage(Callback):
 
 
 def default_callbacks() -> list[Callback]:
-    """Those of the training programs, in the order in which they act after a step."""
+    """The callbacks of the training programs, in the order in which they act after a step."""
     return [
         Watchdog(),
         StopEarly(),

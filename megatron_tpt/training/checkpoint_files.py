@@ -4,16 +4,17 @@
     RUN/checkpoints/latest           link to the newest; a file with its name where the file system has no links
     RUN/checkpoints/damaged-step_*   one that did not match its checksums, set aside
 
-All ranks look for damage at once, each reading its share of the files, and come to the same decision. No
-torch is imported before that.
+All ranks check for damage in parallel, each reading its share of the files, and reach the same decision. torch is
+imported only for that.
 
-Where a run folder is copied without links (`cp -L`, `rsync -L`, a bucket), `latest` becomes a folder: a second copy of
-a checkpoint, or the only one. So the step_* folders say which is the newest, for the run and for those who read
-`latest`; a run gives an only copy the name of its step, and removes a second one once the first is known to be whole.
+If a run folder is copied without links (`cp -L`, `rsync -L`, a bucket), `latest` becomes a folder: a second copy of a
+checkpoint, or the only one. Therefore the step_* folders determine the newest checkpoint, for the run and for readers
+of `latest`. A run renames an only copy to its step, and removes a second copy once the first is known to be intact.
 """
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -26,6 +27,8 @@ import xxhash
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_symlink, atomic_write, real_path
 from megatron_tpt.json_data import read_json
+
+logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 LATEST = "latest"
@@ -44,7 +47,7 @@ def finished_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def checksum(path: Path) -> str:
-    """XXH3 (128 bits) of a file: it detects damage, not forgery, at the speed of memory."""
+    """XXH3 (128 bits) of a file: it detects damage, not tampering, at memory speed."""
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while num_bytes := file.readinto(block):
@@ -53,14 +56,14 @@ def checksum(path: Path) -> str:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """Size in bytes and checksum of the named files."""
+    """Size in bytes and checksum of the named files, by name."""
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         sums = threads.map(lambda name: checksum(folder / name), names)
         return {name: [(folder / name).stat().st_size, value] for name, value in zip(names, sums, strict=True)}
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of a checkpoint that one process has made, once all its other files are there."""
+    """Write the checksums of a checkpoint that one process has written, after all its other files."""
     names = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS
     )
@@ -68,7 +71,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def _checked(files: Any) -> dict[str, list[Any]]:
-    """What a file of checksums may hold: size and digest of files of this checkpoint, and of no other folder."""
+    """Validate checksums.json: it may only hold size and digest of files of this checkpoint, not of other folders."""
     is_list = isinstance(files, dict) and all(isinstance(entry, list) and len(entry) == 2 for entry in files.values())
     if not is_list or any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files):
         raise ValueError("it is not a list of files in this folder")
@@ -76,7 +79,7 @@ def _checked(files: Any) -> dict[str, list[Any]]:
 
 
 def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> list[str]:
-    """What is wrong with a rank's share of a checkpoint's files, one line each. Sizes first: they cost nothing."""
+    """The damage in a rank's share of a checkpoint's files, one line each. Sizes are compared first, which is cheap."""
     try:
         files: dict[str, list[Any]] = _checked(read_json(folder / CHECKSUMS))
     except FileNotFoundError:
@@ -103,14 +106,14 @@ def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> 
 
 
 def damage_of_files(folder: Path) -> list[str]:
-    """What is wrong with the presence and the sizes of a checkpoint's files, one line each. Needs no process group."""
+    """Missing files of a checkpoint and files of the wrong size, one line each. Needs no process group."""
     return _damage(folder, reads_content=False, rank=0, num_ranks=1)
 
 
 def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
-    """What is wrong with a checkpoint's files, one line each, the same on all ranks. All ranks call it.
+    """The damage in a checkpoint's files, one line each, the same on all ranks. All ranks call it.
 
-    Without `reads_content` only the files' sizes are compared.
+    Without `reads_content` only the sizes of the files are compared.
     """
     import torch
 
@@ -122,12 +125,12 @@ def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
 
 
 def _step_of(folder: Path) -> str | None:
-    """The name of a checkpoint under whatever name its folder has; None when it cannot be read."""
+    """The step_* name that belongs to a checkpoint, whatever its folder is called; None when it cannot be read."""
     from megatron_tpt.training.checkpoint_loading import read_trainer_state
 
     try:
         return step_folder(folder.parent, read_trainer_state(folder)["step"]).name
-    except Exception:  # a folder that is no checkpoint, or half of one, can raise nearly anything
+    except Exception:  # a folder that is no checkpoint, or an incomplete one, can raise nearly anything
         return None
 
 
@@ -143,13 +146,13 @@ def _has_same_sums(folder: Path, other: Path) -> bool:
 
 
 def _twin(latest: Path) -> Path | None:
-    """The checkpoint that a copied `latest` is a second copy of, by its checksums."""
+    """The checkpoint of which a copied `latest` is a second copy, by its checksums."""
     folders = finished_checkpoints(latest.parent)
     return next((folder for folder in reversed(folders) if _has_same_sums(latest, folder)), None)
 
 
 def checkpoints_to_read(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first, with a copied `latest` among them that is the only copy of its
+    """The complete checkpoints of a run, oldest first, including a copied `latest` that is the only copy of its
     step."""
     folders, latest = finished_checkpoints(checkpoints), checkpoints / LATEST
     if _is_copied(latest) and _twin(latest) is None and (name := _step_of(latest)) is not None:
@@ -160,42 +163,42 @@ def checkpoints_to_read(checkpoints: Path) -> list[Path]:
 
 def checkpoint_named(path: Path) -> Path:
     """The checkpoint that a user's `path` means: RUN/checkpoints/latest is the newest there, whatever happened to the
-    link. Says so where the link names another."""
+    link. Warns if the link names another."""
     if path.name != LATEST or not (there := checkpoints_to_read(path.parent)):
         return path
     newest = there[-1]
     if _is_copied(path) and _has_same_sums(newest, path) and damage_of_files(newest):
-        return path  # of two copies the whole one
+        return path  # the intact one of two copies
     if newest != path and not (path.is_symlink() and real_path(path) == real_path(newest)):
-        print(f"WARNING: {path} is no link to the newest checkpoint: {newest} is taken", flush=True)
+        logger.warning(f"{path} is no link to the newest checkpoint: using {newest}")
     return newest
 
 
 def _name_only_copy(latest: Path) -> None:
-    """Give a copied `latest` that is the only copy of its step the name of the step. The first rank calls it."""
+    """Rename a copied `latest` that is the only copy of its step to that step. The first rank calls it."""
     if not _is_copied(latest) or _twin(latest) is not None:
         return
     name = _step_of(latest)
     folder = latest.with_name(name) if name is not None else None
     if folder is None or folder.exists():
         folder = latest.with_name(f"copied-{LATEST}-{secrets.token_hex(4)}")
-        kept = "a checkpoint that cannot be read" if name is None else f"another {name} than the one there"
-        print(f"WARNING: {latest} is a folder in place of a link, {kept}: it is set aside as {folder}", flush=True)
+        kept = "an unreadable checkpoint" if name is None else f"and differs from the {name} beside it"
+        logger.warning(f"{latest} is a folder instead of a link, {kept}: it is moved to {folder}")
     else:
-        print(f"WARNING: {latest} is a folder in place of a link, the only copy: it is now {folder}", flush=True)
+        logger.warning(f"{latest} is a folder instead of a link, the only copy: it is now {folder}")
     os.rename(latest, folder)
 
 
 def point_latest(folder: Path, *, is_whole: bool = False) -> None:
-    """Have `latest` name the checkpoint `folder`, of which `is_whole` says that its content was just compared with its
-    checksums. A second copy in the place of the link is removed. One process calls it."""
+    """Make `latest` name the checkpoint `folder`; `is_whole` says that its content was just compared with its
+    checksums. A second copy in place of the link is removed. One process calls it."""
     latest = folder.with_name(LATEST)
     _name_only_copy(latest)
     if _is_copied(latest) and (twin := _twin(latest)) is not None:
         is_kept = (is_whole and twin == folder) or not _damage(twin, reads_content=True, rank=0, num_ranks=1)
         aside = latest.with_name(f".tmp-old-{LATEST}" if is_kept else f"copied-{LATEST}-{secrets.token_hex(4)}")
-        what = "removed" if is_kept else f"set aside as {aside}, since {twin} is damaged"
-        print(f"WARNING: {latest} is a folder in place of a link, a copy of {twin.name}: it is {what}", flush=True)
+        what = "removed" if is_kept else f"moved to {aside}, since {twin} is damaged"
+        logger.warning(f"{latest} is a folder instead of a link, a copy of {twin.name}: it is {what}")
         os.rename(latest, aside)
         if is_kept:
             shutil.rmtree(aside, ignore_errors=True)
@@ -211,31 +214,31 @@ def point_latest(folder: Path, *, is_whole: bool = False) -> None:
 
 
 def _set_damaged_aside(folder: Path, damage: list[str], *, is_last: bool) -> None:
-    """The last candidate stays where it is, unless a copied `latest` is its second copy."""
-    print(f"WARNING: THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}", flush=True)
+    """Warn of a damaged checkpoint, and rename it unless it is the last candidate."""
+    logger.warning(f"THE CHECKPOINT {folder} IS DAMAGED: {'; '.join(damage[:4])}")
     if is_last:
         return
     aside = folder.with_name(f"damaged-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    print(f"WARNING: it is set aside as {aside}; the run resumes from the one before", flush=True)
+    logger.warning(f"it is moved to {aside}; the run resumes from the one before")
 
 
 def _require_no_other_place(checkpoints: Path) -> None:
-    """Raise UserError when a run folder has no checkpoint, but for a `latest` that leads to one elsewhere."""
+    """Raise UserError when the only checkpoint of a run folder is a `latest` that links to another folder."""
     latest = checkpoints / LATEST
     if latest.is_symlink() and (latest / CHECKSUMS).exists():
         raise UserError(
             f"{latest} leads to {real_path(latest)}, and there is no checkpoint in {checkpoints}: copy that folder "
-            f"there under its own name (step_...) to resume from it, or remove {latest} to begin at step 0"
+            f"there under its own name (step_...) to resume from it, or remove {latest} to start at step 0"
         )
 
 
 def newest_whole_checkpoint(checkpoints: Path, *, reads_content: bool = True) -> Path | None:
-    """The newest undamaged checkpoint of a run, None when it has none. All ranks call it and get the same.
+    """The newest undamaged checkpoint of a run, None when it has none. All ranks call it, with the same result.
 
-    Damaged ones are announced and set aside, so that their steps can be written again; `latest` is made to name the one
-    that is returned. Raises UserError when there are checkpoints and all are damaged.
+    Damaged ones are reported and renamed, so that their steps can be written again; `latest` is updated to the returned
+    one. Raises UserError when there are checkpoints and all are damaged.
     """
     import torch
 
@@ -262,8 +265,8 @@ def newest_whole_checkpoint(checkpoints: Path, *, reads_content: bool = True) ->
             return folder
         if is_last:
             raise UserError(
-                f"no checkpoint in {checkpoints} is whole: put back what is missing, or delete {names[0]} there "
-                f"to begin again from step 0"
+                f"no checkpoint in {checkpoints} is whole: restore the missing files, or delete {names[0]} there to "
+                f"start again at step 0"
             )
 
 
@@ -279,4 +282,4 @@ def delete_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | 
             folder.rename(doomed)  # in one step, so that no half-deleted folder looks complete
             shutil.rmtree(doomed)
         except OSError as error:
-            print(f"WARNING: the old checkpoint {folder} could not be deleted: {error}", flush=True)
+            logger.warning(f"the old checkpoint {folder} could not be deleted: {error}")

@@ -29,7 +29,7 @@ from megatron_tpt.training.checkpoint_state import (
     weights_of,
     weights_state,
 )
-from megatron_tpt.training.checkpoint_trust import objects_as_data, require_data_only
+from megatron_tpt.training.checkpoint_trust import not_a_checkpoint, objects_as_data, require_data_only
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -44,8 +44,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 @torch.no_grad()
 def _round_weights_from_main(optimizer: MegatronOptimizer) -> None:
-    """Set weights that are kept in FP8 from the optimizer's, as after a step: those just loaded were rounded with
-    whatever scale each had before."""
+    """Set FP8 weights from the optimizer's main weights, as after a step: those just loaded were rounded with outdated
+    scales."""
     for member in members(optimizer):
         if isinstance(member, DistributedOptimizer) and member.ddp_config.fp8_param_gather:
             copy_main_weights_to_model(member)
@@ -62,8 +62,8 @@ def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
 
 
 def _require_fit(state: dict[str, Any], folder: Path) -> None:
-    """Raises UserError on all ranks when the checkpoint lacks a tensor that one of them asks for, or has it in another
-    shape: in loading a rank alone would fail."""
+    """Raises UserError on all ranks when the checkpoint lacks a tensor that one of them needs, or has it in another
+    shape: during loading, that rank would fail alone."""
     known = load_tensors_metadata(str(folder))
     wrong = next(
         (
@@ -84,9 +84,9 @@ def _require_fit(state: dict[str, Any], folder: Path) -> None:
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill a sharded state dict: every rank reads a share of what several need, and hands it on."""
+    """Fill a sharded state dict: data that several ranks need is read in shares and exchanged."""
     _require_fit(state, folder)
-    # Streaming would leave in `state` what the model's FP8 tensors make of it, rounded.
+    # Streaming would leave values in `state` that are rounded to the model's FP8 tensors.
     strategy = TorchDistLoadShardedStrategy(stream_ckpt_dequant=False)
     with objects_as_data(folder):
         return dist_checkpointing.load(
@@ -97,11 +97,11 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _require_checkpoint(folder: Path) -> None:
     require_data_only(folder)
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest")
+        raise not_a_checkpoint(folder)
 
 
 def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:
-    """Load weights and nothing else, whatever layout wrote them.
+    """Load only the weights, whatever layout wrote them.
 
     Raises UserError when the folder is no checkpoint or when its model has another shape.
     """
@@ -116,20 +116,20 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     no checkpoint."""
     _require_checkpoint(folder)
     with warnings.catch_warnings(), objects_as_data(folder):
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
         return load_common_state_dict(str(folder))["trainer"]
 
 
 def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load everything a run needs to resume, under any layout. Returns the trainer state that was saved.
 
-    The random state is that of the same rank when layout and kind of device are the same; otherwise it stays as it was
-    seeded, which only dropout notices.
+    The random state is restored if layout and device type are the same; otherwise it stays as seeded, which only
+    affects dropout.
     """
     trainer_state = read_trainer_state(folder)
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
     (first, *_), state = pieces_of(model), dict[str, Any]()
-    weights = weights_of(first)  # Megatron FSDP, which hides its shards in a forward pass, shows them for it
+    weights = weights_of(first)  # makes Megatron FSDP expose its shards, which it hides during a forward pass
     under_fsdp = fsdp_checkpoint.is_sharded(first)
     if under_fsdp:
         (own,) = members(optimizer)
@@ -141,7 +141,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
             state["model"], is_loading=True, metadata=optimizer_format(sharding)
         )
         for holder in list(holders_of_groups(state["optimizer"])):
-            del holder["param_groups"]  # Megatron Core merges them with the checkpoint's, of which there may be others
+            del holder["param_groups"]  # Megatron Core merges them with the checkpoint's, which may differ in number
     same_layout = trainer_state["layout"] == layout()
     if same_layout:
         state["random_state"] = sharded_random_state()
@@ -153,7 +153,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     else:
         set_weights(model, loaded["model"])
         set_groups(loaded["optimizer"], optimizer)
-        with torch.no_grad():  # Megatron Core's loading of dp_reshardable leaves it to the caller
+        with torch.no_grad():  # Megatron Core leaves this to the caller when loading dp_reshardable
             optimizer.load_state_dict(loaded["optimizer"])
         give_each_parameter_its_step(optimizer)
     if same_layout:

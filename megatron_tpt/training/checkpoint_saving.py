@@ -4,12 +4,12 @@
                                      model (model_files.py); checksums.json
     RUN/checkpoints/latest           link to the newest (checkpoint_files.py)
 
-A folder is written under a temporary name and renamed when whole, so a folder with the final name is always complete,
-whatever was killed when. Later damage is detected by the checksums (checkpoint_files.py). A checkpoint that
-cannot be written (a full disk) raises SaveError on all ranks, and leaves the ones before as they were.
+A folder is written under a temporary name and renamed when complete, so a folder with the final name is always
+complete, whenever a process was killed. Later damage is detected by the checksums (checkpoint_files.py). A checkpoint
+that cannot be written (a full disk) raises SaveError on all ranks, and does not affect earlier ones.
 
-The writing can continue in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron
-Core's persistent worker asks for a CUDA device by its rank, and waiting for one that has died never ends.
+Writing can continue in the background (`CheckpointSaving.write_in_background`), in a forked process: Megatron Core's
+persistent worker requires a CUDA device, and waiting for one that has died would never end.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.errors import UserError
-from megatron_tpt.files import sync_tree
+from megatron_tpt.errors import UserError, one_line
+from megatron_tpt.files import free_space, sync_tree
 from megatron_tpt.indexing.tokenizer import read_tokenizer_files
 from megatron_tpt.platform.background import BackgroundWork
 from megatron_tpt.platform.megatron_core import (
@@ -45,6 +45,7 @@ from megatron_tpt.training.checkpoint_state import (
     weights_state,
 )
 from megatron_tpt.training.phases import phase
+from megatron_tpt.units import GIB
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -56,42 +57,35 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 replace_results_queue()
 
-# What a rank wrote: Megatron Core's account of it (None when it had nothing to write), size and checksum by file.
+# What a rank wrote: Megatron Core's result (None when it had nothing to write); size and checksum by file.
 _Written = tuple[Any, dict[str, list[Any]]]
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; the ones before are as they were. All ranks raise it together."""
+    """A checkpoint could not be written; earlier ones are not affected. All ranks raise it together."""
 
 
 def _together(folder: Path, action: Callable[[], Any]) -> Any:
-    """Do something on every rank. Raises SaveError on all of them when any met an OSError or a UserError: a rank that
-    continued alone would wait for the others forever."""
+    """Run `action` on every rank. Raises SaveError on all of them if it raised an OSError or a UserError on any: a rank
+    that continued would wait forever for those that did not."""
     result, error = None, None
     try:
         result = action()
     except (OSError, UserError) as caught:
-        error = f"(rank {torch.distributed.get_rank()}: {' '.join(str(caught).split())[:300]})"
+        error = f"(rank {torch.distributed.get_rank()}: {one_line(caught)})"
         if isinstance(caught, OSError):
             has_room = caught.errno not in (None, errno.ENOSPC, errno.EDQUOT)  # None: Megatron Core does not say
             advice = "make the folder writable" if has_room else "make room"
-            error += f": {advice}, {_free_bytes(folder) / 2**30:.1f} GiB are free there"
+            error += f": {advice}, {free_space(folder.parent)[1] / GIB:.1f} GiB are free there"
     errors = platform.gather_objects(error)
     if any(errors):
         raise SaveError(f"the checkpoint {folder} could not be written {next(filter(None, errors))}")
     return result
 
 
-def _free_bytes(folder: Path) -> int:
-    place = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
-    return shutil.disk_usage(place).free
-
-
 class _SaveStrategy(TorchDistSaveShardedStrategy):
-    """Megatron Core's, which lets the first rank fail alone while it writes the index of what all ranks wrote, while
-    the
-
-       others wait: here the failure is kept and raised on all of them."""
+    """Megatron Core's strategy, whose first rank writes the index of all files while the other ranks wait: here its
+    failure is kept, so that all ranks can raise it."""
 
     failure: OSError | None = None
 
@@ -111,13 +105,13 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
         writer.finish = finish_and_keep_failure
 
     def raise_failure(self) -> None:
-        """Raise what was kept, if anything."""
+        """Raise the failure that was kept, if any."""
         if self.failure is not None:
             raise self.failure
 
 
 class CheckpointSaving:
-    """A checkpoint that `start_saving` has laid out: it exists once `finish` has returned. All ranks call every method.
+    """A checkpoint that `start_saving` has prepared; it exists once `finish` has returned. All ranks call every method.
 
     `request` is Megatron Core's description of what this rank writes: a function, and its arguments.
     """
@@ -128,39 +122,39 @@ class CheckpointSaving:
         self._background: BackgroundWork[_Written] | None = None
 
     def write_in_background(self) -> None:
-        """Begin to write the weights and states of this moment; they may change when this has returned. Raises
-        SaveError on all ranks."""
+        """Start writing a snapshot of weights and states; they may change once this has returned. Raises SaveError on
+        all ranks."""
         staged = self._stage()
         with self._removed_on_failure():
             self._background = _together(self.folder, lambda: BackgroundWork(lambda: self._write(staged)))
 
     def is_written(self) -> bool:
-        """Whether `finish` has nothing to wait for on any rank, be it that the writing failed."""
+        """Whether writing has ended on all ranks, successfully or not, so that `finish` would not wait."""
         over = torch.tensor(int(self._background is None or self._background.is_over), device=platform.device())
         torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MIN)
         return bool(over.item())
 
     @phase("checkpoint")
     def finish(self) -> None:
-        """Write, or wait until it is written; check what all ranks wrote, give it its name, and point `latest` at it.
-        Raises SaveError on all ranks."""
+        """Write, or wait for the background process; check what all ranks wrote, rename the folder, and point `latest`
+        at it. Raises SaveError on all ranks."""
         write = self._background.result if self._background is not None else lambda: self._write(self._stage())
         with self._removed_on_failure():
             result, own = _together(self.folder, write)
             if result is not None:
                 self.request.async_fn_args[2].put(result)
-            self.request.finalize_fns[0]()  # gathers what was written where; the others are in _name_files
+            self.request.finalize_fns[0]()  # writes the index; _name_files does what the other functions would
             _together(self.folder, self.strategy.raise_failure)
             described = platform.gather_objects(own)
             _together(self.folder, lambda: self._name_files(described) if platform.is_first_rank() else None)
 
     def abandon(self) -> None:
-        """Abandon the checkpoint; the next save removes what was written of it. A rank may call it alone."""
+        """Abandon the checkpoint; the next save removes its partial files. A single rank may call it."""
         if self._background is not None:
             self._background.kill()
 
     def _stage(self) -> list[Any]:
-        """What this rank writes, in this machine's memory: files as Megatron Core's writer takes them."""
+        """A copy in host memory of what this rank writes, as Megatron Core's writer expects it."""
         return self.request.preload_fn() if self.request.preload_fn is not None else []
 
     def _write(self, staged: list[Any]) -> _Written:
@@ -196,9 +190,9 @@ class CheckpointSaving:
 
 
 def _make_temporary(folder: Path) -> Path:
-    """A new folder next to `folder`, the same on all ranks; what killed runs left there is removed.
+    """A new folder next to `folder`, the same on all ranks; leftovers of killed runs are removed.
 
-    Its name is new every time: a process that writes in the background may outlive the run that started it.
+    Its name is new every time, since a background process may outlive the run that started it.
     """
     name = [f".tmp-{folder.name}-{secrets.token_hex(4)}"]
     torch.distributed.broadcast_object_list(name)
@@ -209,7 +203,7 @@ def _make_temporary(folder: Path) -> Path:
             for old in folder.parent.glob(".tmp-*"):
                 if old.is_dir() and not old.is_symlink():
                     shutil.rmtree(old, ignore_errors=True)
-                else:  # what a killed run was about to make `latest`
+                else:  # the temporary link of a killed run that was about to replace `latest`
                     old.unlink(missing_ok=True)
             temporary.mkdir(parents=True)
 
@@ -228,10 +222,10 @@ def start_saving(
     model_files: Mapping[str, bytes],
     optimizer_sharding: str = "fully_reshardable",
 ) -> CheckpointSaving:
-    """Lay out a checkpoint; weights and states are then written as the caller chooses. All ranks call it.
+    """Prepare a checkpoint; the caller then chooses how its weights and states are written. All ranks call it.
 
-    Without an optimizer it holds weights only, to start other runs from. `model_files` are written as they are, by
-    their names in the folder. Raises SaveError on all ranks.
+    Without an optimizer it holds only weights, to start other runs from. `model_files` are written unchanged, by their
+    names in the folder. Raises SaveError on all ranks.
     """
     temporary = _make_temporary(folder)
     format_of_optimizer = optimizer_format(optimizer_sharding)
@@ -257,7 +251,7 @@ def start_saving(
                 (temporary / name).write_bytes(content)
 
     strategy = _SaveStrategy()
-    # Copies of one tensor are shared among the ranks that hold one; under FSDP only the first has it (_put_together).
+    # Ranks with copies of a tensor share the writing; under FSDP only the first rank has it (_put_together).
     is_sharded = fsdp_checkpoint.is_sharded(pieces_of(model)[0])
     request = dist_checkpointing.save(
         state,
@@ -280,9 +274,9 @@ def save_checkpoint(
     recipe_yaml: str,
     tokenizer_path: Path | None,
 ) -> None:
-    """Write a checkpoint whole or not at all, and point `latest` next to it at it. All ranks call it.
+    """Write a checkpoint completely or not at all, and point the `latest` beside it at it. All ranks call it.
 
-    Without an optimizer it holds weights only, to start other runs from. Raises SaveError on all ranks.
+    Without an optimizer it holds only weights, to start other runs from. Raises SaveError on all ranks.
     """
     tokenizer = read_tokenizer_files(tokenizer_path) if tokenizer_path else {}
     files = {f"tokenizer/{name}": content for name, content in tokenizer.items()}

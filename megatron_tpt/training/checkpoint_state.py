@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 
 def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
-    """The weights of each piece of the model as sharded tensors, without the `_extra_state` entries, in which
-    Transformer Engine keeps FP8 statistics and everything else nothing."""
+    """The weights of each model chunk as sharded tensors, without the `_extra_state` entries (FP8 statistics of
+    Transformer Engine, empty otherwise)."""
     pieces = {f"piece_{i}": (gpt, weights_of(gpt)) for i, gpt in enumerate(pieces_of(model))}
     return {
         name: fsdp_checkpoint.whole_weights(entries, gpt) if fsdp_checkpoint.is_sharded(gpt) else entries
@@ -29,17 +29,17 @@ def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, A
 
 
 def weights_of(gpt: GPTModel) -> dict[str, Any]:
-    """One piece's, as this rank holds them."""
+    """The weights of one model chunk, as this rank holds them."""
     return {key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith("_extra_state")}
 
 
 def pieces_of(model: GPTModel | Sequence[GPTModel]) -> Sequence[GPTModel]:
-    """The pieces of a model; a whole one is one."""
+    """The chunks of a model, as a sequence also if there is only one."""
     return [model] if isinstance(model, GPTModel) else model
 
 
 def set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str, Any]]) -> None:
-    """Fill the model with what was loaded into `weights_state`."""
+    """Set the weights of the model to those loaded into its `weights_state`."""
     for i, gpt in enumerate(pieces_of(model)):
         gpt.load_state_dict(state[f"piece_{i}"], strict=False)
         for name, value in unrounded_values(gpt).items():
@@ -47,9 +47,9 @@ def set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str,
 
 
 def fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
-    """What delayed scaling keeps of the largest values of the last steps, by piece; nothing under other recipes.
+    """The amax history of delayed scaling, by model chunk; empty under other FP8 recipes.
 
-    Each rank has its own: they are loaded where the layout is the same, and start empty elsewhere.
+    Each rank has its own: it is loaded if the layout is the same, and starts empty otherwise.
     """
     return {
         f"piece_{i}": {key: value for key, value in gpt.sharded_state_dict().items() if key.endswith("_extra_state")}
@@ -59,12 +59,12 @@ def fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, 
 
 
 def optimizer_format(sharding: str) -> dict[str, str]:
-    """Megatron Core's name for checkpoint.optimizer_sharding. What it takes without one does not save at all."""
+    """Megatron Core's setting for checkpoint.optimizer_sharding. Its default cannot be saved."""
     return {"distrib_optim_sharding_type": sharding}
 
 
 def layout() -> list[Any]:
-    """What must be the same for every rank to find its own random state and statistics."""
+    """What must be unchanged for every rank to find its own random state and statistics."""
     return [
         platform.device().type,
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -74,7 +74,7 @@ def layout() -> list[Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of this rank's random streams, which `set_random_state` takes."""
+    """The states of this rank's random streams, for `set_random_state`."""
     state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -82,7 +82,7 @@ def random_state() -> dict[str, Any]:
 
 
 def sharded_random_state() -> ShardedObject:
-    """This rank\'s random state, at its place in the layout."""
+    """This rank's random state, at its place in the layout."""
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -107,14 +107,16 @@ def members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Those that use torch's AdamW: all but Muon's in a run without Transformer Engine and apex, else none."""
+    """The members that use torch's AdamW: without Transformer Engine and apex all but Muon's, otherwise none."""
     return [member for member in members(optimizer) if isinstance(member.optimizer, torch.optim.AdamW)]
 
 
 def make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
-    """Megatron Core keeps the number of steps in the parameter groups, torch's AdamW as a tensor in every
-    parameter's state. Loading fails on that in two ways: it reads the tensor, which is not there before the first step,
-    and it looks for it in the checkpoint."""
+    """Make Megatron Core load a state into torch's AdamW.
+
+    Megatron Core keeps the number of steps in the parameter groups, torch's AdamW keeps it as a tensor in the state of
+    every parameter. Loading would read this tensor, which does not exist before the first step, and would look for it
+    in the checkpoint."""
     for member in _with_torch_adam(optimizer):
         for parameter in (parameter for group in member.optimizer.param_groups for parameter in group["params"]):
             member.optimizer.state[parameter] = {
@@ -127,8 +129,8 @@ def make_torch_adam_loadable(optimizer: MegatronOptimizer) -> None:
 
 
 def give_each_parameter_its_step(optimizer: MegatronOptimizer) -> None:
-    """Megatron Core loads one `step` tensor for all parameters; torch's AdamW adds 1 to it
-    in place for each of them."""
+    """Give each parameter its own `step` tensor: Megatron Core loads one for all of them, which torch's AdamW would
+    increment in place once per parameter."""
     for member in _with_torch_adam(optimizer):
         for state in member.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -145,9 +147,9 @@ def holders_of_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
-    """Replace the parameter groups of a checkpoint by the optimizer's own: rates, decays, betas and the like are the
-    recipe's, and only the number of updates is the checkpoint's. Megatron Core pairs groups by their rates and decays,
-    and finds no counterpart for those that were changed."""
+    """Replace the parameter groups of a checkpoint by the optimizer's own: learning rates, weight decay, betas and so
+    on come from the recipe, only the number of updates from the checkpoint. Megatron Core matches groups by learning
+    rate and weight decay, and finds no match if these were changed."""
     for holder, member in zip(list(holders_of_groups(loaded)), members(optimizer), strict=True):
         steps = [group["step"] for group in holder["param_groups"] if "step" in group]
         updates = {"step": steps[0]} if steps else {}
@@ -155,5 +157,5 @@ def set_groups(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
 
 
 def group_of_copies() -> torch.distributed.ProcessGroup:
-    """The ranks that hold the same weights: they share writing and reading them."""
+    """The ranks that hold the same weights and share the work of writing and reading them."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,9 +1,9 @@
-"""A checkpoint is data, whoever wrote it: nothing in it may run code when it is opened.
+"""Opening a checkpoint never runs code from it, whoever wrote it.
 
-torch.distributed.checkpoint keeps a checkpoint's description as a pickle (`.metadata`), and a pickle may call any
-function when it is loaded. So it is read first by an unpickler that knows the few types that such a description is made
-of. The objects in the other files are read by torch's restricted unpickler (`weights_only`), which `platform` turns on
-for the whole process.
+torch.distributed.checkpoint stores a checkpoint's metadata as a pickle (`.metadata`), and a pickle may call any
+function when it is loaded. So it is first read by an unpickler that only allows the few types that such metadata
+consists of. The objects in the other files are read by torch's restricted unpickler (`weights_only`), which `platform`
+turns on for the whole process.
 """
 
 import pickle
@@ -46,8 +46,13 @@ _TYPES = {
 }
 
 
+def not_a_checkpoint(folder: Path) -> UserError:
+    """What to raise for another folder."""
+    return UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest")
+
+
 class _Forbidden(Exception):
-    """The name of what a pickle asks for and must not have."""
+    """The name of a type or function that a pickle refers to and that is not allowed."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -59,10 +64,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def require_data_only(folder: Path) -> None:
-    """Raises UserError when the description of a checkpoint cannot be read, asks for more than data, or names files
+    """Raises UserError when the metadata of a checkpoint cannot be read, refers to more than data, or names files
     outside the folder.
 
-    To be called before anything else opens the folder.
+    Call it before anything else opens the folder.
     """
     path = folder / METADATA
     try:
@@ -74,7 +79,7 @@ def require_data_only(folder: Path) -> None:
     except UserError:
         raise
     except OSError:
-        raise UserError(f"{folder} is not a checkpoint: give a folder like RUN/checkpoints/latest") from None
+        raise not_a_checkpoint(folder) from None
     except _Forbidden as error:
         raise UserError(
             f"{path} asks for {error}, which no checkpoint consists of: it could run code, and is refused. Get the "
@@ -87,7 +92,7 @@ def require_data_only(folder: Path) -> None:
 
 @contextmanager
 def objects_as_data(folder: Path) -> Iterator[None]:
-    """Raises UserError when torch refuses, in here, an object in the files of a checkpoint, for it is not data."""
+    """Within the block, raises UserError when torch refuses an object in a checkpoint because it is not plain data."""
     try:
         yield
     except (pickle.UnpicklingError, CheckpointException) as error:

@@ -1,4 +1,4 @@
-"""What a training program reads: samples as micro-batches, in an order that depends on the seed alone."""
+"""Data loading: samples as micro-batches, in an order that depends on the seed alone."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Generator, Iterable
@@ -20,8 +20,8 @@ from megatron.core import parallel_state
 class Loader:
     """The micro-batches of one data-parallel rank, in an order that depends on the seed alone.
 
-    Step k uses a global batch of samples under any layout, those after the batches of the steps before it;
-    micro-batch m of data-parallel rank r takes `micro_batch_size` of them, after the micro-batches and ranks before it.
+    Under any layout, a step uses the next global batch of samples. Micro-batch m of data-parallel rank r takes
+    `micro_batch_size` of them, after those of earlier micro-batches and of lower ranks.
     """
 
     dataset: torch.utils.data.Dataset
@@ -43,11 +43,11 @@ class Loader:
     def iterate(
         self, first_step: int, end_step: int, skipped: Collection[int] = ()
     ) -> Generator[dict[str, torch.Tensor]]:
-        """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Those of
-        training.skip_steps are omitted, and of the steps in `skipped`, which are numbered from 1.
+        """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Omits the
+        steps of training.skip_steps and those in `skipped`, which are numbered from 1.
 
-        Close it: its worker processes end with it. They ignore the signals by which Python would end them at exit, so
-        that a program with such workers left never ends.
+        Close the generator to end its worker processes: they ignore the signals by which Python would end them at exit,
+        so that a program that leaves them running would never end.
         """
         batches = (
             self.sample_indices(step, microbatch)
@@ -63,13 +63,13 @@ class Loader:
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self.num_workers > 0,
                 worker_init_fn=ignore_stop_signals,
-                generator=torch.Generator(),  # its workers' seeds must not come from the stream that dropout uses
+                generator=torch.Generator(),  # the workers' seeds must not be drawn from the stream that dropout uses
             )
         )
 
 
 class _PaddedDataset(torch.utils.data.Dataset):
-    """A dataset, and after its end samples without loss, as many as the last batch of a validation asks for."""
+    """A dataset padded with samples without loss, to fill the last batch of a validation."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -101,9 +101,9 @@ class ValidationLoader(Loader):
 
 
 class SourceTokens:
-    """Tokens that a run has taken from each source name, and how often it has gone through them.
+    """The tokens that a run has consumed from each source, and the epochs that they amount to.
 
-    Counted from the order of the samples alone: it is the same on every rank, and after any resume.
+    Computed from the order of the samples alone, so the same on every rank and after any resume.
     """
 
     def __init__(self, dataset: Any, blend: Blend, manifests: list[Manifest]) -> None:
@@ -120,7 +120,7 @@ class SourceTokens:
         return result
 
     def after(self, num_samples: int) -> dict[str, int]:
-        """Tokens by name among the first samples of the run."""
+        """Tokens by source name in the first `num_samples` samples of the run."""
         if num_samples < self._num_samples:
             self._num_samples, self._counts = 0, np.zeros_like(self._counts)
         self._counts = self._counts + self._dataset.samples_by_source(self._num_samples, num_samples)
@@ -128,31 +128,31 @@ class SourceTokens:
         return self._by_name(self._counts * self._sequence_length)
 
     def epochs(self, tokens: dict[str, int]) -> dict[str, float]:
-        """The same as times over the tokens that a name has."""
+        """Tokens by source name -> epochs: divided by the tokens that each source has."""
         return {name: value / self._sizes[name] for name, value in tokens.items()}
 
 
 @dataclasses.dataclass
 class TrainingData:
-    """What a training program reads: a loader to train on, perhaps one to validate with, and their tokenizer."""
+    """The data of a run: a training loader, validation loaders if any, and their tokenizer."""
 
     train: Loader
     validation: dict[str, ValidationLoader]
-    """Sets whose losses are measured separately, by name."""
+    """Validation sets, whose losses are computed separately, by name."""
     tokenizer_path: Path | None
     """None for random tokens."""
     tokenizer_fingerprint: str | None = None
-    """Of the data: a run does not resume with another."""
+    """That of the data's tokenizer; a run does not resume with another."""
     unmarked_name: str = "document"
-    """What the tokens outside of thinking are called in the metrics."""
+    """The name, in metrics, of tokens that are not thinking."""
     has_segments: bool = False
     """Whether rows hold several examples that must not see each other (`segment_ids` in the batches)."""
     source_names: tuple[str, ...] = ("data",)
-    """What `source` in the batches counts: losses are reported for each."""
+    """The names that `source` in the batches indexes; losses are reported for each."""
     source_tokens: SourceTokens | None = None
-    """What was taken from each source."""
+    """Tokens consumed from each source."""
     identity: Callable[[int], dict[str, str]] = lambda num_samples: {}
-    """What the first `num_samples` samples depend on besides the recipe: a run only resumes with the same."""
+    """Identifies the data behind the first `num_samples` samples; a run only resumes with the same."""
 
 
 def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
@@ -167,9 +167,9 @@ def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
 
 
 def make_validation_loader(dataset: Any, recipe: Any, *, repeats: bool = False) -> ValidationLoader:
-    """The validation loader of this rank, over training.validation_steps batches or all of the dataset. Needs process
-    groups. No batch is smaller for batch_size_ramp and none is skipped; the dataset is read at most once, unless
-    it `repeats` itself without end."""
+    """The validation loader of this rank, over training.validation_steps batches or the whole dataset. Needs process
+    groups. batch_size_ramp and skip_steps do not apply; the dataset is read at most once, unless it `repeats` itself
+    endlessly."""
     training, parallel = dataclasses.replace(recipe.training, batch_size_ramp=[], skip_steps=[]), recipe.parallel
     num_samples = None if repeats else len(dataset)
     num_steps = training.validation_steps

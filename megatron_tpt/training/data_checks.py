@@ -1,4 +1,4 @@
-"""What can be seen of a recipe's data from its manifests alone, before anything is started. No torch."""
+"""Checks of a recipe's data that need only its manifests, before anything is started. Imports no torch."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,23 +9,23 @@ from megatron_tpt.indexing.manifest import Manifest, read_manifests
 from megatron_tpt.indexing.pack_manifest import PackManifest
 from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
-# Beyond these limits a data set or a number is most likely a mistake: repeating data pays for some 16 epochs at most
-# (arXiv 2305.16264), and a source of which a hundredth is read could as well be a hundredth of its size.
+# Values beyond these limits are most likely mistakes: repeating data helps for some 16 epochs at most (arXiv
+# 2305.16264), and a source of which a hundredth is read could as well be a hundred times smaller.
 _MANY_EPOCHS, _FEW_EPOCHS = 100.0, 0.01
 
 
 def _num_learned(recipe: BlendRecipe, manifest: Manifest) -> float:
-    """Tokens of an index that the loss is on; infinite where the manifest does not say."""
+    """Tokens of an index that the loss is on; infinite if the manifest does not tell."""
     counts, loss_on = manifest.counts, recipe.data.loss_on
     if loss_on == "all":
-        return max(0, counts.tokens - 1)  # the first is nobody's label
+        return max(0, counts.tokens - 1)  # the first token is not a label
     if manifest.parse_special_tokens:  # tags in raw text are not counted
         return math.inf
     return counts.thinking_tokens if loss_on == "thinking" else counts.document_tokens
 
 
 def _warnings_of(recipe: BlendRecipe, blend: Blend, manifests: Sequence[Manifest]) -> Iterator[str]:
-    """What is unusual about the sources of a blend. Raises UserError when there is nothing to learn from in any."""
+    """Warnings about the sources of a blend. Raises UserError when none has a token to learn from."""
     learned = [_num_learned(recipe, manifest) for manifest in manifests]
     name = "data.train" if blend.name == "train" else f"data.validation ({blend.name})"
     if not any(learned):
@@ -47,22 +47,22 @@ def _warnings_of(recipe: BlendRecipe, blend: Blend, manifests: Sequence[Manifest
 
 
 def epoch_warnings(name: str, epochs: float) -> Iterator[str]:
-    """A line when a set is read absurdly often, or absurdly little of it."""
+    """A warning when a set is read far too often, or only a tiny part of it."""
     if epochs > _MANY_EPOCHS:
         yield f"{name} is read {epochs:,.0f} times: give more data, or fewer training.num_steps"
     elif epochs < _FEW_EPOCHS:
-        yield f"of {name} only {epochs:.2g} of the tokens are read: raise training.num_steps or its weight if not meant"
+        yield f"{name}: only {epochs:.2g} of its tokens are read: if unintended, raise training.num_steps or its weight"
 
 
 def blend_warnings(recipe: BlendRecipe) -> Iterator[str]:
-    """What is unusual about indexed datasets, one line each. Raises UserError when a blend has no token to learn from,
-    or when a manifest cannot be read."""
+    """Warnings about indexed datasets, one line each. Raises UserError when a blend has no token to learn from, or when
+    a manifest cannot be read."""
     for blend in blends(recipe):
         yield from _warnings_of(recipe, blend, read_manifests(source.path for source in blend.sources))
 
 
 def packed_warnings(data: SftDataConfig) -> Iterator[str]:
-    """The same for examples, where they are packed."""
+    """The same for packed examples."""
     sets = {"data.train": list(data.train)}
     for one in data.validation:
         sets.setdefault(f"data.validation ({one.shown_name})", []).append(one.path)

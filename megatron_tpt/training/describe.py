@@ -1,13 +1,12 @@
-"""What a recipe will do, before anything is started: the report of `--dry-run`."""
+"""The report of `--dry-run`: what a recipe would do, computed before anything is started."""
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.files import free_space
 from megatron_tpt.models.sizes import model_flops_per_token
-from megatron_tpt.training.devices import GIB, Device
+from megatron_tpt.training.devices import Device
 from megatron_tpt.training.memory import (
     checkpoint_bytes,
     estimate_memory,
@@ -16,16 +15,16 @@ from megatron_tpt.training.memory import (
     peak_of,
     tokens_per_s_bound,
 )
-from megatron_tpt.units import duration
+from megatron_tpt.units import GIB, MIB, duration
 
 ASSUMED_MFU = 0.4
-"""What a dry run assumes unless --mfu is given: about what well-tuned runs of dense models report on H100s."""
-# Of a device's memory: temporary buffers, padding and the allocator's waste are not in the estimate.
+"""The default of --mfu in a dry run: about what well-tuned runs of dense models report on H100s."""
+# Fraction of a device's memory; the rest is for temporary buffers, padding and fragmentation, which are not estimated.
 _COMFORTABLE = 0.85
 
 
 def describe(recipe: Recipe, world_size: int, device: Device, mfu: float | None = None) -> str:
-    """The resolved recipe, the layout over `world_size` processes, sizes and speeds that follow from them, as text."""
+    """The resolved recipe, the layout over `world_size` processes, and the resulting sizes and speeds, as text."""
     rows = _layout_rows(recipe, world_size) | _memory_rows(recipe, world_size, device)
     rows |= _work_rows(recipe, world_size, device, mfu) | _saving_rows(recipe, world_size)
     width = max(map(len, rows))
@@ -48,12 +47,12 @@ def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, str]:
-    if not device.is_gpu:  # there is no Transformer Engine, whose attention keeps no scores
+    if not device.is_gpu:  # without Transformer Engine, attention keeps its scores
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, transformer_impl="local"))
     stages = estimate_memory(recipe, recipe.parallel.data_parallel_size(world_size))
     largest = max(stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
-    # The processes on a CPU share its memory, and every pipeline stage has as many of them.
+    # Processes on a CPU share its memory; every pipeline stage has the same number of them.
     needed = largest.total
     if not device.is_gpu:
         needed = world_size * sum(stage.total for stage in stages) / len(stages)
@@ -93,7 +92,7 @@ def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | Non
 
 def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
     one, most = checkpoint_bytes(recipe), num_checkpoints(recipe)
-    place, free = _free_bytes(recipe.run.output_dir)
+    place, free = free_space(recipe.run.output_dir)
     verdict = "" if one * most <= free else ": NOT ENOUGH; see checkpoint.keep_last, save_interval"
     while_writing = ", held while a checkpoint is written during training" if recipe.checkpoint.asynchronous else ""
     return {
@@ -105,11 +104,4 @@ def _saving_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
 
 
 def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _free_bytes(folder: Path) -> tuple[Path, int]:
-    """The nearest folder that is there, and what is free on its disk."""
-    absolute = folder.absolute()
-    place = next(path for path in (absolute, *absolute.parents) if path.is_dir())
-    return place, shutil.disk_usage(place).free
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"

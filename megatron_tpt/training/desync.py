@@ -1,8 +1,9 @@
-"""Copies of weights that should be equal and are not: a fault of a machine or of communication that no loss shows.
+"""Desynchronization: copies of weights that should be equal but are not, a fault of a machine or of communication that
+no loss shows.
 
-Every data-parallel rank holds a copy of its weights, and every tensor-parallel rank one of those that are not split
-(norms). Checksums of the bits are compared before an update, when all gathering of the weights is over. Megatron FSDP
-keeps one copy, of which it gathers the weights of every step.
+Data-parallel ranks hold copies of the same weights, and tensor-parallel ranks hold copies of those that are not split
+(norms). Checksums of the bits are compared before an update, when all weights have been gathered. Megatron FSDP keeps a
+single copy, and gathers the weights from it in every step.
 """
 
 import collections
@@ -15,6 +16,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import Fault
 from megatron_tpt.majority import outliers
+from megatron_tpt.names import first_few
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
@@ -25,18 +27,18 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # b
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as integers, as wide as its size allows: those of 64 bits are summed without being cast."""
+    """The bits of a tensor as integers, as wide as its size allows: 64-bit integers are summed without a cast."""
     flat = value.detach().reshape(-1)
-    if flat.storage_offset() * flat.element_size() % max(_INTEGERS):  # torch wants views to be aligned
+    if flat.storage_offset() * flat.element_size() % max(_INTEGERS):  # torch requires views to be aligned
         flat = flat.clone()
     size = flat.numel() * flat.element_size()
     return flat.view(next(dtype for width, dtype in _INTEGERS.items() if size % width == 0))
 
 
 def _stored(value: torch.Tensor) -> torch.Tensor:
-    """What holds the bits of a weight: itself, or the bytes of one that is kept in FP8 (training.fp8_param_gather), the
-    same that ranks gather (Transformer Engine's tensor/utils.py, replace_raw_data). Read as a tensor, such a weight is
-    what its bytes represent."""
+    """The tensor with the stored bits of a weight: itself, or the bytes of an FP8 weight (training.fp8_param_gather),
+    which ranks gather (Transformer Engine's tensor/utils.py, replace_raw_data). An FP8 weight itself reads as
+    dequantized values."""
     if not is_float8tensor(value):
         return value
     raw = value._rowwise_data if hasattr(value, "_rowwise_data") else value._data
@@ -52,7 +54,7 @@ def checksums(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 def find_unequal_copies(
     names: Sequence[str], ranks: Sequence[int], sums: Sequence[Sequence[int]]
 ) -> dict[int, list[str]]:
-    """Which parameters of which ranks differ from what most ranks have; of all ranks where there is no such majority.
+    """The parameters of each rank that differ from the majority of ranks; those of all ranks if there is no majority.
 
     `sums` are the checksums of every rank, [num_ranks][num_parameters].
     """
@@ -64,14 +66,13 @@ def find_unequal_copies(
 
 
 def describe(unequal: dict[int, list[str]]) -> str:
-    """What find_unequal_copies found, in one line."""
+    """The result of find_unequal_copies, in one line."""
     names = list(dict.fromkeys(name for own in unequal.values() for name in own))
-    shown = ", ".join(names[:_NUM_NAMED]) + (", ..." if len(names) > _NUM_NAMED else "")
-    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({shown})"
+    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({first_few(names, _NUM_NAMED)})"
 
 
 class CheckCopies(Callback):
-    """Every faults.desync_interval steps: ends the run when copies of the weights differ, and says whose."""
+    """Every faults.desync_interval steps: ends the run if copies of the weights differ, and names the ranks."""
 
     def before_update(self, trainer: Trainer, sums: torch.Tensor) -> bool:
         interval = trainer.recipe.faults.desync_interval

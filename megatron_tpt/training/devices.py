@@ -1,4 +1,4 @@
-"""The device that a dry run is described for: that of this machine, or one that is asked for by name."""
+"""The device that a dry run assumes: that of this machine, or one given by name."""
 
 import os
 import shutil
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megatron_tpt.errors import UserError
 
-GIB = 2**30
 _TIMEOUT_S = 30
 # The name that CUDA gives the device, and its memory in MiB as nvidia-smi shows it.
 _KNOWN = {
@@ -22,7 +21,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on."""
+    """The device of one process."""
 
     name: str
     memory_bytes: int
@@ -48,7 +47,7 @@ def find_device(name: str | None) -> Device:
 
 
 def _first_gpu() -> Device | None:
-    """What nvidia-smi says: torch takes seconds to import."""
+    """As nvidia-smi reports it, since importing torch takes seconds."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return None

@@ -1,9 +1,9 @@
-"""Checkpoints under Megatron FSDP: whole tensors put together from its shards, in the distributed optimizer's format.
+"""Checkpoints under Megatron FSDP: full tensors assembled from its shards, in the distributed optimizer's format.
 
-So the files are the same with and without FSDP: either resumes from the other's, and weights are exported from both.
-Each tensor is put together from the shards of all data-parallel ranks, one after the other, and kept in the memory of
-the first of them until it is written; loading, every rank reads whole tensors into its machine's memory (12 bytes per
-parameter) and keeps its shards.
+So the files are the same with and without FSDP: each can resume from the other's, and both can be exported. When
+saving, tensors are assembled one after the other from the shards of all data-parallel ranks, and kept in host memory of
+the first of these ranks until they are written. When loading, every rank reads full tensors into host memory (12 bytes
+per parameter) and keeps its shards.
 """
 
 from dataclasses import replace
@@ -26,8 +26,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_sharded(gpt: GPTModel) -> bool:
-    """Whether Megatron FSDP holds this model's parameters. Ask after a state dict: it hides its shards in a forward
-    pass, and shows them for a state dict."""
+    """Whether Megatron FSDP holds this model's parameters. Call it after taking a state dict: FSDP hides its shards
+    during a forward pass, and exposes them for a state dict."""
     return any(isinstance(parameter, DTensor) for parameter in gpt.parameters())
 
 
@@ -40,9 +40,8 @@ def _place(parameter: DTensor) -> tuple[slice, ...]:
 
 
 def _put_together(parameter: DTensor, shard: torch.Tensor) -> torch.Tensor:
-    """The whole of which every rank has a shard, in CPU memory; on all but the first rank a tensor without
-
-    memory, since only the first writes it."""
+    """The full tensor of which every rank has a shard, in CPU memory; on all but the first rank a tensor without
+    storage, since only the first rank writes it."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     whole = torch.zeros(parameter.shape, dtype=shard.dtype, device=shard.device)
     whole[_place(parameter)] = shard
@@ -52,7 +51,7 @@ def _put_together(parameter: DTensor, shard: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def whole_weights(entries: dict[str, Any], gpt: GPTModel) -> dict[str, Any]:
-    """The entries of a sharded state dict, by parameter name, with whole weights in the precision of training."""
+    """The entries of a sharded state dict, by parameter name, with full weights in the precision of training."""
     dtype = gpt.config.params_dtype
     parameters = dict(gpt.named_parameters())
     result = {}
@@ -64,7 +63,7 @@ def whole_weights(entries: dict[str, Any], gpt: GPTModel) -> dict[str, Any]:
 
 
 def _shards(parameter: DTensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's part of a parameter and of its moments, which a rank without a part may lack."""
+    """This rank's shards of a parameter and of its moments; if the shard is empty, the moments may be missing."""
     state = optimizer.state.get(parameter, {})
     local = parameter.to_local()
     moments = {
@@ -79,7 +78,7 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """The optimizer's part of a sharded state dict, laid out as DistributedOptimizer does.
 
-    `entries` describe the weights by parameter name; to load, their tensors are empty ones to be filled.
+    `entries` describe the weights by parameter name; when loading, they get empty tensors to be filled.
     """
     param_state = {}
     for index, (name, parameter) in enumerate(gpt.named_parameters()):
@@ -91,7 +90,7 @@ def optimizer_state(
             )
             for key, shard in _shards(parameter, optimizer.optimizer).items()
         }
-    # torch's AdamW counts steps by parameter, and not where this rank's shard is empty; others by group.
+    # torch's AdamW counts steps per parameter, except for empty shards; other optimizers count them per group.
     step = max([float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state], default=0.0)
     groups = [{"step": step, **group} for group in optimizer.param_groups]
     return {
@@ -103,7 +102,7 @@ def optimizer_state(
 
 @torch.no_grad()
 def set_optimizer_state(gpt: GPTModel, optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """Keep this rank's shards of what was loaded into the tensors of `optimizer_state`, weights included."""
+    """Copy this rank's shards from the tensors loaded into `optimizer_state`, including the weights."""
     step = loaded["optimizer"]["param_groups"][0]["step"]
     inner = optimizer.optimizer
     for whole, parameter in zip(loaded["param_state"].values(), gpt.parameters(), strict=True):

@@ -1,12 +1,12 @@
-"""A run that resumes with another batch size or sequence length: its recipe says what was consumed before. No torch.
+"""Resuming with another batch size or sequence length: the recipe records what was consumed before. Imports no torch.
 
-The steps done become stages of training.batch_size_ramp, so that the place in the data again follows from the recipe
-alone, as the phases of PretrainRecipe.resolve do for other data.
+The steps done become stages of training.batch_size_ramp, so that the position in the data follows from the recipe
+alone; PretrainRecipe.resolve does the same for changed data, with phases.
 """
 
 import dataclasses
 import itertools
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def newest_recipe(run_folder: Path) -> Path | None:
-    """The recipe.yaml of a run's newest checkpoint; its folder's name is the step."""
+    """The recipe.yaml of a run's newest checkpoint, in a folder named after the step."""
     return max((run_folder / "checkpoints").glob("step_*/recipe.yaml"), default=None)
 
 
@@ -27,9 +29,9 @@ def step_of(recipe_path: Path) -> int:
 
 
 def with_batches_of_run[R: Recipe](recipe: R) -> R:
-    """The recipe that continues the newest checkpoint of its run folder with other batches, where it allows that.
+    """The recipe with the batches that the newest checkpoint of its run folder has consumed, if it allows changes.
 
-    Raises UserError for a new run whose recipe says that steps are done.
+    Raises UserError for a new run whose recipe says that steps have been done.
     """
     path = newest_recipe(recipe.run.output_dir)
     if path is None and recipe.training.num_steps_done:
@@ -46,7 +48,7 @@ def with_batches_of_run[R: Recipe](recipe: R) -> R:
         dataclasses.replace(stage, sequence_length=stage.sequence_length or old.sequence_length)
         for stage in _stages(old, 0, step)
     ]
-    if recipe.packed_prefixes():  # a row is a row, whatever is padded to it
+    if recipe.packed_prefixes():  # rows are counted, whatever length they are padded to
         done = [dataclasses.replace(stage, sequence_length=new.sequence_length) for stage in done]
     *ramp, _ = _stages(new, step, None)
     return _with_batches(recipe, [*_merged(done), *ramp], new.global_batch_size)
@@ -58,7 +60,7 @@ def _with_batches[R: Recipe](recipe: R, ramp: list[BatchSizeStage], global_batch
 
 
 def _read_batches(path: Path) -> TrainingConfig:
-    """The batches of a saved recipe; the other settings are the defaults."""
+    """The batch settings of a saved recipe; all other settings have their defaults."""
     saved = read_yaml(path).get("training") or {}
     names = ("sequence_length", "global_batch_size", "batch_size_ramp")
     own = {name: saved[name] for name in names if name in saved}
@@ -73,12 +75,11 @@ def _warn_of_past(new: TrainingConfig, old: TrainingConfig, step: int) -> None:
         _merged([dataclasses.replace(stage, sequence_length=None) for stage in _stages(one, 0, num_past)])
         for one in (new, old)
     )
-    if num_past and given != done and os.environ.get("RANK", "0") == "0":
+    if num_past and given != done:
         sizes = ", ".join(f"{stage.num_steps} x {stage.global_batch_size}" for stage in done)
-        print(
-            f"WARNING: training.batch_size_ramp has no effect on the {num_past} steps that were done with other batch "
-            f"sizes ({sizes})",
-            flush=True,
+        logger.warning(
+            f"training.batch_size_ramp has no effect on the {num_past} steps that were done with other batch "
+            f"sizes ({sizes})"
         )
 
 
@@ -86,8 +87,8 @@ _ENDLESS = 2**62
 
 
 def _stages(training: TrainingConfig, begin: int, end: int | None) -> list[BatchSizeStage]:
-    """The stages of the steps from `begin` (done before) to `end`; without one the last, endless, is that of
-    global_batch_size."""
+    """The stages of the steps from `begin` (the number of steps before) to `end`; without `end`, the last stage is an
+    endless one of global_batch_size."""
     if end == 0:
         return []
     stages, position = [], 0
@@ -100,6 +101,6 @@ def _stages(training: TrainingConfig, begin: int, end: int | None) -> list[Batch
 
 
 def _merged(stages: list[BatchSizeStage]) -> list[BatchSizeStage]:
-    """The same with neighbours joined that are alike."""
+    """The stages with equal neighbours merged."""
     groups = itertools.groupby(stages, key=lambda stage: (stage.global_batch_size, stage.sequence_length))
     return [BatchSizeStage(sum(stage.num_steps for stage in own), *batch) for batch, own in groups]

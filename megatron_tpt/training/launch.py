@@ -1,4 +1,4 @@
-"""What the training programs do around training: run folder, lock, process groups. Imports no torch before those."""
+"""Set-up and tear-down of a training program: run folder, lock, process groups. torch is imported only for the last."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 @contextlib.contextmanager
 def _written_in(folder: Path) -> Iterator[None]:
-    """Turns an OSError in the run folder into a UserError."""
+    """Turn an OSError in the run folder into a UserError."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def _written_in(folder: Path) -> Iterator[None]:
 
 
 def make_run_folder(folder: Path) -> None:
-    """Make a run folder, or see that this user may continue what is there, which another may have begun."""
+    """Make a run folder, or check that this user may continue an existing one, which another user may have made."""
     with _written_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -41,12 +41,12 @@ def make_run_folder(folder: Path) -> None:
                 act = "write" if right == os.W_OK else "read"
                 raise UserError(
                     f"run.output_dir={folder}: {path} is another user's (uid {path.stat().st_uid}), and this one has "
-                    f"no right to {act} there: have it granted (chmod -R g+rwX), or give another folder"
+                    f"no right to {act} there: ask for permission (chmod -R g+rwX), or give another folder"
                 )
 
 
 def require_shared_memory(num_workers: int) -> None:
-    """Raise UserError when processes that read ahead cannot be coordinated here: their locks are in /dev/shm."""
+    """Raise UserError when data-loading processes cannot run here because their locks need /dev/shm."""
     try:
         if num_workers:
             multiprocessing.Lock()
@@ -58,7 +58,7 @@ def require_shared_memory(num_workers: int) -> None:
 
 
 def _refusal(action: Callable[[], None]) -> str | None:
-    """The message of the UserError that an action raises; None where nothing is wrong."""
+    """The message of the UserError that an action raises; None if it raises none."""
     try:
         action()
     except UserError as error:
@@ -67,7 +67,7 @@ def _refusal(action: Callable[[], None]) -> str | None:
 
 
 def _refuse_together(refusal: str | None) -> None:
-    """Raise UserError on all ranks when one has a refusal: they then end alike, and none waits for the others."""
+    """Raise UserError on all ranks when one has a refusal, so that no rank waits for one that has ended."""
     from megatron_tpt import platform
 
     for text in filter(None, platform.gather_objects(refusal)):
@@ -77,7 +77,7 @@ def _refuse_together(refusal: str | None) -> None:
 @contextlib.contextmanager
 def distributed[R: Recipe](recipe: R, *, before: Callable[[R], None] | None = None) -> Iterator[None]:
     """The process groups of a recipe and the lock of its run folder, for one `with` block. One process of every machine
-    first calls `before`; what it refuses, all refuse, and so with a folder that another job uses."""
+    first calls `before`. If it raises UserError, or another job holds the folder, all ranks raise it."""
     import torch
 
     from megatron_tpt import platform
@@ -100,20 +100,20 @@ def distributed[R: Recipe](recipe: R, *, before: Callable[[R], None] | None = No
 
 @contextlib.contextmanager
 def _lost_ranks_reported() -> Iterator[None]:
-    """A rank that has died is reported in one line in place of a traceback."""
+    """Report the death of another rank in one line instead of a traceback."""
     try:
         yield
     except RuntimeError as error:
         if not any(words in str(error) for words in _LOST):
             raise
         raise Fault(
-            "another rank has ended, or cannot be reached any more: its messages say why (where there are none it was "
-            "killed, perhaps for memory). The same command resumes from the last checkpoint"
+            "another rank has ended, or is unreachable: its messages say why (without any it was killed, perhaps for "
+            "lack of memory). The same command resumes from the last checkpoint"
         ) from error
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Take the lock of a run folder until `stack` ends. Raises UserError when another job has it."""
+    """Lock a run folder until `stack` is closed. Raises UserError when another job holds the lock."""
     with _written_in(folder):
         folder.mkdir(parents=True, exist_ok=True)  # benchmarks, for example, have not called `prepare`
         stack.enter_context(run_lock(folder))

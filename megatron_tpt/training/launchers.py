@@ -1,10 +1,11 @@
-"""The variables of srun and mpirun, as torchrun would set them.
+"""Translates the variables of srun and mpirun to those of torchrun.
 
 The processes of one run find each other by torchrun's variables (RANK, WORLD_SIZE, ...). Those of other launchers are
-used where they are complete. Where they are not, the run is refused: every process would otherwise train alone.
+used if they are complete. If they are not, the run is refused: otherwise every process would train alone.
 """
 
 import dataclasses
+import logging
 import os
 import re
 import zlib
@@ -12,12 +13,14 @@ from collections.abc import Mapping, MutableMapping
 
 from megatron_tpt.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _PORTS = range(20000, 30000)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
-    """What a launcher's variables say about this process."""
+    """This process according to a launcher's variables."""
 
     launcher: str
     rank: str | None
@@ -26,7 +29,7 @@ class _Launch:
     first_host: str | None
     """None when it is not known."""
     name: str | None
-    """The same for all processes of the run, and another for another run; None when there is none."""
+    """Equal for all processes of a run, different for different runs; None when the launcher has no such name."""
 
 
 def _of_mpirun(environment: Mapping[str, str]) -> _Launch | None:
@@ -40,7 +43,7 @@ def _of_mpirun(environment: Mapping[str, str]) -> _Launch | None:
 
 
 def _of_mpiexec(environment: Mapping[str, str]) -> _Launch | None:
-    """MPICH's and Intel MPI's mpiexec; srun with --mpi=pmi2 sets PMI_... in addition to its own, which say more."""
+    """MPICH's and Intel MPI's mpiexec. (srun --mpi=pmi2 sets PMI_... too, but its own variables are more complete.)"""
     get = environment.get
     if (size := get("PMI_SIZE")) is None or get("SLURM_STEP_NUM_TASKS") == size:
         return None
@@ -49,7 +52,7 @@ def _of_mpiexec(environment: Mapping[str, str]) -> _Launch | None:
 
 
 def _of_srun(environment: Mapping[str, str]) -> _Launch | None:
-    """srun. A batch script, or a shell of salloc, has some of its variables too, but is no step of the job."""
+    """srun. Batch scripts and salloc shells have some of its variables too, but are not steps of the job."""
     get = environment.get
     rank, step = get("SLURM_PROCID"), get("SLURM_STEP_ID")
     size = get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS")
@@ -67,9 +70,9 @@ def first_host(nodes: str) -> str:
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set torchrun's variables from those of srun or mpirun, where these have started this process as one of several.
+    """Set torchrun's variables from those of srun or mpirun, if one of these started this process as one of several.
 
-    Raises UserError when a part of what is needed is missing, with the command to use.
+    Raises UserError with the command to use when some of the variables are missing.
     """
     if "RANK" in environment:
         if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
@@ -98,7 +101,7 @@ def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _check_single(environment: Mapping[str, str]) -> None:
-    """Refuse what looks like one of several processes; warn of a SLURM job of several tasks that has only this one."""
+    """Refuse a process that looks like one of several; warn if a SLURM job of several tasks uses only this process."""
     if environment.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE={environment['WORLD_SIZE']} is set without RANK: set RANK, LOCAL_RANK, MASTER_ADDR and "
@@ -106,8 +109,7 @@ def _check_single(environment: Mapping[str, str]) -> None:
         )
     num_tasks = environment.get("SLURM_NTASKS", "1")
     if num_tasks != "1":
-        print(
-            f"WARNING: this SLURM job has {num_tasks} tasks, and training uses this process alone: start it with srun, "
-            f"as slurm/train.sbatch does, to use all of them",
-            flush=True,
+        logger.warning(
+            f"this SLURM job has {num_tasks} tasks, but training uses only this process: start it with srun, "
+            f"as slurm/train.sbatch does, to use all of them"
         )

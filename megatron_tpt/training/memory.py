@@ -1,8 +1,8 @@
-"""Memory that each rank of a layout needs, and the most tokens per second its devices could do: pure functions.
+"""The memory that each rank of a layout needs, and the maximum throughput of its devices: pure functions.
 
 Activations are counted as in Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
-2205.05198, sections 4 and 5), from what the model's family says that a layer keeps. Temporary buffers, the padding of
-buffers and the allocator's waste are not in the numbers.
+2205.05198, sections 4 and 5), from the activations per layer that the model family declares. Temporary buffers, the
+padding of buffers and fragmentation are not included.
 """
 
 import dataclasses
@@ -25,15 +25,25 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def _value_bytes(recipe: Recipe) -> int:
+    """Of a weight or activation in the training precision."""
+    return 4 if recipe.training.dtype == "float32" else 2
+
+
+def _micro_batch_tokens(recipe: Recipe) -> float:
+    """Tokens of one micro-batch on a rank."""
+    training = recipe.training
+    return training.sequence_length * training.micro_batch_size / recipe.parallel.context_parallel_size
+
+
 def _layer_values(recipe: Recipe) -> dict[str, float]:
-    """Values that one layer keeps of one micro-batch on a rank for its backward pass, by what recomputes them."""
+    """Values that one layer keeps for the backward pass of one micro-batch on a rank, by the module that makes them."""
     parallel, training = recipe.parallel, recipe.training
-    t = parallel.tensor_parallel_size
-    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+    t, tokens = parallel.tensor_parallel_size, _micro_batch_tokens(recipe)
     return {
         name: tokens * kept.per_token / (t if kept.is_split or parallel.sequence_parallel else 1)
         for name, kept in recipe.model.activations(training.sequence_length).items()
@@ -41,9 +51,9 @@ def _layer_values(recipe: Recipe) -> dict[str, float]:
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> float:
-    """Micro-batches whose activations a pipeline stage (from 0) of p holds at most, in units of its layers.
+    """The most micro-batches whose activations a pipeline stage (from 0) of p holds, in units of its layers.
 
-    1F1B: p - stage. Interleaved with v pieces: 2 (p - stage - 1) + (v - 1) p + 1 pieces, each 1/v of the layers.
+    1F1B: p - stage. Interleaved with v chunks: 2 (p - stage - 1) + (v - 1) p + 1 chunks, each 1/v of the layers.
     """
     p, v = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     if v == 1:
@@ -52,15 +62,14 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatch
 
 
 def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: float | None = None) -> float:
-    """Bytes of activations on a rank of a pipeline stage (from 0), by what the recipe recomputes.
+    """Bytes of activations on a rank of a pipeline stage (from 0), given what the recipe recomputes.
 
-    Layers that are recomputed keep their own input alone, and one of them at a time has all; the last stage has the
-    logits of one micro-batch too, in the training precision and in fp32. `depth`: layers that a token passes, of which
-    each stage has its share; model.depth when not given.
+    Recomputed layers keep only their input, and one at a time keeps everything; the last stage also has the logits of
+    one micro-batch, in the training precision and in fp32. `depth`: layers that a token passes, of which each stage has
+    its share; model.depth when not given.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
-    value_bytes = 4 if training.dtype == "float32" else 2
-    tokens = training.sequence_length * training.micro_batch_size / parallel.context_parallel_size
+    value_bytes, tokens = _value_bytes(recipe), _micro_batch_tokens(recipe)
     values = _layer_values(recipe)
     layers = parallel.stage_layers(model.num_layers)[stage] * (depth or model.depth) / model.num_layers
     own_input = tokens * model.hidden_size / (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
@@ -83,13 +92,13 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int, depth: 
 def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     """Memory per rank of every pipeline stage.
 
-    Weights in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments or Muon's one in
-    fp32 and, in bf16, fp32 main weights; the last two are split over the data- and context-parallel ranks with the
-    distributed optimizer: Muon's by whole matrices, so about evenly. FSDP also splits gradients, and weights, of which
-    the gathered layer at work is not counted.
+    Weights are in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments or Muon's one
+    in fp32 and, in bf16 training, main weights in fp32. The distributed optimizer shards the last two over the data-
+    and context-parallel ranks; Muon's by whole matrices, so only roughly evenly. FSDP also shards gradients and
+    weights; the gathered weights of the current layer are not counted.
     """
     parallel, training = recipe.parallel, recipe.training
-    value_bytes, state_bytes = (4, 8) if training.dtype == "float32" else (2, 12)
+    value_bytes, state_bytes = _value_bytes(recipe), 8 if training.dtype == "float32" else 12
     shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
     num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
     result = []
@@ -108,19 +117,19 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Size of a checkpoint: weights in the training precision and the optimizer's state, whatever the layout.
 
-    The distributed optimizer keeps the fp32 weights too, as every one does in bf16; Muon has one moment for the
-    matrices of the layers. Small files (recipe, tokenizer, random states) are not counted.
+    The distributed optimizer also keeps the weights in fp32, as every optimizer does in bf16 training; Muon has one
+    moment for the matrices of the layers. Small files (recipe, tokenizer, random states) are not counted.
     """
     model, training = recipe.model, recipe.training
     keeps_weights = training.dtype != "float32" or recipe.parallel.distributed_optimizer
-    num_bytes = model.num_parameters() * ((4 if training.dtype == "float32" else 2) + (12 if keeps_weights else 8))
+    num_bytes = model.num_parameters() * (_value_bytes(recipe) + (12 if keeps_weights else 8))
     if recipe.optimizer.name == "muon":
         num_bytes -= 4 * stage_matrices(model, ParallelConfig(), stage=0)
     return num_bytes
 
 
 def num_checkpoints(recipe: Recipe) -> int:
-    """Most checkpoints that a run has on the disk at once: those kept and the one being written."""
+    """The most checkpoints that a run has on disk at once: those kept and the one being written."""
     checkpoint, num_steps = recipe.checkpoint, recipe.training.num_steps
     interval = checkpoint.save_interval or num_steps
     steps = sorted({*range(interval, num_steps + 1, interval), num_steps})
@@ -143,8 +152,8 @@ def host_bytes_to_save(recipe: Recipe, world_size: int) -> float:
 
 
 def peak_of(recipe: Recipe, device: Device) -> tuple[float, str] | None:
-    """Dense peak of one device in TFLOP/s that a recipe is measured against, and what it is the peak of: what
-    logging.peak_tflops says, else the device's; None where neither is known."""
+    """The dense peak of one device in TFLOP/s that MFU is based on, and its origin: logging.peak_tflops, otherwise that
+    of the device; None if neither is known."""
     if recipe.logging.peak_tflops is not None:
         return recipe.logging.peak_tflops, "logging.peak_tflops"
     precision = recipe.training.matmul_precision

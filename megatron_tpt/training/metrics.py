@@ -1,11 +1,11 @@
-"""Every number that training reports, as a pure function of what was measured."""
+"""The metrics that training reports, as pure functions of measured values."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Dense peaks of the matrix units in TFLOP/s, bf16 and FP8, from NVIDIA's data sheets (which print twice as much, for
-# sparse matrices). The first name that is part of the device's own counts.
+# Dense peaks of the matrix units in TFLOP/s, bf16 and FP8, from NVIDIA's data sheets (which state twice as much, for
+# sparse matrices). The first name contained in the device's name is used.
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "H100 PCIe": {"bf16": 756.5, "fp8": 1513.0},
     "H100 NVL": {"bf16": 835.5, "fp8": 1670.5},
@@ -38,8 +38,8 @@ def step_times(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def remaining_s(num_steps_left: int, elapsed_s: float, num_steps_done: int) -> float:
-    """Time until the end at the pace of the last steps; elapsed_s is wall time with all that happened between them,
-    validation and checkpoints too."""
+    """Time until the end at the pace of the last steps; elapsed_s is their wall time, including validation and
+    checkpoints in between."""
     return num_steps_left * elapsed_s / num_steps_done
 
 
@@ -52,7 +52,7 @@ def throughput(
     num_devices: int,
     peak_tflops: float | None,
 ) -> dict[str, float]:
-    """Speed over an interval of training steps (checkpoints and validation apart).
+    """Throughput over an interval of training steps (checkpoints and validation not included).
 
     num_tokens counts all processes, seconds and data_wait_s are wall time. `tflops_per_device` is model FLOP/s (see
     models.sizes.model_flops_per_token) over the devices; `mfu` divides it by peak_tflops, the dense peak of one device.

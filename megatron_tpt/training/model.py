@@ -1,6 +1,6 @@
-"""A model on this rank: the chunks that Megatron Core's schedules run, and what is done with them as a whole.
+"""A model on this rank: the chunks that Megatron Core's schedules run, and operations on all of them.
 
-A `Model` only runs forward, as a frozen reference does; a `TrainedModel` has an optimizer. A process can hold several.
+A `Model` only runs forward, such as a frozen reference; a `TrainedModel` has an optimizer. A process can hold several.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ class Model:
 
     @property
     def gpts(self) -> list[GPTModel]:
-        """The chunks without what is wrapped around them."""
+        """The chunks without their wrappers."""
         return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
 
     def gather_weights(self) -> None:
-        """Have this rank's weights up to date. All ranks call it."""
+        """Bring this rank's weights up to date. All ranks call it."""
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without gradients and dropout, for one `with` block. All ranks enter it."""
+        """Disable gradients and dropout for one `with` block. All ranks enter it."""
         self.gather_weights()
         was_training = [chunk.training for chunk in self.chunks]
         for chunk in self.chunks:
@@ -58,7 +58,7 @@ class Model:
         """Log-probability of every label given the tokens before it, in nats: fp32 [num_samples, s], in the order of
         the samples of this rank's batch, on all tensor- and pipeline-parallel ranks. All ranks call it."""
         if parallel_state.get_context_parallel_world_size() > 1:
-            raise UserError("log-probabilities are not put together again under parallel.context_parallel_size > 1")
+            raise UserError("log-probabilities are not supported with parallel.context_parallel_size > 1: set it to 1")
         with self.evaluating():
             parts = run_microbatches(self.chunks, batch, "token_losses", _keep_log_probabilities, forward_only=True)
         samples, length = next(iter(batch))["labels"].shape
@@ -74,7 +74,7 @@ def _keep_log_probabilities(batch: MicroBatch, losses: torch.Tensor) -> Report:
 
 
 class TrainedModel(Model):
-    """A model whose chunks have gradient buffers, with its optimizer and schedule."""
+    """A model whose chunks have gradient buffers, with its optimizer and learning rate schedule."""
 
     def __init__(
         self,
@@ -89,12 +89,12 @@ class TrainedModel(Model):
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The rate of the next update."""
         return current_learning_rate(self.optimizer)
 
     def forward_backward(self, batch: Batch, objective: Objective) -> torch.Tensor:
-        """Replace the gradients by those of a batch. Returns this rank's sums of the objective, [num_sums]. All ranks
-        call it."""
+        """Compute the gradients of a batch, which replace the previous ones. Returns this rank's sums of the objective,
+        [num_sums]. All ranks call it."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -107,9 +107,9 @@ class TrainedModel(Model):
 
     @torch.no_grad()
     def gather_weights(self) -> None:
-        """For code that reads the weights between steps: with parallel.overlap_param_gather the next training step
-        would gather what other data-parallel ranks have updated. It is done once after an update, for all who read and
-        for that step. All ranks call it."""
+        """Gather the updated weights, for code that reads them between steps: with parallel.overlap_param_gather, only
+        the next training step would gather what other data-parallel ranks have updated. Gathers at most once per
+        update; the next step then need not gather. All ranks call it."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
                 groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups

@@ -1,47 +1,51 @@
-"""What a checkpoint keeps of its model besides the weights, handed from run to run and written to exports.
+"""The files of a model that a checkpoint keeps besides the weights, passed on from run to run and to exports.
 
     tokenizer/               the tokenizer of the data, with the chat template
     generation_config.json   Hugging Face's: the tokens that end a completion, defaults of sampling
     hf_config.json           config.json of the model that was imported
-    history.json             what the runs that led here did and an export needs to know
+    history.json             facts about the runs behind this checkpoint that an export needs
 
 A run takes the last three from the checkpoint it resumes or starts from. Fine-tuning adds the tokens that end a turn of
 its data.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tpt import json_data
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.pack_manifest import PackManifest
-from megatron_tpt.indexing.tokenizer import Tokenizer, load_backend, read_tokenizer_files, tokenizer_fingerprint
+from megatron_tpt.indexing.tokenizer import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    Tokenizer,
+    load_backend,
+    read_tokenizer_files,
+    tokenizer_fingerprint,
+)
+from megatron_tpt.json_data import pretty, read_object
 
 GENERATION_CONFIG = "generation_config.json"
 HF_CONFIG = "hf_config.json"
 HISTORY = "history.json"
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-_TEMPLATE_FILE = "chat_template.jinja"
 _TOKENS_BY_ID = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 
 
 class ModelFiles(NamedTuple):
-    """What the checkpoints of a run keep."""
+    """The model files in the checkpoints of a run."""
 
     contents: dict[str, bytes]
     """By name in the checkpoint's folder."""
     notes: list[str]
-    """What a user should know about them, one line each."""
+    """Notes for the user, one line each."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the runs that led to a checkpoint did, and its export needs to know."""
+    """Facts about the runs behind a checkpoint that its export needs."""
 
     longest_sequence: int = 0
     """The longest training.sequence_length; 0 when nothing was trained."""
@@ -50,9 +54,9 @@ class History:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "History":
-        """Of a checkpoint; one of an earlier version only has the length of its own run."""
+        """The history of a checkpoint. In one of an earlier version it only covers the run that wrote it."""
         try:
-            if content := read_json(checkpoint / HISTORY):
+            if content := read_object(checkpoint / HISTORY):
                 return cls(**content)
             recipe = checkpoint / "recipe.yaml"
             training = (read_yaml(recipe).get("training") or {}) if recipe.is_file() else {}
@@ -61,26 +65,8 @@ class History:
             raise UserError(f"{checkpoint}: its {HISTORY} or recipe.yaml is damaged ({error})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty when there is no file. Raises UserError when it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json_data.read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it or remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: restore it or remove it")
-    return content
-
-
-def json_bytes(content: dict[str, Any]) -> bytes:
-    """As the files of a model hold it."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None) -> ModelFiles:
-    """What the checkpoints of a run keep that resumes or starts from the checkpoint `origin`, if any."""
+    """The model files for the checkpoints of a run that resumes or starts from the checkpoint `origin`, if any."""
     notes: list[str] = []
     contents = _tokenizer_contents(recipe, tokenizer_path, origin, notes)
     history = History.read(origin) if origin else History()
@@ -90,7 +76,7 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
         longest_sequence=max(history.longest_sequence, recipe.training.sequence_length),
         end_of_turn_ids=list(dict.fromkeys([*new_ids, *history.end_of_turn_ids])),
     )
-    settings = {name: read_json(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
+    settings = {name: read_object(origin / name) if origin else {} for name in (GENERATION_CONFIG, HF_CONFIG)}
     if origin and tokenizer_path:
         settings = {name: _with_ids_of(tokenizer_path, origin, one, notes) for name, one in settings.items()}
     if new_ids and tokenizer_path:
@@ -99,19 +85,19 @@ def model_files(recipe: Recipe, tokenizer_path: Path | None, origin: Path | None
         ends = generation.get("eos_token_id")
         generation["eos_token_id"] = with_end_ids(ids["eos_token_id"] if ends is None else ends, new_ids)
         settings[GENERATION_CONFIG] = generation
-    contents |= {name: json_bytes(one) for name, one in settings.items() if one}
-    contents[HISTORY] = json_bytes(asdict(history))
+    contents |= {name: pretty(one) for name, one in settings.items() if one}
+    contents[HISTORY] = pretty(asdict(history))
     return ModelFiles(contents, notes)
 
 
 def without_none(ids: dict[str, Any]) -> dict[str, Any]:
-    """Those that name a token."""
+    """The entries whose id is not None."""
     return {name: id for name, id in ids.items() if id is not None}
 
 
 def special_token_ids(config: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id as the config.json of an imported model names them, or else the
-    tokenizer of this folder. There always are end tokens."""
+    """bos_token_id, eos_token_id and pad_token_id from the config.json of an imported model, or else from the tokenizer
+    of this folder. eos_token_id is always set."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: config[name] for name in names if name in config} if config else _ids_named_by(tokenizer)
     if ids.get("eos_token_id") is None:
@@ -125,7 +111,7 @@ def _ids_named_by(tokenizer: Path) -> dict[str, Any]:
 
 
 def with_end_ids(ends: int | list[int], new_ids: Iterable[int]) -> int | list[int]:
-    """End tokens with more of them, the new ones first. What names all of them already stays: one number or a list."""
+    """End tokens with `new_ids` prepended; `ends` itself, a number or a list, if it has all of them."""
     known = ends if isinstance(ends, list) else [ends]
     added = [id for id in dict.fromkeys(new_ids) if id not in known]
     return [*added, *known] if added else ends
@@ -136,7 +122,7 @@ def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
     for prefix, manifest in manifests.items():
         if manifest.settings.chat_template is not None and not manifest.end_of_turn_ids:
             notes.append(
-                f"WARNING: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
+                f"warning: {PackManifest.path(prefix)} names no token that ends a turn, so an export may not stop "
                 f"after its answers: pack again (tools/pack_sft.py) if an earlier version packed it, or end turns in "
                 f"the chat template with a special token"
             )
@@ -144,46 +130,46 @@ def _end_of_turn_ids(recipe: Recipe, notes: list[str]) -> list[int]:
 
 
 def chat_template(folder: Path) -> str | list[Any] | None:
-    """The chat template of a tokenizer folder, in any of the forms in which transformers keeps it; None where there is
-    none, or no folder."""
-    file = folder / _TEMPLATE_FILE
+    """The chat template of a tokenizer folder, in any of the forms in which transformers stores it; None if there is no
+    template or no folder."""
+    file = folder / CHAT_TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template: str | list[Any] | None = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template: str | list[Any] | None = read_object(folder / CONFIG).get("chat_template")
     return template
 
 
 def _tokenizer_contents(
     recipe: Recipe, tokenizer_path: Path | None, origin: Path | None, notes: list[str]
 ) -> dict[str, bytes]:
-    """The files of tokenizer/. A chat template that the data's tokenizer lacks comes from the packed data, or from the
-    checkpoint that the run resumes or starts from."""
+    """The files of tokenizer/. If the data's tokenizer has no chat template, that of the packed data or of the
+    checkpoint that the run resumes or starts from is added."""
     if tokenizer_path is None:
         return {}
     files = read_tokenizer_files(tokenizer_path)
     own = chat_template(tokenizer_path)
-    of_data = [Path(f"{prefix}.tokenizer") for prefix in recipe.packed_prefixes()]
+    of_data = [PackManifest.tokenizer_path(prefix) for prefix in recipe.packed_prefixes()]
     packed = [folder for folder in of_data if chat_template(folder)]
     start = [origin / "tokenizer"] if origin else []
     other = next((folder for folder in [*packed, *start] if chat_template(folder)), None)
     if not own and other:
         own = chat_template(other)
         if isinstance(own, str):
-            files[_TEMPLATE_FILE] = own.encode()
+            files[CHAT_TEMPLATE] = own.encode()
         else:
-            config = {**read_json(tokenizer_path / "tokenizer_config.json"), "chat_template": own}
-            files["tokenizer_config.json"] = json_bytes(config)
+            config = {**read_object(tokenizer_path / CONFIG), "chat_template": own}
+            files[CONFIG] = pretty(config)
         notes.append(f"checkpoints keep the chat template of {other}: {tokenizer_path} has none")
     if differing := [folder for folder in packed if chat_template(folder) != own]:
         notes.append(
-            f"WARNING: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
+            f"warning: data was packed with the chat template of {differing[0]}, and checkpoints keep another: pack "
             f"all data with one template, and give the tokenizer folder that has it (data.tokenizer)"
         )
     return {f"tokenizer/{name}": content for name, content in files.items()}
 
 
 def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Settings of a checkpoint for another tokenizer: ids of the tokens of the same names."""
+    """Settings of a checkpoint with token ids mapped to another tokenizer by the names of the tokens."""
     before = origin / "tokenizer"
     if not settings or not (before / "tokenizer.json").is_file():
         return settings
@@ -205,5 +191,5 @@ def _with_ids_of(tokenizer: Path, origin: Path, settings: dict[str, Any], notes:
             lost.append(f"{name}={settings[name]}")
             del result[name]
     if lost:
-        notes.append(f"WARNING: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
+        notes.append(f"warning: {', '.join(lost)} of {origin} are not tokens of {tokenizer}: not kept")
     return result

@@ -1,16 +1,16 @@
-"""Rows of the embedding and the output matrix for tokens that the initial weights lack.
+"""Initializes the rows of the embedding and the output matrix for tokens that the initial weights lack.
 
-A tokenizer that grew after pre-training (tokens for chats) has tokens whose rows are zeros or were never trained. They
-start at the mean of the others, which leaves the probabilities of known tokens nearly as they were.
+If a tokenizer has grown after pre-training (tokens for chats), the rows of the new tokens are zero or untrained. They
+are set to the mean of all other rows, which hardly changes the probabilities of known tokens.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from megatron_tpt import platform
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.names import shown
@@ -18,10 +18,12 @@ from megatron_tpt.names import shown
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+logger = logging.getLogger(__name__)
+
 
 def start_new_tokens(gpts: Sequence[GPTModel], recipe: Recipe, tokenizer_path: Path | None) -> None:
-    """Set the rows of tokens that `training.init_from` lacks, as `training.new_token_rows` says, and say so. All ranks
-    call it, once the weights are loaded."""
+    """Initialize the rows of tokens that `training.init_from` lacks, as `training.new_token_rows` says, and report it.
+    All ranks call it after loading the weights."""
     start = recipe.training.init_from
     if start is None or tokenizer_path is None:
         return
@@ -33,15 +35,12 @@ def start_new_tokens(gpts: Sequence[GPTModel], recipe: Recipe, tokenizer_path: P
     choice = recipe.training.new_token_rows
     if choice == "mean":
         set_rows_to_mean(gpts, known, new)
-    if platform.is_first_rank():
-        how = f"start at the mean of the other {len(known)}" if choice == "mean" else "stay as the checkpoint has them"
-        print(
-            f"{len(new)} tokens that {start} lacks ({listed}): their rows {how} (training.new_token_rows)", flush=True
-        )
+    how = f"start at the mean of the other {len(known)}" if choice == "mean" else "stay as the checkpoint has them"
+    logger.info(f"{len(new)} tokens that {start} lacks ({listed}): their rows {how} (training.new_token_rows)")
 
 
 def _ids(start: Path, tokenizer_path: Path) -> tuple[list[int], list[int]]:
-    """The ids of tokens that the checkpoint `start` knows, and those that are new in a tokenizer."""
+    """The ids of tokens that the checkpoint `start` has, and those that are new in a tokenizer."""
     own = tokenizers.Tokenizer.from_file(str(tokenizer_path / "tokenizer.json")).get_vocab(with_added_tokens=True)
     before = start / "tokenizer" / "tokenizer.json"
     if before.is_file():
@@ -53,7 +52,7 @@ def _ids(start: Path, tokenizer_path: Path) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def set_rows_to_mean(gpts: Sequence[GPTModel], known: Sequence[int], new: Sequence[int]) -> None:
-    """Set the rows `new` of the embedding and the output matrix, each to the mean of its rows `known`. All ranks call
+    """Set the rows `new` of the embedding and of the output matrix to the mean of the rows `known`. All ranks call
     it."""
     for gpt in gpts:
         if gpt.pre_process:

@@ -1,4 +1,4 @@
-"""Megatron Core's optimizer, schedule and gradient buffers from a recipe."""
+"""Builds Megatron Core's optimizer, schedule and gradient buffers from a recipe."""
 
 import importlib.util
 import math
@@ -38,8 +38,8 @@ from megatron.core.utils import get_model_config
 def _whole_matrices_layout(
     gpt: GPTModel, config: DistributedDataParallelConfig, *, is_first_piece: bool
 ) -> FullParamLayout:
-    """Buffers in which each matrix that Muon updates lies on one data-parallel rank as a whole, in buckets as
-    DistributedDataParallel makes them otherwise."""
+    """Buffers in which each matrix that Muon updates is entirely on one data-parallel rank, with the buckets that
+    DistributedDataParallel would make."""
     num_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     has_buckets = config.overlap_grad_reduce and is_first_piece and parallel_state.is_pipeline_first_stage()
     tag_params_for_buffer_routing([gpt])
@@ -64,7 +64,7 @@ def _shard_model(gpt: GPTModel, recipe: Recipe) -> FullyShardedDataParallel:
 
 
 def buffer_settings(recipe: Recipe) -> DistributedDataParallelConfig:
-    """Megatron Core's settings of the buffers of gradients and parameters."""
+    """Megatron Core's settings for the gradient and parameter buffers."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
@@ -75,13 +75,13 @@ def buffer_settings(recipe: Recipe) -> DistributedDataParallelConfig:
 
 
 def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataParallel | FullyShardedDataParallel]:
-    """The pieces of the model with gradient buffers that are reduced over the data-parallel group, in fp32."""
+    """Wrap the chunks of the model with gradient buffers, which are reduced over the data-parallel group in fp32."""
     parallel = recipe.parallel
     if parallel.fsdp != "none":
         return [_shard_model(gpt, recipe) for gpt in gpts]
     config = buffer_settings(recipe)
     splits_whole_matrices = recipe.optimizer.name == "muon" and parallel.distributed_optimizer
-    # Only the gradients of the piece that ends the backward pass are waited for: the others go in one bucket.
+    # Only the chunk that ends the backward pass is waited for, so all others reduce their gradients in one bucket.
     return [
         DistributedDataParallel(
             get_model_config(gpt),
@@ -97,12 +97,12 @@ def wrap_model(gpts: list[GPTModel], recipe: Recipe) -> list[DistributedDataPara
 
 
 def _muon_settings(settings: OptimizerConfig, *, distributed: bool) -> dict[str, Any]:
-    """Fields of Megatron Core's configuration for Muon. Its momentum is a mean, as Adam's first moment."""
+    """Fields of Megatron Core's configuration for Muon. Its momentum is a moving average, like Adam's first moment."""
     if importlib.util.find_spec("emerging_optimizers") is None:
         raise UserError("optimizer.name=muon needs the package emerging-optimizers: install it")
     return dict(
         optimizer="muon",
-        # Adam's state is split as ever; of Muon's, each data-parallel rank has whole matrices.
+        # Adam's state is sharded as usual; Muon's is sharded by whole matrices.
         use_distributed_optimizer=False,
         use_layer_wise_distributed_optimizer=distributed,
         muon_momentum=settings.muon_momentum,
@@ -120,10 +120,9 @@ def _muon_settings(settings: OptimizerConfig, *, distributed: bool) -> dict[str,
 def build_optimizer(
     chunks: list[DistributedDataParallel | FullyShardedDataParallel], recipe: Recipe
 ) -> MegatronOptimizer:
-    """The optimizer over the pieces of a wrapped model; also sets in the model's configuration how its gradients are
-    finished.
+    """The optimizer of a wrapped model; also sets in the model's configuration how its gradients are finalized.
 
-    A clip_grad of 0 still measures the gradient norm, it only never clips.
+    With a clip_grad of 0 the gradient norm is still measured, but never clipped.
     """
     settings = recipe.optimizer
     kind: dict[str, Any] = {"optimizer": "adam", "use_distributed_optimizer": recipe.parallel.distributed_optimizer}
@@ -155,7 +154,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(core_config, chunks, config_overrides=groups)
     for config in map(get_model_config, chunks):
         config.finalize_model_grads_func = phase("gradient reduction")(finalize_model_grads)
-        config.grad_scale_func = optimizer.scale_loss
+        # No grad_scale_func: the loss scale of fp32 and bf16 is 1, and a model that knows its optimizer is never freed
+        # (Megatron Core's optimizer keeps autograd nodes whose hooks hold the model, a cycle that gc does not see).
         # FSDP reduces gradients after every micro-batch unless the last one is marked.
         if recipe.parallel.overlap_grad_reduce or recipe.parallel.fsdp != "none":
             no_sync = [chunk.no_sync for chunk in chunks]
@@ -164,7 +164,7 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
-    """Linear warm-up, then the recipe's decay, counted in optimizer steps; update k (from 0) uses the rate at k."""
+    """Linear warm-up, then the recipe's decay, in optimizer steps; update k (from 0) uses the rate of step k."""
     settings = recipe.optimizer
     decay_steps = settings.decay_steps or recipe.training.num_steps
     return OptimizerParamScheduler(
@@ -185,8 +185,8 @@ def build_schedule(optimizer: MegatronOptimizer, recipe: Recipe) -> OptimizerPar
 
 
 def local_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter's gradient after the backward pass: all of it, or a shard under FSDP (which may
-    be empty)."""
+    """This rank's part of a parameter's gradient after the backward pass: the whole, or under FSDP a shard, which may
+    be empty."""
     if isinstance(parameter, DTensor):
         return parameter.grad.to_local() if parameter.grad is not None else torch.zeros(0, device=parameter.device)
     return parameter.main_grad

@@ -1,6 +1,6 @@
-"""Pre-training data: the indexed datasets of a recipe, opened over a cache of sample indices.
+"""Pre-training data: the indexed datasets of a recipe, opened with cached sample indices.
 
-prepare_cache(recipe)            # before the process groups: builds the sample indices, whole or not at all
+prepare_cache(recipe)            # before the process groups: builds the sample indices, completely or not at all
 data = build_pretrain_data(recipe)
 """
 
@@ -41,14 +41,14 @@ def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache)
     return DatasetConfig(
         random_seed=recipe.run.seed,
         sequence_length=recipe.training.sequence_length,
-        # Only says that the data is real: the datasets are made below.
+        # Only marks the data as real: the datasets are built below.
         blend_per_split=[([], None), None, None],
         path_to_cache=str(cache.folder),
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
-        create_attention_mask=False,  # plain causal attention: the kernels make the mask
+        create_attention_mask=False,  # plain causal attention: the kernels apply the mask
         cache=cache,
         resets_at_documents=recipe.data.reset_at_documents,
         loss_on=recipe.data.loss_on,
@@ -56,8 +56,8 @@ def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache)
 
 
 def _raise_open_file_limit(num_datasets: int) -> None:
-    """Each dataset keeps two files and their maps, and the maps of three arrays, open, in addition to what is open
-    already."""
+    """Raise the limit on open files as far as needed: each dataset keeps two files, their memory maps and those of
+    three arrays open, in addition to files that are already open."""
     needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES + _highest_open_file()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -70,7 +70,7 @@ def _raise_open_file_limit(num_datasets: int) -> None:
 
 
 def _highest_open_file() -> int:
-    """The limit is on the highest file descriptor, not on their number."""
+    """The highest open file descriptor, to which the limit applies, rather than to their number."""
     try:
         return max(map(int, os.listdir("/proc/self/fd")))
     except OSError:  # no /proc
@@ -78,7 +78,7 @@ def _highest_open_file() -> int:
 
 
 def _read_manifests(recipe: BlendRecipe, opened: list[Blend]) -> list[list[Manifest]]:
-    """The manifests of each blend. Raises UserError where they do not fit the recipe."""
+    """The manifests of each blend. Raises UserError if they do not fit the recipe."""
     manifests = read_manifests(source.path for blend in opened for source in blend.sources)
     unmarked = next((manifest for manifest in manifests if not manifest.append_eos), None)
     if recipe.data.reset_at_documents and unmarked is not None:
@@ -103,9 +103,9 @@ def open_splits(recipe: BlendRecipe, cache: SampleCache) -> list[Any]:
 
 
 def prepare_cache(recipe: BlendRecipe) -> None:
-    """Build the sample indices that are not in the cache yet. One process per machine calls it, before the others read.
+    """Build the sample indices that are not cached yet. One process per machine calls it, before any reads them.
 
-    Any number of machines may do so at once, on one folder or on one each. Needs no process group and no GPU.
+    Any number of machines may do so at once, with a shared folder or one each. Needs no process group and no GPU.
     """
     if recipe.data.mock:
         return
@@ -124,8 +124,8 @@ def _build_mock_data(recipe: BlendRecipe) -> TrainingData:
 
 
 def _identity(recipe: BlendRecipe, blend: Blend, manifests: list[Manifest], num_samples: int) -> dict[str, str]:
-    """What decides the first `num_samples` samples: the content and share of every source in the phases until then;
-    and the epochs of each in the whole run, which are shuffled together."""
+    """What determines the first `num_samples` samples: the content and share of every source in the phases up to there,
+    and the epochs of each source in the whole run, since they are shuffled together."""
     remaining, phases = num_samples, []
     for phase in blend.phases:
         own = min(remaining, phase.num_samples)
@@ -148,7 +148,7 @@ def _identity(recipe: BlendRecipe, blend: Blend, manifests: list[Manifest], num_
 
 
 def pretrain_identity(recipe: BlendRecipe) -> Callable[[int], dict[str, str]]:
-    """What the first samples of a recipe depend on, given their number, besides its settings. Reads manifests alone."""
+    """A function from a number of samples to the identity of the data behind them. Reads only manifests."""
     if recipe.data.mock:
         return lambda num_samples: {}
     blend = blends(recipe)[0]
@@ -161,7 +161,7 @@ def _digest(value: Any) -> str:
 
 
 def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
-    """Open the indexed datasets of a recipe whose cache is prepared. Needs process groups."""
+    """Open the indexed datasets of a recipe, after `prepare_cache`. Needs process groups."""
     if recipe.data.mock:
         return _build_mock_data(recipe)
     train, *validation = open_splits(recipe, SampleCache(cache_folder(recipe)))

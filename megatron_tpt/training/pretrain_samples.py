@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,19 +31,37 @@ from megatron.core.datasets.utils import Split
 _NUM_THREADS = 16
 
 
-@indexes_samples
-class ThinkingGPTDataset(GPTDataset):
-    """GPTDataset whose samples mark the labels that are thinking: `is_thinking` bool [s] besides tokens, labels,
-    loss_mask. Without `num_samples` it is read exactly once; its last sample is then filled up with labels that have no
-    loss.
+class _MapsArrays:
+    """A dataset that is pickled without its arrays: a process that reads ahead maps them itself."""
 
-    A sample may begin in the middle of a thought: its first document is then read back to where the thought begins, so
-    that the marks are exact wherever a sample is cut.
+    array_names: ClassVar[tuple[str, ...]]
+
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays, in the order of their names."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.array_names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update(zip(self.array_names, self.mapped_arrays(), strict=True))
+
+
+@indexes_samples
+class ThinkingGPTDataset(_MapsArrays, GPTDataset):
+    """GPTDataset whose samples also have `is_thinking`, bool [s], besides tokens, labels and loss_mask: which labels
+    are thinking. Without `num_samples` the dataset is read exactly once; its last sample is then padded with labels
+    without loss.
+
+    A sample may begin in the middle of a thought. Its first document is then read back to where the thought begins, so
+    that the marks are exact.
     """
 
     config: "DatasetConfig"
+    array_names = SampleIndex._fields
     has_thinking = True
-    """Whether to look for it."""
+    """Whether the data may contain thinking."""
 
     def sample_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config, lengths = self.config, self.dataset.sequence_lengths
@@ -59,13 +77,8 @@ class ThinkingGPTDataset(GPTDataset):
         arrays = config.cache.arrays(name, self.unique_description, SampleIndex._fields, build, num_bytes)
         return arrays[0], arrays[1], arrays[2]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays: a process that reads ahead maps them itself."""
-        return {name: value for name, value in self.__dict__.items() if name not in SampleIndex._fields}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__dict__.update(zip(SampleIndex._fields, self.sample_arrays(), strict=True))
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        return self.sample_arrays()
 
     def _is_thinking(self, idx: int, text: np.ndarray) -> np.ndarray:
         """Which tokens of a sample are thinking: bool [s + 1]."""
@@ -99,7 +112,7 @@ class ThinkingGPTDataset(GPTDataset):
 
 
 def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
-    """Which document of a sample each of its tokens [s] is of, from 1, and the token's place in it, from 0."""
+    """For each token of a sample [s]: the number of its document, from 1, and its position in that document, from 0."""
     is_begin = torch.ones_like(tokens, dtype=torch.bool)
     is_begin[1:] = tokens[:-1] == eod
     places = torch.arange(len(tokens))
@@ -109,7 +122,7 @@ def segments(tokens: torch.Tensor, eod: int) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron Core's settings, where its arrays are kept, and what a sample holds in addition."""
+    """Megatron Core's settings, the cache of its arrays, and options for additional fields of samples."""
 
     cache: SampleCache | None = None
     resets_at_documents: bool = False
@@ -117,11 +130,12 @@ class DatasetConfig(GPTDatasetConfig):
 
 
 @indexes_blend
-class _BlendedDataset(BlendedDataset):
+class _BlendedDataset(_MapsArrays, BlendedDataset):
     """BlendedDataset whose arrays come from our cache, whose shares may change from phase to phase, and whose samples
-    say which name their source has: `source`, a place among the names of the blend."""
+    have `source`, the index of their source's name among the names of the blend."""
 
     config: DatasetConfig
+    array_names = BlendIndex._fields
 
     def __init__(self, datasets: list[ThinkingGPTDataset], blend: Blend, config: DatasetConfig) -> None:
         self.blend = blend
@@ -157,16 +171,12 @@ class _BlendedDataset(BlendedDataset):
         place = self._source_places[int(sample.pop("dataset_id"))]
         return sample | {"source": torch.tensor(place)} if self._names_sources else sample
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in BlendIndex._fields}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__dict__.update(zip(BlendIndex._fields, self.blend_arrays(), strict=True))
+    def mapped_arrays(self) -> tuple[np.ndarray, ...]:
+        return self.blend_arrays()
 
 
 def _overall_weights(blend: Blend) -> list[float]:
-    """The share of every source in all phases together."""
+    """The overall share of every source."""
     if len(blend.phases) == 1:
         return blend.phases[0].weights
     shares = blend.shares
@@ -177,21 +187,21 @@ def samples_wanted(blend: Blend) -> list[int]:
     """The samples to take from each source."""
     if len(blend.sources) == 1:
         return [sum(phase.num_samples for phase in blend.phases)]
-    # A few more than its share: the blend rounds, and may take one more of a dataset than the share says.
+    # A few more than its share: the blend rounds, and may take one sample more of a dataset.
     return [math.ceil(share * (1 + DatasetConfig.mid_level_dataset_surplus)) for share in blend.shares]
 
 
 def open_blend(
     blend: Blend, manifests: list[Manifest], split: Split, config: DatasetConfig
 ) -> torch.utils.data.Dataset:
-    """One split: the dataset itself where there is one source, else the blend, as BlendedMegatronDatasetBuilder has it;
-    for a set that is read once, its sources one after the other.
+    """One split: the dataset itself if there is one source, otherwise the blend, as with BlendedMegatronDatasetBuilder;
+    for a set that is read once, its sources concatenated.
 
-    Sources are opened by several threads, since some file systems answer slowly.
+    Sources are opened by several threads, since some file systems are slow.
     """
 
     def open_source(source: DatasetSource, manifest: Manifest, num_samples: int | None) -> ThinkingGPTDataset:
-        # An index is identified by its content, wherever it lies.
+        # An index is identified by its content, not by its path.
         content = manifest.checksums["idx"]
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
         result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
@@ -207,7 +217,7 @@ def open_blend(
 
 
 class MockDataset(torch.utils.data.Dataset):
-    """Random tokens: the same sample for the same seed and place."""
+    """Random tokens: the same sample for the same seed and index."""
 
     def __init__(self, vocab_size: int, sequence_length: int, seed: int) -> None:
         self.vocab_size, self.sequence_length, self.seed = vocab_size, sequence_length, seed

@@ -1,5 +1,6 @@
-"""Traces of some steps: what the CPU and the GPU did when (torch.profiler), and who held GPU memory."""
+"""Traces of some steps: CPU and GPU activity over time (torch.profiler), and GPU memory allocations."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
+from megatron_tpt.logs import ALL_RANKS
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -44,7 +48,7 @@ class Profile(Callback):
             self._end(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
-        """Start when the next step is the first to trace, on the ranks that are asked for."""
+        """Start if the next step is the first to trace, on the requested ranks."""
         settings = trainer.recipe.profiling
         if trainer.global_step + 1 != settings.first_step or torch.distributed.get_rank() not in settings.ranks:
             return
@@ -66,4 +70,4 @@ class Profile(Callback):
             torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profiler = None
-        print(f"profile of rank {torch.distributed.get_rank()}: {path}.*", flush=True)
+        logger.info(f"profile: {path}.*", extra=ALL_RANKS)

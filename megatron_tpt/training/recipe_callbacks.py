@@ -1,17 +1,17 @@
-"""The callbacks of a recipe: built-in ones by name, a user's own as package.module:Class, each with its settings.
+"""The callbacks of a recipe: built-in ones by name, a user's as package.module:Class, each with its settings.
 
     callbacks:
       profile: {max_memory_events: 5000000}
       my_package.my_module:StopWhenFlat:
         patience: 3
 
-The parameters of a callback's class are its settings (its fields, where it is a dataclass); their types say what a
-recipe may give. The module of a user's own is imported from the current folder or PYTHONPATH, and only for the recipe
-that is run: what a checkpoint's recipe names is never imported.
+The parameters of a callback's class (its fields, if it is a dataclass) are its settings; their types determine what a
+recipe may give. A user's module is imported from the current folder or PYTHONPATH, and only for the recipe that is run:
+modules that a checkpoint's recipe names are never imported.
 """
 
 import dataclasses
-import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -23,24 +23,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from megatron_tpt.config.convert import Converter, is_section
+from megatron_tpt.config.convert import Converter, did_you_mean, is_section
 from megatron_tpt.config.describe import default_of, documentation_of, type_of
 from megatron_tpt.config.fields import plain
-from megatron_tpt.config.yaml_file import Key, dotted, place_of
+from megatron_tpt.config.yaml_file import Key, before_message, dotted
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.callbacks import SaveCheckpoints, default_callbacks
 from megatron_tpt.training.trainer import Callback
 
 _INTRODUCTION = f"""## callbacks
 
-What happens around the training loop: a mapping of callbacks to their settings. The built-in ones below act in every
-run, in this order, and mostly read other sections; their other settings are given here, as in
+A mapping of callbacks, which act around the training loop, to their settings. The built-in callbacks below act in every
+run, in this order, and mostly read other sections; their remaining settings are given here, as in
 `profile: {{max_memory_events: 5000000}}`.
 
-One of your own is named as `package.module:Class`: a subclass of `{Callback.__module__}.{Callback.__name__}` in a
+Name a callback of your own as `package.module:Class`: a subclass of `{Callback.__module__}.{Callback.__name__}` in a
 module of the current folder or of `PYTHONPATH`. The parameters of its class are its settings. It acts before
-`save_checkpoints`. Only the recipe that is run is consulted, never that of a checkpoint; where they differ, a run
-that resumes warns.
+`save_checkpoints`. Only the recipe that is run is consulted, never that of a checkpoint; if they differ, a resumed run
+warns.
 
 | callback | what it does | settings |
 |---|---|---|"""
@@ -53,11 +53,11 @@ class Choice(NamedTuple):
 
     kind: type[Callback]
     settings: dict[str, Any]
-    """Those that are given."""
+    """The settings that the recipe gives."""
 
 
 def built_in_callbacks() -> dict[str, type[Callback]]:
-    """The callbacks of every run by the names that a recipe knows them by, such as save_checkpoints."""
+    """The callbacks of every run by their names in recipes, such as save_checkpoints."""
     kinds = map(type, default_callbacks())
     return {re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower(): kind for kind in kinds}
 
@@ -77,9 +77,9 @@ def describe_callbacks() -> str:
 
 
 def build_callbacks(section: Section) -> list[Callback]:
-    """The built-in callbacks, with the settings of a recipe, and the recipe's own.
+    """The built-in callbacks with the settings of a recipe, and the user's callbacks.
 
-    The recipe's own act before a checkpoint is saved, which therefore holds their state after the step.
+    The user's callbacks act before a checkpoint is saved, which therefore has their state after the step.
     """
     chosen = {choice.kind: _make(name, choice) for name, choice in read_callbacks(section, {}).items()}
     result: list[Callback] = []
@@ -99,13 +99,9 @@ def _make(name: str, choice: Choice) -> Callback:
 
 
 def read_callbacks(section: Section, places: Mapping[Key, str]) -> dict[str, Choice]:
-    """The callbacks that a recipe names, whose modules are imported. Raises UserError with all that is wrong, one line
-    each, with its place in `places` where it is known."""
-
-    def where(key: Key) -> str:
-        place = place_of(places, key)
-        return f"{place}: " if place else ""
-
+    """The callbacks that a recipe names; imports their modules. Raises UserError with all mistakes, one per line, each
+    with its place from `places` if it is known."""
+    where = functools.partial(before_message, places)
     chosen: dict[str, Choice] = {}
     converter = Converter(where, lambda key: _suggest(chosen[str(key[1])].kind, str(key[-1])))
     for name, raw in section.items():
@@ -119,13 +115,12 @@ def read_callbacks(section: Section, places: Mapping[Key, str]) -> dict[str, Cho
             converter.problems.append(f"{where(key)}{dotted(key)}: {error}")
             continue
         chosen[name].settings.update({field: getattr(settings, field, None) for field in raw})
-    if converter.problems:
-        raise UserError("\n".join(converter.problems))
+    converter.raise_problems()
     return chosen
 
 
 def _require_own_name(kind: type[Callback], chosen: Mapping[str, Choice]) -> None:
-    """Raise UserError when another callback has a class of this name, which keys its state in a checkpoint."""
+    """Raise UserError when another callback's class has the same name, which identifies its state in a checkpoint."""
     others = {name: one.kind for name, one in chosen.items()}
     others |= {name: one for name, one in built_in_callbacks().items() if one is not kind}
     if twin := next((name for name, other in others.items() if other.__name__ == kind.__name__), None):
@@ -133,8 +128,8 @@ def _require_own_name(kind: type[Callback], chosen: Mapping[str, Choice]) -> Non
 
 
 def settings_type(kind: type[Callback]) -> type:
-    """A dataclass with the parameters of a callback's class as fields. Raises UserError where a type is missing, or is
-    none that a recipe can give."""
+    """A dataclass with the parameters of a callback's class as fields. Raises UserError for a parameter without a type,
+    or with one that a recipe cannot give."""
     try:
         hints, fields = get_type_hints(kind.__init__, include_extras=True), []
     except NameError as error:
@@ -169,11 +164,10 @@ def _can_be_given(hint: Any) -> bool:
 
 
 def _suggest(kind: type[Callback], name: str) -> str:
-    """What to write behind "unknown" for a setting that a callback does not have."""
+    """The suggestion for a setting that a callback does not have."""
     known = [field.name for field in dataclasses.fields(settings_type(kind))]
-    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
-        return f"; did you mean {close[0]}?"
-    return f"; known there: {', '.join(known)}" if known else f"; {kind.__name__} has no settings"
+    others = f"; known there: {', '.join(known)}" if known else f"; {kind.__name__} has no settings"
+    return did_you_mean(name, known) or others
 
 
 def _find(name: str) -> type[Callback]:
@@ -183,12 +177,8 @@ def _find(name: str) -> type[Callback]:
         return built_in[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, built_in, n=1, cutoff=0.7)
-        raise UserError(
-            f"unknown; did you mean {close[0]}?"
-            if close
-            else f"unknown: name one of {', '.join(built_in)}, or your own as package.module:Class"
-        )
+        others = f": name one of {', '.join(built_in)}, or your own as package.module:Class"
+        raise UserError(f"unknown{did_you_mean(name, built_in) or others}")
     kind = getattr(_import(module_name), class_name, None)
     if kind is None:
         raise UserError(f"the module {module_name} has no {class_name}: write package.module:Class as it is there")
@@ -198,7 +188,7 @@ def _find(name: str) -> type[Callback]:
 
 
 def _import(name: str) -> types.ModuleType:
-    """A user's module; also from the current folder, which console scripts do not put on the path."""
+    """Import a user's module, also from the current folder, which console scripts do not put on sys.path."""
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{name!r} is no name of a module: write package.module:Class")
     if not {"", os.getcwd()} & set(sys.path):

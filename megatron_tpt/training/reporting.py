@@ -1,4 +1,4 @@
-"""Metrics: measured over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
+"""Metrics over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
 
 import collections
 import contextlib
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import resource
@@ -26,13 +27,13 @@ from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
-from megatron_tpt.units import duration
+from megatron_tpt.units import GIB, duration
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-GIB = 2**30
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -61,9 +62,9 @@ class MetricsWriter:
         self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step. What does not fit on the disk is written by a later call.
+        """Record the metrics of a step. If the disk is full, the lines are written by a later call.
 
-        JSON knows no NaN and no infinity: such a value is `null` in metrics.jsonl and in no other place.
+        JSON has no NaN and no infinity: non-finite values are `null` in metrics.jsonl, and are omitted elsewhere.
         """
         if not self.enabled:
             return
@@ -83,7 +84,7 @@ class MetricsWriter:
             self.is_full = False
         except OSError as error:
             if not self.is_full:
-                print(f"WARNING: {self.file.name} cannot be written ({error.strerror}): its lines wait", flush=True)
+                logger.warning(f"{self.file.name} cannot be written ({error.strerror}): will be retried")
             self.is_full = True
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
@@ -92,14 +93,14 @@ class MetricsWriter:
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
         except OSError as error:  # TensorBoard's writer does not recover
-            print(f"WARNING: TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues", flush=True)
+            logger.warning(f"TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues")
             self.tensorboard = None
 
     def sync(self) -> None:
-        """Sync what is written: a checkpoint must not be ahead of its metrics."""
+        """Flush to disk: a checkpoint must not be ahead of its metrics."""
         if self.enabled:
             self._write_lines()
-            with contextlib.suppress(OSError):  # then the checkpoint finds no room either, and says so
+            with contextlib.suppress(OSError):  # a full disk: saving the checkpoint then fails with a message
                 os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -114,7 +115,7 @@ class MetricsWriter:
 
 
 def _start_wandb(recipe: Recipe) -> Any:
-    """The W&B run of a run folder, the same again after a resume. The key comes from W&B's own settings."""
+    """The W&B run of a run folder, which a resume continues. The API key comes from W&B's own settings."""
     import wandb
 
     folder = real_path(recipe.run.output_dir)
@@ -138,10 +139,10 @@ def _is_until(line: str, step: int) -> bool:
 
 
 def parameter_norm(chunks: Sequence[torch.nn.Module]) -> float:
-    """Euclidean norm of all weights of the model of which this rank holds `chunks`. All ranks call it.
+    """Euclidean norm of all weights of a model; `chunks` are this rank's part. All ranks call it.
 
-    A weight that several ranks hold counts once: norms and biases on the first tensor-parallel rank, a tied output
-    matrix on the first pipeline stage.
+    A weight on several ranks is counted once: norms and biases on the first tensor-parallel rank, a tied output matrix
+    on the first pipeline stage.
     """
     total = torch.zeros((), dtype=torch.float64, device=platform.device())
     group = parallel_state.get_model_parallel_group()
@@ -155,7 +156,7 @@ def parameter_norm(chunks: Sequence[torch.nn.Module]) -> float:
 
 
 def _measure_memory_gib() -> dict[str, float]:
-    """Peaks since the last call (of the process: since its start), in GiB."""
+    """Peak memory in GiB: of the GPU since the last call, of the process since its start."""
     host = {"memory_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
     if not torch.cuda.is_available():
         return host
@@ -166,29 +167,29 @@ def _measure_memory_gib() -> dict[str, float]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    print(f"WARNING: {message}", flush=True)
+    logger.warning(message)
 
 
 def _measure_power() -> dict[str, float]:
-    """Watts that the first rank's GPU draws; nothing where the driver's library does not report it, with one
-    warning."""
+    """Power draw of the first rank's GPU in watts; empty, with one warning, if the driver's library does not report
+    it."""
     if not torch.cuda.is_available() or not platform.is_first_rank():
         return {}
     try:
         return {"gpu_power_w": torch.cuda.power_draw() / 1000}
-    except Exception as error:  # NVML's own derive from it alone: no sensor, no permission, no library
+    except Exception as error:  # NVML's errors have no narrower base class: no sensor, no permission, no library
         _warn_once(f"gpu_power_w is omitted from the metrics: {error}")
         return {}
 
 
 class Window:
-    """What was measured since the last report, on this rank."""
+    """Measurements of this rank since the last report."""
 
     def __init__(self, num_sums: int) -> None:
         self.sums = torch.zeros(num_sums, dtype=torch.float64, device=platform.device())  # of the objective
         self.step_seconds: list[float] = []
         self.data_wait_s = 0.0
-        self.own_work_s: list[float] = []  # of the steps that this process has done and not skipped
+        self.own_work_s: list[float] = []  # local work of the steps that this process did and did not skip
         self.num_tokens = 0
         self.earlier_s = 0.0
         self.began = time.perf_counter()
@@ -204,11 +205,11 @@ class Window:
 
     @property
     def elapsed_s(self) -> float:
-        """Wall time since the window was opened, in this process and in the ones before it."""
+        """Wall time since the window was opened, including that of earlier processes of the run."""
         return self.earlier_s + time.perf_counter() - self.began
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
-        """The window of all ranks, for a checkpoint: sums over them, times of the slowest. All ranks call it."""
+        """The window for a checkpoint: sums over all ranks, times of the slowest rank. All ranks call it."""
         times = _maxima([*self.step_seconds, self.data_wait_s, self.elapsed_s])
         return {
             "sums": trainer.named_sums(self.sums.clone()),
@@ -220,8 +221,8 @@ class Window:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], names: Sequence[str]) -> "Window":
-        """The window that a checkpoint left open, of sums with these names: those that it lacks begin at 0, as
-        when there are more sources since. One data-parallel rank takes the sums: they are added up again."""
+        """The open window in a checkpoint, with sums of these names; those that it lacks start at 0, for example after
+        a source was added. Only one data-parallel rank takes the sums, since they are summed over ranks again."""
         window = cls(len(names))
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             sums = state["sums"] if "sums" in state else _sums_by_name(state["loss_sums"])
@@ -233,8 +234,8 @@ class Window:
 
 
 def _sums_by_name(by_source: dict[str, list[float]]) -> dict[str, float]:
-    """The sums of a checkpoint from before they had names: document loss and tokens, thinking loss and tokens, of every
-    source."""
+    """Named sums from a checkpoint of an earlier version, which had the document loss and tokens and the thinking loss
+    and tokens of every source."""
     sums: collections.Counter[str] = collections.Counter()
     for source, (document_loss, document_tokens, thinking_loss, thinking_tokens) in by_source.items():
         loss, tokens = document_loss + thinking_loss, document_tokens + thinking_tokens
@@ -268,18 +269,17 @@ class ReportMetrics(Callback):
         self.stragglers = Stragglers()
 
     def _peak_tflops(self, recipe: Recipe) -> float | None:
-        """The peak that MFU is a part of: the recipe's, or that of the device. Says which it is."""
+        """The peak that MFU is relative to: the recipe's, or that of the device. Prints which one it is."""
         precision = recipe.training.matmul_precision
         device_name = "this device"
         peak = recipe.logging.peak_tflops
         if peak is None and torch.cuda.is_available():
             device_name = torch.cuda.get_device_name()
             peak = metrics.device_peak_tflops(device_name, precision)
-        if peak is not None and platform.is_first_rank():
-            print(
+        if peak is not None:
+            logger.info(
                 f"MFU = tokens/s x {self.flops_per_token:.4g} FLOPs per token / {torch.distributed.get_world_size()} "
-                f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})",
-                flush=True,
+                f"devices / {peak:g} TFLOP/s (dense {precision} peak of {device_name})"
             )
         return peak
 
@@ -303,9 +303,8 @@ class ReportMetrics(Callback):
             slowest = max(slowdowns, key=lambda one: one.ratio)
             values |= {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
             trainer.metrics.write(trainer.global_step, values)
-            if platform.is_first_rank():
-                num_steps = trainer.recipe.training.num_steps
-                print(f"step {trainer.global_step:>7}/{num_steps}  {console_line(values)}", flush=True)
+            num_steps = trainer.recipe.training.num_steps
+            logger.info(f"step {trainer.global_step:>7}/{num_steps}  {console_line(values)}")
             self.stragglers.warn(slowdowns, trainer.recipe.logging.straggler_factor)
             self.window = Window(len(trainer.objective.sum_names))
 
@@ -347,7 +346,7 @@ class ReportMetrics(Callback):
 def console_line(values: dict[str, float]) -> str:
     """The most useful metrics, on one line."""
     parts = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
-    parts = parts or ["no loss"]  # the steps had no token to learn from, or were skipped
+    parts = parts or ["no loss"]  # the steps had no tokens to learn from, or were skipped
     parts += [f"lr {values['learning_rate']:.3e}", f"grad norm {values['grad_norm']:.3f}"]
     parts += [f"{values['tokens_per_s']:,.0f} tokens/s", f"{values['tflops_per_device']:.3g} TFLOP/s/device"]
     if "mfu" in values:

@@ -1,7 +1,7 @@
-"""Whether a run resumes from a checkpoint with this recipe: what is refused, and what is reported.
+"""Decides whether a run may resume from a checkpoint with this recipe: which changes are refused or reported.
 
-config/changes.py has what another value of each field does. The trainer asks when it resumes; `--dry-run` asks before
-anything is started, and says the same.
+config/changes.py defines what a change of each field does. The trainer checks this when it resumes; `--dry-run` checks
+the same before anything is started.
 """
 
 import math
@@ -19,7 +19,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.training.checkpoint_files import checkpoints_to_read, damage_of_files
 
-# Checkpoints of earlier versions do not have it.
+# Checkpoints of earlier versions lack it.
 TEXT = "text of data.train"
 
 DataIdentity = Callable[[int], dict[str, str]]
@@ -29,11 +29,11 @@ DataIdentity = Callable[[int], dict[str, str]]
 def resume_warnings(
     recipe: Recipe, folder: Path, state: dict[str, Any], data_identity: DataIdentity | None
 ) -> Iterator[str]:
-    """What to report when a run resumes from a checkpoint with this recipe, one line each; all of it is generated
-    before anything is loaded.
+    """Warnings when a run resumes from a checkpoint with this recipe, one line each; consume all of them before loading
+    anything.
 
-    `state` is the trainer's state in the checkpoint; `data_identity` None where the data is not here. Raises UserError
-    for what is refused.
+    `state` is the trainer's state in the checkpoint; `data_identity` is None if the data is not on this machine. Raises
+    UserError for changes that are refused.
     """
     saved, step = read_yaml(folder / "recipe.yaml"), int(state["step"])
     if step > recipe.training.num_steps:
@@ -55,7 +55,7 @@ def resume_warnings(
 
 
 def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, saved: dict[str, Any]) -> None:
-    """Raise UserError where the table refuses changes."""
+    """Raise UserError for changes that may not be made on resume."""
     fixed = {Effect.REFUSED} | (set() if recipe.parallel.distributed_optimizer else {Effect.PRECISION})
     _refuse(folder, [change for change in differences if change.on_resume in fixed])
     if (saved.get("checkpoint") or {}).get("optimizer_sharding") == "dp_reshardable":
@@ -67,7 +67,7 @@ def _require_permitted(differences: list[Change], recipe: Recipe, folder: Path, 
 
 
 def _refuse(folder: Path, refused: list[Change], *, others: tuple[str, ...] = (), advice: str = "") -> None:
-    """Raise UserError that says what a checkpoint was written with, where there is something to refuse."""
+    """Raise UserError with the values that the checkpoint was written with, if there is a change to refuse."""
     if not refused:
         return
     fits = "" if any(change.section == "model" for change in refused) else " (training.init_from takes the weights)"
@@ -78,7 +78,7 @@ def _refuse(folder: Path, refused: list[Change], *, others: tuple[str, ...] = ()
 
 
 def _consumption_warnings(recipe: Recipe, folder: Path, step: int, differences: list[Change]) -> Iterator[str]:
-    """Where a run continues that has another batch size or sequence length from here on."""
+    """Warn where in the data a run with a new batch size or sequence length continues."""
     training = recipe.training
     if training.num_steps_done > step:
         raise UserError(
@@ -94,13 +94,13 @@ def _consumption_warnings(recipe: Recipe, folder: Path, step: int, differences: 
     )
     if "sequence_length" in changed:
         yield (
-            "samples of another training.sequence_length come in another order: some of the text that was read comes "
-            "again before all of it was read"
+            "samples of another training.sequence_length come in another order: some text is repeated before all of it "
+            "has been read"
         )
 
 
 def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: dict[str, str]) -> Iterator[str]:
-    """Raises UserError when this recipe's data does not continue where the checkpoint's ended and it must."""
+    """Warn of changed training data. Raises UserError if the recipe does not allow changes."""
     there = state["data"]
     changed = [name for name, value in here.items() if there.get(name, value if name == TEXT else None) != value]
     if not changed:
@@ -108,17 +108,17 @@ def _data_warnings(recipe: Recipe, folder: Path, state: dict[str, Any], here: di
     if not recipe.data.allow_change:
         raise UserError(
             f"{folder} was written by a run with another {', '.join(changed)}: its data order cannot continue with "
-            f"this recipe. Put it back, or start in another run.output_dir (training.init_from takes the weights); "
+            f"this recipe. Restore it, or start in another run.output_dir (training.init_from takes the weights); "
             f"--data.allow_change=true resumes anyway"
         )
     yield (
-        f"with other training data, shares or numbers of samples (data.allow_change) than {folder} had, a source that "
-        f"is read more than once may come in another order: some documents more often, some less"
+        f"training data, shares or numbers of samples differ from those of {folder} (data.allow_change): sources that "
+        f"are read more than once may come in another order, so that some documents are read more often than others"
     )
 
 
 def _rate_warnings(recipe: Recipe, folder: Path, state: dict[str, Any]) -> Iterator[str]:
-    """Where the learning rate jumps, even if only training.num_steps differs."""
+    """Warn if the learning rate jumps, even if only training.num_steps differs."""
     from megatron_tpt.training.optimizer import build_schedule
 
     group = {"max_lr": recipe.optimizer.learning_rate, "min_lr": recipe.optimizer.min_learning_rate}
@@ -133,8 +133,7 @@ def _rate_warnings(recipe: Recipe, folder: Path, state: dict[str, Any]) -> Itera
 
 
 def start_warnings(recipe: Recipe, folder: Path) -> Iterator[str]:
-    """What to report when a run starts from the weights of a checkpoint. Raises UserError where its model has another
-    shape."""
+    """Warnings when a run starts from the weights of a checkpoint. Raises UserError if its model has another shape."""
     differences = [change for change in changes(recipe, read_yaml(folder / "recipe.yaml")) if change.section == "model"]
     for change in differences:
         if change.from_weights is Effect.REFUSED:
@@ -149,17 +148,17 @@ def start_warnings(recipe: Recipe, folder: Path) -> Iterator[str]:
 
 
 def _damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, but for their content, which is not read; "" for nothing."""
+    """Missing files of a checkpoint and files of the wrong size, in one line; empty if there are none."""
     return "; ".join(damage_of_files(folder)[:4])
 
 
 def describe_start(
     recipe: Recipe, tokenizer: TokenizerInfo | None, data_identity: DataIdentity | None
 ) -> Iterator[str]:
-    """Where a run would start, and what it would report, one line each; nothing is loaded.
+    """Where a run would start and what it would report, one line each; nothing is loaded.
 
-    Raises UserError with what would be refused. `data_identity` is TrainingData.identity, None where the data is not
-    here.
+    Raises UserError for what the run would refuse. `data_identity` is TrainingData.identity, None if the data is not on
+    this machine.
     """
     checkpoints = recipe.run.output_dir / "checkpoints"
     folders = checkpoints_to_read(checkpoints)[::-1]
@@ -170,15 +169,15 @@ def describe_start(
         assert init_from is not None
         if damage := _damage(init_from):
             raise UserError(f"training.init_from={init_from} is damaged ({damage}): give another checkpoint")
-        yield from (f"WARNING: {warning}" for warning in start_warnings(recipe, init_from))
+        yield from (f"warning: {warning}" for warning in start_warnings(recipe, init_from))
         yield f"starts in {recipe.run.output_dir} from the weights of {init_from}"
     for folder in folders:
         if not (damage := _damage(folder)):
             yield from _describe_resumption(recipe, folder, tokenizer, data_identity)
             return
-        yield f"WARNING: {folder} is damaged ({damage}): it would be set aside"
+        yield f"warning: {folder} is damaged ({damage}): it would be moved aside"
     if folders:
-        raise UserError(f"no checkpoint in {checkpoints} is whole: put back what is missing, or delete them")
+        raise UserError(f"no checkpoint in {checkpoints} is whole: restore the missing files, or delete them")
 
 
 def _describe_resumption(
@@ -191,7 +190,7 @@ def _describe_resumption(
 
     require_tokenizer(folder, tokenizer.fingerprint if tokenizer is not None else None)
     state = read_trainer_state(folder)
-    yield from (f"WARNING: {warning}" for warning in resume_warnings(recipe, folder, state, data_identity))
+    yield from (f"warning: {warning}" for warning in resume_warnings(recipe, folder, state, data_identity))
     left = recipe.training.num_steps - state["step"]
     yield f"resumes from {folder}: {left} of {recipe.training.num_steps} steps are left" + (
         "" if left else "; nothing is left to do: raise training.num_steps to train further"
@@ -199,11 +198,11 @@ def _describe_resumption(
 
 
 def require_tokenizer(folder: Path, fingerprint: str | None) -> None:
-    """Raise UserError when a checkpoint is of another tokenizer than the one of this fingerprint, where it is known."""
+    """Raise UserError when a checkpoint has another tokenizer than the one of this fingerprint, if it is known."""
     from megatron_tpt.indexing.tokenizer import is_of_other_tokenizer
 
     if fingerprint and is_of_other_tokenizer(folder, fingerprint):
         raise UserError(
-            f"{folder} was written by a run with another tokenizer: put back the data of that one, or start in another "
+            f"{folder} was written by a run with another tokenizer: give data of that tokenizer, or start in another "
             f"run.output_dir"
         )

@@ -1,26 +1,26 @@
-"""The lock of a run folder: of two jobs that are started in one folder, only the first runs.
+"""The lock of a run folder: only one job at a time runs in it.
 
-    RUN/run.lock     who has the folder: host, process, SLURM job, since when
+    RUN/run.lock     the holder: host, process, SLURM job, since when
 
-The file needs no file system locks (NFS, Lustre, buckets), and no stale one left by kill -9, by a lost node
-or by a restarted machine prevents a resume:
+The lock does not need file system locks (NFS, Lustre, buckets), and a stale lock left by kill -9, a lost node or a
+restarted machine does not prevent a resume:
 
-- A holder of this machine is looked up by its process number and start, so that a reused number is not mistaken for it.
-- A holder that SLURM has requeued (same job, fewer restarts) has ended: SLURM ends a job before it starts it again.
-- Any other holder shows life by touching the file. A later job watches whether it does; the clocks of the
-machines,
-  which may differ or jump, are not used.
+- A holder on this machine is looked up by its process id and start time, so that a reused id is not mistaken for it.
+- A holder that SLURM has requeued (same job, fewer restarts) has ended: SLURM ends a job before it restarts it.
+- Any other holder touches the file regularly as a sign of life, for which a later job waits. The clocks of the
+  machines are not used, since they may differ or jump.
 
-A run that finds its lock taken over (it was suspended for minutes, say) ends at once and writes nothing more.
+A run whose lock has been taken over (because it was suspended for minutes, for example) ends at once and writes nothing
+more.
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -29,12 +29,14 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 LOCK = "run.lock"
 TOUCH_INTERVAL_S = 10.0
 """Seconds between signs of life."""
 PATIENCE_S = 90.0
-"""A holder elsewhere that shows no sign of life for this long has ended."""
-_TAKEOVER_S = 30.0  # one takes milliseconds
+"""A holder on another machine without a sign of life for this long is considered dead."""
+_TAKEOVER_S = 30.0  # a takeover takes milliseconds
 
 
 def _read_text(path: str) -> str:
@@ -45,8 +47,8 @@ def _read_text(path: str) -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the machine's start (no clock is involved). None when there
-    is none or only its exit code is left, 0 when it exists and may not be looked at."""
+    """The start time of a process of this machine, in ticks since boot (so independent of the clock). None when there
+    is no such process or it is a zombie, 0 when it exists but may not be inspected."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -59,7 +61,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """What process numbers belong to: this start of this machine, and the container."""
+    """The scope of process ids: this boot of this machine, and the container."""
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
@@ -68,7 +70,7 @@ def _machine() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who has a run folder."""
+    """The holder of a run folder."""
 
     host: str
     pid: int
@@ -78,7 +80,7 @@ class Holder:
     slurm_job: str = ""
     slurm_restarts: int = 0
     token: str = ""
-    """Different for every start of a run."""
+    """Unique to each start of a run."""
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Holder":
@@ -96,7 +98,7 @@ class Holder:
         )
 
     def is_alive(self, newcomer: "Holder") -> bool | None:
-        """Whether the holder still runs, if `newcomer` can decide without waiting; None when it cannot."""
+        """Whether the holder is still running, if `newcomer` can tell without waiting; otherwise None."""
         if self.machine == newcomer.machine:
             start = _start_of(self.pid)
             return None if start == 0 else start is not None and start == self.start
@@ -110,8 +112,8 @@ class Holder:
 
 
 def _read(path: Path) -> tuple[Holder | None, tuple[int, int]] | None:
-    """The holder (None where the file does not say) and a sign of life, which changes while it lives. None without a
-    file."""
+    """The holder (None if the file does not say) and a sign of life, which keeps changing while it is alive. None
+    without a file."""
     try:
         with path.open() as file:  # NFS asks the server again when a file is opened
             text, status = file.read(), os.fstat(file.fileno())
@@ -127,7 +129,7 @@ def _read(path: Path) -> tuple[Holder | None, tuple[int, int]] | None:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Write the lock; False when there is one."""
+    """Write the lock file; False if it exists."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -142,7 +144,7 @@ def _create(path: Path, holder: Holder) -> bool:
 
 
 def _wait_for_life(path: Path, sign: tuple[int, int], patience_s: float) -> bool:
-    """Whether the holder of a lock shows life within `patience_s`."""
+    """Whether the holder of a lock shows a sign of life within `patience_s`."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         time.sleep(min(1.0, patience_s / 10))
@@ -153,9 +155,8 @@ def _wait_for_life(path: Path, sign: tuple[int, int], patience_s: float) -> bool
 
 
 def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> None:
-    """Remove the lock that was found stale, unless another has come in its place. One process
-    at a time does so:
-    others wait until that one is done or killed."""
+    """Remove a stale lock, unless another has replaced it. One process at a time does so; others wait until it is done
+    or has been killed."""
     guard = path.with_name(f"{path.name}.takeover")
     try:
         os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -174,16 +175,16 @@ def _remove_stale(path: Path, holder: Holder | None, sign: tuple[int, int]) -> N
 
 
 def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
-    """Write the lock `path` for `own`, in place of one whose holder has ended. Raises UserError if another has it."""
+    """Write the lock `path` for `own`, replacing a stale one. Raises UserError if another job holds it."""
     while not _create(path, own):
         if (found := _read(path)) is None:
             continue
         holder, sign = found
         alive = holder.is_alive(own) if holder is not None else None
         if alive is None:
-            print(
-                f"{path} is of {holder or 'an unknown process'}: waiting up to {patience_s:.0f} s for a sign of life",
-                flush=True,
+            logger.info(
+                f"{path} is held by {holder or 'an unknown process'}: waiting up to {patience_s:.0f} s for a "
+                "sign of life"
             )
             alive = _wait_for_life(path, sign, patience_s)
         if alive:
@@ -195,12 +196,12 @@ def acquire(path: Path, own: Holder, *, patience_s: float = PATIENCE_S) -> None:
 
 
 def _require_own(path: Path, own: Holder) -> None:
-    """Show life. Ends the process when the lock is another's."""
+    """Give a sign of life. Ends the process if another job has taken the lock."""
     if _read(path) is None and _create(path, own):
-        return  # somebody has removed it by hand
+        return  # someone has removed it manually
     found = _read(path)
     if found is not None and found[0] is not None and found[0].token != own.token:
-        print(f"error: {path.parent} was taken over by {found[0]}: this run ends", file=sys.stderr, flush=True)
+        logger.error(f"{path.parent} was taken over by {found[0]}: this run ends")
         os._exit(1)
     os.utime(path)
 
@@ -215,7 +216,7 @@ def run_lock(
 
     def show_life() -> None:
         while not is_over.wait(touch_interval_s):
-            with contextlib.suppress(OSError):  # a file system that is away for a while, or full
+            with contextlib.suppress(OSError):  # a file system that is temporarily unavailable, or full
                 _require_own(path, own)
 
     thread = threading.Thread(target=show_life, name="run lock", daemon=True)

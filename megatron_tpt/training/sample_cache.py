@@ -1,18 +1,18 @@
-"""The folder in which sample indices are kept from run to run.
+"""The cache folder of sample indices, shared between runs.
 
-Megatron Core writes its cache in place and by global rank 0 alone: a killed job leaves a short file that later counts
-as a hit, and machines with a cache of their own find nothing. Here an entry appears whole or not at all, and whoever
-comes first builds it: any number of threads, processes and machines may use one folder at once, and machines may have
-one each. The files are those that Megatron Core looks for: NAME-description.txt and NAME-ARRAY.npy.
+Megatron Core writes its cache in place and only from global rank 0: a killed job leaves a truncated file that later
+counts as a hit, and machines with a local cache find nothing. Here an entry appears completely or not at all, and the
+first process that needs it builds it: any number of threads, processes and machines may use a folder at once, and
+machines may have one each. The files are those that Megatron Core looks for: NAME-description.txt and NAME-ARRAY.npy.
 """
 
 import contextlib
+import logging
 import math
 import mmap
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +25,9 @@ import numpy as np
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import no_links, sync_tree
 from megatron_tpt.jobs.lock import has_locks, locked
+from megatron_tpt.logs import ALL_RANKS
+
+logger = logging.getLogger(__name__)
 
 _LARGE_BYTES = 64 << 20
 _ABANDONED_AFTER_S = 24 * 3600
@@ -35,7 +38,7 @@ class MissingEntryError(UserError):
 
 
 class SampleCache:
-    """Entries are opened with `arrays`; inside of `with cache.building():` those that are missing are built."""
+    """Entries are opened with `arrays`; within `with cache.building():`, missing ones are built."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +46,7 @@ class SampleCache:
         self._large_build = threading.Lock()
 
     def __reduce__(self) -> tuple[type["SampleCache"], tuple[Path]]:
-        """Another process opens the folder itself, and builds nothing."""
+        """Another process opens the folder itself, and cannot build."""
         return SampleCache, (self.folder,)
 
     def arrays(
@@ -54,16 +57,16 @@ class SampleCache:
         build: Callable[[], Sequence[np.ndarray]],
         num_bytes: int,
     ) -> list[np.ndarray]:
-        """The arrays of the entry `name`, mapped from its files, or what `build` makes of them when it is missing.
+        """The arrays of the entry `name`, memory-mapped from its files, which `build` creates if they are missing.
 
-        Large ones (by `num_bytes`) are built one at a time, whatever the number of threads: memory stays bounded.
+        Large ones (by `num_bytes`) are built one at a time, whatever the number of threads, to bound memory.
         """
         if (found := self._open(name, kinds)) is not None:
             return found
         if self._staging is None:
             raise MissingEntryError(
-                f"{self.folder}: no whole sample index {name}; the first process of each machine builds it, "
-                "in a folder that its other processes must see (data.cache_dir); tools/build_cache.py builds it ahead"
+                f"{self.folder}: no complete sample index {name}; the first process of each machine builds it, in a "
+                "folder that its other processes must see (data.cache_dir); tools/build_cache.py builds it ahead"
             )
         with self._large_build if num_bytes >= _LARGE_BYTES else contextlib.nullcontext():
             self._publish(name, description, dict(zip(kinds, build(), strict=True)), self._staging)
@@ -73,13 +76,12 @@ class SampleCache:
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
-        """Build what is missing, within the block. One process at a time does so; the others wait and find it there.
+        """Within the block, build missing entries. One process at a time does so; others wait and then use them.
 
-        Without locks (see `task_lock`) several build the same, and the first to end is the one that counts. What a
-
-             killed process left is removed. Raises UserError when the folder cannot be written.
+        Without locks (see `task_lock`) several may build the same entry, and the first to finish wins. Leftovers of
+        killed processes are removed. Raises UserError when the folder cannot be written.
         """
-        prefix = f".building-{socket.gethostname()}_"  # no host's name holds "_": none is the beginning of another
+        prefix = f".building-{socket.gethostname()}_"  # host names have no "_", so no prefix is that of another host
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ".lock", "a", opener=no_links) as lock:
@@ -98,9 +100,9 @@ class SampleCache:
             ) from error
 
     def _lock(self, file: IO[str]) -> None:
-        """Lock `file` until it is closed, by us or by our death."""
+        """Lock `file` until it is closed, at the latest when this process ends."""
         if not locked(file.fileno(), self.folder / ".lock", timeout_s=0):
-            print(f"{self.folder}: another process builds sample indices here; waiting", file=sys.stderr, flush=True)
+            logger.info(f"{self.folder}: another process builds sample indices here; waiting", extra=ALL_RANKS)
             locked(file.fileno(), self.folder / ".lock", timeout_s=math.inf)
 
     def _path(self, name: str, kind: str) -> Path:
@@ -115,22 +117,22 @@ class SampleCache:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            print(f"{self._path(name, '*.npy')}: not whole ({error})", file=sys.stderr)
+            logger.warning(f"{self._path(name, '*.npy')}: not whole ({error})", extra=ALL_RANKS)
             return None
 
     def _publish(self, name: str, description: str, arrays: dict[str, np.ndarray], staging: Path) -> None:
-        """Write an entry and move it to its place, the description last: by it the entry counts as complete."""
+        """Write an entry and move it to its place; the description comes last and marks the entry as complete."""
         folder = Path(tempfile.mkdtemp(dir=staging))
         for kind, array in arrays.items():
             np.save(folder / f"{name}-{kind}.npy", array, allow_pickle=False)
         (folder / f"{name}-description.txt").write_text(description)
         sync_tree(folder)
-        if self._open(name, list(arrays)) is None:  # never from under a process that reads it
+        if self._open(name, list(arrays)) is None:  # never replace files that another process may be reading
             for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".txt"):
                 os.replace(path, self.folder / path.name)
 
     def _remove_leftovers(self, our_prefix: str | None) -> None:
-        """Remove what killed builds left: ours, as we hold the lock, and what is old, whoever made it."""
+        """Remove leftovers of killed builds: those of this host, since we hold the lock, and old ones of any host."""
         for folder in self.folder.glob(".building-*"):
             with contextlib.suppress(FileNotFoundError):
                 is_ours = our_prefix is not None and folder.name.startswith(our_prefix)
@@ -139,9 +141,9 @@ class SampleCache:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The array in a file of numpy.save, mapped. Raises ValueError when the file is truncated.
+    """The array in a file of numpy.save, memory-mapped. Raises ValueError when the file is truncated.
 
-    numpy's own memmap takes twice the time for thousands of files, since it resolves every part of every path.
+    numpy's own memmap takes twice as long for thousands of files, since it resolves every component of each path.
     """
     with path.open("rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):

@@ -1,8 +1,8 @@
-"""Sample indices: how the documents of one indexed dataset become an endless sequence of samples, in an order that the
-seed decides.
+"""Sample indices: how the documents of an indexed dataset become an endless sequence of samples, in an order that
+depends on the seed.
 
-The arrays are those of Megatron Core's GPTDataset, to the bit, from its own helper in C++; but for the document index,
-of which Megatron Core makes two copies of 8 bytes per document and epoch before it takes 4.
+The arrays equal those of Megatron Core's GPTDataset bit for bit, and are built by its C++ helper. Only the document
+index is built differently: Megatron Core makes two copies of 8 bytes per document and epoch before it casts them to 4.
 """
 
 from typing import NamedTuple
@@ -14,30 +14,30 @@ from megatron_tpt.errors import UserError
 
 from megatron.core.datasets import helpers
 
-# A last epoch of which less than this is used is shuffled separately, so that every document of the epochs before it is
-# seen as often as every other (the threshold of GPTDataset).
+# If less than this share of the last epoch is used, that epoch is shuffled separately, so that all documents are seen
+# equally often in the epochs before it (the threshold of GPTDataset).
 _SEPARATE_BELOW = 0.80
 
 
 class SampleIndex(NamedTuple):
-    """Which tokens make a sample."""
+    """The tokens of each sample."""
 
     document_index: np.ndarray
     """The documents of all epochs, shuffled: int32 [num_epochs * num_documents]."""
     sample_index: np.ndarray
-    """Where a sample begins: place in the document index, token within the document: int32 [num_samples + 1, 2]."""
+    """Where a sample begins: position in the document index, token within the document: int32 [num_samples + 1, 2]."""
     shuffle_index: np.ndarray
     """The order of the samples: uint32 [num_samples]."""
 
 
 class Epochs(NamedTuple):
-    """The epochs of a sample index. For one dataset, sequence length and seed they determine it, and so the order of
-    its samples: where a longer run has the same, it begins with the samples of the shorter one."""
+    """The epochs of a sample index. Together with dataset, sequence length and seed they determine the order of its
+    samples: a longer run with the same epochs begins with the samples of the shorter one."""
 
     number: int
-    """How often the dataset is begun."""
+    """The number of epochs, including a partial last one."""
     last_is_separate: bool
-    """Whether the last is shuffled separately."""
+    """Whether the last epoch is shuffled separately."""
 
 
 def epochs_of(num_tokens: int, num_samples: int, sequence_length: int) -> Epochs:
@@ -58,7 +58,7 @@ def build_sample_index(sequence_lengths: np.ndarray, num_samples: int, sequence_
     sequence_lengths: tokens of each document, int32 [num_documents]. Peak memory is 4 bytes per document, 4 per
     document and epoch, and 12 to 16 per sample.
     """
-    lengths = np.array(sequence_lengths, dtype=np.int32)  # in memory: they are read in random order
+    lengths = np.array(sequence_lengths, dtype=np.int32)  # copied to memory, since they are read in random order
     num_tokens = int(lengths.sum(dtype=np.int64))
     epochs, last_is_separate = epochs_of(num_tokens, num_samples, sequence_length)
 
@@ -90,7 +90,7 @@ def _shuffle_parts(random: np.random.RandomState, array: np.ndarray, boundary: i
 
 
 class BlendIndex(NamedTuple):
-    """Which dataset a sample comes from."""
+    """The dataset of each sample."""
 
     dataset_index: np.ndarray
     """The dataset of each sample: int16 [num_samples]."""
@@ -99,9 +99,8 @@ class BlendIndex(NamedTuple):
 
 
 def build_phased_index(phases: list[tuple[list[float], int]], dataset_sizes: list[int]) -> BlendIndex:
-    """One blend after another: (shares of all datasets, number of samples) for each. A dataset continues in the next
-
-    phase after the samples it gave before. Raises UserError as build_blend_index does."""
+    """Consecutive blends, each given as (shares of all datasets, number of samples). In each phase a dataset continues
+    after the samples that it gave before. Raises UserError as build_blend_index does."""
     used, parts = np.zeros(len(dataset_sizes), dtype=np.int64), []
     for weights, num_samples in phases:
         present = np.flatnonzero(weights)
@@ -114,9 +113,9 @@ def build_phased_index(phases: list[tuple[list[float], int]], dataset_sizes: lis
 
 
 def build_blend_index(weights: list[float], num_samples: int, dataset_sizes: list[int]) -> BlendIndex:
-    """The blend in which every dataset is at any point as near to its share as can be.
+    """The blend in which every dataset is always as close to its share as possible.
 
-    weights: shares, together 1. Raises UserError when a dataset of `dataset_sizes` samples has too few.
+    weights: shares that sum to 1. Raises UserError when a dataset of `dataset_sizes` samples has too few.
     """
     blend = BlendIndex(np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64))
     helpers.build_blending_indices(*blend, weights, len(weights), num_samples, False)
@@ -124,6 +123,6 @@ def build_blend_index(weights: list[float], num_samples: int, dataset_sizes: lis
     for number in np.flatnonzero(used > dataset_sizes):
         raise UserError(
             f"data: the blend takes {used[number]} samples of its dataset {number}, which has {dataset_sizes[number]}: "
-            "give it a larger weight relative to the others"
+            "raise the weights of other datasets, or give more data"
         )
     return blend

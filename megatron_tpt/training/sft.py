@@ -1,12 +1,13 @@
-"""Fine-tuning samples: examples packed into rows, each seeing only itself, with the loss on what the assistant says.
+"""Fine-tuning samples: examples packed into rows without attention between them; the loss is on the assistant's turns.
 
-The examples come from files of prompts and responses, tokenised and packed at the start, or from indices that
+The examples come from files of prompts and responses, which are tokenized and packed at the start, or from indices that
 tools/pack_sft.py has packed.
 """
 
 import bisect
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,7 +15,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from megatron_tpt import platform
 from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.run import RunConfig
@@ -32,9 +32,11 @@ from megatron_tpt.training.blend import format_table
 from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader
 from megatron_tpt.training.data_checks import epoch_warnings
 
+logger = logging.getLogger(__name__)
+
 
 class SftRecipe(Protocol):
-    """What fine-tuning samples depend on in a recipe."""
+    """The sections of a recipe that fine-tuning samples depend on."""
 
     run: RunConfig
     parallel: ParallelConfig
@@ -43,11 +45,11 @@ class SftRecipe(Protocol):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer to fine-tune with."""
+        """The folder of the tokenizer."""
 
 
 class RowCounts(NamedTuple):
-    """What rows hold."""
+    """Counts over a set of rows."""
 
     rows: int
     examples: int
@@ -56,10 +58,10 @@ class RowCounts(NamedTuple):
 
 
 class Rows(Protocol):
-    """Rows of examples; the tokens of a row are at most one more than a sample's."""
+    """Rows of examples; a row has at most one token more than a sample."""
 
     checksum: str
-    """The same for the same rows."""
+    """Equal for equal rows."""
     counts: RowCounts
 
     def __len__(self) -> int: ...
@@ -105,7 +107,7 @@ class PackedRows:
 
 
 class JoinedRows:
-    """The rows of several sets, one set after the other."""
+    """The concatenated rows of several sets."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
@@ -122,7 +124,7 @@ class JoinedRows:
 
 
 class PackedExamples(torch.utils.data.Dataset):
-    """Rows of packed examples, epoch after epoch, each epoch in another order.
+    """Rows of packed examples, epoch after epoch, each epoch in a different order.
 
     Item i is a dictionary of tensors [s]: tokens, labels, loss_mask (1.0 where the label is learned), position_ids
     (from 0 in every example), is_thinking (of the labels), segment_ids (1, 2, ... per example; 0 padding).
@@ -136,7 +138,7 @@ class PackedExamples(torch.utils.data.Dataset):
         self._order: tuple[int, np.ndarray] | None = None  # of the epoch read last
 
     def __len__(self) -> int:
-        """Rows of one epoch."""
+        """The number of rows of one epoch."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -158,7 +160,7 @@ class PackedExamples(torch.utils.data.Dataset):
             segments[place] = segment
             positions[place] = np.arange(len(example.tokens))
             loss_mask[place] = example.has_loss
-            loss_mask[begin] = 0.0  # the token before it belongs to another example, which it must not see
+            loss_mask[begin] = 0.0  # the token before it belongs to another example
             thinking[place] = mark_thinking(
                 text[place], self.tokenizer.open_ids, self.tokenizer.close_ids, self.tokenizer.eos_id
             )
@@ -176,7 +178,7 @@ class PackedExamples(torch.utils.data.Dataset):
 def _read_pairs(
     paths: Sequence[Path], config: SftDataConfig, tokenizer: Tokenizer, sequence_length: int
 ) -> ExampleRows:
-    """Tokenise and pack rows of files. Raises UserError that names the file and line of one that makes no example."""
+    """Tokenize and pack the rows of files. Raises UserError with file and line of a row that is not a valid example."""
     examples: list[Example] = []
     format = PairFormat(tokenizer, config.prompt_column, config.response_column)
     for path in expand_inputs(paths):
@@ -187,8 +189,8 @@ def _read_pairs(
                     f"data.response_column), or pack what are conversations (tools/pack_sft.py)"
                 )
             examples.append(example)
-    for note, count in format.take_notes().items() if platform.is_first_rank() else ():
-        print(f"note: {', '.join(map(str, paths))}: {note} ({count:,})", flush=True)
+    for note, count in format.take_notes().items():
+        logger.info(f"note: {', '.join(map(str, paths))}: {note} ({count:,})")
     fitting = [example for example in examples if len(example.tokens) <= sequence_length + 1]
     num_too_long = len(examples) - len(fitting)
     if num_too_long and config.on_too_long == "stop":
@@ -197,11 +199,10 @@ def _read_pairs(
             f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length={sequence_length} "
             f"(the longest has {longest} tokens): raise it, or give --data.on_too_long=skip"
         )
-    if num_too_long and platform.is_first_rank():
-        print(
-            f"WARNING: {num_too_long} of {len(examples)} examples are longer than training.sequence_length="
-            f"{sequence_length} and are skipped (data.on_too_long): {', '.join(map(str, paths))}",
-            flush=True,
+    if num_too_long:
+        logger.warning(
+            f"{num_too_long} of {len(examples)} examples are longer than training.sequence_length="
+            f"{sequence_length} and are skipped (data.on_too_long): {', '.join(map(str, paths))}"
         )
     if not fitting:
         raise UserError(
@@ -225,7 +226,7 @@ def _open_rows(paths: Sequence[Path], config: SftDataConfig, tokenizer: Tokenize
 
 
 def _open_validation(recipe: SftRecipe, tokenizer: Tokenizer) -> dict[str, Rows]:
-    """The rows of each validation set, where the recipe validates."""
+    """The rows of each validation set, if the recipe has a validation interval."""
     data, sets = recipe.data, dict[str, list[Rows]]()
     for one in data.validation if recipe.training.validation_interval else []:
         rows = _open_rows([one.path], data, tokenizer, recipe.training.sequence_length)
@@ -234,8 +235,8 @@ def _open_validation(recipe: SftRecipe, tokenizer: Tokenizer) -> dict[str, Rows]
 
 
 def open_sets(recipe: SftRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
-    """The training rows, and those of every validation set by name. Raises UserError for a set without a token to learn
-    from."""
+    """The training rows, and the rows of every validation set by name. Raises UserError for a set without a token to
+    learn from."""
     train = _open_rows(recipe.data.train, recipe.data, tokenizer, recipe.training.sequence_length)
     validation = _open_validation(recipe, tokenizer)
     named = {f"data.validation ({name})": rows for name, rows in validation.items()}
@@ -246,12 +247,12 @@ def open_sets(recipe: SftRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, 
 
 
 def describe_examples(recipe: SftRecipe) -> tuple[str, Callable[[int], dict[str, str]]]:
-    """What is in the sets of a recipe, as text, and what a run that resumes must find the same."""
+    """The contents of a recipe's sets as text, and the identity of the training data (TrainingData.identity)."""
     train, validation = open_sets(recipe, Tokenizer(recipe.tokenizer_path))
     epochs = recipe.training.num_samples(recipe.training.num_steps) / len(train)
     table = [["set", *RowCounts._fields], *([name, *map(str, rows.counts)] for name, rows in validation.items())]
     table.insert(1, ["data.train", *map(str, train.counts)])
-    warnings = [f"WARNING: {line}" for line in epoch_warnings("data.train", epochs)]
+    warnings = [f"warning: {line}" for line in epoch_warnings("data.train", epochs)]
     return "\n".join([format_table(table), f"data.train is read {epochs:.2f} times", *warnings]), _identity_of(train)
 
 
@@ -265,9 +266,8 @@ def build_sft_data(recipe: SftRecipe) -> TrainingData:
     sequence_length, seed = recipe.training.sequence_length, recipe.run.seed
     rows, validation = open_sets(recipe, tokenizer)
     epochs = recipe.training.num_samples(recipe.training.num_steps) / len(rows)
-    if platform.is_first_rank():
-        for line in epoch_warnings("data.train", epochs):
-            print(f"WARNING: {line}", flush=True)
+    for line in epoch_warnings("data.train", epochs):
+        logger.warning(line)
     return TrainingData(
         train=make_loader(PackedExamples(rows, tokenizer, sequence_length, seed), recipe),
         validation={

@@ -17,20 +17,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 Report = tuple[torch.Tensor, torch.Tensor, Any]
-"""Of a micro-batch: the loss to differentiate, a sum over tokens; their number, int []; and what is returned of it."""
+"""For a micro-batch: the loss to differentiate, summed over tokens; their number, int []; and the value to return."""
 
 
 def _segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Attention mask [b, 1, s, s], True where a token must not look: another example, or a later token."""
+    """Attention mask [b, 1, s, s], True where attention is masked: at other examples and later tokens."""
     length = segment_ids.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).triu(1)
     return ((segment_ids[:, :, None] != segment_ids[:, None, :]) | later)[:, None]
 
 
 def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
-    """Where each example of a batch [b, s], laid end to end, begins: what Transformer Engine's attention takes.
+    """Where each example of a flattened batch [b, s] begins, in the form that Transformer Engine's attention takes.
 
-    The batch is still in host memory: on a GPU, counting would wait for all that is queued there.
+    Takes the batch in host memory: on a GPU, counting would wait for all queued work.
     """
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -51,8 +51,8 @@ def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
 def part_of_sequence(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     """The share of a batch's tensors [b, s] that one of `size` context-parallel ranks computes: [b, s / size].
 
-    The sequence is cut into 2 * size parts, of which rank r takes r and 2 * size - 1 - r: under a causal mask all then
-    have as much to do. It is the order that Transformer Engine's attention takes for granted.
+    The sequence is split into 2 * size parts, of which rank r takes r and 2 * size - 1 - r, to balance the load under a
+    causal mask. Transformer Engine's attention expects this order.
     """
     if size == 1:
         return batch
@@ -67,10 +67,10 @@ def forward_step(
     needs: Needs,
     evaluate: Callable[[MicroBatch, torch.Tensor], Report],
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Report]]:
-    """Run one micro-batch through this rank's part of the model, as Megatron Core's schedules ask for it.
+    """Run one micro-batch through this rank's part of the model; Megatron Core's schedules call this.
 
-    Batches with `segment_ids` hold several examples a row; each then attends to itself alone: through Transformer
-    Engine's packed attention, or through a mask.
+    Batches with `segment_ids` have several examples per row. Attention is then restricted to each example, by
+    Transformer Engine's packed attention or by a mask.
     """
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     on_host = part_of_sequence(next(microbatches), rank, size)
@@ -87,7 +87,7 @@ def forward_step(
 
 
 def _attention_is_packed(model: torch.nn.Module, batch: MicroBatch) -> bool:
-    """Whether examples that share a row are distinguished by Transformer Engine's packed attention."""
+    """Whether examples that share a row are separated by Transformer Engine's packed attention, not by a mask."""
     return "segment_ids" in batch and get_model_config(model).transformer_impl == "transformer_engine"
 
 
@@ -102,15 +102,15 @@ def run_microbatches(
 ) -> list[Any]:
     """Forward (and backward) over the micro-batches of one step, through this rank's chunks of a model.
 
-    `evaluate(microbatch, outputs)` is called on the last pipeline stage. Returns what it said of each micro-batch, in
-    their order; nothing on the other stages. Megatron Core divides the gradients by the tokens of the whole global
-    batch, so that every token weighs the same whatever micro-batch or rank it is in.
+    `evaluate(microbatch, outputs)` is called on the last pipeline stage. Returns the value of its report on each
+    micro-batch, in order; an empty list on other stages. Megatron Core divides the gradients by the number of tokens in
+    the global batch, so that every token has the same weight, whatever its micro-batch and rank.
     """
     first = next(iter(batch))
     (samples, length), packed = first["tokens"].shape, _attention_is_packed(chunks[0], first)
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=partial(forward_step, needs=needs, evaluate=evaluate),
-        data_iterator=[iter(batch) for _ in chunks],  # every chunk goes through all micro-batches
+        data_iterator=[iter(batch) for _ in chunks],  # every chunk processes all micro-batches
         model=list(chunks),
         num_microbatches=len(batch),
         seq_length=length * samples if packed else length,
@@ -123,8 +123,8 @@ def run_microbatches(
 def compute_sums(
     chunks: Sequence[torch.nn.Module], batch: Batch, objective: Objective, *, forward_only: bool = False
 ) -> torch.Tensor:
-    """This rank's sums of an objective over a batch, fp64 [num_sums]; zeros on all but the last pipeline stage. Adds
-    the gradients of its loss to the buffers of the chunks unless `forward_only`."""
+    """This rank's sums of an objective over a batch, fp64 [num_sums]; zeros on all but the last pipeline stage. Unless
+    `forward_only`, accumulates the gradients of the loss in the buffers of the chunks."""
     results = run_microbatches(
         chunks, batch, objective.needs, partial(evaluate_objective, objective), forward_only=forward_only
     )
@@ -134,20 +134,20 @@ def compute_sums(
 
 
 def evaluate_objective(objective: Objective, batch: MicroBatch, outputs: torch.Tensor) -> Report:
-    """Returns the sums in the order of their names, fp64 [num_sums]."""
+    """Call the objective; the value of the report is its sums in the order of `sum_names`, fp64 [num_sums]."""
     loss, sums = objective(outputs, batch)
     return loss, sums["tokens"].to(torch.int), torch.stack([sums[name] for name in objective.sum_names]).double()
 
 
 def reduce_sums(sums: torch.Tensor) -> torch.Tensor:
-    """Sums of every rank -> those of the whole batch, the same on every rank. Any shape."""
+    """Each rank's sums -> the sums over the whole batch, the same on every rank. Any shape."""
     sums = sums.double()
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return broadcast_from_last_stage(sums)
 
 
 def broadcast_from_last_stage(value: torch.Tensor) -> torch.Tensor:
-    """What the last pipeline stage has, on all stages; `value` is written to."""
+    """The last pipeline stage's `value`, on all stages; modifies `value` in place."""
     torch.distributed.broadcast(
         value,
         parallel_state.get_pipeline_model_parallel_last_rank(),

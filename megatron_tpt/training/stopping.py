@@ -1,9 +1,9 @@
-"""Stopping early and in order: at a signal, or before a time limit, with a checkpoint at the end of the step.
+"""Clean early stops: on a signal or before a time limit, with a checkpoint at the end of the step.
 
-SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit, run.time_limit_min or that of the SLURM job.
-The program then ends with exit code 75 (EX_TEMPFAIL of sysexits.h: try again later), which scripts can distinguish from
-a fault (1) and a mistake (2); the same command resumes. torchrun turns every code but 0 into 1; where the code matters,
-start the ranks by srun, which passes the code on.
+SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit (run.time_limit_min, or that of the SLURM
+job). The program then exits with code 75 (EX_TEMPFAIL of sysexits.h: try again later), which scripts can distinguish
+from a fault (1) and a mistake (2); the same command resumes. torchrun turns every code but 0 into 1; if the code
+matters, start the ranks with srun, which passes the code on.
 """
 
 import os
@@ -22,21 +22,21 @@ _NO_REASON, _TIME_LIMIT = 0, 1000  # a signal's number lies between
 
 
 def stopping_time(limit_min: float | None, margin_min: float, now: float) -> float | None:
-    """When to stop, in seconds since 1970: `margin_min` before the limit, but not before nine tenths of the time that
-    is left now. The limit is `limit_min` from now, or else the end of the SLURM job; None without either."""
+    """When to stop, in seconds since 1970: `margin_min` before the limit, but not before nine tenths of the remaining
+    time. The limit is `limit_min` from now, or else the end of the SLURM job; None without either."""
     end = now + 60 * limit_min if limit_min is not None else float(os.environ.get(_SLURM_END_TIME, "inf"))
     return end - min(60 * margin_min, (end - now) / 10) if end != float("inf") else None
 
 
 class StopEarly(Callback):
-    """Has all ranks stop with a checkpoint after the step in which a signal came to any, or the time limit is near."""
+    """Stops all ranks with a checkpoint after a step in which any received a signal, or near the time limit."""
 
     def before_training(self, trainer: Trainer) -> None:
         run = trainer.recipe.run
         self.reason = _NO_REASON
         now = time.time()
         end = stopping_time(run.time_limit_min, run.time_limit_margin_min, now)
-        # From here on by the monotonic clock.
+        # From here on the monotonic clock is used.
         self.deadline = time.monotonic() + end - now if end is not None else None
         self.handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in STOP_SIGNALS:

@@ -1,11 +1,12 @@
-"""Ranks that are slower than the others at their own work: reading data, forward and backward.
+"""Stragglers: ranks whose local work (reading data, forward, backward) takes longer than that of other ranks.
 
-That is the part of a step up to the reduction of gradients, where data-parallel ranks begin to wait for one another.
-Ranks that share a copy of the model wait for one another before that, so a straggler shows in its whole copy; and
-stages of a pipeline differ by what they hold, so a rank is compared with those of its own stage.
+Local work is the part of a step before gradients are reduced, where data-parallel ranks begin to wait for each other.
+Ranks that share a model replica wait for each other earlier, so a straggler slows its whole replica. Pipeline stages
+have different amounts of work, so a rank is compared with the ranks of its own stage.
 """
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from megatron_tpt import platform
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+logger = logging.getLogger(__name__)
+
 
 def _now() -> Any:
-    """This moment; on a GPU an event, which passes when the kernels before it are done."""
+    """The current time; on a GPU an event that is recorded once the kernels before it have finished."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -29,11 +32,11 @@ def _now() -> Any:
 
 
 class OwnWork:
-    """Times every step from `start` to the reduction of gradients of the model of which `chunks` are pieces."""
+    """Times the local work of every step: from `start` until the gradients of the model `chunks` are reduced."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
         self._begin = self._end = _now()
-        config = get_model_config(chunks[0])  # the schedules ask the first piece
+        config = get_model_config(chunks[0])  # the one that the schedules read
         reduce_gradients = config.finalize_model_grads_func
 
         def stop_and_reduce(*arguments: Any, **options: Any) -> None:
@@ -43,12 +46,12 @@ class OwnWork:
         config.finalize_model_grads_func = stop_and_reduce
 
     def start(self) -> None:
-        """A step begins."""
+        """Mark the beginning of a step."""
         self._begin = _now()
 
     @property
     def seconds(self) -> float:
-        """Of the last step; read after the update, so that it waits for no GPU."""
+        """Local work of the last step. Read it after the update, so that it does not wait for the GPU."""
         if isinstance(self._begin, float):
             return self._end - self._begin
         return self._begin.elapsed_time(self._end) / 1000
@@ -61,14 +64,14 @@ class Slowdown:
     rank: int
     ratio: float
     seconds: float
-    """Its own work of one step."""
+    """Its local work per step."""
 
 
 def slowdowns(seconds: Sequence[float], stages: Sequence[int]) -> list[Slowdown]:
-    """The slowdown of every rank, from the own work of one step and the pipeline stage of each.
+    """The slowdown of every rank, from the local work per step and the pipeline stage of each rank.
 
-    The median is the lower of the two in the middle: of two ranks one can be the slow one. Ranks that did nothing (all
-    steps were skipped) are not slow.
+    The median of an even number of values is the lower of the two in the middle, so that one of two ranks can be slow.
+    Ranks without work (all steps were skipped) are not slow.
     """
     usual = {
         stage: statistics.median_low(s for s, own in zip(seconds, stages, strict=True) if own == stage)
@@ -81,13 +84,13 @@ def slowdowns(seconds: Sequence[float], stages: Sequence[int]) -> list[Slowdown]
 
 
 class Stragglers:
-    """Compares the ranks; made, and called, on all of them together."""
+    """Compares the ranks. All ranks construct it and call its methods together."""
 
     def __init__(self) -> None:
         self.names = platform.gather_objects(platform.rank_name())
 
     def compare(self, seconds: float) -> list[Slowdown]:
-        """The slowdown of every rank, from this rank's own work of one step."""
+        """The slowdown of every rank. `seconds` is this rank's local work per step. All ranks call it."""
         stage = parallel_state.get_pipeline_model_parallel_rank()
         own = torch.tensor([seconds, stage], dtype=torch.float64, device=platform.device())
         every = [torch.empty_like(own) for _ in self.names]
@@ -96,11 +99,10 @@ class Stragglers:
         return slowdowns([value[0] for value in values], [int(value[1]) for value in values])
 
     def warn(self, found: Sequence[Slowdown], factor: float) -> None:
-        """Name the ranks that are slower than `factor` times the median, the slowest first."""
+        """Warn of ranks that take more than `factor` times the median, the slowest first."""
         for one in sorted(found, key=lambda one: -one.ratio):
-            if one.ratio > factor and platform.is_first_rank():
-                print(
-                    f"WARNING: rank {self.names[one.rank]} is slow: its own work (data, forward, backward) takes "
-                    f"{one.seconds:.3g} s a step, {one.ratio:.1f} times the median; the others wait for it",
-                    flush=True,
+            if one.ratio > factor:
+                logger.warning(
+                    f"rank {self.names[one.rank]} is slow: data, forward and backward take "
+                    f"{one.seconds:.3g} s per step, {one.ratio:.1f} times the median; the other ranks wait for it"
                 )

@@ -1,16 +1,17 @@
-"""The training loop: a table of contents. What happens around it is in callbacks.py; builder.py makes a trainer.
+"""The training loop. Everything around it is done by callbacks (callbacks.py); builder.py builds a trainer.
 
     build_trainer(recipe, data, callbacks).fit()
 
-or, driven by another loop, one optimizer step at a time:
+or, from another loop, one optimizer step at a time:
 
     with trainer.running():
-        for batch in trainer.batches():  # or batches of one's own
+        for batch in trainer.batches():  # or your own batches
             trainer.step(batch)
 """
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -35,10 +36,12 @@ from megatron_tpt.training.phases import phase
 from megatron_tpt.training.resume import require_tokenizer, resume_warnings
 from megatron_tpt.training.steps import reduce_sums
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
 class StepReport:
-    """What one optimizer step measured on this rank."""
+    """Measurements of one optimizer step on this rank."""
 
     sums: torch.Tensor
     """This rank's sums of the objective, fp64 [num_sums], in the order of its `sum_names`; 0 when the step was skipped.
@@ -54,11 +57,11 @@ class StepReport:
     data_wait_s: float
     """Part of it spent waiting for data."""
     own_work_s: float
-    """Part of it until this rank's own gradients were there (see stragglers.py), data_wait_s included."""
+    """Part of it until this rank's gradients were computed (local work, see stragglers.py), data_wait_s included."""
 
 
 class RollBack(Exception):
-    """Raised by a callback on all ranks: go back to the last checkpoint."""
+    """Raised by a callback on all ranks: roll back to the last checkpoint."""
 
 
 class BadStep(UserError):
@@ -66,17 +69,17 @@ class BadStep(UserError):
 
 
 class Callback:
-    """Something that happens around the training loop. All ranks call every method, in the order of the callbacks.
+    """Hooks around the training loop. All ranks call every method, in the order of the callbacks.
 
-    A roll-back ends training and begins it again: `after_training`, `load_state`, `before_training`.
+    A roll-back ends training and starts it again: `after_training`, `load_state`, `before_training`.
     """
 
     def before_training(self, trainer: "Trainer") -> None:
         """The model is built, and the last checkpoint, if any, is loaded."""
 
     def before_update(self, trainer: "Trainer", sums: torch.Tensor) -> bool:
-        """The gradients of the step after `trainer.global_step` are there, and this rank's sums as StepReport has them.
-        An answer of False skips the update; it must be the same on all ranks."""
+        """The gradients of the step after `trainer.global_step` are computed; `sums` are this rank's, as in StepReport.
+        Return False to skip the update; all ranks must return the same."""
         return True
 
     def after_step(self, trainer: "Trainer", report: StepReport) -> None:
@@ -86,10 +89,10 @@ class Callback:
         """All steps are done, or all ranks stop together."""
 
     def after_failure(self, trainer: "Trainer") -> None:
-        """Training ends with an exception, perhaps on this rank alone: the others cannot be waited for."""
+        """Training ends with an exception, perhaps on this rank alone: do not wait for other ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of this callback: plain values, the same on every rank."""
+        """The state to save in a checkpoint: plain values, the same on every rank."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -99,7 +102,8 @@ class Callback:
 class Trainer:
     """Trains a model on batches, with callbacks around every step. Needs process groups.
 
-    `global_step` is the number of optimizer steps done; `tokens` the tokens of their batches, skipped ones too.
+    `global_step` is the number of optimizer steps done; `tokens` is the number of tokens in their batches, including
+    skipped ones.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Trainer:
         *,
         model_files: Mapping[str, bytes],
     ) -> None:
-        """`model_files` are kept in every checkpoint, by their names in it."""
+        """`model_files` are the contents of files for every checkpoint, by name."""
         self.recipe = recipe
         self.model = model
         self.objective = objective
@@ -120,15 +124,15 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.model_files = model_files
         self.checkpoints: Path = recipe.run.output_dir / "checkpoints"
-        self.metrics: Any = None  # the metrics writer, once ReportMetrics has made it
+        self.metrics: Any = None  # the MetricsWriter, set by ReportMetrics
         self.global_step = 0
         self.tokens = 0
-        self.excluded_steps: set[int] = set()  # skipped, in addition to training.skip_steps; numbered from 1
-        self.stop_reason: str | None = None  # why to stop after this step; the same on all ranks
+        self.excluded_steps: set[int] = set()  # to skip, in addition to training.skip_steps; numbered from 1
+        self.stop_reason: str | None = None  # set it on all ranks to stop after this step
         self._batches: Generator[Batch] | None = None
 
     def fit(self) -> None:
-        """Train until `training.num_steps`. Raises StoppedEarly when a callback has set `stop_reason` before."""
+        """Train until `training.num_steps`. Raises StoppedEarly if a callback has set `stop_reason` before."""
         with self.running():
             batches = self.batches()
             while not self.is_over:
@@ -142,7 +146,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Training from its beginning to its end, or to a failure, for one `with` block of steps."""
+        """Run the callbacks before and after a `with` block of steps, or those for a failure."""
         try:
             self._begin()
             try:
@@ -160,7 +164,7 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is no next step: all are done, or there is a reason to stop."""
+        """Whether training ends here: all steps are done, or there is a reason to stop."""
         return self.global_step == self.recipe.training.num_steps or self.stop_reason is not None
 
     def _begin(self) -> None:
@@ -172,8 +176,8 @@ class Trainer:
             callback.after_training(self)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the data from the next step to the last; of steps to skip, without micro-batches. They end
-        with `running`, and when this is called again: the processes that read ahead do."""
+        """The batches from the next step to the last; those of steps to skip have no micro-batches. The iterator and
+        its data-loading processes end with `running`, and when this is called again."""
         self._close_batches()
         self._batches = self._iterate()
         return self._batches
@@ -193,20 +197,20 @@ class Trainer:
                     yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed)
 
     def step(self, batch: Batch) -> StepReport:
-        """One optimizer step, and what callbacks do after it. All ranks call it. Raises BadStep, or RollBack: then call
-        `roll_back`, and take new batches."""
+        """Do one optimizer step and call `after_step` of the callbacks. All ranks call it. Raises BadStep or RollBack;
+        after a RollBack, call `roll_back` and get new `batches`."""
         report = self._update(batch)
         for callback in self.callbacks:
             callback.after_step(self, report)
         return report
 
     def roll_back(self) -> None:
-        """End training, and begin it again from the last checkpoint."""
+        """End training, and start it again from the last checkpoint."""
         self._end()
         newest = newest_whole_checkpoint(self.checkpoints, reads_content=self.recipe.checkpoint.verify)
         if newest is None:
             raise UserError(
-                f"there is no checkpoint in {self.checkpoints} to go back to: give checkpoint.save_interval"
+                f"there is no checkpoint in {self.checkpoints} to roll back to: give checkpoint.save_interval"
             )
         self.resume(newest)
         self._begin()
@@ -232,13 +236,13 @@ class Trainer:
         return StepReport(sums, grad_norm, learning_rate, batch.num_tokens, seconds, batch.waited_s, own_work_s)
 
     def run_again(self) -> torch.Tensor:
-        """For `before_update`: the same batch forward and backward again, with the same random numbers. Returns the
-        sums; the gradients are replaced. All ranks call it."""
+        """Recompute the current batch with the same random numbers, for use in `before_update`. Returns the sums; the
+        gradients are replaced. All ranks call it."""
         set_random_state(self._random_before)
         return self.model.forward_backward(self._batch, self.objective)
 
     def _skip(self, batch: Batch, begin: float) -> StepReport:
-        """Count a step that began at `begin` without an update."""
+        """Count the step that began at `begin`, without an update."""
         learning_rate = self.model.learning_rate
         self._advance(batch)
         sums = torch.zeros(len(self.objective.sum_names), dtype=torch.float64, device=platform.device())
@@ -250,12 +254,12 @@ class Trainer:
         self.tokens += batch.num_tokens
 
     def named_sums(self, sums: torch.Tensor) -> dict[str, float]:
-        """This rank's sums [num_sums] -> those of all ranks by name. All ranks call it."""
+        """This rank's sums [num_sums] -> the sums over all ranks by name. All ranks call it."""
         return dict(zip(self.objective.sum_names, reduce_sums(sums).tolist(), strict=True))
 
     @phase("validation")
     def validate(self) -> dict[str, float]:
-        """The objective's metrics over the validation batches, always the same ones: of all sets together and, where
+        """The objective's metrics over the validation batches, the same ones every time: over all sets together and, if
         there are several, the loss of each. All ranks call it."""
         if not self.data.validation:
             raise UserError("there is no validation data: give data.validation")
@@ -271,7 +275,7 @@ class Trainer:
         return self.named_sums(torch.stack(parts).sum(dim=0))
 
     def start_saving(self) -> CheckpointSaving:
-        """Lay out a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
+        """Prepare a checkpoint of the current step. All ranks call it. Raises SaveError on all of them."""
         self.model.gather_weights()
         states = {type(callback).__name__: callback.state() for callback in self.callbacks}
         num_samples = self.recipe.training.num_samples(self.global_step)
@@ -288,7 +292,7 @@ class Trainer:
         )
 
     def _source_tokens(self, num_samples: int) -> dict[str, Any]:
-        """For a checkpoint: the tokens taken from each source."""
+        """For a checkpoint: the tokens consumed from each source."""
         taken = self.data.source_tokens
         return {"source_tokens": taken.after(num_samples)} if taken else {}
 
@@ -304,12 +308,10 @@ class Trainer:
         for callback in self.callbacks:
             if callback_state := state["callbacks"].get(type(callback).__name__):
                 callback.load_state(callback_state)
-        if platform.is_first_rank():
-            print(f"resumed from {folder} at step {self.global_step}", flush=True)
+        logger.info(f"resumed from {folder} at step {self.global_step}")
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on the first rank, once all of them have been generated."""
+    """Log warnings, after all ranks have generated all of them."""
     for warning in list(warnings):
-        if platform.is_first_rank():
-            print(f"WARNING: {warning}", flush=True)
+        logger.warning(warning)

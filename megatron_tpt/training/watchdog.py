@@ -1,22 +1,23 @@
-"""Hangs: every rank says where it is; when a run hangs, the rank that the others wait for is named and all end.
+"""Detects hangs: every rank writes heartbeats; when a run hangs, the rank that blocks the others is named, and all end.
 
-    RUN/heartbeat.json                     where the first rank is, for monitors; new every few seconds
-    RUN/logs/heartbeats/rank-00003.json    the same of every rank
-    RUN/logs/hang-START/rank-00003.txt     the stacks of all threads of a rank, of the start that hung
-    RUN/logs/hang-START/nccl/rank_3        torch's flight recorder, where NCCL is used; what it says of all ranks:
+    RUN/heartbeat.json                     progress of the first rank, for monitoring; updated every few seconds
+    RUN/logs/heartbeats/rank-00003.json    the same for every rank
+    RUN/logs/hang-START/rank-00003.txt     the stacks of all threads of a rank, for the start of the run that hung
+    RUN/logs/hang-START/nccl/rank_3        torch's flight recorder, if NCCL is used; to analyze that of all ranks:
                                            python -m torch.distributed.flight_recorder.fr_trace RUN/logs/hang-START/nccl
 
-A run makes progress as long as its ranks take micro-batches, of training or validation, and end steps and checkpoints.
-A rank that waits in a collective looks the same from outside as one that never reached it. Two things distinguish them:
-the phases of a step (phases.py) come in one order on all ranks, so that those in the earliest phase are late; and of
-ranks in one phase those are late that are not waiting in a communication call, which the stack of the training thread
-shows.
+A run makes progress as long as its ranks take micro-batches, for training or validation, and finish steps and
+checkpoints. From outside, a rank that waits in a collective looks like one that never reached it. Two things
+distinguish them: the phases of a step (phases.py) have the same order on all ranks, so ranks in the earliest phase are
+late; and among ranks in the same phase, those that are not in a communication call are late, which the stack of the
+training thread shows.
 """
 
 import contextlib
 import dataclasses
 import faulthandler
 import json
+import logging
 import math
 import os
 import socket
@@ -36,6 +37,8 @@ from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.phases import PHASES, current_phase
 from megatron_tpt.training.trainer import Callback, Trainer
 
+logger = logging.getLogger(__name__)
+
 _COLLECTIVES = "/torch/distributed/"
 _BETWEEN_STAGES = "/megatron/core/pipeline_parallel/p2p_communication.py"
 _MAX_INTERVAL_S = 15.0
@@ -43,7 +46,7 @@ _MAX_INTERVAL_S = 15.0
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank was at some time."""
+    """The progress of a rank at some time."""
 
     rank: int
     host: str
@@ -58,16 +61,16 @@ class Heartbeat:
     waits: bool = False
     """Whether it is in a communication call."""
     where: str = ""
-    """The innermost line of Python that the training thread is at."""
+    """The innermost Python line of the training thread."""
 
     @property
     def place(self) -> tuple[int, int, bool]:
-        """How far the rank has got, for comparison."""
+        """The progress of the rank, as a key for comparison."""
         return self.step, PHASES.index(self.phase), self.waits
 
 
 def name_the_late(beats: Sequence[Heartbeat], num_ranks: int) -> str:
-    """The ranks that the others wait for, in one line, by the newest heartbeats of the ranks that are alive."""
+    """The ranks that the other ranks wait for, in one line, from the newest heartbeats of the ranks that are alive."""
     silent = sorted(set(range(num_ranks)) - {beat.rank for beat in beats})
     if silent:
         return f"no sign of life from rank {', '.join(map(str, silent))}"
@@ -91,16 +94,15 @@ def stack_of(thread_id: int) -> list[FrameType]:
 
 
 def is_waiting(stack: Sequence[FrameType]) -> bool:
-    """Whether a thread with these frames, innermost first, is in a communication call. On GPUs pipeline stages wait
-
-    for each other further in: in torch.cuda.synchronize."""
+    """Whether a thread with these frames, innermost first, is in a communication call. On GPUs, pipeline stages wait
+    for each other in torch.cuda.synchronize, called from the communication function."""
     names = [frame.f_code.co_filename for frame in stack]
     return _COLLECTIVES in names[0] or any(name.endswith(_BETWEEN_STAGES) for name in names)
 
 
 class Watchdog(Callback):
-    """A thread on each rank that writes heartbeats, and ends the process when the run hangs for too long: after
-    run.hang_timeout_s within a step; run.first_step_timeout_s until the first one is done, and for a checkpoint."""
+    """A thread on each rank that writes heartbeats, and ends the process when the run hangs: after run.hang_timeout_s
+    without progress, or run.first_step_timeout_s before the first step is done and during a checkpoint."""
 
     def __init__(self) -> None:
         self.is_over = threading.Event()
@@ -116,7 +118,7 @@ class Watchdog(Callback):
         (self.logs / "heartbeats").mkdir(parents=True, exist_ok=True)
         self._write(self._beat("between steps"))
         start = [time.strftime("%Y%m%d-%H%M%S", time.gmtime())]
-        torch.distributed.broadcast_object_list(start)  # from here on there is a heartbeat of every rank
+        torch.distributed.broadcast_object_list(start)  # from here on every rank has a heartbeat
         self.hang_folder = self.logs / f"hang-{start[0]}"
         self.is_over.clear()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -137,7 +139,7 @@ class Watchdog(Callback):
         )
 
     def _observe(self) -> Heartbeat:
-        """Where the training thread is."""
+        """The current heartbeat, from the stack of the training thread."""
         stack = stack_of(self.thread_id)
         innermost = stack[0]
         file_name = "/".join(Path(innermost.f_code.co_filename).parts[-2:])
@@ -155,7 +157,7 @@ class Watchdog(Callback):
             with (
                 contextlib.suppress(OSError),
                 atomic_write(path, durable=False) as temporary,
-            ):  # a full disk ends no run
+            ):  # a full disk does not end the run
                 temporary.write_text(json.dumps(dataclasses.asdict(beat)))
 
     def _watch(self) -> None:
@@ -163,7 +165,7 @@ class Watchdog(Callback):
         while not self.is_over.wait(self.interval_s):
             beat = self._observe()
             self._write(beat)
-            # Only time in which this thread ran counts: a whole job may be suspended.
+            # Only time during which this thread ran counts, since a whole job may be suspended.
             waited_s += self.interval_s
             if (latest := (beat.step, Batch.num_taken, beat.phase)) != progress:
                 progress, waited_s = latest, 0.0
@@ -176,22 +178,20 @@ class Watchdog(Callback):
         return max(self.timeout_s, 0.9 * self.trainer.recipe.run.first_step_timeout_s)  # before collectives fail
 
     def _end(self, waited_s: float) -> None:
-        """Write down what is known, and end this process: the training thread will not."""
+        """Dump diagnostics and end this process, since the training thread is stuck."""
         try:
             self._dump()
-            time.sleep(3 * self.interval_s)  # for the other ranks to find out and do the same
+            time.sleep(3 * self.interval_s)  # so that the other ranks notice and do the same
             beats = list(self._read_beats())
             if self.rank == min((beat.rank for beat in beats), default=self.rank):
-                print(
-                    f"error: no progress for {waited_s:.0f} s (run.hang_timeout_s): "
-                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}",
-                    file=sys.stderr,
-                    flush=True,
+                logger.error(
+                    f"no progress for {waited_s:.0f} s (run.hang_timeout_s): "
+                    f"{name_the_late(beats, self.num_ranks)}; stacks are in {self.hang_folder}"
                 )
         except Exception:
             traceback.print_exc()
         for process in psutil.Process().children(recursive=True):
-            process.kill()  # one that hangs in reading ahead outlives its parent
+            process.kill()  # a data-loading process that hangs would outlive its parent
         os._exit(1)
 
     def _dump(self) -> None:
@@ -204,8 +204,8 @@ class Watchdog(Callback):
             trace.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
 
     def _read_beats(self) -> Iterator[Heartbeat]:
-        """The newest heartbeat of every rank that is alive, by the clock of the file system: those of the machines may
-        differ, and jump."""
+        """The newest heartbeat of every rank that is alive, by the clock of the file system, since those of the
+        machines may differ and jump."""
         paths = [path for path in map(self._beat_path, range(self.num_ranks)) if path.exists()]
         newest = max((path.stat().st_mtime for path in paths), default=0.0)
         for path in paths:

@@ -111,8 +111,8 @@ def test_names_of_before_in_recipes_are_read_with_a_warning(tmp_path: Path, caps
     recipe, _ = load_recipe(FinetuneRecipe, [str(path), "--training.dtype=fp32"])
     assert (recipe.data.prompt_column, recipe.training.dtype) == ("q", "float32")
     assert capsys.readouterr().err.splitlines() == [
-        f"WARNING: {path}:2: data.prompt_field is called prompt_column now; the next release knows the new name only",
-        "WARNING: command line: training.dtype: fp32 is called float32 now; the next release knows the new name only",
+        f"warning: {path}:2: data.prompt_field is called prompt_column now; the next release knows the new name only",
+        "warning: command line: training.dtype: fp32 is called float32 now; the next release knows the new name only",
     ]
 
 

@@ -38,7 +38,7 @@ def test_the_recipe_of_one_gpu_has_125_million_parameters(capsys: pytest.Capture
     recipe = load(path)
     assert recipe.model.num_parameters() == pytest.approx(125e6, rel=0.02)
     assert prepare(recipe, Arguments(path, [], dry_run=True)) is None
-    assert "WARNING: the data is not here: data/corpus.json;" in capsys.readouterr().out
+    assert "warning: the data is not here: data/corpus.json;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import HEADER, MAGIC, VERSION
 from megatron_tpt.jobs.settings import read_settings
+from megatron_tpt.json_data import read_object
 from megatron_tpt.records import expand_sources
 from megatron_tpt.studies.results import read_points
 from megatron_tpt.studies.study import load_study
 from megatron_tpt.training.checkpoint_files import damage_of_files
-from megatron_tpt.training.model_files import History, read_json
+from megatron_tpt.training.model_files import History
 
 
 def aliases(values: str) -> str:
@@ -134,7 +135,7 @@ READERS = {
     "manifest": in_folder("index.json", lambda folder: Manifest.read(folder / "index")),
     "settings": in_folder("job.json", lambda folder: read_settings(folder / "job.json")),
     "history": in_folder("history.json", History.read),
-    "model": in_folder("config.json", lambda folder: read_json(folder / "config.json")),
+    "model": in_folder("config.json", lambda folder: read_object(folder / "config.json")),
     "tokenizer": in_folder("tokenizer.json", read_tokenizer),
     "saved data set": in_folder("state.json", read_saved),
     "results": in_folder("results.json", lambda folder: read_points(folder / "results.json")),

@@ -147,7 +147,7 @@ def test_a_mapping_on_the_command_line_leaves_the_rest_of_its_section(
     recipe = load(tmp_path, "training: {sequence_length: 64, num_steps: 5}", *options)
     training = recipe.training
     assert (training.sequence_length, training.num_steps, training.dtype, recipe.run.seed) == (64, 9, "float32", 2)
-    assert capsys.readouterr().out == "WARNING: --run.seed is given twice: 2 counts, and 1 does not\n"
+    assert capsys.readouterr().err == "warning: --run.seed is given twice: 2 counts, and 1 does not\n"
 
 
 def test_an_empty_or_broken_file_is_no_recipe(tmp_path: Path) -> None:

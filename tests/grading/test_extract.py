@@ -48,6 +48,8 @@ def test_a_prompt_that_ends_in_thinking_is_known(prompt: str, opened: bool) -> N
         ("\\boxed{1}, no, \\boxed{\\frac{1}{2}}", ["1", "\\frac{1}{2}"]),
         ("\\fbox{\\{1, 2\\}}", ["\\{1, 2\\}"]),
         ("\\boxed {7}", ["7"]),
+        ("\\boxed 5, or \\boxed{6} and \\fbox x.", ["5", "6", "x"]),
+        ("Put it in \\boxed form", []),
         ("\\boxed{} and \\boxed{ }", []),
         ("\\boxed{5", []),
         ("\\boxed{3} then \\boxed{4", ["3"]),
@@ -86,6 +88,7 @@ def test_base_models_are_read_up_to_their_stop_texts() -> None:
         ("We might say \\boxed{3}, but the final answer is $\\boxed{10}$.", "10", "10"),
         ("The answer is 4. Or better \\boxed{5}", "5", "4"),
         ("#### Step 2\nso \\boxed{7}", "7", "7"),
+        ("#### 1) Setup\n3 + 4\n#### 2. Result\nThere are 7.", "7", "7"),
     ],
 )
 def test_the_last_answer_counts_and_of_base_models_the_first(text: str, last: str, first: str) -> None:

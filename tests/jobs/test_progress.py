@@ -9,7 +9,9 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
+from megatron_tpt import logs
 from megatron_tpt.jobs import progress
+logs.configure()
 progress._TERMINAL_EVERY_S = 0.01
 with progress.ProgressLine(0.01) as line:
     for i in range(3):

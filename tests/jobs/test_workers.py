@@ -14,6 +14,7 @@ import pytest
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.jobs.workers import Workers, _serve
+from megatron_tpt.logs import for_worker
 
 
 def count(task: tuple[Path, int]) -> Iterator[int]:
@@ -107,7 +108,7 @@ def report_without_end(task: str) -> Iterator[int]:
 def test_a_worker_whose_parent_no_longer_listens_ends_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))
+    process = context.Process(target=_serve, args=(theirs, for_worker()))
     process.start()
     theirs.close()
     ours.send((report_without_end, ""))

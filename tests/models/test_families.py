@@ -17,6 +17,7 @@ from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.interop.hf_config import adapter_of
 from megatron_tpt.models.spec import build_chunks
+from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.reference import recipe_page
 from megatron_tpt.training.describe import describe
@@ -87,3 +88,12 @@ def test_it_is_built_and_cannot_be_exported() -> None:
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
     with pytest.raises(UserError, match=r"model\.family=scaled has no Hugging Face counterpart"):
         adapter_of(recipe(family="scaled").model)
+
+
+def test_a_finished_run_names_only_commands_that_its_family_can_follow() -> None:
+    exported, kept = (recipe(**own).next_steps(1).splitlines() for own in ({}, {"family": "scaled"}))
+    assert [line.split(":")[0] for line in exported] == ["finished", "next, to export", "or, to fine-tune"]
+    assert [line.split(":")[0] for line in kept] == ["finished", "next, to fine-tune"]
+    of_model = recipe(family="scaled").model
+    assert FinetuneRecipe(model=of_model).next_steps(1).startswith("finished: ")
+    assert "to evaluate" not in FinetuneRecipe(model=of_model).next_steps(1)

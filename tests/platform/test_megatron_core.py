@@ -52,6 +52,7 @@ def test_with_all_of_it_a_run_trains_saves_and_loads(name: str, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_A_RUN)
 def test_without_one_of_it_a_run_fails(name: str, tmp_path: Path) -> None:
     assert train_without(name, tmp_path).returncode == 1

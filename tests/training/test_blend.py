@@ -163,7 +163,7 @@ def test_a_run_is_prolonged_where_its_data_is_not_gone_through_more_often(
         resumed("--training.num_steps=100")
     with pytest.raises(AssertionError, match=r"step_00000009 is beyond training\.num_steps=8: raise it"):
         resumed("--training.num_steps=8")
-    rate = "WARNING: the learning rate continues at"
+    rate = "warning: the learning rate continues at"
     assert rate not in resumed("--training.num_steps=10")
     assert f"{rate} 0.000954" in resumed("--training.num_steps=12", "--optimizer.schedule=cosine")
 

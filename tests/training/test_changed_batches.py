@@ -80,7 +80,7 @@ def test_another_sequence_length_continues_at_the_tokens_consumed(
         workers.run(PRETRAIN, options, 1)
     reported = workers.run(PRETRAIN, [*options, ALLOW], 1)
     assert "after step 3, 8 samples of 24 tokens a step, from sample 32 on" in reported
-    assert "WARNING: samples of another training.sequence_length come in another order" in reported
+    assert "warning: samples of another training.sequence_length come in another order" in reported
     # 3 x 8 x 32 tokens are 32 samples of 24; then two steps of 8 x 24.
     state = read_trainer_state(tmp_path / "run/checkpoints/latest")
     assert (state["step"], state["samples"], state["tokens"]) == (5, 32 + 16, 768 + 2 * 192)

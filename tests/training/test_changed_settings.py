@@ -114,7 +114,7 @@ def test_a_resumed_run_updates_as_one_that_was_changed_in_place(
     assert resumed == expected
     assert [row[2] for row in resumed] == pytest.approx([3e-3 - (k / 7) * 2e-3 for k in (2, 3, 4)])
     assert resumed[1:] != unchanged[1:]
-    assert "WARNING: other settings than those of" in reported and "WARNING: the learning rate continues at" in reported
+    assert "warning: other settings than those of" in reported and "warning: the learning rate continues at" in reported
     for name, value in new.items():
         before_value = to_dict(before)["optimizer"][name]
         was = "null" if before_value is None else before_value
@@ -187,7 +187,7 @@ def test_what_is_said_to_take_effect_does(change: dict, tmp_path: Path, capsys: 
     reported = capsys.readouterr().out
     for section, values in change.items():
         for name, value in values.items():
-            assert re.search(rf"WARNING: other settings .*{section}\.{name}={value} \(", reported)
+            assert re.search(rf"warning: other settings .*{section}\.{name}={value} \(", reported)
 
 
 @dataclasses.dataclass
@@ -283,14 +283,14 @@ def is_as_the_table_says(effect: Effect, name: str, value: str, before: str, rep
     here = re.escape(f"{name}={value} ({before} there)")
     was = re.search(rf"error: .* was written with .*{re.escape(f'{name}={before}')}", reported) is not None
     if effect in (Effect.WARNED, Effect.PRECISION):
-        return re.search(rf"WARNING: other settings than .* take effect after step 4: .*{here}", reported) is not None
+        return re.search(rf"warning: other settings than .* take effect after step 4: .*{here}", reported) is not None
     if effect is Effect.NONE:
-        return re.search(rf"WARNING: {here} has no effect: ", reported) is not None
+        return re.search(rf"warning: {here} has no effect: ", reported) is not None
     if effect is Effect.REFUSED:
         return was
     if effect is Effect.ALLOWED:
-        return was and "data.allow_change" in reported and "WARNING: other batches than" in allowed
-    return "error: " not in reported and f"{name}=" not in "".join(re.findall("WARNING: other settings.*", reported))
+        return was and "data.allow_change" in reported and "warning: other batches than" in allowed
+    return "error: " not in reported and f"{name}=" not in "".join(re.findall("warning: other settings.*", reported))
 
 
 def check(
@@ -342,7 +342,7 @@ def test_a_dry_run_says_what_the_start_says(
     overrides = [f"--run.output_dir={tmp_path / 'run'}", "--model.rotary_base=500", "--model.init_std=0.5"]
     overrides += ["--optimizer.learning_rate=2e-3", "--training.num_steps=5", "--data.loss_on=document"]
     overrides += ["--data.allow_change=true", "--training.global_batch_size=4"]
-    warnings = [line for line in outcome(run, overrides, capsys).splitlines() if line.startswith("WARNING")]
+    warnings = [line for line in outcome(run, overrides, capsys).splitlines() if line.startswith("warning")]
     printed = workers.run(PRETRAIN, [str(run.path), *overrides], 1).splitlines()
     assert len(warnings) == 4 and set(warnings) <= set(printed)
 
@@ -357,8 +357,8 @@ def test_a_model_that_computes_otherwise_than_init_from_is_warned_of(
         reported = outcome(run, own, capsys)
         settings = "model.rotary_base=500.0 (10000.0 there), model.norm_epsilon=0.01 (1e-05 there)"
         lines = [
-            f"WARNING: the model computes with other settings than {start} was trained with: {settings}",
-            f"WARNING: model.init_std=1.0 (0.02 there) has no effect: the weights are those of {start}",
+            f"warning: the model computes with other settings than {start} was trained with: {settings}",
+            f"warning: model.init_std=1.0 (0.02 there) has no effect: the weights are those of {start}",
         ]
         assert set(lines) <= set(reported.splitlines())
     assert set(lines) <= set(workers.run(FINETUNE, [str(run.path), *own], 1).splitlines())

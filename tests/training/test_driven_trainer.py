@@ -1,6 +1,8 @@
 """The trainer as a library: driven by another loop, with other models, with other objectives."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +151,15 @@ def test_training_on_logits_follows_training_on_token_losses(recipe: dict, tmp_p
     for ours, theirs in zip(*found, strict=True):
         assert ours.sums.tolist() == pytest.approx(theirs.sums.tolist(), rel=1e-5)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+
+
+def test_a_model_is_freed_with_its_trainer(recipe: dict, tmp_path: Path) -> None:
+    ours = mock_recipe(recipe, tmp_path)
+    with platform.process_groups(ParallelConfig()):
+        trainer = build_trainer(ours, build_pretrain_data(ours), [])
+        with trainer.running():
+            trainer.step(next(trainer.batches()))
+        model = weakref.ref(trainer.model.chunks[0])
+    del trainer
+    gc.collect()
+    assert model() is None

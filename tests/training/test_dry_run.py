@@ -58,9 +58,9 @@ def test_a_run_folder_is_described_as_it_would_resume(dry_run: DryRun, finished:
     assert "0 of 4 steps are left; nothing is left to do: raise training.num_steps" in dry_run()
     assert f"resumes from {run}/checkpoints/step_00000004: 2 of 6 steps are left" in dry_run("--training.num_steps=6")
     changed = dry_run("--training.num_steps=6", "--model.rotary_base=500", "--model.init_std=0.5")
-    settings = f"WARNING: other settings than those of {run}/checkpoints/step_00000004 take effect after step 4: "
+    settings = f"warning: other settings than those of {run}/checkpoints/step_00000004 take effect after step 4: "
     assert f"{settings}model.rotary_base=500.0 (10000.0 there)\n" in changed
-    assert "WARNING: model.init_std=0.5 (0.02 there) has no effect: the weights are those of" in changed
+    assert "warning: model.init_std=0.5 (0.02 there) has no effect: the weights are those of" in changed
     elsewhere = dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")
     assert f"starts in {run}2 from the weights of {run}/checkpoints/step_00000004" in elsewhere
     assert "starts from random weights" in dry_run(f"--run.output_dir={run}2")
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(finished: tuple[Path, str], dr
     shutil.copytree(finished[0].parent / "run", run, symlinks=True)
     next((run / "checkpoints/step_00000004").glob("*.distcp")).write_bytes(b"")
     text = dry_run(f"--run.output_dir={run}")
-    assert f"WARNING: {run}/checkpoints/step_00000004 is damaged (" in text and "has 0 bytes in place of" in text
+    assert f"warning: {run}/checkpoints/step_00000004 is damaged (" in text and "has 0 bytes in place of" in text
     assert f"resumes from {run}/checkpoints/step_00000002: 2 of 4 steps are left" in text
     with pytest.raises(UserError, match=r"step_00000004 is damaged"):
         dry_run(f"--run.output_dir={run}2", f"--training.init_from={run}/checkpoints/latest")

@@ -155,4 +155,4 @@ def test_power_that_cannot_be_read_costs_a_metric_and_not_the_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "power_draw", refuse)
     assert _measure_power() == _measure_power() == {}
-    assert capfd.readouterr().out == "WARNING: gpu_power_w is omitted from the metrics: Not Supported\n"
+    assert capfd.readouterr().out == "warning: gpu_power_w is omitted from the metrics: Not Supported\n"

@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_written_any_more_costs_checkpoints_until_the_la
         frozen(folder)
     output, _ = process.communicate()
     assert process.returncode == 2 and "Traceback" not in output, output
-    assert "WARNING: the checkpoint" in output and "make the folder writable" in output
+    assert "warning: the checkpoint" in output and "make the folder writable" in output
     assert "error: the checkpoint" in output.splitlines()[-1] and read_metrics(tmp_path / "run")[-1]["step"] == 30
 
 

@@ -256,7 +256,7 @@ def test_an_array_cut_short_is_built_again(recipe: dict, index_prefix: Path, tmp
     for number, path in enumerate(sorted((tmp_path / "cache").glob("*.npy"))):
         os.truncate(path, number * 100)
         prepare_cache(ours)
-        assert "not whole" in capfd.readouterr().err
+        assert "not whole" in capfd.readouterr().out
         assert contents(tmp_path / "cache") == expected
 
 

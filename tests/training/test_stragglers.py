@@ -16,7 +16,7 @@ def test_the_slow_one_of_two_ranks_is_named(where: str, recipe: dict, tmp_path: 
     path.write_text(yaml.safe_dump({**recipe, **changes, "run": {"output_dir": str(tmp_path / "run")}}))
     output = workers.run("slow_pretrain", [str(path), f"--slow=1:0.3:{where}"], 2)
     lines = [line for line in output.splitlines() if "is slow" in line]
-    assert len(lines) == 2 and all(line.startswith("WARNING: rank 1 (") for line in lines)
+    assert len(lines) == 2 and all(line.startswith("warning: rank 1 (") for line in lines)
     for row in read_metrics(tmp_path / "run"):
         assert row["slowest_rank"] == 1 and row["slowest_rank_ratio"] > 1.5
         assert row["step_s"] > 0.6  # both wait for it, in each of two micro-batches

@@ -214,7 +214,7 @@ def test_examples_that_are_skipped_are_counted_and_none_left_is_refused(
     tokenizer = Tokenizer(tokenizer_path)
     rows, _ = open_sets(ours, tokenizer)
     skipped = len(PAIRS) - rows.counts.examples
-    assert skipped > 0 and f"WARNING: {skipped} of 26 examples are longer than" in capsys.readouterr().out
+    assert skipped > 0 and f"warning: {skipped} of 26 examples are longer than" in capsys.readouterr().out
     ours.training.sequence_length = 2
     with pytest.raises(UserError, match=r"no example to learn from \(26 were read\)"):
         open_sets(ours, tokenizer)
@@ -248,7 +248,7 @@ def test_indices_without_a_token_to_learn_from_are_refused(
         {**recipe, "data": {"train": [paths["PLAIN"], {"path": paths["BOTH"], "weight": 1e-5}], "loss_on": "thinking"}},
     )
     lines = list(blend.data_warnings())
-    assert [line.split(" ")[-1] for line in lines] == ["data.loss_on=thinking", "meant"]
+    assert [line.split(" ")[-1] for line in lines] == ["data.loss_on=thinking", "weight"]
     blend.training.num_steps = 10000
     assert any(" times: give more data" in line for line in blend.data_warnings())
 

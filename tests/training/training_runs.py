@@ -15,6 +15,8 @@ from pathlib import Path
 
 from ports import free_port
 
+from megatron_tpt import logs
+
 Train = Callable[..., list[dict]]
 PRETRAIN, FINETUNE = "megatron_tpt.pretrain", "megatron_tpt.finetune"
 
@@ -61,6 +63,7 @@ def read_metrics(run_folder: Path) -> list[dict]:
 
 def _work(connection: Connection) -> None:
     """Run programs in this process, one after another: each job is a module, its arguments and torchrun's variables."""
+    logs.configure()
     while True:
         try:
             module, argv, environment = connection.recv()

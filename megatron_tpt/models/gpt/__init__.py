@@ -1,4 +1,8 @@
-"""The family `gpt`: Llama, Qwen2 and Qwen3 models as Megatron Core's `GPTModel`."""
+"""The family `gpt`: Llama, Qwen2 and Qwen3 models as Megatron Core's `GPTModel`.
+
+Its configuration (config.py, presets.py) and `SPEC` are free of torch; build.py builds, hugging_face.py and hf_*.py are
+the adapter. May import what models/ may, and of models/ what is common to all families; no other family.
+"""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 

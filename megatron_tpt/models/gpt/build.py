@@ -37,9 +37,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm as Megatron Core builds norms, with sequence parallelism.
 
-    Megatron Core's own wrapper of it refuses sequence parallelism. What is needed is only the mark on the weight:
-    under sequence parallelism each rank sees a part of the positions, and `finalize_model_grads` adds up the
-    gradients of marked weights over the tensor-parallel group.
+    Megatron Core's own wrapper of it refuses sequence parallelism. Only an attribute of the weight is needed: under
+    sequence parallelism each rank processes a part of the positions, and `finalize_model_grads` sums the gradients of
+    weights with this attribute over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def use_transformer_engine(model: GPTConfig) -> bool:
-    """Whether to build from Transformer Engine's kernels. Raises UserError when they are asked for and absent."""
+    """Whether to use Transformer Engine's kernels. Raises UserError when they are requested but not installed."""
     if model.transformer_impl == "local" or (model.transformer_impl == "auto" and not torch.cuda.is_available()):
         return False
     if importlib.util.find_spec("transformer_engine") is None:
@@ -60,9 +60,9 @@ def use_transformer_engine(model: GPTConfig) -> bool:
 
 
 def transformer_config(model: GPTConfig, parallel: ParallelConfig, training: TrainingConfig) -> TransformerConfig:
-    """Megatron Core's description of the same model, with its layout and precision, for this machine.
+    """Megatron Core's configuration of the model, with its layout and precision, for this machine.
 
-    Raises UserError for kernels that are not active on it.
+    Raises UserError for kernels that are not available on it.
     """
     transformer_engine = use_transformer_engine(model)
     require_active(training, transformer_engine=transformer_engine)
@@ -117,7 +117,7 @@ def core_settings(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
-        # Stages that hold several pieces exchange them while they compute; batched exchange allows no overlap.
+        # With several chunks per stage, communication overlaps computation; batched communication cannot overlap.
         overlap_p2p_comm=vp > 1,
         batch_p2p_comm=vp == 1,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
@@ -125,14 +125,14 @@ def core_settings(
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.context_parallel_exchange if parallel.context_parallel_size > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
-        # Gradients are divided by the tokens of the global batch: every token weighs the same. The gradient buffers
-        # read this when they are made, so it must be set by then.
+        # Gradients are divided by the tokens of the global batch, so that every token has the same weight. The gradient
+        # buffers read this when they are created, so it must be set before.
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=on_gpu,
         cross_entropy_loss_fusion=on_gpu,
-        # The fused kernel knows no factor on the cosines and sines.
+        # The fused kernel does not support a factor on the cosines and sines.
         apply_rope_fusion=transformer_engine and rotary_attention_factor(model) == 1.0,
         deallocate_pipeline_outputs=parallel.pipeline_parallel_size > 1,
         **fp8_settings(training),
@@ -141,8 +141,8 @@ def core_settings(
 
 
 def _with_biases(layer: ModuleSpec, model: GPTConfig) -> ModuleSpec:
-    """The attention's projections with the biases of `model`: TransformerConfig.add_bias_linear is one switch for them
-    and for the feed-forward network."""
+    """The layer with the biases of `model` on the attention's projections: TransformerConfig.add_bias_linear would
+    switch them together with those of the feed-forward network."""
     attention = layer.submodules.self_attention.submodules
     attention.linear_qkv = _building(attention.linear_qkv, bias=model.qkv_bias)
     attention.linear_proj = _building(attention.linear_proj, bias=model.attention_output_bias)
@@ -150,7 +150,7 @@ def _with_biases(layer: ModuleSpec, model: GPTConfig) -> ModuleSpec:
 
 
 def _building(build: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    """`build` with some arguments fixed, whatever the caller gives for them."""
+    """`build` with some arguments fixed, whatever the caller passes for them."""
     return lambda *args, **kwargs: build(*args, **{**kwargs, **fixed})
 
 
@@ -171,8 +171,8 @@ def _block_spec(
 
 
 def _set_rotary_scaling(gpt: GPTModel, model: GPTConfig) -> None:
-    """Give a new model its frequencies and its factor on cosines and sines. Megatron Core only has Llama 3's change for
-    one original context, and keeps yarn's factor in every layer's attention."""
+    """Set the rotary frequencies of a new model, and its factor on cosines and sines. Megatron Core only supports Llama
+    3's scaling with one original context, and stores YaRN's factor in the attention of every layer."""
     gpt.rotary_pos_emb.inv_freq = rotary_frequencies(model)
     for layer in gpt.decoder.layers:
         set_rotary_attention_factor(layer.self_attention, rotary_attention_factor(model))
@@ -186,11 +186,11 @@ def build_model(
     seed: int | None,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model (of its `vp_stage`), its weights drawn from `seed` the same way for every layout;
-    without one they are whatever was in memory, for weights to be loaded, as drawing billions of them takes minutes.
+    """This rank's part of the model (of its `vp_stage`). Weights are drawn from `seed`, equally for every layout.
+    Without a seed they are uninitialized, for loading weights later: drawing billions of them takes minutes.
 
-    Needs initialised process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s]
-    to losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
+    Needs initialized process groups (`megatron_tpt.platform`). The model maps token ids [b, s] and labels [b, s] to
+    losses [b, s], and without labels to logits [b, s, padded vocabulary / tensor-parallel size].
     """
     config = transformer_config(model, parallel, training)
     gpt = GPTModel(

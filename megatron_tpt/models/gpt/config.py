@@ -1,4 +1,4 @@
-"""The shape of a GPT, in Hugging Face's terms where Megatron Core and Hugging Face differ in name, and its tensors."""
+"""The configuration of a GPT and its tensors. Where names differ, fields have those of Hugging Face."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -40,24 +40,24 @@ class GPTConfig(ModelConfig):
     rotary_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies (theta)."""
     rope_scaling_factor: PositiveFloat | None = None
-    """How many times the context is extended by changing the rotary frequencies (8 for Llama 3.1, 32 for Llama 3.2);
-    no change when not given."""
+    """Factor by which scaling of the rotary frequencies extends the context (8 for Llama 3.1, 32 for Llama 3.2); no
+    scaling when not given."""
     rope_scaling_type: Literal["llama3", "linear", "yarn"] = "llama3"
-    """How the frequencies change: low ones are divided by the factor (llama3), all are (linear), or low ones are and
-    attention gets a temperature (yarn)."""
+    """How the frequencies are scaled: low ones are divided by the factor (llama3), all are (linear), or low ones are
+    and attention gets a temperature (yarn)."""
     rope_original_context: PositiveInt = 8192
-    """Context before the extension, in tokens, from which llama3 and yarn decide what a low frequency is
+    """Context before the extension, in tokens, by which llama3 and yarn determine which frequencies are low
     (original_max_position_embeddings)."""
     rope_low_freq_factor: PositiveFloat = 1.0
     """llama3: frequencies with fewer turns than this in the original context are divided by the factor."""
     rope_high_freq_factor: PositiveFloat = 4.0
-    """llama3: frequencies with more turns than this in the original context stay as they are."""
+    """llama3: frequencies with more turns than this in the original context are not changed."""
     rope_beta_fast: PositiveFloat = 32.0
-    """yarn: frequencies with more turns than this in the original context stay as they are."""
+    """yarn: frequencies with more turns than this in the original context are not changed."""
     rope_beta_slow: PositiveFloat = 1.0
     """yarn: frequencies with fewer turns than this in the original context are divided by the factor."""
     rope_truncate: bool = True
-    """yarn: round the dimensions where these limits lie to whole ones."""
+    """yarn: round the dimensions of these limits to integers."""
     rope_attention_factor: PositiveFloat | None = None
     """yarn: factor on the cosines and sines; 0.1 ln(rope_scaling_factor) + 1 when not given."""
     norm_epsilon: NonNegativeFloat = 1e-5
@@ -65,7 +65,7 @@ class GPTConfig(ModelConfig):
     qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     attention_output_bias: bool = False
-    """Bias on the projection behind attention (with qkv_bias: Hugging Face's attention_bias)."""
+    """Bias on the output projection of attention (with qkv_bias: Hugging Face's attention_bias)."""
     mlp_bias: bool = False
     """Bias on the three projections of the feed-forward network (Hugging Face's mlp_bias)."""
     qk_norm: bool = False

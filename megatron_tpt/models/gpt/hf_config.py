@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama, Qwen2 and Qwen3 (dense) models, from and to our description of a model."""
+"""Conversion between GPTConfig and config.json of Hugging Face's Llama, Qwen2 and Qwen3 (dense) models."""
 
 import reprlib
 from pathlib import Path
@@ -21,9 +21,9 @@ _SHAPE_FIELDS = (
 
 
 def architecture_of(model: GPTConfig) -> str:
-    """The Hugging Face class that computes the same. Raises UserError when there is none."""
+    """The Hugging Face class that computes the same as the model. Raises UserError when there is none."""
     biases = (model.qkv_bias, model.attention_output_bias, model.mlp_bias)
-    # By norms on query and key heads, and the biases on their projections, behind attention, in the network.
+    # Keys: qk_norm, and biases on the QKV projections, the attention output and the feed-forward network.
     computes = {
         (False, False, False, False): "LlamaForCausalLM",
         (False, False, False, True): "LlamaForCausalLM",
@@ -61,9 +61,9 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """The content of config.json, in the form that transformers 4 and 5 and vLLM all read.
 
-    `token_ids` has bos_token_id, eos_token_id and pad_token_id; of the config.json that the model was imported from,
-    `original`, the fields are kept that do not concern what it computes. Raises UserError when no supported
-    architecture computes what the model does.
+    `token_ids` has bos_token_id, eos_token_id and pad_token_id. Fields that do not affect the computation are kept from
+    `original`, the config.json that the model was imported from. Raises UserError when no supported architecture
+    computes the same as the model.
     """
     architecture = architecture_of(model)
     config = {
@@ -126,9 +126,9 @@ def _query_groups(config: dict[str, Any], architecture: str) -> int:
 
 
 def from_hf_config(config: dict[str, Any], source: Path) -> GPTConfig:
-    """Our description of the model of a config.json, which `source` names in messages.
+    """The GPTConfig for a config.json, which `source` names in messages.
 
-    Raises UserError when the model needs something that our models lack.
+    Raises UserError when the model needs a feature that is not supported.
     """
     architecture = _architecture_in(config, source)
     missing = [name for name in _SHAPE_FIELDS if config.get(name) is None]

@@ -1,12 +1,12 @@
-"""The fields of a Hugging Face config.json: which we compute with, which must have one value, which are only kept.
+"""The fields of a Hugging Face config.json: which are read, which must have a fixed value, which are only kept.
 
-No field that may change what a model computes is ignored. A field is, in this order:
+No field that may change the computation is ignored. A field is, in this order:
 
 1. read (`READ_FIELDS`): the shape, the rotary positions, the biases;
-2. fixed (`_FIXED`): refused unless it has a value under which our models compute the same;
-3. kept (`_KEPT`): known to change nothing, such as token ids and the defaults of sampling;
-4. unknown: refused when its name says that it may change the computation (`_MAY_MATTER`) and its value is not neutral,
-   otherwise kept and named.
+2. fixed (`_FIXED`): refused unless it has a value with which the supported models compute the same;
+3. kept (`_KEPT`): known not to affect the computation, such as token ids and sampling defaults;
+4. unknown: refused if its name suggests that it affects the computation (`_MAY_MATTER`) and its value is not neutral,
+   otherwise kept and listed in a note.
 """
 
 import re
@@ -65,14 +65,14 @@ _FACTOR = re.compile(r"scal|multipl|factor")
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a feature of this name is off: no value, false, nothing in it, 0, or a factor of 1."""
+    """Whether the value turns a feature of this name off: null, false, empty, 0, or a factor of 1."""
     if isinstance(value, int | float) and value == 1 and not isinstance(value, bool):
         return _FACTOR.search(name) is not None
     return not value
 
 
 def refuse_unsupported(config: dict[str, Any], source: Path) -> None:
-    """Raise UserError that names a field whose value asks for something that our models do not compute."""
+    """Raise UserError for the first field whose value requires an unsupported feature."""
     for name, supported in _FIXED.items():
         if name in config and config[name] not in supported:
             wanted = next(value for value in supported if value is not None or len(supported) == 1)
@@ -97,7 +97,7 @@ def _unknown(config: dict[str, Any]) -> list[str]:
 
 
 def describe_kept(config: dict[str, Any]) -> list[str]:
-    """Lines about fields that have no effect here and are kept for exports, or are dropped."""
+    """Notes about fields that have no effect here and are kept for exports, or are dropped."""
     lines = []
     if unknown := _unknown(config):
         lines.append(f"fields that no supported model reads are kept for exports: {', '.join(unknown)}")
@@ -107,5 +107,5 @@ def describe_kept(config: dict[str, Any]) -> list[str]:
 
 
 def kept_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that an export takes over as they are. Code of the model's own is not among them."""
+    """The fields that an export keeps unchanged, without auto_map, which refers to the model's own code."""
     return {name: value for name, value in config.items() if name not in READ_FIELDS and name != "auto_map"}

@@ -1,7 +1,7 @@
-"""Rotary positions of Hugging Face's config.json, from and to ours.
+"""Conversion of rotary positions between GPTConfig and Hugging Face's config.json.
 
-transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 one dictionary, `rope_parameters`. Where both are
-there transformers takes `rope_scaling`, and so do we. Exports have all three, which say the same.
+transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 one dictionary, `rope_parameters`. If both are
+present, transformers uses `rope_scaling`, and so does this module. Exports have all three, with the same meaning.
 """
 
 import reprlib
@@ -25,7 +25,7 @@ _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original
 
 
 def _parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The one dictionary, as transformers 5 makes it."""
+    """All rotary settings in one dictionary, as in transformers 5."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if rope.get("rope_theta") is None:
         theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
@@ -42,7 +42,7 @@ def _kind(rope: dict[str, Any]) -> str:
 def read_rope(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The fields of GPTConfig for the rotary positions of a config.json.
 
-    Raises UserError for kinds and settings that our models lack.
+    Raises UserError for kinds and settings that are not supported.
     """
     rope = _parameters(config)
     kind = _kind(rope)
@@ -80,7 +80,7 @@ _YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def _attention_factor(rope: dict[str, Any]) -> float | None:
-    """What multiplies cosines and sines; None for what the factor of the context decides alone."""
+    """The factor on cosines and sines; None if it follows from the scaling factor alone."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -90,7 +90,7 @@ def _attention_factor(rope: dict[str, Any]) -> float | None:
 
 
 def describe_rope(config: dict[str, Any]) -> list[str]:
-    """Lines about settings of the rotary positions that have no effect, nor in transformers."""
+    """Notes about settings of the rotary positions that have no effect, in transformers neither."""
     rope = _parameters(config)
     used = {*_ALWAYS, *_NEEDED.get(_kind(rope), ()), *_OPTIONAL.get(_kind(rope), ())}
     unused = sorted(name for name in rope.keys() - used if rope[name] is not None)
@@ -102,8 +102,8 @@ def describe_rope(config: dict[str, Any]) -> list[str]:
 
 
 def write_rope(model: GPTConfig, original: dict[str, Any] | None = None) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rope_parameters of a config.json; in the form of the `original` config.json where
-    that says the same."""
+    """rope_theta, rope_scaling and rope_parameters of a config.json; in the form of the `original` config.json if that
+    has the same meaning."""
     theta, scaling = model.rotary_base, _scaling(model)
     if original and scaling and _says(original, model):
         scaling = {**scaling, **{name: value for name, value in _parameters(original).items() if name != "rope_theta"}}

@@ -1,4 +1,4 @@
-"""GPTs as Hugging Face's Llama, Qwen2 and Qwen3 (dense) models."""
+"""The Hugging Face adapter of GPTs: Llama, Qwen2 and Qwen3 (dense) models."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megatron_tpt.models.hugging_face import (
 )
 
 _LAYER = "model.layers.{layer}."
-# Of every module that has weights or biases: Megatron Core's name, and the names of what it is in transformers.
+# Modules with weights or biases: Megatron Core's name, and the names of the corresponding modules in transformers.
 _MODULES = {
     "embedding.word_embeddings": ("model.embed_tokens",),
     "decoder.layers.self_attention.linear_qkv": tuple(f"{_LAYER}self_attn.{name}_proj" for name in "qkv"),

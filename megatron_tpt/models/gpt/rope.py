@@ -1,4 +1,4 @@
-"""Rotary frequencies, with the changes that extend a context after training, as Hugging Face's models compute them."""
+"""Rotary frequencies, with scaling to extend the context after training, as Hugging Face's models compute them."""
 
 import math
 
@@ -8,7 +8,7 @@ from megatron_tpt.models.gpt.config import GPTConfig
 
 
 def rotary_frequencies(model: GPTConfig) -> torch.Tensor:
-    """The angle of each pair of a head's dimensions per position, in radians: [head_dim / 2], fp32, on the CPU."""
+    """The angle per position of each pair of dimensions of a head, in radians: [head_dim / 2], fp32, on the CPU."""
     exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32, device="cpu") / model.kv_channels
     frequencies = 1.0 / model.rotary_base**exponents
     factor = model.rope_scaling_factor
@@ -21,7 +21,7 @@ def rotary_frequencies(model: GPTConfig) -> torch.Tensor:
 
 
 def rotary_attention_factor(model: GPTConfig) -> float:
-    """The factor on cosines and sines: yarn's temperature of attention, 1 elsewhere."""
+    """The factor on cosines and sines: YaRN's attention temperature, otherwise 1."""
     if model.rope_scaling_factor is None or model.rope_scaling_type != "yarn":
         return 1.0
     if model.rope_attention_factor is not None:
@@ -30,23 +30,23 @@ def rotary_attention_factor(model: GPTConfig) -> float:
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """0.1 weight ln(factor) + 1 (https://arxiv.org/abs/2309.00071, equation 22); 1 where nothing is extended."""
+    """0.1 weight ln(factor) + 1 (https://arxiv.org/abs/2309.00071, equation 22); 1 without an extension."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3_share(frequencies: torch.Tensor, model: GPTConfig) -> torch.Tensor:
-    """How much of each frequency stays as it is: 0 for slow ones, 1 for fast ones, in between by their turns in the
-    original context."""
+    """The weight of each original frequency: 0 for low ones, 1 for high ones, in between interpolated by the number of
+    turns in the original context."""
     turns = model.rope_original_context * frequencies / (2 * math.pi)
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
 def _yarn_share(model: GPTConfig) -> torch.Tensor:
-    """The same for yarn, in between by the dimension's number."""
+    """The same for YaRN, interpolated by the index of the dimension."""
 
     def dimension(turns: float) -> float:
-        """Where a frequency makes `turns` turns in the original context."""
+        """The dimension whose frequency makes `turns` turns in the original context."""
         per_turn = model.rope_original_context / (turns * 2 * math.pi)
         return model.kv_channels * math.log(per_turn) / (2 * math.log(model.rotary_base))
 
