@@ -1,20 +1,17 @@
 """Decontamination against an audit: pairs of a MATH-500 problem and a training problem that share runs of words.
 
-The pairs are data of others (MIT, ademcodesproducts/contamination-audit), looked for where TPT_EVALUATION_DATA says.
+The pairs are data of others (MIT, ademcodesproducts/contamination-audit), see evaluation_data.py.
 """
 
-import json
-import os
 from pathlib import Path
 
 import pytest
 from corpus_files import sentence, write_jsonl
+from evaluation_data import needs_data, rows
 
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.prepare import prepare
 from megatron_tpt.corpus.report import Report
-
-DATA = Path(os.environ.get("TPT_EVALUATION_DATA", "/nowhere"))
 
 
 def test_the_report_names_the_items_that_a_corpus_holds_also_of_list_columns(tmp_path: Path) -> None:
@@ -36,18 +33,17 @@ def test_the_report_names_the_items_that_a_corpus_holds_also_of_list_columns(tmp
     assert Report.read(tmp_path / "clean") == report
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="TPT_EVALUATION_DATA does not name a folder with the audit's pairs")
+@needs_data
 @pytest.mark.parametrize(
     ("name", "ngram", "percent"), [("openthoughts", 13, 40), ("openthoughts", 8, 84), ("s1", 13, 19), ("s1", 8, 61)]
 )
 def test_the_share_of_an_audits_pairs_that_is_found(name: str, ngram: int, percent: int, tmp_path: Path) -> None:
     """The audit counts pieces of LaTeX as words, so that its runs of 8 or 13 are shorter than ours."""
-    lines = (DATA / f"contamination_{name}_lexical.jsonl").read_text().splitlines()
-    pairs = [json.loads(line) for line in lines]
+    pairs = rows(f"contamination_{name}_lexical")
     problems = list(dict.fromkeys(pair["math500_problem"] for pair in pairs))
     exam = write_jsonl(tmp_path / "exam.jsonl", ({"problem": text} for text in problems))
-    rows = [{"text": pair["train_problem"]} for pair in pairs] + [{"text": sentence(1, 60)}]
-    raw = write_jsonl(tmp_path / "raw.jsonl", rows)
+    texts = [pair["train_problem"] for pair in pairs] + [sentence(1, 60)]
+    raw = write_jsonl(tmp_path / "raw.jsonl", ({"text": text} for text in texts))
     report = prepare(
         PrepareOptions(
             [raw], tmp_path / "clean", decontaminate=[f"math500={exam}:problem"], deduplicate="none", num_workers=1,
