@@ -19,12 +19,18 @@ from megatron_tpt.jobs.options import ScaleOptions
 class EvaluateOptions(Benchmark):
     """Which models answer which problems, and how their answers are read."""
 
-    model: list[str]
+    model: list[str] = field(default_factory=list)
     """Hugging Face model folders or Hub ids; several are evaluated one after another. For the engine endpoint, the name
     under which the model is served."""
     output: Path
     """The folder for results.json, report.md, report.html and, in a folder per model and benchmark, samples.jsonl.zst.
+    With --run, one such folder per checkpoint.
     """
+    run: Path | None = None
+    """Instead of models: the folder of a training run, whose checkpoints are exported and evaluated one after another.
+    Their figures are shown beside those of training, in RUN/tensorboard/evaluation."""
+    follow: bool = False
+    """With --run, also evaluate the checkpoints to come, up to that of the last step."""
     benchmark: list[str] = field(default_factory=list)
     """Benchmarks and suites by their names, or YAML files of your own. Options that are given here win over theirs."""
     data_dir: Path | None = None
@@ -54,8 +60,15 @@ class EvaluateOptions(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise UserError("no model was given")
+        if bool(self.model) == (self.run is not None):
+            raise UserError("give either --model or --run: which models answer")
+        if self.run is not None and (self.rescore or self.scale.is_split or self.engine == "endpoint"):
+            raise UserError(
+                "--run evaluates checkpoints in this process: omit --rescore, --num-tasks, --executor and "
+                "--engine endpoint"
+            )
+        if self.follow and self.run is None:
+            raise UserError("--follow waits for the checkpoints of --run: give both")
         if not self.benchmark and self.data is None and self.data_file is None:
             raise UserError("no problems were given: name a --benchmark, or --data with rows of your own")
         if self.engine == "endpoint" and self.tokenizer is None:

@@ -3,6 +3,7 @@
 python tools/evaluate.py --model MODEL_DIR --data problems.jsonl --output results/
 python tools/evaluate.py --model MODEL_DIR --benchmark tpt-reasoning --data-dir DATA_DIR --output results/
 python tools/evaluate.py --model MODEL_DIR --benchmark mine.yaml --output results/ --num-samples 8 --temperature 0.6
+python tools/evaluate.py --run RUN --follow --benchmark gsm8k-base --output results/
 """
 
 import sys
@@ -13,6 +14,11 @@ from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks  #
 
 def main() -> None:
     runs = parse_benchmarks(description=__doc__)
+    if runs[0].run is not None:
+        from megatron_tpt.tools._checkpoint_evaluation import evaluate_checkpoints
+
+        evaluate_checkpoints(runs)
+        return
     from megatron_tpt.evaluation.evaluate import evaluate
 
     evaluate(runs, [sys.executable, *sys.argv])
