@@ -1,11 +1,12 @@
 """lm-evaluation-harness on our engines, offline: a generation task, a log-likelihood task and perplexity."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_data import DATA, needs_data, rows
 from tiny_models import CORPUS, make_model, unchanged_environment
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
@@ -13,8 +14,10 @@ pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.evaluate import evaluate
 from megatron_tpt.evaluation.lm_eval_bridge import EngineLM, local_tasks, sampling_of
-from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.generation import EngineOptions, load_tokenizer, open_engine
+from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks
+from megatron_tpt.evaluation.problems import read_problems
+from megatron_tpt.generation import Completion, EngineOptions, Request, load_tokenizer, open_engine
+from megatron_tpt.grading import GraderPool, Item
 
 COMMON = """
 dataset_path: json
@@ -51,6 +54,15 @@ metric_list: [{metric: byte_perplexity}]
 }
 
 
+GSM8K = """
+include: {packaged}
+task: gsm8k_local
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{train: {train}, test: {test}}}}}
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> Iterator[None]:
     with unchanged_environment():
@@ -65,9 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def harness(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The data, and the harness's results on the three tasks."""
-    import os
-
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    be_offline()
     from lm_eval import simple_evaluate
 
     folder = tmp_path_factory.mktemp("tasks")
@@ -106,6 +116,60 @@ def test_the_harness_has_the_outputs_and_choices_of_our_own_evaluation(
     theirs = [float(resp[0][0]) for one in done["samples"]["truths"] for resp in one["resps"]]
     assert theirs == pytest.approx([value for one in likelihoods for value in one], abs=1e-4)
     assert done["results"]["texts"]["byte_perplexity,none"] > 1
+
+
+def be_offline() -> None:
+    import os
+
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+class _Recorded:
+    """An engine that gives outputs that other models wrote."""
+
+    max_model_len = None
+
+    def __init__(self, tokenizer: Any, questions: list[str], outputs: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._recorded = list(zip(questions, outputs, strict=True))
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        for request in requests:
+            question, output = self._recorded[request.key]
+            assert self._tokenizer.decode(request.prompt).endswith(f"Question: {question}\nAnswer:")
+            yield request, Completion(output, (), "stop", 1, 1)
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["6b_finetuning", "175b_verification"])
+def test_the_harness_and_we_grade_the_same_outputs_of_gsm8k_alike(name: str, model: str, tmp_path: Path) -> None:
+    be_offline()
+    import lm_eval
+
+    packaged = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
+    files = {"train": DATA / "gsm8k_train_1000.jsonl", "test": DATA / "gsm8k_test.jsonl"}
+    (tmp_path / "gsm8k_local.yaml").write_text(GSM8K.format(packaged=packaged, **files))
+    recorded = rows("gsm8k_graded_outputs")
+    outputs = [row[name]["solution"] for row in recorded]
+    tokenizer = load_tokenizer(model)
+    engine = _Recorded(tokenizer, [row["question"] for row in recorded], outputs)
+    lm = EngineLM(engine, tokenizer)  # type: ignore[arg-type]
+    done = lm_eval.simple_evaluate(
+        lm, tasks=["gsm8k_local"], task_manager=local_tasks(tmp_path), log_samples=True, bootstrap_iters=0
+    )
+    samples = [one for one in done["samples"]["gsm8k_local"] if one["filter"] == "flexible-extract"]
+    theirs = {one["doc"]["question"]: bool(one["exact_match"]) for one in samples}
+
+    [run] = parse_benchmarks(["--model", model, "--output", str(tmp_path), "--benchmark", "gsm8k"])
+    problems = read_problems(run, DATA)
+    with GraderPool(run.rules()) as pool:
+        ours = pool.grade(Item(text, problem.answer) for text, problem in zip(outputs, problems, strict=True))
+    assert len(theirs) == len(ours) == 1319
+    assert [theirs[row["question"]] for row in recorded] == [grade.correct for grade in ours]
+    assert done["results"]["gsm8k_local"]["exact_match,flexible-extract"] == pytest.approx(
+        sum(grade.correct for grade in ours) / len(ours)
+    )
 
 
 def test_what_the_engines_do_not_have_is_refused() -> None:

@@ -103,19 +103,25 @@ def test_nothing_that_models_wrote_is_markup(report: tuple[Path, dict[str, Any]]
     assert "5 of 5 samples are wrong" in page.text and "default-src 'none'" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (set CHROMIUM to its program)")
-def test_a_browser_shows_the_page_and_runs_nothing(report: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def shown_by_browser(report: Path, tmp_path: Path) -> _Page:
+    """What a headless Chromium shows of a report, which it must be able to paint."""
     assert CHROMIUM is not None
-    page = (report[0] / "report.html").resolve().as_uri()
+    page = report.resolve().as_uri()
     base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run([*base, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*base, "--dump-dom", page], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     shown = _Page()
     shown.feed(done.stdout)
-    assert "owned" in shown.text and "<title>Evaluation</title>" in done.stdout  # as text, and no script has run
-    assert shown.tags.count("h1") == 1 and shown.tags.count("details") == len(HOSTILE)
-    assert "script" not in shown.tags and "img" not in shown.tags and "svg" not in shown.tags
+    assert "<title>Evaluation</title>" in done.stdout
+    assert shown.tags.count("h1") == 1 and not {"script", "img", "svg"} & set(shown.tags)
     picture = tmp_path / "page.png"
     shot = [*base, "--window-size=1200,2000", f"--screenshot={picture}", page]
-    subprocess.run(shot, capture_output=True, timeout=120, check=True)
+    subprocess.run(shot, capture_output=True, timeout=300, check=True)
     assert picture.stat().st_size > 10_000
+    return shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (set CHROMIUM to its program)")
+def test_a_browser_shows_the_page_and_runs_nothing(report: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shown = shown_by_browser(report[0] / "report.html", tmp_path)
+    assert "owned" in shown.text and shown.tags.count("details") == len(HOSTILE)  # as text, and no script has run
