@@ -43,7 +43,8 @@ def evaluate_checkpoints(runs: Sequence[EvaluateOptions]) -> None:
         for checkpoint in _checkpoints(first.run, follow=first.follow):
             output = first.output / checkpoint.name
             if not _is_done(output) and (model := _exported(checkpoint, first.output / "models")) is not None:
-                evaluate([dataclasses.replace(run, run=None, model=[str(model)], output=output) for run in runs])
+                own: dict[str, Any] = {"run": None, "follow": False, "model": [str(model)], "output": output}
+                evaluate([dataclasses.replace(run, **own) for run in runs])
                 shutil.rmtree(model)
             board.add(output)
 

@@ -29,7 +29,7 @@ def local_benchmarks() -> list[EvaluateOptions]:
     found = []
     for name in names():
         members = parse_benchmarks(["--model", "m", "--output", "o", "--benchmark", name])
-        [*files] = [file for run in members for file in (run.data_file, run.few_shot_file) if file is not None]
+        files = [file for run in members for file in (run.data_file, run.few_shot_file) if file is not None]
         if len(members) == 1 and all((DATA / file).is_file() for file in files):
             found += members
     return found

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
@@ -304,10 +305,10 @@ def wait_for_answers(folder: Path, number: int, process: subprocess.Popen[Any]) 
 
 def servers_of(pid: int) -> list[int]:
     """The vLLM servers below a process, under their keepers."""
-    import psutil
-
-    below = psutil.Process(pid).children(recursive=True)
-    names = {each.pid: " ".join(each.cmdline()) for each in below}
+    names = {}
+    for each in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            names[each.pid] = " ".join(each.cmdline())
     return [own for own, line in names.items() if "vllm.entrypoints" in line and "generation.keeper" not in line]
 
 
