@@ -16,12 +16,19 @@ from typing import Any
 import torch
 
 from megatron_tpt.config.parallel import ParallelConfig
-from megatron_tpt.platform.megatron_core import adapt_megatron_to_cpu, fsdp_construction_on_cpu, require_version
+from megatron_tpt.platform.megatron_core import (
+    adapt_megatron_to_cpu,
+    fsdp_construction_on_cpu,
+    patch_jit,
+    require_version,
+)
 from megatron_tpt.platform.noise import silence_known_messages
 
 # Checkpoints are untrusted: torch.load only builds tensors and plain containers, even if a library asks for more.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 silence_known_messages(on_cpu=not torch.cuda.is_available())
+if not torch.cuda.is_available():
+    patch_jit()
 require_version()
 if not torch.cuda.is_available():
     adapt_megatron_to_cpu()

@@ -11,6 +11,7 @@ on any device by the modules that need it. No line at the top imports Megatron C
 
 import contextlib
 import functools
+import importlib
 import logging
 import queue
 from collections.abc import Callable, Iterator
@@ -226,21 +227,25 @@ def patch_random_state() -> None:
 
 
 def patch_jit() -> None:
-    """`jit_fuser` is torch.compile: minutes of C++ compilation without benefit for a CPU run.
+    """Import Megatron Core with torch.compile off, its `jit_fuser`: importing the compiler takes seconds in every
+    process, and compiling takes minutes without benefit for a CPU run.
 
-    Call it before importing any other module of Megatron Core: the decorator is applied at import.
+    Call it before anything else imports Megatron Core: the decorator is applied at import.
     """
-    from megatron.core import jit
-
-    jit.disable_jit_fuser()
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ModuleNotFoundError):  # require_version reports it
+            importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compile_function
 
 
 def adapt_megatron_to_cpu() -> None:
-    """Make Megatron Core run on the CPU with gloo. Call it before any other import of Megatron Core; idempotent."""
+    """Make Megatron Core run on the CPU with gloo, after patch_jit has imported it; idempotent."""
     global _adapted
     if _adapted:
         return
-    patch_jit()
     patch_tensor_factories()
     patch_tensor_moves()
     patch_tensor_type_names()

@@ -41,7 +41,6 @@ from megatron_tpt.training.checkpoint_saving import SaveError, save_checkpoint  
 from megatron_tpt.training.optimizer import build_optimizer, wrap_model  # noqa: E402
 from megatron_tpt.training.steps import compute_sums  # noqa: E402
 
-from megatron.core import jit  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -113,7 +112,7 @@ def validate(chunks: list[torch.nn.Module]) -> torch.Tensor:
 
 
 def main() -> None:
-    assert jit.jit_fuser is jit.noop_decorator, "torch.compile is on"
+    assert "torch._inductor.compile_fx" not in sys.modules, "torch.compile is on"
     world_size = platform.world_size_from_environment()
     recipe = PretrainRecipe(
         run=RunConfig(output_dir=folder),

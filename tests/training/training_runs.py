@@ -1,6 +1,7 @@
 """Runs of the training programs: in worker processes that stay (quick), or started as a user starts them (to kill)."""
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -77,11 +78,8 @@ def _work(connection: Connection) -> None:
                 importlib.import_module(module).main()
         except BaseException as exception:
             error = f"{exception!r}\n{traceback.format_exc()}"
+        gc.collect()  # a trainer is in cycles; gloo's threads, which poll, live as long as its process groups
         connection.send((error, output.getvalue()))
-
-
-# Gloo's threads stay when its process groups are destroyed: after some dozens of runs they starve the machine.
-_RUNS_PER_PROCESS = 12
 
 
 class Workers:
@@ -90,13 +88,8 @@ class Workers:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
-        self._num_runs = 0
 
     def _grow(self, num_processes: int) -> None:
-        self._num_runs += 1
-        if self._num_runs > _RUNS_PER_PROCESS:
-            self.close()
-            self._num_runs = 1
         while len(self.connections) < num_processes:
             ours, theirs = self.context.Pipe()
             # Not a daemon: Megatron Core's checkpoint writer starts a process. It ends when we close the pipe.
