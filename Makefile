@@ -5,7 +5,10 @@ export OMP_NUM_THREADS ?= 1
 # Files of tests that run at once.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo teacher study test test-slow check gpu-rehearsal
+# GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
+DATA ?= data/gsm8k
+
+.PHONY: setup demo teacher study real-model test test-slow check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -18,6 +21,9 @@ teacher: setup
 
 study: setup
 	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
+
+real-model: setup
+	examples/smollm2/run.sh $(DATA) runs/smollm2
 
 test: setup
 	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

@@ -12,9 +12,9 @@ it knows neither short items nor a minimum of matches.
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,12 @@ class Contamination:
     """The item of that set with the first shared run, counted from 1."""
     ngram: str
     """That run, in lower case and without punctuation."""
+    items: dict[str, list[int]] = field(default_factory=dict, compare=False)
+    """The items of those sets with a run in the document, counted from 1. Of equal items, the first."""
 
-    to_dict = asdict
+    def to_dict(self) -> dict[str, Any]:
+        """The evidence, without all items."""
+        return {name: value for name, value in asdict(self).items() if name != "items"}
 
 
 class _Runs:
@@ -195,7 +199,8 @@ class EvaluationIndex:
             return None
         first = min((hit for hit in hits if hit.set == min(enough)), key=lambda hit: (hit.length, hit.position))
         names = {self._names[number]: count for number, count in enough.items()}
-        return Contamination(names, self._names[first.set], first.item + 1, b" ".join(first.words).decode())
+        items = {self._names[number]: sorted({hit.item + 1 for hit in hits if hit.set == number}) for number in enough}
+        return Contamination(names, self._names[first.set], first.item + 1, b" ".join(first.words).decode(), items)
 
 
 class _Window(NamedTuple):

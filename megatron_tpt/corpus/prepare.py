@@ -323,9 +323,13 @@ def _collect(job: PrepareJob, index: EvaluationIndex) -> Report:
     contaminated_by: Counter[str] = Counter()
     examples: dict[str, list[dict[str, Any]]] = {}
     files: list[dict[str, Any]] = []
+    items: dict[str, set[int]] = {}
     num_parts = num_rows = 0
     for shard in job.shards():
-        num_rows += json.loads(job.path("scan", shard, ".json").read_bytes())["rows"]
+        scanned = json.loads(job.path("scan", shard, ".json").read_bytes())
+        num_rows += scanned["rows"]
+        for name, numbers in scanned.get("items", {}).items():  # earlier versions did not record them
+            items.setdefault(name, set()).update(numbers)
         tally = json.loads(job.path("write", shard, ".json").read_bytes())
         counts.update(tally["counts"])
         contaminated_by.update(tally["contaminated_by"])
@@ -335,9 +339,15 @@ def _collect(job: PrepareJob, index: EvaluationIndex) -> Report:
             examples[group] = (examples.get(group, []) + found)[:EXAMPLES_PER_REASON]
     num_kept = counts.pop("kept", 0)
     assert num_kept + counts.total() == num_rows, "documents were lost"
-    sets = {name: described | {"documents": contaminated_by[name]} for name, described in index.describe().items()}
+    sets = {
+        name: described | {"documents": contaminated_by[name], "items_found": len(items.get(name, ()))}
+        for name, described in index.describe().items()
+    }
     write_inventory(job.options.output, _WRITER, (file for file in files if file["bytes"] is not None))
-    report = Report(len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples)
+    found = {name: sorted(numbers) for name, numbers in items.items()}
+    report = Report(
+        len(job.sources), num_rows, num_kept, num_parts, dict(sorted(counts.items())), sets, examples, found
+    )
     if num_kept == 0:
         report.write_markdown(job.options.output)
         raise UserError(

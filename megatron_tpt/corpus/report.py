@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.markdown import code, inline
+
+_SHOWN_ITEMS = 20
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class Report:
     dropped: dict[str, int]
     """Rows by reason code."""
     evaluation_sets: dict[str, dict[str, int]]
-    """For each evaluation set: its items, in which way they are searched for, and the documents dropped for it. A
-    document may be dropped for several sets.
+    """For each evaluation set: its items, in which way they are searched for, the documents dropped for it, and how
+    many items are in them. A document may be dropped for several sets.
     """
     examples: dict[str, list[dict[str, Any]]]
     """The first few rejects of each reason (contaminated: of each evaluation set), long texts truncated."""
+    found_items: dict[str, list[int]] = field(default_factory=dict)
+    """For each evaluation set: the items, counted from 1, of which documents hold a part. Of equal items, the first."""
 
     @staticmethod
     def path(output: Path) -> Path:
@@ -77,6 +81,13 @@ class Report:
             heads = next(iter(self.evaluation_sets.values()))
             names = {"documents": "documents dropped"}
             yield from _table(["", *(names.get(head, head.replace("_", " ")) for head in heads)], rows)
+            yield ""
+            for name, described in self.evaluation_sets.items():
+                numbers = self.found_items.get(name, [])
+                more = ", ..." if len(numbers) > _SHOWN_ITEMS else ""
+                shown = f": {', '.join(map(str, numbers[:_SHOWN_ITEMS]))}{more}" if numbers else ""
+                share = f"{len(numbers):,} of {described['items']:,} items"
+                yield f"- {inline(name)}: {share} overlap the corpus as it was{shown}"
 
     def _examples(self) -> Iterator[str]:
         if self.examples:

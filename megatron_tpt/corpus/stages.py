@@ -50,6 +50,7 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
         job.sources[task.source].require_content()
     for shard, rows in task.missing("scan", ".json"):
         contaminated: dict[str, Any] = {}
+        items: dict[str, set[int]] = {}
         ids: dict[int, bytes] = {}
         keys: list[bytes] = []
         problems: Counter[str] = Counter()
@@ -64,6 +65,8 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
                 absent -= record.meta.keys()
                 if contamination:
                     contaminated[str(row)] = contamination.to_dict()
+                    for name, numbers in contamination.items.items():
+                        items.setdefault(name, set()).update(numbers)
                 elif options.deduplicate != "none":
                     ids[row] = record.id.encode()
                     keys.append(text_key(record.text, options.ignore_case, options.ignore_whitespace))
@@ -77,6 +80,7 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
                 "problems": problems,
                 "keys": len(keys),
                 "contaminated": contaminated,
+                "items": {name: sorted(numbers) for name, numbers in items.items()},
                 "absent_columns": sorted(absent),
             },
         )

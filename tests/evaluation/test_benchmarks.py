@@ -1,0 +1,168 @@
+"""The benchmarks of this package, and files of a user's own."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.benchmark import FOLDER, names
+from megatron_tpt.evaluation.choices import continuations
+from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks
+from megatron_tpt.evaluation.problems import read_problem_set, read_problems
+from megatron_tpt.grading import Grader, Item
+
+SUITES = {
+    "tpt-base": ["gsm8k-base", "math-base", "boolq", "mmlu-base", "mmlu-pro-base"],
+    "tpt-reasoning": ["math500", "aime24", "aime25", "hmmt25", "gsm8k", "humaneval", "livecodebench", "gpqa-diamond",
+                      "mmlu-pro", "jeebench"],
+}  # fmt: skip
+
+
+def parsed(*arguments: str) -> list[EvaluateOptions]:
+    return parse_benchmarks(["--model", "m", "--output", "out", *arguments])
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_benchmark_is_complete_and_says_where_its_data_are(name: str) -> None:
+    for run in parsed("--benchmark", name):
+        assert run.fetch and run.data_file and (run.data is None or str(run.data).startswith("hf://"))
+        with pytest.raises(UserError, match=re.escape(run.fetch.split()[0])):
+            read_problems(run, Path("/nowhere"))
+
+
+def test_suites_have_the_papers_settings() -> None:
+    for suite, members in SUITES.items():
+        assert [run.title for run in parsed("--benchmark", suite)] == members
+    for run in parsed("--benchmark", "tpt-reasoning"):
+        assert (run.temperature, run.top_p, run.max_new_tokens, run.chat) == (0.6, 0.95, 32768, True)
+    samples = {run.title: run.num_samples for run in parsed("--benchmark", "tpt-reasoning")}
+    assert [samples[name] for name in ("aime24", "aime25", "livecodebench", "gpqa-diamond", "math500")] == [
+        64, 64, 16, 8, 4
+    ]  # fmt: skip
+    shots = {run.title: run.num_shots for run in parsed("--benchmark", "tpt-base")}
+    assert (shots["gsm8k-base"], shots["mmlu-base"], shots["mmlu-pro-base"], shots["boolq"]) == (5, 2, 2, None)
+    assert {run.max_new_tokens for run in parsed("--benchmark", "tpt-base")} - {2048} == {1024}  # of the likelihoods
+    assert all(run.temperature == 0 and not run.chat for run in parsed("--benchmark", "tpt-base"))
+
+
+def test_options_win_over_a_benchmark_and_a_suite_over_its_members(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("benchmark: [math500, aime24]\nnum_samples: 2\nlimit: 5\n")
+    runs = parsed("--benchmark", str(tmp_path / "mine.yaml"), "--limit", "3")
+    assert [(run.title, run.num_samples, run.limit, run.temperature) for run in runs] == [
+        ("math500", 2, 3, 0.6),
+        ("aime24", 2, 3, 0.6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("promt_column: q\n", r"mine.yaml:1: promt_column: unknown; did you mean prompt_column\?"),
+        ("num_samples: 0\n", "num_samples=?.* 0: must be 1 or more|num_samples 0|num_samples=0 must be 1 or more"),
+        ("benchmark: [math501]\n", "--benchmark math501: unknown; did you mean math500"),
+        ("- 1\n", "a benchmark is a list of options"),
+    ],
+)
+def test_mistakes_in_a_file_are_named_with_their_place(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError, match=words):
+        parsed("--benchmark", str(tmp_path / "mine.yaml"))
+
+
+def test_a_suite_within_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"benchmark: ['{tmp_path / 'a.yaml'}']\n")
+    with pytest.raises(UserError, match="within itself"):
+        parsed("--benchmark", str(tmp_path / "a.yaml"))
+
+
+def test_few_shot_examples_are_the_first_ones_of_the_group(tmp_path: Path) -> None:
+    data = write_rows(
+        tmp_path / "d.jsonl", {"q": "1+1?", "s": "sums", "answer": "2"}, {"q": "2*2?", "s": "p", "answer": "4"}
+    )
+    rows = [{"s": group, "q": f"{group} {i}", "a": i} for i in range(3) for group in ("sums", "p")]
+    write_rows(tmp_path / "shots.jsonl", *rows)
+    options = EvaluateOptions(
+        model=["m"], output=tmp_path, data=data, few_shot=tmp_path / "shots.jsonl", shot_group="s", num_shots=2,
+        shot_template="Q: {q} A: {a}\n", prompt_template="Q: {q} A:",
+    )  # fmt: skip
+    first, second = read_problems(options)
+    assert first.prompt == "Q: sums 0 A: 0\nQ: sums 1 A: 1\nQ: 1+1? A:"
+    assert second.prompt == "Q: p 0 A: 0\nQ: p 1 A: 1\nQ: 2*2? A:"
+    with pytest.raises(UserError, match="there are only 3 examples"):
+        read_problems(EvaluateOptions(**vars(options) | {"num_shots": 4}))
+
+
+def test_a_text_of_examples_is_cut_where_each_begins() -> None:
+    texts = {name: (FOLDER / "shots" / name).read_text() for name in ("gsm8k_cot.txt", "math_minerva.txt")}
+    assert texts["gsm8k_cot.txt"].count("Q: ") == 8 and texts["math_minerva.txt"].count("Problem:\n") == 4
+
+
+def test_options_are_shuffled_by_the_problem_and_the_right_one_is_followed(tmp_path: Path) -> None:
+    rows = [{"q": f"Which? {i}", "right": "R", "w1": "X", "w2": "Y", "w3": "Z"} for i in range(20)]
+    options = EvaluateOptions(
+        model=["m"], output=tmp_path, data=write_rows(tmp_path / "d.jsonl", *rows), prompt_template="{q}\n{choices}",
+        choice_columns=["right", "w1", "w2", "w3"], answer_column="right", shuffle_choices=True, answer_type="choice",
+    )  # fmt: skip
+    problems = read_problems(options)
+    places = [problem.choices.index("R") for problem in problems]
+    assert set(places) == {0, 1, 2, 3}
+    grader = Grader(options.rules())
+    for problem, place in zip(problems, places, strict=True):
+        assert f"({'ABCD'[place]}) R" in problem.prompt
+        assert grader.grade(Item(f"So \\boxed{{{'ABCD'[place]}}}.", problem.answer, problem.choices)).correct
+    assert problems == read_problems(options)
+    other = read_problems(EvaluateOptions(**vars(options) | {"seed": 1}))
+    assert [problem.choices for problem in other] != [problem.choices for problem in problems]
+
+
+def test_labels_name_the_options(tmp_path: Path) -> None:
+    row = {"q": "?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "3"}
+    options = EvaluateOptions(
+        model=["m"], output=tmp_path, data=write_rows(tmp_path / "d.jsonl", row), prompt_column="q",
+        choices_column="choices.text", labels_column="choices.label", answer_column="answerKey", answer_type="choice",
+    )  # fmt: skip
+    [problem] = read_problems(options)
+    assert (problem.answer, problem.choices) == ("C", ("a", "b", "c"))
+    with pytest.raises(UserError, match="none of the labels 1, 2, 3"):
+        write_rows(tmp_path / "d.jsonl", row | {"answerKey": "D"})
+        read_problems(options)
+
+
+def test_what_is_scored_is_the_option_its_letter_or_the_rest() -> None:
+    arc, mmlu, winogrande = (parsed("--benchmark", name)[0] for name in ("arc-easy", "mmlu", "winogrande"))
+    assert continuations(arc, "Q\nAnswer:", ["red", "blue"]) == [("Q\nAnswer:", " red"), ("Q\nAnswer:", " blue")]
+    assert continuations(mmlu, "Q\nAnswer:", ["red", "blue"]) == [("Q\nAnswer:", " A"), ("Q\nAnswer:", " B")]
+    assert continuations(winogrande, "Ann met _ at noon.", ["Bob", "Eve"]) == [
+        ("Ann met Bob", " at noon."),
+        ("Ann met Eve", " at noon."),
+    ]
+
+
+def test_rows_of_the_shape_on_the_hub_are_read(tmp_path: Path) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "gsm8k": {"question": "1+1?", "answer": "Two.\n#### 2"},
+        "gpqa-diamond": {"Record ID": "r", "Question": "?", "Correct Answer": "a", "Incorrect Answer 1": "b",
+                         "Incorrect Answer 2": "c", "Incorrect Answer 3": "d"},
+        "hellaswag": {"ind": 4, "activity_label": "Cooking", "ctx": "He", "endings": list("abcd"), "label": "2"},
+        "winogrande": {"sentence": "Ann met _ at noon.", "option1": "Bob", "option2": "Eve", "answer": "2"},
+        "svamp": {"ID": "c-1", "Body": "Two.", "Question": "And one?", "Answer": "3.0"},
+        "mbpp": {"task_id": 1, "text": "Add.", "test_setup_code": "",
+                 "test_list": ["assert f(1) == 2", "assert f(2) == 3"]},
+        "jeebench": {"question": "?", "gold": "AC"},
+    }  # fmt: skip
+    for name, row in rows.items():
+        [run] = parsed("--benchmark", name)
+        assert run.data_file is not None
+        write_rows(tmp_path / run.data_file, row)
+        found = read_problem_set(run, tmp_path)
+        assert Grader(run.rules()).reference(found.problems[0].answer, found.problems[0].choices) is not None
+        assert found.data_sha256.startswith("sha256:")
+    assert "assert f(1) == 2\nassert f(2) == 3" in read_problems(parsed("--benchmark", "mbpp")[0], tmp_path)[0].prompt
