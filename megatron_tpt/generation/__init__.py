@@ -7,7 +7,8 @@
 `vllm` runs vLLM in this process, `vllm-server` starts vLLM servers (one for every group of GPUs), `endpoint` asks
 servers that run already, `transformers` is for machines where vLLM cannot be installed. What only some of them can do
 (`Ability`) is asked for by `open_engine(options, needs=["log-likelihood"])`, which refuses an engine without it before
-it starts. Light to import. May import indexing (chat templates), config and the single modules; no other stage.
+it starts. Light to import. May import indexing (chat templates), models (the classes of exports), config and the
+single modules; no other stage.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.generation.api import Failure, Prompt, ScoringRequest
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
+from megatron_tpt.models.spec import register_classes
 
 
 def check_model(model: str) -> None:
@@ -66,6 +67,7 @@ def load_tokenizer(model: str) -> Any:
         with quiet():
             from transformers import AutoTokenizer
 
+            register_classes(models=False)
             tokenizer = AutoTokenizer.from_pretrained(model)
             tokenizer("")  # some settings of a wrong type are met here
     except Exception as error:  # foreign files may be anything
@@ -135,6 +137,7 @@ def load_model_config(model: str) -> Any:
         with quiet():
             from transformers import AutoConfig
 
+            register_classes(models=False)
             return AutoConfig.from_pretrained(model).get_text_config()
     except Exception as error:  # foreign files may be anything
         raise failure(f"{model}: its config.json cannot be loaded ({one_line(error)})", error) from error

@@ -24,6 +24,7 @@ from megatron_tpt.generation.api import (
 )
 from megatron_tpt.generation.models import check_prompt, check_scoring, encode_prompt, load_tokenizer, quiet
 from megatron_tpt.generation.vllm_engine import max_model_len
+from megatron_tpt.models.spec import register_classes
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ class TransformersEngine:
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         try:
             with quiet():
+                register_classes(models=True)
                 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise failure(f"{options.model}: this model cannot be loaded ({one_line(error)})", error) from error
