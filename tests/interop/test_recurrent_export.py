@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from hf_models import assert_same_weights, some_tokens
+from recurrent_exports import checkpoint_of, loaded, padded
 from test_retrofit import PARENTS, built, logits_of
 
 from megatron_tpt import platform
@@ -21,36 +22,8 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.interop.hf_config import from_hf_config, to_hf_config
 from megatron_tpt.interop.hf_export import export_hf, read_model_config
 from megatron_tpt.interop.hf_import import import_hf
-from megatron_tpt.interop.options import ExportOptions, ImportOptions, RetrofitOptions
-from megatron_tpt.interop.retrofit import retrofit
+from megatron_tpt.interop.options import ExportOptions, ImportOptions
 from megatron_tpt.models.recurrent.config import RecurrentConfig
-from megatron_tpt.models.recurrent.registration import register_config, register_model
-
-
-@pytest.fixture(scope="session")
-def exported(hf_folder: Callable[[str], Path]) -> Callable[[str], Path]:
-    """exported(name) is the export of a retrofit of such a model, 1 + 2 + 1 layers; its checkpoint is beside it."""
-
-    def get(name: str) -> Path:
-        source = hf_folder(name)
-        checkpoint, folder = source.with_name(f"{name}-recurrent"), source.with_name(f"{name}-recurrent-hf")
-        if not folder.exists():
-            retrofit(RetrofitOptions(source, checkpoint, split="1,2,1", seed=3))
-            export_hf(ExportOptions(checkpoint, folder))
-        return folder
-
-    return get
-
-
-def checkpoint_of(folder: Path) -> Path:
-    return folder.with_name(folder.name.removesuffix("-hf"))
-
-
-def loaded(folder: Path) -> Any:
-    register_config()
-    register_model()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    return model.eval()
 
 
 @pytest.mark.parametrize("parent", PARENTS)
@@ -79,10 +52,8 @@ def test_greedy_tokens_are_the_same_with_and_without_cache(parent: str, exported
         alone = [model.generate(prompt, **arguments)[0, prompt.shape[1] :] for prompt in prompts]
         without = [model.generate(prompt, use_cache=False, **arguments)[0, prompt.shape[1] :] for prompt in prompts]
         assert all(torch.equal(*pair) for pair in zip(alone, without, strict=True))
-        width = max(prompt.shape[1] for prompt in prompts)
-        batch = torch.cat([torch.nn.functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
-        mask = torch.cat([(torch.arange(width)[None] >= width - prompt.shape[1]).long() for prompt in prompts])
-        together = model.generate(batch, attention_mask=mask, **arguments)[:, width:]
+        batch, mask = padded(prompts)
+        together = model.generate(batch, attention_mask=mask, **arguments)[:, batch.shape[1] :]
         assert torch.equal(together, torch.stack(alone))
         pieces = model.generate(prompts[2], prefill_chunk_size=16, **arguments)[0, prompts[2].shape[1] :]
         assert torch.equal(pieces, alone[2])
