@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,14 @@ class Exported:
             "initial_state_seed": SEED,
             "dtype": "float32",
             "auto_map": {
-                "AutoConfig": "modeling_recurrent_gpt.RecurrentGPTConfig",
+                "AutoConfig": "configuration_recurrent_gpt.RecurrentGPTConfig",
                 "AutoModelForCausalLM": "modeling_recurrent_gpt.RecurrentGPTForCausalLM",
             },
         }
         parents = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_EXPORTED}
         (self.folder / "config.json").write_text(json.dumps(parents | own))
-        (self.folder / "modeling_recurrent_gpt.py").write_text("raise SystemExit('code of a model was run')\n")
+        for name in ("configuration", "modeling"):
+            (self.folder / f"{name}_recurrent_gpt.py").write_text("raise SystemExit('code of a model was run')\n")
 
     def _weights(self) -> dict[str, torch.Tensor]:
         reference, weights = self.reference, {}
@@ -240,14 +240,6 @@ def test_a_depth_is_refused_where_there_is_none_to_choose(exported: Exported, tm
         options(exported, num_recurrences=2, kind="endpoint", endpoints=("http://host:8000/v1",))
     with pytest.raises(UserError, match="num_recurrences"):
         options(exported, num_recurrences=0)
-
-
-def test_a_config_with_an_impossible_depth_is_refused(exported: Exported, tmp_path: Path) -> None:
-    folder = shutil.copytree(exported.folder, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_recurrences": 0}))
-    with pytest.raises(UserError, match=r"config\.json cannot be loaded .*num_recurrences"):
-        load_model_config(str(folder))
 
 
 def test_a_plugin_that_vllm_does_not_load_is_named(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
