@@ -254,6 +254,8 @@ class EngineOptions:
     """Most requests computed at once (by each server, where there are several); by default 256 on CPUs and vLLM's
     own choice on GPUs, 64 for every endpoint, 8 for "transformers".
     """
+    num_recurrences: PositiveInt | None = None
+    """Iterations over the recurrent layers of a recurrent model; by default what its config.json says."""
     kind: EngineKind = "vllm"
     """"vllm" in this process; "vllm-server": vLLM servers, started here, one for every group of GPUs; "endpoint":
     servers that run already and speak OpenAI's protocol; "transformers": slow, where vLLM cannot be installed.
@@ -293,6 +295,11 @@ class EngineOptions:
             raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or omit them')
         for url in self.endpoints:
             _check_url(url)
+        if self.kind not in ("vllm", "vllm-server") and self.num_recurrences is not None:
+            raise UserError(
+                f'num_recurrences={self.num_recurrences} cannot be chosen for the engine "{self.kind}"; omit it, or '
+                'choose "vllm" or "vllm-server"'
+            )
         if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
             raise UserError(f'request fields can be chosen for the engine "endpoint", not for "{self.kind}"')
         check_request_fields(self.request_fields, is_chat=self.api == "chat")
