@@ -1,7 +1,9 @@
-"""Evaluating: every model answers every problem, one model after another in this process.
+"""Evaluating: every model answers every problem and scores every document, one model after another in this process.
 
-OUTPUT/results.json            accuracy of every model with its standard error, and the settings
+OUTPUT/results.json            accuracy of every model with its standard error, perplexity, and the settings
 OUTPUT/<model>/samples.jsonl   every output, what was read from it, and whether it is right
+OUTPUT/<model>/r4/...          the same of a recurrent model at each of several numbers of iterations,
+OUTPUT/recurrences.md, .png    and these side by side
 """
 
 import collections
@@ -9,15 +11,18 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.config.load import to_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.arms import Arm, plan_arms
 from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.evaluation.problems import Problem, read_problems
+from megatron_tpt.evaluation.perplexity import DocumentScore, score_documents, window_of
+from megatron_tpt.evaluation.problems import Problem, read_documents, read_problems
+from megatron_tpt.evaluation.recurrences import Point, unrolled_parameters, write_report
 from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.generation import (
     Completion,
@@ -32,6 +37,7 @@ from megatron_tpt.generation import (
     load_tokenizer,
     open_engine,
     render_chat,
+    weight_shapes,
 )
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.names import shown
@@ -91,24 +97,37 @@ class ModelResult:
     """Samples whose grading, or whose code, took too long; they count as wrong."""
     grading_crashes: int = 0
     """Samples whose grading, or whose code, crashed; they count as wrong."""
+    recurrences: int | None = None
+    """Iterations of a recurrent model."""
+    depths: dict[int, int] = field(default_factory=dict)
+    """With early exit: generated tokens by the iterations that they took."""
+    mean_depth: float | None = None
+    """The mean of `depths`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an arm reached."""
+
+    arm: Arm
+    problems: ModelResult | None
+    documents: DocumentScore | None
 
 
 def evaluate(options: EvaluateOptions) -> list[ModelResult]:
     """Do what `tools/evaluate.py` does. Raises UserError for what the user can fix, before any model is loaded."""
     grader = Grader(options.rules())
-    problems = read_problems(options)
+    problems, documents = read_problems(options), read_documents(options)
     for problem in problems:
         _check_reference(problem, grader)
     for model in options.model:
         check_model(model)
-    results = []
-    for model, folder in zip(options.model, model_folders(options.model), strict=True):
-        samples, generation_s = _answer_all(model, problems, options)
-        path = folder / "samples.jsonl"
-        _write_samples(options.output / path, samples)
-        results.append(summarize(model, samples, generation_s, str(path)))
-        logger.info(_line(results[-1]))
-    _write_results(options, results)
+    measured = [_measure(arm, problems, documents, options) for arm in plan_arms(options)]
+    results = [one.problems for one in measured if one.problems is not None]
+    points = [_point(one, options) for one in measured] if options.depths() else []
+    _write_results(options, measured, points)
+    if points:
+        write_report(options.output, points)
     return results
 
 
@@ -120,25 +139,69 @@ def _check_reference(problem: Problem, grader: Grader) -> None:
         )
 
 
-def _answer_all(model: str, problems: Sequence[Problem], options: EvaluateOptions) -> tuple[list[Sample], float]:
-    """The samples of one model, by problem and number, and the seconds that generation took."""
-    tokenizer = load_tokenizer(model)
-    texts = render_prompts(tokenizer, [problem.prompt for problem in problems], options)
+def _measure(arm: Arm, problems: Sequence[Problem], documents: Sequence[str], options: EvaluateOptions) -> Measured:
+    """Have one arm answer all problems and score all documents, and write its samples."""
+    tokenizer = load_tokenizer(arm.model)
+    texts = render_prompts(tokenizer, [problem.prompt for problem in problems], options) if problems else []
     prompts = encode_prompts(tokenizer, texts, options)
-    context = check_context(model, max(map(len, prompts)), options.max_new_tokens)
-    engine_options = EngineOptions(model, context, options.dtype, options.tensor_parallel_size, options.max_num_seqs)
-    with open_engine(engine_options) as engine:
+    window = window_of(arm.model, options.document_window) if documents else 0
+    context = check_context(arm.model, max(map(len, prompts)), options.max_new_tokens) if prompts else 0
+    score = None
+    with open_engine(
+        _engine_options(arm, max(context, window), options), needs=["log-likelihood"] if documents else []
+    ) as engine:
+        if documents:
+            score = score_documents(engine, tokenizer, documents, window)
         start = time.monotonic()
         completions = sorted(_complete_all(engine, problems, prompts, options).items())
         generation_s = time.monotonic() - start
+        depths = engine.stats().depths
+    if score is not None:
+        logger.info(_document_line(arm, score))
+    if not problems:
+        return Measured(arm, None, score)
+    samples = _graded(problems, texts, completions, options)
+    path = arm.folder / "samples.jsonl"
+    _write_samples(options.output / path, samples)
+    result = summarize(arm.model, samples, generation_s, str(path))
+    if depths:
+        result = replace(result, depths=dict(sorted(depths.items())), mean_depth=_mean(depths))
+    result = replace(result, recurrences=arm.recurrences)
+    logger.info(_line(result))
+    return Measured(arm, result, score)
+
+
+def _engine_options(arm: Arm, context: int, options: EvaluateOptions) -> EngineOptions:
+    return EngineOptions(
+        arm.model,
+        context,
+        options.dtype,
+        options.tensor_parallel_size,
+        options.max_num_seqs,
+        num_recurrences=arm.recurrences,
+        early_exit=None if arm.recurrences is None else options.early_exit(),
+        kind=options.engine,
+    )
+
+
+def _mean(counts: Mapping[int, int]) -> float:
+    return sum(value * count for value, count in counts.items()) / sum(counts.values())
+
+
+def _graded(
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    completions: Sequence[tuple[tuple[int, int], Completion]],
+    options: EvaluateOptions,
+) -> list[Sample]:
+    """The samples, by problem and number. `texts` are the prompts as they were given to the model."""
     items = [_item(problems[i], completion, opens_thinking(texts[i])) for (i, _), completion in completions]
     with GraderPool(options.rules()) as pool:
         grades = pool.grade(items)
-    samples = [
+    return [
         _sample(problems[i], j, completion, grade)
         for ((i, j), completion), grade in zip(completions, grades, strict=True)
     ]
-    return samples, generation_s
 
 
 def render_prompts(tokenizer: Any, prompts: Sequence[str], options: EvaluateOptions) -> list[str]:
@@ -222,25 +285,9 @@ def summarize(model: str, samples: Sequence[Sample], generation_s: float, path: 
     )
 
 
-def model_folders(models: Sequence[str]) -> list[Path]:
-    """A folder for each model in the output: the last parts of its path, as many as distinguish it from the others.
-
-    Raises UserError for a model that is named twice.
-    """
-    parts = [Path(model).resolve().parts[1:] if Path(model).exists() else Path(model).parts for model in models]
-    if len(set(parts)) < len(parts):
-        raise UserError("a model is named twice; name each once")
-
-    def folder(own: tuple[str, ...]) -> Path:
-        lengths = range(1, len(own))
-        ends = (own[-length:] for length in lengths if sum(other[-length:] == own[-length:] for other in parts) == 1)
-        return Path(*next(ends, own))
-
-    return [folder(own) for own in parts]
-
-
 def _line(result: ModelResult) -> str:
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    depth = "" if result.mean_depth is None else f", {result.mean_depth:.2f} iterations per token"
     thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
     trouble = "".join(
         f", {count:,} {what}"
@@ -248,10 +295,38 @@ def _line(result: ModelResult) -> str:
         if count
     )
     return (
-        f"{shown(result.model)}: accuracy {result.accuracy:.4f}{error} on {result.num_problems:,} problems, "
+        f"{_shown(result.model, result.recurrences)}: accuracy {result.accuracy:.4f}{error} on "
+        f"{result.num_problems:,} problems, "
         f"{result.extraction_failures:,} unreadable{thinking}{trouble}, "
         f"{result.mean_output_tokens:.1f} tokens per answer, "
-        f"{result.truncated_fraction:.1%} truncated, {result.output_tokens_per_s:,.0f} tokens/s"
+        f"{result.truncated_fraction:.1%} truncated, {result.output_tokens_per_s:,.0f} tokens/s{depth}"
+    )
+
+
+def _shown(model: str, recurrences: int | None) -> str:
+    return shown(model) + ("" if recurrences is None else f", r = {recurrences}")
+
+
+def _document_line(arm: Arm, score: DocumentScore) -> str:
+    return (
+        f"{_shown(arm.model, arm.recurrences)}: perplexity {score.perplexity:.4f}, {score.bits_per_byte:.4f} bits per "
+        f"byte on {score.num_documents:,} documents of {score.num_tokens:,} tokens"
+    )
+
+
+def _point(one: Measured, options: EvaluateOptions) -> Point:
+    """A row of the report over depths."""
+    arm, problems, documents = one.arm, one.problems, one.documents
+    flops = options.training_flops[options.model.index(arm.model)] if options.training_flops else None
+    return Point(
+        model=arm.name,
+        recurrences=arm.recurrences,
+        unrolled_parameters=unrolled_parameters(weight_shapes(arm.model), arm.recurrences),
+        training_flops=flops,
+        accuracy=None if problems is None else problems.accuracy,
+        stderr=None if problems is None else problems.stderr,
+        mean_depth=None if problems is None else problems.mean_depth,
+        perplexity=None if documents is None else documents.perplexity,
     )
 
 
@@ -261,11 +336,19 @@ def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
-def _write_results(options: EvaluateOptions, results: Sequence[ModelResult]) -> None:
+def _write_results(options: EvaluateOptions, measured: Sequence[Measured], points: Sequence[Point]) -> None:
     settings = {name: value for name, value in to_dict(options).items() if name not in ("model", "output")}
     content = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
-        "models": [asdict(result) for result in results],
+        "models": [asdict(one.problems) for one in measured if one.problems is not None],
     }
+    if options.documents is not None:
+        content["documents"] = [
+            {"model": one.arm.model, "recurrences": one.arm.recurrences, **asdict(one.documents)}
+            for one in measured
+            if one.documents is not None
+        ]
+    if points:
+        content["recurrences"] = [asdict(point) for point in points]
     write_json(options.output / "results.json", content)

@@ -1,5 +1,6 @@
-"""Problems: rows of a prompt and a reference answer, under whatever names the files have for them."""
+"""Problems: rows of a prompt and a reference answer, under whatever names the files have for them. And documents."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ class Problem:
 
 
 def read_problems(options: EvaluateOptions) -> list[Problem]:
-    """The problems of `options.data`, at most `limit`. Raises UserError naming the line of a bad one."""
+    """The problems of `options.data`, at most `limit`; none without data. Raises UserError naming the line of a bad
+    one."""
+    if options.data is None:
+        return []
     template = _template(options)
     answer_template = options.answer_template and _template_text(options.answer_template)
     before = "" if options.few_shot is None else _read_text(options.few_shot)
@@ -53,6 +57,24 @@ def read_problems(options: EvaluateOptions) -> list[Problem]:
     if not problems:
         raise UserError(f"{options.data}: no problems in this file")
     return list(problems.values())
+
+
+def read_documents(options: EvaluateOptions) -> list[str]:
+    """The texts of `options.documents`, at most `limit`. Raises UserError naming the line of one without text."""
+    if options.documents is None:
+        return []
+    texts: list[str] = []
+    for where, _, row in itertools.islice(_rows(options.documents), options.limit):
+        text = row.get(options.text_column)
+        if not isinstance(text, str) or not text:
+            raise UserError(
+                f"{where}: column {options.text_column!r} has no text; its columns are {', '.join(row) or 'none'}: "
+                f"choose another --text-column, or remove the row"
+            )
+        texts.append(text)
+    if not texts:
+        raise UserError(f"{options.documents}: no documents in this file")
+    return texts
 
 
 def _template(options: EvaluateOptions) -> str:

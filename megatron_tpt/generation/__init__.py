@@ -20,11 +20,13 @@ from megatron_tpt.generation.api import (
     Api,
     Completion,
     DType,
+    EarlyExit,
     Engine,
     EngineError,
     EngineKind,
     EngineOptions,
     EngineStats,
+    ExitCriterion,
     Failure,
     FinishReason,
     LogLikelihood,
@@ -50,9 +52,11 @@ from megatron_tpt.generation.models import (
     begin_ids,
     check_context,
     check_model,
+    is_recurrent,
     load_model_config,
     load_tokenizer,
     render_chat,
+    weight_shapes,
 )
 from megatron_tpt.generation.vllm_engine import VLLMEngine
 
@@ -62,11 +66,13 @@ __all__ = [
     "Api",
     "Completion",
     "DType",
+    "EarlyExit",
     "Engine",
     "EngineError",
     "EngineKind",
     "EngineOptions",
     "EngineStats",
+    "ExitCriterion",
     "Failure",
     "FinishReason",
     "LogLikelihood",
@@ -85,6 +91,7 @@ __all__ = [
     "document_log_likelihoods",
     "encode_pair",
     "expect_completion",
+    "is_recurrent",
     "load_model_config",
     "load_tokenizer",
     "log_likelihoods",
@@ -92,6 +99,7 @@ __all__ = [
     "prefix_id",
     "render_chat",
     "rolling_requests",
+    "weight_shapes",
 ]
 
 

@@ -33,7 +33,7 @@ from megatron_tpt.generation.models import (
     encode_prompt,
     load_model_config,
     quiet,
-    weight_names,
+    weight_shapes,
 )
 from megatron_tpt.generation.vllm_plugin import num_cached_layers, recurrence_arguments
 from megatron_tpt.processes import children_end_with_us
@@ -190,7 +190,7 @@ class VLLMEngine:
             raise lacking("vllm", "update_weights")
         if self._llm.llm_engine.has_unfinished_requests():
             raise EngineError("weights cannot be updated while requests are in flight: take all their outcomes first")
-        known, given = weight_names(self._model), set()
+        known, given = set(weight_shapes(self._model)), set()
 
         def recorded() -> "Iterator[tuple[str, torch.Tensor]]":
             for name, tensor in weights:

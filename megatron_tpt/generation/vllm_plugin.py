@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import EngineOptions
-from megatron_tpt.generation.models import load_model_config
+from megatron_tpt.generation.models import is_recurrent
 from megatron_tpt.models.spec import register_classes
 
 _GROUP = "vllm.general_plugins"
@@ -40,13 +40,8 @@ def recurrence_arguments(options: EngineOptions) -> dict[str, Any]:
 
     Raises UserError for a recurrent model where vLLM would not find this plug-in, and for a depth of any other model.
     """
-    if load_model_config(options.model).model_type == _NAME:
+    if is_recurrent(options):
         _check_installed()
-    elif options.num_recurrences is not None:
-        raise UserError(
-            f"{options.model}: not a recurrent model, so it has no number of recurrences to choose; omit "
-            f"num_recurrences={options.num_recurrences}"
-        )
     if options.num_recurrences is None:
         return {}
     return {"hf_overrides": {"num_recurrences": options.num_recurrences}}

@@ -13,7 +13,8 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.evaluate import Sample, evaluate, model_folders, summarize
+from megatron_tpt.evaluation.arms import model_folders
+from megatron_tpt.evaluation.evaluate import Sample, evaluate, summarize
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.problems import read_problems
 from megatron_tpt.generation import EngineOptions, Sampling, VLLMEngine, complete
