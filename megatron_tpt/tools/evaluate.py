@@ -1,6 +1,7 @@
-"""Let models answer problems, check the answers, and report accuracy with its standard error.
+"""Let models answer problems, check the answers, and report accuracy with its standard error; measure perplexity.
 
 python tools/evaluate.py --model MODEL_DIR --data problems.jsonl --output results/
+python tools/evaluate.py --model RECURRENT_DIR --documents texts.jsonl --recurrences 1,2,4,8 --output results/
 """
 
 from megatron_tpt.config.cli import parse, program
