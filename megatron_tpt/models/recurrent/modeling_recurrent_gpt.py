@@ -186,6 +186,8 @@ class RecurrentGPTModel(RecurrentGPTPreTrainedModel):
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
+        if cache is not None:
+            self._make_room(cache, recurrences)
         if position_ids is None:
             first = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]
@@ -201,8 +203,6 @@ class RecurrentGPTModel(RecurrentGPTPreTrainedModel):
             "position_embeddings": self.rotary_emb(hidden, position_ids=position_ids),
             **kwargs,
         }
-        if cache is not None:
-            self._make_room(cache, recurrences)
         leave = self._exit(exit_criterion, exit_threshold, cache, output_layer, arguments)
         is_generated = cache is not None and cache.get_seq_length() > 0 and hidden.shape[1] == 1
         embedded = _run(self.prelude, hidden, cache, arguments)
