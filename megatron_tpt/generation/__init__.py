@@ -7,7 +7,8 @@
 `vllm` runs vLLM in this process, `vllm-server` starts vLLM servers (one for every group of GPUs), `endpoint` asks
 servers that run already, `transformers` is for machines where vLLM cannot be installed. What only some of them can do
 (`Ability`) is asked for by `open_engine(options, needs=["log-likelihood"])`, which refuses an engine without it before
-it starts. Light to import. May import indexing (chat templates), config and the single modules; no other stage.
+it starts. Light to import. May import indexing (chat templates), models (the classes of exports), config and the
+single modules; no other stage.
 """
 
 import contextlib
@@ -19,11 +20,13 @@ from megatron_tpt.generation.api import (
     Api,
     Completion,
     DType,
+    EarlyExit,
     Engine,
     EngineError,
     EngineKind,
     EngineOptions,
     EngineStats,
+    ExitCriterion,
     Failure,
     FinishReason,
     LogLikelihood,
@@ -49,9 +52,11 @@ from megatron_tpt.generation.models import (
     begin_ids,
     check_context,
     check_model,
+    is_recurrent,
     load_model_config,
     load_tokenizer,
     render_chat,
+    weight_shapes,
 )
 from megatron_tpt.generation.vllm_engine import VLLMEngine
 
@@ -61,11 +66,13 @@ __all__ = [
     "Api",
     "Completion",
     "DType",
+    "EarlyExit",
     "Engine",
     "EngineError",
     "EngineKind",
     "EngineOptions",
     "EngineStats",
+    "ExitCriterion",
     "Failure",
     "FinishReason",
     "LogLikelihood",
@@ -84,6 +91,7 @@ __all__ = [
     "document_log_likelihoods",
     "encode_pair",
     "expect_completion",
+    "is_recurrent",
     "load_model_config",
     "load_tokenizer",
     "log_likelihoods",
@@ -91,6 +99,7 @@ __all__ = [
     "prefix_id",
     "render_chat",
     "rolling_requests",
+    "weight_shapes",
 ]
 
 

@@ -6,6 +6,7 @@ names those that it needs when it opens one (`open_engine`).
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Api = Literal["completions", "chat"]
 Temperature = Annotated[float, Ge(0), Le(2)]
 TopP = Annotated[float, Gt(0), Le(1)]
+ExitCriterion = Literal["state", "entropy", "kl"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
 """What an engine may be able to do in addition to completing prompts:
@@ -171,6 +173,8 @@ class EngineStats:
     """Requests that ended in a Failure."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    depths: Counter[int] = field(default_factory=Counter)
+    """Generated tokens by the iterations after which they were chosen, with `EngineOptions.early_exit`."""
 
     def count(self, outcome: Completion | LogLikelihood | Failure) -> None:
         """Add the end of one request."""
@@ -239,6 +243,20 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class EarlyExit:
+    """When a generated token of a recurrent model takes no further iteration."""
+
+    criterion: ExitCriterion
+    """What must be below the threshold: the relative change of its state ("state"), the entropy of the distribution of
+    the next token ("entropy"), or its divergence from the one after the iteration before ("kl"), both in nats.
+    """
+    threshold: PositiveFloat
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Which model to run, and where."""
 
@@ -254,6 +272,10 @@ class EngineOptions:
     """Most requests computed at once (by each server, where there are several); by default 256 on CPUs and vLLM's
     own choice on GPUs, 64 for every endpoint, 8 for "transformers".
     """
+    num_recurrences: PositiveInt | None = None
+    """Iterations over the recurrent layers of a recurrent model; by default what its config.json says."""
+    early_exit: EarlyExit | None = None
+    """When generated tokens of a recurrent model take fewer iterations; only "transformers" can."""
     kind: EngineKind = "vllm"
     """"vllm" in this process; "vllm-server": vLLM servers, started here, one for every group of GPUs; "endpoint":
     servers that run already and speak OpenAI's protocol; "transformers": slow, where vLLM cannot be installed.
@@ -293,6 +315,13 @@ class EngineOptions:
             raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or omit them')
         for url in self.endpoints:
             _check_url(url)
+        if self.kind == "endpoint" and self.num_recurrences is not None:
+            raise UserError(
+                f'num_recurrences={self.num_recurrences} cannot be chosen for the engine "endpoint": its servers were '
+                f"started with a number of their own; omit it"
+            )
+        if self.kind != "transformers" and self.early_exit is not None:
+            raise UserError(f'the engine "{self.kind}" has no early exit; omit it, or choose "transformers"')
         if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
             raise UserError(f'request fields can be chosen for the engine "endpoint", not for "{self.kind}"')
         check_request_fields(self.request_fields, is_chat=self.api == "chat")

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure, one_line
-from megatron_tpt.generation.api import Failure, Prompt, ScoringRequest
+from megatron_tpt.generation.api import EngineOptions, Failure, Prompt, ScoringRequest
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
+from megatron_tpt.models.spec import register_classes
 
 
 def check_model(model: str) -> None:
@@ -45,17 +46,17 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"{file}: damaged or truncated ({error}); export or fetch the model again") from error
 
 
-def weight_names(model: str) -> set[str]:
-    """The names of the tensors in `model`'s folder, or in the local copy of a model on the Hub."""
+def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """The tensors in `model`'s folder, or in the local copy of a model on the Hub."""
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            names.update(file.keys())
-    return names
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
 
 
 def load_tokenizer(model: str) -> Any:
@@ -66,6 +67,7 @@ def load_tokenizer(model: str) -> Any:
         with quiet():
             from transformers import AutoTokenizer
 
+            register_classes(models=False)
             tokenizer = AutoTokenizer.from_pretrained(model)
             tokenizer("")  # some settings of a wrong type are met here
     except Exception as error:  # foreign files may be anything
@@ -135,9 +137,23 @@ def load_model_config(model: str) -> Any:
         with quiet():
             from transformers import AutoConfig
 
+            register_classes(models=False)
             return AutoConfig.from_pretrained(model).get_text_config()
     except Exception as error:  # foreign files may be anything
         raise failure(f"{model}: its config.json cannot be loaded ({one_line(error)})", error) from error
+
+
+def is_recurrent(options: EngineOptions) -> bool:
+    """Whether the model is a recurrent one, by its config.json. Raises UserError where the options ask for a depth, and
+    it is not."""
+    if hasattr(load_model_config(options.model), "num_recurrences"):
+        return True
+    if options.num_recurrences is not None or options.early_exit is not None:
+        name = "early exit" if options.num_recurrences is None else f"num_recurrences={options.num_recurrences}"
+        raise UserError(
+            f"{options.model}: not a recurrent model, so it has no number of recurrences to choose; omit {name}"
+        )
+    return False
 
 
 def check_context(model: str, num_prompt_tokens: int, max_new_tokens: int) -> int:

@@ -4,6 +4,7 @@ Every row of a batch draws its noise from its own generator, so that a seeded re
 requests around it: the likeliest of log p + Gumbel noise is a sample of p.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,16 @@ from megatron_tpt.generation.api import (
     ScoringRequest,
     lacking,
 )
-from megatron_tpt.generation.models import check_prompt, check_scoring, encode_prompt, load_tokenizer, quiet
+from megatron_tpt.generation.models import (
+    check_prompt,
+    check_scoring,
+    encode_prompt,
+    is_recurrent,
+    load_tokenizer,
+    quiet,
+)
 from megatron_tpt.generation.vllm_engine import max_model_len
+from megatron_tpt.models.spec import register_classes
 
 if TYPE_CHECKING:
     import torch
@@ -64,12 +73,20 @@ class TransformersEngine:
         self._batch_size = options.max_num_seqs or _DEFAULT_MAX_NUM_SEQS
         self._stats = EngineStats()
         dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        is_recurrent(options)  # refuses a depth of other models
         try:
             with quiet():
+                register_classes(models=True)
                 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise failure(f"{options.model}: this model cannot be loaded ({one_line(error)})", error) from error
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        if options.num_recurrences is not None:
+            self._model.config.num_recurrences = options.num_recurrences
+        self._exit: dict[str, Any] = {}
+        if options.early_exit is not None:
+            leave = options.early_exit
+            self._exit = {"exit_criterion": leave.criterion, "exit_threshold": leave.threshold}
         eos = self._model.generation_config.eos_token_id
         self._eos_ids = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
@@ -160,7 +177,7 @@ class TransformersEngine:
         ids = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
         mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
         device = self._model.device
-        with torch.inference_mode():
+        with torch.inference_mode(), self._recorded_depths(rows):
             output = self._model.generate(
                 torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -169,10 +186,25 @@ class TransformersEngine:
                 ),
                 logits_processor=[_Sampler(rows)],
                 stopping_criteria=[_Stopper(rows, width, self._eos_ids, self._tokenizer)],
+                **self._exit,
             )
         for row, generated in zip(rows, output[:, width:].tolist(), strict=True):
             assert row.finish_reason is not None
             yield row, self._completion(row, generated[: row.num_tokens])
+
+    @contextlib.contextmanager
+    def _recorded_depths(self, rows: list[_Row]) -> Iterator[None]:
+        """Count the iterations of every token that is generated in the block, where they may differ."""
+        import torch
+
+        if not self._exit:
+            yield
+            return
+        steps: list[torch.Tensor] = []
+        with self._model.register_forward_hook(lambda module, inputs, outputs: steps.append(outputs.depths[:, -1])):
+            yield
+        for row, depths in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
+            self._stats.depths.update(depths[: row.num_tokens])
 
     def _completion(self, row: _Row, ids: list[int]) -> Completion:
         ended = row.finish_reason == "stop" and ids[-1] in self._eos_ids
@@ -188,7 +220,7 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
-        return replace(self._stats)
+        return replace(self._stats, depths=self._stats.depths.copy())
 
     def close(self) -> None:
         """See `Engine.close`."""

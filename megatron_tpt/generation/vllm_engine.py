@@ -33,8 +33,9 @@ from megatron_tpt.generation.models import (
     encode_prompt,
     load_model_config,
     quiet,
-    weight_names,
+    weight_shapes,
 )
+from megatron_tpt.generation.vllm_plugin import num_cached_layers, recurrence_arguments
 from megatron_tpt.processes import children_end_with_us
 from megatron_tpt.units import GIB
 
@@ -66,14 +67,14 @@ class VLLMEngine:
         import torch.distributed
 
         check_model(options.model)
+        arguments = recurrence_arguments(options)
         vllm = _import_vllm()
         on_cpu = vllm.platforms.current_platform.is_cpu()
-        arguments: dict[str, Any] = {}
         if on_cpu:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
-            arguments = cpu_arguments(options)
+            arguments |= cpu_arguments(options)
         if options.max_num_seqs is not None:
             arguments["max_num_seqs"] = options.max_num_seqs
         self._keeps_process_groups = torch.distributed.is_initialized()
@@ -189,7 +190,7 @@ class VLLMEngine:
             raise lacking("vllm", "update_weights")
         if self._llm.llm_engine.has_unfinished_requests():
             raise EngineError("weights cannot be updated while requests are in flight: take all their outcomes first")
-        known, given = weight_names(self._model), set()
+        known, given = set(weight_shapes(self._model)), set()
 
         def recorded() -> "Iterator[tuple[str, torch.Tensor]]":
             for name, tensor in weights:
@@ -287,13 +288,16 @@ def cpu_arguments(options: EngineOptions) -> dict[str, Any]:
     """Arguments that vLLM needs on a CPU, in addition to `CPU_ENVIRONMENT`."""
     length = max_model_len(options)
     max_num_seqs = options.max_num_seqs or CPU_MAX_NUM_SEQS
+    config = load_model_config(options.model)
+    if options.num_recurrences is not None:
+        config.num_recurrences = options.num_recurrences
     return {
         "enforce_eager": True,
         "max_num_seqs": max_num_seqs,
         # With it, vLLM rewinds the random numbers of seeded requests, which torch's CPU generator cannot.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(length, 8192),
-        "kv_cache_memory_bytes": _cpu_kv_cache_bytes(load_model_config(options.model), length, max_num_seqs),
+        "kv_cache_memory_bytes": _cpu_kv_cache_bytes(config, length, max_num_seqs),
     }
 
 
@@ -305,7 +309,7 @@ def _cpu_kv_cache_bytes(config: Any, max_model_len: int, max_num_seqs: int) -> i
     """
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = config.num_hidden_layers * 2 * num_heads * head_dim * 4  # keys and values, 4 bytes at most
+    bytes_per_token = num_cached_layers(config) * 2 * num_heads * head_dim * 4  # keys and values, 4 bytes at most
     num_blocks = -(-max_model_len // _CPU_BLOCK_TOKENS) * max_num_seqs + 1
     return min(num_blocks * _CPU_BLOCK_TOKENS * bytes_per_token, _MAX_CPU_KV_CACHE_BYTES)
 

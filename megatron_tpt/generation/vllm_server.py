@@ -10,6 +10,7 @@ restarted too. Every server runs under a keeper (`keeper.py`), so that none outl
 import contextlib
 import http.client
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -50,6 +51,7 @@ from megatron_tpt.generation.vllm_engine import (
     dtype_name,
     max_model_len,
 )
+from megatron_tpt.generation.vllm_plugin import recurrence_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +121,7 @@ class VLLMServerEngine:
         # As many again wait at each server, so that a place set free is filled in the same step.
         max_in_flight = 2 * (options.max_num_seqs or (_GPU_MAX_NUM_SEQS if groups[0] else CPU_MAX_NUM_SEQS))
         urls = tuple(server.url for server in self._servers)
-        client = replace(options, kind="endpoint", endpoints=urls, max_num_seqs=max_in_flight)
+        client = replace(options, kind="endpoint", endpoints=urls, max_num_seqs=max_in_flight, num_recurrences=None)
         self._closing = threading.Event()
         self._hang_timeout_s = options.hang_timeout_s
         self._engine = EndpointEngine(client, local_key=key)
@@ -244,6 +246,7 @@ def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str
         "logprobs_mode": LOGPROBS_MODE,
         "generation_config": "vllm",  # no sampling but ours
         "disable_uvicorn_access_log": True,
+        **recurrence_arguments(options),
     }
     environment = {name: value for name, value in os.environ.items() if name != options.api_key_env}
     environment["VLLM_API_KEY"] = key
@@ -267,7 +270,7 @@ def _flags(arguments: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--{flag}", str(value)]
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
 
 

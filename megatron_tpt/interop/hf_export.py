@@ -1,10 +1,11 @@
-"""A checkpoint as a Hugging Face folder, which transformers and vLLM load without our code.
+"""A checkpoint as a Hugging Face folder, which transformers and vLLM load without our code, or with the code in it.
 
 The weights are read and written tensor by tensor, so that memory holds one safetensors file (5 GB) at most.
 """
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def export_hf(options: ExportOptions) -> None:
     if (checkpoint / CHECKSUMS).exists() and (damage := damage_of_files(checkpoint)):
         raise UserError(f"{checkpoint} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
     model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
-    rows = adapter_of(model).rows(model)
-    reader = CheckpointReader(checkpoint)
+    adapter, reader = adapter_of(model), CheckpointReader(checkpoint)
     token_ids, generation = exported_settings(checkpoint)
     eos_token = eos_token_of_chats(checkpoint)
     with atomic_directory(options.output) as folder:
@@ -54,7 +54,7 @@ def export_hf(options: ExportOptions) -> None:
         if eos_token is not None:
             set_eos_token(folder, eos_token)
             notes.append(f"eos_token of the tokenizer is {eos_token}, which ends a turn of the chats it was tuned on")
-        dtype = getattr(torch, options.dtype) if options.dtype else reader.dtype(rows[0].weight.key)
+        dtype = getattr(torch, options.dtype) if options.dtype else reader.dtype(adapter.rows(model)[0].weight.key)
         config = to_hf_config(
             model,
             dtype=str(dtype).removeprefix("torch."),
@@ -65,6 +65,8 @@ def export_hf(options: ExportOptions) -> None:
         (folder / "config.json").write_bytes(pretty(config))
         (folder / GENERATION_CONFIG).write_bytes(pretty(generation))
         num_parameters = write_safetensors(folder, hf_tensors(model, reader, dtype))
+        for path in adapter.code:
+            shutil.copyfile(path, folder / path.name)
     print_result(
         f"{options.output}: {config['architectures'][0]}, {num_parameters:,} parameters in {config['torch_dtype']}"
     )
@@ -115,7 +117,8 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
 
 def hf_tensors(model: ModelConfig, reader: CheckpointReader, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the Hugging Face model, one after another, with its name."""
-    for row, layer in adapter_of(model).places(model):
+    adapter = adapter_of(model)
+    for row, layer in adapter.places(model):
         key = row.weight.key
         shape = (*(() if layer is None else (model.num_layers,)), *row.weight.shape)
         if reader.shape(key) != shape:
@@ -123,8 +126,9 @@ def hf_tensors(model: ModelConfig, reader: CheckpointReader, dtype: torch.dtype)
                 f"{reader.folder}: {key} has shape {list(reader.shape(key))}, its recipe.yaml describes {list(shape)}: "
                 f"this recipe.yaml belongs to another checkpoint"
             )
-        for name, part in zip(row.names, row.transform.split(reader.read(key, layer)), strict=True):
-            yield name.format(layer=layer), part.to(dtype).contiguous()
+        parts = row.transform.split(reader.read(key, layer))
+        for name, part in zip(adapter.names(model, row, layer), parts, strict=True):
+            yield name, part.to(dtype).contiguous()
 
 
 def write_safetensors(

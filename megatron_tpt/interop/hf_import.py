@@ -71,6 +71,7 @@ def open_model(folder: Path) -> Source:
 def _not_carried(folder: Path, tensors: "HfTensors") -> list[str]:
     """Notes on the files of a model's folder that are not read; warns where they may have been meant to count."""
     read = {"config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *tensors.files}
+    read |= {path.name for path in tensors.adapter.code}  # exported again from this package
     others = sorted(path.name for path in folder.iterdir() if path.name not in read and not path.name.startswith("."))
     adapters = [name for name in others if name.startswith("adapter_")]
     if adapters:
@@ -146,7 +147,8 @@ class HfTensors:
 
     def check_names(self, model: ModelConfig) -> None:
         """Raises UserError unless there are the tensors of `model`, and no others that would matter."""
-        expected = {name.format(layer=layer) for row, layer in self.adapter.places(model) for name in row.names}
+        adapter = self.adapter
+        expected = {name for row, layer in adapter.places(model) for name in adapter.names(model, row, layer)}
         if missing := sorted(expected - set(self._file_of)):
             raise UserError(f"{self.folder}: {len(missing)} tensors are missing ({missing[0]}): is it complete?")
         unused = {self.adapter.output_name} if model.tie_embeddings else set()
@@ -161,8 +163,9 @@ class HfTensors:
         rows = {row.weight.key: row for row in self.adapter.rows(model)}
 
         def read(key: str, layer: int | None) -> torch.Tensor:
-            parts = [self.read(name.format(layer=layer), shape) for name, shape in rows[key].shapes.items()]
-            return rows[key].transform.join(parts)
+            row = rows[key]
+            names = self.adapter.names(model, row, layer)
+            return row.transform.join([self.read(*one) for one in zip(names, row.shapes.values(), strict=True)])
 
         return read
 

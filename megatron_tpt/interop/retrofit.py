@@ -20,11 +20,11 @@ from megatron_tpt.interop.options import RetrofitOptions
 from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.models.gpt.config import GPTConfig
-from megatron_tpt.models.recurrent.config import RecurrentConfig
+from megatron_tpt.models.recurrent.config import ADAPTER_KEY, RecurrentConfig
 from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY
 
-_EMBEDDING, _OUTPUT, _ADAPTER = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.adapter.weight"
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def retrofit(options: RetrofitOptions) -> None:
@@ -120,7 +120,7 @@ def _pruned(parent: Source, layers: list[int], options: RetrofitOptions) -> Read
     """Reads the weights of the new model from those of the parent."""
 
     def read(key: str, layer: int | None) -> torch.Tensor:
-        if key == _ADAPTER:
+        if key == ADAPTER_KEY:
             adapter = initial_adapter(options.adapter or "random", parent.model.hidden_size, options.seed or 0)
             return adapter.to(parent.read(_EMBEDDING, None).dtype)
         if key == _OUTPUT and parent.model.tie_embeddings:

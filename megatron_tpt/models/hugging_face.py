@@ -92,7 +92,7 @@ class Row:
 
     weight: Weight
     names: tuple[str, ...]
-    """Names of the Hugging Face tensors; `{layer}` is replaced by the number of the layer."""
+    """Names of the Hugging Face tensors; `{layer}` stands for the name of the layer, such as layers.3."""
     transform: Transform
 
     @property
@@ -135,11 +135,25 @@ class HuggingFaceAdapter[C: ModelConfig](ABC):
     def rows(self, model: C) -> list[Row]:
         """The table for a model, in the order of the forward pass."""
 
+    def layer_name(self, model: C, layer: int) -> str:
+        """The name of a layer in the Hugging Face model, by its number."""
+        return f"layers.{layer}"
+
+    def names(self, model: C, row: Row, layer: int | None) -> list[str]:
+        """The Hugging Face tensors of a row, which are those of `layer` if the row is one of the layers'."""
+        named = None if layer is None else self.layer_name(model, layer)
+        return [name.format(layer=named) for name in row.names]
+
+    @property
+    def code(self) -> tuple[Path, ...]:
+        """Files with the model's classes that an export has, for a model that transformers does not have itself."""
+        return ()
+
     def places(self, model: C) -> Iterator[tuple[Row, int | None]]:
         """The row and layer of every tensor of a model (the layer is None outside the layers), in the order of the
         forward pass."""
         rows = self.rows(model)
-        yield from ((row, None) for row in rows if row.weight.part == "embedding")
+        yield from ((row, None) for row in rows if row.weight.part in ("embedding", "block"))
         in_layers = [row for row in rows if row.weight.part == "layer"]
         yield from ((row, layer) for layer in range(model.num_layers) for row in in_layers)
         yield from ((row, None) for row in rows if row.weight.part == "output")

@@ -42,6 +42,11 @@ class ModelSpec[C: ModelConfig](ABC):
         """The adapter to Hugging Face's format; None for a family without a counterpart there."""
         return None
 
+    def register_classes(self, *, models: bool) -> None:
+        """Make transformers' Auto classes know the configuration of this family's exports, and their `models` too, if
+        these are not transformers' own."""
+        return
+
 
 def spec_of[C: ModelConfig](model: C) -> ModelSpec[C]:
     """The family of a model."""
@@ -52,6 +57,12 @@ def spec_of[C: ModelConfig](model: C) -> ModelSpec[C]:
 def all_specs() -> list[ModelSpec[Any]]:
     """Every family."""
     return [spec_named(name) for name in families()]
+
+
+def register_classes(*, models: bool) -> None:
+    """ModelSpec.register_classes of every family, so that no code in a model's folder is run."""
+    for spec in all_specs():
+        spec.register_classes(models=models)
 
 
 def build_chunks[C: ModelConfig](

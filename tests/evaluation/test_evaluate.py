@@ -21,7 +21,8 @@ import torch
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.evaluation.evaluate import evaluate, model_folders
+from megatron_tpt.evaluation.arms import model_folders
+from megatron_tpt.evaluation.evaluate import evaluate
 from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks
 from megatron_tpt.evaluation.problems import read_problems
 from megatron_tpt.evaluation.results import figures

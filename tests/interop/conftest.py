@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import VOCAB_SIZE, save_hf_model
+from recurrent_exports import export_retrofit
 
 from megatron_tpt.indexing.options import TrainTokenizerOptions
 from megatron_tpt.indexing.train_tokenizer import train_tokenizer
@@ -48,3 +49,9 @@ def imported(hf_folder: Callable[[str], Path]) -> Callable[[str], Path]:
         return checkpoint
 
     return get
+
+
+@pytest.fixture(scope="session")
+def exported(hf_folder: Callable[[str], Path]) -> Callable[[str], Path]:
+    """exported(name) is the export of a retrofit of such a model."""
+    return lambda name: export_retrofit(hf_folder(name))

@@ -18,7 +18,7 @@ from megatron_tpt.models.hugging_face import (
     Vocabulary,
 )
 
-_LAYER = "model.layers.{layer}."
+_LAYER = "model.{layer}."
 # Modules with weights or biases: Megatron Core's name, and the names of the corresponding modules in transformers.
 _MODULES = {
     "embedding.word_embeddings": ("model.embed_tokens",),
@@ -39,7 +39,8 @@ _NORMS = {
 }
 
 
-def _row(model: GPTConfig, weight: Weight) -> Row:
+def row_of(model: GPTConfig, weight: Weight) -> Row:
+    """The row of a weight of a GPT."""
     if weight.key in _NORMS:
         return Row(weight, (_NORMS[weight.key],), Same())
     module, _, kind = weight.key.rpartition(".")
@@ -73,4 +74,4 @@ class GPTAdapter(HuggingFaceAdapter[GPTConfig]):
         return [*describe_kept(config), *describe_rope(config)]
 
     def rows(self, model: GPTConfig) -> list[Row]:
-        return [_row(model, weight) for weight in model.weights() if not weight.is_tied]
+        return [row_of(model, weight) for weight in model.weights() if not weight.is_tied]

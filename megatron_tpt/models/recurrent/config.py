@@ -12,6 +12,10 @@ from megatron_tpt.errors import require
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.recurrent.depth import Curriculum, Depth, Distribution, draw_depth, scheduled
 
+ADAPTER_KEY = "decoder.adapter.weight"
+"""Of the matrix that reads states and embeddings, in checkpoints."""
+VALIDATION_SEED = 0
+"""Of the initial state wherever nothing is trained: in validation, and in exports."""
 _SAMPLES = 4096
 """Depths that are drawn to estimate a mean: its standard error is then below 1 %."""
 _LARGEST_GROUP = 4
@@ -103,7 +107,7 @@ class RecurrentConfig(GPTConfig):
     def weights(self) -> list[Weight]:
         h = self.hidden_size
         *others, norm, output = super().weights()
-        return [*others, Weight("decoder.adapter.weight", (h, 2 * h), "block"), norm, output]
+        return [*others, Weight(ADAPTER_KEY, (h, 2 * h), "block"), norm, output]
 
     def activations(self, sequence_length: int) -> dict[str, Activation]:
         """Those of a GPT's layer, and a layer's share of the inputs of the adapter."""
@@ -149,7 +153,7 @@ class RecurrentConfig(GPTConfig):
         """What RecurrentBlock.forward needs, and the mean depth of the step."""
         if not training:
             depth = self.default_recurrences
-            return {"recurrences": depth, "backprop": 0, "mean_recurrences": depth, "seed": 0}
+            return {"recurrences": depth, "backprop": 0, "mean_recurrences": depth, "seed": VALIDATION_SEED}
         depths, mean = self._depth(step, seed), self.mean_depth(step)
         backprop = depths.with_gradient
         return {"recurrences": depths.total, "backprop": backprop, "mean_recurrences": mean, "seed": seed}

@@ -1,0 +1,54 @@
+"""Which models are evaluated, and recurrent ones at which depths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.generation import load_model_config
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model at one depth."""
+
+    model: str
+    recurrences: int | None
+    """Iterations; None for a model that is not recurrent."""
+    folder: Path
+    """Its folder in the output."""
+    name: str
+    """A short name of the model: the last parts of its path."""
+
+
+def plan_arms(options: EvaluateOptions) -> list[Arm]:
+    """Every model at every depth. Raises UserError where a depth or early exit is asked for, and no model has any."""
+    arms = []
+    for model, folder in zip(options.model, model_folders(options.model), strict=True):
+        default = getattr(load_model_config(model), "num_recurrences", None)
+        if default is None or not options.depths():
+            arms.append(Arm(model, default, folder, str(folder)))
+        else:
+            arms += [Arm(model, depth, folder / f"r{depth}", str(folder)) for depth in options.depths()]
+    if all(arm.recurrences is None for arm in arms) and (options.depths() or options.early_exit()):
+        option = "--recurrences" if options.depths() else "--exit-criterion"
+        raise UserError(f"{option} is for recurrent models, and {', '.join(options.model)} is none: omit it")
+    return arms
+
+
+def model_folders(models: Sequence[str]) -> list[Path]:
+    """A folder for each model in the output: the last parts of its path, as many as distinguish it from the others.
+
+    Raises UserError for a model that is named twice.
+    """
+    parts = [Path(model).resolve().parts[1:] if Path(model).exists() else Path(model).parts for model in models]
+    if len(set(parts)) < len(parts):
+        raise UserError("a model is named twice; name each once")
+
+    def folder(own: tuple[str, ...]) -> Path:
+        lengths = range(1, len(own))
+        ends = (own[-length:] for length in lengths if sum(other[-length:] == own[-length:] for other in parts) == 1)
+        return Path(*next(ends, own))
+
+    return [folder(own) for own in parts]
