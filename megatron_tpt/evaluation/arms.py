@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.generation import load_model_config
+from megatron_tpt.generation import EarlyExit, check_model, load_model_config
 
 
 @dataclass(frozen=True)
@@ -14,25 +14,37 @@ class Arm:
     """A model at one depth."""
 
     model: str
-    recurrences: int | None
-    """Iterations; None for a model that is not recurrent."""
-    folder: Path
-    """Its folder in the output."""
     name: str
     """A short name of the model: the last parts of its path."""
+    folder: Path
+    """Its folder in the output."""
+    recurrences: int | None = None
+    """Iterations; None for a model that is not recurrent, and for one that a server runs."""
+    early_exit: EarlyExit | None = None
+
+
+def label(model: str, recurrences: int | None) -> str:
+    """What a model with so many iterations is called in reports."""
+    return model if recurrences is None else f"{model}, r = {recurrences}"
 
 
 def plan_arms(options: EvaluateOptions) -> list[Arm]:
-    """Every model at every depth. Raises UserError where a depth or early exit is asked for, and no model has any."""
-    arms = []
+    """Every model at every depth. Raises UserError for a model that cannot be read, and where a depth or early exit is
+    asked for, and no model has any."""
+    arms, depths = [], options.depths()
     for model, folder in zip(options.model, model_folders(options.model), strict=True):
-        default = getattr(load_model_config(model), "num_recurrences", None)
-        if default is None or not options.depths():
-            arms.append(Arm(model, default, folder, str(folder)))
+        default = None
+        if options.engine != "endpoint":
+            check_model(model)
+            default = getattr(load_model_config(model), "num_recurrences", None)
+        if default is None:
+            arms.append(Arm(model, str(folder), folder))
+        elif not depths:
+            arms.append(Arm(model, str(folder), folder, default, options.early_exit()))
         else:
-            arms += [Arm(model, depth, folder / f"r{depth}", str(folder)) for depth in options.depths()]
-    if all(arm.recurrences is None for arm in arms) and (options.depths() or options.early_exit()):
-        option = "--recurrences" if options.depths() else "--exit-criterion"
+            arms += [Arm(model, str(folder), folder / f"r{r}", r, options.early_exit()) for r in depths]
+    if all(arm.recurrences is None for arm in arms) and (depths or options.early_exit()):
+        option = "--recurrences" if depths else "--exit-criterion"
         raise UserError(f"{option} is for recurrent models, and {', '.join(options.model)} is none: omit it")
     return arms
 

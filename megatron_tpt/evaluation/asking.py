@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.arms import Arm, label
 from megatron_tpt.evaluation.choices import continuations
 from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.evaluation.perplexity import window_of
 from megatron_tpt.evaluation.problems import Problem, ProblemSet
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Store, hash_of
 from megatron_tpt.generation import (
@@ -30,6 +32,7 @@ from megatron_tpt.generation import (
     open_engine,
     prefix_id,
     render_chat,
+    rolling_requests,
 )
 from megatron_tpt.grading import after_thinking, opens_thinking
 from megatron_tpt.jobs.progress import ProgressLine
@@ -40,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """One benchmark, put to one model."""
+    """One benchmark, put to one model at one depth."""
 
-    model: str
+    arm: Arm
     options: EvaluateOptions
     problem_set: ProblemSet
     store: Store
@@ -57,10 +60,20 @@ class Evaluation:
 
     @property
     def is_scored(self) -> bool:
-        """Whether options are compared by their likelihoods, and nothing is written."""
-        return self.options.scoring == "log-likelihood"
+        """Whether likelihoods are asked for, of options or documents, and nothing is written."""
+        return self.options.scoring != "generate"
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether its problems are documents, which have no answers."""
+        return self.options.scoring == "perplexity"
 
     def __post_init__(self) -> None:
+        self.window = 0
+        """Tokens of the longest request of a document."""
+        if self.has_documents:
+            model = None if self.options.engine == "endpoint" else self.arm.model
+            self.window = window_of(model, self.options.document_window)
         self.keys = [
             Key(hash_of(text), problem.id, number)
             for problem, text in zip(self.problems, self.texts, strict=True)
@@ -86,7 +99,12 @@ class Evaluation:
         return begin + self.tokenizer(text, add_special_tokens=False).input_ids
 
     def scoring_requests(self, i: int) -> list[ScoringRequest]:
-        """The options of problem `i`, each after its context."""
+        """The options of problem `i`, each after its context; or all tokens of document `i`, each once."""
+        if self.has_documents:
+            ids = self.tokenizer(self.texts[i], add_special_tokens=False).input_ids
+            if not ids:
+                raise UserError(f"{self.problems[i].where}: the tokenizer finds no token in this text; remove the row")
+            return rolling_requests(ids, prefix_id(self.tokenizer), self.window)
         pairs = continuations(self.options, self.texts[i], self.problems[i].choices)
         begin = begin_ids(self.tokenizer) if self.options.begin_token else []
         requests = []
@@ -124,7 +142,7 @@ def check_contexts(evaluations: Sequence[Evaluation]) -> int:
         prompt, new = evaluation.longest()
         if evaluation.options.engine != "endpoint":  # what a server offers is known when it answers
             try:
-                check_context(evaluation.model, prompt, new)
+                check_context(evaluation.arm.model, prompt, new)
             except UserError as error:
                 raise UserError(f"{evaluation.options.title}: {error}") from error
         needed = max(needed, prompt + new)
@@ -132,19 +150,20 @@ def check_contexts(evaluations: Sequence[Evaluation]) -> int:
 
 
 def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
-    """Have one model answer what is missing of the task's share, and keep each answer as it comes."""
+    """Have one arm answer what is missing of the task's share, and keep each answer as it comes."""
     missing = [evaluation.missing(task, num_tasks) for evaluation in evaluations]
     total = sum(map(len, missing))
     if not total:
         return
-    first = evaluations[0]
+    arm, options = evaluations[0].arm, evaluations[0].options
     context = check_contexts(evaluations)
     needs = ["log-likelihood"] if any(evaluation.is_scored for evaluation in evaluations) else []
-    with open_engine(first.options.engine_options(first.model, context), needs) as engine:  # type: ignore[arg-type]
+    engine_options = options.engine_options(arm.model, context, arm.recurrences, arm.early_exit)
+    with open_engine(engine_options, needs) as engine:  # type: ignore[arg-type]
         if engine.max_model_len is not None and engine.max_model_len < context:
             raise UserError(
-                f"{first.model}: the engine's context is {engine.max_model_len} tokens, but the longest prompt and its "
-                f"answer need {context}; lower --max-new-tokens"
+                f"{arm.model}: the engine's context is {engine.max_model_len} tokens, but the longest prompt and its "
+                f"answer need {context}; lower --max-new-tokens, or for documents --document-window"
             )
         _Asker(engine, evaluations, missing, task).run()
 
@@ -197,17 +216,20 @@ class _Asker:
                     finish_reason=outcome.finish_reason,
                     output_tokens=outcome.num_tokens,
                     thinking_tokens=_num_thinking(evaluation, i, outcome),
+                    depths={str(r): n for r, n in sorted(collections.Counter(outcome.depths).items())},
                 )
 
     def _scored(self, e: int) -> Iterator[Answer]:
         evaluation = self._evaluations[e]
         found: dict[int, dict[int, LogLikelihood]] = {i: {} for i, _ in self._missing[e]}
+        number: dict[int, int] = {}
         failed: set[int] = set()
 
         def requests() -> Iterator[ScoringRequest]:
             for i in list(found):  # those that are done leave it meanwhile
-                for c, request in enumerate(evaluation.scoring_requests(i)):
-                    yield request._replace(key=(i, c))
+                own = evaluation.scoring_requests(i)
+                number[i] = len(own)
+                yield from (request._replace(key=(i, c)) for c, request in enumerate(own))
 
         for request, outcome in self._engine.score(requests()):
             i, c = request.key
@@ -217,16 +239,17 @@ class _Asker:
                     yield self._failed(e, i, 0, outcome)
                 continue
             found[i][c] = outcome
-            choices = evaluation.problems[i].choices
-            if len(found[i]) == len(choices):
+            if len(found[i]) == number[i]:
                 own = found.pop(i)
-                totals = [own[c].total for c in range(len(choices))]
-                yield Answer(
-                    **_place(evaluation, i, 0),
-                    output=likeliest(evaluation.options, choices, totals),
-                    finish_reason="scored",
-                    log_likelihoods=totals,
-                )
+                yield self._likelihoods(evaluation, i, [own[c] for c in range(number[i])])
+
+    @staticmethod
+    def _likelihoods(evaluation: Evaluation, i: int, own: Sequence[LogLikelihood]) -> Answer:
+        totals = [likelihood.total for likelihood in own]
+        scored = Answer(**_place(evaluation, i, 0), output="", finish_reason="scored", log_likelihoods=totals)
+        if evaluation.has_documents:
+            return replace(scored, output_tokens=sum(len(likelihood.log_probabilities) for likelihood in own))
+        return replace(scored, output=likeliest(evaluation.options, evaluation.problems[i].choices, totals))
 
     def _failed(self, e: int, i: int, j: int, failure: Failure) -> Answer:
         evaluation = self._evaluations[e]
@@ -248,10 +271,10 @@ class _Asker:
 
     def _summary(self) -> str:
         seconds = max(time.monotonic() - self._start_s, 1e-9)
-        counts = self._counts
+        counts, arm = self._counts, self._evaluations[0].arm
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
         return (
-            f"{shown(self._evaluations[0].model)}: {counts['answers']:,} of {self._total:,} answers{failed}, "
+            f"{shown(label(arm.model, arm.recurrences))}: {counts['answers']:,} of {self._total:,} answers{failed}, "
             f"{counts['tokens']:,} tokens, {counts['tokens'] / seconds:,.0f} tokens/s"
         )
 

@@ -95,8 +95,10 @@ class Benchmark:
     """Show the prompt to the model as a user's message, in its chat template."""
     begin_token: bool = True
     """Put the begin-of-sequence token before the prompt, for tokenizers that do so themselves."""
-    scoring: Literal["generate", "log-likelihood"] = "generate"
-    """Let the model write an answer, or take the option that it finds likeliest after the prompt."""
+    scoring: Literal["generate", "log-likelihood", "perplexity"] = "generate"
+    """Let the model write an answer, or take the option that it finds likeliest after the prompt. With perplexity,
+    prompts are documents without answers, all of whose tokens are scored.
+    """
     likelihood_of: Literal["choice", "letter", "rest"] = "choice"
     """With log-likelihood: of the option's text, of its letter, or of what follows the blank in the prompt once an
     option is in its place.
@@ -105,6 +107,10 @@ class Benchmark:
     """The mark of the blank in the prompt, for --likelihood-of rest."""
     normalize_by: Literal["nothing", "characters"] = "nothing"
     """With log-likelihood: divide that of an option by its number of characters."""
+    document_window: PositiveInt | None = None
+    """With perplexity: longer documents are scored in windows of so many tokens; by default what the model was made
+    for, at most 2048.
+    """
     answer_type: AnswerKind = "exact"
     """How answers are read and compared: as text; as a number; as mathematics, which needs math-verify; as one of the
     options A to J; as yes or no; as JEEBench's letters, integers and decimals; as code that must pass its tests.
@@ -143,11 +149,19 @@ class Benchmark:
                 raise UserError(f"--answer-pattern {self.answer_pattern!r}: {error}") from error
         if sum(map(bool, (self.choices_column, self.choice_columns, self.choice_texts))) > 1:
             raise UserError("--choices-column, --choice-columns and --choice-texts exclude each other: give one")
+        has_choices = bool(self.choices_column or self.choice_columns or self.choice_texts)
         if self.scoring == "log-likelihood":
-            self._check_scoring()
+            self._check_scoring(has_choices)
+        if self.scoring == "perplexity" and (
+            has_choices or self.few_shot or self.few_shot_file or self.chat or self.num_samples > 1 or self.paper
+        ):
+            raise UserError(
+                "--scoring perplexity is of documents, which are scored as they are: omit choices, --few-shot, --chat, "
+                "--num-samples and --paper"
+            )
 
-    def _check_scoring(self) -> None:
-        if not (self.choices_column or self.choice_columns or self.choice_texts):
+    def _check_scoring(self, has_choices: bool) -> None:
+        if not has_choices:
             raise UserError("--scoring log-likelihood compares options: give --choices-column or --choice-texts")
         if self.answer_type not in ("choice", "boolean"):
             raise UserError("--scoring log-likelihood needs --answer-type choice or boolean")

@@ -3,6 +3,8 @@
 OUTPUT/results.json                                  figures of every model on every benchmark, and how they were made
 OUTPUT/report.md, report.html                        the figures as tables, and failing samples to read
 OUTPUT/<model>/<benchmark>/samples.jsonl.zst         every output, what was read from it, and whether it is right
+OUTPUT/<model>/r4/<benchmark>/...                    the same of a recurrent model at each of several depths,
+OUTPUT/recurrences.md, recurrences.png               and these side by side
 
 The same command resumes: what is there is not asked again. With --num-tasks the problems are dealt to tasks, which run
 on this machine, SLURM or Ray; the command that started them grades when all have answered.
@@ -10,22 +12,24 @@ on this machine, SLURM or Ray; the command that started them grades when all hav
 
 import contextlib
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.evaluation.arms import model_folders
+from megatron_tpt.evaluation.arms import label, plan_arms
 from megatron_tpt.evaluation.asking import Evaluation, ask, check_contexts, render_prompts
 from megatron_tpt.evaluation.benchmark import GRADING
 from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.evaluation.perplexity import DocumentResult, describe_documents, summarize_documents
 from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set
 from megatron_tpt.evaluation.provenance import generation_versions, model_identity
 from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
 from megatron_tpt.files import write_json
-from megatron_tpt.generation import check_model, load_tokenizer
+from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.settings import check_settings, describe_changes, read_settings, write_settings
@@ -41,34 +45,35 @@ def evaluate(
 ) -> list[ModelResult]:
     """Do what `tools/evaluate.py` does, with options for each benchmark (`parse_benchmarks`); `command` starts tasks.
 
-    Returns a result for every model and benchmark; none where other tasks are still at it. Raises UserError for what
-    the user can fix, before any model is loaded, and Fault at the end when requests failed.
+    Returns a result for every arm (a model at one depth) and benchmark with answers; none where other tasks are still
+    at it. Raises UserError for what the user can fix, before any model is loaded, and Fault at the end when requests
+    failed.
     """
-    runs = [options] if isinstance(options, EvaluateOptions) else list(options)
+    runs = options.with_documents() if isinstance(options, EvaluateOptions) else list(options)
     _check_names(runs)
     sets = _read_all(runs)
     first = runs[0]
-    evaluations = list(_evaluations(runs, sets))
-    by_model = [[each for each in evaluations if each.model == model] for model in first.model]
+    evaluations = list(_evaluations(list(zip(runs, sets, strict=True))))
+    by_arm = [list(group) for _, group in itertools.groupby(evaluations, key=lambda each: each.arm)]
     for each in evaluations:
         _check(each)
     if not first.rescore:
-        for group in by_model:
+        for group in by_arm:
             check_contexts(group)
         for each in evaluations:
             write_settings(each.store.settings_path, _settings(each))
         job = JobFolder(first.output, "results.json")
-        if not _answer(by_model, job, first, command):
+        if not _answer(by_arm, job, first, command):
             return []
     return _conclude(evaluations, first)
 
 
 def _answer(
-    by_model: Sequence[Sequence[Evaluation]], job: JobFolder, options: EvaluateOptions, command: Sequence[str] | None
+    by_arm: Sequence[Sequence[Evaluation]], job: JobFolder, options: EvaluateOptions, command: Sequence[str] | None
 ) -> bool:
     """Have what is missing answered; whether all is there, and this process is to grade it."""
     if options.task is None and options.scale.is_split:
-        if any(each.missing() for group in by_model for each in group):
+        if any(each.missing() for group in by_arm for each in group):
             if command is None:
                 raise UserError("--num-tasks and --executor need the command that starts a task")
             report = job.launch(command, options.scale)
@@ -77,16 +82,16 @@ def _answer(
                 return False
         return True
     task, num_tasks = options.task or 0, options.scale.num_tasks
-    with job.task_lock(task) if _is_missing(by_model, task, num_tasks) else contextlib.nullcontext():
-        for group in by_model:
+    with job.task_lock(task) if _is_missing(by_arm, task, num_tasks) else contextlib.nullcontext():
+        for group in by_arm:
             ask(group, task, num_tasks)
         if options.task is not None:
             job.note_finished(task, num_tasks)
     return options.task is None
 
 
-def _is_missing(by_model: Sequence[Sequence[Evaluation]], task: int, num_tasks: int) -> bool:
-    return any(each.missing(task, num_tasks) for group in by_model for each in group)
+def _is_missing(by_arm: Sequence[Sequence[Evaluation]], task: int, num_tasks: int) -> bool:
+    return any(each.missing(task, num_tasks) for group in by_arm for each in group)
 
 
 def _check_names(runs: Sequence[EvaluateOptions]) -> None:
@@ -101,7 +106,8 @@ def _read_all(runs: Sequence[EvaluateOptions]) -> list[ProblemSet]:
     for run in runs:
         try:
             sets.append(read_problem_set(run, run.data_dir))
-            _check_references(run, sets[-1].problems)
+            if run.scoring != "perplexity":
+                _check_references(run, sets[-1].problems)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -119,26 +125,26 @@ def _check_references(run: EvaluateOptions, problems: Sequence[Problem]) -> None
             )
 
 
-def _evaluations(runs: Sequence[EvaluateOptions], sets: Sequence[ProblemSet]) -> Iterator[Evaluation]:
-    first = runs[0]
-    folders = model_folders(first.model)
-    for model, folder in zip(first.model, folders, strict=True):
-        if first.engine != "endpoint":
-            check_model(model)
+def _evaluations(both: Sequence[tuple[EvaluateOptions, ProblemSet]]) -> Iterator[Evaluation]:
+    first = both[0][0]
+    ignores_template = not any(run.chat or run.scoring == "perplexity" for run, _ in both)
+    for model, arms in itertools.groupby(plan_arms(first), key=lambda arm: arm.model):
         tokenizer = load_tokenizer(first.tokenizer or model)
-        if tokenizer.chat_template is not None and not any(run.chat for run in runs):
+        if tokenizer.chat_template is not None and ignores_template:
             logger.info("note: the model has a chat template, which is not applied: --chat does so")
-        for run, problem_set in zip(runs, sets, strict=True):
-            texts = render_prompts(tokenizer, [problem.prompt for problem in problem_set.problems], run)
-            store = Store(run.output / folder / run.title)
-            yield Evaluation(model, run, problem_set, store, tokenizer, texts)
+        texts = [render_prompts(tokenizer, [each.prompt for each in own.problems], run) for run, own in both]
+        for arm in arms:
+            for (run, own), prompts in zip(both, texts, strict=True):
+                yield Evaluation(arm, run, own, Store(run.output / arm.folder / run.title), tokenizer, prompts)
 
 
 def _settings(each: Evaluation) -> dict[str, Any]:
     """What decides the answers and the grades: other settings are refused in the same folder."""
-    benchmark = each.options.settings()
+    benchmark, arm = each.options.settings(), each.arm
     return {
-        "model": model_identity(each.model, is_served=each.options.engine == "endpoint"),
+        "model": model_identity(arm.model, is_served=each.options.engine == "endpoint"),
+        "num_recurrences": arm.recurrences,
+        "early_exit": None if arm.early_exit is None else asdict(arm.early_exit),
         "engine": each.options.engine,
         "dtype": each.options.dtype,
         "benchmark": {name: value for name, value in benchmark.items() if name not in GRADING | {"data", "fetch"}},
@@ -171,29 +177,46 @@ def _check(each: Evaluation) -> None:
 
 def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> list[ModelResult]:
     """Grade what is not graded, and write the results."""
-    graded = []
-    for each in evaluations:
-        answers = each.answers()
-        require_complete(answers, each.keys)
-        before = each.store.samples()
-        is_graded = len(before) == len(each.keys) and not each.store.has_journals()
-        samples = before if is_graded and not options.rescore else grade(each, answers)
-        if not is_graded or options.rescore:
-            each.store.finish(samples)
-        if options.rescore:
-            _note_rescored(each, before, samples)
-        graded.append(samples)
-    results = [
-        summarize(each, samples, str(each.store.samples_path.relative_to(options.output)))
-        for each, samples in zip(evaluations, graded, strict=True)
-    ]
-    write_results(options.output, evaluations, graded, results)
-    for result in results:
-        logger.info(describe(result))
+    answered = [each for each in evaluations if not each.has_documents]
+    graded = [_graded(each) for each in answered]
+    results = [summarize(each, samples, _path(each)) for each, samples in zip(answered, graded, strict=True)]
+    documents = [_documents(each) for each in evaluations if each.has_documents]
+    write_results(options.output, evaluations, graded, results, documents)
+    for line in (*map(describe, results), *map(describe_documents, documents)):
+        logger.info(line)
     logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
-    if failed := sum(result.failed_requests for result in results):
+    if failed := sum(result.failed_requests for result in (*results, *documents)):
         raise Fault(f"{failed:,} requests failed and count as wrong; the same command asks them again")
     return results
+
+
+def _graded(each: Evaluation) -> list[Sample]:
+    """The samples of an evaluation with all its answers; graded, if they were not or are to be again."""
+    answers = each.answers()
+    require_complete(answers, each.keys)
+    before = each.store.samples()
+    if len(before) == len(each.keys) and not each.store.has_journals() and not each.options.rescore:
+        return before
+    samples = grade(each, answers)
+    each.store.finish(samples)
+    if each.options.rescore:
+        _note_rescored(each, before, samples)
+    return samples
+
+
+def _documents(each: Evaluation) -> DocumentResult:
+    """The figures of an evaluation of documents with all its likelihoods."""
+    answers = each.answers()
+    require_complete(answers, each.keys)
+    ordered = [answers[key] for key in each.keys]
+    if each.store.has_journals():
+        each.store.finish(ordered)
+    return summarize_documents(each.arm, each.options.title, each.texts, ordered, _path(each))
+
+
+def _path(each: Evaluation) -> str:
+    """The file with its samples, relative to results.json."""
+    return str(each.store.samples_path.relative_to(each.options.output))
 
 
 def grade(each: Evaluation, answers: Mapping[Key, Answer]) -> list[Sample]:
@@ -230,7 +253,7 @@ def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[S
     write_json(each.store.settings_path, settings | {"grading": _settings(each)["grading"]})
     old = {sample.key: sample for sample in before}
     changed = [(old[new.key], new) for new in after if new.key in old and old[new.key].correct != new.correct]
-    name = f"{shown(each.model)}, {each.options.title}"
+    name = f"{shown(label(each.arm.model, each.arm.recurrences))}, {each.options.title}"
     logger.info(f"{name}: {len(changed):,} of {len(after):,} grades changed")
     for was, now in changed[:_SHOWN_CHANGES]:
         words = [f"{sample.extracted!s:.60} {'right' if sample.correct else 'wrong'}" for sample in (was, now)]

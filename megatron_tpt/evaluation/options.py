@@ -36,7 +36,9 @@ class EvaluateOptions(Benchmark):
     data_dir: Path | None = None
     """The folder with the files of the benchmarks; without it their data come from the Hub."""
     documents: str | Path | None = None
-    """Texts whose perplexity is measured, one a row, wherever problems may be too; alone or beside problems."""
+    """Texts whose perplexity is measured, one a row, wherever problems may be too: a benchmark of --scoring perplexity
+    with the name "documents", alone or beside others.
+    """
     text_column: str = "text"
     """The column of --documents with the text."""
     recurrences: str | None = None
@@ -146,10 +148,14 @@ class EvaluateOptions(Benchmark):
         )
 
     def with_documents(self) -> "list[EvaluateOptions]":
-        """These options for the problems that they name themselves, and for the documents, a benchmark of its own."""
-        own = [] if self.benchmark or (self.data is None and self.data_file is None) else [self]
+        """These options for the problems, if there are any, and for the documents."""
+        has_problems = self.data is not None or self.data_file is not None or self.documents is None
+        return [*([self] if has_problems else []), *self.of_documents()]
+
+    def of_documents(self) -> "list[EvaluateOptions]":
+        """These options for the documents, as a benchmark; none where there are none."""
         if self.documents is None:
-            return own
+            return []
         documents = Benchmark(
             name="documents",
             data=self.documents,
@@ -159,7 +165,7 @@ class EvaluateOptions(Benchmark):
             document_window=self.document_window,
             limit=self.limit,
         )
-        return [*own, replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
+        return [replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
 
 
 def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | None = None) -> list[EvaluateOptions]:
@@ -178,4 +184,4 @@ def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | No
             if "name" not in load_yaml(files[0])[0]:
                 words += ["--name", files[0].stem]
             runs.append(cli.parse(EvaluateOptions, [*words, *argv]))
-    return [*runs, *options.with_documents()]
+    return [*runs, *options.of_documents()]

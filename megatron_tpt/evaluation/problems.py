@@ -1,4 +1,4 @@
-"""Problems: rows of a prompt and a reference answer, under whatever names the files have for them."""
+"""Problems: rows of a prompt and a reference answer, under whatever names the files have for them; or documents."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Problem:
     prompt: str
     answer: Any
     """The reference as the row has it: text, number, boolean or a list of them; an option's letter where the row names
-    it by a label."""
+    it by a label; None of a document."""
     where: str
     """"file:line", for messages."""
     choices: tuple[str, ...] = ()
@@ -99,8 +99,13 @@ def _problem(
         template = "{" + benchmark.prompt_column + "}"
         template += "\n{choices}" if choices is not None and benchmark.scoring == "generate" else ""
     prompt = fill(template, row, where, choices.placeholders() if choices else {})
-    if answer_template:
-        answer: Any = fill(answer_template, row, where)
+    answer: Any
+    if benchmark.scoring == "perplexity":
+        answer = None
+        if not prompt:
+            raise UserError(f"{where}: column {benchmark.prompt_column!r} has no text; remove the row")
+    elif answer_template:
+        answer = fill(answer_template, row, where)
     else:
         answer = _answer(row, benchmark.answer_column, where)
         answer = choices.letter_of(answer, where) if choices is not None else answer

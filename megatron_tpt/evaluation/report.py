@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt import markdown
+from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.samples import Sample
 from megatron_tpt.files import atomic_write
 from megatron_tpt.names import shown_lines
@@ -28,7 +29,7 @@ padding: .6rem; } details { margin: .3rem 0; } summary { cursor: pointer; overfl
 
 
 def write_reports(output: Path, content: Mapping[str, Any], graded: Sequence[Sequence[Sample]]) -> None:
-    """Write report.md and report.html from what results.json holds and the samples of its results, in their order."""
+    """Write report.md and report.html from what results.json holds and the samples of its `models`, in their order."""
     with atomic_write(output / "report.md") as temporary:
         temporary.write_text(as_markdown(content), encoding="utf-8")
     with atomic_write(output / "report.html") as temporary:
@@ -43,12 +44,12 @@ def accuracy_cell(result: Mapping[str, Any]) -> str:
 
 def accuracy_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: models by benchmarks, and below them the figures that papers published."""
-    names = list(content["benchmarks"])
+    names = [name for name, each in content["benchmarks"].items() if each["scoring"] != "perplexity"]
     cells: dict[str, dict[str, str]] = {}
     for result in content["models"]:
-        cells.setdefault(result["model"], {})[result["benchmark"]] = accuracy_cell(result)
-    for name, benchmark in content["benchmarks"].items():
-        for source, value in benchmark["paper"].items():
+        cells.setdefault(_label(result), {})[result["benchmark"]] = accuracy_cell(result)
+    for name in names:
+        for source, value in content["benchmarks"][name]["paper"].items():
             cells.setdefault(f"published: {source}", {})[name] = f"{value:.1f}"
     return ["model", *names], [[model, *(own.get(name, "") for name in names)] for model, own in cells.items()]
 
@@ -61,7 +62,7 @@ def detail_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     rows = []
     for r in content["models"]:
         rows.append(
-            [r["model"], r["benchmark"], f"{r['num_problems']:,}", str(r["num_samples"]), _percent(r["stderr"]),
+            [_label(r), r["benchmark"], f"{r['num_problems']:,}", str(r["num_samples"]), _percent(r["stderr"]),
              f"{r['extraction_failures']:,}", f"{r['unclosed_thinking']:,}", _percent(r["truncated_fraction"]),
              f"{r['failed_requests']:,}", f"{r['grading_timeouts']:,}",
              " / ".join(f"{value:,.0f}" for value in r["thinking_tokens"]),
@@ -78,22 +79,44 @@ def comparison_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
         interval = each["interval"]
         shown = "" if interval is None else f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
         p_value = "" if each["p_value"] is None else f"{each['p_value']:.3g}"
-        names = [each["model"], each["than"], each["benchmark"]]
+        names = [_label(each), label(each["than"], each["than_recurrences"]), each["benchmark"]]
         rows.append([*names, f"{100 * each['difference']:+.1f}{shown}", p_value, f"{each['num_problems']:,}"])
     return ["model", "than", "benchmark", "difference [95%]", "p", "problems"], rows
 
 
+def document_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how well the models predict documents; empty where some could not be scored."""
+    rows = [
+        [_label(r), r["benchmark"], f"{r['num_documents']:,}", f"{r['num_tokens']:,}",
+         *("" if r[name] is None else f"{r[name]:.4f}" for name in ("perplexity", "bits_per_byte"))]
+        for r in content["documents"]
+    ]  # fmt: skip
+    return ["model", "benchmark", "documents", "tokens", "perplexity", "bits per byte"], rows
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    return label(result["model"], result["recurrences"])
+
+
+_Table = tuple[list[str], list[list[str]]]
+
+
+def _tables(content: Mapping[str, Any]) -> Iterator[tuple[str, _Table]]:
+    """The tables of both pages that have rows, with their headings."""
+    if content["models"]:
+        yield "pass@1 in percent, with its 95% interval over problems", accuracy_table(content)
+        yield "Before you believe a figure", detail_table(content)
+    if content["comparisons"]:
+        yield "Differences, paired by problem", comparison_table(content)
+    if content["documents"]:
+        yield "Perplexity of documents", document_table(content)
+
+
 def as_markdown(content: Mapping[str, Any]) -> str:
     """The page of figures."""
-    parts = [
-        "# Evaluation\n",
-        "pass@1 in percent, with its 95% interval over problems.\n",
-        markdown.table(*accuracy_table(content)),
-        "\n## Before you believe a figure\n",
-        markdown.table(*detail_table(content)),
-    ]
-    if content["comparisons"]:
-        parts += ["\n## Differences, paired by problem\n", markdown.table(*comparison_table(content))]
+    parts = ["# Evaluation"]
+    for heading, table in _tables(content):
+        parts += [f"\n## {heading}\n", markdown.table(*table)]
     parts += ["\n## How it was measured\n", *_provenance(content)]
     return "\n".join(parts) + "\n"
 
@@ -103,7 +126,9 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in _all_versions(content).items())
     hardware = environment["hardware"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
-    yield f"- engine {markdown.inline(engine['kind'])}, dtype {engine['dtype']}; {markdown.inline(versions)}"
+    rule = engine["early_exit"]
+    exits = "" if rule is None else f", early exit at {rule['criterion']} below {rule['threshold']}"
+    yield f"- engine {markdown.inline(engine['kind'])}, dtype {engine['dtype']}{exits}; {markdown.inline(versions)}"
     yield f"- {markdown.inline(machine)}; revision {environment['package']['git_revision'] or 'unknown'}"
     for name, each in content["benchmarks"].items():
         words = [f"{each['num_problems']:,} problems of {each['data']} ({each['data_sha256'][:19]})"]
@@ -112,6 +137,8 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
                 f"{each['num_samples']} samples, temperature {each['temperature']}, top-p {each['top_p']}, "
                 f"{each['max_new_tokens']:,} new tokens, seed {each['seed']}"
             )
+        elif each["scoring"] == "perplexity":
+            words.append("log-likelihood of all tokens")
         else:
             words.append("log-likelihood of the options")
         words += [each["note"]] if each["note"] else []
@@ -127,16 +154,12 @@ def as_html(content: Mapping[str, Any], graded: Sequence[Sequence[Sample]]) -> I
     yield "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<title>Evaluation</title>\n"
     yield "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
     yield f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Evaluation</h1>\n"
-    yield "<p>pass@1 in percent, with its 95% interval over problems.</p>\n"
-    yield from _html_table(*accuracy_table(content))
-    yield "<h2>Before you believe a figure</h2>\n"
-    yield from _html_table(*detail_table(content))
-    if content["comparisons"]:
-        yield "<h2>Differences, paired by problem</h2>\n"
-        yield from _html_table(*comparison_table(content))
+    for heading, table in _tables(content):
+        yield f"<h2>{heading}</h2>\n"
+        yield from _html_table(*table)
     for result, samples in zip(content["models"], graded, strict=True):
         failing = [sample for sample in samples if not sample.correct]
-        yield f"<h2>{_text(result['model'])}, {_text(result['benchmark'])}</h2>\n"
+        yield f"<h2>{_text(_label(result))}, {_text(result['benchmark'])}</h2>\n"
         more = f" The first {_MAX_FAILING} are here." if len(failing) > _MAX_FAILING else ""
         yield f"<p>{len(failing):,} of {len(samples):,} samples are wrong.{more} All: {_text(result['samples'])}</p>\n"
         for sample in failing[:_MAX_FAILING]:

@@ -1,4 +1,4 @@
-"""The results of an evaluation: figures for every model on every benchmark, and all that is needed to defend them.
+"""The results of an evaluation: figures for every arm on every benchmark, and all that is needed to defend them.
 
 results.json depends on settings, data, weights and software alone, and on no clock: a run that was killed and resumed
 leaves the same file as an unbroken one.
@@ -7,12 +7,14 @@ leaves the same file as an unbroken one.
 import collections
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.evaluation import metrics
+from megatron_tpt.evaluation import metrics, recurrences
+from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.perplexity import DocumentResult
 from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
 from megatron_tpt.files import write_json
@@ -24,7 +26,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What one model reached on one benchmark."""
+    """What one model reached on one benchmark, at one depth."""
 
     model: str
     benchmark: str
@@ -62,10 +64,16 @@ class ModelResult:
     """majority@k by k; not for code."""
     spread: float | None = None
     """Standard deviation over the sample's numbers of the accuracy of each; None for one sample."""
+    recurrences: int | None = None
+    """Iterations of a recurrent model."""
+    depths: dict[str, int] = field(default_factory=dict)
+    """With early exit: generated tokens by the iterations after which they were chosen."""
+    mean_depth: float | None = None
+    """The mean of `depths`."""
 
 
 def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelResult:
-    """The figures of one model on one benchmark."""
+    """The figures of one arm on one benchmark."""
     num_samples = each.options.num_samples
     pass_at, majority_at = {}, {}
     if num_samples > 1:
@@ -73,7 +81,8 @@ def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelRe
         if each.options.answer_type != "code":
             votes = group_answers(samples, each.options.rules())
             majority_at = {str(k): metrics.majority_at_k(votes, k) for k in metrics.sizes(num_samples)}
-    return figures(each.model, each.options.title, samples, path, pass_at, majority_at)
+    result = figures(each.arm.model, each.options.title, samples, path, pass_at, majority_at)
+    return replace(result, recurrences=each.arm.recurrences)
 
 
 def figures(
@@ -87,6 +96,7 @@ def figures(
     """A result from its samples, with what was counted beforehand."""
     rates = list(metrics.rates(samples).values())
     reasons = collections.Counter(sample.reason for sample in samples)
+    depths = sum((collections.Counter(sample.depths) for sample in samples), collections.Counter[str]())
     return ModelResult(
         model=model,
         benchmark=benchmark,
@@ -108,6 +118,8 @@ def figures(
         pass_at=pass_at or {},
         majority_at=majority_at or {},
         spread=metrics.spread(samples),
+        depths=dict(sorted(depths.items(), key=lambda item: int(item[0]))),
+        mean_depth=statistics.fmean(map(int, depths), depths.values()) if depths else None,
     )
 
 
@@ -162,7 +174,7 @@ class _NoPool:
 
 
 def comparisons(evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
-    """The paired difference of every later model from every earlier one, on each benchmark."""
+    """The paired difference of every later arm from every earlier one, on each benchmark."""
     found = []
     for i, (first, own) in enumerate(zip(evaluations, graded, strict=True)):
         for second, others in zip(evaluations[i + 1 :], graded[i + 1 :], strict=True):
@@ -170,7 +182,13 @@ def comparisons(evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sam
                 continue
             difference = metrics.difference(metrics.rates(own), metrics.rates(others))
             if difference is not None:
-                names = {"benchmark": first.options.title, "model": second.model, "than": first.model}
+                names = {
+                    "benchmark": first.options.title,
+                    "model": second.arm.model,
+                    "recurrences": second.arm.recurrences,
+                    "than": first.arm.model,
+                    "than_recurrences": first.arm.recurrences,
+                }
                 found.append(names | asdict(difference))
     return found
 
@@ -180,11 +198,16 @@ def write_results(
     evaluations: Sequence[Evaluation],
     graded: Sequence[Sequence[Sample]],
     results: Sequence[ModelResult],
+    documents: Sequence[DocumentResult],
 ) -> None:
-    """Write results.json and the reports."""
+    """Write results.json and the reports. `graded` and `results` are of the evaluations with answers."""
     from megatron_tpt.evaluation.report import write_reports
 
-    first = evaluations[0].options
+    first, arms = evaluations[0].options, list(dict.fromkeys(each.arm for each in evaluations))
+    answered = [each for each in evaluations if not each.has_documents]
+    models, scored = [asdict(result) for result in results], [asdict(result) for result in documents]
+    points = recurrences.points(arms, first, models, scored) if first.depths() else []
+    exits = first.early_exit()
     benchmarks = {each.options.title: _benchmark(each) for each in evaluations}
     content = {
         "format_version": FORMAT_VERSION,
@@ -192,16 +215,21 @@ def write_results(
             "kind": first.engine,
             "dtype": first.dtype,
             "tensor_parallel_size": first.tensor_parallel_size,
+            "early_exit": None if exits is None else asdict(exits),
             "versions": generation_versions(first.engine),
         },
         "grading": {"versions": grading_versions()},
         "environment": environment(),
         "benchmarks": benchmarks,
-        "models": [asdict(result) for result in results],
-        "comparisons": comparisons(evaluations, graded),
+        "models": models,
+        "comparisons": comparisons(answered, graded),
+        "documents": scored,
+        "recurrences": [asdict(point) for point in points],
     }
     write_json(output / "results.json", content)
     write_reports(output, content, graded)
+    if points:
+        recurrences.write_report(output, points)
 
 
 def _benchmark(each: Evaluation) -> dict[str, Any]:
@@ -216,6 +244,8 @@ def _benchmark(each: Evaluation) -> dict[str, Any]:
 def describe(result: ModelResult) -> str:
     """A result on one line."""
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    name = f"{shown(label(result.model, result.recurrences))}, {shown(result.benchmark)}"
+    depth = "" if result.mean_depth is None else f", {result.mean_depth:.2f} iterations per token"
     thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
     trouble = "".join(
         f", {count:,} {what}"
@@ -227,7 +257,7 @@ def describe(result: ModelResult) -> str:
         if count
     )
     return (
-        f"{shown(result.model)}, {shown(result.benchmark)}: accuracy {result.accuracy:.4f}{error} on "
+        f"{name}: accuracy {result.accuracy:.4f}{error} on "
         f"{result.num_problems:,} problems, {result.extraction_failures:,} unreadable{thinking}{trouble}, "
-        f"{result.mean_output_tokens:.1f} tokens per answer, {result.truncated_fraction:.1%} truncated"
+        f"{result.mean_output_tokens:.1f} tokens per answer, {result.truncated_fraction:.1%} truncated{depth}"
     )

@@ -2,9 +2,10 @@
 
 FOLDER/settings.json              what the answers were asked with; a run with other settings is refused
 FOLDER/.answers-00000.jsonl       answers as they finish, a journal for each task; gone when all are graded
-FOLDER/samples.jsonl.zst          every answer with its grade, by problem and number
+FOLDER/samples.jsonl.zst          every answer with its grade, by problem and number; of documents, without grades
 
-An answer is known by (model, benchmark), which are the folder, and its prompt's hash, its problem's id and its number.
+An answer is known by (model, depth, benchmark), which are the folder, and its prompt's hash, its problem's id and its
+number.
 """
 
 import hashlib
@@ -43,14 +44,17 @@ class Answer:
     prompt_hash: str
     """Of the text that the model continued, see `hash_of`."""
     output: str
-    """For log-likelihood: the likeliest option."""
+    """For log-likelihood: the likeliest option. Of a document: nothing."""
     finish_reason: str
-    """"stop", "length", "scored" (log-likelihood) or "failed"."""
+    """"stop", "length", "scored" (log-likelihood, documents) or "failed"."""
     output_tokens: int = 0
+    """Of a document: its own, which were scored."""
     thinking_tokens: int = 0
     """Of these, those up to the last "</think>", or all where thinking never ended."""
     log_likelihoods: list[float] = field(default_factory=list)
-    """Of every option, before they are divided by anything."""
+    """Of every option, before they are divided by anything; of every window of a document."""
+    depths: dict[str, int] = field(default_factory=dict)
+    """With early exit: its tokens by the iterations after which they were chosen."""
     failure: str = ""
     """Why the request failed."""
 
@@ -90,7 +94,7 @@ def hash_of(text: str) -> str:
 
 
 class Store:
-    """The answers of one model to one benchmark."""
+    """The answers of one model, at one depth, to one benchmark."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,13 +104,16 @@ class Store:
     def answers(self, keys: Iterable[Key]) -> dict[Key, Answer]:
         """Those of `keys` that are here, graded or not; one that failed only where no later one is there."""
         wanted, found = set(keys), dict[Key, Answer]()
-        for answer in (*self.samples(), *self._journaled()):
+        for answer in (*self._read(Answer), *self._journaled()):
             if answer.key in wanted and (answer.finish_reason != FAILED or answer.key not in found):
                 found[answer.key] = answer
         return found
 
     def samples(self) -> list[Sample]:
         """The graded answers; none before all are there."""
+        return self._read(Sample)
+
+    def _read[Kind: Answer](self, kind: type[Kind]) -> list[Kind]:
         if not self.samples_path.exists():
             return []
         [source] = expand_sources([self.samples_path])
@@ -115,7 +122,7 @@ class Store:
             for row in read_rows(source):
                 if row.value is None:
                     raise UserError(describe(source, row, "remove the file: its answers are asked again"))
-                found.append(Sample(**_known(Sample, row.value)))
+                found.append(kind(**_known(kind, row.value)))
             return found
         except TypeError as error:
             raise UserError(
@@ -126,8 +133,9 @@ class Store:
         """The journal of a task, which holds the lock of the task."""
         return Journal(self.folder / _JOURNALS.replace("*", f"{task:05d}"))
 
-    def finish(self, samples: Sequence[Sample]) -> None:
-        """Write the graded samples in place of those before, and remove the journals that they came from."""
+    def finish(self, samples: Sequence[Answer]) -> None:
+        """Write the answers, with their grades if they have any, in place of those before, and remove the journals that
+        they came from."""
         with json_lines(self.samples_path) as add:
             for sample in samples:
                 add(json.dumps(asdict(sample)).encode())

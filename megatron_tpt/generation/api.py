@@ -6,7 +6,6 @@ names those that it needs when it opens one (`open_engine`).
 
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,6 +122,8 @@ class Completion:
     """
     weight_version: int = 0
     """That of the weights that wrote it, see `Engine.weight_version`."""
+    depths: tuple[int, ...] | None = None
+    """With `EngineOptions.early_exit`: the iterations after which every token was chosen. As long as `token_ids`."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,6 @@ class EngineStats:
     """Requests that ended in a Failure."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    depths: Counter[int] = field(default_factory=Counter)
-    """Generated tokens by the iterations after which they were chosen, with `EngineOptions.early_exit`."""
 
     def count(self, outcome: Completion | LogLikelihood | Failure) -> None:
         """Add the end of one request."""

@@ -56,16 +56,14 @@ def log_likelihoods(engine: Engine, requests: Iterable[ScoringRequest]) -> list[
     return [done[i] for i in range(len(done))]
 
 
-def document_log_likelihoods(
-    engine: Engine, documents: Sequence[Sequence[int]], prefix_id: int, max_model_len: int | None = None
-) -> list[LogLikelihood]:
-    """Those of whole documents, of any length but 0, in their order; `LogLikelihood.perplexity` is by token. Windows
-    are as for a context of `max_model_len` tokens, by default the engine's."""
-    max_model_len = max_model_len or engine.max_model_len
-    if max_model_len is None:
+def document_log_likelihoods(engine: Engine, documents: Sequence[Sequence[int]], prefix_id: int) -> list[LogLikelihood]:
+    """Those of whole documents, of any length but 0, in their order; `LogLikelihood.perplexity` is by token."""
+    if engine.max_model_len is None:
         raise UserError("the server does not report how long its context is; set max_model_len of the engine")
     windows = [
-        window for i, ids in enumerate(documents) for window in rolling_requests(ids, prefix_id, max_model_len, key=i)
+        window
+        for i, ids in enumerate(documents)
+        for window in rolling_requests(ids, prefix_id, engine.max_model_len, key=i)
     ]
     parts: list[list[LogLikelihood]] = [[] for _ in documents]
     for window, likelihood in zip(windows, log_likelihoods(engine, windows), strict=True):

@@ -177,7 +177,7 @@ class TransformersEngine:
         ids = [[pad] * (width - len(row.prompt_ids)) + row.prompt_ids for row in rows]
         mask = [[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows]
         device = self._model.device
-        with torch.inference_mode(), self._recorded_depths(rows):
+        with torch.inference_mode(), self._recorded_depths() as steps:
             output = self._model.generate(
                 torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -188,23 +188,22 @@ class TransformersEngine:
                 stopping_criteria=[_Stopper(rows, width, self._eos_ids, self._tokenizer)],
                 **self._exit,
             )
-        for row, generated in zip(rows, output[:, width:].tolist(), strict=True):
+        depths = torch.stack(steps, dim=1).tolist() if steps else [None] * len(rows)
+        for row, generated, own in zip(rows, output[:, width:].tolist(), depths, strict=True):
             assert row.finish_reason is not None
-            yield row, self._completion(row, generated[: row.num_tokens])
+            taken = None if own is None else tuple(own[: row.num_tokens])
+            yield row, replace(self._completion(row, generated[: row.num_tokens]), depths=taken)
 
     @contextlib.contextmanager
-    def _recorded_depths(self, rows: list[_Row]) -> Iterator[None]:
-        """Count the iterations of every token that is generated in the block, where they may differ."""
-        import torch
-
-        if not self._exit:
-            yield
-            return
+    def _recorded_depths(self) -> "Iterator[list[torch.Tensor]]":
+        """The iterations of the tokens that are generated in the block, one tensor [b] for each step; empty where all
+        take the same."""
         steps: list[torch.Tensor] = []
+        if not self._exit:
+            yield steps
+            return
         with self._model.register_forward_hook(lambda module, inputs, outputs: steps.append(outputs.depths[:, -1])):
-            yield
-        for row, depths in zip(rows, torch.stack(steps, dim=1).tolist(), strict=True):
-            self._stats.depths.update(depths[: row.num_tokens])
+            yield steps
 
     def _completion(self, row: _Row, ids: list[int]) -> Completion:
         ended = row.finish_reason == "stop" and ids[-1] in self._eos_ids
@@ -220,7 +219,7 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
-        return replace(self._stats, depths=self._stats.depths.copy())
+        return replace(self._stats)
 
     def close(self) -> None:
         """See `Engine.close`."""

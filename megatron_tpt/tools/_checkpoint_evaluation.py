@@ -2,12 +2,13 @@
 
 OUTPUT/step_00001000/          results.json, report.md and all else of one checkpoint
 OUTPUT/models/step_00001000/   its export, while it is evaluated
-RUN/tensorboard/evaluation/    accuracies by step, a run of their own beside that of training
+RUN/tensorboard/evaluation/    accuracies and perplexities by step, a run of their own beside that of training
 
 The same command resumes: a checkpoint that has its results is not evaluated again.
 """
 
 import dataclasses
+import itertools
 import logging
 import re
 import shutil
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 10.0
 _STEP = re.compile(r"step_(\d+)")
-_FIGURES = ("accuracy", "stderr", "truncated_fraction", "extraction_failures", "mean_output_tokens")
+_FIGURES = {
+    "models": ("accuracy", "stderr", "truncated_fraction", "extraction_failures", "mean_output_tokens"),
+    "documents": ("perplexity", "bits_per_byte"),
+}
 
 
 def evaluate_checkpoints(runs: Sequence[EvaluateOptions]) -> None:
@@ -99,7 +103,7 @@ def _results(output: Path) -> dict[str, Any] | None:
 def _is_done(output: Path) -> bool:
     """Whether a checkpoint is evaluated, and no request has failed."""
     results = _results(output)
-    return results is not None and not any(result["failed_requests"] for result in results["models"])
+    return results is not None and not any(each["failed_requests"] for part in _FIGURES for each in results[part])
 
 
 class _Board:
@@ -129,8 +133,9 @@ class _Board:
         if results is None or output in self._written:
             return
         self._written.add(output)
-        for result in results["models"]:
-            for name in _FIGURES:
+        for part, names in _FIGURES.items():
+            for result, name in itertools.product(results[part], names):
                 if result[name] is not None:
-                    self._writer.add_scalar(f"{result['benchmark']}/{name}", result[name], _step_of(output))
+                    depth = "" if result["recurrences"] is None else f"/r{result['recurrences']}"
+                    self._writer.add_scalar(f"{result['benchmark']}{depth}/{name}", result[name], _step_of(output))
         self._writer.flush()

@@ -1,8 +1,9 @@
-"""Let models answer benchmarks, grade the answers, and report accuracy with its standard error.
+"""Let models answer benchmarks, grade the answers, and report accuracy with its standard error; measure perplexity.
 
 python tools/evaluate.py --model MODEL_DIR --data problems.jsonl --output results/
 python tools/evaluate.py --model MODEL_DIR --benchmark tpt-reasoning --data-dir DATA_DIR --output results/
 python tools/evaluate.py --model MODEL_DIR --benchmark mine.yaml --output results/ --num-samples 8 --temperature 0.6
+python tools/evaluate.py --model RECURRENT_DIR --documents texts.jsonl --recurrences 1,2,4,8 --output results/
 python tools/evaluate.py --run RUN --follow --benchmark gsm8k-base --output results/
 """
 
