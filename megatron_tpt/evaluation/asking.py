@@ -70,7 +70,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.window = 0
-        """Tokens of the longest request of a document."""
+        """Tokens that a request of a document may have, see `rolling_requests`."""
         if self.has_documents:
             model = None if self.options.engine == "endpoint" else self.arm.model
             self.window = window_of(model, self.options.document_window)

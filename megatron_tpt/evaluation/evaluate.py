@@ -185,7 +185,8 @@ def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> li
     for line in (*map(describe, results), *map(describe_documents, documents)):
         logger.info(line)
     logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
-    if failed := sum(result.failed_requests for result in (*results, *documents)):
+    failed = sum(result.failed_requests for result in results) + sum(one.failed_requests for one in documents)
+    if failed:
         raise Fault(f"{failed:,} requests failed and count as wrong; the same command asks them again")
     return results
 

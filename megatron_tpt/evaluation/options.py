@@ -93,7 +93,8 @@ class EvaluateOptions(Benchmark):
             raise UserError("--engine endpoint needs --tokenizer: prompts are sent as its tokens, and counted")
         if self.documents is None and self.text_column != "text":
             raise UserError("--text-column is that of --documents: give both")
-        if self.documents is None and self.scoring != "perplexity" and self.document_window is not None:
+        has_documents = self.documents is not None or self.scoring == "perplexity" or self.benchmark
+        if self.document_window is not None and not has_documents:
             raise UserError("--document-window is for --documents: give both")
         self._check_recurrences()
         depth = min(self.depths(), default=None)
