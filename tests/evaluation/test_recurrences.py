@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def resumable(models: dict[str, str], problems: Path, documents: Path, output: P
 def test_the_same_command_resumes_every_depth(
     models: dict[str, str], problems: Path, documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exits = {"exit_criterion": "entropy", "exit_threshold": 5.8}
+    exits: dict[str, Any] = {"exit_criterion": "entropy", "exit_threshold": 5.8}
     whole = dataclasses.replace(resumable(models, problems, documents, tmp_path / "whole"), **exits)
     evaluate(whole)
     # What a run leaves that was killed at the second depth: journals with some answers.
