@@ -47,7 +47,7 @@ echo "setup: torch (a large download, a minute or more)"
 install torch
 echo "setup: Megatron Core, tokenizers, tools"
 install setuptools wheel
-install --no-build-isolation --editable '.[evaluation,ray,dev]'
+install --no-build-isolation --editable '.[evaluation,lm-eval,ray,dev]'
 # The two builds have the same module name: only one of them can be installed.
 installed() { pip show "$1" >/dev/null 2>&1; }
 case $VLLM in
