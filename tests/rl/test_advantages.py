@@ -55,7 +55,7 @@ def test_advantages_are_those_of_verl(algorithm: Any, with_gaps: bool, verl_core
 def test_advantages_and_returns_of_ppo_are_those_of_verl(with_gaps: bool, verl_core: ModuleType) -> None:
     batch = rollouts(with_gaps=with_gaps)
     advantages, returns = verl_core.compute_gae_advantage_return(
-        batch.rewards, batch.values, batch.mask.double(), torch.tensor(0.95), torch.tensor(0.9)
+        batch.rewards, batch.values, batch.mask.double(), gamma=0.95, lam=0.9
     )
     result = outcome_advantages(
         "ppo", batch.rewards, batch.mask, batch.groups, values=batch.values, gamma=0.95, lam=0.9
