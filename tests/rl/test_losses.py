@@ -142,6 +142,7 @@ def trl_loss(batch: Rollouts, kind: str, *, beta: float = 0.0, ratios: Tensor | 
         ("token_mean", "bnpo"),
         ("token_mean", "dapo"),
         ("sequence_mean_token_mean", "grpo"),
+        ("sequence_mean_token_sum", "luspo"),
         ("dr_grpo", "dr_grpo"),
     ],
 )
