@@ -23,7 +23,7 @@ class Rollouts(NamedTuple):
     values: Tensor
 
     @property
-    def index(self) -> np.ndarray:
+    def prompts(self) -> np.ndarray:
         """The groups as verl has them."""
         return np.array([f"prompt {group}" for group in self.groups.tolist()], dtype=object)
 

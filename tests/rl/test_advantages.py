@@ -42,7 +42,7 @@ def test_advantages_are_those_of_verl(algorithm: Any, with_gaps: bool, verl_core
     expected, _ = verl_core.get_adv_estimator_fn(name)(
         token_level_rewards=batch.rewards.clone(),
         response_mask=batch.mask.double(),
-        index=batch.index,
+        index=batch.prompts,
         config=SimpleNamespace(gamma=0.9),
         **options,
     )

@@ -24,7 +24,7 @@ from megatron_tpt.rl.repro import (
 
 CURVES = st.integers(2, 12).flatmap(
     lambda num_points: st.lists(
-        st.lists(st.floats(0.01, 20, width=32), min_size=num_points, max_size=num_points), min_size=1, max_size=4
+        st.lists(st.floats(0.0625, 20), min_size=num_points, max_size=num_points), min_size=1, max_size=4
     )
 ).map(lambda rows: torch.tensor(rows, dtype=torch.float64))  # fmt: skip
 
