@@ -78,7 +78,8 @@ def estimate(recipe: Recipe, num_gpus: int, machine: Machine, software: Software
     )
     m = num_microbatches(recipe, d)
     computation = Computation(recipe, machine)
-    slowest = max((computation.stage(stage) for stage in range(p)), key=lambda one: one.total)
+    stages = {0, min(1, p - 1), p - 1}  # those between the first and the last are equal
+    slowest = max((computation.stage(stage) for stage in stages), key=lambda one: one.total)
     sent = traffic(recipe, num_gpus, machine, software.gradient_bytes)
     waits = _waits(recipe, sent, slowest, m, software, machine.shares.exposed_tensor)
     bubble = (p - 1) / v * (slowest.total + sum(waits.values()) / m)
