@@ -43,6 +43,10 @@ class PassTime:
         """Both passes."""
         return self.forward + self.backward
 
+    def times(self, factor: float) -> "PassTime":
+        """That of so many."""
+        return PassTime(factor * self.forward, factor * self.backward, factor * self.attention)
+
     def __add__(self, other: Self) -> "PassTime":
         return PassTime(self.forward + other.forward, self.backward + other.backward, self.attention + other.attention)
 
@@ -54,6 +58,7 @@ class Computation:
         self.recipe = recipe
         self.machine = machine
         self.tokens = micro_batch_tokens(recipe)
+        self.weights = [weight for weight in recipe.model.weights() if len(weight.shape) == 2]
         self.bandwidth = machine.memory_bandwidth * machine.shares.memory
 
     def matrix(self, weight: Weight, precision: str) -> tuple[float, float]:
@@ -79,7 +84,7 @@ class Computation:
 
     def matrices(self, part: str, precision: str, key: str = "") -> tuple[float, float]:
         """Seconds forward and backward of the products of a part of the model, with all weights or those of a key."""
-        weights = [w for w in self.recipe.model.weights() if w.part == part and len(w.shape) == 2 and key in w.key]
+        weights = (weight for weight in self.weights if weight.part == part and key in weight.key)
         times = [self.matrix(weight, precision) for weight in weights]
         return sum(forward for forward, _ in times), sum(backward for _, backward in times)
 
@@ -128,14 +133,15 @@ class Computation:
         in_bf16 = training.bf16_layers_at_start * (stage == 0) + training.bf16_layers_at_end * (stage == last)
         kind = "full" if training.recompute == "block" else training.recompute
         recomputed = min(layers, training.recompute_layers) if training.recompute == "block" else layers
-        # In bf16 or FP8, recomputed or not: in the mean, as it does not matter which layers these are.
+        # In FP8 or bf16, recomputed or not: in the mean, as it does not matter which layers these are.
         result = PassTime(0.0, 0.0, 0.0)
         for one, of_precision in ((precision, layers - in_bf16), ("bf16", in_bf16)):
             for how, of_kind in ((kind, recomputed), ("none", layers - recomputed)):
-                share = of_precision * of_kind / layers * passes["layer"] / model.num_layers
-                result += _times(share, self.layer(one, recompute=how)) if share else PassTime(0.0, 0.0, 0.0)
+                if of_precision and of_kind:
+                    share = of_precision * of_kind / layers * passes["layer"] / model.num_layers
+                    result += self.layer(one, recompute=how).times(share)
         if stage == 0 and passes["block"]:
-            result += _times(passes["block"], PassTime(*self.matrices("block", precision), 0.0))
+            result += PassTime(*self.matrices("block", precision), 0.0).times(passes["block"])
         return result + self.head() if stage == last else result
 
     def optimizer(self, num_gpus: int) -> float:
@@ -148,7 +154,3 @@ class Computation:
         shards = ranks if parallel.distributed_optimizer else 1
         held = parameters / (shards if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1)
         return (parameters / shards * _ADAM_BYTES + held * _CLEAR_BYTES) / self.bandwidth
-
-
-def _times(factor: float, time: PassTime) -> PassTime:
-    return PassTime(factor * time.forward, factor * time.backward, factor * time.attention)

@@ -1,6 +1,8 @@
 """All layouts of a recipe on so many GPUs, and the best of those that fit."""
 
 import dataclasses
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,40 +66,45 @@ class Search:
     """The fastest layout for every way to spread the weights and the context, by its step time; more context
     parallelism only where it is faster."""
     num_considered: int
-    num_refused: int
-    """Layouts that the model, the batch or the number of GPUs cannot be divided for, or that are not supported."""
+    refusals: Counter[str]
+    """Layouts that the checks of a recipe refuse, by what the message begins with, a field as a rule."""
     num_too_large: int
     """Layouts that need more memory than allowed, whatever they recompute."""
     smallest_bytes: float
-    """The least memory that a layout needs."""
+    """The least memory that was found to be needed: where none fits, that of the smallest layout."""
 
 
 def search(recipe: Recipe, num_gpus: int, machine: Machine, memory_bytes: float) -> Search:
     """The layouts of a recipe that need at most `memory_bytes` of a GPU. Raises UserError where there is none."""
     best: dict[tuple[int, int, str, int], Plan] = {}
-    considered = refused = too_large = 0
+    refusals = Counter[str]()
+    considered = too_large = 0
     smallest = float("inf")
     for candidate in _candidates(recipe, num_gpus):
         considered += 1
-        runnable = _runnable(candidate, num_gpus)
+        runnable, refusal = _runnable(candidate, num_gpus)
         if not runnable:
-            refused += 1
+            refusals[refusal] += 1
             continue
-        needs = [_memory(one, num_gpus) for one in runnable]
-        smallest = min(smallest, *needs)
-        fitting = [one for one, need in zip(runnable, needs, strict=True) if need <= memory_bytes]
-        if not fitting:
+        fitting = None
+        for one in runnable:
+            need = _memory(one, num_gpus)
+            smallest = min(smallest, need)
+            if need <= memory_bytes:
+                fitting = one
+                break
+        if fitting is None:
             too_large += 1
             continue
-        plan = Plan(fitting[0], estimate(fitting[0], num_gpus, machine))
+        plan = Plan(fitting, estimate(fitting, num_gpus, machine))
         key = (*plan.weights_split, plan.context)
         if key not in best or plan.order < best[key].order:
             best[key] = plan
     if not best:
-        raise UserError(_nothing_fits(num_gpus, refused, too_large, smallest, memory_bytes))
+        raise UserError(_nothing_fits(num_gpus, refusals, too_large, smallest, memory_bytes))
     ranked = sorted(best.values(), key=lambda plan: plan.order)
     ranked = [plan for plan in ranked if not _is_spread_in_vain(plan, ranked)]
-    return Search(ranked, considered, refused, too_large, smallest)
+    return Search(ranked, considered, refusals, too_large, smallest)
 
 
 def _is_spread_in_vain(plan: Plan, plans: list[Plan]) -> bool:
@@ -186,17 +193,19 @@ def _laid_out(recipe: Recipe, sizes: dict[str, Any], micro_batch: int) -> Recipe
     )
 
 
-def _runnable(recipe: Recipe, num_gpus: int) -> list[Recipe]:
-    """The layout of a recipe with every kind of recomputation with which it can run."""
-    result = []
+def _runnable(recipe: Recipe, num_gpus: int) -> tuple[list[Recipe], str]:
+    """The layout of a recipe with every kind of recomputation with which it can run, and what the last refusal
+    is about."""
+    result, refusal = [], ""
     for fields in _RECOMPUTATION:
         try:
             one = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **fields))
             check_layout(one, num_gpus)
-        except UserError:
+        except UserError as error:
+            refusal = re.split("[:=]", str(error), maxsplit=1)[0]
             continue
         result.append(one)
-    return result
+    return result, refusal
 
 
 def _memory(recipe: Recipe, num_gpus: int) -> float:
@@ -204,13 +213,19 @@ def _memory(recipe: Recipe, num_gpus: int) -> float:
     return max(stage.total for stage in stages)
 
 
-def _nothing_fits(num_gpus: int, refused: int, too_large: int, smallest: float, memory_bytes: float) -> str:
+def _nothing_fits(num_gpus: int, refusals: Counter[str], too_large: int, smallest: float, memory_bytes: float) -> str:
     if not too_large:
         return (
-            f"none of {refused:,} layouts on {num_gpus} GPUs is possible: training.global_batch_size, model.num_layers "
-            f"and the number of GPUs have too few common divisors, or the model supports none of them"
+            f"no layout is possible on {num_gpus} GPUs: training.global_batch_size, model.num_layers and the number of "
+            f"GPUs have too few common divisors{refused_by(refusals, '; refused by the checks of ')}"
         )
     return (
         f"none of {too_large:,} layouts on {num_gpus} GPUs fits: the smallest needs {smallest / GIB:.1f} GiB of a GPU, "
         f"and --memory-share allows {memory_bytes / GIB:.1f}: give more GPUs, or a GPU with more memory"
     )
+
+
+def refused_by(refusals: Counter[str], before: str) -> str:
+    """The fields whose checks refused layouts, each with how many; empty without any."""
+    named = ", ".join(f"{name} ({number:,})" for name, number in refusals.most_common())
+    return f"{before}{named}" if named else ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.logs import print_result
-from megatron_tpt.planning.layouts import Plan, Search, overrides, own_layout, search
+from megatron_tpt.planning.layouts import Plan, Search, overrides, own_layout, refused_by, search
 from megatron_tpt.planning.machine import Machine, machine_named
 from megatron_tpt.planning.options import PlanOptions
 from megatron_tpt.training.blend import format_table
@@ -46,12 +46,13 @@ def _sections(recipe: Recipe, options: PlanOptions, machine: Machine, found: Sea
 
 def _counts(options: PlanOptions, machine: Machine, found: Search) -> str:
     """How many layouts are not listed, and why."""
-    remaining = found.num_considered - found.num_refused - found.num_too_large
+    refused = found.refusals.total()
     limit, whole = options.memory_share * machine.memory_bytes / GIB, machine.memory_bytes / GIB
     return (
-        f"{found.num_considered:,} layouts: {found.num_refused:,} dropped because the model or the program does not "
-        f"allow them, {found.num_too_large:,} because they need more than {limit:.1f} of {whole:.1f} GiB; "
-        f"{remaining:,} remain. Ranked are the fastest of every TP x PP x CP, more CP where it is faster: {len(found.ranked)}"
+        f"{found.num_considered:,} layouts: {refused:,} dropped{refused_by(found.refusals, ' by the checks of ')}; "
+        f"{found.num_too_large:,} dropped because they need more than {limit:.1f} of {whole:.1f} GiB. Of the other "
+        f"{found.num_considered - refused - found.num_too_large:,} the fastest of every TP x PP x CP is ranked, with "
+        f"more CP only where that is faster: {len(found.ranked)}"
     )
 
 
@@ -100,7 +101,7 @@ def _as_json(recipe: Recipe, options: PlanOptions, machine: Machine, found: Sear
         "gpus": options.gpus,
         "machine": asdict(machine),
         "considered": found.num_considered,
-        "refused": found.num_refused,
+        "refused": dict(found.refusals),
         "too_large": found.num_too_large,
         "layouts": [_plan_as_json(one, recipe) for one in found.ranked[: options.top]],
         "own_layout": None if own is None else _plan_as_json(own, recipe),
