@@ -22,7 +22,7 @@ class PlanOptions:
     set: list[str] = field(default_factory=list)
     """Fields of the recipe to change, as in --set training.global_batch_size=1024 training.fp8=tensorwise."""
     gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
-    """The kind of GPU. The constants are fitted to H100s: on others the ranking is less certain, and the times are."""
+    """The kind of GPU. The constants are those of H100s: the times of others are less certain."""
     gpus_per_node: PositiveInt = 8
     """GPUs that NVLink connects."""
     network_gbit_per_s: PositiveFloat = 400.0
