@@ -5,6 +5,7 @@ docs/planning.md has the formulas; those of tensor and sequence parallelism are 
 section 4.2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tpt.config.recipe import Recipe
@@ -113,7 +114,7 @@ def traffic(recipe: Recipe, num_gpus: int, machine: Machine, gradient_bytes: int
     # From the nearest to the farthest neighbour. Gradients are reduced over context and data ranks together.
     before_data, before_pipeline = (1, d) if parallel.rank_order == "tp-cp-dp-pp" else (p, 1)
     stride_d, stride_p = t * c * before_data, t * c * before_pipeline
-    groups = {
+    groups: dict[str, tuple[Sequence[int], float]] = {
         "tensor": (range(t), m * layers * tensor_bytes(recipe)[0]),
         "context": (range(0, t * c, t), m * layers * context_bytes(recipe)),
         "pipeline": (range(0, stride_p * p, stride_p), m * pipeline_bytes(recipe)),

@@ -64,15 +64,12 @@ class Computation:
     def matrix(self, weight: Weight, precision: str) -> tuple[float, float]:
         """Seconds forward and backward of one product with a weight: y = x W, then the gradients of x and of W."""
         parallel, tokens = self.recipe.parallel, self.tokens
-        rows, columns = weight.shape
-        if weight.is_split:
-            # Split along the width that is not the residual stream's; where both are, either.
-            split_rows = rows != self.recipe.model.hidden_size
-            rows, columns = (
-                (rows / parallel.tensor_parallel_size, columns)
-                if split_rows
-                else (rows, columns / parallel.tensor_parallel_size)
-            )
+        rows, columns = map(float, weight.shape)
+        # Split along the width that is not the residual stream's; where both are, either.
+        if weight.is_split and rows != self.recipe.model.hidden_size:
+            rows /= parallel.tensor_parallel_size
+        elif weight.is_split:
+            columns /= parallel.tensor_parallel_size
         size, widths = rows * columns, rows + columns
         share = self.machine.shares.gemm_fp8 if precision == "fp8" else self.machine.shares.gemm_bf16
         one = 2 * tokens * size / (self.machine.peak(precision) * share)

@@ -23,7 +23,7 @@ def fit() -> Shares:
     """The least squares of the relative errors of the rows with `fit`, each constant from 0.01 to 1."""
     machine, known = machine_named("h100"), [row for row in rows() if row.fit]
 
-    def residuals(values: Sequence[float]) -> "np.ndarray":
+    def residuals(values: Sequence[float]) -> np.ndarray:
         shares = dataclasses.replace(Shares(), **dict(zip(FITTED, values, strict=True)))
         trial = dataclasses.replace(machine, shares=shares)
         return np.array([row.expected(trial) / row.published - 1 for row in known])

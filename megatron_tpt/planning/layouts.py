@@ -113,12 +113,12 @@ def _is_spread_in_vain(plan: Plan, plans: list[Plan]) -> bool:
     return any(one.order[0] <= plan.order[0] for one in alike)
 
 
-def own_layout(recipe: Recipe, num_gpus: int, machine: Machine) -> Plan | None:
-    """The recipe as it is; None where it does not run on so many GPUs."""
+def own_layout(recipe: Recipe, num_gpus: int, machine: Machine) -> Plan | str:
+    """The recipe as it is, or why it does not run on so many GPUs."""
     try:
         check_layout(recipe, num_gpus)
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error)
     return Plan(recipe, estimate(recipe, num_gpus, machine))
 
 
@@ -185,10 +185,11 @@ def _candidates(recipe: Recipe, num_gpus: int) -> Iterator[Recipe]:
 
 
 def _laid_out(recipe: Recipe, sizes: dict[str, Any], micro_batch: int) -> Recipe:
-    overlaps = dict.fromkeys(("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"), True)
+    exchange = ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    fields: dict[str, Any] = sizes | dict.fromkeys(exchange, True)
     return dataclasses.replace(
         recipe,
-        parallel=dataclasses.replace(recipe.parallel, **sizes, **overlaps),
+        parallel=dataclasses.replace(recipe.parallel, **fields),
         training=dataclasses.replace(recipe.training, micro_batch_size=micro_batch),
     )
 

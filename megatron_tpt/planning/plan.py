@@ -24,7 +24,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> None:
     print_result("\n\n".join(_sections(recipe, options, machine, found, own)))
 
 
-def _sections(recipe: Recipe, options: PlanOptions, machine: Machine, found: Search, own: Plan | None) -> list[str]:
+def _sections(recipe: Recipe, options: PlanOptions, machine: Machine, found: Search, own: Plan | str) -> list[str]:
     best, training = found.ranked[0], recipe.training
     tokens = training.global_batch_size * training.sequence_length
     ranks = [(str(rank), one) for rank, one in enumerate(found.ranked[: options.top], start=1)]
@@ -34,8 +34,8 @@ def _sections(recipe: Recipe, options: PlanOptions, machine: Machine, found: Sea
         f"{recipe.model.num_parameters():,} parameters, {tokens:,} tokens per step, {training.matmul_precision}, "
         f"{options.gpus} x {machine.name} in {nodes} nodes",
         _counts(options, machine, found),
-        _table([*ranks, *([("own", own)] if own is not None else [])], options.gpus),
-        *([] if own is not None else [f"the recipe's own layout does not run on {options.gpus} GPUs"]),
+        _table([*ranks, *([("own", own)] if isinstance(own, Plan) else [])], options.gpus),
+        *([] if isinstance(own, Plan) else [f"the recipe's own layout does not run on {options.gpus} GPUs: {own}"]),
         *(["Muon's iterations are not in these times"] if recipe.optimizer.name == "muon" else []),
         f"what a rank of the best sends in a step:\n{_traffic_table(best)}",
         f"the run with it: {duration(num_tokens / best.estimate.tokens_per_s)} for {num_tokens:,} tokens, validation "
@@ -95,7 +95,7 @@ def _traffic_table(best: Plan) -> str:
     return format_table(rows) if len(rows) > 1 else "nothing"
 
 
-def _as_json(recipe: Recipe, options: PlanOptions, machine: Machine, found: Search, own: Plan | None) -> dict[str, Any]:
+def _as_json(recipe: Recipe, options: PlanOptions, machine: Machine, found: Search, own: Plan | str) -> dict[str, Any]:
     """All numbers, in seconds and bytes, and what the machine was taken to be."""
     return {
         "gpus": options.gpus,
@@ -104,7 +104,7 @@ def _as_json(recipe: Recipe, options: PlanOptions, machine: Machine, found: Sear
         "refused": dict(found.refusals),
         "too_large": found.num_too_large,
         "layouts": [_plan_as_json(one, recipe) for one in found.ranked[: options.top]],
-        "own_layout": None if own is None else _plan_as_json(own, recipe),
+        "own_layout": _plan_as_json(own, recipe) if isinstance(own, Plan) else None,
     }
 
 

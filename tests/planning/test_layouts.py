@@ -1,8 +1,10 @@
 """tools/plan.py: what it ranks fits and runs, is what the dry run says, and what is dropped is counted."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -11,8 +13,9 @@ from planned import recipe
 from megatron_tpt.config.layout import check_layout
 from megatron_tpt.config.load import load_recipe, to_dict
 from megatron_tpt.errors import UserError
-from megatron_tpt.planning.layouts import Search, overrides, own_layout, search
-from megatron_tpt.planning.machine import machine_named
+from megatron_tpt.planning.layouts import Plan, Search, overrides, own_layout, search
+from megatron_tpt.planning.machine import GPUS, machine_named
+from megatron_tpt.planning.options import PlanOptions
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.tools.plan import main
 from megatron_tpt.training.describe import describe
@@ -21,6 +24,7 @@ from megatron_tpt.training.memory import estimate_memory
 from megatron_tpt.units import GIB
 
 H100 = machine_named("h100")
+ROOT = Path(__file__).parents[2]
 NUM_GPUS = 16
 # 8 of the 80 layers of Llama-3 70B, with its vocabulary.
 MODEL = {
@@ -78,6 +82,12 @@ def test_recomputation_is_used_only_where_memory_needs_it() -> None:
     assert tight.ranked[0].estimate.step_s >= roomy.ranked[0].estimate.step_s
 
 
+def test_the_tool_offers_the_gpus_that_there_are_numbers_of() -> None:
+    assert get_args(get_type_hints(PlanOptions)["gpu"]) == GPUS
+    for name in GPUS:
+        assert machine_named(name).peak("bf16") > 1e14
+
+
 def test_more_gpus_need_less_time() -> None:
     times = [search(RUN, gpus, H100, 0.85 * H100.memory_bytes).ranked[0].estimate.step_s for gpus in (8, 16, 32)]
     assert times == sorted(times, reverse=True)
@@ -98,9 +108,9 @@ def test_what_the_checks_refuse_is_counted_by_their_field() -> None:
 
 def test_the_own_layout_is_compared_where_it_runs(found: Search) -> None:
     own = own_layout(RUN, NUM_GPUS, H100)
-    assert own is not None and own.recipe is RUN
+    assert isinstance(own, Plan) and own.recipe is RUN
     assert own.estimate.step_s >= found.ranked[0].estimate.step_s
-    assert own_layout(RUN, 4, H100) is None
+    assert "4 processes cannot hold parallel.tensor_parallel_size=8" in str(own_layout(RUN, 4, H100))
 
 
 def test_the_tool_prints_the_best_and_how_to_run_it(
@@ -114,6 +124,17 @@ def test_the_tool_prints_the_best_and_how_to_run_it(
     best = found.ranked[0]
     assert f"{best.estimate.step_s:.3f}" in lines[header + 1] and f"{best.estimate.mfu:.1%}" in lines[header + 1]
     assert lines[-1] == " ".join(overrides(best, RUN))
+
+
+def test_the_page_shows_what_the_tool_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs/planning.md").read_text()
+    command, output = re.findall(r"^```bash\npython tools/plan.py (.*?)\n```\n\n```text\n(.*?)^```", page, re.M | re.S)[
+        0
+    ]
+    monkeypatch.chdir(ROOT)
+    assert _plan(monkeypatch, capsys, *command.split()) == output
 
 
 def test_json_has_the_same_numbers_and_settings_change_the_recipe(
