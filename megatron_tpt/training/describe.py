@@ -8,10 +8,12 @@ from megatron_tpt.files import free_space
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training.devices import Device
 from megatron_tpt.training.memory import (
+    COMFORTABLE_SHARE,
     checkpoint_bytes,
     estimate_memory,
     host_bytes_to_save,
     num_checkpoints,
+    num_microbatches,
     peak_of,
     tokens_per_s_bound,
 )
@@ -19,8 +21,6 @@ from megatron_tpt.units import GIB, MIB, duration
 
 ASSUMED_MFU = 0.4
 """The default of --mfu in a dry run: about what well-tuned runs of dense models report on H100s."""
-# Fraction of a device's memory; the rest is for temporary buffers, padding and fragmentation, which are not estimated.
-_COMFORTABLE = 0.85
 
 
 def describe(recipe: Recipe, world_size: int, device: Device, mfu: float | None = None) -> str:
@@ -32,7 +32,7 @@ def describe(recipe: Recipe, world_size: int, device: Device, mfu: float | None 
 
 
 def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
-    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    model, parallel = recipe.model, recipe.parallel
     t, p, c = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
     vp, dp = parallel.virtual_pipeline_parallel_size, parallel.data_parallel_size(world_size)
     return {
@@ -41,7 +41,7 @@ def _layout_rows(recipe: Recipe, world_size: int) -> dict[str, str]:
         + (f", FSDP ({parallel.fsdp})" if parallel.fsdp != "none" else ""),
         "layers per pipeline stage": ", ".join(map(str, parallel.stage_layers(model.num_layers)))
         + (f", in {vp} pieces each" if vp > 1 else ""),
-        "micro-batches per step and rank": f"{training.global_batch_size // (training.micro_batch_size * dp)}",
+        "micro-batches per step and rank": f"{num_microbatches(recipe, dp)}",
         "parameters": f"{model.num_parameters():,}",
     }
 
@@ -57,7 +57,9 @@ def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, s
     if not device.is_gpu:
         needed = world_size * sum(stage.total for stage in stages) / len(stages)
     share = needed / device.memory_bytes
-    verdict = "fits" if share <= _COMFORTABLE else "is tight: buffers come on top" if share <= 1 else "DOES NOT FIT"
+    verdict = (
+        "fits" if share <= COMFORTABLE_SHARE else "is tight: buffers come on top" if share <= 1 else "DOES NOT FIT"
+    )
     return {
         "memory per rank (estimate)": f"{largest.total / GIB:.2f} GiB ({parts})",
         "the same by pipeline stage": ", ".join(f"{stage.total / GIB:.2f}" for stage in stages) + " GiB",

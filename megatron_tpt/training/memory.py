@@ -13,6 +13,9 @@ from megatron_tpt.models.sizes import model_flops_per_token, stage_matrices, sta
 from megatron_tpt.training.devices import Device
 from megatron_tpt.training.metrics import device_peak_tflops
 
+COMFORTABLE_SHARE = 0.85
+"""Of a device's memory: the rest is for temporary buffers, padding and fragmentation, which are not estimated."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -34,7 +37,7 @@ def _value_bytes(recipe: Recipe) -> int:
     return 4 if recipe.training.dtype == "float32" else 2
 
 
-def _micro_batch_tokens(recipe: Recipe) -> float:
+def micro_batch_tokens(recipe: Recipe) -> float:
     """Tokens of one micro-batch on a rank."""
     training = recipe.training
     return training.sequence_length * training.micro_batch_size / recipe.parallel.context_parallel_size
@@ -43,32 +46,38 @@ def _micro_batch_tokens(recipe: Recipe) -> float:
 def _layer_values(recipe: Recipe) -> dict[str, float]:
     """Values that one layer keeps for the backward pass of one micro-batch on a rank, by the module that makes them."""
     parallel, training = recipe.parallel, recipe.training
-    t, tokens = parallel.tensor_parallel_size, _micro_batch_tokens(recipe)
+    t, tokens = parallel.tensor_parallel_size, micro_batch_tokens(recipe)
     return {
         name: tokens * kept.per_token / (t if kept.is_split or parallel.sequence_parallel else 1)
         for name, kept in recipe.model.activations(training.sequence_length).items()
     }
 
 
-def micro_batches_in_flight(parallel: ParallelConfig, stage: int, num_microbatches: int) -> float:
+def num_microbatches(recipe: Recipe, data_parallel_size: int) -> int:
+    """Micro-batches of a step on a rank, once the batch size has its final value."""
+    training = recipe.training
+    return max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
     """The most micro-batches whose activations a pipeline stage (from 0) of p holds, in units of its layers.
 
     1F1B: p - stage. Interleaved with v chunks: 2 (p - stage - 1) + (v - 1) p + 1 chunks, each 1/v of the layers.
     """
     p, v = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     if v == 1:
-        return min(p - stage, num_microbatches)
-    return min(2 * (p - stage - 1) + (v - 1) * p + 1, num_microbatches * v) / v
+        return min(p - stage, micro_batches)
+    return min(2 * (p - stage - 1) + (v - 1) * p + 1, micro_batches * v) / v
 
 
-def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> float:
+def stage_activations(recipe: Recipe, stage: int, micro_batches: int) -> float:
     """Bytes of activations on a rank of a pipeline stage (from 0), given what the recipe recomputes.
 
     Recomputed layers keep only their input, and one at a time keeps everything; the last stage also has the logits of
     one micro-batch, in the training precision and in fp32. Each stage has its share of model.activation_layers.
     """
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
-    value_bytes, tokens = _value_bytes(recipe), _micro_batch_tokens(recipe)
+    value_bytes, tokens = _value_bytes(recipe), micro_batch_tokens(recipe)
     values = _layer_values(recipe)
     layers = parallel.stage_layers(model.num_layers)[stage] * model.activation_layers / model.num_layers
     own_input = tokens * model.hidden_size / (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
@@ -82,7 +91,7 @@ def stage_activations(recipe: Recipe, stage: int, num_microbatches: int) -> floa
         kept, once = (layers - recomputed) * whole + recomputed * own_input, whole
     elif training.cpu_offload_layers:
         kept = (layers - training.cpu_offload_layers) * whole
-    result = (kept * micro_batches_in_flight(parallel, stage, num_microbatches) + once) * value_bytes
+    result = (kept * micro_batches_in_flight(parallel, stage, micro_batches) + once) * value_bytes
     if stage == parallel.pipeline_parallel_size - 1:
         result += tokens * model.padded_vocab_size / parallel.tensor_parallel_size * (value_bytes + 4)
     return result
@@ -99,7 +108,6 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     parallel, training = recipe.parallel, recipe.training
     value_bytes, state_bytes = _value_bytes(recipe), 8 if training.dtype == "float32" else 12
     shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
-    num_microbatches = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel_size))
     result = []
     for stage in range(parallel.pipeline_parallel_size):
         parameters = stage_parameters(recipe.model, parallel, stage)
@@ -108,7 +116,7 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
             state -= 4 * stage_matrices(recipe.model, parallel, stage)
         weights = parameters * value_bytes / (shards if parallel.fsdp == "optim_grads_params" else 1)
         gradients = parameters * 4 / (shards if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1)
-        activations = stage_activations(recipe, stage, num_microbatches)
+        activations = stage_activations(recipe, stage, num_microbatches(recipe, data_parallel_size))
         result.append(Memory(weights, gradients, state / shards, activations))
     return result
 
