@@ -19,6 +19,7 @@ from commands import Commands
 from language import DAYS, Parcel, read_rows
 from teacher import measure
 
+from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
 from megatron_tpt.studies.report import write_report
@@ -186,3 +187,7 @@ def _empty(output: Path) -> None:
         if any(output.iterdir()) and not (output / MARK).is_file():
             raise UserError(f"{output}: is no folder of an earlier demo and not empty; choose another --output")
         shutil.rmtree(output)
+
+
+if __name__ == "__main__":
+    run(lambda: Demo(parse(DemoOptions, description=__doc__)).run())
