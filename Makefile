@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 # Files of tests that run at once.
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo teacher study test test-slow check gpu-rehearsal
+.PHONY: setup demo teacher study recurrence-demo recurrence-parent recurrence-study test test-slow check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -18,6 +18,17 @@ teacher: setup
 
 study: setup
 	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
+
+recurrence-demo: setup
+	$(PY) examples/recurrence_demo/run.py --output runs/recurrence-demo
+
+recurrence-parent: setup
+	$(PY) examples/recurrence_demo/parent.py --output runs/recurrence-parent
+
+recurrence-study: setup
+	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
+	$(PY) examples/recurrence_demo/report.py --results runs/recurrence-study/seed_*/report/results.json \
+	  --output runs/recurrence-study/report
 
 test: setup
 	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
