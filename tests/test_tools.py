@@ -20,6 +20,11 @@ from megatron_tpt.config.cli import console_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS = sorted((REPOSITORY / "megatron_tpt/tools").glob("[a-z]*.py"))
 TRAINING = ["pretrain", "finetune"]
+SCRIPTS = [
+    path
+    for path in sorted([*REPOSITORY.glob("examples/**/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")])
+    if f"python {path.relative_to(REPOSITORY)}" in path.read_text()
+]
 # Loads every console script of the installation and asks it for help, as in a process of its own.
 HELP_OF_ALL = """
 import importlib.metadata, sys
@@ -55,6 +60,12 @@ def test_every_tool_is_a_file_in_tools_and_a_console_script() -> None:
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {console_name(name): f"{module}:command" for name, module in modules.items()}
     assert {path.name for path in (REPOSITORY / "tools").glob("*.py")} == {tool.name for tool in TOOLS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_example_and_benchmark_that_says_how_it_is_run_is_a_program(script: Path) -> None:
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
 def test_the_tested_versions_are_allowed_by_every_extra() -> None:
