@@ -152,7 +152,7 @@ def iterations_in_turns(options: BenchmarkOptions, trainer: Any) -> dict[str, li
     }
     costs: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
     for _ in range(options.rounds + 1):
-        seconds = {}
+        seconds: dict[str, tuple[float, float]] = {}
         for name, batch in batches.items():
             begin = clocks()
             for _ in range(options.steps):
@@ -170,7 +170,8 @@ def memory_by_depth(options: BenchmarkOptions, trainer: Any) -> dict[str, dict[s
     import torch
 
     parameters = {one.untyped_storage().data_ptr() for chunk in trainer.model.chunks for one in chunk.parameters()}
-    result, first = {}, 0
+    result: dict[str, dict[str, float]] = {}
+    first = 0
     for factor in (1, 1, 2, 4, 8):  # the first time is not counted: it allocates what all need
         depth, kept = factor * options.backprop, dict[int, int]()
 

@@ -1,5 +1,6 @@
 """What the miniature is to show, and whether it does: decided by the figures alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Claim:
     first: str
     second: str
     low: float = 0.0
-    high: float = 1.0
+    high: float = math.inf
 
 
 CLAIMS = (
