@@ -85,10 +85,13 @@ class Demo:
         self.make_starts()
         self.steps = {arm: planned_steps(arm, self.options.num_steps, self.starts) for arm in self.arms}
         # Two at a time: one for each of the two cores that the miniature is made for. The longest ones begin.
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        pool = ThreadPoolExecutor(max_workers=2)
+        try:
             order = sorted(self.arms, key=lambda arm: (-arm.is_recurrent, -self.steps[arm]))
             done = {arm: pool.submit(self.train_arm, arm) for arm in order}
             self.seconds = {arm: done[arm].result() for arm in self.arms}
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.measure()
         self.report()
 
