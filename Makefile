@@ -8,7 +8,8 @@ TEST_PROCESSES ?= 2
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study real-model test test-slow check gpu-rehearsal
+.PHONY: setup demo teacher study real-model recurrence-demo recurrence-parent recurrence-study test test-slow check \
+  gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -24,6 +25,17 @@ study: setup
 
 real-model: setup
 	examples/smollm2/run.sh $(DATA) runs/smollm2
+
+recurrence-demo: setup
+	$(PY) examples/recurrence_demo/run.py --output runs/recurrence-demo
+
+recurrence-parent: setup
+	$(PY) examples/recurrence_demo/parent.py --output runs/recurrence-parent
+
+recurrence-study: setup
+	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
+	$(PY) examples/recurrence_demo/report.py --results runs/recurrence-study/seed_*/report/results.json \
+	  --output runs/recurrence-study/report
 
 test: setup
 	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

@@ -9,19 +9,18 @@ same held-out problems. The last table and picture are in OUTPUT/report. Run aga
 """
 
 import json
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import Commands
 from language import DAYS, Parcel, read_rows
 from teacher import measure
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
+from megatron_tpt.studies.commands import Commands, empty_earlier
 from megatron_tpt.studies.report import write_report
 from megatron_tpt.studies.results import Point, summarize
 
@@ -60,7 +59,7 @@ class Demo:
         self.teacher = options.teacher.resolve()
         if not (self.teacher / "config.json").is_file():
             raise UserError(f"{self.teacher}: no model there; `make teacher` trains one")
-        _empty(self.output)
+        empty_earlier(self.output, MARK)
         write_json(self.output / MARK, {name: str(value) for name, value in asdict(options).items()})
         self.commands = Commands(self.output / "logs")
 
@@ -179,14 +178,6 @@ class Demo:
         """The logged metrics of the arm's pre-training, by step."""
         path = self.output / "pretrain" / FOLDERS[arm] / "metrics.jsonl"
         return {row["step"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-
-
-def _empty(output: Path) -> None:
-    """Remove an earlier demo. Raises UserError for a folder with anything else in it."""
-    if output.exists():
-        if any(output.iterdir()) and not (output / MARK).is_file():
-            raise UserError(f"{output}: is no folder of an earlier demo and not empty; choose another --output")
-        shutil.rmtree(output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ one that was made by this script.
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands import Commands
 from language import TEACHERS_PARCELS, Parcel, sample_parcels, write_rows
 from tokenizer import make_tokenizer
 
@@ -18,6 +17,7 @@ from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
 from megatron_tpt.records import read_records
+from megatron_tpt.studies.commands import Commands
 from megatron_tpt.thinking.prompts import EXPERT
 
 HERE = Path(__file__).resolve().parent

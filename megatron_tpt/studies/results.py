@@ -72,10 +72,36 @@ def summarize(points: Iterable[Point]) -> list[Summary]:
     return sorted(summaries, key=lambda summary: (arms.index(summary.arm), summary.tokens))
 
 
+def difference(first: Sequence[Point], second: Sequence[Point]) -> tuple[float, float, float]:
+    """Mean of second - first over the seeds that both have, with its 95 % interval: of two arms, a point per seed.
+
+    Several seeds: Student's t interval of the paired differences. One seed: that of two shares (R. G. Newcombe 1998,
+    method 10), as if the problems were not the same. Raises ValueError when no seed is in both.
+    """
+    of_first = {point.seed: point for point in first}
+    pairs = [(of_first[point.seed], point) for point in second if point.seed in of_first]
+    if not pairs:
+        raise ValueError("two arms have no seed in common")
+    values = [other.accuracy - one.accuracy for one, other in pairs]
+    mean = statistics.fmean(values)
+    if len(values) > 1:
+        half = _half_width(values)
+        return mean, mean - half, mean + half
+    one, other = pairs[0]
+    low_1, high_1 = wilson_interval(one.accuracy, one.num_problems)
+    low_2, high_2 = wilson_interval(other.accuracy, other.num_problems)
+    below = math.hypot(other.accuracy - low_2, high_1 - one.accuracy)
+    return mean, mean - below, mean + math.hypot(high_2 - other.accuracy, one.accuracy - low_1)
+
+
+def _half_width(values: Sequence[float]) -> float:
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of the mean of two or more values between 0 and 1, clipped to that range."""
     mean = statistics.fmean(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = _half_width(values)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.studies.report import markdown, write_report
-from megatron_tpt.studies.results import Point, read_points, summarize, t_interval, wilson_interval
+from megatron_tpt.studies.results import Point, difference, read_points, summarize, t_interval, wilson_interval
 
 
 def test_t_interval_equals_a_published_example():
@@ -49,3 +49,22 @@ def test_results_of_another_kind_are_refused(tmp_path: Path):
     path.write_text(json.dumps({"points": [{"arm": "x"}]}))
     with pytest.raises(UserError, match="not a results file"):
         read_points(path)
+
+
+def test_the_difference_of_two_shares_equals_a_published_example():
+    # Newcombe 1998, table II, example (a), method 10: 56/70 against 48/80.
+    first, second = Point("a", 1, 48 / 80, 80, 0), Point("b", 1, 56 / 70, 70, 0)
+    assert difference([first], [second]) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+
+
+def test_differences_are_paired_over_the_seeds():
+    """Seeds that differ much do not hide that one arm is always a little better; others are not compared."""
+    first = [Point("a", 1, accuracy, 100, seed) for seed, accuracy in enumerate((0.1, 0.5, 0.9))]
+    second = [Point("b", 1, accuracy, 100, seed) for seed, accuracy in ((2, 0.95), (0, 0.14), (1, 0.54), (7, 0.0))]
+    mean, low, high = difference(first, second)
+    # Differences 0.04, 0.04, 0.05: s = 0.1/sqrt(300), half-width 4.303 s / sqrt(3).
+    assert mean == pytest.approx(0.13 / 3) and (high - low) / 2 == pytest.approx(
+        4.3027 * 0.1 / 300**0.5 / 3**0.5, rel=1e-4
+    )
+    with pytest.raises(ValueError, match="no seed in common"):
+        difference(first, [Point("b", 1, 0.5, 100, 9)])

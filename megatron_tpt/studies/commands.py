@@ -1,13 +1,16 @@
-"""Running the project's own command lines: each is shown as a user would type it, its output goes to a log."""
+"""Running the project's own command lines, for the examples of a checkout: each is shown as a user would type it, its
+output goes to a log."""
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.logs import print_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,4 +42,13 @@ class Commands:
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
-        print(f"[{time.monotonic() - self.start:4.0f} s] {text}", flush=True)
+        print_result(f"[{time.monotonic() - self.start:4.0f} s] {text}")
+
+
+def empty_earlier(output: Path, mark: str) -> None:
+    """Remove the folder of an earlier run, which has the file `mark`. Raises UserError for a folder with anything else
+    in it."""
+    if output.exists():
+        if any(output.iterdir()) and not (output / mark).is_file():
+            raise UserError(f"{output}: is no folder of an earlier run and not empty; choose another --output")
+        shutil.rmtree(output)

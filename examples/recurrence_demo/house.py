@@ -1,0 +1,166 @@
+"""Walks through a house: problems that take as many look-ups, one after the other, as a walk has doors.
+
+    prompt    hall red blue green      (start in the hall; go through the red door, the blue one, the green one)
+    response  attic                    (where the walk ends)
+
+Every room has a door of every colour. Doors do not commute, and together they generate all 120 permutations of the five
+rooms: a walk cannot be abbreviated by counting its doors. Each door leads from every room to another one, and each room
+to every room by one door (a Latin square), so a walk of which one door is not known may end anywhere.
+
+There is no mark before the response: any token may be the last one, so every position has to hold the room that the
+walk has reached.
+
+python examples/recurrence_demo/house.py --output DIR writes atoms.jsonl (all walks of one and two doors, from which the
+parent learns), train_3.jsonl to train_6.jsonl (walks of 1 to 3, ..., 1 to 6 doors) and problems.jsonl (walks of 3 to 6
+doors that are in none of the others: the hash of a prompt decides where it may be).
+"""
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tpt.config.cli import parse, run
+from megatron_tpt.config.fields import PositiveInt
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import atomic_write
+
+ROOMS = ("hall", "kitchen", "cellar", "study", "attic")
+DOORS = {
+    "red": (4, 3, 1, 2, 0),
+    "blue": (3, 4, 0, 1, 2),
+    "green": (1, 2, 3, 0, 4),
+    "white": (2, 0, 4, 3, 1),
+    "black": (0, 1, 2, 4, 3),
+}
+"""Where each door leads from each room: red from the hall (0) to the attic (4)."""
+ATOMS = (1, 2)
+"""Doors of the parent's walks. There are only 150 such walks: all of them are trained on."""
+LENGTHS = (3, 4, 5, 6)
+"""Doors of the problems; the longest walks of the training files, one after the other."""
+HELD_OUT = 5
+"""One in so many walks of these lengths is held out."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A room, by its number, and the doors that a walk from there takes."""
+
+    start: int
+    doors: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """The walk as text."""
+        return " ".join((ROOMS[self.start], *self.doors))
+
+    @property
+    def response(self) -> str:
+        """The room where it ends."""
+        room = self.start
+        for door in self.doors:
+            room = DOORS[door][room]
+        return ROOMS[room]
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether it may be a problem, and then never training data. Its text alone decides."""
+        digest = hashlib.sha256(self.prompt.encode()).digest()
+        return len(self.doors) in LENGTHS and int.from_bytes(digest[:8]) % HELD_OUT == 0
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The example for fine-tuning."""
+        return {"prompt": self.prompt, "response": self.response}
+
+
+@dataclass(frozen=True)
+class HouseOptions:
+    """How many walks to write, and where to."""
+
+    output: Path
+    """The folder for the files."""
+    num_walks: PositiveInt = 12000
+    """Walks of every training file but the last one, which has four times as many."""
+    num_problems: PositiveInt = 100
+    """Problems of every length."""
+    seed: int = 0
+    """Decides which walks these are."""
+
+
+def all_walks(num_doors: int) -> Iterator[Walk]:
+    """Every walk through so many doors."""
+    for start, doors in itertools.product(range(len(ROOMS)), itertools.product(DOORS, repeat=num_doors)):
+        yield Walk(start, doors)
+
+
+def atoms() -> list[Walk]:
+    """The parent's walks."""
+    return [walk for num_doors in ATOMS for walk in all_walks(num_doors)]
+
+
+def draw_training(longest: int, num_walks: int, draw: random.Random) -> Iterator[Walk]:
+    """Walks of 1 to `longest` doors that are not held out, each length as often as the others; a short one several
+    times, for there are not many."""
+    names, num_drawn = list(DOORS), 0
+    while num_drawn < num_walks:
+        walk = Walk(draw.randrange(len(ROOMS)), tuple(draw.choices(names, k=draw.randint(1, longest))))
+        if not walk.is_held_out:
+            num_drawn += 1
+            yield walk
+
+
+def draw_problems(num_problems: int, draw: random.Random) -> list[Walk]:
+    """So many different problems of every length."""
+    problems = []
+    for num_doors in LENGTHS:
+        candidates = [walk for walk in all_walks(num_doors) if walk.is_held_out]
+        if num_problems > len(candidates):
+            raise UserError(
+                f"--num-problems {num_problems}: only {len(candidates)} walks of {num_doors} doors are held out; ask "
+                f"for fewer"
+            )
+        problems += draw.sample(candidates, num_problems)
+    return problems
+
+
+def write_house(options: HouseOptions) -> None:
+    """Write all files, read them back, and check that no problem is among the training data."""
+    folder, draw = options.output, random.Random(options.seed)
+    write_rows(folder / "problems.jsonl", draw_problems(options.num_problems, draw))
+    write_rows(folder / "atoms.jsonl", atoms())
+    for longest in LENGTHS:
+        num_walks = options.num_walks * (4 if longest == LENGTHS[-1] else 1)
+        write_rows(folder / f"train_{longest}.jsonl", draw_training(longest, num_walks, draw))
+    training = [folder / "atoms.jsonl", *(folder / f"train_{longest}.jsonl" for longest in LENGTHS)]
+    check_disjoint(folder / "problems.jsonl", training)
+
+
+def check_disjoint(problems: Path, training: Iterable[Path]) -> None:
+    """Raise RuntimeError when a problem is there twice, or in one of the training files."""
+    prompts = [row["prompt"] for row in read_rows(problems)]
+    asked = set(prompts)
+    if len(asked) < len(prompts):
+        raise RuntimeError(f"{problems}: a problem is there twice")
+    for path in training:
+        if both := next((row["prompt"] for row in read_rows(path) if row["prompt"] in asked), None):
+            raise RuntimeError(f"the same walk is in {problems} and {path}: {both!r}")
+
+
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of one of the files."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write_rows(path: Path, walks: Iterable[Walk]) -> None:
+    """Write walks as JSON lines."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(walk.row) + "\n" for walk in walks)
+
+
+if __name__ == "__main__":
+    run(lambda: write_house(parse(HouseOptions, description=__doc__)))
