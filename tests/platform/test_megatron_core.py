@@ -34,7 +34,7 @@ IN_A_RUN += [
 ]
 # Without these, a test of what they are for.
 IN_A_TEST = {
-    "indexes_blend": "tests/training/test_sample_cache.py::test_the_order_of_a_blend_is_megatron_cores",
+    "indexes_blend": "tests/training/test_blend.py::test_a_phase_ends_at_its_tokens_and_what_was_taken_is_counted",
     "indexes_samples": "tests/training/test_sample_cache.py::test_a_cached_index_is_not_built_again",
 }
 # What calls the others, what only keeps a warning away, and what is tested below.

@@ -1,4 +1,5 @@
-"""Runs of the training programs: in worker processes that stay (quick), or started as a user starts them (to kill)."""
+"""Runs of the training programs: in processes forked from one that has imported all (quick), or started as a user
+starts them (to kill)."""
 
 import contextlib
 import importlib
@@ -115,6 +116,7 @@ class Workers:
 
 
 def _result_of(process: BaseProcess, connection: Connection) -> tuple[str | None, str]:
+    """Why a rank failed, None if it did not, and what it printed."""
     try:
         result: tuple[str | None, str] = connection.recv()
     except EOFError:
