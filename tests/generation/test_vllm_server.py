@@ -109,7 +109,7 @@ def test_a_server_that_fails_is_started_again_and_nothing_is_lost(
         assert [done[i] for i in range(len(PROMPTS))] == expected
         assert engine.stats().num_retried > 0
         assert ("has written no token for 20 s" in capfd.readouterr().err) == (fault == "hangs")
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=120)
         assert not alive
 
 

@@ -109,7 +109,11 @@ class Workers:
             process.start()
             theirs.close()
             started.append((process, ours))
-        results = [_result_of(process, connection) for process, connection in started]
+        try:
+            results = [_result_of(process, connection) for process, connection in started]
+        finally:  # where a test has been ended, ranks may wait for each other
+            for process, _ in started:
+                process.kill()
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)
         return results[0][1]
