@@ -24,7 +24,7 @@ test: setup
 	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	$(PY) -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
+	$(PY) -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(PY) -m ruff format --check .

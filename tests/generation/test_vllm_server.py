@@ -86,7 +86,7 @@ def newest_server() -> psutil.Process:
     return max(servers, key=psutil.Process.create_time)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
 def test_a_server_that_fails_is_started_again_and_nothing_is_lost(
     model: str, tmp_path: Path, fault: str, capfd: pytest.CaptureFixture[str]
