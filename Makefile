@@ -3,8 +3,8 @@ PY := .venv/bin/python
 # Two cores are enough for everything here; torch's threads would only fight the processes for them.
 export OMP_NUM_THREADS ?= 1
 # Files of tests that run at once: those that are slow wait for servers and jobs more than they compute.
-TEST_PROCESSES ?= 2
-SLOW_TEST_PROCESSES ?= 3
+test: TEST_PROCESSES ?= 2
+test-slow: TEST_PROCESSES ?= 3
 
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
@@ -42,7 +42,7 @@ test: setup
 	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	$(PY) -m pytest -m slow -n $(SLOW_TEST_PROCESSES) --dist loadfile
+	$(PY) -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(PY) -m ruff format --check .

@@ -2,7 +2,9 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from slurm_cluster import missing_programs, slurm_cluster
@@ -27,6 +29,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+    if config.option.markexpr == "slow":
+        items.sort(key=_minutes_of_files(items), reverse=True)
+
+
+def _minutes_of_files(items: list[pytest.Item]) -> Callable[[pytest.Item], float]:
+    """Give the order in which files start that run at once: with the longest last, one process would end alone."""
+    minutes: dict[Path, float] = defaultdict(float)
+    for item in items:
+        if mark := item.get_closest_marker("slow"):
+            minutes[item.path] += mark.kwargs.get("minutes", 0.2)
+    return lambda item: minutes[item.path]
 
 
 @pytest.fixture(autouse=True)

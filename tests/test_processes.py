@@ -42,7 +42,7 @@ def test_children_and_theirs_end_when_the_first_is_killed(tmp_path: Path, method
     family = [psutil.Process(pid) for pid in pids]
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=120)
     for process in alive:
         process.kill()
     assert not alive

@@ -354,7 +354,7 @@ def operate(driver: Driver, number: int) -> tuple[str, str | None]:
     return f"{what} ({time.monotonic() - started:.1f} s)", wrong
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=10)
 @pytest.mark.timeout(DURATION_S + 1200)
 def test_random_operation_keeps_what_is_promised(tmp_path: Path) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.platform.megatron_core import copy_main_weights_to_model
 from megatron_tpt.training import fsdp_checkpoint
 from megatron_tpt.training.checkpoint_files import find_damage
@@ -100,7 +100,11 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _require_checkpoint(folder: Path) -> None:
     require_data_only(folder)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+    try:
+        is_checkpoint = dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:  # a foreign file may be anything
+        raise UserError(f"{folder} is damaged (metadata.json: {one_line(error)}): give another checkpoint") from error
+    if not is_checkpoint:
         raise not_a_checkpoint(folder)
 
 

@@ -30,7 +30,7 @@ def test_the_engines_processes_end_with_the_job(tmp_path: Path) -> None:
     assert any("EngineCore" in child.name() for child in family)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=120)
     for child in alive:
         child.kill()
     assert not alive

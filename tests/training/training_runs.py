@@ -34,20 +34,29 @@ def start_training(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def environments(num_processes: int, ranks_per_node: int | None = None) -> list[dict[str, str]]:
+    """The environment of each rank, as a launcher sets it on one machine, or on machines of `ranks_per_node`."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
+    local_ranks = [rank % (ranks_per_node or num_processes) for rank in range(num_processes)]
+    return [
+        {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+
+
 def start_ranks(program: str, recipe_path: Path, *overrides: str, num_processes: int) -> list[subprocess.Popen]:
     """Start the ranks of a run as srun does: no launcher ends one when another ends."""
     command = [sys.executable, "-m", program, str(recipe_path), *overrides]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
     return [
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             cwd=Path(__file__).parent,
         )
-        for rank in range(num_processes)
+        for environment in environments(num_processes)
     ]
 
 
@@ -97,11 +106,9 @@ class Workers:
 
         With `ranks_per_node` they act as several machines, and `{node}` in an argument is the number of the machine.
         """
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_processes)}
         started = []
-        for rank in range(num_processes):
-            node, local_rank = divmod(rank, ranks_per_node or num_processes)
-            environment = {**os.environ, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+        for rank, environment in enumerate(environments(num_processes, ranks_per_node)):
+            node = rank // (ranks_per_node or num_processes)
             own_argv = [argument.replace("{node}", str(node)) for argument in argv]
             ours, theirs = self.context.Pipe()
             # Not a daemon: Megatron Core's checkpoint writer starts a process.
@@ -109,7 +116,11 @@ class Workers:
             process.start()
             theirs.close()
             started.append((process, ours))
-        results = [_result_of(process, connection) for process, connection in started]
+        try:
+            results = [_result_of(process, connection) for process, connection in started]
+        finally:  # where a test has been ended, ranks may wait for each other
+            for process, _ in started:
+                process.kill()
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)
         return results[0][1]
@@ -118,10 +129,10 @@ class Workers:
 def _result_of(process: BaseProcess, connection: Connection) -> tuple[str | None, str]:
     """Why a rank failed, None if it did not, and what it printed."""
     try:
-        result: tuple[str | None, str] = connection.recv()
+        error, output = connection.recv()
     except EOFError:
-        result = None, ""
+        error, output = "has sent no result", ""
     process.join()
     if process.exitcode:
-        return f"ended with {process.exitcode}; {result[0]}", result[1]
-    return result
+        error = f"ended with code {process.exitcode}: {error}"
+    return error, output
