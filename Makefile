@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 test: TEST_PROCESSES ?= 2
 test-slow: TEST_PROCESSES ?= 3
 
-.PHONY: setup demo teacher study test test-slow check
+.PHONY: setup demo teacher study test test-slow check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -31,3 +31,8 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(dir $(PY))lint-imports
+
+# Apart from the others, in an environment of its own: Transformer Engine is built there the first time.
+gpu-rehearsal:
+	@benchmarks/gpu/setup.sh
+	GPU_REHEARSAL=1 $${GPU_VENV:-.venv-gpu}/bin/python -m pytest tests/gpu_rehearsal tests/platform/test_options.py

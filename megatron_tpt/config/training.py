@@ -79,7 +79,7 @@ class TrainingConfig:
     from earlier steps (delayed) or from the tensor itself (tensorwise), one per 128 x 128 weights and 128 inputs
     (blockwise, Hopper with CUDA 12.9), one per 32 values (mxfp8, Blackwell). It is an error where it is not active."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
-    """E4M3 forward and E5M2 for gradients, or E4M3 for both."""
+    """E4M3 forward and E5M2 for gradients (hybrid), or E4M3 for both, as is usual with blockwise and mxfp8."""
     fp8_amax_history: PositiveInt = 1024
     """Steps over which delayed scaling takes the largest value."""
     fp8_param_gather: bool = False

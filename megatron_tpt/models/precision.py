@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_TE_CHECKS = {
+SCALING_DIRECTIONS, SCALING_BUFFERS = ("scaling_fwd", "scaling_bwd"), ("scale", "amax_history")
+"""Transformer Engine's names for what delayed scaling keeps in a module."""
+TE_CHECKS = {
     "delayed": "is_fp8_available",
     "tensorwise": "is_fp8_available",
     "blockwise": "is_fp8_block_scaling_available",
@@ -55,6 +57,35 @@ def unrounded_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def scaling_statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What delayed scaling keeps in one module of the largest values of the last steps, on the CPU; nothing where it
+    keeps none, or has not run yet."""
+    states = {name: state for name, state in getattr(module, "fp8_meta", {}).items() if name in SCALING_DIRECTIONS}
+    return {
+        f"{name}.{buffer}": getattr(state, buffer).cpu()
+        for name, state in states.items()
+        for buffer in SCALING_BUFFERS
+        if hasattr(state, buffer)
+    }
+
+
+def set_scaling_statistics(module: Any, statistics: dict[str, torch.Tensor], config: "TransformerConfig") -> None:
+    """Have a module of a new model continue with what `scaling_statistics` returned. Transformer Engine would do it
+    from a pickle, which may run code: it refuses to, and so do we."""
+    if not statistics:
+        return
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    recipe = get_fp8_recipe(config)
+    recipe.amax_history_len = len(statistics["scaling_fwd.amax_history"])  # the first step changes it to the recipe's
+    module.fp8_meta["recipe"] = recipe
+    module.fp8_meta["num_gemms"] = len(statistics["scaling_fwd.scale"]) // 3  # each has an input, weights, an output
+    module.init_fp8_meta_tensors(recipe)
+    for name, value in statistics.items():
+        direction, buffer = name.split(".")
+        getattr(module.fp8_meta[direction], buffer).copy_(value)
+
+
 def recompute_settings(training: TrainingConfig) -> dict[str, Any]:
     """Fields of TransformerConfig that choose which activations are recomputed, and which are offloaded to the CPU."""
     if training.recompute == "none":
@@ -76,7 +107,7 @@ def require_active(training: TrainingConfig, *, transformer_engine: bool) -> Non
         raise UserError(f"training.fp8={training.fp8} needs Transformer Engine on a GPU: give --training.fp8=none here")
     import transformer_engine.pytorch as te
 
-    is_active, reason = getattr(te, _TE_CHECKS[training.fp8])(return_reason=True)
+    is_active, reason = getattr(te, TE_CHECKS[training.fp8])(return_reason=True)
     if not is_active:
         raise UserError(
             f"training.fp8={training.fp8} is not active on {torch.cuda.get_device_name()}: {' '.join(reason.split())}; "

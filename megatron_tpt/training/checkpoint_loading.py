@@ -1,5 +1,6 @@
 """Loading checkpoints (checkpoint_saving.py) under any parallel layout."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_tpt.training.checkpoint_state import (
     members,
     optimizer_format,
     pieces_of,
+    set_fp8_statistics,
     set_groups,
     set_random_state,
     set_weights,
@@ -40,6 +42,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -128,7 +132,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     """Load everything a run needs to resume, under any layout. Returns the trainer state that was saved.
 
     The random state is restored if layout and device type are the same; otherwise it stays as seeded, which only
-    affects dropout.
+    affects dropout. So are the scales of delayed scaling in FP8; a line in the log says where they are not.
     """
     trainer_state = read_trainer_state(folder)
     sharding = trainer_state.get("optimizer_sharding", "fully_reshardable")
@@ -149,8 +153,12 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
     same_layout = trainer_state["layout"] == layout()
     if same_layout:
         state["random_state"] = sharded_random_state()
-        if trainer_state.get("has_fp8_statistics"):
-            state["fp8_statistics"] = fp8_statistics(model)
+    if statistics := fp8_statistics(model):
+        if same_layout and trainer_state.get("has_fp8_scales"):
+            state["fp8_statistics"] = statistics
+        elif {"has_fp8_scales", "has_fp8_statistics"} & trainer_state.keys():
+            origin = "another layout" if "has_fp8_scales" in trainer_state else "an earlier version, as a pickle"
+            logger.warning(f"{folder}: its FP8 scales are of {origin}: delayed scaling begins anew, as in a new run")
     loaded = _load(state, folder)
     if under_fsdp:
         fsdp_checkpoint.set_optimizer_state(first, own, loaded["optimizer"])
@@ -162,7 +170,7 @@ def load_checkpoint(folder: Path, model: GPTModel | Sequence[GPTModel], optimize
         give_each_parameter_its_step(optimizer)
     if same_layout:
         set_random_state(loaded["random_state"])
-    for gpt, statistics in zip(pieces_of(model), loaded.get("fp8_statistics", {}).values(), strict=False):
-        gpt.load_state_dict(statistics, strict=False)
+    if "fp8_statistics" in loaded:
+        set_fp8_statistics(model, loaded["fp8_statistics"])
     _round_weights_from_main(optimizer)
     return trainer_state

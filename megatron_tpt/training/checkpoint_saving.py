@@ -240,7 +240,7 @@ def start_saving(
             state["optimizer"] = optimizer.sharded_state_dict(weights, metadata=format_of_optimizer)
         state["random_state"] = sharded_random_state()
         if statistics := fp8_statistics(model):
-            state["trainer"]["has_fp8_statistics"] = True
+            state["trainer"]["has_fp8_scales"] = True
             state["fp8_statistics"] = statistics
 
     def write_small_files() -> None:

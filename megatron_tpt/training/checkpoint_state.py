@@ -1,12 +1,13 @@
 """What is in a checkpoint: weights, optimizer and random state, as Megatron Core's sharded tensors and objects."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_tpt import platform
-from megatron_tpt.models.precision import unrounded_values
+from megatron_tpt.models.precision import scaling_statistics, set_scaling_statistics, unrounded_values
 from megatron_tpt.platform.megatron_core import load_without_step
 from megatron_tpt.training import fsdp_checkpoint
 
@@ -16,6 +17,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+_EXTRA_STATE = "_extra_state"
 
 
 def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
@@ -30,7 +33,7 @@ def weights_state(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, A
 
 def weights_of(gpt: GPTModel) -> dict[str, Any]:
     """The weights of one model chunk, as this rank holds them."""
-    return {key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith("_extra_state")}
+    return {key: value for key, value in gpt.sharded_state_dict().items() if not key.endswith(_EXTRA_STATE)}
 
 
 def pieces_of(model: GPTModel | Sequence[GPTModel]) -> Sequence[GPTModel]:
@@ -46,16 +49,34 @@ def set_weights(model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str,
             value.copy_(state[f"piece_{i}"][name])
 
 
-def fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, Any]]:
-    """The amax history of delayed scaling, by model chunk; empty under other FP8 recipes.
+def fp8_statistics(model: GPTModel | Sequence[GPTModel]) -> dict[str, dict[str, ShardedObject]]:
+    """The scales and amax histories of delayed scaling, by model chunk and module; empty under other FP8 recipes.
 
-    Each rank has its own: it is loaded if the layout is the same, and starts empty otherwise.
+    Each rank has its own: it is loaded if the layout is the same, and starts empty otherwise. It is stored in place of
+    Transformer Engine's `_extra_state`, which holds the same as a pickle.
     """
     return {
-        f"piece_{i}": {key: value for key, value in gpt.sharded_state_dict().items() if key.endswith("_extra_state")}
+        f"piece_{i}": {
+            name: dataclasses.replace(
+                entry,
+                key=entry.key.replace(_EXTRA_STATE, "fp8_statistics"),
+                data=scaling_statistics(gpt.get_submodule(name)),
+            )
+            for key, entry in gpt.sharded_state_dict().items()
+            if (name := key.removesuffix(f".{_EXTRA_STATE}")) != key
+        }
         for i, gpt in enumerate(pieces_of(model))
         if gpt.config.fp8 and gpt.config.fp8_recipe == "delayed"
     }
+
+
+def set_fp8_statistics(
+    model: GPTModel | Sequence[GPTModel], state: dict[str, dict[str, dict[str, torch.Tensor]]]
+) -> None:
+    """Have a model continue with what was loaded into `fp8_statistics`."""
+    for i, gpt in enumerate(pieces_of(model)):
+        for name, statistics in state[f"piece_{i}"].items():
+            set_scaling_statistics(gpt.get_submodule(name), statistics, gpt.config)
 
 
 def optimizer_format(sharding: str) -> dict[str, str]:

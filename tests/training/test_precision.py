@@ -61,6 +61,22 @@ def test_without_fp8_there_is_none() -> None:
     assert config.fp8 is None and not config.first_last_layers_bf16 and config.recompute_granularity is None
 
 
+def test_the_loss_is_fused_on_gpus_in_bf16_alone() -> None:
+    # The kernel rounds its gradients to bf16, whatever the logits are.
+    for dtype, on_gpu in (("bfloat16", True), ("float32", True), ("bfloat16", False)):
+        asked = recipe({"dtype": dtype})
+        settings = core_settings(asked.model, asked.parallel, asked.training, transformer_engine=False, on_gpu=on_gpu)
+        assert settings["cross_entropy_loss_fusion"] is (dtype == "bfloat16" and on_gpu)
+
+
+def test_the_softmax_of_the_local_attention_is_not_fused() -> None:
+    # The kernel is apex's, which may be missing, and it takes any mask for the causal one.
+    for on_gpu in (True, False):
+        asked = recipe({})
+        settings = core_settings(asked.model, asked.parallel, asked.training, transformer_engine=False, on_gpu=on_gpu)
+        assert settings["masked_softmax_fusion"] is False
+
+
 @pytest.mark.parametrize(
     ("training", "granularity", "method", "layers", "modules"),
     [

@@ -1,0 +1,40 @@
+"""Every training recipe in examples/, whole, and small enough to hold in memory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.models.gpt.config import GPTConfig
+from megatron_tpt.recipes.finetune import FinetuneRecipe
+from megatron_tpt.recipes.pretrain import PretrainRecipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# teacher.yaml and the like are recipes too; study.yaml describes a study.
+PATHS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.name != "study.yaml")
+NAMES = [str(path.relative_to(EXAMPLES).with_suffix("")) for path in PATHS]
+
+
+def load(name: str) -> Recipe:
+    """A recipe with a vocabulary, where the data would bring it, and with the model that its start would bring."""
+    path = EXAMPLES / f"{name}.yaml"
+    raw: dict[str, Any] = yaml.safe_load(path.read_text())
+    is_tuning = path.stem.startswith(("finetune", "sft"))
+    if "model" not in raw:
+        raw["model"] = yaml.safe_load(path.with_name("pretrain.yaml").read_text())["model"]
+    raw["data"] = {"train": "data"}
+    raw["training"].pop("init_from", None)
+    recipe = recipe_from_dict(FinetuneRecipe if is_tuning else PretrainRecipe, raw)
+    if recipe.model.vocab_size is None:
+        recipe.model = dataclasses.replace(recipe.model, vocab_size=1000)
+    return recipe
+
+
+def small(model: GPTConfig) -> GPTConfig:
+    """The same kind of model with two layers of small sizes: its biases, norms, ties, groups and rotary scaling."""
+    groups = 2 if model.query_groups < model.num_attention_heads else None
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 384}
+    return dataclasses.replace(model, **sizes, num_query_groups=groups, head_dim=16)
