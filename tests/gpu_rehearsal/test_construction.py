@@ -55,9 +55,9 @@ def kernels_of(gpt: GPTModel) -> set[str]:
     return {base.__module__.split(".")[0] for part in parts for base in type(part).__mro__} & {"transformer_engine"}
 
 
-def outer_ranks(parallel: ParallelConfig) -> Iterator[tuple[int, int]]:
-    """The first and the last rank of the smallest run with two replicas."""
-    num_ranks = 2 * parallel.model_parallel_size
+def outer_ranks(parallel: ParallelConfig, replicas: int = 2) -> Iterator[tuple[int, int]]:
+    """The first and the last rank of a run."""
+    num_ranks = replicas * parallel.model_parallel_size
     yield from ((0, num_ranks), (num_ranks - 1, num_ranks))
 
 
@@ -65,10 +65,18 @@ def outer_ranks(parallel: ParallelConfig) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_a_recipe_has_the_same_tensors_under_transformer_engine(name: str, precision: str) -> None:
     recipe = with_precision(recipes.load(name), precision)
-    recipe.check(2 * recipe.parallel.model_parallel_size)
+    # The smallest recipes have one micro-batch in a step, so that two replicas would share none.
+    replicas = 2 if recipe.training.global_batch_size > recipe.training.micro_batch_size else 1
+    world_size = replicas * recipe.parallel.model_parallel_size
+    widths = (recipe.model.hidden_size, recipe.model.ffn_hidden_size // recipe.parallel.tensor_parallel_size)
+    if precision == "blockwise" and any(width % 128 for width in widths):  # of models for two CPU cores
+        with pytest.raises(UserError, match=r"is not a multiple of training\.fp8=blockwise: its block=128"):
+            recipe.check(world_size)
+        return
+    recipe.check(world_size)
     local = dataclasses.replace(recipe.model, transformer_impl="local")
     without_fp8 = dataclasses.replace(recipe.training, fp8="none", fp8_format="hybrid", bf16_layers_at_start=0)
-    for rank, num_ranks in outer_ranks(recipe.parallel):
+    for rank, num_ranks in outer_ranks(recipe.parallel, replicas):
         with hopper.h100("meta"), hopper.rank_of(recipe.parallel, rank, num_ranks):
             gpts = build_chunks(recipe.model, recipe.parallel, recipe.training, seed=None)
             config = gpts[0].config
