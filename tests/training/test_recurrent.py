@@ -29,7 +29,9 @@ def recurrent(recipe: dict) -> dict:
         "family": "recurrent", "num_layers": 4, "mean_recurrences": 3, "backprop_recurrences": 2,
         **{name: recipe["model"][name] for name in ("hidden_size", "ffn_hidden_size", "num_query_groups")},
     }  # fmt: skip
-    return {"model": model, "training": {**recipe["training"], "num_steps": 10}}
+    # At a rate ten times as high, rounding grows within ten steps until gradients differ in their fourth digit.
+    optimizer = {**recipe["optimizer"], "learning_rate": 1e-3}
+    return {"model": model, "training": {**recipe["training"], "num_steps": 10}, "optimizer": optimizer}
 
 
 def with_curriculum(recurrent: dict) -> dict:
@@ -46,13 +48,13 @@ def single() -> dict:
 @pytest.mark.parametrize(
     ("layout", "num_processes", "overrides", "layers"),
     [
-        ("tp2", 2, [TP2], {}),
-        ("tp2-sequence-recomputed", 2, [TP2, SP, FULL], {}),
-        ("dp2-overlap-recomputed", 2, [HALF, OVERLAP, FULL], {}),
-        ("olmo-tp2-sequence", 2, [TP2, SP], OLMO),
+        ("olmo-tp2-sequence-recomputed", 2, [TP2, SP, FULL], OLMO),
+        ("olmo-dp2-overlap-recomputed", 2, [HALF, OVERLAP, FULL], OLMO),
         pytest.param("recomputed", 1, [FULL], {}, marks=slow),
+        pytest.param("tp2", 2, [TP2], {}, marks=slow),
         pytest.param("tp2-recomputed", 2, [TP2, FULL], {}, marks=slow),
         pytest.param("tp2-sequence", 2, [TP2, SP], {}, marks=slow),
+        pytest.param("tp2-sequence-recomputed", 2, [TP2, SP, FULL], {}, marks=slow),
         pytest.param("dp2", 2, [HALF], {}, marks=slow),
         pytest.param("dp2-overlap-gather", 2, [HALF, OVERLAP, "--parallel.overlap_param_gather=true"], {}, marks=slow),
         pytest.param("olmo-tp2", 2, [TP2], OLMO, marks=slow),
@@ -75,8 +77,8 @@ def test_losses_gradients_and_weights_equal_those_of_one_process(
         for name in ("depth", "depth_backprop", "depth_mean"):
             assert ours[name] == theirs[name], name
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
-        for name in ("grad_norm", "state_norm", "state_change"):  # the last is the norm of a small difference
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+        for name in ("grad_norm", "state_norm", "state_change"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
     # Adam makes steps of full size even of gradients that are mostly rounding: weights drift apart more than gradients.
     for what, wanted, tolerance in (("gradients", gradients, 1e-5), ("weights", weights, 1e-4)):
         distance = distances(gathered(tmp_path, layout, what), wanted)
