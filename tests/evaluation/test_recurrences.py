@@ -181,7 +181,7 @@ def test_documents_are_scored_in_windows_of_the_same_size(
         engine="transformers",
     )  # fmt: skip
     evaluate(options)
-    evaluate(dataclasses.replace(options, output=tmp_path / "both", data=problems, limit=4))
+    evaluate(dataclasses.replace(options, output=tmp_path / "both", data=problems, limit=4, max_new_tokens=8))
     expected = math.exp(-math.fsum(one.total for one in likelihoods) / sum(map(len, ids)))
     for output in ("alone", "both"):
         [one] = json.loads((tmp_path / output / "results.json").read_text())["documents"]
@@ -260,6 +260,7 @@ def test_another_default_depth_is_refused(models: dict[str, str], problems: Path
         evaluate(options)
 
 
+@pytest.mark.slow
 def test_tasks_share_every_depth_and_the_documents(
     models: dict[str, str], problems: Path, documents: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +328,14 @@ def test_columns_that_no_model_has_are_omitted() -> None:
             "--document-window 1000 must be from 3 to 512",
         ),
         (lambda m: {"text_column": "body", "documents": m["documents"]}, "no column 'body'; its columns are text"),
+        (
+            lambda m: {"data": None, "documents": m["documents"], "max_new_tokens": 8},
+            "--max-new-tokens is for problems, and there are none beside --documents",
+        ),
+        (
+            lambda m: {"data": None, "documents": m["documents"], "exit_criterion": "kl", "exit_threshold": 1.0},
+            "--exit-criterion is for tokens that are generated",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(

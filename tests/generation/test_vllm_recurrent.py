@@ -127,9 +127,9 @@ class Exported:
         return tuple(ids[len(prompt) :])
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return Exported(tmp_path_factory.mktemp("model"), request.param)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("model"), "llama")
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def num_layers(depth: int) -> int:
     return prelude + depth * block + coda
 
 
-@pytest.mark.parametrize("depth", [None, 1])
+@pytest.mark.parametrize("depth", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_tokens_are_those_without_a_cache_and_every_iteration_has_one(exported: Exported, depth: int | None) -> None:
     expected = [exported.greedy(prompt, depth or DEFAULT_DEPTH) for prompt in PROMPTS]
     assert expected != [exported.greedy(prompt, 2) for prompt in PROMPTS]
@@ -164,7 +164,7 @@ def test_tokens_are_those_without_a_cache_and_every_iteration_has_one(exported: 
         assert config.cache_config.num_gpu_blocks == MAX_NUM_SEQS * CONTEXT // BLOCK_TOKENS + 1
 
 
-@pytest.mark.parametrize("parent", ["qwen2", "olmo2"])
+@pytest.mark.parametrize("parent", ["qwen3", "olmo2", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_other_parents(parent: str, tmp_path: Path) -> None:
     exported = Exported(tmp_path, parent)
     with VLLMEngine(options(exported, num_recurrences=2)) as engine:
@@ -238,11 +238,19 @@ def test_a_depth_is_refused_where_there_is_none_to_choose(exported: Exported, tm
         VLLMEngine(EngineOptions(make_model(tmp_path / "model"), num_recurrences=2))
     with pytest.raises(UserError, match='cannot be chosen for the engine "endpoint"'):
         options(exported, num_recurrences=2, kind="endpoint", endpoints=("http://host:8000/v1",))
-    with pytest.raises(UserError, match="num_recurrences"):
+    with pytest.raises(UserError, match="--num-recurrences 0: must be 1 or more"):
         options(exported, num_recurrences=0)
 
 
 def test_a_plugin_that_vllm_does_not_load_is_named(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     with pytest.raises(UserError, match=r"VLLM_PLUGINS=others excludes .*: add recurrent_gpt"):
+        VLLMEngine(options(exported))
+
+
+def test_biases_that_vllm_lacks_are_refused_at_once(tmp_path: Path) -> None:
+    exported = Exported(tmp_path, "olmo2")
+    path = exported.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    with pytest.raises(UserError, match=r'attention_bias is not supported in vLLM .* choose the engine "transformers"'):
         VLLMEngine(options(exported))

@@ -1,5 +1,6 @@
 """Exports of recurrent models: transformers computes what Megatron Core does, at any depth, cached or not."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -80,28 +81,43 @@ def test_a_cache_holds_the_keys_of_every_iteration(exported: Callable[[str], Pat
 
 LOAD = """
 import json, sys, torch, transformers
-folder, output = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
-model.save_pretrained(output)
-with torch.no_grad():
-    logits = model.eval()(torch.arange(24)[None], num_recurrences=2).logits
-print(json.dumps({"ours": [name for name in sys.modules if name.startswith("megatron")], "logits": logits.tolist()}))
+folder, again = sys.argv[1:]
+found = []
+for source in (folder, again):
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=True)
+    with torch.no_grad():
+        found.append(model.eval()(torch.arange(24)[None], num_recurrences=2).logits.tolist())
+    if source == folder:
+        model.save_pretrained(again)
+print(json.dumps({"ours": [name for name in sys.modules if name.startswith("megatron")], "logits": found}))
 """
 
 
+def test_the_code_in_an_export_imports_nothing_else_of_this_package(exported: Callable[[str], Path]) -> None:
+    folder, modules = exported("llama"), set[str]()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                modules.add("." * node.level + str(node.module))
+            elif isinstance(node, ast.Import):
+                modules |= {name.name for name in node.names}
+    own = {module for module in modules if module.startswith((".", "megatron"))}
+    assert own == {".configuration_recurrent_gpt", ".state"} and (folder / "state.py").is_file()
+
+
+@pytest.mark.slow
 def test_an_export_loads_by_the_code_in_it(exported: Callable[[str], Path], tmp_path: Path) -> None:
     """Where this package is not, and once more after transformers has saved it."""
-    folder = exported("qwen3-tied")
+    folder, again = exported("qwen3-tied"), tmp_path / "again"
     expected = loaded(folder)(torch.arange(24)[None], num_recurrences=2).logits.detach()
-    again = tmp_path / "again"
-    for source, output in ((folder, again), (again, tmp_path / "third")):
-        command = [sys.executable, "-c", LOAD, source, output]
-        environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        found = json.loads(result.stdout.splitlines()[-1])
-        assert found["ours"] == []
-        assert torch.equal(torch.tensor(found["logits"]), expected)
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, folder, again], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["ours"] == []
+    assert all(torch.equal(torch.tensor(logits), expected) for logits in found["logits"])
     assert_same_weights(again, folder)
 
 

@@ -15,12 +15,17 @@ from training_runs import FINETUNE, PRETRAIN, Train
 
 GOLDEN = Path(__file__).parent / "golden"
 _MUON = {"name": "muon", "learning_rate": 1e-2, "adam_learning_rate": 3e-3, "warmup_steps": 2}
+_RECURRENT = {
+    "family": "recurrent", "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_query_groups": 2,
+    "mean_recurrences": 3, "backprop_recurrences": 2, "depth_curriculum": "linear", "depth_curriculum_steps": 8,
+}  # fmt: skip
 # Name: program, processes, settings, sections.
 RUNS: dict[str, tuple[str, int, list[str], dict]] = {
     "pretrain": (PRETRAIN, 1, [], {}),
     "tp2": (PRETRAIN, 2, ["--parallel.tensor_parallel_size=2", "--parallel.sequence_parallel=true"], {}),
     "pp2": (PRETRAIN, 2, ["--parallel.pipeline_parallel_size=2"], {}),
     "muon": (PRETRAIN, 1, ["--parallel.distributed_optimizer=false"], {"optimizer": _MUON}),
+    "recurrent": (PRETRAIN, 1, [], {"model": _RECURRENT}),
     "fsdp": (PRETRAIN, 2, ["--parallel.fsdp=optim_grads_params"], {}),
     "finetune": (FINETUNE, 1, ["--training.sequence_length=128", "--training.global_batch_size=4"], {}),
 }
