@@ -50,7 +50,7 @@ def evaluate(
     failed.
     """
     runs = options.with_documents() if isinstance(options, EvaluateOptions) else list(options)
-    _check_names(runs)
+    _check_runs(runs)
     sets = _read_all(runs)
     first = runs[0]
     evaluations = list(_evaluations(list(zip(runs, sets, strict=True))))
@@ -94,10 +94,12 @@ def _is_missing(by_arm: Sequence[Sequence[Evaluation]], task: int, num_tasks: in
     return any(each.missing(task, num_tasks) for group in by_arm for each in group)
 
 
-def _check_names(runs: Sequence[EvaluateOptions]) -> None:
+def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
     titles = [run.title for run in runs]
     if doubled := sorted({title for title in titles if titles.count(title) > 1}):
         raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
+    if runs[0].early_exit() is not None and all(run.scoring != "generate" for run in runs):
+        raise UserError("--exit-criterion is for tokens that are generated, and here all are scored: omit it")
 
 
 def _read_all(runs: Sequence[EvaluateOptions]) -> list[ProblemSet]:

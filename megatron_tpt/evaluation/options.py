@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,9 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import Benchmark, files_of
 from megatron_tpt.generation import DType, EarlyExit, EngineKind, EngineOptions, ExitCriterion
 from megatron_tpt.jobs.options import ScaleOptions
+
+_OF_DOCUMENTS = ("id_column", "document_window", "limit")
+"""Options of benchmarks that also are those of --documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,15 @@ class EvaluateOptions(Benchmark):
     def with_documents(self) -> "list[EvaluateOptions]":
         """These options for the problems, if there are any, and for the documents."""
         has_problems = self.data is not None or self.data_file is not None or self.documents is None
+        if not has_problems and (unused := self._options_of_problems()):
+            raise UserError(f"{unused[0]} is for problems, and there are none beside --documents: omit it")
         return [*([self] if has_problems else []), *self.of_documents()]
+
+    def _options_of_problems(self) -> list[str]:
+        """The options that were given, and that say nothing about documents."""
+        unset = Benchmark()
+        given = [each.name for each in fields(Benchmark) if getattr(self, each.name) != getattr(unset, each.name)]
+        return [f"--{name.replace('_', '-')}" for name in given if name not in _OF_DOCUMENTS]
 
     def of_documents(self) -> "list[EvaluateOptions]":
         """These options for the documents, as a benchmark; none where there are none."""
@@ -161,10 +172,8 @@ class EvaluateOptions(Benchmark):
             name="documents",
             data=self.documents,
             prompt_column=self.text_column,
-            id_column=self.id_column,
             scoring="perplexity",
-            document_window=self.document_window,
-            limit=self.limit,
+            **{name: getattr(self, name) for name in _OF_DOCUMENTS},
         )
         return [replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
 

@@ -12,8 +12,6 @@ class Olmo2DecoderLayer(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        if config.attention_bias:
-            raise ValueError("OLMo-2 with attention_bias is not supported in vLLM")
         self.self_attn = OlmoHybridAttention(vllm_config=vllm_config, prefix=f"{prefix}.self_attn")
         self.mlp = OlmoHybridMLP(vllm_config=vllm_config, prefix=f"{prefix}.mlp")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import EngineOptions
-from megatron_tpt.generation.models import is_recurrent
+from megatron_tpt.generation.models import is_recurrent, load_model_config
 from megatron_tpt.models.spec import register_classes
 
 _GROUP = "vllm.general_plugins"
@@ -35,13 +35,24 @@ def num_cached_layers(config: Any) -> int:
     return config.num_prelude_layers + config.num_recurrences * config.num_block_layers + config.num_coda_layers
 
 
+def lacks_biases(config: Any) -> bool:
+    """Whether a recurrent model has biases that vLLM's layers of its parent do not have."""
+    return bool(config.attention_bias) and config.parent_model_type in ("qwen3", "olmo2")
+
+
 def recurrence_arguments(options: EngineOptions) -> dict[str, Any]:
     """vLLM's arguments for `options.num_recurrences`.
 
-    Raises UserError for a recurrent model where vLLM would not find this plug-in, and for a depth of any other model.
+    Raises UserError for a recurrent model that vLLM cannot run, or for which it would not find this plug-in, and for a
+    depth of any other model.
     """
     if is_recurrent(options):
         _check_installed()
+        if lacks_biases(load_model_config(options.model)):
+            raise UserError(
+                f"{options.model}: attention_bias is not supported in vLLM with layers of this kind: choose the engine "
+                f'"transformers"'
+            )
     if options.num_recurrences is None:
         return {}
     return {"hf_overrides": {"num_recurrences": options.num_recurrences}}

@@ -22,7 +22,7 @@ from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
-from megatron_tpt.generation.vllm_plugin import num_cached_layers
+from megatron_tpt.generation.vllm_plugin import lacks_biases, num_cached_layers
 from megatron_tpt.models.recurrent.state import initial_state
 
 _POSITIONS_AT_ONCE = 1024
@@ -134,6 +134,8 @@ class RecurrentGPTForCausalLM(nn.Module):
         if vllm_config.quant_config is not None:
             raise ValueError("quantization of recurrent models is not supported in vLLM")
         config = self.config = vllm_config.model_config.hf_config
+        if lacks_biases(config):
+            raise ValueError(f"{config.parent_model_type} layers with attention_bias are not supported in vLLM")
         self.model = RecurrentGPTModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
         if config.tie_word_embeddings:

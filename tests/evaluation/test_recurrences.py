@@ -327,6 +327,14 @@ def test_columns_that_no_model_has_are_omitted() -> None:
             "--document-window 1000 must be from 3 to 512",
         ),
         (lambda m: {"text_column": "body", "documents": m["documents"]}, "no column 'body'; its columns are text"),
+        (
+            lambda m: {"data": None, "documents": m["documents"], "max_new_tokens": 8},
+            "--max-new-tokens is for problems, and there are none beside --documents",
+        ),
+        (
+            lambda m: {"data": None, "documents": m["documents"], "exit_criterion": "kl", "exit_threshold": 1.0},
+            "--exit-criterion is for tokens that are generated",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -246,3 +246,11 @@ def test_a_plugin_that_vllm_does_not_load_is_named(exported: Exported, monkeypat
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     with pytest.raises(UserError, match=r"VLLM_PLUGINS=others excludes .*: add recurrent_gpt"):
         VLLMEngine(options(exported))
+
+
+def test_biases_that_vllm_lacks_are_refused_at_once(tmp_path: Path) -> None:
+    exported = Exported(tmp_path, "olmo2")
+    path = exported.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    with pytest.raises(UserError, match=r'attention_bias is not supported in vLLM .* choose the engine "transformers"'):
+        VLLMEngine(options(exported))

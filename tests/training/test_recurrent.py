@@ -1,15 +1,13 @@
 """Recurrent models train alike under every layout: the same depths, losses, gradients and weights."""
 
 import json
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from test_parity import GRADIENT_WORKER, OVERLAP, SP, TP2, distances, gathered
-from training_runs import Train, start_training
+from training_runs import PRETRAIN, Train, Workers
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.models.recurrent.config import RecurrentConfig
@@ -26,13 +24,17 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def recurrent(recipe: dict) -> dict:
-    """1 + 2 + 1 layers, passed up to a mean of three times, gradients through two iterations."""
+    """1 + 2 + 1 layers, passed four times in the mean (three and one), gradients through two iterations."""
     model = {
         "family": "recurrent", "num_layers": 4, "mean_recurrences": 3, "backprop_recurrences": 2,
-        "depth_curriculum": "linear", "depth_curriculum_steps": 4,
         **{name: recipe["model"][name] for name in ("hidden_size", "ffn_hidden_size", "num_query_groups")},
     }  # fmt: skip
     return {"model": model, "training": {**recipe["training"], "num_steps": 10}}
+
+
+def with_curriculum(recurrent: dict) -> dict:
+    """The mean rises from one."""
+    return {**recurrent, "model": recurrent["model"] | {"depth_curriculum": "linear", "depth_curriculum_steps": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,7 @@ def test_losses_gradients_and_weights_equal_those_of_one_process(
 
 def test_metrics_tell_the_depth_and_what_it_costs(train: Train, recurrent: dict, recipe: dict) -> None:
     """Those of the draws themselves; the loss by depth adds up to the loss."""
+    recurrent = with_curriculum(recurrent)
     metrics = train("metrics", changes={**recurrent, "logging": {**recipe["logging"], "peak_tflops": 0.001}})
     model = RecurrentConfig(**recurrent["model"], vocab_size=320)
     for one in metrics:
@@ -117,19 +120,15 @@ def test_depths_are_the_same_on_all_ranks_and_others_in_every_step() -> None:
     assert fixed == ({"recurrences": 4, "backprop": 0, "mean_recurrences": 4, "seed": 0},) * 4
 
 
-def test_a_killed_run_resumes_to_the_bit(train: Train, recurrent: dict, recipe: dict, tmp_path: Path) -> None:
-    changes = {**recurrent, "checkpoint": {"save_interval": 3}}
+def test_a_killed_run_resumes_to_the_bit(
+    train: Train, recurrent: dict, recipe: dict, tmp_path: Path, workers: Workers
+) -> None:
+    changes = {**with_curriculum(recurrent), "checkpoint": {"save_interval": 5}}
     unbroken = train("unbroken", changes=changes)
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump({**recipe, **changes, "run": {"output_dir": str(tmp_path / "killed")}}))
-    process = start_training(path)
-    for line in process.stdout:
-        if line.split()[:1] == ["step"] and int(line.split()[1].partition("/")[0]) >= 5:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate()
-    assert (tmp_path / "killed/checkpoints/latest").exists()
-    shutil.rmtree(tmp_path / "killed/checkpoints/step_00000010", ignore_errors=True)
+    path, folder = tmp_path / "killed.yaml", tmp_path / "killed"
+    path.write_text(yaml.safe_dump({**recipe, **changes, "run": {"output_dir": str(folder)}}))
+    workers.run_and_kill(PRETRAIN, [str(path)], lambda: (folder / "checkpoints/step_00000005").exists())
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) < 10
     resumed = train("killed", changes=changes)
     exact = ("step", "loss", "grad_norm", "depth", "depth_backprop", "state_norm", "state_change", "tokens")
     assert [[one[name] for name in exact] for one in resumed] == [[one[name] for name in exact] for one in unbroken]

@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 from ports import free_port
 
 from megatron_tpt import logs
@@ -124,6 +126,21 @@ class Workers:
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
         assert not errors, "\n".join(errors)
         return results[0][1]
+
+    def run_and_kill(self, module: str, argv: list[str], is_due: Callable[[], bool]) -> None:
+        """Run a program on one rank, and kill -9 it and its processes when `is_due`. Fails when it ends before that."""
+        [environment] = environments(1)
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(theirs, module, argv, environment))
+        process.start()
+        theirs.close()
+        while not is_due():
+            assert not ours.poll(), f"ended too early: {_result_of(process, ours)}"
+            time.sleep(0.002)
+        own = psutil.Process(process.pid)
+        for one in [own, *own.children(recursive=True)]:
+            one.kill()
+        process.join()
 
 
 def _result_of(process: BaseProcess, connection: Connection) -> tuple[str | None, str]:

@@ -80,6 +80,8 @@ class RecurrentBlock(TransformerBlock):
             for iteration in range(draws["recurrences"]):
                 with torch.no_grad() if iteration < first_with_gradient else contextlib.nullcontext():
                     before, state = state, run(range(p, c), self.adapter(torch.cat((state, embedded), dim=-1)))
+                if iteration < first_with_gradient:
+                    state = state.detach()  # layers enable gradients where they add biases
             if measured is not None:
                 self._measure(state, before, measured)
             output = run(range(c, len(self.layers)), state)

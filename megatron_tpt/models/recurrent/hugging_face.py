@@ -42,9 +42,9 @@ class RecurrentAdapter(HuggingFaceAdapter[RecurrentConfig]):
             seed = reprlib.repr(config["initial_state_seed"])
             raise UserError(f"{source}: initial_state_seed={seed} is not supported, only {VALIDATION_SEED} is")
         prelude, block, coda, recurrences = (config[name] for name in _COUNTS)
-        if prelude + block + coda != config["num_hidden_layers"]:
+        if prelude + block + coda != (total := config.get("num_hidden_layers")):
             raise UserError(
-                f"{source}: num_hidden_layers={config['num_hidden_layers']} is not the sum of num_prelude_layers, "
+                f"{source}: num_hidden_layers={reprlib.repr(total)} is not the sum of num_prelude_layers, "
                 f"num_block_layers and num_coda_layers: restore it"
             )
         gpt = GPTAdapter().from_config(parent, source)

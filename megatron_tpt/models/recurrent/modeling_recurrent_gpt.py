@@ -346,7 +346,7 @@ class RecurrentGPTForCausalLM(RecurrentGPTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return RecurrentCausalLMOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, depths=outputs.depths
         )
