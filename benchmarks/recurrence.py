@@ -133,13 +133,13 @@ def steps_in_turns(options: BenchmarkOptions, trainer: Any) -> dict[str, list[tu
     return {name: seconds[1:] for name, seconds in pieces.items()}
 
 
-def batch_at(trainer: Any, without_gradient: int, with_gradient: int) -> Any:
-    """The first global batch, with these iterations for all of its micro-batches."""
+def batch_at(trainer: Any, without_gradient: int, with_gradient: int, num_microbatches: int = 2) -> Any:
+    """The first global batch or some of its micro-batches, all with these iterations."""
     from megatron_tpt.training.batches import Batch
 
     total = without_gradient + with_gradient
     draws = {"recurrences": total, "backprop": with_gradient, "mean_recurrences": total, "seed": 1}
-    microbatches = list(trainer.data.train.iterate(0, 1))
+    microbatches = list(islice(trainer.data.train.iterate(0, 1), num_microbatches))
     num_tokens = trainer.recipe.training.batch_size(0) * trainer.recipe.training.sequence_length
     return Batch(microbatches, range(len(microbatches)), num_tokens, [draws] * len(microbatches))
 
@@ -181,7 +181,8 @@ def memory_by_depth(options: BenchmarkOptions, trainer: Any) -> dict[str, dict[s
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        batch = batch_at(trainer, depth - options.backprop, options.backprop)
+        # One micro-batch: another would be kept where the first was, or not, by chance.
+        batch = batch_at(trainer, depth - options.backprop, options.backprop, num_microbatches=1)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.model.forward_backward(batch, trainer.objective)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,6 +9,7 @@ with the folder of this file in PYTHONPATH. It acts every training.validation_in
 import dataclasses
 
 from megatron_tpt.logs import print_result
+from megatron_tpt.platform import is_first_rank
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
 
@@ -41,4 +42,5 @@ class DepthLosses(Callback):
         if not self.recurrences:
             losses["depth_validation_loss/1"] = trainer.validate()["loss"]
         trainer.metrics.write(trainer.global_step, losses)
-        print_result("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        if is_first_rank():
+            print_result("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))

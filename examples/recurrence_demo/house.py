@@ -4,8 +4,9 @@
     response  attic                    (where the walk ends)
 
 Every room has a door of every colour. Doors do not commute, and together they generate all 120 permutations of the five
-rooms: a walk cannot be abbreviated by counting its doors. Each door leads from every room to another one, and each room
-to every room by one door (a Latin square), so a walk of which one door is not known may end anywhere.
+rooms: a walk cannot be abbreviated by counting its doors. No two doors of one colour lead to the same room, and no two
+doors of one room do (a Latin square), so a walk of which one door is not known may end anywhere. A door may lead back
+into its own room.
 
 There is no mark before the response: any token may be the last one, so every position has to hold the room that the
 walk has reached.
@@ -84,7 +85,7 @@ class HouseOptions:
     output: Path
     """The folder for the files."""
     num_walks: PositiveInt = 12000
-    """Walks of every training file but the last one, which has four times as many."""
+    """Walks of every training file but the last one, which has eight times as many: more than any arm reads of it."""
     num_problems: PositiveInt = 100
     """Problems of every length."""
     seed: int = 0
@@ -133,7 +134,7 @@ def write_house(options: HouseOptions) -> None:
     write_rows(folder / "problems.jsonl", draw_problems(options.num_problems, draw))
     write_rows(folder / "atoms.jsonl", atoms())
     for longest in LENGTHS:
-        num_walks = options.num_walks * (4 if longest == LENGTHS[-1] else 1)
+        num_walks = options.num_walks * (8 if longest == LENGTHS[-1] else 1)
         write_rows(folder / f"train_{longest}.jsonl", draw_training(longest, num_walks, draw))
     training = [folder / "atoms.jsonl", *(folder / f"train_{longest}.jsonl" for longest in LENGTHS)]
     check_disjoint(folder / "problems.jsonl", training)

@@ -13,8 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from arms import ALL_ARMS, MAIN_ARMS, RECURRENT, STATIC, UNTRAINED, Arm, measured_costs, planned_steps, stages
 from house import LENGTHS
 from parent import train
@@ -30,10 +31,10 @@ from megatron_tpt.studies.results import Point
 HERE = Path(__file__).resolve().parent
 MARK = "recurrence_demo.json"
 SPLIT = "1,1,1"
-# One step that changes no weight in single precision: the tools need a checkpoint to start from.
+# One step so small that it changes no weight: the tools need a checkpoint to start from.
 NO_TRAINING = (
     "--training.num_steps=1", "--optimizer.schedule=constant", "--optimizer.warmup_steps=0",
-    "--optimizer.wsd_decay_steps=null", "--optimizer.learning_rate=1.0e-12", "--optimizer.adam_learning_rate=1.0e-12",
+    "--optimizer.wsd_decay_steps=null", "--optimizer.learning_rate=1.0e-30", "--optimizer.adam_learning_rate=1.0e-30",
     "--optimizer.min_learning_rate=0",
 )  # fmt: skip
 
@@ -52,8 +53,8 @@ class DemoOptions:
     """The model to cut; `make recurrence-parent` trains such a one. Its tokenizer is that of all arms."""
     new_parent: bool = False
     """Train another parent of this seed, with the tokenizer of --parent, and cut that."""
-    num_steps: PositiveInt = 320
-    """Steps of the recurrent arm and of those with as many tokens."""
+    num_steps: Annotated[int, Ge(32)] = 320
+    """Steps of the recurrent arm and of those with as many tokens; the first 20 of every arm warm up."""
     num_problems: PositiveInt = 100
     """Held-out walks of every length."""
 
@@ -140,7 +141,7 @@ class Demo:
         self.commands.python(
             "measure",
             HERE / "measure.py", "--checkpoints", *checkpoints, "--problems", self.output / "data/problems.jsonl",
-            "--output", self.output / "accuracy", num_threads=2,
+            "--output", self.output / "accuracy",
         )  # fmt: skip
 
     def report(self) -> None:

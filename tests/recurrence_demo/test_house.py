@@ -37,7 +37,7 @@ def test_no_problem_is_training_data(tmp_path: Path) -> None:
     assert len(set(problems)) == len(problems) == 50 * len(LENGTHS)
     assert not set(problems) & {prompt for prompts in files.values() for prompt in prompts}
     assert sorted(files) == ["atoms.jsonl", *(f"train_{longest}.jsonl" for longest in LENGTHS)]
-    assert len(files["atoms.jsonl"]) == 5 * 5 + 5 * 25 and len(files["train_6.jsonl"]) == 2000
+    assert len(files["atoms.jsonl"]) == 5 * 5 + 5 * 25 and len(files["train_6.jsonl"]) == 4000
     for longest in LENGTHS:
         assert {len(prompt.split()) - 1 for prompt in files[f"train_{longest}.jsonl"]} == set(range(1, longest + 1))
 

@@ -11,7 +11,7 @@ import pytest
 from arms import ALL_ARMS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = ["--num-steps", "32", "--num-problems", "10", "--arms", "all", "--new-parent"]
+SMALL = ["--num-steps", "32", "--num-problems", "10", "--arms", "all"]
 
 
 @pytest.mark.slow
