@@ -1,10 +1,11 @@
-"""What a rank of a layout sends in one step, by kind: bytes, the link, and its time at the link's bandwidth.
+"""What a rank of a layout sends in one step, by kind: bytes, collectives, the link, and the time that it takes.
 
 Bytes are what a rank sends in a ring: (n - 1) / n of the whole for an all-gather or a reduce-scatter among n ranks.
 docs/planning.md has the formulas; those of tensor and sequence parallelism are of Korthikanti et al., arXiv 2205.05198,
 section 4.2.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from megatron_tpt.planning.machine import Machine
 from megatron_tpt.training.memory import micro_batch_tokens, num_microbatches
 
 _VALUE_BYTES = 2
+# Parameters of which Megatron Core reduces the gradients, and gathers the values, at once: the larger of these, the
+# second times the ranks (its DistributedDataParallel).
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,12 @@ class Traffic:
     """Of the group."""
     num_bytes: float
     """Sent by a rank, of the pipeline stage that sends most."""
+    num_messages: float
+    """Collectives, or messages to one rank, that it is sent in."""
     link: str
     """The link that limits it: NVLink, or the network."""
     seconds: float
-    """At the bandwidth of the link, whether or not computation hides it."""
+    """By the bandwidth and the latency of the link, whether or not computation hides it."""
 
 
 def passes_per_layer(recipe: Recipe) -> float:
@@ -76,15 +82,58 @@ def context_bytes(recipe: Recipe) -> float:
     return 3 * (c - 1) * tokens * keys_and_values * _VALUE_BYTES
 
 
-def pipeline_bytes(recipe: Recipe) -> float:
+def layer_messages(recipe: Recipe) -> tuple[int, int]:
+    """Of one layer and micro-batch, forward and backward: collectives of tensor parallelism, and messages or
+    collectives of context parallelism. An all-reduce counts as the two that it consists of; Transformer Engine gathers
+    keys and values apart, and exchanges queries and outputs as well where it trades sequence for heads."""
+    parallel = recipe.parallel
+    by_context = {"p2p": 3 * (parallel.context_parallel_size - 1), "all_gather": 6, "a2a": 8}
+    return 10 if parallel.sequence_parallel else 8, by_context[parallel.context_parallel_exchange]
+
+
+def pipeline_messages(recipe: Recipe) -> int:
     """Of one micro-batch: a stage sends activations to the next one and gradients to the one before, once for each of
     its pieces. The first and the last stage of a pipeline without pieces send half."""
     parallel = recipe.parallel
     p, v = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
-    if p == 1:
-        return 0.0
-    directions = 1 if p == 2 and v == 1 else 2
-    return directions * v * micro_batch_tokens(recipe) * recipe.model.hidden_size / _split(recipe) * _VALUE_BYTES
+    directions = 0 if p == 1 else 1 if p == 2 and v == 1 else 2
+    return directions * v
+
+
+def pipeline_bytes(recipe: Recipe) -> float:
+    """Of one micro-batch, in pipeline_messages."""
+    stream = micro_batch_tokens(recipe) * recipe.model.hidden_size / _split(recipe)
+    return pipeline_messages(recipe) * stream * _VALUE_BYTES
+
+
+def _data_exchanges(recipe: Recipe, num_gpus: int) -> tuple[int, int]:
+    """How often all gradients of a rank are reduced in a step, and all parameters gathered."""
+    parallel = recipe.parallel
+    m = num_microbatches(recipe, parallel.data_parallel_size(num_gpus))
+    reductions = m if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1
+    return reductions, 2 * m if parallel.fsdp == "optim_grads_params" else 1
+
+
+def _most_parameters(recipe: Recipe) -> int:
+    """Of a rank of the stage that has most."""
+    parallel = recipe.parallel
+    return max(stage_parameters(recipe.model, parallel, stage) for stage in range(parallel.pipeline_parallel_size))
+
+
+def _data_ranks(recipe: Recipe, num_gpus: int) -> int:
+    """Data- and context-parallel ranks, which hold the same parameters."""
+    return num_gpus // (recipe.parallel.tensor_parallel_size * recipe.parallel.pipeline_parallel_size)
+
+
+def data_messages(recipe: Recipe, num_gpus: int) -> int:
+    """Of one step: every exchange is done bucket by bucket where it overlaps with computation, with FSDP layer by
+    layer (and one for the embedding and the output matrix)."""
+    parallel = recipe.parallel
+    bucket = max(_BUCKET, _BUCKET_PER_RANK * _data_ranks(recipe, num_gpus))
+    pieces = math.ceil(_most_parameters(recipe) / bucket) if parallel.overlap_grad_reduce else 1
+    if parallel.fsdp != "none":
+        pieces = recipe.model.num_layers + 1
+    return sum(_data_exchanges(recipe, num_gpus)) * pieces
 
 
 def data_bytes(recipe: Recipe, num_gpus: int, gradient_bytes: int) -> tuple[float, float]:
@@ -93,14 +142,10 @@ def data_bytes(recipe: Recipe, num_gpus: int, gradient_bytes: int) -> tuple[floa
     One reduce-scatter and one all-gather with the distributed optimizer, an all-reduce without it. FSDP reduces the
     gradients it shards in every micro-batch; parameters that it shards are gathered twice in each.
     """
-    parallel, model = recipe.parallel, recipe.model
-    shards = num_gpus // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    parameters = max(stage_parameters(model, parallel, s) for s in range(parallel.pipeline_parallel_size))
-    sent = (shards - 1) / shards * parameters
-    m = num_microbatches(recipe, parallel.data_parallel_size(num_gpus))
-    reductions = m if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1
-    gathers = 2 * m if parallel.fsdp == "optim_grads_params" else 1
-    parameter_bytes = _VALUE_BYTES if parallel.distributed_optimizer else gradient_bytes
+    ranks = _data_ranks(recipe, num_gpus)
+    sent = (ranks - 1) / ranks * _most_parameters(recipe)
+    reductions, gathers = _data_exchanges(recipe, num_gpus)
+    parameter_bytes = _VALUE_BYTES if recipe.parallel.distributed_optimizer else gradient_bytes
     return reductions * sent * gradient_bytes, gathers * sent * parameter_bytes
 
 
@@ -114,18 +159,27 @@ def traffic(recipe: Recipe, num_gpus: int, machine: Machine, gradient_bytes: int
     # From the nearest to the farthest neighbour. Gradients are reduced over context and data ranks together.
     before_data, before_pipeline = (1, d) if parallel.rank_order == "tp-cp-dp-pp" else (p, 1)
     stride_d, stride_p = t * c * before_data, t * c * before_pipeline
-    groups: dict[str, tuple[Sequence[int], float]] = {
-        "tensor": (range(t), m * layers * tensor_bytes(recipe)[0]),
-        "context": (range(0, t * c, t), m * layers * context_bytes(recipe)),
-        "pipeline": (range(0, stride_p * p, stride_p), m * pipeline_bytes(recipe)),
+    by_tensor, by_context = layer_messages(recipe)
+    groups: dict[str, tuple[Sequence[int], float, float]] = {
+        "tensor": (range(t), m * layers * tensor_bytes(recipe)[0], m * layers * by_tensor),
+        "context": (range(0, t * c, t), m * layers * context_bytes(recipe), m * layers * by_context),
+        "pipeline": (
+            range(0, stride_p * p, stride_p),
+            m * pipeline_bytes(recipe),
+            m * pipeline_messages(recipe),
+        ),
         "data": (
             [i * t + j * stride_d for j in range(d) for i in range(c)],
             sum(data_bytes(recipe, num_gpus, gradient_bytes)),
+            data_messages(recipe, num_gpus),
         ),
     }
     result = {}
-    for kind, (ranks, num_bytes) in groups.items():
+    for kind, (ranks, num_bytes, num_messages) in groups.items():
         if len(ranks) > 1:
-            link, bandwidth = machine.link(ranks, is_ring=kind != "pipeline")
-            result[kind] = Traffic(kind, len(ranks), num_bytes, link, num_bytes / bandwidth)
+            # Context parallelism's own ring, and its trade of sequence for heads, are not NCCL's rings.
+            is_ring = kind != "pipeline" and (kind != "context" or parallel.context_parallel_exchange == "all_gather")
+            link = machine.link(ranks, is_ring=is_ring)
+            seconds = link.seconds(num_bytes, num_messages)
+            result[kind] = Traffic(kind, len(ranks), num_bytes, num_messages, link.name, seconds)
     return result

@@ -24,20 +24,50 @@ class Shares:
     """Which share of a peak is reached. The first two are fitted to the two published rows that have `fit`
     (planning/fit.py); the others are assumptions, the same for all rows."""
 
-    gemm_bf16: float = 0.778
+    gemm_bf16: float = 0.806
     """Of the bf16 peak, in matrix products; reading and writing the matrices is counted apart."""
-    gemm_fp8: float = 0.670
+    gemm_fp8: float = 0.713
     """Of the FP8 peak, in the same; casts are counted apart."""
     exposed_tensor: float = 0.5
     """Of the time of tensor-parallel communication that a step waits for with tp_comm_overlap."""
-    attention: float = 0.47
-    """Of the bf16 peak, in attention, forward and backward together: cuDNN's 600 and 518 TFLOP/s with heads of 128 and
-    8,192 tokens on an H100 (arXiv 2407.08608, figures 5 and 6), for 1 and 2.5 shares of what the forward pass computes,
-    of which model FLOPs count 1 and 2: 3 / (1 / 600 + 2.5 / 518) = 462 TFLOP/s."""
+    attention: float = 0.41
+    """Of the bf16 peak, in causal attention, forward and backward together. cuDNN, heads of 128, 8,192 tokens, H100
+    (arXiv 2407.08608, the bars of figures 5 and 6): forward 529 TFLOP/s with the causal mask and 600 without, backward
+    518 without it, taken to be 518 x 529 / 600 = 457 with it. The backward pass computes 2.5 times what the forward
+    pass does, of which model FLOPs count 2: 3 / (1 / 529 + 2.5 / 457) = 407 TFLOP/s."""
     memory: float = 0.8
     """Of the bandwidth of the memory, in what moves values and computes little."""
     link: float = 0.8
     """Of the bandwidth of NVLink and of the network."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds before data move, by which NCCL itself chooses among its algorithms: rings, protocol Simple, in
+    src/graph/tuning.cc of NCCL 2.27."""
+
+    launch_s: float = 8.4e-6
+    """Once, of a collective or of a message to one rank."""
+    nvlink_s: float = 3.4e-6
+    """From a rank to the next one in its node."""
+    network_s: float = 14e-6
+    """From a rank to the next one in another node."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects a group of ranks."""
+
+    name: str
+    """NVLink, or network."""
+    bytes_per_s: float
+    """Of a rank."""
+    latency_s: float
+    """Of one collective of the group, or of one message to the next rank."""
+
+    def seconds(self, num_bytes: float, num_messages: float) -> float:
+        """The time of so many collectives or messages, which send so many bytes together."""
+        return num_bytes / self.bytes_per_s + num_messages * self.latency_s
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class Machine:
     gpus_per_node: int = 8
     """GPUs that NVLink connects."""
     shares: Shares = Shares()
+    latencies: Latencies = Latencies()
 
     def peak(self, precision: str) -> float:
         """FLOP/s in a precision. Raises UserError where the GPU has none."""
@@ -69,18 +100,23 @@ class Machine:
             )
         return self.peak_flops[precision]
 
-    def link(self, ranks: Sequence[int], *, is_ring: bool = True) -> tuple[str, float]:
-        """The link that limits a group of ranks, one of them in the first node, and the bytes per second of a rank.
+    def link(self, ranks: Sequence[int], *, is_ring: bool = True) -> Link:
+        """The link that limits a group of ranks, of which every node has as many as the first.
 
-        A group in one node has NVLink. Of a larger one the ranks in a node share their network adapters: a ring leaves
-        the node through each of them in turn (NCCL), so that a rank gets as many adapters, at most NVLink. What is sent
-        from one rank to the next alone has one adapter.
+        A group in one node has NVLink. Of a larger one the ranks in a node share their network adapters: NCCL's rings
+        leave the node through each of them in turn, so that a rank gets as many adapters, at most NVLink. What a rank
+        sends to another one, not by a ring of NCCL's, leaves through its own adapter.
         """
-        ranks_in_node = sum(rank < self.gpus_per_node for rank in ranks)
+        ranks_in_node, shares, latencies = sum(rank < self.gpus_per_node for rank in ranks), self.shares, self.latencies
+        steps = len(ranks) - 1 if is_ring else 1
         if ranks_in_node == len(ranks):
-            return "NVLink", self.nvlink_bandwidth * self.shares.link
+            latency = latencies.launch_s + steps * latencies.nvlink_s
+            return Link("NVLink", self.nvlink_bandwidth * shares.link, latency)
+        crossings = -(-len(ranks) // ranks_in_node) - 1 if is_ring else 1
+        latency = latencies.launch_s + (steps - crossings) * latencies.nvlink_s + crossings * latencies.network_s
         adapters = ranks_in_node if is_ring else 1
-        return "network", min(self.nvlink_bandwidth, adapters * self.network_bandwidth) * self.shares.link
+        bandwidth = min(self.nvlink_bandwidth, adapters * self.network_bandwidth) * shares.link
+        return Link("network", bandwidth, latency)
 
 
 def machine_named(gpu: str, gpus_per_node: int = 8, network_gbit_per_s: float = 400.0) -> Machine:

@@ -87,11 +87,11 @@ def _table(plans: list[tuple[str, Plan]], num_gpus: int) -> str:
 
 
 def _traffic_table(best: Plan) -> str:
-    rows = [("kind", "ranks", "GB", "link", "seconds", "waited")]
+    rows = [("kind", "ranks", "GB", "messages", "link", "seconds", "waited")]
     for kind, sent in best.estimate.traffic.items():
         waited = best.estimate.waits_s[kind]
-        numbers = (f"{sent.num_bytes / 1e9:.2f}", sent.link, f"{sent.seconds:.3f}", f"{waited:.3f}")
-        rows.append((kind, str(sent.num_ranks), *numbers))
+        size = (f"{sent.num_bytes / 1e9:.2f}", f"{sent.num_messages:,.0f}")
+        rows.append((kind, str(sent.num_ranks), *size, sent.link, f"{sent.seconds:.3f}", f"{waited:.3f}"))
     return format_table(rows) if len(rows) > 1 else "nothing"
 
 

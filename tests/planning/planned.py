@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_tpt.config.load import recipe_from_dict
-from megatron_tpt.planning.machine import Machine, Shares, machine_named
+from megatron_tpt.planning.machine import Latencies, Machine, Shares, machine_named
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 SMALL = {
@@ -32,4 +32,4 @@ def perfect(machine: Machine | None = None) -> Machine:
     machine = machine or machine_named("h100")
     reached = Shares(*[1.0] * len(dataclasses.fields(Shares)))
     speeds = dict.fromkeys(("memory_bandwidth", "nvlink_bandwidth", "network_bandwidth"), 1e40)
-    return dataclasses.replace(machine, shares=reached, **speeds)
+    return dataclasses.replace(machine, shares=reached, latencies=Latencies(0, 0, 0), **speeds)

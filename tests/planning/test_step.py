@@ -103,6 +103,9 @@ def test_a_better_machine_is_never_slower(layout: dict) -> None:
     for field in ("memory_bandwidth", "nvlink_bandwidth", "network_bandwidth"):
         better = dataclasses.replace(H100, **{field: 2 * getattr(H100, field)})
         assert estimate(run, 16, better).step_s <= before
+    for field in dataclasses.fields(H100.latencies):
+        latencies = dataclasses.replace(H100.latencies, **{field.name: 0.0})
+        assert estimate(run, 16, dataclasses.replace(H100, latencies=latencies)).step_s <= before
     faster = dataclasses.replace(H100, peak_flops={name: 2 * peak for name, peak in H100.peak_flops.items()})
     assert estimate(run, 16, faster).step_s < before
     for name in dataclasses.fields(H100.shares):
