@@ -12,6 +12,7 @@ from megatron_tpt.config.load import read_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.monitoring.state import State, Status, last_objects, modified, read_fields
 from megatron_tpt.training.checkpoint_files import finished_checkpoints
+from megatron_tpt.training.requests import STOP
 from megatron_tpt.training.run_lock import LOCK, PATIENCE_S
 from megatron_tpt.units import GIB, duration
 
@@ -124,6 +125,8 @@ class _Run:
             yield f"ended {where}: its output says why"
         elif self.state == "running":
             yield from self.silent_ranks()
+        if (self.folder / STOP).exists() and self.state != "finished":
+            yield f"asked to stop: remove {self.folder / STOP} to train on"
         for name in ("loss", "validation_loss"):
             if name in self.values and self.values[name] is None:
                 yield f"{name} was not finite in the last report"

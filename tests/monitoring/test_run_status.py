@@ -84,6 +84,8 @@ def test_what_ended_it_or_holds_it_up_is_a_warning(tmp_path: Path) -> None:
     ]
     heartbeat(run, age_s=1000)
     assert read_run(run, NOW).warnings[0] == "no sign of life for 17 min: it hangs, was killed, or its node is lost"
+    (run / "stop").touch()
+    assert f"asked to stop: remove {run / 'stop'} to train on" in read_run(run, NOW).warnings
     (run / "run.lock").unlink()
     assert read_run(run, NOW).warnings[0] == "ended in step 41 (forward): its output says why"
 
