@@ -19,6 +19,7 @@ from megatron_tpt.units import GIB, duration
 # The newest report and the newest validation of a run are in these last bytes, unless 1,000 reports lie between them.
 _TAIL_BYTES = 1 << 20
 _MAX_DATA_WAIT = 0.1
+_LONG_START_S = 600.0
 _LOSSES = {"loss", "loss_document", "loss_thinking", "loss_answer"}
 
 
@@ -125,6 +126,8 @@ class _Run:
             yield f"ended {where}: its output says why"
         elif self.state == "running":
             yield from self.silent_ranks()
+        elif self.held_since is not None and self.state == "starting" and self.now - self.held_since > _LONG_START_S:
+            yield f"started {duration(self.now - self.held_since)} ago, and has no heartbeat yet"
         if (self.folder / STOP).exists() and self.state != "finished":
             yield f"asked to stop: remove {self.folder / STOP} to train on"
         for name in ("loss", "validation_loss"):

@@ -90,6 +90,13 @@ def test_what_ended_it_or_holds_it_up_is_a_warning(tmp_path: Path) -> None:
     assert read_run(run, NOW).warnings[0] == "ended in step 41 (forward): its output says why"
 
 
+def test_a_start_that_takes_long_is_a_warning(tmp_path: Path) -> None:
+    for since_s, warnings in ((500, []), (1200, ["started 20 min ago, and has no heartbeat yet"])):
+        lock(tmp_path, since_s=since_s)
+        found = read_run(tmp_path, NOW)
+        assert (found.state, found.warnings) == ("starting", warnings)
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = running(tmp_path)
     (checkpoint(run, 40) / "weights.distcp").write_bytes(bytes(5000))
