@@ -117,7 +117,10 @@ class GivenOptions:
             else:
                 self._take(name, words)
         for option in (option for option in self.options.values() if option.is_positional):
-            if alone:
+            if alone and is_list(option.hint):
+                self._set(option.key, alone, COMMAND_LINE)
+                alone = []
+            elif alone:
                 self._set(option.key, alone.pop(0), COMMAND_LINE)
         if alone:
             self.problems.append(f"{COMMAND_LINE}: {' '.join(alone)} belongs to no option: remove it, or see --help")

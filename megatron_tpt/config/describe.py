@@ -103,7 +103,7 @@ def help_lines(name: str, hint: Any, field: dataclasses.Field, meaning: str) -> 
 def options_help(cls: type, description: str) -> str:
     """What `--help` prints for a tool whose options are a `cls`."""
     options = list(options_of(cls))
-    given = [option.written for option in options if option.is_positional]
+    given = [option.written + " ..." * is_list(option.hint) for option in options if option.is_positional]
     given += [f"{option.written} VALUE" for option in options if is_required(option.field) and not option.is_positional]
     lines = [f"usage: {' '.join([sys.argv[0], *given])} [OPTION ...]", "", description.strip(), ""]
     for option in options:

@@ -15,6 +15,7 @@ from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.launch import distributed, make_run_folder, require_shared_memory
 from megatron_tpt.training.launchers import join_launcher
+from megatron_tpt.training.requests import require_no_stop
 from megatron_tpt.training.resume import describe_start
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def prepare[R: TrainingRecipe](recipe: R, arguments: Arguments) -> R | None:
         _warn(recipe)
         require_shared_memory(recipe.data.num_workers)
         make_run_folder(recipe.run.output_dir)
+        require_no_stop(recipe.run.output_dir)
         return recipe
     print_result(describe(recipe, world_size, find_device(arguments.device), arguments.mfu))
     _warn(recipe)

@@ -35,8 +35,8 @@ class Validate(Callback):
 
 
 class SaveCheckpoints(Callback):
-    """Every checkpoint.save_interval steps, and at the end of training. A failed save is retried at the next interval;
-    only a failure of the last one ends the run.
+    """Every checkpoint.save_interval steps, when it is asked for, and at the end of training. A failed save is retried
+    at the next interval; only a failure of the last one ends the run.
 
     With checkpoint.asynchronous one checkpoint at a time is written during training; the next one waits for it.
     """
@@ -46,7 +46,8 @@ class SaveCheckpoints(Callback):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.checkpoint.save_interval
-        is_due = trainer.is_over or (interval > 0 and trainer.global_step % interval == 0)
+        is_due = trainer.is_over or trainer.save_requested or (interval > 0 and trainer.global_step % interval == 0)
+        trainer.save_requested = False
         if self.pending is not None:
             is_written = self.pending.is_written()
             if is_due and not is_written:

@@ -1,11 +1,13 @@
-"""Clean early stops: on a signal or before a time limit, with a checkpoint at the end of the step.
+"""Clean early stops: on a signal, before a time limit or by request, with a checkpoint at the end of the step.
 
-SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit (run.time_limit_min, or that of the SLURM
-job). The program then exits with code 75 (EX_TEMPFAIL of sysexits.h: try again later), which scripts can distinguish
-from a fault (1) and a mistake (2); the same command resumes. torchrun turns every code but 0 into 1; if the code
-matters, start the ranks with srun, which passes the code on.
+SIGTERM and SIGUSR1 to any rank stop all of them, and so do a time limit (run.time_limit_min, or that of the SLURM job)
+and the file RUN/stop (requests.py, which also has RUN/save). The program then exits with code 75 (EX_TEMPFAIL of
+sysexits.h: try again later), which scripts can distinguish from a fault (1) and a mistake (2); the same command
+resumes. torchrun turns every code but 0 into 1; if the code matters, start the ranks with srun, which passes the code
+on.
 """
 
+import logging
 import os
 import signal
 import time
@@ -15,10 +17,13 @@ import torch
 
 from megatron_tpt import platform
 from megatron_tpt.platform.signals import STOP_SIGNALS
+from megatron_tpt.training.requests import STOP, Asked, Requests
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 
+logger = logging.getLogger(__name__)
+
 _SLURM_END_TIME = "SLURM_JOB_END_TIME"  # seconds since 1970
-_NO_REASON, _TIME_LIMIT = 0, 1000  # a signal's number lies between
+_NO_REASON, _TIME_LIMIT, _REQUEST = 0, 1000, 1001  # a signal's number lies between the first two
 
 
 def stopping_time(limit_min: float | None, margin_min: float, now: float) -> float | None:
@@ -29,11 +34,13 @@ def stopping_time(limit_min: float | None, margin_min: float, now: float) -> flo
 
 
 class StopEarly(Callback):
-    """Stops all ranks with a checkpoint after a step in which any received a signal, or near the time limit."""
+    """Stops all ranks with a checkpoint after a step in which any received a signal, near the time limit, or when the
+    file RUN/stop is there; on RUN/save it asks for a checkpoint alone."""
 
     def before_training(self, trainer: Trainer) -> None:
         run = trainer.recipe.run
         self.reason = _NO_REASON
+        self.requests = Requests(run.output_dir)
         now = time.time()
         end = stopping_time(run.time_limit_min, run.time_limit_margin_min, now)
         # From here on the monotonic clock is used.
@@ -48,11 +55,22 @@ class StopEarly(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if self.reason == _NO_REASON and self.deadline is not None and time.monotonic() >= self.deadline:
             self.reason = _TIME_LIMIT
-        reason = torch.tensor(self.reason, device=platform.device())
-        torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX)
-        number = int(reason.item())
+        asked = self.requests.look() if platform.is_first_rank() else Asked()
+        if self.reason == _NO_REASON and asked.stop:
+            self.reason = _REQUEST
+        votes = torch.tensor([self.reason, int(asked.save)], device=platform.device())
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        number, saves = votes.tolist()
         if number != _NO_REASON:
-            trainer.stop_reason = "the time limit is near" if number == _TIME_LIMIT else signal.Signals(number).name
+            trainer.stop_reason = self._describe(trainer, number)
+        if saves:
+            logger.info(f"a checkpoint was asked for after step {trainer.global_step}")
+            trainer.save_requested = True
+
+    def _describe(self, trainer: Trainer, number: int) -> str:
+        if number == _REQUEST:
+            return f"{trainer.recipe.run.output_dir / STOP} is there: remove it"
+        return "the time limit is near" if number == _TIME_LIMIT else signal.Signals(number).name
 
     def after_training(self, trainer: Trainer) -> None:
         for number, handler in self.handlers.items():

@@ -129,6 +129,7 @@ class Trainer:
         self.tokens = 0
         self.excluded_steps: set[int] = set()  # to skip, in addition to training.skip_steps; numbered from 1
         self.stop_reason: str | None = None  # set it on all ranks to stop after this step
+        self.save_requested = False  # set it on all ranks to save a checkpoint after this step
         self._batches: Generator[Batch] | None = None
 
     def fit(self) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics, TensorBoard events, the resolved recipe, the losses on validation data."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import Train
 
 from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.monitoring.run_status import read_run
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 
@@ -50,3 +52,15 @@ def test_a_half_written_line_of_metrics_is_removed_on_resume(train: Train, tmp_p
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.write_text(metrics.read_text() + json.dumps({"step": 21})[:7])
     assert [row["step"] for row in train("run", "--checkpoint.save_interval=10")] == list(range(1, 21))
+
+
+def test_the_folder_says_how_far_the_run_is(train: Train, changes: dict, tmp_path: Path) -> None:
+    rows = train("run", "--training.num_steps=10", changes=changes)
+    found = read_run(tmp_path / "run", time.time())
+    assert (found.state, found.step, found.num_steps, found.warnings) == ("finished", 10, 10, [])
+    last = {name: value for row in rows for name, value in row.items()}
+    names = ("loss", "loss_document", "loss_thinking", "validation_loss")
+    assert {name: found.losses[name] for name in names} == {name: last[name] for name in names}
+    assert (found.tokens, found.tokens_per_s, found.mfu) == (last["tokens"], last["tokens_per_s"], last["mfu"])
+    assert found.checkpoint_step == 10
+    assert found.heartbeat_age_s is not None and 0 <= found.heartbeat_age_s < 60
