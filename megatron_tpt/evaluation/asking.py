@@ -95,8 +95,11 @@ class Evaluation:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt; special tokens in it mean what they say: the prompts are ours."""
-        begin = begin_ids(self.tokenizer) if self.options.begin_token and not self.options.chat else []
-        return begin + self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._begin_ids() + self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _begin_ids(self) -> list[int]:
+        """What goes before a prompt; chat templates write it themselves."""
+        return begin_ids(self.tokenizer) if self.options.begin_token and not self.options.chat else []
 
     def scoring_requests(self, i: int) -> list[ScoringRequest]:
         """The options of problem `i`, each after its context; or all tokens of document `i`, each once."""
@@ -106,7 +109,7 @@ class Evaluation:
                 raise UserError(f"{self.problems[i].where}: the tokenizer finds no token in this text; remove the row")
             return rolling_requests(ids, prefix_id(self.tokenizer), self.window)
         pairs = continuations(self.options, self.texts[i], self.problems[i].choices)
-        begin = begin_ids(self.tokenizer) if self.options.begin_token else []
+        begin = self._begin_ids()
         requests = []
         for context, continuation in pairs:
             request = encode_pair(self.tokenizer, context, continuation)

@@ -178,9 +178,8 @@ class Benchmark:
 
     def rules(self) -> Rules:
         """How the outputs are graded."""
-        first = self.answer_position == "first" or (
-            self.answer_position == "auto" and self.few_shot is not None and not self.chat
-        )
+        has_examples = self.few_shot is not None or self.few_shot_file is not None
+        first = self.answer_position == "first" or (self.answer_position == "auto" and has_examples and not self.chat)
         return Rules(
             self.answer_type, Reading(first, tuple(self.stop), self.answer_pattern), self.allow_unsandboxed_code
         )

@@ -43,11 +43,13 @@ class Choices:
         return replace(self, texts=tuple(self.texts[i] for i in order), labels=labels, is_shuffled=True)
 
     def letter_of(self, answer: Any, where: str) -> Any:
-        """The letter of the answer where the row names it by a label; otherwise the answer itself."""
-        if not self.labels:
-            if self.is_shuffled and answer not in self.texts:
-                raise UserError(f"{where}: with --shuffle-choices the answer must be the text of an option")
+        """The letter of the answer where the row names it by a label, or the order is ours; otherwise the answer."""
+        if not self.labels and not self.is_shuffled:
             return answer
+        if not self.labels:
+            if str(answer) not in self.texts:
+                raise UserError(f"{where}: with --shuffle-choices the answer must be the text of an option")
+            return LETTERS[self.texts.index(str(answer))]
         if str(answer) not in self.labels:
             raise UserError(f"{where}: the answer {str(answer)[:60]!r} is none of the labels {', '.join(self.labels)}")
         return LETTERS[self.labels.index(str(answer))]

@@ -10,6 +10,7 @@
 Needs the extra `lm-eval`. Nothing is shortened: a request that does not fit into the context is an error.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ class EngineLM(LM):
     """A model of lm-evaluation-harness that is one of our engines."""
 
     def __init__(self, engine: Engine, tokenizer: Any, seed: int = 0) -> None:
-        """Every sampled completion has a seed of its own from `seed` and its prompt."""
+        """Every sampled completion has a seed of its own, from `seed`, its prompt and its number."""
         super().__init__()
         self._engine = engine
         self._tokenizer = tokenizer
@@ -76,12 +77,14 @@ class EngineLM(LM):
 
         def asked() -> Iterator[Request]:
             begin = begin_ids(self._tokenizer)
+            repeats: collections.Counter[str] = collections.Counter()  # several samples are the same request again
             for i, request in enumerate(requests):
                 context, given = request.args
                 ids = begin + self._tokenizer(context, add_special_tokens=False).input_ids
                 sampling = sampling_of(given)
                 self._check_room(ids, sampling.max_new_tokens)
-                yield Request(ids, replace(sampling, seed=derive_seed(self._seed, context, request.idx)), key=i)
+                yield Request(ids, replace(sampling, seed=derive_seed(self._seed, context, repeats[context])), key=i)
+                repeats[context] += 1
 
         texts = {request.key: expect_completion(outcome).text for request, outcome in self._engine.generate(asked())}
         return [texts[i] for i in range(len(requests))]

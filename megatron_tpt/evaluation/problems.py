@@ -24,7 +24,7 @@ class Problem:
     prompt: str
     answer: Any
     """The reference as the row has it: text, number, boolean or a list of them; an option's letter where the row names
-    it by a label; None of a document."""
+    it by a label, or the options were shuffled; None of a document."""
     where: str
     """"file:line", for messages."""
     choices: tuple[str, ...] = ()

@@ -21,7 +21,8 @@ _MAX_CHARACTERS = 20_000
 """Of a prompt or an output; what is left out in the middle is counted."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { border: 1px solid #999; padding: .2rem .6rem; }
+table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; }
+td, th { border: 1px solid #999; padding: .2rem .6rem; }
 td + td, th + th { text-align: right; } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881;
 padding: .6rem; } details { margin: .3rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
 :root { color-scheme: light dark; }
@@ -57,14 +58,14 @@ def accuracy_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str
 def detail_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what a reader needs to know before believing an accuracy."""
     header = ["model", "benchmark", "problems", "samples", "std. error", "no answer", "thinking not closed",
-              "truncated", "failed requests", "time-outs", "thinking tokens, mean / p95", "answer tokens, mean / p95",
-              "pass@k", "majority@k", "spread"]  # fmt: skip
+              "truncated", "failed requests", "time-outs / crashes", "thinking tokens, mean / p95",
+              "answer tokens, mean / p95", "pass@k", "majority@k", "spread"]  # fmt: skip
     rows = []
     for r in content["models"]:
         rows.append(
             [_label(r), r["benchmark"], f"{r['num_problems']:,}", str(r["num_samples"]), _percent(r["stderr"]),
              f"{r['extraction_failures']:,}", f"{r['unclosed_thinking']:,}", _percent(r["truncated_fraction"]),
-             f"{r['failed_requests']:,}", f"{r['grading_timeouts']:,}",
+             f"{r['failed_requests']:,}", f"{r['grading_timeouts']:,} / {r['grading_crashes']:,}",
              " / ".join(f"{value:,.0f}" for value in r["thinking_tokens"]),
              " / ".join(f"{value:,.0f}" for value in r["answer_tokens"]),
              _at(r["pass_at"]), _at(r["majority_at"]), _percent(r["spread"])]

@@ -26,6 +26,8 @@ _HEADING = re.compile(r"[.):]\s*[^\W\d]")
 """What follows the number of a Markdown heading."""
 _YES, _NO = ("yes", "true"), ("no", "false")
 _JEE_NOISE = re.compile(r"\\(?:text|mathrm|mathbf|textbf)|(?i:\b(?:and|options?)\b)|[\s(){}\[\],.;:$*&\\'\"]")
+_MAX_OPTION = 2000
+"""Longer texts, in characters, are not compared with options."""
 JEE_TOLERANCE = Fraction(1, 100)
 """JEEBench's own rule for decimal answers."""
 
@@ -227,6 +229,8 @@ class Choice:
 
 def _option(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that has this text; None where none or several have."""
+    if len(text) > _MAX_OPTION:
+        return None
     wanted = key(normalize(text)).casefold()
     matching = [i for i, choice in enumerate(choices) if key(normalize(choice)).casefold() == wanted]
     return LETTERS[matching[0]] if len(matching) == 1 and matching[0] < len(LETTERS) else None

@@ -5,8 +5,10 @@ from fractions import Fraction
 
 from megatron_tpt.grading.latex import normalize, split_unit
 
-_MAX_BITS = 20_000
-"""Larger powers are no answer that anyone compares by value."""
+_MAX_BITS = 10_000
+"""Larger powers are no answer that anyone compares by value, and Python refuses to turn 4,300 digits into text."""
+_MAX_LENGTH = 2000
+"""Longer texts, in characters, are no number."""
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?"
@@ -22,7 +24,7 @@ _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\[,;:! ]\s*)(?=[0-9]{3}(?!
 
 _PLAIN = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _SIMPLE = re.compile(
-    rf"(?P<sign>[+-]*)(?:(?P<whole>[0-9]+)(?=\\frac))?(?:(?P<value>{_PLAIN})(?:[eE](?P<exp>[+-]?[0-9]{{1,4}}))?"
+    rf"(?P<sign>[+-]*)(?:(?P<whole>[0-9]+)(?=\\frac))?(?:(?P<value>{_PLAIN})(?:[eE](?P<exp>[+-]?[0-9]{{1,3}}))?"
     rf"(?:/(?P<divisor>{_PLAIN}))?|\\frac\{{(?P<top>[+-]?{_PLAIN})\}}\{{(?P<bottom>[+-]?{_PLAIN})\}})"
 )
 _POWER = re.compile(
@@ -52,6 +54,8 @@ def plain(text: str) -> str:
 
 def rational(answer: str) -> Fraction | None:
     """The value of an answer that is one rational number and nothing else: 1,200; -3/4; 1\\frac{1}{2}; 2e-3; 10^{3}."""
+    if len(answer) > _MAX_LENGTH:
+        return None
     text = re.sub(r"\s+", "", normalize(answer))
     if len(text) > 1000:
         return None
@@ -66,6 +70,8 @@ def rational(answer: str) -> Fraction | None:
 
 def single_number(text: str) -> Fraction | None:
     """The number that a short text gives, words and units aside: "24 eggs", "x = 5"; None for "3 or 4", 3\\sqrt{2}."""
+    if len(text) > _MAX_LENGTH:
+        return None
     text = text.rpartition("=")[2]
     value = rational(split_unit(normalize(text))[0])
     if value is not None:

@@ -151,7 +151,7 @@ def _work(connection: Connection, rules: Rules, time_limit_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
     logging.disable(logging.ERROR)  # math-verify warns of every answer that it cannot read
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    _lower(resource.RLIMIT_AS, _MEMORY)
     grader = Grader(rules)
     if rules.kind == "math":
         import math_verify  # noqa: F401  (takes seconds, which must not count for the first answer)
@@ -174,5 +174,10 @@ def _work(connection: Connection, rules: Rules, time_limit_s: float) -> None:
 def _allow(seconds: float) -> None:
     """Have the kernel end this process when it has computed for `seconds` more (whole seconds, at least one)."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(used.ru_utime + used.ru_stime + max(1.0, seconds)) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + max(1.0, seconds)) + 1)
+
+
+def _lower(kind: int, limit: int) -> None:
+    """Limit this process, or leave it at what the system allows, where that is less."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

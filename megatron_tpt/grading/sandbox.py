@@ -95,7 +95,7 @@ def _bubblewrap() -> list[str]:
     if bwrap is None:
         raise UserError(_refusal("bwrap is not installed (apt-get install bubblewrap)"))
     if python is None:
-        raise UserError(_refusal("there is no python3 in /usr/bin, which is all that the sandbox sees"))
+        raise UserError(_refusal("there is no python3 in /usr/local/bin or /usr/bin: the sandbox sees nothing else"))
     unprivileged: list[str] = []
     if os.geteuid() == 0:  # the limit of processes does not bind root
         setpriv = shutil.which("setpriv")

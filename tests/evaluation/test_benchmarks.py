@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.arms import Arm
+from megatron_tpt.evaluation.asking import Evaluation, render_prompts
 from megatron_tpt.evaluation.benchmark import FOLDER, names
 from megatron_tpt.evaluation.choices import continuations
 from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks
-from megatron_tpt.evaluation.problems import read_problem_set, read_problems
+from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set, read_problems
+from megatron_tpt.evaluation.samples import Store
 from megatron_tpt.grading import Grader, Item
 
 SUITES = {
@@ -51,6 +58,16 @@ def test_suites_have_the_papers_settings() -> None:
     assert (shots["gsm8k-base"], shots["mmlu-base"], shots["mmlu-pro-base"], shots["boolq"]) == (5, 2, 2, None)
     assert {run.max_new_tokens for run in parsed("--benchmark", "tpt-base")} - {2048} == {1024}  # of the likelihoods
     assert all(run.temperature == 0 and not run.chat for run in parsed("--benchmark", "tpt-base"))
+
+
+def test_base_models_are_read_from_their_first_answer_and_others_from_their_last() -> None:
+    firsts = {
+        run.title: run.rules().reading.first
+        for suite in ("tpt-base", "front-loading-base", "tpt-reasoning", "front-loading-sft")
+        for run in parsed("--benchmark", suite)
+        if run.scoring == "generate"
+    }
+    assert {title for title, first in firsts.items() if first} == {title for title in firsts if title.endswith("-base")}
 
 
 def test_options_win_over_a_benchmark_and_a_suite_over_its_members(tmp_path: Path) -> None:
@@ -122,6 +139,11 @@ def test_options_are_shuffled_by_the_problem_and_the_right_one_is_followed(tmp_p
     other = read_problems(EvaluateOptions(**vars(options) | {"seed": 1}))
     assert [problem.choices for problem in other] != [problem.choices for problem in problems]
 
+    rows = [{"q": f"Which? {i}", "right": "B", "w1": "A", "w2": "C", "w3": "D"} for i in range(20)]
+    write_rows(tmp_path / "d.jsonl", *rows)  # options that look like letters
+    for problem in read_problems(options):
+        assert problem.choices["ABCD".index(problem.answer)] == "B"
+
 
 def test_labels_name_the_options(tmp_path: Path) -> None:
     row = {"q": "?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "3"}
@@ -144,6 +166,30 @@ def test_what_is_scored_is_the_option_its_letter_or_the_rest() -> None:
         ("Ann met Bob", " at noon."),
         ("Ann met Eve", " at noon."),
     ]
+
+
+def test_the_begin_token_stands_once_before_a_prompt(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    inner = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        chat_template="{{ bos_token }}{{ messages[0]['content'] }}",
+    )  # fmt: skip
+    for given, texts in (([], ["The ferry"]), (["--chat"], ["<|endoftext|>The ferry"])):
+        for scoring in ("generate", "log-likelihood"):
+            words = ["--data", "d", "--choice-texts", "no", "yes", "--answer-type", "boolean", "--scoring", scoring]
+            [options] = parsed(*words, *given)
+            problems = ProblemSet([Problem("1", "The ferry", True, "d:1", ("no", "yes"))], "d", "")
+            assert render_prompts(tokenizer, ["The ferry"], options) == texts
+            arm = Arm("m", "m", Path("m"))
+            evaluation = Evaluation(arm, options, problems, Store(tmp_path), tokenizer, texts)
+            ids = (
+                evaluation.encode(texts[0])
+                if scoring == "generate"
+                else list(evaluation.scoring_requests(0)[0].context)
+            )
+            assert ids[0] == 0 and ids.count(0) == 1 and tokenizer.decode(ids[1:]) == "The ferry"
 
 
 def test_rows_of_the_shape_on_the_hub_are_read(tmp_path: Path) -> None:

@@ -226,21 +226,24 @@ def test_the_same_command_resumes_and_asks_nothing_twice(
     assert (tmp_path / "broken/results.json").read_bytes() == whole
 
 
+@pytest.fixture(scope="module")
+def whole_run(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
+    """A command without its --output, and the results.json of a run of it that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = [{"prompt": f"{CORPUS[i % 3]} {i}", "answer": "1"} for i in range(24)]
+    data = write_problems(folder / "many.jsonl", rows)
+    command = [sys.executable, str(TOOL), "--model", models[0], "--data", str(data), "--max-new-tokens", "200"]
+    command += ["--max-num-seqs", "4", "--temperature", "1", "--num-samples", "2"]
+    subprocess.run([*command, "--output", str(folder / "out")], check=True, capture_output=True)
+    return command, (folder / "out/results.json").read_bytes()
+
+
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_killed_in_mid_run_the_same_command_gives_the_same_results(
-    num_tasks: int, models: list[str], tmp_path: Path
+    num_tasks: int, whole_run: tuple[list[str], bytes], tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"{CORPUS[i % 3]} {i}", "answer": "1"} for i in range(24)]
-    data = write_problems(tmp_path / "many.jsonl", rows)
-    arguments = ["--model", models[0], "--data", str(data), "--max-new-tokens", "200", "--max-num-seqs", "4"]
-    arguments += ["--temperature", "1", "--num-samples", "2"]
-
-    def command(output: str, *more: str) -> list[str]:
-        return [sys.executable, str(TOOL), *arguments, "--output", str(tmp_path / output), *more]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    split = ["--num-tasks", str(num_tasks)]
-    process = subprocess.Popen(command("killed", *split), stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [*whole_run[0], "--output", str(tmp_path / "killed"), "--num-tasks", str(num_tasks)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     folder = tmp_path / "killed/hf/many"
     deadline = time.monotonic() + 240
     while not any(path.stat().st_size for path in folder.glob(".answers-*")) and time.monotonic() < deadline:
@@ -250,8 +253,8 @@ def test_killed_in_mid_run_the_same_command_gives_the_same_results(
     process.wait()
     assert not (tmp_path / "killed/results.json").exists()
     num_finished = count_answers(folder)
-    done = subprocess.run(command("killed", *split), check=True, capture_output=True, text=True)
-    assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (tmp_path / "killed/results.json").read_bytes() == whole_run[1]
     if num_tasks == 1:
         [asked] = re.findall(r"([0-9]+) of ([0-9]+) answers, [0-9,]+ tokens, [0-9,]+ tokens/s\n", done.stderr)[-1:]
         assert asked == (str(48 - num_finished),) * 2 and num_finished > 0
@@ -423,8 +426,8 @@ def test_every_model_has_a_folder_of_its_own() -> None:
         model_folders(["/runs/a", "/runs/a"])
 
 
-def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(
-    models: list[str], problems: Path, tmp_path: Path
+def test_mistakes_are_refused_before_a_model_is_loaded_and_leave_nothing(
+    models: list[str], problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "answer": "1"}\nno JSON\n')
@@ -444,16 +447,17 @@ def test_mistakes_end_with_one_line_and_code_2_and_leave_nothing(
         ("context is 512 tokens", problems, ["--max-new-tokens", "500"]),
         ("all the same", problems, ["--num-samples", "4"]),
     ]
+    monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", None)
+    monkeypatch.setenv("PATH", "/nowhere")  # without bubblewrap there is no sandbox
     for message, data, more in cases:
         arguments = ["--model", models[0], "--data", str(data), "--output", str(tmp_path / "out"), *more]
-        # Without bubblewrap on its path, the tool has no sandbox.
-        result = subprocess.run(
-            [sys.executable, str(TOOL), *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PATH": "/nowhere"},
-        )
-        assert result.returncode == 2, (message, result.stderr)
-        assert message in " ".join(result.stderr.split()), result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(UserError) as caught:
+            evaluate(parse_benchmarks(arguments))
+        assert message in " ".join(str(caught.value).split())
         assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_ends_the_tool_with_one_line_and_code_2(models: list[str], problems: Path, tmp_path: Path) -> None:
+    arguments = ["--model", models[0], "--data", str(problems), "--output", str(tmp_path / "out"), "--chat"]
+    result = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True)
+    assert (result.returncode, "omit --chat" in result.stderr, "Traceback" in result.stderr) == (2, True, False)

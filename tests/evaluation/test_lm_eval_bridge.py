@@ -36,6 +36,17 @@ filter_list:
 - {name: plain, filter: [{function: regex, regex_pattern: "(?s)(.*)"}, {function: take_first}]}
 metric_list: [{metric: exact_match}]
 """,
+    "drawn": """
+task: drawn
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+repeats: 3
+generation_kwargs: {until: ["zzz"], max_gen_toks: 8, do_sample: true, temperature: 1.0}
+filter_list:
+- {name: first, filter: [{function: take_first}]}
+metric_list: [{metric: exact_match}]
+""",
     "truths": """
 task: truths
 output_type: multiple_choice
@@ -116,6 +127,11 @@ def test_the_harness_has_the_outputs_and_choices_of_our_own_evaluation(
     theirs = [float(resp[0][0]) for one in done["samples"]["truths"] for resp in one["resps"]]
     assert theirs == pytest.approx([value for one in likelihoods for value in one], abs=1e-4)
     assert done["results"]["texts"]["byte_perplexity,none"] > 1
+
+
+def test_repeats_of_a_task_are_different_samples(harness: tuple[Path, dict[str, Any]]) -> None:
+    texts = [one["resps"][0] for one in harness[1]["samples"]["drawn"]]
+    assert [len(own) for own in texts] == [3] * 6 and all(len(set(own)) > 1 for own in texts)
 
 
 def be_offline() -> None:

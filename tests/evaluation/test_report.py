@@ -66,11 +66,10 @@ def content(graded: list[list[Any]]) -> dict[str, Any]:
 @pytest.fixture
 def report(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     good = [sample(str(i), True) for i in range(4)]
+    reasons = ("time-out", "crash", "crash", "different", "different")
     bad = [
-        dataclasses.replace(
-            sample(text[:20], False, "different"), output=text, prompt=text, extracted=text, detail=text
-        )
-        for text in HOSTILE
+        dataclasses.replace(sample(text[:20], False, why), output=text, prompt=text, extracted=text, detail=text)
+        for text, why in zip(HOSTILE, reasons, strict=True)
     ]
     given = content([good, bad])
     write_reports(tmp_path, given, [good, bad])
@@ -89,6 +88,9 @@ def test_figures_stand_beside_published_ones_with_their_intervals(report: tuple[
     assert any("early exit at kl below 0.01" in line for line in lines)
     assert any(", r = 4 | plain | sums" in line for line in lines)
     assert "<b>" not in "\n".join(lines)
+    details = lines[lines.index("## Before you believe a figure") + 2 :]
+    place = details[0].split(" | ").index("time-outs / crashes")
+    assert [line.split(" | ")[place] for line in details[2:4]] == ["0 / 0", "1 / 2"]
     assert any("math-verify 0.9.0" in line for line in lines) and any("wording is ours" in line for line in lines)
 
 

@@ -73,6 +73,7 @@ from megatron_tpt.grading.numeric import rational
         ("\\boxed{1\\,000}", 1000),
         ("\\boxed{\\frac12}", Fraction(1, 2)),
         ("\\boxed{10^3}", 1000),
+        ("\\boxed{10^{500}}", 10**500),
         ("\\boxed{x = 5}", 5),
         ("\\boxed{24 \\text{ eggs}}", 24),
         ("\\boxed{-\\$5}", -5),
@@ -93,6 +94,9 @@ from megatron_tpt.grading.numeric import rational
         ("x_2 and CO2", None),
         ("3/0", None),
         ("1e999999999", None),
+        ("\\boxed{1e9999}", None),  # more digits than Python turns into text
+        ("\\boxed{10^{4500}}", None),
+        ("\\boxed{" + "0" * 3000 + "}", None),
         ("9" * 5000, None),
     ],
 )

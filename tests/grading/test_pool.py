@@ -1,6 +1,8 @@
 """Graders run in processes that can be killed; what kills them costs one answer."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -64,6 +66,21 @@ def test_workers_end_with_the_pool(tmp_path: Path) -> None:
     pids = [worker.process.pid for worker in pool._workers]
     pool.close()
     assert pids and not any(Path(f"/proc/{pid}").exists() for pid in pids if pid != os.getpid())
+
+
+def test_limits_of_the_user_hold_in_the_workers(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from megatron_tpt.grading import GraderPool, Item, Rules\n"
+        "if __name__ == '__main__':\n"
+        "    with GraderPool(Rules('number'), num_workers=1) as pool:\n"
+        "        assert pool.grade([Item('it is 4', '4')])[0].correct\n"
+    )
+    command = ["bash", "-c", f"ulimit -t 500; ulimit -v 3000000; exec {sys.executable} {program}"]
+    if os.geteuid() == 0:  # root may raise what others may not
+        command = ["setpriv", "--bounding-set=-sys_resource", *command]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unreadable_reference_ends_with_its_message() -> None:

@@ -36,12 +36,21 @@ def test_outputs_of_gsm8k_have_their_official_labels() -> None:
     assert (len(outputs), wrong) == (2638, [])
 
 
-def test_references_of_math_500_are_right_and_what_bare_latex_makes_of_them_is_wrong() -> None:
+@pytest.mark.parametrize(
+    ("name", "number", "misread_as"),
+    [
+        ("math500", 500, {"3\\sqrt{13}": "3", "6 - 5i": "5", "1,-2": "1"}),
+        ("hmmt_feb25", 30, {"2^{25} \\cdot 26!": "26"}),
+    ],
+)
+def test_references_are_right_and_what_bare_latex_makes_of_them_is_wrong(
+    name: str, number: int, misread_as: dict[str, str]
+) -> None:
     math_verify = pytest.importorskip("math_verify")
     sympy = pytest.importorskip("sympy")
-    golds = [row["answer"] for row in rows("math500")]
+    golds = [row["answer"] for row in rows(name)]
     found = grades("math", [Item(f"Therefore $\\boxed{{{gold}}}$.", gold) for gold in golds])
-    assert (len(golds), [gold for gold, grade in zip(golds, found, strict=True) if not grade.correct]) == (500, [])
+    assert (len(golds), [gold for gold, grade in zip(golds, found, strict=True) if not grade.correct]) == (number, [])
 
     misread = []
     for gold in golds:
@@ -54,11 +63,10 @@ def test_references_of_math_500_are_right_and_what_bare_latex_makes_of_them_is_w
             and not isinstance(bare[0], str)
         ):
             misread.append(Item(f"\\boxed{{{sympy.latex(bare[0])}}}", gold))
-    assert {(item.output, item.reference) for item in misread} >= {
-        ("\\boxed{3}", "3\\sqrt{13}"), ("\\boxed{5}", "6 - 5i"), ("\\boxed{26}", "2^{25}\\cdot 26!")
-    }  # fmt: skip
+    found_as = {item.reference: item.output for item in misread}
+    assert misread_as.items() <= {gold: output[7:-1] for gold, output in found_as.items()}.items()
     accepted = [item for item, grade in zip(misread, grades("math", misread), strict=True) if grade.correct]
-    assert (len(misread) >= 30, accepted) == (True, [])
+    assert (len(misread) >= number / 10, accepted) == (True, [])
 
 
 @pytest.mark.parametrize(("name", "column"), [("olympiadbench_338", "final_answer"), ("hmmt_feb25", "answer")])
@@ -109,7 +117,8 @@ def test_outputs_of_mmlu_pro_are_read_as_the_official_script_reads_them() -> Non
 
 _HOSTILE = [
     "9^{9^{9^{9}}}", "9**9**9**9", "10^{10^{10}} + \\sqrt{2}", "2^{-10^{9}}", "1" * 100_000, "0." + "3" * 100_000,
-    "1e999999999", "999999999!", "\\binom{10^9}{5 \\cdot 10^8}", "(" * 3000 + "1" + ")" * 3000, "[" * 3000,
+    "1e9999", "10^{4500}", "1e999999999", "999999999!",
+    "\\binom{10^9}{5 \\cdot 10^8}", "(" * 3000 + "1" + ")" * 3000, "[" * 3000,
     "\\frac{" * 3000, "\\sqrt{" * 1000 + "2" + "}" * 1000, "{" * 3000 + "}" * 3000, "\\frac{1}{0}",
     "x^{x^{x^{x^{x}}}}", "\\sum_{n=1}^{10^{12}} \\frac{1}{n^2}", "\\int_0^1 x^{x^{x}} dx", "1," * 20_000,
     "\\text{" * 500, "\u0660\u0661\u00b2\u2460", "\ud800", "\x00", "-" * 50_000 + "1", "\\pm" * 2000 + "1",
@@ -117,7 +126,9 @@ _HOSTILE = [
 _REFERENCES = {"number": "18", "math": "3\\sqrt{13}", "choice": "B", "boolean": True, "jee": "ACD", "exact": "18"}
 
 
-@pytest.mark.parametrize("kind", list(_REFERENCES))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "math" else ()) for kind in _REFERENCES]
+)
 def test_hostile_answers_are_wrong_without_a_crash(kind: str) -> None:
     forms = ("\\boxed{%s}",) if kind == "math" else ("\\boxed{%s}", "The answer is %s.", "#### %s", "%s")
     items = [Item(form.replace("%s", text), _REFERENCES[kind]) for text in _HOSTILE for form in forms]
