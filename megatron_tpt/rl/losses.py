@@ -95,7 +95,7 @@ def policy_losses(
     losses, is_clipped = torch.maximum(unclipped, clipped), (clipped > unclipped).detach()
     if dual_clip is None:
         return PolicyLosses(losses, is_clipped, torch.zeros_like(is_clipped))
-    highest = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+    highest = dual_clip * advantages.abs()  # no loss with a positive advantage is above 0
     return PolicyLosses(torch.minimum(losses, highest), is_clipped, (losses > highest).detach())
 
 

@@ -21,6 +21,7 @@ Level = Literal["token", "sequence", "sequence_mean"]
 """Whose ratio: the token's; the rollout's, the product of those of its tokens; their geometric mean."""
 
 _LOG_RATIO_BOUND = 20.0
+"""Beyond it a ratio says no more than "far away", and its square could overflow. As in verl."""
 
 
 def importance_weights(
@@ -38,8 +39,7 @@ def importance_weights(
     upper] (IcePop: Ling team 2025, arXiv 2510.18855). 0 outside of the mask. Raises UserError for impossible bounds.
     """
     _check_bounds(lower, upper)
-    log_ratios = _log_ratios(trainer, engine, mask, level).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-    ratios = log_ratios.exp().where(mask, 0)
+    ratios = _log_ratios(trainer, engine, mask, level).exp().where(mask, 0)
     if lower is None:
         return ratios.clamp(max=upper)
     return ratios.where((ratios >= lower) & (ratios <= upper), 0)
