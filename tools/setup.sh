@@ -48,6 +48,10 @@ install torch
 echo "setup: Megatron Core, tokenizers, tools"
 install setuptools wheel
 install --no-build-isolation --editable '.[evaluation,lm-eval,ray,dev]'
+if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then   # verl has no later one
+  echo "setup: verl, for tests alone"
+  install --no-deps --upgrade --target .venv/verl --requirement requirements/verl.txt
+fi
 # The two builds have the same module name: only one of them can be installed.
 installed() { pip show "$1" >/dev/null 2>&1; }
 case $VLLM in

@@ -1,7 +1,8 @@
-"""Reinforcement learning with verifiable rewards: the functions between a batch of rollouts and a loss.
+"""Reinforcement learning with verifiable rewards: rollouts, and the functions between a batch of them and a loss.
 
+Rollouts are sampled by an engine whose weights follow the trainer's (rollouts.py).
 Rewards (rewards.py), process rewards (repro.py), advantages (advantages.py), token losses and their aggregation
-(losses.py), and the correction of what trainer and engine disagree about (mismatch.py). They are pure functions of
-tensors: they do not communicate, so those that need a whole batch are given the rollouts of all ranks.
-May import every stage, and what is below them; the stages know nothing of it.
+(losses.py), and the correction of the mismatch of trainer and engine (mismatch.py) are pure functions of tensors. They
+do not communicate: those that need a whole batch are given the rollouts of all ranks.
+May import every stage, and the packages below; no stage imports it.
 """

@@ -2,10 +2,11 @@
 
 B is the number of rollouts of all ranks, T their padded length. `rewards`, [B, T], are rewards of tokens: that of an
 outcome is at the last token (`outcome_rewards`), a KL penalty at every token. `mask`, bool [B, T], is true at the
-tokens of the response. `groups`, integers [B], names the prompt of each rollout. Results are 0 outside of the mask.
+tokens of the response: what is given elsewhere is ignored, and results are 0 there. `groups`, integers [B], names the
+prompt of each rollout.
 
-All rollouts count in the statistics. To keep some out of the loss, such as truncated ones, remove their tokens from the
-mask that the weights of tokens are computed from (losses.py), and not from this one.
+All rollouts count in the statistics. To exclude some from the loss, such as truncated ones, remove their tokens from
+the mask that the token weights are computed from (losses.py), not from this one.
 """
 
 from typing import Literal, NamedTuple
@@ -44,8 +45,8 @@ def outcome_advantages(
     gamma: float = 1.0,
     lam: float = 1.0,
 ) -> Advantages:
-    """The advantages that `algorithm` computes; PPO needs the critic's `values`, [B, T], and alone uses `lam`. The
-    discount `gamma` is of PPO and REINFORCE++."""
+    """The advantages of `algorithm`. PPO needs the critic's `values`, [B, T]. The discount `gamma` is used by PPO and
+    REINFORCE++, `lam` by PPO alone."""
     match algorithm:
         case "grpo" | "dr_grpo":
             return Advantages(grpo(rewards, mask, groups, divide_by_std=algorithm == "grpo"), None)
@@ -63,16 +64,16 @@ def outcome_advantages(
 def grpo(rewards: Tensor, mask: Tensor, groups: Tensor, *, divide_by_std: bool = True, epsilon: float = 1e-6) -> Tensor:
     """(R - mean) / (std + epsilon) of the rollout's group at all its tokens: DeepSeekMath, arXiv 2402.03300, 4.1.2.
     Without the division: Dr. GRPO, arXiv 2503.20783, 3.2."""
-    scores = rewards.sum(dim=1)
+    scores = rewards.where(mask, 0).sum(dim=1)
     group = group_statistics(scores, groups)
     centered = scores - group.mean
     return _at_all_tokens(centered / (group.std + epsilon) if divide_by_std else centered, mask)
 
 
 def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
-    """R less the mean of the others of its group, at all tokens: arXiv 2402.14740. Written as (R - mean)
-    n / (n - 1); a rollout that is alone keeps its reward."""
-    scores = rewards.sum(dim=1)
+    """R minus the mean of the other rollouts of its group, at all tokens: RLOO, arXiv 2402.14740. Computed as
+    (R - mean) n / (n - 1); a rollout that is alone in its group keeps its reward."""
+    scores = rewards.where(mask, 0).sum(dim=1)
     group = group_statistics(scores, groups)
     return _at_all_tokens((scores - group.mean) * group.size / (group.size - 1).clamp(min=1), mask)
 
@@ -83,7 +84,7 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) ->
 
 
 def reinforce_plus_plus_baseline(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
-    """R less the mean of its group, whitened over the tokens of the whole batch: arXiv 2501.03262."""
+    """R minus the mean of its group, whitened over the tokens of the whole batch: arXiv 2501.03262."""
     return whiten(grpo(rewards, mask, groups, divide_by_std=False), mask)
 
 
@@ -101,7 +102,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
 
 
 def outcome_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """Puts scores [B] of whole rollouts at their last tokens: [B, T]. Every rollout has a token."""
+    """Puts scores [B] of whole rollouts at their last tokens: [B, T]. Every rollout must have a token."""
     num_tokens = mask.shape[1]
     assert mask.any(dim=1).all(), "a rollout has no token that could have its reward"
     last = num_tokens - 1 - mask.flip(1).int().argmax(dim=1)
@@ -109,7 +110,7 @@ def outcome_rewards(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """The discounted sums of the rewards of a token and of those behind it, [B, T]. Tokens outside of the mask have no
+    """The discounted sums of the rewards of a token and of those after it, [B, T]. Tokens outside of the mask have no
     reward and are not a step of the discount."""
     return _scan_back(rewards.where(mask, 0), _decay(mask, gamma, rewards.dtype)).where(mask, 0)
 
@@ -126,8 +127,8 @@ def whiten(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
 def group_statistics(values: Tensor, groups: Tensor) -> GroupStatistics:
     """Statistics of the groups of values [N]; `groups`, integers [N], need no order.
 
-    In fp64: fp32 sums of equal rewards may differ from n times one in the last bit, and epsilon is all that such a
-    difference is divided by.
+    In fp64: the fp32 mean of equal rewards can differ from them in the last bit, and such a difference would be divided
+    by little more than epsilon.
     """
     _, member_of = groups.unique(return_inverse=True)
     size = member_of.bincount()
@@ -154,7 +155,7 @@ def _decay(mask: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def _scan_back(terms: Tensor, decay: Tensor) -> Tensor:
-    """x with x_t = terms_t + decay_t x_(t+1), and 0 behind the end; [B, T]."""
+    """x with x_t = terms_t + decay_t x_(t+1), and 0 after the end; [B, T]."""
     results, value = [], torch.zeros_like(terms[:, 0])
     for term, factor in zip(reversed(terms.unbind(1)), reversed(decay.unbind(1)), strict=True):
         value = torch.addcmul(term, factor, value)

@@ -18,11 +18,12 @@ from torch import Tensor
 from megatron_tpt.errors import require
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "dr_grpo"]
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 _LOG_RATIO_BOUND = 20.0
-"""Beyond it exp() of a log-ratio says no more than "far away", and could overflow. As in verl."""
+"""Beyond it exp() of a log-ratio means no more than "far away", and could overflow. As in verl."""
 _K3_BOUND = 10.0
+"""As in verl."""
 
 
 class PolicyLosses(NamedTuple):
@@ -82,7 +83,7 @@ def policy_losses(
     dual_clip: float | None = None,
 ) -> PolicyLosses:
     """The clipped surrogate -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with the ratio r of the new policy to the
-    old: PPO, arXiv 1707.06347, equation 7; clip_high above clip_low: DAPO, arXiv 2503.14476, equation 10.
+    old one: PPO, arXiv 1707.06347, equation 7; clip_high above clip_low: DAPO, arXiv 2503.14476, equation 10.
 
     With `dual_clip` the loss of a token with a negative advantage is at most -dual_clip A: arXiv 1912.09729. Raises
     UserError for a dual_clip of 1 or less, which would also clip the ratio 1.
@@ -94,13 +95,13 @@ def policy_losses(
     losses, is_clipped = torch.maximum(unclipped, clipped), (clipped > unclipped).detach()
     if dual_clip is None:
         return PolicyLosses(losses, is_clipped, torch.zeros_like(is_clipped))
-    highest = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+    highest = dual_clip * advantages.abs()  # no loss with a positive advantage is above 0
     return PolicyLosses(torch.minimum(losses, highest), is_clipped, (losses > highest).detach())
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None = None) -> ValueLosses:
-    """Half the squared error of the critic's values; with `clip`, the larger of that and of the one of the values kept
-    within `clip` of the old ones (the PPO authors' implementation, openai/baselines ppo2)."""
+    """Half the squared error of the critic's values; with `clip`, the larger of that and of the error of the values
+    clamped to within `clip` of the old ones (the PPO authors' implementation, openai/baselines ppo2)."""
     errors = (values - returns).square()
     if clip is None:
         return ValueLosses(errors / 2, torch.zeros_like(errors, dtype=torch.bool))
@@ -114,9 +115,15 @@ def kl_estimates(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEs
 
     - k1: d, unbiased; negative at some tokens. Its gradient is 0 on average: for rewards, not for the loss.
     - k2: d^2 / 2, biased; in the loss its gradient is that of the KL divergence.
-    - k3: exp(-d) + d - 1, unbiased and never negative; GRPO's, arXiv 2402.03300, equation 4. At most 10.
+    - k3: exp(-d) + d - 1, unbiased and never negative; GRPO's, arXiv 2402.03300, equation 4. At most 10. Its
+      gradient is, on average, that of the divergence of the reference from the policy.
+    - k1+, k3+: the value of k1 or k3 with the gradient of k2.
     """
     match estimator:
+        case "k1+" | "k3+":
+            k2 = kl_estimates(log_probs, reference_log_probs, "k2")
+            value = kl_estimates(log_probs, reference_log_probs, "k1" if estimator == "k1+" else "k3")
+            return k2 + (value - k2).detach()
         case "k1":
             return log_probs - reference_log_probs
         case "k2":
@@ -127,9 +134,9 @@ def kl_estimates(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEs
 
 
 def penalized_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """Rewards of tokens, [B, T], less the KL penalty of each token of the mask: InstructGPT, arXiv 2203.02155,
-    equation 2."""
-    return rewards - coefficient * kl.where(mask, 0)
+    """Rewards of tokens, [B, T], minus the KL penalty of each token of the mask: InstructGPT, arXiv 2203.02155,
+    equation 2. Without a gradient."""
+    return rewards - coefficient * kl.detach().where(mask, 0)
 
 
 def regularized_losses(
@@ -140,8 +147,8 @@ def regularized_losses(
     entropies: Tensor | None = None,
     entropy_coefficient: float = 0.0,
 ) -> Tensor:
-    """Adds a KL term to the losses of tokens, and subtracts an entropy bonus (nats): arXiv 1602.01783, section 4. Add
-    them after the correction of the policy losses (mismatch.py), which is not theirs."""
+    """Adds a KL term to the losses of tokens, and subtracts an entropy bonus (nats): arXiv 1602.01783, section 4. To be
+    called after the correction of policy losses (mismatch.py), which does not apply to these terms."""
     if kl is not None:
         losses = losses + kl_coefficient * kl
     if entropies is not None:

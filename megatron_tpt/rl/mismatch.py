@@ -1,8 +1,9 @@
-"""The trainer and the engine give one token different probabilities, though both have the same weights.
+"""Correction of the mismatch of trainer and engine, which give a token different probabilities by the same weights.
 
-Rollouts are sampled from the engine's, so a gradient by the trainer's is off-policy before the first update. The losses
-of tokens are multiplied by the ratio of trainer to engine, truncated (`importance_weights`), or tokens and rollouts
-whose ratio is far from 1 are dropped (`close_tokens`); the metrics are worth a look in either case.
+Rollouts are sampled by the engine, so that a gradient by the trainer's probabilities is off-policy even before the
+first update. Either the losses of tokens are multiplied by the truncated ratio of trainer to engine
+(`importance_weights`), or tokens and rollouts whose ratio is far from 1 are dropped (`close_tokens`). The metrics
+(`mismatch_metrics`) say whether that is needed.
 
 B rollouts of T tokens; `mask`, bool [B, T], is true at the tokens of the response. The log-probabilities, [B, T], are
 those of the sampled tokens under the distribution that was sampled from (temperature and all), in nats. The trainer's
@@ -20,6 +21,7 @@ Level = Literal["token", "sequence", "sequence_mean"]
 """Whose ratio: the token's; the rollout's, the product of those of its tokens; their geometric mean."""
 
 _LOG_RATIO_BOUND = 20.0
+"""Beyond it a ratio says no more than "far away", and its square could overflow. As in verl."""
 
 
 def importance_weights(
@@ -37,8 +39,7 @@ def importance_weights(
     upper] (IcePop: Ling team 2025, arXiv 2510.18855). 0 outside of the mask. Raises UserError for impossible bounds.
     """
     _check_bounds(lower, upper)
-    log_ratios = _log_ratios(trainer, engine, mask, level).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
-    ratios = log_ratios.exp().where(mask, 0)
+    ratios = _log_ratios(trainer, engine, mask, level).exp().where(mask, 0)
     if lower is None:
         return ratios.clamp(max=upper)
     return ratios.where((ratios >= lower) & (ratios <= upper), 0)
@@ -60,9 +61,9 @@ def close_tokens(
 def mismatch_metrics(trainer: Tensor, engine: Tensor, mask: Tensor) -> dict[str, float]:
     """How far the engine is from the trainer, over the tokens of the mask, of which there is at least one.
 
-    `gap` and `gap_max`: the mean and the largest difference of log-probabilities without their sign; `kl` and `kl_k3`:
-    two estimates of the KL divergence of engine from trainer (the second is never negative), all in nats; `chi2`: the
-    mean of the squared ratio less 1, by which importance weights raise the variance.
+    `gap` and `gap_max`: the mean and the largest absolute difference of log-probabilities; `kl` and `kl_k3`:
+    two estimates of the KL divergence of the engine from the trainer (the second is never negative), all in nats;
+    `chi2`: the mean of the squared ratio minus 1, by which importance weights raise the variance.
     """
     log_ratios = (trainer - engine)[mask].double()
     ratios = log_ratios.clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND).exp()

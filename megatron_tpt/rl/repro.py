@@ -1,14 +1,14 @@
 """REPRO, arXiv 2512.01925: rewards for the process of thinking, from how much it helps to predict the right answer.
 
-A rollout's thinking is cut where segments of it begin (`choose_cuts`). Behind every cut the right answer is appended
-(`answer_suffix`), and the policy says how probable it is (`answer_losses`, L). What the curve of L over the cuts has
-won so far is a score (`curve_scores`, S); its differences are the rewards of the segments (`segment_rewards`), put at
-their last tokens (`place_rewards`), normalized apart from the outcome's, summed to advantages (`process_advantages`),
-and added to those of the outcome (`join`).
+The thinking of a rollout is cut where its segments begin (`choose_cuts`). The right answer is appended at every cut
+(`answer_suffix`), and L is the loss of the policy on it (`answer_losses`). The curve of L over the cuts gives a score S
+at every cut (`curve_scores`). The differences of S are the rewards of the segments (`segment_rewards`), placed at their
+last tokens (`place_rewards`), normalized separately from the outcome rewards, summed to advantages
+(`process_advantages`), and added to those of the outcome (`join`).
 
-B rollouts of T tokens, as in advantages.py; R curves of M points, padded at their end, whose padding nobody reads. L is
-computed at temperature 1, whatever the rollouts were sampled at: another one would change the probabilities, not the
-thinking.
+B rollouts of T tokens, as in advantages.py; R curves of M points, padded at their end with values that are never used.
+L is computed at temperature 1, whatever temperature the rollouts were sampled at, which would change the probabilities
+and not the thinking.
 """
 
 import re
@@ -25,8 +25,8 @@ from megatron_tpt.rl.advantages import Advantages, Algorithm, gae, group_statist
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 FirstReward = Literal["score", "gain"]
-"""The first segment's reward: the score after it, S_1, as in the paper, or what it gains over none, S_1 - S_0. Thinking
-that does not help has a score of 1 - tanh(1) = 0.24, which "score" gives every rollout for nothing."""
+"""The first segment's reward: the score after it, S_1, as in the paper, or its gain over no thinking, S_1 - S_0.
+Thinking that does not help has a score of 1 - tanh(1) = 0.24, which "score" gives to every rollout."""
 
 _SEPARATOR = re.compile(r"(?:[.?]\n|\n\n)\s*")
 
@@ -35,10 +35,10 @@ class Cuts(NamedTuple):
     """Where a rollout is cut. A cut i keeps the first i tokens of the response."""
 
     positions: list[int]
-    """In rising order: where the thinking begins (for L_0), where the kept segments begin, and where the thinking is
-    over. The first and the last are one if there is no thinking."""
+    """In rising order: where the thinking begins (for L_0), where the kept segments begin, and where the thinking
+    ends. The first and the last are one if there is no thinking."""
     is_closed: bool
-    """The last cut is behind "</think>", and not behind thinking that never ends."""
+    """The last cut is after "</think>", and not at the end of thinking that never ends."""
 
 
 class ProcessRewards(NamedTuple):
@@ -50,14 +50,14 @@ class ProcessRewards(NamedTuple):
 
 
 def choose_cuts(pieces: Sequence[str], entropies: Sequence[float], num_segments: int) -> Cuts:
-    """Cut the thinking of a response whose tokens are decoded one by one, special tokens included, into `pieces`.
+    """Cut the thinking of a response, whose tokens are decoded one by one, special tokens included, into `pieces`.
 
-    A segment begins at the token with the first character, but white space, behind ".\\n", "?\\n" or "\\n\\n". The text
-    is searched and not ids, as a separator is one token or several, alone or with other text, by the tokenizer. Of the
-    segments inside the thinking, the `num_segments` whose first token had the highest entropy are kept (of equal ones
-    the earlier); entropies[i] is that of the distribution that token i was sampled from.
+    A segment begins at the token with the first character other than white space after ".\\n", "?\\n" or "\\n\\n". The
+    text is searched, not token ids: the tokenizer decides whether a separator is one token or several, alone or with
+    other text. Of the segments inside the thinking, the `num_segments` whose first token had the highest entropy are
+    kept (of equal ones the earlier); entropies[i] is that of the distribution that token i was sampled from.
 
-    Without "</think>" all of the response is thinking; give no padding, nor the end-of-sequence token.
+    Without "</think>" all of the response is thinking: give neither padding nor the end-of-sequence token.
     """
     assert len(pieces) == len(entropies), "every token has an entropy"
     text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
@@ -78,15 +78,15 @@ def choose_cuts(pieces: Sequence[str], entropies: Sequence[float], num_segments:
 def answer_suffix(
     encode: Callable[[str], Sequence[int]], answer: str, *, prefix: str, template: str, is_closed: bool
 ) -> tuple[list[int], list[int]]:
-    """The token ids behind a cut: those that are not scored, from `prefix`, and those that are, from `template` with
-    the right answer in place of its "{}". (The authors' prefix is "", their template "\\\\boxed{{{}}}".)
+    """The token ids after a cut: those that are not scored, from `prefix`, and those that are, from `template` with the
+    right answer in place of its "{}". (The authors' prefix is "", their template "\\\\boxed{{{}}}".)
 
-    A prefix that closes the thinking first, which small models need, does not do so behind "</think>" (`is_closed`):
-    there only what follows the tag in it is used. All tokens of the template are scored, not the answer's alone, and
-    L_0 and L_t both have them.
+    Small models need a prefix that closes the thinking. At a cut after "</think>" (`is_closed`) only the part of the
+    prefix after the tag is used. All tokens of the template are scored, not only those of the answer, in L_0 and L_t
+    alike.
 
     Raises UserError for a template without a place for the answer, and if `encode` adds special tokens: a
-    beginning-of-sequence token inside of a text is nothing that a model has seen.
+    beginning-of-sequence token inside a text is nothing that a model was trained on.
     """
     require(not list(encode("")), "the answer is encoded with special tokens: encode it without (add_special_tokens)")
     try:
@@ -99,8 +99,8 @@ def answer_suffix(
 
 
 def answer_losses(token_losses: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """L = -J, the mean loss of the scored tokens of each row, nats: [num_rows]. `token_losses`, [N], are -log
-    probabilities of all scored tokens, and row, integers [N], the row that each is in, whatever their layout was."""
+    """L = -J, the mean loss of the scored tokens of each row, in nats: [num_rows]. `token_losses`, [N], are negative
+    log-probabilities of all scored tokens, in any order, and `row`, integers [N], is the row of each."""
     sums = torch.zeros(num_rows, dtype=torch.float64, device=token_losses.device)
     return (sums.index_add(0, row, token_losses.double()) / row.bincount(minlength=num_rows)).to(token_losses.dtype)
 
@@ -112,7 +112,7 @@ def curve_scores(losses: Tensor, *, stability_weight: float = 0.0, ema_weight: f
 
 def magnitude(losses: Tensor) -> Tensor:
     """1 - tanh(L_t / L_0) of curves L, [R, M], which rises from 0.24 at L_0 to 1 as thinking helps. (An L_0 below 1e-6,
-    of an answer that needs no thinking, counts as that much.)
+    of an answer that needs no thinking, is replaced by that.)
 
     The paper prints tanh((J_t - J_0) / J_0 + 1) + 1, which falls, as J = -L is negative.
     """
@@ -123,8 +123,8 @@ def stability(losses: Tensor, ema_weight: float) -> Tensor:
     """(tau + 1) / 2 with Kendall's tau of the smoothed J = -L up to each point against time; [R, M] to [R, M].
 
     All pairs of points count, and a pair of equal ones neither rises nor falls (tau a). One point has no pairs: 1/2.
-    `ema_weight` is what the newest point counts in the exponential moving average. The authors' 0.01 keeps it near L_0,
-    so that tau says how often L was below the average, and not whether it fell; 1 does not smooth.
+    `ema_weight` is the weight of the newest point in the exponential moving average. The authors' 0.01 keeps the
+    average near L_0, so that tau says how often L was below the average, and not whether it fell; 1 does not smooth.
     """
     smoothed = moving_average(-losses.double(), ema_weight)
     signs = (smoothed[:, None, :] - smoothed[:, :, None]).sign().triu(1)  # [R, i, j]: has J risen from i to j > i?
@@ -135,8 +135,8 @@ def stability(losses: Tensor, ema_weight: float) -> Tensor:
 
 
 def moving_average(values: Tensor, weight: float) -> Tensor:
-    """The exponential moving average, in which the newest value counts `weight`, along curves [R, M]; it begins with
-    the first value."""
+    """The exponential moving average along curves [R, M], with the weight of the newest value; it begins with the
+    first value."""
     averages = [values[:, 0]]
     for value in values.unbind(1)[1:]:
         averages.append(averages[-1] + weight * (value - averages[-1]))  # exact where the curve is level
@@ -154,8 +154,8 @@ def segment_rewards(scores: Tensor, first_reward: FirstReward = "score") -> Tens
 def place_rewards(rewards: Tensor, positions: Sequence[Sequence[int]], num_tokens: int) -> ProcessRewards:
     """Puts each segment's reward, of [B, M - 1], at the last token before the cut that ends it; T is `num_tokens`.
 
-    `positions` are the cuts of each rollout, up to M. The first cut ends no segment, so it has no reward: at its index
-    less 1, which can be -1, nothing is written.
+    `positions` are the cuts of each rollout, at most M. The first cut ends no segment, so it has no reward: nothing is
+    written at its index minus 1, which can be -1.
     """
     placed = torch.zeros(len(positions), num_tokens, dtype=rewards.dtype, device=rewards.device)
     is_kept = torch.zeros_like(placed, dtype=torch.bool)
@@ -178,7 +178,7 @@ def process_advantages(
 ) -> Tensor:
     """The sum of the normalized rewards of a token's own and all later segments, [B, T].
 
-    For PPO they go through its estimation of advantages with the same values of the critic, and are whitened.
+    For PPO they are advantages by GAE with the same values of the critic, whitened.
     """
     rewards = normalized_rewards(algorithm, process, groups)
     if algorithm == "ppo":
@@ -188,12 +188,12 @@ def process_advantages(
 
 
 def normalized_rewards(algorithm: Algorithm, process: ProcessRewards, groups: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Process rewards, normalized as the algorithm does with those of outcomes, over the kept tokens alone; [B, T].
+    """Process rewards, normalized over the kept tokens alone, the way the algorithm normalizes outcomes; [B, T].
 
-    GRPO and PPO: (r - mean) / (std + epsilon) of all segments of a prompt's rollouts; REINFORCE++: whitened over the
-    batch; its variant with a baseline: r - mean. The paper has no more; those without a division by the deviation,
-    Dr. GRPO and RLOO, are treated like the last. As for outcomes, a prompt's only rollout has no baseline, and is left
-    as it is.
+    GRPO and PPO: (r - mean) / (std + epsilon) over all segments of a prompt's rollouts; REINFORCE++: whitened over the
+    batch; its variant with a baseline: r - mean of the prompt. The paper has no others; Dr. GRPO and RLOO, which do not
+    divide by a standard deviation, are treated like the last. As for outcomes, the only rollout of a prompt has no
+    baseline, and its rewards are unchanged.
     """
     rewards, is_kept = process
     if algorithm == "reinforce_plus_plus":
@@ -211,5 +211,5 @@ def normalized_rewards(algorithm: Algorithm, process: ProcessRewards, groups: Te
 
 def join(outcome: Advantages, process: Tensor, alpha: float) -> Advantages:
     """A + alpha A_process for the policy. The critic's returns stay those of the outcome: process advantages are
-    whitened, and so nothing that values, in units of reward, could learn."""
+    whitened, and values are in units of reward."""
     return Advantages(outcome.advantages + alpha * process, outcome.returns)

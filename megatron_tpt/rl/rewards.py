@@ -1,6 +1,6 @@
-"""Rewards of whole rollouts besides that of the answer, which the grading package finds.
+"""Rewards of whole rollouts in addition to that of the answer, which the grading package computes.
 
-Penalties are tensors [B], 0 or less, to be added to the reward of the answer. Lengths are in tokens of the response.
+Penalties are tensors [B], 0 or less, to be added to the reward of the answer. Lengths are those of responses in tokens.
 """
 
 from torch import Tensor
@@ -25,8 +25,8 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, factor: f
 def length_penalty(lengths: Tensor, is_correct: Tensor, *, max_length: int, factor: float) -> Tensor:
     """-factor length / max_length for rollouts whose answer is correct (bool [B]), 0 for all others; fp32 [B].
 
-    Wrong answers have none: were they penalized by length, a short wrong answer would be better than a long one, and
-    the policy would learn to give up. Raises UserError for a factor above 1, with which a long correct answer could be
+    Wrong answers have none: penalized by length, a short wrong answer would be better than a long one, and the policy
+    would learn to give up. Raises UserError for a factor above 1, with which a long correct answer could be
     worth less than a wrong one.
     """
     require(0 <= factor <= 1, f"the length penalty's factor is {factor}: it must be from 0 to 1")

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from rollout_batches import GROUPS, LENGTHS, SCORES, rollouts
 
 from megatron_tpt.rl.advantages import (
-    gae,
     group_statistics,
     grpo,
     outcome_advantages,
     outcome_rewards,
-    reinforce_plus_plus,
     returns_to_go,
     rloo,
     whiten,
@@ -73,16 +71,18 @@ def test_inputs_are_not_written_to() -> None:
     assert all(map(torch.equal, before, batch))
 
 
-def test_what_is_outside_of_the_mask_does_not_matter() -> None:
+@pytest.mark.parametrize("algorithm", [*IN_VERL, "ppo"])
+def test_what_is_outside_of_the_mask_does_not_matter(algorithm: Any) -> None:
     batch = rollouts(with_gaps=True)
     garbage = torch.full_like(batch.rewards, torch.nan).where(~batch.mask, 0)
-    for function in (
-        lambda rewards, values: gae(rewards, values, batch.mask).advantages,
-        lambda rewards, values: reinforce_plus_plus(rewards, batch.mask),
-    ):
-        clean = function(batch.rewards, batch.values)
-        assert torch.equal(function(batch.rewards + garbage, batch.values + garbage), clean)
-        assert not clean[~batch.mask].any()
+    clean, result = (
+        outcome_advantages(algorithm, batch.rewards + noise, batch.mask, batch.groups, values=batch.values + noise)
+        for noise in (0, garbage)
+    )
+    assert torch.equal(result.advantages, clean.advantages)
+    assert not clean.advantages[~batch.mask].any()
+    if clean.returns is not None:
+        assert result.returns is not None and torch.equal(result.returns, clean.returns)
 
 
 def test_an_outcome_is_the_reward_of_the_last_token() -> None:
@@ -91,6 +91,11 @@ def test_an_outcome_is_the_reward_of_the_last_token() -> None:
     rewards = outcome_rewards(scores, mask)
     assert torch.equal(rewards.sum(dim=1), scores)
     assert torch.equal(rewards[torch.arange(len(LENGTHS)), torch.tensor(LENGTHS) - 1], scores)
+
+
+def test_the_last_token_is_the_last_of_the_mask() -> None:
+    mask = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    assert outcome_rewards(torch.tensor([2.0, 3.0]), mask).tolist() == [[0, 0, 2, 0], [0, 3, 0, 0]]
 
 
 def test_an_outcome_without_a_token_is_refused() -> None:
@@ -114,14 +119,6 @@ def test_equal_rewards_have_no_advantage_at_all(score: float) -> None:
     groups = torch.zeros(7, dtype=torch.long)
     assert not grpo(rewards, mask, groups).any()
     assert not rloo(rewards, mask, groups).any()
-
-
-def test_truncated_rollouts_count_in_their_group_though_they_are_not_trained_on() -> None:
-    batch = rollouts()
-    trained_on = batch.mask.clone()
-    trained_on[0] = False
-    advantages = grpo(batch.rewards, batch.mask, batch.groups)
-    assert torch.equal(grpo(batch.rewards, trained_on, batch.groups)[1:], advantages[1:])
 
 
 @settings(deadline=None, max_examples=25)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -136,6 +136,8 @@ def trl_loss(batch: Rollouts, kind: str, *, beta: float = 0.0, ratios: Tensor | 
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
+@pytest.mark.slow  # to import it takes longer than all other tests of this file
+@pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
 @pytest.mark.parametrize(
     ("aggregation", "kind"),
     [
@@ -175,7 +177,7 @@ def test_value_loss_without_a_clip_is_half_the_squared_error() -> None:
 
 
 @pytest.mark.parametrize("scale", [1, 30])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k1+", "k3+"])
 def test_kl_estimates_and_their_gradients_are_those_of_verl(
     estimator: KLEstimator, scale: float, verl_core: ModuleType
 ) -> None:
@@ -192,30 +194,38 @@ def test_kl_estimates_and_their_gradients_are_those_of_verl(
 def test_kl_in_the_reward_is_that_of_verl(verl_core: ModuleType) -> None:
     batch = rollouts()
     kl = kl_estimates(batch.log_probs, batch.values, "k1")
-    expected = verl_core.compute_rewards(batch.rewards, batch.log_probs, batch.values, 0.1)
+    expected = verl_core.compute_rewards(batch.rewards, batch.log_probs.detach(), batch.values, 0.1)
     result = penalized_rewards(batch.rewards, kl, batch.mask, 0.1)
     torch.testing.assert_close(result[batch.mask], expected[batch.mask])
-    assert not result[~batch.mask].any()
+    assert not result[~batch.mask].any() and not result.requires_grad
 
 
 def test_the_estimates_average_to_the_divergence() -> None:
-    """k1 and k3 exactly, over all tokens with their probabilities; in the loss, k2 alone has the divergence's gradient
-    on average, and k1 has none."""
-    random = torch.Generator().manual_seed(0)
+    """Over all tokens, with their probabilities: k1 and k3 in value; in gradient k2 and those with a "+", while that of
+    k1 is 0 and that of k3 is the gradient of the opposite divergence. All are below the bound of k3."""
+    random = torch.Generator().manual_seed(1)
     logits = torch.randn(5, generator=random, dtype=torch.float64).requires_grad_()
     reference = torch.randn(5, generator=random, dtype=torch.float64).log_softmax(0)
     log_probs = logits.log_softmax(0)
+
+    def gradient(average: Tensor) -> Tensor:
+        return torch.autograd.grad(average, logits, retain_graph=True)[0]
+
     divergence = (log_probs.exp() * (log_probs - reference)).sum()
-    probabilities = log_probs.exp().detach()
-    of_divergence = torch.autograd.grad(divergence, logits, retain_graph=True)[0]
-    gradients = {}
-    for estimator in ("k1", "k2", "k3"):
-        average = (probabilities * kl_estimates(log_probs, reference, estimator)).sum()
-        gradients[estimator] = torch.autograd.grad(average, logits, retain_graph=True)[0]
+    opposite = (reference.exp() * (reference - log_probs)).sum()
+    expected = {
+        "k1": torch.zeros_like(logits),
+        "k2": gradient(divergence),
+        "k3": gradient(opposite),
+        "k1+": gradient(divergence),
+        "k3+": gradient(divergence),
+    }
+    assert set(expected) == set(get_args(KLEstimator))
+    for estimator in get_args(KLEstimator):
+        average = (log_probs.exp().detach() * kl_estimates(log_probs, reference, estimator)).sum()
+        torch.testing.assert_close(gradient(average), expected[estimator])
         if estimator != "k2":
             torch.testing.assert_close(average, divergence)
-    torch.testing.assert_close(gradients["k2"], of_divergence)
-    torch.testing.assert_close(gradients["k1"], torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize("aggregation", IN_VERL)

@@ -1,5 +1,6 @@
 """The correction of the mismatch of trainer and engine is verl's."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +33,28 @@ def test_importance_weights_are_those_of_verl(
     assert metrics["rollout_is_ratio_fraction_high"] > 0 and 0 < result[mask].mean() != 1
 
 
+def test_the_mean_ratio_of_a_rollout_is_the_geometric_one() -> None:
+    """Ratios of 2 and 1/8: their product is 1/4, its square root 1/2. What is not in the mask does not count."""
+    trainer = torch.tensor([[2.0, 0.125, 9.0]]).log()
+    weights = importance_weights(
+        trainer, torch.zeros(1, 3), torch.tensor([[True, True, False]]), level="sequence_mean", lower=0.4, upper=3
+    )
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
+def test_ratios_that_would_overflow_do_not(level: Level) -> None:
+    trainer, engine = torch.tensor([[0.0, 0.0], [-500.0, -400.0]]), torch.tensor([[-500.0, -400.0], [0.0, 0.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    assert importance_weights(trainer, engine, mask, level=level, upper=1e30).isfinite().all()
+    assert all(map(math.isfinite, mismatch_metrics(trainer, engine, mask).values()))
+
+
 @pytest.mark.parametrize(
     ("level", "name"), [("token", "token_k1"), ("sequence", "seq_sum_k1"), ("sequence_mean", "seq_mean_k1")]
 )
 def test_dropped_tokens_are_those_that_verl_drops(level: Level, name: str, verl_correction: ModuleType) -> None:
-    """verl's bounds are those of the ratio of engine to trainer."""
+    """verl bounds the ratio of engine to trainer."""
     trainer, engine, mask = log_probs(0.2 if level == "sequence" else 0.5)
     lower, upper = (0.9, 1.25) if level == "sequence_mean" else (0.6, 1.5)
     expected, _ = verl_correction.compute_rollout_rejection_mask(

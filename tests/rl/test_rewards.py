@@ -1,4 +1,4 @@
-"""Rewards besides that of the answer."""
+"""Rewards in addition to that of the answer."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from megatron_tpt.rl.rewards import format_reward, length_penalty, overlong_pena
 
 
 @given(st.lists(st.integers(1, 100), min_size=1), st.integers(1, 100), st.sampled_from([0.5, 1.0]))
-def test_the_overlong_penalty_is_that_of_verl(lengths: list[int], buffer: int, factor: float) -> None:
-    """min(-exceeding / buffer * factor, 0) in its reward manager `dapo`; lengths are at most the limit there."""
+def test_the_overlong_penalty_is_that_of_dapo(lengths: list[int], buffer: int, factor: float) -> None:
+    """As verl's reward manager of that name writes it, for lengths up to the limit."""
     expected = [min(-(length - (100 - buffer)) / buffer * factor, 0) for length in lengths]
     result = overlong_penalty(torch.tensor(lengths), max_length=100, buffer=buffer, factor=factor)
     assert result.tolist() == pytest.approx(expected, abs=1e-6)
