@@ -9,11 +9,15 @@ doors of one room do (a Latin square), so a walk of which one door is not known 
 into its own room.
 
 There is no mark before the response: any token may be the last one, so every position has to hold the room that the
-walk has reached.
+walk has reached. Training data are conversations of many walks, one behind the other, and nothing says where one begins
+(chat_template.jinja): a walk cannot be remembered as a whole.
 
-python examples/recurrence_demo/house.py --output DIR writes atoms.jsonl (all walks of one and two doors, from which the
-parent learns), train_3.jsonl to train_6.jsonl (walks of 1 to 3, ..., 1 to 6 doors) and problems.jsonl (walks of 3 to 6
-doors that are in none of the others: the hash of a prompt decides where it may be).
+    hall red blue green attic kitchen white hall ...
+
+python examples/recurrence_demo/house.py --output DIR writes atoms.jsonl (walks of one and two doors, from which the
+parent learns), train_3.jsonl to train_6.jsonl (walks of 1 to 3, ..., 1 to 6 doors), problems.jsonl (walks of 3 to 6
+doors that are in none of the others: the hash of a prompt decides where it may be) and short.jsonl (all walks of one
+and two doors, as problems).
 """
 
 import hashlib
@@ -23,6 +27,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.fields import PositiveInt
@@ -42,6 +47,8 @@ ATOMS = (1, 2)
 """Doors of the parent's walks. There are only 150 such walks: all of them are trained on."""
 LENGTHS = (3, 4, 5, 6)
 """Doors of the problems; the longest walks of the training files, one after the other."""
+ROW_TOKENS = 60
+"""Tokens of a conversation at most: training.sequence_length of the recipes."""
 HELD_OUT = 5
 """One in so many walks of these lengths is held out."""
 
@@ -73,9 +80,14 @@ class Walk:
         return len(self.doors) in LENGTHS and int.from_bytes(digest[:8]) % HELD_OUT == 0
 
     @property
-    def row(self) -> dict[str, str]:
-        """The example for fine-tuning."""
-        return {"prompt": self.prompt, "response": self.response}
+    def problem(self) -> dict[str, str]:
+        """As it is asked and answered; words begin with a blank."""
+        return {"prompt": f" {self.prompt}", "response": f" {self.response}"}
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """Its part of a conversation."""
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.response}]
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,8 @@ class HouseOptions:
 
     output: Path
     """The folder for the files."""
-    num_walks: PositiveInt = 12000
-    """Walks of every training file but the last one, which has eight times as many: more than any arm reads of it."""
+    num_rows: PositiveInt = 1700
+    """Conversations of every training file but the last one, which has six times as many: more than any arm reads."""
     num_problems: PositiveInt = 100
     """Problems of every length."""
     seed: int = 0
@@ -103,15 +115,27 @@ def atoms() -> list[Walk]:
     return [walk for num_doors in ATOMS for walk in all_walks(num_doors)]
 
 
-def draw_training(longest: int, num_walks: int, draw: random.Random) -> Iterator[Walk]:
-    """Walks of 1 to `longest` doors that are not held out, each length as often as the others; a short one several
-    times, for there are not many."""
-    names, num_drawn = list(DOORS), 0
-    while num_drawn < num_walks:
+def draw_training(longest: int, draw: random.Random) -> Iterator[Walk]:
+    """Walks of 1 to `longest` doors that are not held out, each length as often as the others; a short one often, for
+    there are not many. Endless."""
+    names = list(DOORS)
+    while True:
         walk = Walk(draw.randrange(len(ROOMS)), tuple(draw.choices(names, k=draw.randint(1, longest))))
         if not walk.is_held_out:
-            num_drawn += 1
             yield walk
+
+
+def conversations(walks: Iterator[Walk], num_rows: int) -> Iterator[dict[str, Any]]:
+    """So many conversations of as many walks as a row has room for."""
+    walk = next(walks)
+    for _ in range(num_rows):
+        messages: list[dict[str, str]] = []
+        num_tokens = 0
+        while num_tokens + len(walk.doors) + 2 <= ROW_TOKENS:
+            messages += walk.messages
+            num_tokens += len(walk.doors) + 2
+            walk = next(walks)
+        yield {"messages": messages}
 
 
 def draw_problems(num_problems: int, draw: random.Random) -> list[Walk]:
@@ -131,36 +155,37 @@ def draw_problems(num_problems: int, draw: random.Random) -> list[Walk]:
 def write_house(options: HouseOptions) -> None:
     """Write all files, read them back, and check that no problem is among the training data."""
     folder, draw = options.output, random.Random(options.seed)
-    write_rows(folder / "problems.jsonl", draw_problems(options.num_problems, draw))
-    write_rows(folder / "atoms.jsonl", atoms())
-    for longest in LENGTHS:
-        num_walks = options.num_walks * (8 if longest == LENGTHS[-1] else 1)
-        write_rows(folder / f"train_{longest}.jsonl", draw_training(longest, num_walks, draw))
-    training = [folder / "atoms.jsonl", *(folder / f"train_{longest}.jsonl" for longest in LENGTHS)]
+    write_rows(folder / "problems.jsonl", (walk.problem for walk in draw_problems(options.num_problems, draw)))
+    write_rows(folder / "short.jsonl", (walk.problem for walk in atoms()))
+    training = {folder / "atoms.jsonl": ATOMS[-1]} | {folder / f"train_{longest}.jsonl": longest for longest in LENGTHS}
+    for path, longest in training.items():
+        num_rows = options.num_rows * (6 if longest == LENGTHS[-1] else 1)
+        write_rows(path, conversations(draw_training(longest, draw), num_rows))
     check_disjoint(folder / "problems.jsonl", training)
 
 
 def check_disjoint(problems: Path, training: Iterable[Path]) -> None:
     """Raise RuntimeError when a problem is there twice, or in one of the training files."""
-    prompts = [row["prompt"] for row in read_rows(problems)]
+    prompts = [row["prompt"].strip() for row in read_rows(problems)]
     asked = set(prompts)
     if len(asked) < len(prompts):
         raise RuntimeError(f"{problems}: a problem is there twice")
     for path in training:
-        if both := next((row["prompt"] for row in read_rows(path) if row["prompt"] in asked), None):
-            raise RuntimeError(f"the same walk is in {problems} and {path}: {both!r}")
+        for message in (message for row in read_rows(path) for message in row["messages"]):
+            if message["content"] in asked:
+                raise RuntimeError(f"the same walk is in {problems} and {path}: {message['content']!r}")
 
 
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of one of the files."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 
 
-def write_rows(path: Path, walks: Iterable[Walk]) -> None:
-    """Write walks as JSON lines."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(walk.row) + "\n" for walk in walks)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python examples/recurrence_demo/measure.py --checkpoints DIR ... --problems FILE --output FOLDER
 
-A problem is solved when the response and the end-of-sequence token are the most likely tokens at their places: then
-greedy decoding writes exactly these. Writes FOLDER/accuracy.json. One process; any checkpoint of this example.
+A problem is solved when the response is the most likely token after the prompt. Writes FOLDER/accuracy.json. One
+process; any checkpoint of this example.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ class MeasureOptions:
 class SolvedProblems:
     """Counts problems and solved ones by their number of doors: an objective that is only evaluated.
 
-    The responses are one token, and the end-of-sequence token follows. One tensor-parallel rank.
+    The responses are one token; the end-of-sequence token that follows does not count, since no walk of the training
+    data ends with it. One tensor-parallel rank.
     """
 
     needs: "Needs" = "logits"
@@ -57,21 +58,18 @@ class SolvedProblems:
         self.sum_names = ("loss", "tokens", *counts)
 
     def __call__(self, outputs: "torch.Tensor", batch: "MicroBatch") -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
-        """Logits [b, s, v] and a micro-batch [b, s] -> the summed cross-entropy of what is learned, and the counts."""
+        """Logits [b, s, v] and a micro-batch [b, s] -> the summed cross-entropy of the responses, and the counts."""
         import torch
 
-        labels, segments, learned = batch["labels"], batch["segment_ids"], batch["loss_mask"] > 0
-        loss = torch.nn.functional.cross_entropy(outputs[learned].float(), labels[learned], reduction="sum")
-        wrong = learned & (outputs.argmax(dim=-1) != labels)
-        empty = torch.zeros(len(labels), int(segments.max()) + 1, dtype=torch.long, device=labels.device)
-        # By row and example: wrong tokens, and the place of the last learned one. The prompt has places 0 (the room) to
-        # n (the last door), where the response is the label; at n + 1, the end-of-sequence token is.
-        num_wrong = empty.scatter_add(1, segments, wrong.long())
-        last = empty.scatter_reduce(1, segments, batch["position_ids"] * learned, "amax")
-        doors = last[last > 0] - 1
-        solved = doors[num_wrong[last > 0] == 0]
-        counts = [torch.bincount(each, minlength=self.longest + 1)[1:].double() for each in (solved, doors)]
-        sums = [loss[None].double(), learned.sum()[None].double(), *counts]
+        labels, learned = batch["labels"], batch["loss_mask"] > 0
+        # The first learned label of an example: at place n, that of the last of n doors (at 0 there is the room).
+        asked = learned.clone()
+        asked[:, 1:] &= ~learned[:, :-1]
+        loss = torch.nn.functional.cross_entropy(outputs[asked].float(), labels[asked], reduction="sum")
+        solved = asked & (outputs.argmax(dim=-1) == labels)
+        doors = (batch["position_ids"][each] for each in (solved, asked))
+        counts = [torch.bincount(each, minlength=self.longest + 1)[1:].double() for each in doors]
+        sums = [loss[None].double(), asked.sum()[None].double(), *counts]
         return loss, dict(zip(self.sum_names, torch.cat(sums), strict=True))
 
     def metrics(self, sums: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from house import HouseOptions, write_house
+from house import ROW_TOKENS, HouseOptions, write_house
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
@@ -40,12 +40,23 @@ def make_tokenizer(commands: Commands, walks: Path, folder: Path) -> None:
     )  # fmt: skip
 
 
-def train(commands: Commands, run_folder: Path, walks: Path, tokenizer: Path, seed: int, *overrides: str) -> Path:
+def pack(commands: Commands, walks: Path, tokenizer: Path) -> Path:
+    """Tokenize a file of conversations, one in each row. Returns the prefix of the packed index."""
+    prefix = walks.with_suffix("")
+    commands.python(
+        f"pack_{prefix.name}",
+        "tools/pack_sft.py", "--input", walks, "--tokenizer", tokenizer, "--chat-template",
+        HERE / "chat_template.jinja", "--output", prefix, "--sequence-length", str(ROW_TOKENS), "--num-workers", "1",
+    )  # fmt: skip
+    return prefix
+
+
+def train(commands: Commands, run_folder: Path, packed: Path, seed: int, *overrides: str) -> Path:
     """Train a parent. Returns its checkpoint."""
     commands.python(
         run_folder.name,
         "-m", "megatron_tpt.finetune", HERE / "parent.yaml", f"--run.output_dir={run_folder}", f"--run.seed={seed}",
-        f"--data.train=[{walks}]", f"--data.tokenizer={tokenizer}", *overrides,
+        f"--data.train=[{packed}]", *overrides,
     )  # fmt: skip
     return run_folder / "checkpoints/latest"
 
@@ -57,12 +68,13 @@ def make_parent(options: ParentOptions) -> None:
         raise UserError(f"{output}: exists; remove it or choose another --output")
     commands = Commands(output / "logs")
     data = output / "data"
-    write_house(HouseOptions(data, num_walks=1, seed=options.seed))
-    make_tokenizer(commands, data / "atoms.jsonl", output / "tokenizer")
-    checkpoint = train(commands, output / "run", data / "atoms.jsonl", output / "tokenizer", options.seed)
+    write_house(HouseOptions(data, seed=options.seed))
+    make_tokenizer(commands, data / "short.jsonl", output / "tokenizer")
+    packed = pack(commands, data / "atoms.jsonl", output / "tokenizer")
+    checkpoint = train(commands, output / "run", packed, options.seed)
     commands.python("export", "tools/export_hf.py", "--checkpoint", checkpoint, "--output", output / "model")
     report = {}
-    for name in ("atoms", "problems"):
+    for name in ("short", "problems"):
         commands.python(
             f"measure_{name}",
             HERE / "measure.py", "--checkpoints", checkpoint, "--problems", data / f"{name}.jsonl",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from arms import ALL_ARMS, MAIN_ARMS, RECURRENT, STATIC, UNTRAINED, Arm, measured_costs, planned_steps, stages
 from house import LENGTHS
-from parent import train
+from parent import pack, train
 from report import write_depth_report
 
 from megatron_tpt.config.cli import parse, run
@@ -67,6 +67,7 @@ class Demo:
         self.output = options.output.resolve()
         self.parent = options.parent.resolve()
         self.arms = MAIN_ARMS if options.arms == "main" else ALL_ARMS
+        self.packed: dict[str, Path] = {}
         self.starts: dict[str, Path] = {}
         self.steps: dict[Arm, int] = {}
         self.seconds: dict[Arm, float] = {}
@@ -83,6 +84,10 @@ class Demo:
             HERE / "house.py", "--output", self.output / "data", "--seed", str(self.options.seed),
             "--num-problems", str(self.options.num_problems),
         )  # fmt: skip
+        self.packed = {
+            name: pack(self.commands, self.output / f"data/{name}.jsonl", self.parent)
+            for name in ("atoms", *(f"train_{longest}" for longest in LENGTHS))
+        }
         self.make_starts()
         self.steps = {arm: planned_steps(arm, self.options.num_steps, self.starts) for arm in self.arms}
         # Two at a time: one for each of the two cores that the miniature is made for. The longest ones begin.
@@ -99,14 +104,13 @@ class Demo:
     def make_starts(self) -> None:
         """The checkpoints from which arms start."""
         parent = self.parent
-        atoms = self.output / "data/atoms.jsonl"
         if self.options.new_parent:
-            parent = train(self.commands, self.output / "parent", atoms, self.parent, self.options.seed)
+            parent = train(self.commands, self.output / "parent", self.packed["atoms"], self.options.seed)
         self.starts[RECURRENT.start] = self.retrofit("recurrent", parent, "--adapter", "identity")
         self.starts[STATIC.start] = self.retrofit("static", parent, "--static")
         if UNTRAINED in self.arms:
             folder = self.output / "random_parent"
-            parent = train(self.commands, folder, atoms, self.parent, self.options.seed, *NO_TRAINING)
+            parent = train(self.commands, folder, self.packed["atoms"], self.options.seed, *NO_TRAINING)
             self.starts[UNTRAINED.start] = self.retrofit("random", parent, "--adapter", "identity")
 
     def retrofit(self, name: str, parent: Path, *options: str) -> Path:
@@ -130,7 +134,7 @@ class Demo:
                 f"{arm.folder}_{longest}",
                 "-m", "megatron_tpt.finetune", HERE / "heal.yaml", f"--run.output_dir={self.run_folder(arm)}",
                 f"--run.seed={self.options.seed}", f"--training.init_from={self.starts[arm.start]}",
-                f"--data.train=[{self.output / 'data' / f'train_{longest}.jsonl'}]", f"--training.num_steps={end}",
+                f"--data.train=[{self.packed[f'train_{longest}']}]", f"--training.num_steps={end}",
                 *arm.settings(self.steps[arm]),
             )  # fmt: skip
         return time.monotonic() - begin

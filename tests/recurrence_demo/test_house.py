@@ -1,3 +1,4 @@
+import itertools
 import random
 from pathlib import Path
 
@@ -31,20 +32,33 @@ def test_the_doors_generate_all_permutations_of_the_rooms() -> None:
 
 
 def test_no_problem_is_training_data(tmp_path: Path) -> None:
-    house.write_house(HouseOptions(tmp_path, num_walks=500, num_problems=50))
-    files = {path.name: [row["prompt"] for row in house.read_rows(path)] for path in tmp_path.glob("*.jsonl")}
-    problems = files.pop("problems.jsonl")
+    house.write_house(HouseOptions(tmp_path, num_rows=60, num_problems=50))
+    files = {path.name: list(house.read_rows(path)) for path in tmp_path.glob("*.jsonl")}
+    problems = [row["prompt"].strip() for row in files.pop("problems.jsonl")]
     assert len(set(problems)) == len(problems) == 50 * len(LENGTHS)
-    assert not set(problems) & {prompt for prompts in files.values() for prompt in prompts}
-    assert sorted(files) == ["atoms.jsonl", *(f"train_{longest}.jsonl" for longest in LENGTHS)]
-    assert len(files["atoms.jsonl"]) == 5 * 5 + 5 * 25 and len(files["train_6.jsonl"]) == 4000
-    for longest in LENGTHS:
-        assert {len(prompt.split()) - 1 for prompt in files[f"train_{longest}.jsonl"]} == set(range(1, longest + 1))
+    short = [row["prompt"] for row in files.pop("short.jsonl")]
+    assert len(set(short)) == 5 * 5 + 5 * 25
+    longest_of = {"atoms.jsonl": 2} | {f"train_{longest}.jsonl": longest for longest in LENGTHS}
+    assert files.keys() == longest_of.keys() and len(files["train_6.jsonl"]) == 360
+    for name, longest in longest_of.items():
+        prompts = [message["content"] for row in files[name] for message in row["messages"][::2]]
+        assert not set(prompts) & set(problems)
+        assert {len(prompt.split()) - 1 for prompt in prompts} == set(range(1, longest + 1))
+
+
+def test_a_conversation_has_as_many_walks_as_a_row_has_room_for() -> None:
+    walks = list(itertools.islice(house.draw_training(6, random.Random(0)), 200))
+    rows = list(house.conversations(iter(walks), 10))
+    messages = [message for row in rows for message in row["messages"]]
+    assert messages == [message for walk in walks for message in walk.messages][: len(messages)]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+    lengths = [sum(len(message["content"].split()) for message in row["messages"]) for row in rows]
+    assert all(60 - 8 < length <= 60 for length in lengths)
 
 
 def test_a_problem_among_the_training_data_is_found(tmp_path: Path) -> None:
-    for name, walks in (("problems", [WALK]), ("training", [Walk(1, ("red",)), WALK])):
-        house.write_rows(tmp_path / name, walks)
+    house.write_rows(tmp_path / "problems", [WALK.problem])
+    house.write_rows(tmp_path / "training", [{"messages": [*Walk(1, ("red",)).messages, *WALK.messages]}])
     with pytest.raises(RuntimeError, match=r"the same walk is in .*problems and .*training: 'hall red blue green'"):
         house.check_disjoint(tmp_path / "problems", [tmp_path / "training"])
 
@@ -57,7 +71,7 @@ def test_the_text_alone_decides_what_is_held_out() -> None:
 
 
 def test_the_seed_decides_the_walks() -> None:
-    drawn = [list(house.draw_training(6, 20, random.Random(seed))) for seed in (0, 0, 1)]
+    drawn = [list(itertools.islice(house.draw_training(6, random.Random(seed)), 20)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 

@@ -34,23 +34,23 @@ def counts(batch: dict[str, torch.Tensor], wrong: list[int]) -> dict[str, float]
     objective = SolvedProblems(4)
     _, sums = objective(logits, batch)
     assert tuple(sums) == objective.sum_names
+    assert sums["tokens"] == len(PROMPTS)
     return objective.metrics({name: float(value) for name, value in sums.items()})
 
 
 @pytest.mark.parametrize("length", [14, 20])
-def test_a_problem_is_solved_when_response_and_end_are_the_most_likely_tokens(length: int) -> None:
+def test_a_problem_is_solved_when_the_response_is_the_most_likely_token(length: int) -> None:
     batch = packed_row(length)
     assert batch["loss_mask"].sum() == 2 * len(PROMPTS)
     assert counts(batch, []) == {"loss": pytest.approx(0.0, abs=1e-3), "all": 1.0, "1": 1.0, "2": 1.0, "3": 1.0}
-    # The response of the first walk is the label at place 1, its end at 2; 7 and 8 are those of the second one.
-    for place in (1, 2):
-        assert (found := counts(batch, [place]))["1"] == 0.0 and found["2"] == found["3"] == 1.0
-    assert (found := counts(batch, [8]))["3"] == 0.0 and found["all"] == pytest.approx(2 / 3)
+    # The response of the first walk is the label at place 1, that of the second one at 7.
+    assert (found := counts(batch, [1]))["1"] == 0.0 and found["2"] == found["3"] == 1.0
+    assert (found := counts(batch, [7]))["3"] == 0.0 and found["all"] == pytest.approx(2 / 3)
 
 
-def test_what_is_not_learned_does_not_count() -> None:
+def test_prompts_ends_and_padding_do_not_count() -> None:
     batch = packed_row(20)
-    assert counts(batch, [0, 3, 5, 19])["all"] == 1.0
+    assert counts(batch, [0, 2, 3, 5, 8, 19])["all"] == 1.0
 
 
 def test_rows_without_loss_hold_no_problem() -> None:

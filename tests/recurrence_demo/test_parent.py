@@ -1,6 +1,7 @@
 """The bundled parent is what the miniature says of it."""
 
 import json
+import random
 import re
 import shlex
 import subprocess
@@ -11,6 +12,9 @@ import house
 import parent
 import pytest
 
+from megatron_tpt.indexing.pack_sft import pack_sft
+from megatron_tpt.indexing.packed_index import PackedIndex
+from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
 
 PARENT = Path(parent.__file__).parent / "parent"
@@ -19,7 +23,7 @@ REPOSITORY = PARENT.parents[2]
 
 def is_as_described(report: dict) -> bool:
     """It knows the walks of one and two doors, and guesses the longer ones."""
-    return report["atoms"]["all"] == 1.0 and max(report["problems"][doors] for doors in "456") < 0.4
+    return report["short"]["all"] == 1.0 and max(report["problems"][doors] for doors in "456") < 0.4
 
 
 def test_the_bundled_parent_is_small_and_knows_short_walks_alone() -> None:
@@ -30,8 +34,30 @@ def test_the_bundled_parent_is_small_and_knows_short_walks_alone() -> None:
 def test_every_room_and_every_door_is_one_token() -> None:
     tokenizer = Tokenizer(PARENT)
     for walk in house.atoms():
-        assert len(tokenizer.encode(walk.prompt)) == 1 + len(walk.doors)
-        assert len(tokenizer.encode(walk.response)) == 1
+        assert len(tokenizer.encode(walk.problem["prompt"])) == 1 + len(walk.doors)
+        assert len(tokenizer.encode(walk.problem["response"])) == 1
+
+
+def test_the_responses_of_a_conversation_are_learned_and_nothing_else(tmp_path: Path) -> None:
+    rows = list(house.conversations(house.draw_training(6, random.Random(0)), 3))
+    house.write_rows(tmp_path / "walks.jsonl", rows)
+    pack_sft(
+        PackOptions(
+            input=[tmp_path / "walks.jsonl"],
+            tokenizer=PARENT,
+            output=tmp_path / "walks",
+            num_workers=1,
+            sequence_length=house.ROW_TOKENS,
+            chat_template=parent.HERE / "chat_template.jinja",
+        )
+    )
+    index, tokenizer = PackedIndex(tmp_path / "walks"), Tokenizer(PARENT)
+    packed = {}
+    for place in range(len(index)):
+        [example] = index[place]
+        packed[tokenizer.decode(example.tokens.tolist())] = tokenizer.decode(example.tokens[example.has_loss].tolist())
+    said = [[message["content"] for message in row["messages"]] for row in rows]
+    assert packed == {" " + " ".join(words): " " + " ".join(words[1::2]) for words in said}
 
 
 @pytest.mark.slow(minutes=3)
