@@ -31,7 +31,7 @@ from megatron_tpt.config.cli import parse, run
 from megatron_tpt.files import write_json
 from megatron_tpt.generation import EngineOptions, Sampling, open_engine
 from megatron_tpt.records import read_blocks
-from megatron_tpt.thinking import augment
+from megatron_tpt.thinking import augment, task
 from megatron_tpt.thinking.filter_options import FilterOptions
 from megatron_tpt.thinking.job import plan
 from megatron_tpt.thinking.options import AugmentOptions
@@ -139,7 +139,7 @@ def direct(engine: Any, sampling: Sampling, requests: list[tuple[Any, int]]) -> 
 def whole_job(engine: Any, job: AugmentOptions) -> tuple[int, float]:
     """Output tokens and seconds of `augment` from the moment the engine is ready."""
     with (
-        mock.patch.object(augment, "open_engine", lambda _: contextlib.nullcontext(engine)),
+        mock.patch.object(task, "open_engine", lambda _: contextlib.nullcontext(engine)),
         mock.patch.object(augment, "conclude", lambda _: None),  # with random weights every thought may be rejected
     ):
         progress = augment.augment(job)

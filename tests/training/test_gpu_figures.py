@@ -74,19 +74,16 @@ def test_a_step_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
     assert run_limited(["bash", "-c", "exit 3"], limit_s=60) == 3
 
 
-@pytest.mark.slow(minutes=3)
+@pytest.mark.slow(minutes=5)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the toy shapes are for a CPU")
 def test_every_step_passes_dry_and_is_not_repeated(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = ["bash", str(ROOT / "benchmarks/gpu_figures.sh"), "--dry", "--output", str(output)]
-    steps = ["--steps", *map(str, range(1, 10))]  # vLLM's takes minutes and has a benchmark of its own
     for expected in ("all done", "done before"):
-        done = subprocess.run(
-            [*command, *steps], capture_output=True, text=True, env=os.environ | {"CARRIED": "/nowhere"}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CARRIED": "/nowhere"})
         assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
     figures = json.loads(output.read_text())
-    assert len(figures) == 9
+    assert len(figures) == 10
     for name in ("bf16", "mlp recomputed", "all recomputed"):
         memory = figures["memory"][name]
         assert memory["tensors_gib"] == pytest.approx(memory["tensors_computed_gib"], rel=0.01)
