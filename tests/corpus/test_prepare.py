@@ -136,7 +136,8 @@ def test_the_report_shows_counts_sets_and_examples(raw: Path) -> None:
         "| kept | 40 | 68.97% |",
         "| contaminated | 2 | 3.45% |",
         "| all | 58 | 100% |",
-        "| exam | 2 | 2 | 0 | 0 | 0 | 2 |",
+        "| exam | 2 | 2 | 0 | 0 | 0 | 2 | 1 |",
+        "- exam: 1 of 2 items overlap the corpus as it was: 2",
         "### contaminated: exam",
         "### near_duplicate",
     ):

@@ -18,15 +18,34 @@ PATHS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.name != "study.
 NAMES = [str(path.relative_to(EXAMPLES).with_suffix("")) for path in PATHS]
 
 
+def model_of(name: str) -> dict[str, Any]:
+    """The section `model` of a recipe."""
+    model: dict[str, Any] = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["model"]
+    return model
+
+
+SMOLLM2: dict[str, Any] = {"num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "num_attention_heads": 9}
+SMOLLM2 |= {"num_query_groups": 3, "tie_embeddings": True, "vocab_size": 49152}
+RECURRENT = {"family": "recurrent", "tie_embeddings": False}
+"""Models that a run starts from, which its recipe does not describe."""
+STARTS = {
+    "smollm2/midtrain": SMOLLM2,
+    "smollm2/finetune": SMOLLM2,
+    "recurrence/smollm2_heal": SMOLLM2 | RECURRENT | {"num_layers": 26, "prelude_layers": 10, "coda_layers": 6},
+    "recurrence_demo/heal": model_of("recurrence_demo/parent") | RECURRENT | {"num_layers": 3},
+}
+
+
 def load(name: str) -> Recipe:
     """A recipe with a vocabulary, where the data would bring it, and with the model that its start would bring."""
     path = EXAMPLES / f"{name}.yaml"
     raw: dict[str, Any] = yaml.safe_load(path.read_text())
     is_tuning = path.stem.startswith(("finetune", "sft"))
     if "model" not in raw:
-        raw["model"] = yaml.safe_load(path.with_name("pretrain.yaml").read_text())["model"]
+        raw["model"] = STARTS.get(name) or model_of(str(Path(name).with_name("pretrain")))
     raw["data"] = {"train": "data"}
-    raw["training"].pop("init_from", None)
+    for of_data in ("init_from", "validation_interval", "validation_steps"):
+        raw["training"].pop(of_data, None)
     recipe = recipe_from_dict(FinetuneRecipe if is_tuning else PretrainRecipe, raw)
     if recipe.model.vocab_size is None:
         recipe.model = dataclasses.replace(recipe.model, vocab_size=1000)
