@@ -238,6 +238,8 @@ def whole_run(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> tu
     return command, (folder / "out/results.json").read_bytes()
 
 
+@pytest.mark.slow(minutes=4)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_killed_in_mid_run_the_same_command_gives_the_same_results(
     num_tasks: int, whole_run: tuple[list[str], bytes], tmp_path: Path
