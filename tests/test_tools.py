@@ -30,7 +30,7 @@ HELP_OF_ALL = """
 import importlib.metadata, sys
 import megatron_tpt
 print("PACKAGE", megatron_tpt.__file__)
-for script in importlib.metadata.distribution("megatron-tpt").entry_points:
+for script in importlib.metadata.distribution("megatron-tpt").entry_points.select(group="console_scripts"):
     sys.argv = [f"bin/{script.name}", "--help"]
     print("SCRIPT", script.name)
     try:

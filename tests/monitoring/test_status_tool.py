@@ -59,9 +59,10 @@ def test_the_page_has_a_line_for_each_and_warnings_below(runs: Path, run_tool: R
 def test_a_narrow_terminal_has_two_lines_for_each(runs: Path) -> None:
     console = Console(width=80, file=io.StringIO())
     console.print(page(read_folders([runs]), console.width))
-    text = " ".join(console.file.getvalue().split())
-    assert f"{runs / 'a'} running 40/100 steps, 40% loss 2.5000, validation 2.6000, tokens/s 1,234" in text
-    assert f"{runs / 'thinking'} finished tasks: 1 finished" in text
+    text = "".join(console.file.getvalue().split())  # a long path takes lines of its own
+    expected = f"{runs / 'a'} running 40/100 steps, 40% loss 2.5000, validation 2.6000, tokens/s 1,234"
+    assert "".join(expected.split()) in text
+    assert f"{runs / 'thinking'}finishedtasks:1finished" in text
 
 
 def test_several_are_shown_in_the_order_given(runs: Path, run_tool: Run) -> None:
