@@ -14,6 +14,7 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.training import TrainingConfig
+from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.training.batches import take_batch
@@ -134,7 +135,7 @@ def test_seeds_depend_on_the_place_in_the_global_batch_and_not_on_the_rank() -> 
 
     def seeds(num_ranks: int) -> list[tuple[int, ...]]:
         return [
-            take_batch(Loader([], training, rank, num_ranks), iter([]), step=3, run_seed=1).seeds
+            take_batch(Loader([], training, rank, num_ranks), iter([]), 3, run_seed=1, model=GPTConfig()).seeds
             for rank in range(num_ranks)
         ]
 
