@@ -44,6 +44,7 @@ def engine(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
         yield engine
 
 
+@pytest.mark.slow(minutes=2)
 def test_a_server_completes_as_vllm_in_this_process(model: str, engine: Engine) -> None:
     ids = [[5, 6, 7 + i] for i in range(4)]
     with unchanged_environment(), open_engine(EngineOptions(model, 256, max_num_seqs=4)) as own:
