@@ -35,4 +35,4 @@ check: setup
 # Apart from the others, in an environment of its own: Transformer Engine is built there the first time.
 gpu-rehearsal:
 	@benchmarks/gpu/setup.sh
-	GPU_REHEARSAL=1 $${GPU_VENV:-.venv-gpu}/bin/python -m pytest tests/gpu_rehearsal tests/platform/test_options.py
+	GPU_REHEARSAL=1 $${GPU_VENV:-.venv-gpu}/bin/python -m pytest tests/gpu_rehearsal tests/platform/test_given_options.py
