@@ -34,7 +34,7 @@ class FigureOptions:
     output: Path | None = None
     """The file of figures: benchmarks/results/gpu.json, or runs/gpu-dry/gpu.json of a dry run, when not given."""
     minutes: float = 28.0
-    """Time for all: no step begins or goes on after it."""
+    """Time limit for all steps: none starts or continues after it."""
     inside: bool = field(default=False, metadata={"hidden": True})
     """Run one step in this process."""
 

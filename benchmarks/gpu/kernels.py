@@ -106,6 +106,32 @@ def _core_attention(config: TransformerConfig) -> Function:
     return run
 
 
+def _rotary_kernels(config: TransformerConfig, rows: Tensor, packed: Tensor) -> dict[str, Kernel]:
+    """Of heads in rows, [s, b, heads, d], and of two examples that share a row, [s, heads, d]."""
+    length, d, device = rows.shape[0], rows.shape[-1], rows.device
+    angles = torch.outer(torch.arange(length), 10_000.0 ** -torch.linspace(0, 1, d // 2 + 1)[:-1]).to(device)
+    frequencies = torch.cat([angles, angles], dim=-1)[:, None, None]
+    context = parallel_state.get_context_parallel_group()
+    begin, longest = length // 3, length - length // 3  # Megatron Core takes angles of all positions for one example's
+    starts = torch.tensor([0, begin, length], dtype=torch.int32, device=device)
+
+    def rotated_apart(t: Tensor) -> Tensor:
+        return _rotated(t[:, None], torch.cat([angles[:begin], angles[:longest]]))[:, 0]
+
+    return {
+        "rope": Kernel(
+            lambda t: apply_rotary_pos_emb(t, frequencies, config, cp_group=context),
+            lambda t: _rotated(t, angles),
+            {"t": rows},
+        ),
+        "rope of packed examples": Kernel(
+            lambda t: apply_rotary_pos_emb(t, frequencies[:longest], config, cu_seqlens=starts, cp_group=context),
+            rotated_apart,
+            {"t": packed},
+        ),
+    }
+
+
 def all_kernels(recipe: PretrainRecipe, device: torch.device, length: int) -> dict[str, Kernel]:
     """The kernels that a model of `recipe` runs through, with inputs of its sizes and `length` positions."""
     model, batch = recipe.model, 2
@@ -117,33 +143,14 @@ def all_kernels(recipe: PretrainRecipe, device: torch.device, length: int) -> di
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    angles = torch.outer(torch.arange(length), 10_000.0 ** -torch.linspace(0, 1, d // 2 + 1)[:-1]).to(device)
-    frequencies = torch.cat([angles, angles], dim=-1)[:, None, None]
-    thirds = torch.tensor([0, length // 3, length], dtype=torch.int32, device=device)
-    context = parallel_state.get_context_parallel_group()
     labels = torch.randint(model.padded_vocab_size, (length, batch), generator=generator).to(device)
     softmax = FusedScaleMaskSoftmax(
         False, config.bf16, AttnMaskType.causal, config.masked_softmax_fusion, attention_mask_func, True, None
     )
     # The fused kernel is for bf16 alone: it rounds its gradients.
     cross_entropy = fused_vocab_parallel_cross_entropy if config.bf16 else vocab_parallel_cross_entropy
-    begin, longest = length // 3, length - length // 3  # Megatron Core takes angles of all positions for one example's
-
-    def packed(t: Tensor) -> Tensor:
-        turned = _rotated(t[:, None], torch.cat([angles[:begin], angles[: length - begin]]))
-        return turned[:, 0]
-
     return {
-        "rope": Kernel(
-            lambda t: apply_rotary_pos_emb(t, frequencies, config, cp_group=context),
-            lambda t: _rotated(t, angles),
-            {"t": draw(length, batch, heads, d)},
-        ),
-        "rope of packed examples": Kernel(
-            lambda t: apply_rotary_pos_emb(t, frequencies[:longest], config, cu_seqlens=thirds, cp_group=context),
-            packed,
-            {"t": draw(length, heads, d)},
-        ),
+        **_rotary_kernels(config, draw(length, batch, heads, d), draw(length, heads, d)),
         "swiglu": Kernel(
             lambda t: bias_swiglu_impl(t, None),
             lambda t: F.silu(t.chunk(2, dim=-1)[0]) * t.chunk(2, dim=-1)[1],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 
 FAILED = "failed"
 
@@ -52,5 +52,4 @@ class Record:
         figures = read(self.path)
         figures.setdefault(self.step, {})[part] = value
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        write_json(self.path, figures, indent=1)

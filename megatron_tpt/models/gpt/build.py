@@ -119,9 +119,7 @@ def core_settings(
         calculate_per_token_loss=True,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        # The kernel is apex's, for the local attention alone, and takes any mask for the causal one: examples that
-        # share a row would see each other.
-        masked_softmax_fusion=False,
+        masked_softmax_fusion=False,  # apex's kernel takes any mask for causal: packed examples would see each other
         cross_entropy_loss_fusion=on_gpu and dtype is torch.bfloat16,  # its gradients are bf16, whatever the logits are
         # The fused kernel does not support a factor on the cosines and sines.
         apply_rope_fusion=transformer_engine and rotary_attention_factor(model) == 1.0,
