@@ -60,7 +60,7 @@ def test_the_responses_of_a_conversation_are_learned_and_nothing_else(tmp_path: 
     assert packed == {" " + " ".join(words): " " + " ".join(words[1::2]) for words in said}
 
 
-@pytest.mark.slow(minutes=3)
+@pytest.mark.example(minutes=3)
 @pytest.mark.timeout(1800)
 def test_the_parent_can_be_trained_again(tmp_path: Path) -> None:
     target = re.search(r"^recurrence-parent: setup\n\t\$\(PY\) (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)
