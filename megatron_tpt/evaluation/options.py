@@ -70,7 +70,8 @@ class EvaluateOptions(Benchmark):
     num_engines: PositiveInt | None = None
     """Servers that vllm-server starts; by default as many as the GPUs have room for."""
     dtype: DType = "auto"
-    """Number format of the model; "auto" is what its config.json says."""
+    """Number format of the model; "auto" is what its config.json says, or float32 on a CPU without instructions for
+    that."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
     max_num_seqs: PositiveInt | None = None

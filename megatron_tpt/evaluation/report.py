@@ -129,7 +129,8 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
     machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
     rule = engine["early_exit"]
     exits = "" if rule is None else f", early exit at {rule['criterion']} below {rule['threshold']}"
-    yield f"- engine {markdown.inline(engine['kind'])}, dtype {engine['dtype']}{exits}; {markdown.inline(versions)}"
+    dtypes = ", ".join(sorted(set(engine.get("computed_in", {}).values()))) or engine["dtype"]
+    yield f"- engine {markdown.inline(engine['kind'])}, {dtypes}{exits}; {markdown.inline(versions)}"
     yield f"- {markdown.inline(machine)}; revision {environment['package']['git_revision'] or 'unknown'}"
     for name, each in content["benchmarks"].items():
         words = [f"{each['num_problems']:,} problems of {each['data']} ({each['data_sha256'][:19]})"]

@@ -214,6 +214,7 @@ def write_results(
         "engine": {
             "kind": first.engine,
             "dtype": first.dtype,
+            "computed_in": _dtypes(evaluations),
             "tensor_parallel_size": first.tensor_parallel_size,
             "early_exit": None if exits is None else asdict(exits),
             "versions": generation_versions(first.engine),
@@ -230,6 +231,12 @@ def write_results(
     write_reports(output, content, graded)
     if points:
         recurrences.write_report(output, points)
+
+
+def _dtypes(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """What the answers of every arm were computed in, where its engine said so."""
+    found = {label(each.arm.model, each.arm.recurrences): each.store.dtype() for each in evaluations}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
 def _benchmark(each: Evaluation) -> dict[str, Any]:
