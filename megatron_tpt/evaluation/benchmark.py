@@ -113,7 +113,8 @@ class Benchmark:
     """
     answer_type: AnswerKind = "exact"
     """How answers are read and compared: as text; as a number; as mathematics, which needs math-verify; as one of the
-    options A to J; as yes or no; as JEEBench's letters, integers and decimals; as code that must pass its tests.
+    options A to J; as yes or no; as JEEBench's letters, integers and decimals; as a literal of Python; as code that
+    must pass its tests.
     """
     answer_pattern: str | None = None
     """A regular expression that finds the answer in the output: the last match, its first group."""

@@ -77,7 +77,8 @@ class Sample(Answer):
     """As the row has it: text, number, boolean or a list of them."""
     correct: bool
     tier: str | None = None
-    """What decided that the answer is right: "text", "number", "math-verify" or "tests"."""
+    """What decided that the answer is right: "text", "number", "value" (of literals), "math-verify" or
+    "tests"."""
     reason: str | None = None
     """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out", "crash" or "request
     failed"."""
