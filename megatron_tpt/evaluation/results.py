@@ -61,7 +61,7 @@ class ModelResult:
     pass_at: dict[str, float] = field(default_factory=dict)
     """pass@k by k."""
     majority_at: dict[str, float] = field(default_factory=dict)
-    """majority@k by k; not for code."""
+    """majority@k by k; not for code and instructions."""
     spread: float | None = None
     """Standard deviation over the sample's numbers of the accuracy of each; None for one sample."""
     recurrences: int | None = None
@@ -78,7 +78,7 @@ def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelRe
     pass_at, majority_at = {}, {}
     if num_samples > 1:
         pass_at = {str(k): metrics.pass_at_k(samples, k) for k in metrics.sizes(num_samples)}
-        if each.options.answer_type != "code":
+        if each.options.answer_type not in ("code", "instructions"):
             votes = group_answers(samples, each.options.rules())
             majority_at = {str(k): metrics.majority_at_k(votes, k) for k in metrics.sizes(num_samples)}
     result = figures(each.arm.model, each.options.title, samples, path, pass_at, majority_at)

@@ -74,11 +74,11 @@ class Sample(Answer):
     extracted: str | None
     """The answer as it was read; None when none was found."""
     reference: Any
-    """As the row has it: text, number, boolean or a list of them."""
+    """As the row has it: text, number, boolean or a list of them, or several columns by their names."""
     correct: bool
     tier: str | None = None
-    """What decided that the answer is right: "text", "number", "value" (of literals), "math-verify" or
-    "tests"."""
+    """What decided that the answer is right: "text", "number", "value" (of literals), "math-verify",
+    "instructions" or "tests"."""
     reason: str | None = None
     """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out", "crash" or "request
     failed"."""

@@ -12,10 +12,11 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.grading import extract
 from megatron_tpt.grading.compare import Tier, same_mathematics
 from megatron_tpt.grading.extract import Reading
+from megatron_tpt.grading.instructions import Instructions
 from megatron_tpt.grading.latex import key, normalize
 from megatron_tpt.grading.numeric import last_number, numbers_in, plain, single_number
 
-AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "code"]
+AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "instructions", "code"]
 
 LETTERS = "ABCDEFGHIJ"
 _LETTER = re.compile(
@@ -58,7 +59,7 @@ def make_kind(name: AnswerKind) -> Kind:
         raise UserError("answers of the type math need math-verify: pip install math-verify")
     kinds: dict[str, type[Kind]] = {
         "exact": Exact, "number": Number, "math": Mathematics, "choice": Choice, "boolean": Boolean, "jee": Jee,
-        "literal": PythonLiteral,
+        "literal": PythonLiteral, "instructions": Instructions,
     }  # fmt: skip
     return kinds[name]()
 
