@@ -402,7 +402,7 @@ class _FailsOnce:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.dtype = engine.max_model_len, engine.dtype
 
     def generate(self, requests: Any) -> Iterator[Any]:
         for place, (request, outcome) in enumerate(self._engine.generate(requests)):
