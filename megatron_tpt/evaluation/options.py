@@ -56,6 +56,9 @@ class EvaluateOptions(Benchmark):
     """The threshold: of relative change (state), or in nats (entropy, kl)."""
     training_flops: list[PositiveFloat] = field(default_factory=list)
     """Training operations of each model, in the order of --model: the plot over --recurrences is also against them."""
+    corpus: list[Path] = field(default_factory=list)
+    """Training corpora, as folders of tools/prepare.py: the report says which problems they held, and the accuracy on
+    the others."""
     rescore: bool = False
     """Grade the outputs that are in the output folder again, without a model, and show what changes."""
     engine: EngineKind = "vllm"

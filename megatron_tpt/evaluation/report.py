@@ -85,6 +85,16 @@ def comparison_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     return ["model", "than", "benchmark", "difference [95%]", "p", "problems"], rows
 
 
+def contamination_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how many problems training corpora held, and the accuracy on the others."""
+    rows = []
+    for each in content["contamination"]:
+        number = each["num_overlapping"]
+        overlap = "not searched for" if number is None else f"{number:,} of {each['num_problems']:,}"
+        rows.append([_label(each), each["benchmark"], each["corpus"], overlap, _percent(each["accuracy_without"])])
+    return ["model", "benchmark", "corpus", "problems in it", "pass@1 without them"], rows
+
+
 def document_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: how well the models predict documents; empty where some could not be scored."""
     rows = [
@@ -109,6 +119,8 @@ def _tables(content: Mapping[str, Any]) -> Iterator[tuple[str, _Table]]:
         yield "Before you believe a figure", detail_table(content)
     if content["comparisons"]:
         yield "Differences, paired by problem", comparison_table(content)
+    if content.get("contamination"):
+        yield "Problems that training corpora held", contamination_table(content)
     if content["documents"]:
         yield "Perplexity of documents", document_table(content)
 

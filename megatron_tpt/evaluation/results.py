@@ -14,6 +14,7 @@ from typing import Any
 from megatron_tpt.evaluation import metrics, recurrences
 from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.contamination import contamination
 from megatron_tpt.evaluation.perplexity import DocumentResult
 from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
@@ -224,6 +225,7 @@ def write_results(
         "benchmarks": benchmarks,
         "models": models,
         "comparisons": comparisons(answered, graded),
+        "contamination": contamination(answered, graded, first.corpus),
         "documents": scored,
         "recurrences": [asdict(point) for point in points],
     }
