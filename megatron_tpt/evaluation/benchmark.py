@@ -6,12 +6,12 @@ counts for all of them. Light to import: the help of the command line needs noth
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tpt.config.convert import did_you_mean
-from megatron_tpt.config.fields import PositiveInt, check_bounds
+from megatron_tpt.config.fields import PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import Sampling, Temperature, TopP
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "benchmarks"
 """The benchmarks and suites of this package."""
 GRADING = frozenset(
     {"answer_column", "answer_columns", "answer_template", "code_prefix_column", "answer_type", "answer_pattern",
-     "answer_position", "allow_unsandboxed_code", "paper", "note"}
+     "answer_position", "allow_unsandboxed_code", "code_time_limit_s", "paper", "note"}
 )  # fmt: skip
 """What decides only how outputs are graded and shown: it may change when outputs are graded again."""
 
@@ -127,6 +127,8 @@ class Benchmark:
     """
     allow_unsandboxed_code: bool = False
     """Run the code of answers with your own rights where there is no sandbox (bubblewrap)."""
+    code_time_limit_s: PositiveFloat | None = None
+    """Processor time for the code of an answer and its tests; by default 10 seconds."""
     num_samples: PositiveInt = 1
     """Answers per problem; accuracy is their mean (pass@1)."""
     temperature: Temperature = 0.0
@@ -186,9 +188,10 @@ class Benchmark:
         """How the outputs are graded."""
         has_examples = self.few_shot is not None or self.few_shot_file is not None
         first = self.answer_position == "first" or (self.answer_position == "auto" and has_examples and not self.chat)
-        return Rules(
+        rules = Rules(
             self.answer_type, Reading(first, tuple(self.stop), self.answer_pattern), self.allow_unsandboxed_code
         )
+        return rules if self.code_time_limit_s is None else replace(rules, code_time_limit_s=self.code_time_limit_s)
 
     def sampling(self) -> Sampling:
         """The sampling of its answers."""
