@@ -86,9 +86,9 @@ def computing_threads(options: EngineOptions, dtype: str, num_processes: int = 1
 def note_choice(options: EngineOptions, dtype: str, threads: int, whose: str) -> None:
     """Log what an engine on the CPU computes in, and with how many threads, and why."""
     stored = stored_dtype(options.model)
-    name = stored if dtype == "auto" else dtype
+    name = stored or "half precision" if dtype == "auto" else dtype
     why = ""
-    if options.dtype == "auto" and name != stored:
+    if dtype != "auto" and dtype not in (options.dtype, stored):
         why = f" in place of {stored or 'half precision'}, for which this processor has no instructions"
     logger.info(f"on the CPU: {name}{why}; threads: {threads} ({whose})")
 

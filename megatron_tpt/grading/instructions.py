@@ -6,6 +6,7 @@ origin here: sentences end by NLTK's Punkt without its list of abbreviations, an
 """
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -223,6 +224,6 @@ _CHECKS: Mapping[str, Check] = {
     "punctuation:no_comma": lambda text: "," not in text,
 }
 _NEEDED: Mapping[str, frozenset[str]] = {
-    name: frozenset(check.__code__.co_varnames[1 : check.__code__.co_argcount]) for name, check in _CHECKS.items()
+    name: frozenset([*inspect.signature(check).parameters][1:]) for name, check in _CHECKS.items()
 }
 """The arguments of every instruction."""
