@@ -168,6 +168,9 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
                 f"{arm.model}: the engine's context is {engine.max_model_len} tokens, but the longest prompt and its "
                 f"answer need {context}; lower --max-new-tokens, or for documents --document-window"
             )
+        for evaluation, own in zip(evaluations, missing, strict=True):
+            if own:
+                evaluation.store.note_dtype(engine.dtype)
         _Asker(engine, evaluations, missing, task).run()
 
 

@@ -24,7 +24,7 @@ class Problem:
     prompt: str
     answer: Any
     """The reference as the row has it: text, number, boolean or a list of them; an option's letter where the row names
-    it by a label, or the options were shuffled; None of a document."""
+    it by a label, or the options were shuffled; several columns by their names; None of a document."""
     where: str
     """"file:line", for messages."""
     choices: tuple[str, ...] = ()
@@ -104,6 +104,8 @@ def _problem(
         answer = None
         if not prompt:
             raise UserError(f"{where}: column {benchmark.prompt_column!r} has no text; remove the row")
+    elif benchmark.answer_columns:
+        answer = {name: value_of(row, name, where) for name in benchmark.answer_columns.split(",")}
     elif answer_template:
         answer = fill(answer_template, row, where)
     else:

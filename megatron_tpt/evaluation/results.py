@@ -14,6 +14,7 @@ from typing import Any
 from megatron_tpt.evaluation import metrics, recurrences
 from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.contamination import contamination
 from megatron_tpt.evaluation.perplexity import DocumentResult
 from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
@@ -61,7 +62,7 @@ class ModelResult:
     pass_at: dict[str, float] = field(default_factory=dict)
     """pass@k by k."""
     majority_at: dict[str, float] = field(default_factory=dict)
-    """majority@k by k; not for code."""
+    """majority@k by k; not for code and instructions."""
     spread: float | None = None
     """Standard deviation over the sample's numbers of the accuracy of each; None for one sample."""
     recurrences: int | None = None
@@ -78,7 +79,7 @@ def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelRe
     pass_at, majority_at = {}, {}
     if num_samples > 1:
         pass_at = {str(k): metrics.pass_at_k(samples, k) for k in metrics.sizes(num_samples)}
-        if each.options.answer_type != "code":
+        if each.options.answer_type not in ("code", "instructions"):
             votes = group_answers(samples, each.options.rules())
             majority_at = {str(k): metrics.majority_at_k(votes, k) for k in metrics.sizes(num_samples)}
     result = figures(each.arm.model, each.options.title, samples, path, pass_at, majority_at)
@@ -214,6 +215,7 @@ def write_results(
         "engine": {
             "kind": first.engine,
             "dtype": first.dtype,
+            "computed_in": _dtypes(evaluations),
             "tensor_parallel_size": first.tensor_parallel_size,
             "early_exit": None if exits is None else asdict(exits),
             "versions": generation_versions(first.engine),
@@ -223,6 +225,7 @@ def write_results(
         "benchmarks": benchmarks,
         "models": models,
         "comparisons": comparisons(answered, graded),
+        "contamination": contamination(answered, graded, first.corpus),
         "documents": scored,
         "recurrences": [asdict(point) for point in points],
     }
@@ -230,6 +233,12 @@ def write_results(
     write_reports(output, content, graded)
     if points:
         recurrences.write_report(output, points)
+
+
+def _dtypes(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """What the answers of every arm were computed in, where its engine said so."""
+    found = {label(each.arm.model, each.arm.recurrences): each.store.dtype() for each in evaluations}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
 def _benchmark(each: Evaluation) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def test_results_say_how_they_were_made(models: list[str], problems: Path, tmp_p
     assert written["engine"]["versions"]["transformers"] == importlib.metadata.version("transformers")
     assert written["grading"]["versions"]["math-verify"] == importlib.metadata.version("math-verify")
     assert written["engine"]["dtype"] == "auto" and written["benchmarks"]["problems"]["seed"] == 0
+    assert written["engine"]["computed_in"] == {models[0]: "float32"}
     assert written["environment"]["hardware"]["cores"] >= 1
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", written["environment"]["package"]["git_revision"])
     settings = json.loads((tmp_path / "hf/problems/settings.json").read_text())
@@ -329,6 +330,19 @@ def test_other_settings_are_refused_by_name(models: list[str], problems: Path, t
         evaluate(dataclasses.replace(options, dtype="float32"))
 
 
+def test_answers_that_a_machine_would_compute_otherwise_are_refused(
+    models: list[str], problems: Path, tmp_path: Path
+) -> None:
+    options = EvaluateOptions(model=models[:1], data=problems, output=tmp_path, max_new_tokens=4, limit=2)
+    evaluate(options)
+    folder = tmp_path / "hf/problems"
+    (folder / "engine.json").write_text('{"dtype": "bfloat16"}')  # as another machine may choose
+    evaluate(options)  # all answers are there
+    (folder / "samples.jsonl.zst").unlink()
+    with pytest.raises(UserError, match="computed in bfloat16, and the engine on this machine computes in float32"):
+        evaluate(options)
+
+
 def test_outputs_are_graded_again_without_a_model(
     models: list[str],
     problems: Path,
@@ -388,7 +402,7 @@ class _FailsOnce:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.dtype = engine.max_model_len, engine.dtype
 
     def generate(self, requests: Any) -> Iterator[Any]:
         for place, (request, outcome) in enumerate(self._engine.generate(requests)):
