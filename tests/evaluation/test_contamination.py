@@ -37,7 +37,8 @@ def test_the_report_says_which_problems_a_corpus_held_and_the_accuracy_on_the_ot
         [{"prompt": words(i), "answer": answer} for i, answer in enumerate(answers)],
     )
     held = [words(1), words(4)]  # the second row, and the fifth
-    raw = write_rows(tmp_path / "raw.jsonl", [{"text": f"{words(90 + i)} {text}"} for i, text in enumerate(held)])
+    texts = [*(f"{words(90 + i)} {text}" for i, text in enumerate(held)), words(99)]  # one to keep
+    raw = write_rows(tmp_path / "raw.jsonl", [{"text": text} for text in texts])
     for name, file in (("clean", exam), ("other", draft)):
         prepare(PrepareOptions([raw], tmp_path / name, decontaminate=[f"{name}={file}:prompt"], num_workers=1))
 
