@@ -111,7 +111,7 @@ class Benchmark:
     normalize_by: Literal["nothing", "characters"] = "nothing"
     """With log-likelihood: divide that of an option by its number of characters."""
     document_window: PositiveInt | None = None
-    """With perplexity: longer documents are scored in windows of so many tokens; by default what the model was made
+    """With perplexity: longer documents are scored in windows of N tokens; by default what the model was made
     for, at most 2048.
     """
     answer_type: AnswerKind = "exact"
@@ -183,6 +183,18 @@ class Benchmark:
             return self.name
         stem = str(self.data or self.data_file or "problems").partition("?")[0].rstrip("/").rpartition("/")[2]
         return re.sub(r"[^\w.-]", "_", stem.partition(".")[0]) or "problems"
+
+    @property
+    def advice(self) -> str:
+        """Where its data come from, for the end of a message; empty where it does not say so."""
+        return f" ({self.fetch})" if self.fetch else ""
+
+    def file_in(self, data_dir: Path, name: str, what: str) -> Path:
+        """A file of its in --data-dir. Raises UserError where it is missing, saying `what` it is to hold."""
+        path = data_dir / name
+        if not path.exists():
+            raise UserError(f"{self.title}: {path} is missing; put {what} there{self.advice}")
+        return path
 
     def rules(self) -> Rules:
         """How the outputs are graded."""

@@ -58,13 +58,14 @@ def evaluate(
     first = runs[0]
     evaluations = list(_evaluations(list(zip(runs, sets, strict=True))))
     by_arm = [list(group) for _, group in itertools.groupby(evaluations, key=lambda each: each.arm)]
-    for each in evaluations:
-        _check(each)
+    settings = [_settings(each) for each in evaluations]
+    for each, now in zip(evaluations, settings, strict=True):
+        _check(each, now)
     if not first.rescore:
         for group in by_arm:
             check_contexts(group)
-        for each in evaluations:
-            write_settings(each.store.settings_path, _settings(each))
+        for each, now in zip(evaluations, settings, strict=True):
+            write_settings(each.store.settings_path, now)
         job = JobFolder(first.output, "results.json")
         if not _answer(by_arm, job, first, command):
             return []
@@ -162,9 +163,9 @@ def _settings(each: Evaluation) -> dict[str, Any]:
     }
 
 
-def _check(each: Evaluation) -> None:
+def _check(each: Evaluation, settings: dict[str, Any]) -> None:
     """Raise UserError where the folder has answers to something else."""
-    settings, path = _settings(each), each.store.settings_path
+    path = each.store.settings_path
     if not each.options.rescore:
         check_settings(path, settings)
         return

@@ -72,14 +72,12 @@ def read_problem_set(benchmark: Benchmark, data_dir: Path | None = None) -> Prob
 
 def find_data(benchmark: Benchmark, data_dir: Path | None) -> str | Path:
     """Where the problems are: the benchmark's file in the data folder, or what `data` names."""
-    advice = f" ({benchmark.fetch})" if benchmark.fetch else ""
     if data_dir is not None and benchmark.data_file is not None:
-        path = data_dir / benchmark.data_file
-        if not path.exists():
-            raise UserError(f"{benchmark.title}: {path} is missing; put the problems there{advice}")
-        return path
+        return benchmark.file_in(data_dir, benchmark.data_file, "the problems")
     if benchmark.data is None:
-        raise UserError(f"{benchmark.title}: give the folder with {benchmark.data_file} as --data-dir{advice}")
+        raise UserError(
+            f"{benchmark.title}: give the folder with {benchmark.data_file} as --data-dir{benchmark.advice}"
+        )
     return benchmark.data
 
 

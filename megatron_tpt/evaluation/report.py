@@ -18,7 +18,7 @@ from megatron_tpt.names import shown_lines
 _MAX_FAILING = 200
 """Failing samples of a model and benchmark that the page shows."""
 _MAX_CHARACTERS = 20_000
-"""Of a prompt or an output; what is left out in the middle is counted."""
+"""Of a prompt or an output; what is omitted in the middle is counted."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; }

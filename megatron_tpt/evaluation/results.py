@@ -6,7 +6,7 @@ leaves the same file as an unbroken one.
 
 import collections
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,27 @@ def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[in
     Right answers are one group, equal texts are one, and of mathematics what the grader finds the same as the first of
     a group.
     """
-    problems: dict[str, list[Sample]] = {}
-    for sample in samples:
-        problems.setdefault(sample.id, []).append(sample)
-    leaders: dict[str, list[str]] = {name: [] for name in problems}
-    group_of: dict[tuple[str, str], int] = {}
-    waiting = {
+    problems = metrics.by_problem(samples)
+    wrong = {
         name: list(dict.fromkeys(s.extracted for s in own if s.extracted is not None and not s.correct))
         for name, own in problems.items()
     }
-    with GraderPool(Rules(rules.kind)) if rules.kind == "math" else _NoPool() as pool:
+    if rules.kind == "math":
+        group_of = _groups_of_mathematics(wrong)
+    else:  # candidates are in one form: texts that differ are different answers
+        group_of = {(name, answer): g for name, answers in wrong.items() for g, answer in enumerate(answers)}
+    return [
+        [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
+        for name, own in problems.items()
+    ]
+
+
+def _groups_of_mathematics(answers: Mapping[str, list[str]]) -> dict[tuple[str, str], int]:
+    """The group of every answer of every problem. All problems advance together, to keep the graders busy."""
+    waiting = {name: list(own) for name, own in answers.items()}
+    leaders: dict[str, list[str]] = {name: [] for name in answers}
+    group_of: dict[tuple[str, str], int] = {}
+    with GraderPool(Rules("math")) as pool:
         while any(waiting.values()):  # the next answer of every problem against the groups that the problem has
             turn = [(name, answers.pop(0)) for name, answers in waiting.items() if answers]
             pairs = [(name, answer, g) for name, answer in turn for g in range(len(leaders[name]))]
@@ -153,25 +164,7 @@ def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[in
                 if (name, answer) not in group_of:
                     group_of[name, answer] = len(leaders[name])
                     leaders[name].append(answer)
-    return [
-        [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
-        for name, own in problems.items()
-    ]
-
-
-class _NoPool:
-    """Of kinds whose candidates are in one form: texts that differ are different answers."""
-
-    def __enter__(self) -> "_NoPool":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def grade(self, items: Sequence[Item]) -> list[Any]:
-        """None of them is the same."""
-        from megatron_tpt.grading import Grade
-
-        return [Grade(False)] * len(items)
+    return group_of
 
 
 def comparisons(evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ number.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.files import no_links, write_json
 from megatron_tpt.jobs.journal import append, encode, read_journal
 from megatron_tpt.json_data import read_object
-from megatron_tpt.records import describe, expand_sources, json_lines, read_rows
+from megatron_tpt.records import describe, expand_sources, read_rows, write_json_lines
 
 FAILED = "failed"
 """The finish reason of a request that ended in a failure; it is asked again by the next run."""
@@ -158,9 +157,7 @@ class Store:
     def finish(self, samples: Sequence[Answer]) -> None:
         """Write the answers, with their grades if they have any, in place of those before, and remove the journals that
         they came from."""
-        with json_lines(self.samples_path) as add:
-            for sample in samples:
-                add(json.dumps(asdict(sample)).encode())
+        write_json_lines(self.samples_path, map(asdict, samples))
         for path in self.folder.glob(_JOURNALS):
             path.unlink(missing_ok=True)
 
