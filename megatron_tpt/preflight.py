@@ -25,6 +25,7 @@ from typing import Any
 from megatron_tpt import logs
 from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.majority import outliers
+from megatron_tpt.processes import interrupts_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -306,31 +307,34 @@ def measure_node(
         ours, theirs = context.Pipe(duplex=False)
         arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs, logs.for_worker())
         processes.append(context.Process(target=_work, args=arguments))
-        processes[-1].start()
+        with interrupts_blocked():
+            processes[-1].start()
         theirs.close()
         waiting[ours] = rank
     measured: dict[int, Measurement] = {}
     together: list[AllReduce] = []
     failures: list[str] = []
     deadline = time.monotonic() + _TIMEOUT_S + 4 * load.seconds
-    while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
-        for connection in ready:
-            rank = waiting[connection]
-            try:
-                outcome: Any = connection.recv()  # type: ignore[call-arg, union-attr]
-            except EOFError:
-                del waiting[connection]
-                continue
-            if isinstance(outcome, Measurement):
-                measured[rank] = outcome
-            elif isinstance(outcome, AllReduce):
-                together.append(outcome)
-            else:
-                failures.append(f"GPU {rank}: {outcome}")
-    for process in processes:
-        process.kill()
-        process.join()
-    shutil.rmtree(meeting_place)
+    try:
+        while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                rank = waiting[connection]
+                try:
+                    outcome: Any = connection.recv()  # type: ignore[call-arg, union-attr]
+                except EOFError:
+                    del waiting[connection]
+                    continue
+                if isinstance(outcome, Measurement):
+                    measured[rank] = outcome
+                elif isinstance(outcome, AllReduce):
+                    together.append(outcome)
+                else:
+                    failures.append(f"GPU {rank}: {outcome}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(meeting_place)
     failures += [f"GPU {rank}: no answer in {_TIMEOUT_S} s" for rank in waiting.values()]
     silent = set(range(num_devices)) - measured.keys() - set(waiting.values())
     if not failures:
