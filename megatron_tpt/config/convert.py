@@ -217,6 +217,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def from_json[T](cls: type[T], content: Any) -> T:
+    """A dataclass from JSON that a program of this package has written, and somebody may have changed.
+
+    Raises ValueError, with all that is wrong, where the fields or their types are not those of `cls`.
+    """
+    converter = Converter(where=lambda key: "", suggest=lambda key: "")
+    result = converter.section(cls, content, ())
+    if converter.problems:
+        raise ValueError("; ".join(converter.problems))
+    return result
+
+
 def _scalar(hint: Any, value: Any) -> Any:
     """A value of a type without parts. Raises ValueError, with what to add to the message, for another."""
     hint = plain(hint)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from megatron_tpt.config.convert import from_json
+from megatron_tpt.config.fields import NonNegativeInt, TokenId
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_checksum, write_json
 from megatron_tpt.indexing.writer import idx_bytes
@@ -35,7 +37,7 @@ class TokenizerInfo:
     """ "sha256:" and the digest of its tokenizer.json."""
     vocab_size: int
     """The largest token id + 1."""
-    eos_id: int
+    eos_id: TokenId
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "TokenizerInfo":
@@ -47,8 +49,8 @@ class TokenizerInfo:
 class ThinkTokens:
     """The tokens before and after the thinking."""
 
-    open: list[int]
-    close: list[int]
+    open: list[TokenId]
+    close: list[TokenId]
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,14 @@ def compare_sources(before: Sequence[Source], now: Mapping[str, Path | None]) ->
 class IndexCounts:
     """`tokens` = `document_tokens` (with EOS) + `thinking_tokens` (with the tags)."""
 
-    documents: int
-    documents_with_thinking: int
-    tokens: int
-    document_tokens: int
-    thinking_tokens: int
-    skipped: dict[str, int]
+    documents: NonNegativeInt
+    documents_with_thinking: NonNegativeInt
+    tokens: NonNegativeInt
+    document_tokens: NonNegativeInt
+    thinking_tokens: NonNegativeInt
+    skipped: dict[str, NonNegativeInt]
     """Bad records skipped, by reason."""
-    sequences: int | None = None
+    sequences: NonNegativeInt | None = None
     """Where a document may have several."""
 
 
@@ -164,16 +166,12 @@ class Manifest:
                 raise UserError(
                     f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again"
                 )
-            if missing := sorted({"bin", "idx"} - set(content["checksums"])):
+            manifest = from_json(cls, content)
+            if missing := sorted({"bin", "idx"} - set(manifest.checksums)):
                 raise KeyError(f"no checksum of {', '.join(missing)}")
-            return cls(
-                tokenizer=TokenizerInfo(**content.pop("tokenizer")),
-                think=ThinkTokens(**content.pop("think")),
-                sources=[Source(**source) for source in content.pop("sources")],
-                counts=IndexCounts(**content.pop("counts")),
-                **content,
-            )
-        except (AttributeError, KeyError, TypeError) as error:
+            numpy.dtype(manifest.dtype)
+            return manifest
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not an index manifest ({error}); index again") from error
 
     def write(self, prefix: str | Path) -> None:
