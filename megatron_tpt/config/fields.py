@@ -51,6 +51,7 @@ hints_of: Callable[[type], dict[str, Any]] = functools.cache(functools.partial(g
 """The annotations of a dataclass by field, with what they declare in addition to the type."""
 
 
+@functools.cache
 def plain(hint: Any) -> Any:
     """The type in an annotation, without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -61,6 +62,7 @@ def marks_of(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
+@functools.cache
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union; of another type the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -151,15 +151,16 @@ class Manifest:
         """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
         path = cls.path(prefix)
         try:
-            content = read_json(path)
+            status = path.stat()
+            return _read_once(path, status.st_ino, status.st_size, status.st_mtime_ns)
         except FileNotFoundError:
             raise UserError(advice_without_index(Path(prefix))) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error
-        return cls._from_json(path, content)
 
     @classmethod
-    def _from_json(cls, path: Path, content: Any) -> "Manifest":
+    def from_content(cls, path: Path, content: Any) -> "Manifest":
+        """The manifest in `path` from its JSON. Raises UserError where it is none of a known version."""
         try:
             version = content.pop("format_version")
             if version != FORMAT_VERSION:
@@ -214,6 +215,12 @@ class Manifest:
                 f"{prefix}: indexed with another tokenizer (that of {self.tokenizer.path}); "
                 "train with that one, or index again with yours"
             )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _read_once(path: Path, inode: int, size: int, modified_ns: int) -> Manifest:
+    """A manifest, read again only where it was written again: a run asks several times for each of thousands."""
+    return Manifest.from_content(path, read_json(path))
 
 
 @functools.lru_cache(maxsize=1 << 16)
