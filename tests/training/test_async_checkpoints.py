@@ -1,6 +1,5 @@
 """Checkpoints that are written during training: what they hold, and what faults leave of them."""
 
-import contextlib
 import os
 import time
 from pathlib import Path
@@ -107,7 +106,5 @@ def test_a_bad_step_finds_the_checkpoint_that_was_being_written(train: Train, tm
 def test_a_failed_run_does_not_wait_for_its_writer(train: Train, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ValueError.*no-number"):
         train("run", *ASYNCHRONOUS, "--poison=0:6:no-number", "--hold=never", program=HELD)
-    # On a busy machine it may have been killed before it began, or not be buried yet.
-    with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
-        psutil.Process(int((tmp_path / "run/writer-0-4").read_text())).wait(timeout=60)
+    assert not psutil.pid_exists(int((tmp_path / "run/writer-0-4").read_text()))
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
