@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -158,23 +158,6 @@ class Manifest:
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error
 
-    @classmethod
-    def from_content(cls, path: Path, content: Any) -> "Manifest":
-        """The manifest in `path` from its JSON. Raises UserError where it is none of a known version."""
-        try:
-            version = content.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again"
-                )
-            manifest = from_json(cls, content)
-            if missing := sorted({"bin", "idx"} - set(manifest.checksums)):
-                raise KeyError(f"no checksum of {', '.join(missing)}")
-            numpy.dtype(manifest.dtype)
-            return manifest
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not an index manifest ({error}); index again") from error
-
     def write(self, prefix: str | Path) -> None:
         """Write `PREFIX.json`, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -220,7 +203,23 @@ class Manifest:
 @functools.lru_cache(maxsize=1 << 16)
 def _read_once(path: Path, inode: int, size: int, modified_ns: int) -> Manifest:
     """A manifest, read again only where it was written again: a run asks several times for each of thousands."""
-    return Manifest.from_content(path, read_json(path))
+    content = read_json(path)
+    try:
+        version = content.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again")
+        manifest = from_json(Manifest, content)
+        require_checksums(manifest.checksums, "bin", "idx")
+        numpy.dtype(manifest.dtype)
+        return manifest
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an index manifest ({error}); index again") from error
+
+
+def require_checksums(checksums: Mapping[str, str], *kinds: str) -> None:
+    """Raise ValueError unless there is a checksum of each of these files of an index."""
+    if missing := sorted(set(kinds) - checksums.keys()):
+        raise ValueError(f"no checksum of {', '.join(missing)}")
 
 
 @functools.lru_cache(maxsize=1 << 16)

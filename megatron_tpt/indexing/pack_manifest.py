@@ -12,7 +12,7 @@ from megatron_tpt.config.convert import from_json
 from megatron_tpt.config.fields import TokenId
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo, require_checksums
 from megatron_tpt.json_data import read_json
 
 FORMAT_VERSION = 1
@@ -106,8 +106,7 @@ class PackManifest:
             if (version := content.pop("format_version")) != FORMAT_VERSION:
                 raise UserError(f"{path}: version {version!r}, this program knows {FORMAT_VERSION}; pack again")
             manifest = from_json(cls, content)
-            if missing := sorted({"bin", "idx", "sft"} - set(manifest.checksums)):
-                raise KeyError(f"no checksum of {', '.join(missing)}")
+            require_checksums(manifest.checksums, "bin", "idx", "sft")
             return manifest
         except FileNotFoundError:
             raise UserError(f"{path}: no such packed index; make it with tools/pack_sft.py --output {prefix}") from None
