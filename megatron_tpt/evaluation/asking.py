@@ -18,6 +18,7 @@ from megatron_tpt.evaluation.choices import continuations
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.perplexity import window_of
 from megatron_tpt.evaluation.problems import Problem, ProblemSet
+from megatron_tpt.evaluation.provenance import environment
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Store, hash_of
 from megatron_tpt.generation import (
     Completion,
@@ -172,8 +173,14 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
             )
         for evaluation, own in zip(evaluations, missing, strict=True):
             if own:
-                evaluation.store.note_dtype(engine.dtype)
+                evaluation.store.note_engine(engine.dtype, _run(options))
         _Asker(engine, evaluations, missing, task).run()
+
+
+def _run(options: EvaluateOptions) -> dict[str, Any]:
+    """What is to be known of this process, which adds answers. Servers elsewhere do not show their hardware."""
+    hardware = {"hardware": None} if options.engine == "endpoint" else {}
+    return environment() | hardware | {"tensor_parallel_size": options.tensor_parallel_size}
 
 
 class _Asker:

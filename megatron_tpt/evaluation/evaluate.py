@@ -15,29 +15,34 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.evaluation.arms import label, plan_arms
 from megatron_tpt.evaluation.asking import Evaluation, ask, check_contexts, render_prompts
-from megatron_tpt.evaluation.benchmark import GRADING
+from megatron_tpt.evaluation.benchmark import Benchmark
 from megatron_tpt.evaluation.contamination import check_corpora
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.perplexity import DocumentResult, describe_documents, summarize_documents
 from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set
-from megatron_tpt.evaluation.provenance import generation_versions, model_identity
+from megatron_tpt.evaluation.provenance import environment, grading_versions
 from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
+from megatron_tpt.evaluation.settings import check, grading_of, settings_of
 from megatron_tpt.files import write_json
 from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
-from megatron_tpt.jobs.settings import check_settings, describe_changes, read_settings, write_settings
+from megatron_tpt.jobs.lock import exclusive
+from megatron_tpt.jobs.settings import read_settings, write_settings
 from megatron_tpt.names import shown
 
 logger = logging.getLogger(__name__)
 
+_OF_ONE = frozenset(each.name for each in fields(Benchmark)) | {"benchmark", "documents", "text_column"}
+"""The options that benchmarks have of their own."""
 _SHOWN_CHANGES = 10
 _MAX_REFERENCE = 20_000
 """Characters."""
@@ -58,18 +63,19 @@ def evaluate(
     first = runs[0]
     evaluations = list(_evaluations(list(zip(runs, sets, strict=True))))
     by_arm = [list(group) for _, group in itertools.groupby(evaluations, key=lambda each: each.arm)]
-    settings = [_settings(each) for each in evaluations]
+    settings = [settings_of(each) for each in evaluations]
+    job = JobFolder(first.output, "results.json")
     for each, now in zip(evaluations, settings, strict=True):
-        _check(each, now)
+        check(each, now)
     if not first.rescore:
         for group in by_arm:
             check_contexts(group)
         for each, now in zip(evaluations, settings, strict=True):
             write_settings(each.store.settings_path, now)
-        job = JobFolder(first.output, "results.json")
         if not _answer(by_arm, job, first, command):
             return []
-    return _conclude(evaluations, first)
+    with _grading_lock(job):
+        return _conclude(evaluations, first)
 
 
 def _answer(
@@ -86,12 +92,29 @@ def _answer(
                 return False
         return True
     task, num_tasks = options.task or 0, options.scale.num_tasks
-    with job.task_lock(task) if _is_missing(by_arm, task, num_tasks) else contextlib.nullcontext():
-        for group in by_arm:
-            ask(group, task, num_tasks)
-        if options.task is not None:
-            job.note_finished(task, num_tasks)
+    if _is_missing(by_arm, task, num_tasks):
+        with job.task_lock(task):
+            with exclusive(_grading_path(job), "grading", timeout_s=10):
+                pass  # no journal is written while others are taken up; who grades from now on waits for this task
+            for group in by_arm:
+                ask(group, task, num_tasks)
+    if options.task is not None:
+        job.note_finished(task, num_tasks)
     return options.task is None
+
+
+@contextlib.contextmanager
+def _grading_lock(job: JobFolder) -> Iterator[None]:
+    """Grade alone: no task adds answers meanwhile, which would be lost with the journals. Raises TaskLocked."""
+    with exclusive(_grading_path(job), "grading", timeout_s=10):
+        for task in job.running_tasks():
+            with job.task_lock(task):
+                pass  # it has ended
+        yield
+
+
+def _grading_path(job: JobFolder) -> Path:
+    return job.locks / ".grading.lock"
 
 
 def _is_missing(by_arm: Sequence[Sequence[Evaluation]], task: int, num_tasks: int) -> bool:
@@ -103,8 +126,21 @@ def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
     titles = [run.title for run in runs]
     if doubled := sorted({title for title in titles if titles.count(title) > 1}):
         raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
+    _check_same(runs)
     if runs[0].early_exit() is not None and all(run.scoring != "generate" for run in runs):
         raise UserError("--exit-criterion is for tokens that are generated, and here all are scored: omit it")
+
+
+def _check_same(runs: Sequence[EvaluateOptions]) -> None:
+    """Raise UserError where benchmarks disagree on what is one for all of them, such as the engine."""
+    first = runs[0]
+    for name in (each.name for each in fields(EvaluateOptions) if each.name not in _OF_ONE):
+        for run in runs[1:]:
+            if (given := getattr(run, name)) != (others := getattr(first, name)):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {shown(str(others))} for {first.title} and {shown(str(given))} for "
+                    f"{run.title}, but one for all benchmarks: give it on the command line"
+                )
 
 
 def _read_all(runs: Sequence[EvaluateOptions]) -> list[ProblemSet]:
@@ -145,48 +181,6 @@ def _evaluations(both: Sequence[tuple[EvaluateOptions, ProblemSet]]) -> Iterator
                 yield Evaluation(arm, run, own, Store(run.output / arm.folder / run.title), tokenizer, prompts)
 
 
-def _settings(each: Evaluation) -> dict[str, Any]:
-    """What decides the answers and the grades: other settings are refused in the same folder."""
-    benchmark, arm = each.options.settings(), each.arm
-    return {
-        "model": model_identity(arm.model, is_served=each.options.engine == "endpoint"),
-        "num_recurrences": arm.recurrences,
-        "early_exit": None if arm.early_exit is None else asdict(arm.early_exit),
-        "engine": each.options.engine,
-        "dtype": each.options.dtype,
-        "benchmark": {name: value for name, value in benchmark.items() if name not in GRADING | {"data", "fetch"}},
-        "grading": _grading(benchmark),
-        "data_sha256": each.problem_set.data_sha256,
-        "num_problems": len(each.problems),
-        "prompts_sha256": hashlib.sha256("".join(key.prompt_hash for key in each.keys).encode()).hexdigest(),
-        "versions": generation_versions(each.options.engine),
-    }
-
-
-def _grading(benchmark: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings of a benchmark, those that decide how outputs are graded."""
-    return {name: benchmark[name] for name in sorted(GRADING - {"paper", "note"})}
-
-
-def _check(each: Evaluation, settings: dict[str, Any]) -> None:
-    """Raise UserError where the folder has answers to something else."""
-    path = each.store.settings_path
-    if not each.options.rescore:
-        check_settings(path, settings)
-        return
-    before = read_settings(path)
-    if before is None:
-        raise UserError(f"{each.store.folder}: no outputs to grade again; run without --rescore first")
-    # What ran then is no matter now, nor is how it was graded.
-    kept = {name: before.get(name) for name in settings if name not in ("grading", "versions", "engine", "dtype")}
-    now = {name: settings[name] for name in kept}
-    if differences := list(describe_changes(kept, now)):
-        raise UserError(
-            f"{each.store.folder}: --rescore grades the outputs that are there, and they were asked for with other "
-            f"settings ({'; '.join(differences)}); restore these"
-        )
-
-
 def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> list[ModelResult]:
     """Grade what is not graded, and write the results."""
     answered = [each for each in evaluations if not each.has_documents]
@@ -204,14 +198,17 @@ def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> li
 
 
 def _graded(each: Evaluation) -> list[Sample]:
-    """The samples of an evaluation with all its answers; graded, if they were not or are to be again."""
+    """The samples of an evaluation with all its answers; graded, unless they are as the options say."""
     answers = each.answers()
-    require_complete(answers, each.keys)
+    require_complete(answers, each.keys, rescore=each.options.rescore)
     before = each.store.samples()
-    if len(before) == len(each.keys) and not each.store.has_journals() and not each.options.rescore:
+    settings = grading_of(each.options)
+    is_graded = len(before) == len(each.keys) and not each.store.has_journals()
+    if is_graded and each.store.grading().get("settings") == settings and not each.options.rescore:
         return before
     samples = grade(each, answers)
-    each.store.finish(samples)
+    package = environment()["package"]
+    each.store.finish(samples, {"settings": settings, "versions": grading_versions(), "package": package})
     if each.options.rescore:
         _note_rescored(each, before, samples)
     return samples
@@ -220,7 +217,7 @@ def _graded(each: Evaluation) -> list[Sample]:
 def _documents(each: Evaluation) -> DocumentResult:
     """The figures of an evaluation of documents with all its likelihoods."""
     answers = each.answers()
-    require_complete(answers, each.keys)
+    require_complete(answers, each.keys, rescore=each.options.rescore)
     ordered = [answers[key] for key in each.keys]
     if each.store.has_journals():
         each.store.finish(ordered)
@@ -270,7 +267,7 @@ def _kept(reference: Any) -> Any:
 def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[Sample]) -> None:
     """Keep the new settings of grading, and say which grades changed."""
     settings = read_settings(each.store.settings_path) or {}
-    write_json(each.store.settings_path, settings | {"grading": _grading(each.options.settings())})
+    write_json(each.store.settings_path, settings | {"grading": grading_of(each.options)})
     old = {sample.key: sample for sample in before}
     changed = [(old[new.key], new) for new in after if new.key in old and old[new.key].correct != new.correct]
     name = f"{shown(label(each.arm.model, each.arm.recurrences))}, {each.options.title}"

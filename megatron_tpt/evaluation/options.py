@@ -92,6 +92,10 @@ class EvaluateOptions(Benchmark):
                 "--run evaluates checkpoints in this process: omit --rescore, --num-tasks, --executor and "
                 "--engine endpoint"
             )
+        if self.rescore and self.scale.is_split:
+            raise UserError("--rescore grades in this process: omit --num-tasks and --executor")
+        if self.task is not None and not 0 <= self.task < self.scale.num_tasks:
+            raise UserError(f"--task {self.task}: there are {self.scale.num_tasks} (--num-tasks), from 0 on")
         if self.follow and self.run is None:
             raise UserError("--follow waits for the checkpoints of --run: give both")
         if not self.benchmark and self.data is None and self.data_file is None and self.documents is None:

@@ -137,13 +137,12 @@ def as_markdown(content: Mapping[str, Any]) -> str:
 def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
     engine, environment = content["engine"], content["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in _all_versions(content).items())
-    hardware = environment["hardware"]
-    machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
+    runs = [run for one in content.get("provenance", ()) for run in one["runs"]] or [environment]
     rule = engine["early_exit"]
     exits = "" if rule is None else f", early exit at {rule['criterion']} below {rule['threshold']}"
     dtypes = ", ".join(sorted(set(engine.get("computed_in", {}).values()))) or engine["dtype"]
     yield f"- engine {markdown.inline(engine['kind'])}, {dtypes}{exits}; {markdown.inline(versions)}"
-    yield f"- {markdown.inline(machine)}; revision {environment['package']['git_revision'] or 'unknown'}"
+    yield from dict.fromkeys(map(_machine, runs))
     for name, each in content["benchmarks"].items():
         words = [f"{each['num_problems']:,} problems of {each['data']} ({each['data_sha256'][:19]})"]
         if each["scoring"] == "generate":
@@ -157,6 +156,13 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
             words.append("log-likelihood of the options")
         words += [each["note"]] if each["note"] else []
         yield f"- **{markdown.inline(name)}**: {markdown.inline('; '.join(words))}"
+
+
+def _machine(run: Mapping[str, Any]) -> str:
+    """Where and by which revision answers were made."""
+    hardware = run["hardware"] or {"gpus": ["servers of others"]}
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
+    return f"- {markdown.inline(machine)}; revision {run['package']['git_revision'] or 'unknown'}"
 
 
 def _all_versions(content: Mapping[str, Any]) -> dict[str, str]:

@@ -5,8 +5,9 @@ leaves the same file as an unbroken one.
 """
 
 import collections
+import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
 from megatron_tpt.evaluation.contamination import contamination
 from megatron_tpt.evaluation.perplexity import DocumentResult
-from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
+from megatron_tpt.evaluation.provenance import environment
 from megatron_tpt.evaluation.samples import FAILED, Sample
 from megatron_tpt.files import write_json
 from megatron_tpt.grading import GraderPool, Item, Rules
-from megatron_tpt.names import shown
+from megatron_tpt.jobs.settings import read_settings
+from megatron_tpt.json_data import read_object
+from megatron_tpt.names import first_few, shown
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
@@ -203,18 +208,20 @@ def write_results(
     points = recurrences.points(arms, first, models, scored) if first.depths() else []
     exits = first.early_exit()
     benchmarks = {each.options.title: _benchmark(each) for each in evaluations}
+    made = [_provenance(each) for each in evaluations]
     content = {
         "format_version": FORMAT_VERSION,
         "engine": {
-            "kind": first.engine,
-            "dtype": first.dtype,
+            "kind": _joined(one["engine"] for one in made),
+            "dtype": _joined(one["dtype"] for one in made),
             "computed_in": _dtypes(evaluations),
-            "tensor_parallel_size": first.tensor_parallel_size,
+            "tensor_parallel_size": _common(run.get("tensor_parallel_size") for one in made for run in one["runs"]),
             "early_exit": None if exits is None else asdict(exits),
-            "versions": generation_versions(first.engine),
+            "versions": _versions(one["versions"] for one in made),
         },
-        "grading": {"versions": grading_versions()},
+        "grading": {"versions": _versions(one["grading"].get("versions") for one in made)},
         "environment": environment(),
+        "provenance": made,
         "benchmarks": benchmarks,
         "models": models,
         "comparisons": comparisons(answered, graded),
@@ -222,16 +229,64 @@ def write_results(
         "documents": scored,
         "recurrences": [asdict(point) for point in points],
     }
+    _note_omitted(output / "results.json", made)
     write_json(output / "results.json", content)
     write_reports(output, content, graded)
     if points:
         recurrences.write_report(output, points)
 
 
+def _note_omitted(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
+    """Say what the results of before have that these will not have: they are those of one command."""
+    before = read_object(path, "remove it")
+    entries = [one for part in ("models", "documents") for one in before.get(part, ()) if isinstance(one, dict)]
+    now = {(one["model"], one["recurrences"], one["benchmark"]) for one in made}
+    gone = [one for one in entries if (one.get("model"), one.get("recurrences"), one.get("benchmark")) not in now]
+    if gone:
+        names = [f"{label(str(one.get('model')), one.get('recurrences'))} on {one.get('benchmark')}" for one in gone]
+        logger.info(
+            f"results.json is of this command alone, and no longer has {shown(first_few(names, 3))}, whose samples "
+            "stay; one command that names all has all"
+        )
+
+
 def _dtypes(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     """What the answers of every arm were computed in, where its engine said so."""
     found = {label(each.arm.model, each.arm.recurrences): each.store.dtype() for each in evaluations}
     return {name: dtype for name, dtype in found.items() if dtype is not None}
+
+
+def _provenance(each: Evaluation) -> dict[str, Any]:
+    """What made the answers of an arm to a benchmark, and their grades, as was noted then."""
+    asked, grading = read_settings(each.store.settings_path) or {}, each.store.grading()
+    return {
+        "model": each.arm.model,
+        "recurrences": each.arm.recurrences,
+        "benchmark": each.options.title,
+        "weights": asked.get("model"),
+        **{name: asked.get(name) for name in ("tokenizer", "engine", "dtype", "versions")},
+        "runs": each.store.runs(),
+        "grading": {name: grading[name] for name in ("versions", "package") if name in grading},
+    }
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
+
+
+def _common(values: Iterable[Any]) -> Any | None:
+    """The only one of the values; None where they differ, or there is none."""
+    found = list(values)
+    return found[0] if found and all(value == found[0] for value in found) else None
+
+
+def _versions(found: Iterable[Mapping[str, str] | None]) -> dict[str, str]:
+    """The versions by library; of one that changed, all."""
+    by_name: dict[str, list[str]] = {}
+    for versions in found:
+        for name, version in (versions or {}).items():
+            by_name.setdefault(name, []).append(version)
+    return {name: _joined(versions) for name, versions in by_name.items()}
 
 
 def _benchmark(each: Evaluation) -> dict[str, Any]:

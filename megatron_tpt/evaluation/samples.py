@@ -1,7 +1,8 @@
 """What models answered: kept as it comes, in journals, and in the end graded in one file.
 
 FOLDER/settings.json              what the answers were asked with; a run with other settings is refused
-FOLDER/engine.json                what they were computed in, see `Store.note_dtype`
+FOLDER/engine.json                what they were computed in, and on which machines, see `Store.note_engine`
+FOLDER/grading.json               how the samples were graded; without it they are graded again
 FOLDER/.answers-00000.jsonl       answers as they finish, a journal for each task; gone when all are graded
 FOLDER/samples.jsonl.zst          every answer with its grade, by problem and number; of documents, without grades
 
@@ -10,6 +11,7 @@ number.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import Any, NamedTuple, Self
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.files import no_links, write_json
 from megatron_tpt.jobs.journal import append, encode, read_journal
+from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.json_data import read_object
 from megatron_tpt.records import describe, expand_sources, read_rows, write_json_lines
 
 FAILED = "failed"
 """The finish reason of a request that ended in a failure; it is asked again by the next run."""
 _JOURNALS = ".answers-*.jsonl"
+_REMOVE = "remove it"
 
 
 class Key(NamedTuple):
@@ -103,6 +107,7 @@ class Store:
         self.settings_path = folder / "settings.json"
         self.samples_path = folder / "samples.jsonl.zst"
         self._engine_path = folder / "engine.json"
+        self._grading_path = folder / "grading.json"
 
     def answers(self, keys: Iterable[Key]) -> dict[Key, Answer]:
         """Those of `keys` that are here, graded or not; one that failed only where no later one is there."""
@@ -132,32 +137,49 @@ class Store:
                 f"{self.samples_path}: not samples of this program ({error}); choose another --output"
             ) from error
 
-    def note_dtype(self, dtype: str | None) -> None:
-        """Keep what an engine computes answers in, which "auto" decides by the model and the machine.
+    def note_engine(self, dtype: str | None, run: Mapping[str, Any]) -> None:
+        """Keep what an engine computes answers in, which "auto" decides by the model and the machine, and what else is
+        to be known of a run that adds answers.
 
         Raises UserError where those that are here were computed in something else.
         """
-        if dtype is None:
-            return
-        if (before := self.dtype()) not in (None, dtype):
-            raise UserError(
-                f"{self.folder}: its answers were computed in {before}, and the engine on this machine computes in "
-                f"{dtype}; continue on the same kind of machine, or choose another --output and give --dtype"
-            )
-        write_json(self._engine_path, {"dtype": dtype})
+        with exclusive(self.folder / ".engine.lock", self._engine_path.name, timeout_s=60):
+            before, runs = self.dtype(), self.runs()
+            if None not in (before, dtype) and before != dtype:
+                raise UserError(
+                    f"{self.folder}: its answers were computed in {before}, and the engine on this machine computes in "
+                    f"{dtype}; continue on the same kind of machine, or choose another --output and give --dtype"
+                )
+            if run not in runs:
+                runs.append(dict(run))
+            in_order = sorted(runs, key=lambda each: json.dumps(each, sort_keys=True))  # whichever task was first
+            write_json(self._engine_path, {"dtype": dtype or before, "runs": in_order})
 
     def dtype(self) -> str | None:
         """What the answers were computed in; None where the engine did not say."""
-        return read_object(self._engine_path)["dtype"] if self._engine_path.exists() else None
+        dtype = read_object(self._engine_path, _REMOVE).get("dtype")
+        return dtype if isinstance(dtype, str) else None
+
+    def runs(self) -> list[dict[str, Any]]:
+        """What runs that added answers noted of themselves, each once; none in folders of earlier versions."""
+        runs = read_object(self._engine_path, _REMOVE).get("runs")
+        return [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+
+    def grading(self) -> dict[str, Any]:
+        """How the samples were graded, as given to `finish`; empty where that is not known."""
+        return read_object(self._grading_path, _REMOVE)
 
     def journal(self, task: int) -> "Journal":
         """The journal of a task, which holds the lock of the task."""
         return Journal(self.folder / _JOURNALS.replace("*", f"{task:05d}"))
 
-    def finish(self, samples: Sequence[Answer]) -> None:
+    def finish(self, samples: Sequence[Answer], grading: Mapping[str, Any] | None = None) -> None:
         """Write the answers, with their grades if they have any, in place of those before, and remove the journals that
-        they came from."""
+        they came from. `grading` says how they were graded; stopped in between, nothing does."""
+        self._grading_path.unlink(missing_ok=True)
         write_json_lines(self.samples_path, map(asdict, samples))
+        if grading is not None:
+            write_json(self._grading_path, grading)
         for path in self.folder.glob(_JOURNALS):
             path.unlink(missing_ok=True)
 
@@ -199,7 +221,11 @@ class Journal:
         append(self._file.fileno(), self._path, encode([asdict(answer)]))
 
 
-def require_complete(answers: Mapping[Key, Answer], keys: Sequence[Key]) -> None:
-    """Raise Fault unless there is an answer for every key: N samples asked are N samples."""
+def require_complete(answers: Mapping[Key, Answer], keys: Sequence[Key], *, rescore: bool = False) -> None:
+    """Raise unless there is an answer for every key: N samples asked are N samples. A Fault, which the same command
+    may do away with; with `rescore`, which asks for nothing, a UserError."""
     if missing := len(set(keys) - answers.keys()):
-        raise Fault(f"{missing:,} of {len(keys):,} answers are missing; run the same command again")
+        message = f"{missing:,} of {len(keys):,} answers are missing"
+        if rescore:
+            raise UserError(f"{message}; run without --rescore first")
+        raise Fault(f"{message}; run the same command again")

@@ -1,0 +1,185 @@
+"""How answers and grades were made is kept beside them: it is reported as it was, and nothing else mixes with it."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_evaluate import read_samples, write_problems
+from tiny_models import make_model, make_tokenizer, unchanged_environment
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation import evaluate as evaluating
+from megatron_tpt.evaluation.arms import model_folders
+from megatron_tpt.evaluation.evaluate import evaluate
+from megatron_tpt.evaluation.options import EvaluateOptions
+from megatron_tpt.evaluation.samples import Answer, Store
+from megatron_tpt.jobs.folder import JobFolder
+from megatron_tpt.jobs.lock import TaskLocked, task_lock
+
+SAMPLES = "model/sums/samples.jsonl.zst"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    with unchanged_environment():
+        yield
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> EvaluateOptions:
+    """Options whose answers are in their output. Each answer is "different" as a text, and one is a right number."""
+    folder = tmp_path_factory.mktemp("asked")
+    data = write_problems(folder / "sums.jsonl", [{"prompt": f"{i} + 1 =", "answer": f"{i + 1}.0"} for i in range(2)])
+    options = EvaluateOptions(
+        model=[make_model(folder / "A/model")],
+        data=data,
+        output=folder / "out",
+        answer_type="number",
+        max_new_tokens=4,
+        engine="transformers",
+    )
+    evaluate(options)
+    samples = [dataclasses.replace(one, output="It is 1.") for one in read_samples(options.output / SAMPLES)]
+    Store(options.output / "model/sums").finish(samples)  # nothing says how these are graded
+    [result] = evaluate(options)
+    assert result.accuracy == 0.5
+    return options
+
+
+@pytest.fixture
+def options(asked: EvaluateOptions, tmp_path: Path) -> EvaluateOptions:
+    shutil.copytree(asked.output, tmp_path / "out")
+    return dataclasses.replace(asked, output=tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def _no_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "options" in request.fixturenames:
+        request.getfixturevalue("asked")
+        monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", None)
+
+
+def results(options: EvaluateOptions) -> dict[str, Any]:
+    return json.loads((options.output / "results.json").read_text())
+
+
+def test_graded_again_the_answers_are_of_the_engine_that_made_them(options: EvaluateOptions) -> None:
+    before = results(options)
+    evaluate(dataclasses.replace(options, rescore=True, engine="vllm", dtype="float16", tensor_parallel_size=8))
+    after = results(options)
+    assert after["engine"] == before["engine"] and after["provenance"] == before["provenance"]
+    assert after["engine"]["kind"] == "transformers" and "vllm" not in "".join(after["engine"]["versions"])
+    assert (after["engine"]["dtype"], after["engine"]["tensor_parallel_size"]) == ("auto", 1)
+    [made] = after["provenance"]
+    assert made["weights"]["model.safetensors"].startswith("sha256:")
+    assert made["runs"][0]["hardware"]["cores"] >= 1
+    assert "engine transformers, float32" in (options.output / "report.md").read_text()
+
+
+def test_grades_that_are_kept_are_reported_with_the_versions_that_gave_them(
+    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = results(options)
+    monkeypatch.setattr(evaluating, "grading_versions", lambda: {"math-verify": "99.0"})
+    evaluate(options)
+    assert results(options)["grading"] == before["grading"] != {"versions": {}}
+    evaluate(dataclasses.replace(options, rescore=True))
+    assert results(options)["grading"] == {"versions": {"math-verify": "99.0"}}
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopped_while_grading_again_the_command_of_before_gives_its_results(
+    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (options.output / "results.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluating, "_note_rescored", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(dataclasses.replace(options, rescore=True, answer_type="exact"))
+    assert not any(one.correct for one in read_samples(options.output / SAMPLES))
+    [result] = evaluate(options)
+    assert result.accuracy == 0.5 and (options.output / "results.json").read_bytes() == before
+
+
+def test_a_folder_of_an_earlier_version_is_graded_and_resumed(options: EvaluateOptions) -> None:
+    folder = options.output / "model/sums"
+    (folder / "grading.json").unlink()
+    (folder / "engine.json").write_text('{"dtype": "float32"}')
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["tokenizer"]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    [result] = evaluate(options)
+    assert result.accuracy == 0.5
+    assert results(options)["engine"]["tensor_parallel_size"] is None and not results(options)["provenance"][0]["runs"]
+    (folder / "engine.json").write_text("{}")
+    evaluate(dataclasses.replace(options, rescore=True))
+    (folder / "engine.json").write_text("[]")
+    with pytest.raises(UserError, match=r"engine\.json: not a JSON object; remove it"):
+        evaluate(options)
+
+
+def test_another_tokenizer_is_refused(options: EvaluateOptions, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "other", thinks=False)
+    with pytest.raises(UserError, match="tokenizer was null, now"):
+        evaluate(dataclasses.replace(options, tokenizer=str(tmp_path / "other")))
+
+
+def test_answers_are_not_graded_while_a_task_adds_to_them(
+    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(options.output / "model/sums")
+    last = store.samples()[-1]
+    answer = Answer(**{each.name: getattr(last, each.name) for each in dataclasses.fields(Answer)})
+    monkeypatch.setattr(JobFolder, "task_lock", lambda self, task: task_lock(self.locks, task, timeout_s=0))
+    with JobFolder(options.output, "results.json").task_lock(3), store.journal(3) as journal:
+        with pytest.raises(TaskLocked, match="task 3 is being run already by process"):
+            evaluate(dataclasses.replace(options, rescore=True))
+        journal.add(answer)
+    assert store.has_journals()
+    evaluate(dataclasses.replace(options, rescore=True))
+    assert not store.has_journals()
+
+
+def test_an_incomplete_run_is_asked_before_it_is_graded_again(options: EvaluateOptions) -> None:
+    store = Store(options.output / "model/sums")
+    store.finish(store.samples()[:1])
+    with pytest.raises(UserError, match="1 of 2 answers are missing; run without --rescore first"):
+        evaluate(dataclasses.replace(options, rescore=True))
+
+
+def test_a_model_keeps_its_folder_beside_another_of_its_name(options: EvaluateOptions, tmp_path: Path) -> None:
+    [model] = options.model
+    other = str(tmp_path / "B/model")
+    shutil.copytree(model, other)
+    assert model_folders([model, other]) == [Path("A/model"), Path("B/model")]
+    assert model_folders([model, other], options.output) == [Path("model"), Path("B/model")]
+    assert model_folders([model + "/"], options.output) == [Path("model")]
+    [result] = evaluate(dataclasses.replace(options, model=[model + "/"]))
+    assert result.accuracy == 0.5
+    # A served model's name never leads out of the output.
+    assert model_folders(["x", "/y/x"]) == [Path("x"), Path("y/x")]
+    with pytest.raises(UserError, match="named twice"):
+        model_folders(["x", "../x"])
+
+
+def test_results_that_a_command_replaces_are_named(options: EvaluateOptions, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(options.output / "model/sums", options.output / "model/more")
+    path = options.output / "model/more/settings.json"
+    path.write_text(path.read_text().replace('"name": null', '"name": "more"'))
+    with caplog.at_level(logging.INFO):
+        evaluate(dataclasses.replace(options, name="more"))
+    assert f"no longer has {options.model[0]} on sums" in caplog.text
+
+
+def test_one_engine_asks_all_benchmarks(options: EvaluateOptions) -> None:
+    other = dataclasses.replace(options, name="second", engine="vllm")
+    with pytest.raises(UserError, match="--engine is transformers for sums and vllm for second, but one for all"):
+        evaluate([options, other])
