@@ -22,6 +22,8 @@ from scipy import stats
 from megatron_tpt.evaluation.samples import Sample
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-12
+"""Shares that differ by less are the same: their mean may be off by a rounding."""
 _MAX_SUBSETS = 400
 """Of the samples of a problem, for majority@k where k is less than their number: all, or as many at random."""
 
@@ -34,8 +36,9 @@ class Difference:
     stderr: float | None
     """None for a single problem."""
     interval: tuple[float, float] | None
+    """None where there is no spread to derive it from: all problems differ by the same, as those of equal models."""
     p_value: float | None
-    """Of a paired t test."""
+    """Of a paired t test; None like `interval`."""
     num_problems: int
 
 
@@ -54,7 +57,9 @@ def by_problem(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean of `values`; None for a single one."""
-    return float(stats.sem(values)) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return 0.0 if np.ptp(values) < _ROUNDING else float(stats.sem(values))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -130,10 +135,9 @@ def difference(first: Mapping[str, float], second: Mapping[str, float]) -> Diffe
         return None
     values = np.array([second[name] - first[name] for name in common])
     mean = float(values.mean())
-    if len(values) == 1:
-        return Difference(mean, None, None, None, 1)
-    if not values.std():  # every problem differs by the same: no spread to test against
-        return Difference(mean, 0.0, (mean, mean), None if mean else 1.0, len(values))
+    error = standard_error(values.tolist())
+    if not error:  # one problem, or every one differs by the same: no spread to test against, nor to tell others by
+        return Difference(mean, error, None, None, len(values))
     test: Any = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(CONFIDENCE)
-    return Difference(mean, float(stats.sem(values)), (float(low), float(high)), float(test.pvalue), len(values))
+    return Difference(mean, error, (float(low), float(high)), float(test.pvalue), len(values))

@@ -21,6 +21,7 @@ from megatron_tpt.evaluation.provenance import environment
 from megatron_tpt.evaluation.samples import FAILED, Sample
 from megatron_tpt.files import write_json
 from megatron_tpt.grading import GraderPool, Item, Rules
+from megatron_tpt.grading.kinds import PythonLiteral
 from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.json_data import read_object
 from megatron_tpt.names import first_few, shown
@@ -132,8 +133,8 @@ def figures(
 def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[int | None, bool]]]:
     """For every problem and each of its samples, the group of its answer and whether it is right.
 
-    Right answers are one group, equal texts are one, and of mathematics what the grader finds the same as the first of
-    a group.
+    Right answers are one group, equal texts are one, and of mathematics and literals what the grader finds the same as
+    the first of a group.
     """
     problems = metrics.by_problem(samples)
     wrong = {
@@ -142,12 +143,27 @@ def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[in
     }
     if rules.kind == "math":
         group_of = _groups_of_mathematics(wrong)
+    elif rules.kind == "literal":
+        group_of = {(name, answer): g for name, own in wrong.items() for answer, g in _groups_of_literals(own).items()}
     else:  # candidates are in one form: texts that differ are different answers
         group_of = {(name, answer): g for name, answers in wrong.items() for g, answer in enumerate(answers)}
     return [
         [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
         for name, own in problems.items()
     ]
+
+
+def _groups_of_literals(answers: Sequence[str]) -> dict[str, int]:
+    """The group of every answer to one problem. A text that is no literal is a group of its own."""
+    kind, leaders, group_of = PythonLiteral(), list[str](), dict[str, int]()
+    for answer in answers:
+        is_literal = kind.reference(answer) is not None
+        same = (g for g, leader in enumerate(leaders) if is_literal and kind.same(leader, answer))
+        if (group := next(same, None)) is None:
+            group = len(leaders)
+            leaders.append(answer)
+        group_of[answer] = group
+    return group_of
 
 
 def _groups_of_mathematics(answers: Mapping[str, list[str]]) -> dict[tuple[str, str], int]:
@@ -240,14 +256,18 @@ def _note_omitted(path: Path, made: Sequence[Mapping[str, Any]]) -> None:
     """Say what the results of before have that these will not have: they are those of one command."""
     before = read_object(path, "remove it")
     entries = [one for part in ("models", "documents") for one in before.get(part, ()) if isinstance(one, dict)]
-    now = {(one["model"], one["recurrences"], one["benchmark"]) for one in made}
-    gone = [one for one in entries if (one.get("model"), one.get("recurrences"), one.get("benchmark")) not in now]
+    now = set(map(_place, made))
+    gone = [one for one in entries if _place(one) not in now]
     if gone:
         names = [f"{label(str(one.get('model')), one.get('recurrences'))} on {one.get('benchmark')}" for one in gone]
         logger.info(
             f"results.json is of this command alone, and no longer has {shown(first_few(names, 3))}, whose samples "
             "stay; one command that names all has all"
         )
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    return str(Path(str(entry.get("model")))), entry.get("recurrences"), entry.get("benchmark")
 
 
 def _dtypes(evaluations: Sequence[Evaluation]) -> dict[str, str]:

@@ -101,8 +101,20 @@ def test_the_difference_of_two_models_is_paired() -> None:
     values = [second[name] - first[name] for name in names]
     assert (found.difference, found.stderr) == pytest.approx((np.mean(values), np.std(values, ddof=1) / 40**0.5))
     same = metrics.difference(first, first)
-    assert same is not None and (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
+    assert same is not None and (same.difference, same.stderr, same.interval, same.p_value) == (0, 0, None, None)
     assert metrics.difference(first, {}) is None
+
+
+def test_shares_that_are_equal_but_for_rounding_have_no_spread() -> None:
+    for share in (2 / 3, 0.1, 5 / 8):
+        assert metrics.standard_error([share] * 30) == 0
+        low, high = metrics.interval([share] * 30)
+        assert low < share - 0.05 and high > share + 0.05  # as of 30 trials
+    thirds = [1 / 3, 2 / 3, 1 / 3], [2 / 3, 1.0, 2 / 3]
+    for first, second in (thirds, ([0.0, 0.0], [1.0, 1.0])):
+        found = metrics.difference(*({str(i): value for i, value in enumerate(own)} for own in (first, second)))
+        assert found is not None and found.difference == pytest.approx(second[0] - first[0])
+        assert (found.stderr, found.interval, found.p_value) == (0, None, None)
 
 
 def test_the_spread_is_over_the_numbers_of_the_samples() -> None:
@@ -119,5 +131,8 @@ def test_answers_are_grouped_as_the_grader_compares_them() -> None:
     samples = [dataclasses.replace(one, extracted=text) for one, (text, _) in zip(samples, texts, strict=True)]
     [groups] = group_answers(samples, Rules("math"))
     assert [group for group, _ in groups] == [0, 0, 1, 0, None, -1]
+    literals = zip(samples, ("[1,2]", "[1, 2]", "[1 ,2.0]", "not one", None, "[3]"), strict=True)
+    [values] = group_answers([dataclasses.replace(one, extracted=text) for one, text in literals], Rules("literal"))
+    assert [group for group, _ in values] == [0, 0, 0, 1, None, -1]
     [plain] = group_answers(samples, Rules("exact"))
     assert [group for group, _ in plain] == [0, 1, 2, 3, None, -1]
