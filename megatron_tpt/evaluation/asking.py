@@ -7,6 +7,7 @@ model is loaded. A request that fails is noted, and the others continue.
 import collections
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -248,6 +249,8 @@ class _Asker:
 
         for request, outcome in self._engine.score(requests()):
             i, c = request.key
+            if not isinstance(outcome, Failure) and not math.isfinite(outcome.total):
+                outcome = Failure("invalid_response", f"the log-likelihood is {outcome.total}")
             if isinstance(outcome, Failure):
                 if i not in failed:
                     failed.add(i)

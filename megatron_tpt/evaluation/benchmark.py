@@ -5,6 +5,7 @@ own works the same. A suite is such a file that names others, `benchmark: [math5
 counts for all of them. Light to import: the help of the command line needs nothing else.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_tpt.config.fields import PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import Sampling, Temperature, TopP
-from megatron_tpt.grading import AnswerKind, Reading, Rules
+from megatron_tpt.grading import LETTERS, AnswerKind, Reading, Rules
 
 FOLDER = Path(__file__).parent / "benchmarks"
 """The benchmarks and suites of this package."""
@@ -146,6 +147,10 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name):
+            raise UserError(f"--name {self.name!r}: is that of a folder in the output, without slashes; choose another")
+        if any(not math.isfinite(figure) for figure in self.paper.values()):
+            raise UserError(f"--paper {self.paper}: published figures are numbers in percent; correct or omit it")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError("--num-samples above 1 needs --temperature above 0: greedy answers are all the same")
         if self.answer_pattern is not None:
@@ -158,6 +163,9 @@ class Benchmark:
         if sum(map(bool, (self.choices_column, self.choice_columns, self.choice_texts))) > 1:
             raise UserError("--choices-column, --choice-columns and --choice-texts exclude each other: give one")
         has_choices = bool(self.choices_column or self.choice_columns or self.choice_texts)
+        for name, given in (("columns", self.choice_columns), ("texts", self.choice_texts)):
+            if given and not 2 <= len(given) <= len(LETTERS):
+                raise UserError(f"--choice-{name}: {len(given)} given; give 2 to {len(LETTERS)} options")
         if self.scoring == "log-likelihood":
             self._check_scoring(has_choices)
         if self.scoring == "perplexity" and (
@@ -175,6 +183,8 @@ class Benchmark:
             raise UserError("--scoring log-likelihood needs --answer-type choice or boolean")
         if self.num_samples > 1:
             raise UserError("--scoring log-likelihood draws no samples: omit --num-samples")
+        if self.likelihood_of == "rest" and not self.blank:
+            raise UserError("--likelihood-of rest needs the mark of the blank: give --blank, such as _")
 
     @property
     def title(self) -> str:
@@ -200,9 +210,10 @@ class Benchmark:
         """How the outputs are graded."""
         has_examples = self.few_shot is not None or self.few_shot_file is not None
         first = self.answer_position == "first" or (self.answer_position == "auto" and has_examples and not self.chat)
-        rules = Rules(
-            self.answer_type, Reading(first, tuple(self.stop), self.answer_pattern), self.allow_unsandboxed_code
-        )
+        reading = Reading(first, tuple(self.stop), self.answer_pattern)
+        if self.scoring == "log-likelihood":
+            reading = Reading()  # the output is ours: the likeliest option
+        rules = Rules(self.answer_type, reading, self.allow_unsandboxed_code)
         return rules if self.code_time_limit_s is None else replace(rules, code_time_limit_s=self.code_time_limit_s)
 
     def sampling(self) -> Sampling:
@@ -241,6 +252,8 @@ def _expand(path: Path, inside: tuple[Path, ...]) -> list[list[Path]]:
     if "benchmark" not in content:
         return [[path]]
     members = content["benchmark"] if isinstance(content["benchmark"], list) else [content["benchmark"]]
+    if not members:
+        raise UserError(f"{path}: names no benchmark; name some, as in `benchmark: [math500, aime24]`")
     return [[*files, path] for member in members for files in _expand(_path(str(member)), (*inside, path))]
 
 

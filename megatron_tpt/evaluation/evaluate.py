@@ -41,7 +41,7 @@ from megatron_tpt.names import shown
 
 logger = logging.getLogger(__name__)
 
-_OF_ONE = frozenset(each.name for each in fields(Benchmark)) | {"benchmark", "documents", "text_column"}
+_OF_ONE = frozenset(each.name for each in fields(Benchmark)) | {"benchmark", "data_dir", "documents", "text_column"}
 """The options that benchmarks have of their own."""
 _SHOWN_CHANGES = 10
 _MAX_REFERENCE = 20_000
@@ -127,6 +127,9 @@ def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
     if doubled := sorted({title for title in titles if titles.count(title) > 1}):
         raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
     _check_same(runs)
+    for run in () if runs[0].task is not None else runs:
+        if unused := run.ignored():
+            logger.warning(f"{shown(run.title)}: {', '.join(unused)} change nothing here; omit what you do not need")
     if runs[0].early_exit() is not None and all(run.scoring != "generate" for run in runs):
         raise UserError("--exit-criterion is for tokens that are generated, and here all are scored: omit it")
 

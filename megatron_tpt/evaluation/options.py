@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_tpt.config import cli
 from megatron_tpt.config.fields import FLAT, PositiveFloat, PositiveInt
@@ -117,6 +117,35 @@ class EvaluateOptions(Benchmark):
         if self.training_flops and (self.recurrences is None or len(self.training_flops) != len(self.model)):
             raise UserError("--training-flops: give one number for each --model, and --recurrences")
 
+    def ignored(self) -> list[str]:
+        """The options that were given and change nothing, for example since they are of another way to score."""
+        is_written, is_compared = self.scoring == "generate", self.scoring == "log-likelihood"
+        has_choices = bool(self.choices_column or self.choice_columns or self.choice_texts)
+        has_shots, runs_code = bool(self.few_shot or self.few_shot_file), self.answer_type == "code"
+        counts = {
+            ("temperature", "max_new_tokens", "stop", "answer_pattern", "answer_position"): is_written,
+            ("top_p",): is_written and self.temperature > 0,
+            ("likelihood_of", "normalize_by"): is_compared,
+            ("blank",): is_compared and self.likelihood_of == "rest",
+            ("document_window",): self.scoring == "perplexity" or self.documents is not None,
+            ("choice_labels", "labels_column", "choice_format", "choice_separator", "shuffle_choices"): has_choices,
+            ("num_shots", "shot_template", "shot_group", "shot_begin"): has_shots,
+            ("code_prefix_column", "code_time_limit_s", "allow_unsandboxed_code"): runs_code,
+            ("answer_column",): not (self.answer_columns or self.answer_template) and self.scoring != "perplexity",
+            ("data_dir",): self.data_file is not None or self.few_shot_file is not None,
+            ("num_engines",): self.engine == "vllm-server",
+            ("tensor_parallel_size",): self.engine in ("vllm", "vllm-server"),
+            ("dtype",): self.engine != "endpoint",
+            ("api_key_env",): self.engine == "endpoint",
+        }
+        unset = {each.name: _default(each) for each in fields(EvaluateOptions)}
+        return [
+            f"--{name.replace('_', '-')}"
+            for group, is_used in counts.items()
+            for name in group
+            if not is_used and getattr(self, name) != unset[name]
+        ]
+
     def depths(self) -> list[int]:
         """The numbers in --recurrences, ascending; none when it is not given."""
         if self.recurrences is None:
@@ -184,6 +213,10 @@ class EvaluateOptions(Benchmark):
             **{name: getattr(self, name) for name in _OF_DOCUMENTS},
         )
         return [replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
+
+
+def _default(each: "Field[Any]") -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | None = None) -> list[EvaluateOptions]:

@@ -97,6 +97,13 @@ def _problem(
         template = "{" + benchmark.prompt_column + "}"
         template += "\n{choices}" if choices is not None and benchmark.scoring == "generate" else ""
     prompt = fill(template, row, where, choices.placeholders() if choices else {})
+    if benchmark.scoring == "log-likelihood" and benchmark.likelihood_of == "rest":
+        _, blank, rest = prompt.rpartition(benchmark.blank)
+        if not (blank and rest.strip()):
+            raise UserError(
+                f"{where}: --likelihood-of rest is of the text after the blank {benchmark.blank!r}, and there is none; "
+                "correct the row, or give --blank"
+            )
     answer: Any
     if benchmark.scoring == "perplexity":
         answer = None

@@ -44,6 +44,9 @@ def grading_of(benchmark: Benchmark) -> dict[str, Any]:
 def check(each: Evaluation, settings: dict[str, Any]) -> None:
     """Raise UserError where the folder has answers to something else."""
     path = each.store.settings_path
+    for place in (*reversed(path.parent.parents), path.parent):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: is a file; choose another --output")
     before = read_settings(path)
     if before is not None:
         settings = _comparable(before, settings)

@@ -45,6 +45,58 @@ def test_every_benchmark_is_complete_and_says_where_its_data_are(name: str) -> N
             read_problems(run, Path("/nowhere"))
 
 
+@pytest.mark.parametrize("name", names())
+def test_every_option_of_a_benchmark_counts(name: str) -> None:
+    assert [run.ignored() for run in parsed("--benchmark", name, "--data-dir", "data")] == [
+        [] for _ in parsed("--benchmark", name)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ignored"),
+    [
+        ("--num-shots 3 --shot-begin Q --shuffle-choices", "--shuffle-choices --num-shots --shot-begin"),
+        ("--labels-column a --choice-labels a b", "--choice-labels --labels-column"),
+        ("--normalize-by characters --likelihood-of rest --blank ?", "--likelihood-of --normalize-by --blank"),
+        ("--code-time-limit-s 4 --code-prefix-column prompt", "--code-prefix-column --code-time-limit-s"),
+        ("--scoring log-likelihood --answer-type choice --choice-texts a b --temperature 0.6 --max-new-tokens 7",
+         "--temperature --max-new-tokens"),
+        ("--data-dir d --top-p 0.9", "--top-p --data-dir"),
+        ("--num-engines 4", "--num-engines"),
+        ("--engine transformers --tensor-parallel-size 4", "--tensor-parallel-size"),
+        ("--temperature 0.6 --top-p 0.9 --stop x --num-samples 2 --dtype float32 --tensor-parallel-size 4", ""),
+    ],
+)  # fmt: skip
+def test_options_that_change_nothing_are_named(arguments: str, ignored: str) -> None:
+    [run] = parsed("--data", "p.jsonl", *arguments.split())
+    assert run.ignored() == ignored.split()
+
+
+def test_the_likeliest_option_is_read_whatever_the_outputs_of_others_end_with() -> None:
+    options = ("--scoring", "log-likelihood", "--choice-texts", "a", "b", "--answer-type", "choice")
+    [run] = parsed("--data", "p.jsonl", *options, "--answer-pattern", "ANSWER: (.)", "--stop", "(", ")")
+    assert Grader(run.rules()).grade(Item("(B)", "B", ("a", "b"))).correct
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--name ../../outside", "--name '../../outside': is that of a folder in the output, without slashes"),
+        ("--name /abs", "without slashes"),
+        ("--name ..", "without slashes"),
+        ("--choice-texts a b c d e f g h i j k", "--choice-texts: 11 given; give 2 to 10 options"),
+        ("--choice-columns a", "--choice-columns: 1 given; give 2 to 10 options"),
+        ("--rescore --num-tasks 4", "--rescore grades in this process: omit --num-tasks and --executor"),
+        ("--rescore --executor slurm", "--rescore grades in this process"),
+        ("--task 3", r"--task 3: there are 1 \(--num-tasks\), from 0 on"),
+        ("--num-tasks 2 --task -1", "--task -1: there are 2"),
+    ],
+)
+def test_options_that_lead_nowhere_are_refused(arguments: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parsed("--data", "p.jsonl", *arguments.split())
+
+
 def test_suites_have_the_papers_settings() -> None:
     for suite, members in SUITES.items():
         assert [run.title for run in parsed("--benchmark", suite)] == members
@@ -92,6 +144,21 @@ def test_mistakes_in_a_file_are_named_with_their_place(content: str, words: str,
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=words):
         parsed("--benchmark", str(tmp_path / "mine.yaml"))
+
+
+def test_a_suite_without_benchmarks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.yaml").write_text("benchmark: []\n")
+    with pytest.raises(UserError, match=r"none\.yaml: names no benchmark; name some"):
+        parsed("--benchmark", str(tmp_path / "none.yaml"))
+
+
+def test_a_row_without_the_blank_is_refused(tmp_path: Path) -> None:
+    options = ("--scoring", "log-likelihood", "--likelihood-of", "rest", "--choice-texts", "cat", "dog")
+    for sentence in ("no blank here", "nothing after the _ "):
+        data = write_rows(tmp_path / "a.jsonl", {"prompt": sentence, "answer": "A"})
+        [run] = parsed("--data", str(data), *options, "--answer-type", "choice")
+        with pytest.raises(UserError, match=r"a\.jsonl:1: --likelihood-of rest is of the text after the blank '_'"):
+            read_problems(run)
 
 
 def test_a_suite_within_itself_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from test_evaluate import read_samples, write_problems
 from tiny_models import make_model, make_tokenizer, unchanged_environment
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.evaluation import evaluate as evaluating
 from megatron_tpt.evaluation.arms import model_folders
 from megatron_tpt.evaluation.evaluate import evaluate
@@ -183,3 +185,33 @@ def test_one_engine_asks_all_benchmarks(options: EvaluateOptions) -> None:
     other = dataclasses.replace(options, name="second", engine="vllm")
     with pytest.raises(UserError, match="--engine is transformers for sums and vllm for second, but one for all"):
         evaluate([options, other])
+
+
+def test_an_output_inside_a_file_is_refused(options: EvaluateOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file/out"):
+        with pytest.raises(UserError, match="file: is a file; choose another --output"):
+            evaluate(dataclasses.replace(options, output=output))
+
+
+def test_likelihoods_that_are_no_numbers_are_failures(asked: EvaluateOptions, tmp_path: Path) -> None:
+    model = tmp_path / "nan"
+    shutil.copytree(asked.model[0], model)
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
+    safetensors.torch.save_file(broken, model / "model.safetensors", {"format": "pt"})
+    data = write_problems(tmp_path / "one.jsonl", [{"prompt": "Yes or no?", "answer": "A"}])
+    scored = dataclasses.replace(
+        asked,
+        model=[str(model)],
+        data=data,
+        output=tmp_path / "out",
+        scoring="log-likelihood",
+        choice_texts=["yes", "no"],
+        answer_type="choice",
+    )
+    with pytest.raises(Fault, match="1 requests failed"):
+        evaluate(scored)
+    assert results(scored)["models"][0]["failed_requests"] == 1
+    [one] = read_samples(scored.output / "nan/one/samples.jsonl.zst")
+    assert one.failure == "invalid_response: the log-likelihood is nan" and not one.log_likelihoods
