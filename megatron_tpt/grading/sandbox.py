@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,9 +83,12 @@ class Sandbox:
                 cwd=folder,
                 start_new_session=True,
             )
-            timed_out = False
+            timed_out, start_s = False, time.monotonic()
             try:
                 process.communicate(job, timeout=_WALL_FACTOR * self._time_limit_s)
+                # The kernel kills a program that ignores SIGXCPU, as it does one that takes too much memory, but sooner.
+                is_late = time.monotonic() - start_s >= self._time_limit_s
+                timed_out = is_late and _signal(process.returncode) == signal.SIGKILL
             except subprocess.TimeoutExpired:
                 timed_out = True
             finally:
@@ -127,7 +131,8 @@ def _refusal(reason: str) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program and, outside of a sandbox, what it has started (in the sandbox, all of it ends with bwrap)."""
+    """Kill the program and, outside of a sandbox, what it has started in its session: what has left that survives. (In
+    the sandbox, all of it ends with bwrap.)"""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -138,12 +143,17 @@ def _tail(descriptor: int) -> str:
     return os.pread(descriptor, 1000, max(0, size - 1000)).decode(errors="replace").strip()
 
 
+def _signal(code: int) -> int:
+    """The signal that ended a process; none where the number is below 1. bwrap hands it on as a shell does."""
+    return -code if code < 0 else code - 128
+
+
 def _result(code: int, timed_out: bool, out: str, err: str, nonce: str) -> CodeResult:
     if timed_out:
         return CodeResult("time-out")
     if out.endswith(f"passed {nonce}"):
         return CodeResult("passed")
-    number = -code if code < 0 else code - 128  # bwrap hands a signal on as a shell does
+    number = _signal(code)
     if number == signal.SIGXCPU:
         return CodeResult("time-out")
     if out.startswith("failed "):
