@@ -5,7 +5,6 @@ own works the same. A suite is such a file that names others, `benchmark: [math5
 counts for all of them. Light to import: the help of the command line needs nothing else.
 """
 
-import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -149,10 +148,10 @@ class Benchmark:
         check_bounds(self)
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name):
             raise UserError(f"--name {self.name!r}: is that of a folder in the output, without slashes; choose another")
-        if any(not math.isfinite(figure) for figure in self.paper.values()):
-            raise UserError(f"--paper {self.paper}: published figures are numbers in percent; correct or omit it")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError("--num-samples above 1 needs --temperature above 0: greedy answers are all the same")
+        if not all(self.stop):
+            raise UserError("--stop: an empty text would end every answer at once; omit it")
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)

@@ -129,7 +129,7 @@ def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
     _check_same(runs)
     for run in () if runs[0].task is not None else runs:
         if unused := run.ignored():
-            logger.warning(f"{shown(run.title)}: {', '.join(unused)} change nothing here; omit what you do not need")
+            logger.warning(f"{shown(run.title)}: without effect here: {', '.join(unused)}")
     if runs[0].early_exit() is not None and all(run.scoring != "generate" for run in runs):
         raise UserError("--exit-criterion is for tokens that are generated, and here all are scored: omit it")
 

@@ -86,7 +86,7 @@ class Sandbox:
             timed_out, start_s = False, time.monotonic()
             try:
                 process.communicate(job, timeout=_WALL_FACTOR * self._time_limit_s)
-                # The kernel kills a program that ignores SIGXCPU, as it does one that takes too much memory, but sooner.
+                # The kernel kills a program that ignores SIGXCPU.
                 is_late = time.monotonic() - start_s >= self._time_limit_s
                 timed_out = is_late and _signal(process.returncode) == signal.SIGKILL
             except subprocess.TimeoutExpired:

@@ -84,6 +84,7 @@ def test_the_likeliest_option_is_read_whatever_the_outputs_of_others_end_with() 
         ("--name ../../outside", "--name '../../outside': is that of a folder in the output, without slashes"),
         ("--name /abs", "without slashes"),
         ("--name ..", "without slashes"),
+        ("--stop= ", "--stop: an empty text would end every answer at once"),
         ("--choice-texts a b c d e f g h i j k", "--choice-texts: 11 given; give 2 to 10 options"),
         ("--choice-columns a", "--choice-columns: 1 given; give 2 to 10 options"),
         ("--rescore --num-tasks 4", "--rescore grades in this process: omit --num-tasks and --executor"),
