@@ -37,7 +37,7 @@ from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.settings import read_settings, write_settings
-from megatron_tpt.names import shown
+from megatron_tpt.names import first_few, shown
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,20 @@ def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
     if doubled := sorted({title for title in titles if titles.count(title) > 1}):
         raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
     _check_same(runs)
-    for run in () if runs[0].task is not None else runs:
-        if unused := run.ignored():
-            logger.warning(f"{shown(run.title)}: without effect here: {', '.join(unused)}")
+    if runs[0].task is None:  # tasks leave it to the command that started them
+        _name_ignored(runs)
     if runs[0].early_exit() is not None and all(run.scoring != "generate" for run in runs):
         raise UserError("--exit-criterion is for tokens that are generated, and here all are scored: omit it")
+
+
+def _name_ignored(runs: Sequence[EvaluateOptions]) -> None:
+    """Warn of options without effect, once for all benchmarks that ignore the same."""
+    titles: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        titles.setdefault(tuple(run.ignored()), []).append(run.title)
+    for options, own in titles.items():
+        if options:
+            logger.warning(f"{shown(first_few(own, 3))}: without effect here: {', '.join(options)}")
 
 
 def _check_same(runs: Sequence[EvaluateOptions]) -> None:

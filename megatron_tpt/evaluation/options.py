@@ -212,7 +212,7 @@ class EvaluateOptions(Benchmark):
             scoring="perplexity",
             **{name: getattr(self, name) for name in _OF_DOCUMENTS},
         )
-        return [replace(self, **vars(documents), documents=None, text_column="text", benchmark=[])]
+        return [replace(self, **vars(documents), documents=None, text_column="text", benchmark=[], data_dir=None)]
 
 
 def _default(each: "Field[Any]") -> Any:

@@ -16,6 +16,7 @@ from megatron_tpt.evaluation.arms import Arm
 from megatron_tpt.evaluation.asking import Evaluation, render_prompts
 from megatron_tpt.evaluation.benchmark import FOLDER, names
 from megatron_tpt.evaluation.choices import continuations
+from megatron_tpt.evaluation.evaluate import evaluate
 from megatron_tpt.evaluation.options import EvaluateOptions, parse_benchmarks
 from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set, read_problems
 from megatron_tpt.evaluation.samples import Store
@@ -70,6 +71,16 @@ def test_every_option_of_a_benchmark_counts(name: str) -> None:
 def test_options_that_change_nothing_are_named(arguments: str, ignored: str) -> None:
     [run] = parsed("--data", "p.jsonl", *arguments.split())
     assert run.ignored() == ignored.split()
+
+
+def test_options_without_effect_are_named_once_for_all_that_ignore_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--benchmark", "gsm8k-base", "boolq", "arc-easy", "--temperature", "0.6", "--documents", "d.jsonl"]
+    with pytest.raises(UserError, match="is missing"):  # nothing is there
+        evaluate(parsed(*arguments, "--data-dir", str(tmp_path)))
+    [line] = caplog.messages
+    assert line == "boolq, arc-easy: without effect here: --temperature"
 
 
 def test_the_likeliest_option_is_read_whatever_the_outputs_of_others_end_with() -> None:
