@@ -129,6 +129,7 @@ def test_a_folder_of_an_earlier_version_is_graded_and_resumed(options: EvaluateO
 
 
 def test_another_tokenizer_is_refused(options: EvaluateOptions, tmp_path: Path) -> None:
+    shutil.copytree(options.model[0], tmp_path / "other")
     make_tokenizer(tmp_path / "other", thinks=False)
     with pytest.raises(UserError, match="tokenizer was null, now"):
         evaluate(dataclasses.replace(options, tokenizer=str(tmp_path / "other")))
