@@ -63,20 +63,23 @@ def readable(text: str, reading: Reading) -> str | None:
 
 def boxes(text: str) -> list[str]:
     """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end; the number or the
-    letter after one without braces."""
+    letter after one without braces. Of a box that holds nothing but a box, the inner one counts."""
     found: list[str] = []
-    depth: list[int | None] = []  # per open brace: where the content of the box begins, or None for a plain brace
+    depth: list[re.Match[str] | None] = []  # per open brace: the box that it begins, or None for a plain brace
+    last = (0, 0)  # where the last box begins and ends
     for token in _BOX_TOKEN.finditer(text):
         if token["bare"]:
             found.append(token["bare"].rstrip(".,"))
         elif token["box"]:
-            depth.append(token.end() if token[0].startswith(_BOX_NAMES) else None)
+            depth.append(token if token[0].startswith(_BOX_NAMES) else None)
         elif token["open"]:
             depth.append(None)
-        elif token["close"] and depth:
-            start = depth.pop()
-            if start is not None and text[start : token.start()].strip():
-                found.append(text[start : token.start()].strip())
+        elif token["close"] and depth and (box := depth.pop()) is not None:
+            content = text[box.end() : token.start()].strip()
+            if content and content != text[slice(*last)]:
+                found.append(content)
+            if content:
+                last = box.start(), token.end()
     return found
 
 
@@ -98,9 +101,15 @@ def after_hashes(text: str) -> list[str]:
 
 
 def math_span(text: str) -> str | None:
-    """From the first to the last piece of mathematics ($...$) in `text`, which keeps "$3$ or $4$" together."""
+    """From the first to the last piece of mathematics ($...$) in `text`, which keeps "$3$ or $4$" together.
+
+    The minus of -$3$ is in it.
+    """
     spans = list(_MATH_SPAN.finditer(text))
-    return text[spans[0].start() : spans[-1].end()] if spans else None
+    if not spans:
+        return None
+    start = spans[0].start()
+    return text[start - 1 if re.search(r"(?<!\S)[-−]$", text[:start]) else start : spans[-1].end()]
 
 
 def last_chunk(text: str, start: int, end: int) -> str:

@@ -14,7 +14,7 @@ from megatron_tpt.grading.compare import Tier, same_mathematics
 from megatron_tpt.grading.extract import Reading
 from megatron_tpt.grading.instructions import Instructions
 from megatron_tpt.grading.latex import key, normalize
-from megatron_tpt.grading.numeric import last_number, numbers_in, plain, single_number
+from megatron_tpt.grading.numeric import is_changed, last_number, numbers_in, plain, signed, single_number
 
 AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "instructions", "code"]
 
@@ -85,8 +85,12 @@ class Number:
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(value, list | bool):
             return None
-        found = find_number(_text(value), Reading())
-        return None if found is None else Fraction(found)
+        text = _text(value).rpartition("####")[2].strip()
+        boxed = extract.boxes(text)
+        text = boxed[-1] if boxed else text.rpartition("\n")[2]  # solutions end in a line such as "A: 24"
+        # "maybe in 2024" is no reference, "Rs. 24", "x = 24" and "24 eggs" are
+        has_words = re.match(r"[^=0-9]*?[A-Za-z]{3}[^=]*$", re.sub(r"\\[A-Za-z]+", "", text))
+        return None if has_words else single_number(text)
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         return find_number(text, reading)
@@ -108,7 +112,7 @@ def _find_number(text: str, reading: Reading) -> Fraction | None:
     if not reading.first and extract.has_box(text):
         return single_number(boxed[-1]) if boxed else None
     if hashes and not (reading.first and _stated_before_hashes(text)):
-        return numbers_in(plain(hashes[pick]))[0][0]
+        return _stated_number(hashes[pick])
     if stated and numbers_in(plain(stated[pick])):
         return _stated_number(stated[pick])
     if extract.has_box(text):
@@ -119,8 +123,13 @@ def _find_number(text: str, reading: Reading) -> Fraction | None:
 
 def _stated_number(sentence: str) -> Fraction | None:
     """The number in what follows "answer is": 24 in "24 eggs, of which 9 are left"; none in "3 or 4"."""
+    sentence = signed(sentence)
     span = extract.math_span(sentence)
-    for part in (span, sentence, re.split(r"[,;]\s|\(", sentence)[0]):
+    if span and is_changed(*sentence.split(span, 1)):
+        return None
+    first, *rest = re.split(r"[,;]\s|\(", sentence, maxsplit=1)
+    several = rest and re.match(r"[\s$]*[A-Za-z]?\w?\s*=|[\s$\d.,=)-]*$", rest[0])  # x = 3, y = 4; 3, 4
+    for part in (span, sentence, None if several else first):
         if part and (value := single_number(part)) is not None:
             return value
     return None
@@ -174,13 +183,19 @@ class Mathematics:
 
 def _stated(sentence: str) -> str | None:
     """The answer in what follows "answer is": its mathematics, or its number among words, or all of it."""
+    sentence = signed(sentence)
     if span := extract.math_span(sentence):
-        return span
+        return sentence if is_changed(*sentence.split(span, 1)) else span
     numbers = numbers_in(sentence)
     if len(numbers) == 1:
         _, start, end = numbers[0]
-        words = f"{sentence[:start]} {sentence[end:]}".replace("*", " ").split()
-        if words and all(re.fullmatch(r"[A-Za-z]{2,}[,:]?|a", word) for word in words):
+        before, after = sentence[:start].replace("*", " "), sentence[end:].replace("*", " ")
+        words = f"{before} {after}".split()
+        if (
+            words
+            and not is_changed(before, after)
+            and all(re.fullmatch(r"[A-Za-z]{2,}[,:]?|a", word) for word in words)
+        ):
             return sentence[start:end].strip()
     return sentence.strip("*_ ") or None
 

@@ -54,6 +54,8 @@ def test_a_prompt_that_ends_in_thinking_is_known(prompt: str, opened: bool) -> N
         ("\\boxed{5", []),
         ("\\boxed{3} then \\boxed{4", ["3"]),
         ("} \\boxed{3}", ["3"]),
+        ("\\boxed{ \\boxed{\\frac{\\sqrt{2}}{2}} }", ["\\frac{\\sqrt{2}}{2}"]),
+        ("\\boxed{x = \\boxed{5}}", ["5", "x = \\boxed{5}"]),
     ],
 )
 def test_boxes_are_balanced_and_not_empty(text: str, found: list[str]) -> None:

@@ -127,6 +127,14 @@ def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
         ("number", "one"),
         ("number", [1, 2]),
         ("number", True),
+        ("number", "3\\sqrt{2}"),
+        ("number", "3 or 4"),
+        ("number", "no idea, maybe in 2024"),
+        ("number", {"a": 3, "b": 4}),
+        ("number", {"a": "x", "b": 4}),
+        ("math", {"a": 3}),
+        ("exact", {"a": 3}),
+        ("exact", None),
         ("boolean", "maybe"),
         ("jee", "E"),
         ("math", ""),
@@ -136,6 +144,35 @@ def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
 )
 def test_references_that_cannot_be_read_are_known(kind: Any, value: Any) -> None:
     assert Grader(Rules(kind)).reference(value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("2 + 1 = 3\n#### 3", "3"), ("2 + 1 = 3\nA: 3", "3"), ("24 eggs", "24"), ("Rs. 24", "24"), ("x = 24", "24"),
+     (1e-07, "1/10000000"), ("$1,200.50", "2401/2"), (" \\boxed{7} ", "7"), ([7], "7")],
+)  # fmt: skip
+def test_references_of_numbers(value: Any, number: str) -> None:
+    assert str(make_kind("number").reference(value)) == number
+
+
+@pytest.mark.parametrize(
+    ("output", "correct"),
+    [
+        ("The answer is not 5.", False),
+        ("The answer is not $5$.", False),
+        ("The answer is less than 5.", False),
+        ("The answer is half of 5.", False),
+        ("The answer is the square root of 5.", False),
+        ("The answer is 5 or more.", False),
+        ("The answer is minus 5.", False),
+        ("The answer is 5 inches.", True),
+        ("\\boxed{\\boxed{5}}", True),
+    ],
+)
+def test_words_around_a_stated_number_may_change_it(output: str, correct: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert grade("math", "5", output) is correct
+    assert grade("math", "-5", output) is ("minus" in output)
 
 
 def test_the_verdict_says_what_was_found_and_why() -> None:
