@@ -19,12 +19,17 @@ from megatron_tpt.grading.numeric import is_changed, last_number, numbers_in, pl
 AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "instructions", "code"]
 
 LETTERS = "ABCDEFGHIJ"
+_DECORATION = r"(?:\\(?:boxed|fbox|text|mathrm|textbf|mathbf)\{|[(\[{*_$'\"\s])*+"
 _LETTER = re.compile(
-    r"(?:option|choice)?\s*(?:\\(?:boxed|fbox|text|mathrm|textbf|mathbf)\{|[(\[{*_$'\"\s])*"
+    rf"{_DECORATION}(?:(?i:the\s+)?(?i:option|choice|letter)[\s:]*+{_DECORATION})?"
     r"(?P<letter>[A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z0-9'’-])(?P<rest>.*)",
     re.S,
 )
-_ANOTHER_LETTER = re.compile(r"[\s)\]}*_$,.]*(?:or|and|/|,|&)\s*[(*]*[A-J]\b(?!\w)")
+_ANOTHER_LETTER = re.compile(
+    r"(?:\\(?:text|mathrm|textbf|mathbf)\{|[\s)\]}*_$,.;:\\])*+"
+    r"(?:(?:or|and|nor|as well as|/|,|&|\+)(?:\\text\{|[\s({*_$}])*+[A-J]\b"
+    r"|[({*_$]*+[A-J]\b(?!['’-]|\s+(?!(?:and|or)\b)[A-Za-z]{2}))"
+)
 _HEADING = re.compile(r"[.):]\s*[^\W\d]")
 """What follows the number of a Markdown heading."""
 _YES, _NO = ("yes", "true"), ("no", "false")
@@ -216,7 +221,9 @@ class Choice:
             return letters[value] if 0 <= value < len(letters) else None
         by_text = _option(str(value), choices)
         letter = str(value).strip().strip("().").upper()
-        return letter if len(letter) == 1 and letter in letters else by_text
+        if len(letter) != 1 or letter not in letters:
+            return by_text
+        return letter if by_text in (None, letter) else None  # C of the options C, D, E, A: which?
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         boxed, stated = extract.boxes(text), extract.statements(text)

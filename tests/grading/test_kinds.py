@@ -32,7 +32,26 @@ def grade(kind: Any, reference: Any, output: str, **item: Any) -> bool:
         ("The answer is 12.", "C"),
         ("\\boxed{1/2}", None),  # text alone is compared with the options
         ("\\boxed{\\frac12}", "D"),
+        ("The correct answer is Option C.", "C"),
+        ("The answer is **Choice (C)**", "C"),
+        ("The answer is the letter C.", "C"),
+        ("\\boxed{\\text{Option C}}", "C"),
+        ("\\boxed{C. A house}", "C"),
+        ("\\boxed{C. A Tale of Two Cities}", "C"),
+        ("The answer is C: I know it", "C"),
+        ("The answer is B because A is wrong.", "B"),
         ("The answer is (A) or (B).", None),
+        ("\\boxed{A \\text{ and } B}", None),
+        ("\\boxed{A\\text{ or }C}", None),
+        ("\\boxed{\\text{A and B}}", None),
+        ("\\boxed{\\text{A}, \\text{B}}", None),
+        ("\\boxed{A \\& C}", None),
+        ("\\boxed{A; B}", None),
+        ("\\boxed{A B}", None),
+        ("\\boxed{A B and C}", None),
+        ("\\boxed{A + B}", None),
+        ("The answer is A as well as B.", None),
+        ("The answer is Options A and B.", None),
         ("The answer is a good one.", None),
         ("The answer is A good one.", None),
         ("The answer is (G).", None),  # there is no such option
@@ -54,6 +73,12 @@ def test_ten_letters_are_known_without_the_options() -> None:
 )
 def test_references_of_choices(value: Any, letter: str | None) -> None:
     assert make_kind("choice").reference(value, OPTIONS) == letter
+
+
+def test_a_letter_that_is_the_text_of_another_option_is_no_reference() -> None:
+    references = {value: make_kind("choice").reference(value, ("C", "D", "E", "D")) for value in ("A", "C", "D", "E")}
+    assert references == {"A": "A", "C": None, "D": "D", "E": "C"}
+    assert make_kind("choice").reference("B", ("A", "B")) == "B"
 
 
 @pytest.mark.parametrize(
