@@ -33,6 +33,15 @@ _ANOTHER_LETTER = re.compile(
 _HEADING = re.compile(r"[.):]\s*[^\W\d]")
 """What follows the number of a Markdown heading."""
 _YES, _NO = ("yes", "true"), ("no", "false")
+_FIRST_WORD = re.compile(
+    r"(?i)[^A-Za-z]*(yes|true|false|no(?=[^A-Za-z]*$|\W*[.,;:!()\n*$}—-]|\s+(?:because|since|as|it|he|she|they|there|this|"
+    r"that|the|you|we|i)\b))\b"
+)
+_BOTH = re.compile(
+    r"(?i)\b(?:yes|true|no|false)\b\W*\b(?:or|and|nor)\b"
+    r"|\b(?:yes|true)\b\W+(?:no|false)\b(?!\s+\w)|\b(?:no|false)\b\W+(?:yes|true)\b(?!\s+\w)"
+)
+_DENIAL = re.compile(r"(?i)\b(?:not|never|no|neither|nor|cannot|hardly|nothing|none)\b|n['’]t\b")
 _JEE_NOISE = re.compile(r"\\(?:text|mathrm|mathbf|textbf)|(?i:\b(?:and|options?)\b)|[\s(){}\[\],.;:$*&\\'\"]")
 _MAX_OPTION = 2000
 """Longer texts, in characters, are not compared with options."""
@@ -278,8 +287,7 @@ class Boolean:
             return _first_truth(stated[0 if reading.first else -1])
         if boxed:
             return _truth(boxed[0])
-        words = re.findall(r"[A-Za-z]+", text)
-        return (_truth(words[0]) or (None if reading.first else _truth(words[-1]))) if words else None
+        return _first_truth(text.strip().partition("\n")[0]) or (None if reading.first else _last_truth(text))
 
     def same(self, reference: str, candidate: str) -> Tier | None:
         return "text" if reference == candidate else None
@@ -290,11 +298,19 @@ def _truth(text: str) -> str | None:
     return "true" if word in _YES else "false" if word in _NO else None
 
 
-def _first_truth(sentence: str) -> str | None:
-    words = [word for word in re.findall(r"[A-Za-z]+", sentence) if word not in ("text", "boxed", "mathrm", "textbf")]
-    if re.search(r"(?i)\b(?:yes|true)\b\W*\b(?:or|and|nor)\b|\b(?:no|false)\b\W*\b(?:or|and|nor)\b", sentence):
+def _first_truth(text: str) -> str | None:
+    """What the first word says; nothing in "no doubt", "yes or no", "yes, no"."""
+    text = re.sub(r"\\(?:text|boxed|mathrm|textbf)\b", " ", text)
+    if _BOTH.search(text) or not (match := _FIRST_WORD.match(text)):
         return None
-    return _truth(words[0]) if words else None
+    return _truth(match[1])
+
+
+def _last_truth(text: str) -> str | None:
+    """What the last word says, unless something in its clause may deny it: "it is not true", "no doubt ... true"."""
+    clause = re.split(r"[.,;:!?\n]\s", text.strip().rstrip(".!*_ "))[-1]
+    words = re.findall(r"[A-Za-z]+", clause)
+    return _truth(words[-1]) if words and not _DENIAL.search(clause[: clause.rindex(words[-1])]) else None
 
 
 class Jee:
