@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
+_OPENED = re.compile(rf"(?<![`'\"“‘]){re.escape(OPEN_TAG)}(?![`'\"”’])")
+"""The tag where it is not quoted."""
 _BOX_TOKEN = re.compile(
     r"\\(?:boxed|fbox)\s+(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})",
     re.S,
@@ -18,6 +20,9 @@ _STATEMENT = re.compile(r"(?i)\banswer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _FINAL_STATEMENT = re.compile(r"(?i)\bfinal answer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _HASHES = re.compile(r"#{4}(?!#)")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|\.?\s*I hope it is correct")
+_CODE_BLOCK = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}+|~{3,}+)[^\n`]*\n(?P<code>.*?)^[ \t]*(?P=fence)[`~]*[ \t]*$", re.S | re.M
+)
 _MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
@@ -40,7 +45,7 @@ def after_thinking(output: str, opened: bool = False) -> str | None:
     ended: such an output has no answer.
     """
     _, closed, rest = output.rpartition(CLOSE_TAG)
-    return None if OPEN_TAG in rest or (opened and not closed) else rest
+    return None if _OPENED.search(rest) or (opened and not closed) else rest
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -125,8 +130,8 @@ def last_chunk(text: str, start: int, end: int) -> str:
 
 
 def last_code_block(text: str) -> str | None:
-    """The content of the last closed fenced block (```); None where there is none."""
-    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", text, re.S | re.M)
+    """The content of the last closed fenced block (``` or ~~~); None where there is none."""
+    blocks = [match["code"] for match in _CODE_BLOCK.finditer(text.replace("\r\n", "\n"))]
     return blocks[-1] if blocks else None
 
 
