@@ -316,10 +316,16 @@ def _last_truth(text: str) -> str | None:
 class Jee:
     """JEEBench: the same letters (all of them), the same integer, or a decimal within 0.01."""
 
-    def reference(self, value: Any, choices: Sequence[str] = ()) -> str | Fraction | None:
-        if isinstance(value, list):
-            value = "".join(map(_text, value))
-        return _letters(_text(value)) or (None if isinstance(value, bool) else single_number(_text(value)))
+    def reference(self, value: Any, choices: Sequence[str] = ()) -> str | tuple[Fraction, Fraction] | None:
+        """The letters, or the number and how much an answer may differ from it: 6.00 is a decimal, 6 an integer."""
+        text = "".join(map(_text, value)) if isinstance(value, list) else _text(value)
+        if letters := _letters(text):
+            return letters
+        number = None if isinstance(value, bool) else single_number(text)
+        if number is None:
+            return None
+        is_decimal = re.search(r"\.[0-9]", text) or number.denominator != 1
+        return number, JEE_TOLERANCE if is_decimal else Fraction(0)
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         boxed, stated = extract.boxes(text), extract.statements(text)
@@ -331,13 +337,13 @@ class Jee:
             return self._read(stated[pick]) or (self._read(span) if span else None)
         return self._read(text) or find_number(text, reading)
 
-    def same(self, reference: str | Fraction, candidate: str) -> Tier | None:
+    def same(self, reference: str | tuple[Fraction, Fraction], candidate: str) -> Tier | None:
         if isinstance(reference, str):
             return "text" if reference == candidate else None
         if not re.fullmatch(r"-?[0-9]+(?:/[0-9]+)?", candidate):
             return None
-        gap = abs(Fraction(candidate) - reference)
-        return "number" if gap <= (0 if reference.denominator == 1 else JEE_TOLERANCE) else None
+        number, tolerance = reference
+        return "number" if abs(Fraction(candidate) - number) <= tolerance else None
 
     def _read(self, text: str) -> str | None:
         letters = _letters(text)

@@ -123,10 +123,15 @@ def test_booleans_are_yes_or_no(reference: Any, output: str, correct: bool) -> N
         ("5", "\\boxed{5.005}", False),
         ("0.24", "The answer is $0.245$ eV.", True),
         ("0.24", "\\boxed{0.26}", False),
+        ("6.00", "\\boxed{6.004}", True),
+        ("6.00", "\\boxed{6.02}", False),
+        (6.0, "\\boxed{5.995}", True),
+        (6, "\\boxed{6.004}", False),
+        ("6", "\\boxed{6.0}", True),
         ("5.56", "\\boxed{A}", False),
     ],
 )
-def test_jee_wants_all_letters_or_the_number(reference: str, output: str, correct: bool) -> None:
+def test_jee_wants_all_letters_or_the_number(reference: Any, output: str, correct: bool) -> None:
     assert grade("jee", reference, output) is correct
 
 
