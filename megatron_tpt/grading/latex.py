@@ -42,7 +42,7 @@ _KNOWN_UNIT = re.compile(
 )
 _NO_UNIT = re.compile(
     "more|less|fewer|least|most|when|where|while|except|unless|otherwise|than|then|else|with|squared|cubed|root|times|"
-    "plus|minus|over|under|above|below|factorial|modulo|base|half|halves|thirds?|quarters?|tenths|hundredths|dozens?|"
+    "plus|minus|over|under|above|below|factorial|modulo|base|half|halves|thirds?|quarters?|tenths|hundredths|"
     "score|hundreds?|thousands?|[mbtr]+illions?|only|approximately|about|roughly|both|either|alpha|beta|gamma|delta|"
     "epsilon|zeta|theta|kappa|lambda|sigma|omega|sqrt|sinh|cosh|tanh|coth|arcsin|arccos|arctan|infinity|even|undefined|"
     "true|false|none"

@@ -12,9 +12,8 @@ _MAX_LENGTH = 2000
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?"
-_MULTIPLIERS = {
-    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12
-}  # fmt: skip
+_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Not dozen: problems that end in "7 dozen" ask how many dozens, as those of GSM8K do."""
 _MULTIPLIER = rf"(?:\s+|\s*\\text\{{\s*)(?P<multiplier>(?i:{'|'.join(_MULTIPLIERS)}))\b\}}?"
 _NUMBER = re.compile(
     # No number starts inside a name (v7) or a number; a minus after something is a subtraction (9-5).
@@ -26,6 +25,8 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}|([0-9]))\s*(?:\{([^{}]+)\}|([0-9]))")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\[,;:! ]\s*)(?=[0-9]{3}(?![0-9]))")
+
+_FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3"})
 
 _PLAIN = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _SIMPLE = re.compile(
@@ -69,7 +70,7 @@ def last_number(text: str) -> tuple[Fraction, int, int] | None:
 
 def plain(text: str) -> str:
     """The text with LaTeX's fractions as a/b, negative 5 as -5, and no separators of thousands but the comma."""
-    return signed(_LATEX_FRACTION.sub(_plain_fraction, _THOUSANDS.sub("", text)))
+    return signed(_LATEX_FRACTION.sub(_plain_fraction, _THOUSANDS.sub("", text)).translate(_FRACTIONS))
 
 
 def signed(text: str) -> str:

@@ -29,6 +29,7 @@ pytest.importorskip("math_verify")
         ("12", "12 in", "text"),
         ("12", "12\\text{ miles per hour}", "text"),
         ("12", "12\\text{ marbles}", "text"),
+        ("7", "7\\text{ dozen}", "text"),
         ("3\\pi", "3 pi", "text"),
         ("\\text{Evelyn}", "EVELYN", "text"),
         ("Evelyn", "evelyn", "text"),
@@ -117,7 +118,6 @@ def test_equal_answers_are_accepted_by_the_first_tier_that_can(reference: str, a
         ("2", "2\\text{ if n is even}"),
         ("2", "2\\text{ except when } n = 1"),
         ("10", "10\\text{ million}"),
-        ("3", "3\\text{ dozen}"),
         ("5", "5\\text{ squared}"),
         # names and digits
         ("a-b", "A-B"),
