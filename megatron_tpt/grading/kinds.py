@@ -230,9 +230,7 @@ class Choice:
             return letters[value] if 0 <= value < len(letters) else None
         by_text = _option(str(value), choices)
         letter = str(value).strip().strip("().").upper()
-        if len(letter) != 1 or letter not in letters:
-            return by_text
-        return letter if by_text in (None, letter) else None  # C of the options C, D, E, A: which?
+        return letter if len(letter) == 1 and letter in letters else by_text
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         boxed, stated = extract.boxes(text), extract.statements(text)

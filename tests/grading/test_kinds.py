@@ -75,12 +75,6 @@ def test_references_of_choices(value: Any, letter: str | None) -> None:
     assert make_kind("choice").reference(value, OPTIONS) == letter
 
 
-def test_a_letter_that_is_the_text_of_another_option_is_no_reference() -> None:
-    references = {value: make_kind("choice").reference(value, ("C", "D", "E", "D")) for value in ("A", "C", "D", "E")}
-    assert references == {"A": "A", "C": None, "D": "D", "E": "C"}
-    assert make_kind("choice").reference("B", ("A", "B")) == "B"
-
-
 @pytest.mark.parametrize(
     ("reference", "output", "correct"),
     [
