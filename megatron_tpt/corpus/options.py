@@ -86,6 +86,10 @@ class PrepareOptions:
         check_bounds(self)
         self.evaluation_sets()
 
+    def locations(self) -> list[str]:
+        """The files, folders, patterns and data sets of the input."""
+        return self.input
+
     def warn_of_unused(self) -> None:
         """Say on stderr which options were given that have no effect without others."""
         needed_by = {
@@ -117,7 +121,8 @@ class PrepareOptions:
             name, equals, rest = text.partition("=")
             if not (name and equals and rest):
                 raise UserError(f"--decontaminate {text}: give NAME=FILE or NAME=FILE:COLUMN")
-            location, columns = _split_location(rest)
+            location, found = split_location(rest)
+            columns = found or ("text",)
             if location in ("", "hf://") or not all(columns):
                 raise UserError(f"--decontaminate {text}: a name is missing; give NAME=FILE:COLUMN,COLUMN")
             if any(name == other.name for other in sets):
@@ -126,12 +131,13 @@ class PrepareOptions:
         return sets
 
 
-def _split_location(text: str) -> tuple[str, tuple[str, ...]]:
-    """FILE and the columns of FILE[:COLUMN[,COLUMN]]. Colons may be part of the file's name; that of hf:// is."""
+def split_location(text: str) -> tuple[str, tuple[str, ...] | None]:
+    """FILE and the columns of FILE[:COLUMN[,COLUMN]], None where it names none. Colons may be part of the file's name;
+    that of hf:// is."""
     scheme = "hf://" if text.startswith("hf://") else ""
     rest = text.removeprefix(scheme)
     if Path(text).expanduser().exists() or ":" not in rest:
-        return text, ("text",)
+        return text, None
     splits = [(rest[:i], rest[i + 1 :]) for i, character in enumerate(rest) if character == ":"]
     existing = (split for split in reversed(splits) if not scheme and Path(split[0]).expanduser().exists())
     location, columns = next(existing, splits[-1])

@@ -5,7 +5,7 @@ import decimal
 import json
 import sys
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,9 @@ import orjson
 from megatron_tpt import json_data
 from megatron_tpt.errors import UserError
 from megatron_tpt.records.record import BadRecord, Record, content_id
+
+type Compose = Callable[[Sequence[Any], Sequence[str]], tuple[str, dict[str, Any]]]
+"""(values, names of the columns) -> (text, fields of `meta`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Columns:
     """The column with the id; without a column "id" the id is made from the content."""
     meta: tuple[str, ...] = ()
     """Further columns to keep in `Record.meta`, under their names, where the source has them."""
+    compose: Compose | None = None
+    """Makes the text from the values of the text columns, which may then be of any type, and what it adds to `meta`;
+    raises BadRecord. Without, they are texts, and are joined by a newline."""
 
     def __post_init__(self) -> None:
         if not all(self.texts):
@@ -41,7 +47,7 @@ class Columns:
     @cached_property
     def kept(self) -> tuple[str, ...]:
         """The columns whose values need not be strings."""
-        return (self.id, "meta", *self.meta)
+        return (self.id, "meta", *self.meta, *(self.texts if self.compose else ()))
 
     @cached_property
     def holding_text(self) -> frozenset[str]:
@@ -118,10 +124,11 @@ def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
 
 
 def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
-    try:
-        text = "\n".join([fields[name] for name in columns.texts])
-    except (KeyError, TypeError):
-        text = "\n".join([_text(fields, name) for name in columns.texts])
+    composed: dict[str, Any] = {}
+    if columns.compose is not None:
+        text, composed = columns.compose([field_at(fields, name) for name in columns.texts], columns.texts)
+    else:
+        text = _joined_text(fields, columns)
     if not text or text.isspace():
         raise BadRecord("empty text")
     thinking = fields.get("thinking")
@@ -133,8 +140,16 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
     if columns.meta:
         found = {name: field_at(fields, name) for name in columns.meta}
         meta = meta | {name: value for name, value in found.items() if value is not None or name in fields}
+    meta = meta | composed if composed else meta
     id = field_at(fields, columns.id)
     return Record(id if id and type(id) is str else _id(id, columns.id, text), text, thinking, meta)
+
+
+def _joined_text(fields: Mapping[str, Any], columns: Columns) -> str:
+    try:
+        return "\n".join([fields[name] for name in columns.texts])
+    except (KeyError, TypeError):
+        return "\n".join([_text(fields, name) for name in columns.texts])
 
 
 def _parsed(line: bytes) -> tuple[Any, bool]:

@@ -1,0 +1,118 @@
+"""Annotators that are models of your own, on this machine: fastText files, and Hugging Face classifiers in a folder.
+
+    --classify NAME=model.bin      fastText: NAME is the likeliest label, NAME_score its probability
+    --classify NAME=FOLDER         AutoModelForSequenceClassification: the same; of a regression, NAME is its value
+
+Only the beginning of a long text is seen: 16 Ki characters by fastText, as many tokens as it takes by the other.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.corpus.annotate import Annotator
+from megatron_tpt.corpus.documents import Document
+from megatron_tpt.errors import UserError
+
+_FASTTEXT_SUFFIXES = (".bin", ".ftz")
+_MAX_CHARACTERS = 1 << 14
+_BATCH = 32
+_DIGITS = 4
+
+
+def load_classifier(name: str, path: Path) -> Annotator:
+    """The classifier at `path`, whose result is the field `name`. Raises UserError for what is none."""
+    if path.suffix in _FASTTEXT_SUFFIXES and path.is_file():
+        return FastText(name, path)
+    if (path / "config.json").is_file():
+        return HuggingFaceClassifier(name, path)
+    raise UserError(
+        f"--classify {name}={path}: no classifier is there; give a fastText model (.bin, .ftz) or the folder of a "
+        "Hugging Face classifier"
+    )
+
+
+class FastText:
+    """A fastText model, by datatrove's filter."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        from datatrove.pipeline.filters import FastTextClassifierFilter
+
+        self._name = name
+        self.fields = (name, f"{name}_score")
+        try:
+            self._filter = FastTextClassifierFilter(str(path), newline_replacement=" ")
+            self._filter.model  # noqa: B018 (it is loaded where it is first asked for)
+        except ImportError:
+            raise UserError(
+                f"--classify {name}={path}: the Python package fasttext is not installed: "
+                "pip install fasttext-numpy2-wheel fasteners, or give a Hugging Face classifier"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"--classify {name}={path}: not a fastText model ({error})") from None
+
+    def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
+        """See `Annotator.annotate`."""
+        return [self._annotate(one) for one in documents]
+
+    def _annotate(self, document: Document) -> dict[str, Any]:
+        from datatrove.data import Document as Datatrove
+
+        scored = Datatrove(document.text[:_MAX_CHARACTERS], "")
+        self._filter.filter(scored)
+        label = max(scored.metadata, key=scored.metadata.__getitem__)
+        score = min(1.0, round(scored.metadata[label], _DIGITS))  # fastText's own is at times 1.00001
+        return {self._name: label.removeprefix("__label__"), f"{self._name}_score": score}
+
+
+class HuggingFaceClassifier:
+    """A sequence classifier, on a GPU where there is one. Every process has its own."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._name, self._folder = name, folder
+        self.fields = (name, f"{name}_score")
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, str]:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self._folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"--classify {self._name}={self._folder}: cannot be loaded ({reason})") from error
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return tokenizer, model.eval().to(device), device
+
+    def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
+        """See `Annotator.annotate`. Texts of about the same length are computed together; padding is masked."""
+        order = sorted(range(len(documents)), key=lambda place: len(documents[place].text))
+        found: list[dict[str, Any]] = [{}] * len(documents)
+        for begin in range(0, len(order), _BATCH):
+            places = order[begin : begin + _BATCH]
+            results = self._classify([documents[place].text for place in places])
+            for place, result in zip(places, results, strict=True):
+                found[place] = result
+        return found
+
+    def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
+        import torch
+
+        tokenizer, model, device = self._loaded
+        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=longest)
+        with torch.inference_mode():
+            logits = model(**inputs.to(device)).logits.double().cpu()
+        if model.config.num_labels == 1:
+            return [{self._name: round(value, _DIGITS)} for value in logits[:, 0].tolist()]
+        scores, labels = logits.softmax(-1).max(-1)
+        names = model.config.id2label
+        return [
+            {self._name: names[label], f"{self._name}_score": round(score, _DIGITS)}
+            for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
