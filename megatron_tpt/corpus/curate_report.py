@@ -34,7 +34,10 @@ class CuratedMeta(Description):
         self._found = found
         members = job.strata.members(counted[0], counted[1]) if job.strata is not None else {}
         self._has_strata = job.strata is not None
-        self._names, self._is_in = list(members), np.array([*members.values()], bool).reshape(len(members), -1)
+        self._names, self._is_in = (
+            list(members),
+            np.array([*members.values()], bool).reshape(len(members), counted.shape[1]),
+        )
         self._place = 0
         self._counts: dict[str, dict[str, Counter[str]]] = {}
         self._unseen = {name for where in (job.strata.wheres if job.strata else {}).values() for name in where.fields}

@@ -114,7 +114,7 @@ def advice_without_index(prefix: Path) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `PREFIX.json`."""
+    """The content of `PREFIX.json`. (Of a packed index, see `pack_manifest.packed_as_index`.)"""
 
     tokenizer: TokenizerInfo
     think: ThinkTokens
@@ -133,6 +133,8 @@ class Manifest:
     """Whether special tokens that occur in the raw text became these tokens."""
     shard_bytes: int | None = None
     """Of a shard: what the `.bin` files of its set were to keep to."""
+    where: str | None = None
+    """The condition on `meta` that selected the records; None where all were taken."""
 
     @property
     def may_have_thinking(self) -> bool:
@@ -146,11 +148,16 @@ class Manifest:
 
     @classmethod
     def read(cls, prefix: str | Path) -> "Manifest":
-        """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
+        """Read `PREFIX.json`, or what a packed index is as one. Raises UserError when there is none, or it is not of a
+        known version."""
         path = cls.path(prefix)
         try:
             content = read_json(path)
         except FileNotFoundError:
+            from megatron_tpt.indexing.pack_manifest import PackManifest, packed_as_index  # which imports this module
+
+            if PackManifest.path(prefix).exists():
+                return packed_as_index(prefix)
             raise UserError(advice_without_index(Path(prefix))) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error

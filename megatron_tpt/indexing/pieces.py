@@ -6,7 +6,7 @@ is bad, goes record by record through `megatron_tpt.records`, which decides. Bot
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,18 +21,22 @@ from megatron_tpt import json_data
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
 from megatron_tpt.records import Columns, OnBadRecord, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
-from megatron_tpt.records.parsing import parse_line, parse_row
+from megatron_tpt.records.parsing import meta_of, parse_line, parse_row
 from megatron_tpt.records.record import BadRecord
 from megatron_tpt.records.table_sizes import decoded_bytes
 from megatron_tpt.records.tables import python_row
+from megatron_tpt.records.where import Where
 
 THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
 """Of a piece: it is thinking; the think tag opens before it; closes after it; it ends a sequence; a document."""
 
+NOT_SELECTED = "not selected by --where"
+"""Why a record is skipped that is not bad."""
 _WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
 _SMALLEST_FAST_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 17  # of a processor's cache
 _TEXT = pyarrow.large_string()
+_NO_ROWS = pyarrow.table({})
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{\n"))
 
 
@@ -77,6 +81,8 @@ class PieceMaker:
     on_bad_record: OnBadRecord
     split_sentences: Callable[[str], list[str]] | None = None
     """With it, each sentence is a sequence of its own."""
+    where: Where | None = None
+    """With it, only records whose `meta` meets it make documents; the others are counted as skipped."""
 
     def make(self, rows: Rows) -> Iterator[tuple[Rows, Pieces]]:
         """Whole lines or a table's rows, in one portion or several, and their pieces."""
@@ -98,8 +104,12 @@ class PieceMaker:
         for number, parse in enumerate(self._rows(rows)):
             try:
                 record = parse()
-                if record is not None:
+                if record is None:
+                    continue
+                if self._is_selected(record.meta):
                     self._add_record(record, texts, flags)
+                else:
+                    skipped[NOT_SELECTED] += 1
             except BadRecord as bad:
                 if self.on_bad_record == "stop":
                     problem = Row(number, None, bad.problem, bad.detail)
@@ -110,11 +120,14 @@ class PieceMaker:
     def row_number(self, rows: Rows, document: int) -> int:
         """Which row a document came from, when no row was skipped."""
         for number, parse in enumerate(self._rows(rows)):
-            if parse() is not None:
-                document -= 1
+            record = parse()
+            document -= record is not None and self._is_selected(record.meta)
             if document < 0:
                 return number
         raise AssertionError("there are fewer documents")
+
+    def _is_selected(self, meta: Mapping[str, Any]) -> bool:
+        return self.where is None or self.where.matches(meta)
 
     def _rows(self, rows: Rows) -> Iterator[Callable[[], Record | None]]:
         if isinstance(rows, TooLarge):
@@ -162,11 +175,14 @@ class PieceMaker:
         if (len(rows) if isinstance(rows, bytes) else decoded_bytes(rows)) > max_record_bytes():
             return None
         try:
+            rows, unselected = self._select(rows)
             if isinstance(rows, bytes):
-                num_rows, table = _json_table(rows, self.columns)
+                num_rows, table = _json_table(rows, self.columns) if rows else (0, _NO_ROWS)
             else:
                 num_rows, table = rows.num_rows, rows
                 _check_meta(table)
+            if not num_rows:
+                return Pieces(_text_array([]), numpy.zeros(0, numpy.uint8), unselected, _not_selected(unselected))
             texts, thinking = _text_and_thinking(table, self.columns)
         except (_NeedsCloserLookError, orjson.JSONDecodeError, pyarrow.ArrowException):
             return None
@@ -176,7 +192,21 @@ class PieceMaker:
                 return None
             is_good = pyarrow.array(~is_bad)
             texts, thinking = texts.filter(is_good), thinking.filter(is_good)
-        return Pieces(*_joined(texts, thinking, self.join), num_rows, skipped)
+        return Pieces(*_joined(texts, thinking, self.join), num_rows + unselected, skipped + _not_selected(unselected))
+
+    def _select(self, rows: bytes | pyarrow.RecordBatch) -> tuple[bytes | pyarrow.RecordBatch, int]:
+        """The rows that `where` selects, and how many others there are."""
+        if self.where is None:
+            return rows, 0
+        if isinstance(rows, bytes):
+            lines = rows.removesuffix(b"\n").split(b"\n")
+            kept = [line for line in lines if self._is_selected(_meta_of(line))]
+            return b"".join(line + b"\n" for line in kept), len(lines) - len(kept)
+        if "meta" not in rows.schema.names:
+            return rows.slice(0, 0), rows.num_rows
+        is_selected = [self._is_selected(meta_of({"meta": value.as_py()})) for value in rows.column("meta")]
+        kept_rows = rows.filter(pyarrow.array(is_selected, pyarrow.bool_()))
+        return kept_rows, rows.num_rows - kept_rows.num_rows
 
     def _bad_rows(self, texts: Any, thinking: Any) -> tuple[numpy.ndarray, Counter[str]]:
         is_null, is_blank = _is_null(texts), _is_blank(texts)
@@ -194,6 +224,18 @@ class PieceMaker:
 
 class _NeedsCloserLookError(Exception):
     pass
+
+
+def _not_selected(number: int) -> Counter[str]:
+    return Counter({NOT_SELECTED: number}) if number else Counter()
+
+
+def _meta_of(line: bytes) -> Mapping[str, Any]:
+    """The `meta` of a line of JSON. A line that is no record needs a closer look."""
+    fields = orjson.loads(line)
+    if not isinstance(fields, dict):
+        raise _NeedsCloserLookError
+    return meta_of(fields)
 
 
 def _num_bytes(rows: bytes | pyarrow.RecordBatch) -> int:

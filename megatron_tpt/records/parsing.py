@@ -249,6 +249,11 @@ def _id(value: Any, id_column: str, text: str) -> str:
     raise BadRecord("id is neither string nor number", f"but {_KINDS[type(value)]} (name another id column)")
 
 
+def meta_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `meta` of a record with these fields."""
+    return _meta(fields.get("meta"))
+
+
 def _meta(value: Any) -> dict[str, Any]:
     """`meta` is ours where it is an object (in Parquet we keep it as JSON); a foreign column of that name is left."""
     if isinstance(value, dict):
