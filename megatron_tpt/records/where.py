@@ -46,7 +46,8 @@ class Where:
     def matches(self, meta: Mapping[str, Any]) -> bool:
         """Whether the condition holds of a record."""
         if self.unseen:
-            self.unseen -= {name for name in self.unseen if _field(meta, name.split(".")) is not None}
+            found = {name for name in self.unseen if _field(meta, name.split(".")) is not None}
+            self.unseen = self.unseen - found  # not in place: other threads iterate over it
         return bool(self._value(meta))
 
 
