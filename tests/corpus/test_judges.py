@@ -83,7 +83,7 @@ def test_a_job_that_stops_asks_again_only_about_the_shards_in_flight(tmp_path: P
     assert output_bytes(options.output) == output_bytes(expected.output)
     assert 0 < len(server.bodies) < num_asked
     (tmp_path / "length.yaml").write_text("prompt: 'How long? <<{text}>>'\nminimum: 0\nmaximum: 60\n")
-    with pytest.raises(UserError, match=r"judge: .*length"):
+    with pytest.raises(UserError, match=r"judge\.length\.maximum was 50"):
         curate(options)
 
 

@@ -100,7 +100,7 @@ def test_a_size_in_tokens_needs_tokens() -> None:
         ("a: {where: x, tokens: 5, documents: 5}\n", r"a stratum has one size: give one of tokens and documents"),
         ("a: {where: x, unit: documents}\n", r"unit: documents is what size_of counts"),
         ("a: {where: 'f(x)'}\n", r"'f\(x\)' cannot be part of a condition"),
-        ("a: {wehre: x}\n", r"strata\.yaml:1: a\.wehre unknown; known there: where, of"),
+        ("a: {wehre: x}\n", r"strata\.yaml:1: a\.wehre: unknown; known there: where, of"),
         ("", r"holds no stratum"),
         ("[a]\n", r"is not a mapping"),
     ],

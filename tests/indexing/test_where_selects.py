@@ -15,7 +15,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.join import Join
 from megatron_tpt.indexing.manifest import Manifest
-from megatron_tpt.indexing.merge import merge_index
+from megatron_tpt.indexing.merge import merge
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.pack_sft import pack_sft
@@ -86,8 +86,8 @@ def test_merged_strata_say_what_either_selected(tmp_path: Path, tokenizer_dir: P
     write_records(tmp_path / "all.jsonl", make_records(50))
     for name, where in (("a", "'long' in strata"), ("b", "'short' in strata"), ("c", None)):
         index(IndexOptions([tmp_path / "all.jsonl"], tokenizer_dir, tmp_path / name, where=where))
-    merge_index(MergeOptions(input=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab"))
-    merge_index(MergeOptions(input=[tmp_path / "ab", tmp_path / "c"], output=tmp_path / "abc"))
+    merge(MergeOptions(input=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab"))
+    merge(MergeOptions(input=[tmp_path / "ab", tmp_path / "c"], output=tmp_path / "abc"))
     assert Manifest.read(tmp_path / "ab").where == "('long' in strata) or ('short' in strata)"
     assert Manifest.read(tmp_path / "abc").where is None
 
