@@ -35,7 +35,8 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[CurateReport, lis
     most, half = write_jsonl(folder / "most.jsonl", s1k[:300]), write_jsonl(folder / "half.jsonl", s1k[200:])
     audit = rows("contamination_s1_lexical")
     pairs = write_jsonl(folder / "audit.jsonl", ({"q": pair["train_problem"], "a": "So it is."} for pair in audit))
-    exam = write_jsonl(folder / "exam.jsonl", ({"problem": pair["math500_problem"]} for pair in audit))
+    problems = dict.fromkeys(pair["math500_problem"] for pair in audit)
+    exam = write_jsonl(folder / "exam.jsonl", ({"problem": text} for text in problems))
     web = [f"web={DATA / f'web_documents_{name}.jsonl'}" for name in ("c4", "dolma", "wikipedia")]
     report = curate(
         CurateOptions(
@@ -77,13 +78,13 @@ def test_counts_add_up_over_real_rows(curated: tuple[CurateReport, list[Record]]
 
 @needs_data
 def test_the_audits_pairs_are_found(curated: tuple[CurateReport, list[Record]]) -> None:
-    """61% of them, as tests/corpus/test_audited_overlaps.py has it; each problem of the exam once."""
+    """61% of them, as tests/corpus/test_audited_overlaps.py has it."""
     report, records = curated
     pairs = rows("contamination_s1_lexical")
     texts = "\n".join(record.text for record in records)
     num_found = sum(pair["train_problem"] not in texts for pair in pairs)
     assert 0.58 <= num_found / len(pairs) <= 0.75
-    assert report.evaluation_sets["math500"]["items_found"] > 15
+    assert 12 <= report.evaluation_sets["math500"]["items_found"] <= len({pair["math500_problem"] for pair in pairs})
 
 
 @needs_data

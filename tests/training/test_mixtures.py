@@ -98,7 +98,7 @@ def test_all_rows_of_a_set_are_read_equally_often_over_epochs(packed: list[Path]
 
 def test_epochs_of_a_recipe_count_the_rows_that_are_drawn(packed: list[Path], tmp_path: Path) -> None:
     recipe = finetuning(packed, tmp_path, num_examples=[30, 32])
-    recipe.training.num_epochs = 3
+    recipe.training.num_steps, recipe.training.num_epochs = type(recipe.training)().num_steps, 3
     rows = len(open_sets(recipe, Tokenizer(recipe.tokenizer_path))[0])
     assert recipe.with_steps().training.num_steps == -(-3 * rows // 2)
 
