@@ -32,7 +32,6 @@ _MESSAGE_FIELDS = {"role", "content", "tool_calls", "function_call", "tool_call_
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _CALL_PART = "tool_call"
-"""A part of LLaMA-Factory's: a call as JSON."""
 
 Message = dict[str, Any]
 

@@ -55,7 +55,9 @@ class BlockEncoder:
 
     def encode(self, group: list[Block | End]) -> list[Result | End]:
         """The results of blocks, and the ends between them."""
-        joined = None if self._maker.where is not None else join_blocks(group)  # rows and documents then differ
+        joined = (
+            None if self._maker.selection.where is not None else join_blocks(group)
+        )  # rows and documents then differ
         if joined is not None and (together := self._encode_joined(joined)) is not None:
             return [item if isinstance(item, End) else next(together) for item in group]
         return [result for item in group for result in self._encode_one(item)]

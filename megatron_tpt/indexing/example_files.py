@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
-from megatron_tpt.indexing.pieces import NOT_SELECTED
+from megatron_tpt.indexing.selection import NOT_SELECTED
 from megatron_tpt.records import DAMAGED, Source, describe, read_rows
 from megatron_tpt.records.parsing import meta_of
 from megatron_tpt.records.where import Where

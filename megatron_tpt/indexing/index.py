@@ -28,7 +28,7 @@ from megatron_tpt.indexing.journal import Journal, clear_leftovers, working_fold
 from megatron_tpt.indexing.manifest import Manifest, Source
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.output import Output, publish
-from megatron_tpt.indexing.pieces import NOT_SELECTED
+from megatron_tpt.indexing.selection import NOT_SELECTED
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.jobs.ordered_workers import map_in_threads
 from megatron_tpt.jobs.progress import ProgressLine

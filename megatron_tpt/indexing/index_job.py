@@ -16,6 +16,7 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.originals import check_against_original, has_original
 from megatron_tpt.indexing.pieces import PieceMaker
 from megatron_tpt.indexing.sample import sample_texts
+from megatron_tpt.indexing.selection import Selection
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import token_dtype
@@ -43,7 +44,7 @@ class IndexJob:
         self.shard_bytes = num_bytes("--shard-size", options.shard_size) if options.shard_size else None
         split = sentences.split if options.sentences else None
         self.where = Where(options.where) if options.where is not None else None
-        self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split, self.where)
+        self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split, Selection(self.where))
         self.template = Manifest(
             tokenizer=TokenizerInfo.of(self.tokenizer),
             think=ThinkTokens(self.tokenizer.open_ids, self.tokenizer.close_ids),

@@ -21,7 +21,8 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
-from megatron_tpt.indexing.pieces import NOT_SELECTED, PieceMaker
+from megatron_tpt.indexing.pieces import PieceMaker
+from megatron_tpt.indexing.selection import NOT_SELECTED, Selection
 from megatron_tpt.records import Columns, Record, write_records
 from megatron_tpt.records.where import Where
 
@@ -99,7 +100,7 @@ def test_by_columns_the_same_rows_are_selected_as_one_by_one() -> None:
         '{"text": "a", "meta": 7}',
         '{"text": "b", "meta": {"tokens": 30, "strata": ["long"]}}',
     ]
-    maker = PieceMaker(Columns(), Join.document_thinking, "skip", where=Where(WHERE))
+    maker = PieceMaker(Columns(), Join.document_thinking, "skip", selection=Selection(Where(WHERE)))
     for items in (lines, [*lines, "", '{"text": "", "meta": {"tokens": 30, "strata": ["long"]}}', "{broken", "[]"]):
         rows = "".join(f"{line}\n" for line in items).encode()
         slow = maker.make_slowly(rows)
