@@ -261,10 +261,8 @@ class _MessageReader:
         kind = given.pop("type", "text")
         if kind in _TEXT_PARTS and set(given) == {"text"}:
             return {"type": "text", "text": text_of(given["text"], name)}
-        if isinstance(kind, str) and kind in _REASONING_PARTS and set(given) == {kind}:
-            return {"type": "reasoning", "text": text_of(given[kind], name)}
-        if kind == _CALL_PART and set(given) == {kind}:
-            return {"type": kind, "text": text_of(given[kind], name)}
+        if isinstance(kind, str) and kind in (*_REASONING_PARTS, _CALL_PART) and set(given) == {kind}:
+            return {"type": kind if kind == _CALL_PART else "reasoning", "text": text_of(given[kind], name)}
         if kind in _TEXT_PARTS and "text" in given:
             others = ", ".join(repr(key) for key in given if key != "text")
             raise Unusable("unknown field in a content part", f"{name}: a part has {others}, which is not understood")
