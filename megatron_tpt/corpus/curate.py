@@ -33,6 +33,7 @@ from megatron_tpt.corpus.deduplication import Pairs, document_number
 from megatron_tpt.corpus.documents import Document, compose
 from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks
 from megatron_tpt.corpus.judging import JUDGE, judge_documents, judgements
+from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.origins import names_of, read_origins, write_origins
 from megatron_tpt.corpus.prepare import forget, over_sources, run
 from megatron_tpt.corpus.report import Report
@@ -56,7 +57,8 @@ def curate(options: CurateOptions) -> CurateReport:
     return cast(CurateReport, run(options, functools.partial(_make_job, datasets=_datasets_of(options))))
 
 
-def _make_job(options: CurateOptions, sources: list[Source], datasets: dict[str, int]) -> "CurateJob":
+def _make_job(options: PrepareOptions, sources: list[Source], datasets: dict[str, int]) -> "CurateJob":
+    assert isinstance(options, CurateOptions)
     strata = Strata.read(options.strata) if options.strata is not None else None
     return CurateJob(options, sources, strata=strata, dataset_of=tuple(datasets[source.name] for source in sources))
 

@@ -98,7 +98,8 @@ def _of_conversation(value: Any, name: str) -> tuple[str, dict[str, Any]]:
         messages = read_messages(value, ChatColumns()).messages
     except Unusable as error:
         raise BadRecord(error.reason, error.detail) from None
-    text, meta = "", {MESSAGES: value}
+    text = ""
+    meta: dict[str, Any] = {MESSAGES: value}
     for message in messages:
         if message["role"] == "assistant" and ANSWER_BEGIN not in meta:
             meta[ANSWER_BEGIN] = len(text)

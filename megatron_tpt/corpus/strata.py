@@ -11,7 +11,7 @@ the documents whose texts have the lowest hashes: a random choice that depends o
 that a smaller size is part of a larger one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -158,10 +158,10 @@ def known_definitions() -> list[str]:
     return sorted(path.stem for path in DEFINITIONS.glob("*.yaml"))
 
 
-def with_limits(strata: Strata, shards: Callable[[], Iterable[Sequence[np.ndarray]]]) -> tuple[Strata, list[str]]:
+def with_limits(strata: Strata, shards: Callable[[], Iterable[np.ndarray]]) -> tuple[Strata, list[str]]:
     """The strata with the limits of those that have a size, and a line for each that has fewer documents than that.
 
-    `shards()` gives bits, hashes and tokens of all documents, uint64 [documents] each, and is called often. Memory does
+    `shards()` gives bits, hashes and tokens of all documents, uint64 [3, documents], and is called often. Memory does
     not grow with the documents.
     """
     notes: list[str] = []

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,12 @@ class MixedRows:
         self._parts, self._num_rows, self._seed = parts, num_rows, seed
         self._ends = list(itertools.accumulate(num_rows))
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each part the pass read last
+        kind = type(parts[0].counts)
+        shares = [rows / len(part) for part, rows in zip(parts, num_rows, strict=True)]
+        columns = zip(*(part.counts for part in parts), strict=True)
+        # Of an epoch, as far as rows of a set are alike.
+        self.counts: RowCounts = kind(*(round(sum(map(operator.mul, shares, column))) for column in columns))
         self.checksum = ",".join(f"{part.checksum} x {rows}" for part, rows in zip(parts, num_rows, strict=True))
-
-    @property
-    def counts(self) -> "RowCounts":
-        """Of an epoch, as far as rows of a set are alike."""
-        kind = type(self._parts[0].counts)
-        shares = [rows / len(part) for part, rows in zip(self._parts, self._num_rows, strict=True)]
-        columns = zip(*(part.counts for part in self._parts), strict=True)
-        return kind(*(round(sum(map(float.__mul__, shares, map(float, column)))) for column in columns))
 
     def __len__(self) -> int:
         return self._ends[-1]
