@@ -29,11 +29,10 @@ def test_a_limit_is_the_highest_that_keeps_to_the_size(num_bits: int) -> None:
     shards = shards_of(1, [50, 0, 300, 1], num_bits=num_bits)
     hashes, sizes = (np.concatenate([shard[row] for shard in shards]) for row in (1, 2))
     total = int(sizes.sum())
-    order = np.unique(hashes)
-    for wanted in (0, 1, 4000, total // 3, total - 1, total, total + 5):
+    sums = [int(sizes[hashes <= value].sum()) for value in np.unique(hashes)]
+    for wanted in (0, 1, 4000, total // 3, sums[len(sums) // 2], sums[0], total - 1, total, total + 5):
         limit, found_total = find_limit(lambda: ((shard[1], shard[2]) for shard in shards), wanted)
         assert found_total == total or limit is not None
-        sums = [int(sizes[hashes <= value].sum()) for value in order]
         expected = max([size for size in sums if size <= wanted], default=0)
         taken = total if limit is None else int(sizes[hashes < np.uint64(limit)].sum())
         assert taken == expected
