@@ -179,6 +179,7 @@ def test_other_settings_are_refused_and_the_difference_is_shown(raw: Path, capsy
     assert curate(dataclasses.replace(options, num_workers=2)) == report
     assert "nothing to do" in capsys.readouterr().err
     swapped = [f"fine={raw / 'big'}:q,a", f"big={raw / 'fine.jsonl'}:chat"]
+    moved = [f"big={raw / 'big/1.jsonl'}:q,a", f"fine={raw / 'big/2.jsonl'}:q,a", options.input[1]]
     other_columns = [f"big={raw / 'big'}:a,q", options.input[1]]
     for changes, message in [
         ({"annotate": ["lengths"]}, r'annotate was \["lengths", "domain"\], now \["lengths"\]'),
@@ -186,6 +187,7 @@ def test_other_settings_are_refused_and_the_difference_is_shown(raw: Path, capsy
         ({"strata": None}, "strata was .*, now null"),
         ({"input": swapped}, "datasets was"),
         ({"input": other_columns}, "input: 2 changed"),
+        ({"input": moved}, "input: 1 changed"),
     ]:
         with pytest.raises(UserError, match=message):
             curate(dataclasses.replace(options, **changes))
