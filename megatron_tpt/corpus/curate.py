@@ -27,7 +27,7 @@ import orjson
 from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.annotate import Annotator, make_annotators
 from megatron_tpt.corpus.annotate.judge import Judge
-from megatron_tpt.corpus.curate_options import CurateOptions
+from megatron_tpt.corpus.curate_options import CurateOptions, Dataset
 from megatron_tpt.corpus.curate_report import CuratedMeta, CurateReport, extended_report
 from megatron_tpt.corpus.deduplication import Pairs, document_number
 from megatron_tpt.corpus.documents import Document, compose
@@ -97,24 +97,28 @@ class CurateJob(PrepareJob):
         return self.options
 
     @functools.cached_property
+    def entries(self) -> list[Dataset]:
+        """The entries of the input; to tell files from columns, reading them looks at the disk."""
+        return self.curate_options.datasets()
+
+    @functools.cached_property
     def dataset_names(self) -> list[str]:
         """The names of the data sets, each once, in the order of the input."""
-        return list(dict.fromkeys(dataset.name for dataset in self.curate_options.datasets()))
+        return list(dict.fromkeys(dataset.name for dataset in self.entries))
 
     @functools.cached_property
     def dataset_bits(self) -> np.ndarray:
         """The bit of each source's data set: uint64 [sources]."""
-        entries = self.curate_options.datasets()
-        places = (self.dataset_names.index(entries[number].name) for number in self.dataset_of)
+        places = (self.dataset_names.index(self.entries[number].name) for number in self.dataset_of)
         return np.array([1 << place for place in places], np.uint64)
 
     def dataset_name(self, source: int) -> str:
         """The data set of a source."""
-        return self.curate_options.datasets()[self.dataset_of[source]].name
+        return self.entries[self.dataset_of[source]].name
 
     def columns_of(self, source: int) -> Columns:
         """See `PrepareJob.columns_of`."""
-        columns = self.curate_options.datasets()[self.dataset_of[source]].columns
+        columns = self.entries[self.dataset_of[source]].columns
         names = columns or tuple(name.strip() for name in self.options.text_column.split(","))
         meta = list(self.options.meta_columns)
         if len(names) == 1 and names[0].rpartition(".")[2] in CONVERSATION_COLUMNS:
@@ -125,9 +129,8 @@ class CurateJob(PrepareJob):
         """See `PrepareJob.settings`."""
         options = self.curate_options
         settings = {name: value for name, value in super().settings().items() if name not in _ONLY_SPEED}
-        entries = options.datasets()
         for source, entry in enumerate(settings["input"]):
-            dataset = entries[self.dataset_of[source]]
+            dataset = self.entries[self.dataset_of[source]]
             entry["fingerprint"] = f"{dataset.name}:{','.join(dataset.columns or ())}:{entry['fingerprint']}"
         judges = {name: asdict(Judge.read(str(path))) for name, path in options.judges()}
         return settings | {
