@@ -35,7 +35,6 @@ from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.logs import print_result
 from megatron_tpt.records import DAMAGED, Row, describe
 from megatron_tpt.records import Source as Input
-from megatron_tpt.records.where import unseen_fields
 from megatron_tpt.units import num_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,8 +70,8 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
         journal = job.journal(folder)
         start_s = time.monotonic()
         num_tokens = 0 if journal.is_complete else _build(job, folder, journal)
-        for note in unseen_fields({"--where": job.where} if job.where is not None and num_tokens else {}):
-            logger.warning(note)
+        for note in job.where.notes() if job.where is not None and num_tokens else ():
+            logger.warning(f"--where {options.where!r}: {note}")
         manifests = _publish(job, folder)
     seconds = time.monotonic() - start_s
     print_result(f"{options.output}: {_summary(manifests)}; {num_tokens / seconds:,.0f} tokens/s in {seconds:.3f} s")

@@ -39,7 +39,7 @@ from megatron_tpt.logs import print_result
 from megatron_tpt.names import first_few
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
-from megatron_tpt.records.where import Where, unseen_fields
+from megatron_tpt.records.where import Where
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +226,8 @@ class _Collector:
 
     def finish(self) -> None:
         """Warn of what is unusual about the examples. Raises UserError when there is nothing to learn."""
-        for note in unseen_fields({"--where": self.where} if self.where is not None else {}):
-            logger.warning(note)
+        for note in self.where.notes() if self.where is not None else ():
+            logger.warning(f"--where {self._options.where!r}: {note}")
         if not self._store.num_loss_tokens:
             skipped = _skipped_lines(self._skipped, self._skipped_example)
             raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")

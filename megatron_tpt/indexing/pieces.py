@@ -20,7 +20,7 @@ import pyarrow.json
 from megatron_tpt import json_data
 from megatron_tpt.indexing.arrow_texts import WHITESPACE, is_blank, is_null
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
-from megatron_tpt.indexing.selection import NOT_SELECTED, NotARecordError, Selection, num_not_selected
+from megatron_tpt.indexing.selection import NOT_SELECTED, Selection, num_not_selected
 from megatron_tpt.records import Columns, OnBadRecord, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
@@ -179,7 +179,7 @@ class PieceMaker:
             if not num_rows:
                 return Pieces(_text_array([]), numpy.zeros(0, numpy.uint8), unselected, num_not_selected(unselected))
             texts, thinking = _text_and_thinking(table, self.columns)
-        except (_NeedsCloserLookError, NotARecordError, orjson.JSONDecodeError, pyarrow.ArrowException):
+        except (_NeedsCloserLookError, BadRecord, orjson.JSONDecodeError, pyarrow.ArrowException):
             return None
         is_bad, skipped = self._bad_rows(texts, thinking)
         if skipped:

@@ -5,18 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import pyarrow
 
-from megatron_tpt.records.parsing import meta_of
+from megatron_tpt.records.parsing import meta_of, meta_of_row, parse_object
+from megatron_tpt.records.record import BadRecord
 from megatron_tpt.records.where import Where
 
 NOT_SELECTED = "not selected by --where"
 """Why a record is skipped that is not bad."""
-
-
-class NotARecordError(Exception):
-    """A line of JSON that is no object."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +28,27 @@ class Selection:
     def apply(self, rows: bytes | pyarrow.RecordBatch) -> tuple[bytes | pyarrow.RecordBatch, int]:
         """The lines or rows that are selected, and how many others there are.
 
-        Raises NotARecordError and JSONDecodeError for lines that are none.
+        Blank lines stay. Raises BadRecord where a line is no record.
         """
         if self.where is None:
             return rows, 0
         if isinstance(rows, bytes):
             lines = rows.removesuffix(b"\n").split(b"\n")
-            kept = [line for line in lines if self.takes(_meta_of_line(line))]
+            kept = [line for line in lines if self._takes_line(line)]
             return b"".join(line + b"\n" for line in kept), len(lines) - len(kept)
         if "meta" not in rows.schema.names:
-            return rows.slice(0, 0), rows.num_rows
-        is_taken = [self.takes(meta_of({"meta": value.as_py()})) for value in rows.column("meta")]
+            return (rows, 0) if self.takes({}) else (rows.slice(0, 0), rows.num_rows)
+        try:
+            metas = rows.column("meta").to_pylist()
+        except (ValueError, OverflowError) as error:  # a value that Python does not have
+            raise BadRecord("meta cannot be read", f"({error})") from None
+        is_taken = [self.takes(meta_of_row({"meta": meta})) for meta in metas]
         kept_rows = rows.filter(pyarrow.array(is_taken, pyarrow.bool_()))
         return kept_rows, rows.num_rows - kept_rows.num_rows
 
-
-def _meta_of_line(line: bytes) -> Mapping[str, Any]:
-    fields = orjson.loads(line)
-    if not isinstance(fields, dict):
-        raise NotARecordError
-    return meta_of(fields)
+    def _takes_line(self, line: bytes) -> bool:
+        fields = parse_object(line, ["meta"])
+        return fields is None or self.takes(meta_of(fields))
 
 
 def num_not_selected(number: int) -> Counter[str]:

@@ -7,15 +7,18 @@ Names are fields of `meta`, `a.b` the field b of the object a. There are texts, 
 comparisons == != < <= > >=, `in` (also of a part in a text), `is null`, and, or, not, and brackets. A field that a
 record lacks is null: it equals null alone, is in nothing, has nothing in it, and is neither less nor greater than
 anything; nor are values of different kinds. The text is parsed as Python writes conditions, every other construct is
-refused, and nothing of it is ever executed.
+refused, and nothing of it is ever executed. `Where.notes` says what of a condition is probably a mistake, by the
+records that it was asked about.
 """
 
 import ast
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.records.parsing import kind_of
 
 _MAX_CHARACTERS = 4096
 """A bound for the depth of the parser's recursion too."""
@@ -32,13 +35,15 @@ class Where:
         self.text = text
         compiler = _Compiler(text)
         try:
-            self._value = compiler.value(_parse(text))
+            self._holds = compiler.truth(_parse(text))
         except RecursionError:
             raise UserError(f"{text[:60]!r}... is nested too deeply: write it with fewer brackets") from None
         self.fields = sorted(compiler.fields)
         """The fields of `meta` that it reads."""
         self.unseen = set(self.fields)
         """Those that no record has had so far."""
+        self.mismatches = compiler.mismatches
+        """Comparisons that did not hold of some record as its value is of another kind, and which kinds."""
 
     def __reduce__(self) -> tuple[type["Where"], tuple[str]]:
         return Where, (self.text,)
@@ -48,7 +53,14 @@ class Where:
         if self.unseen:
             found = {name for name in self.unseen if _field(meta, name.split(".")) is not None}
             self.unseen = self.unseen - found  # not in place: other threads iterate over it
-        return bool(self._value(meta))
+        return bool(self._holds(meta))
+
+    def notes(self) -> Iterator[str]:
+        """A line for what is probably a mistake."""
+        if self.unseen:
+            yield f"no record has {', '.join(sorted(self.unseen))} in its meta"
+        for comparison, kinds in self.mismatches.items():
+            yield f"{comparison} compares {kinds} in some records, and does not hold of them"
 
 
 def _parse(text: str) -> ast.expr:
@@ -85,16 +97,28 @@ class _Compiler:
     def __init__(self, text: str) -> None:
         self._text = text
         self.fields: set[str] = set()
+        self.mismatches: dict[str, str] = {}
+
+    def truth(self, node: ast.expr) -> _Value:
+        """What computes `node` where a condition is needed. A text, number or list there would always hold."""
+        bare = node.operand if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else node
+        is_literal = isinstance(bare, ast.Constant) and not isinstance(bare.value, bool | None)
+        if is_literal or isinstance(bare, ast.List | ast.Tuple):
+            raise UserError(
+                f"{self._text!r}: {self._source(node)} alone is no condition: compare it with a field, as in "
+                "domain == 'math' or domain == 'code'"
+            )
+        return self.value(node)
 
     def value(self, node: ast.expr) -> _Value:
         """What computes `node` for a record."""
         match node:
             case ast.BoolOp(op, parts):
-                terms = [self.value(part) for part in parts]
+                terms = [self.truth(part) for part in parts]
                 every = isinstance(op, ast.And)
                 return lambda meta: (all if every else any)(term(meta) for term in terms)
             case ast.UnaryOp(ast.Not(), operand):
-                inner = self.value(operand)
+                inner = self.truth(operand)
                 return lambda meta: not inner(meta)
             case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as number)) if not isinstance(number, bool):
                 return lambda meta: -number
@@ -103,25 +127,34 @@ class _Compiler:
             case ast.List(items) | ast.Tuple(items):
                 members = [self.value(item) for item in items]
                 return lambda meta: [member(meta) for member in members]
-            case ast.Compare(left, operators, rights):
-                return self._compare([self.value(one) for one in (left, *rights)], operators)
+            case ast.Compare():
+                return self._compare(node)
             case ast.Name(name) if name in _WORDS:
                 return lambda meta: _WORDS[name]
             case ast.Name() | ast.Attribute() if path := list(_path(node)):
                 self.fields.add(".".join(path))
                 return (lambda meta: meta.get(path[0])) if len(path) == 1 else (lambda meta: _field(meta, path))
-        part = ast.get_source_segment(self._text.strip(), node) or type(node).__name__
         raise UserError(
-            f"{self._text!r}: {part!r} cannot be part of a condition: there are fields of meta, texts, numbers, lists, "
-            "comparisons, in, and, or, not"
+            f"{self._text!r}: {self._source(node)!r} cannot be part of a condition: there are fields of meta, texts, "
+            "numbers, lists, comparisons, in, and, or, not"
         )
 
-    def _compare(self, values: list[_Value], operators: list[ast.cmpop]) -> _Value:
-        tests = [self._test(one) for one in operators]
+    def _source(self, node: ast.expr) -> str:
+        return ast.get_source_segment(self._text.strip(), node) or type(node).__name__
+
+    def _compare(self, node: ast.Compare) -> _Value:
+        values = [self.value(part) for part in (node.left, *node.comparators)]
+        tests = [(self._test(one), isinstance(one, _OF_ONE_KIND)) for one in node.ops]
+        source = self._source(node)
 
         def holds(meta: Mapping[str, Any]) -> bool:
             found = [value(meta) for value in values]
-            return all(test(found[place], found[place + 1]) for place, test in enumerate(tests))
+            for (test, is_of_one_kind), (a, b) in zip(tests, itertools.pairwise(found), strict=True):
+                if not test(a, b):
+                    if is_of_one_kind and type(a) is not type(b) and _differ_in_kind(a, b):
+                        self.mismatches.setdefault(source, f"{kind_of(a)} with {kind_of(b)}")
+                    return False
+            return True
 
         return holds
 
@@ -155,16 +188,17 @@ _ORDERS: dict[type, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
+_OF_ONE_KIND = (ast.Eq, *_ORDERS)
+"""Comparisons that are probably a mistake where the values are never of the same kind."""
+
+
+def _differ_in_kind(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and kind_of(a) != kind_of(b)
+
+
 def _ordered(order: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     def holds(a: Any, b: Any) -> bool:
         is_number = [isinstance(one, int | float) and not isinstance(one, bool) for one in (a, b)]
         return (all(is_number) or (isinstance(a, str) and isinstance(b, str))) and order(a, b)
 
     return holds
-
-
-def unseen_fields(wheres: Mapping[str, Where]) -> Iterator[str]:
-    """A line for every condition, by its name, with a field that no record has had."""
-    for name, where in wheres.items():
-        if where.unseen:
-            yield f"{name} {where.text!r}: no record has {', '.join(sorted(where.unseen))} in its meta"

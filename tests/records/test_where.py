@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.records.where import Where, unseen_fields
+from megatron_tpt.records.where import Where
 
 META = {
     "answer_tokens": 5000,
@@ -71,6 +71,11 @@ def test_what_conditions_mean(text: str, expected: bool) -> None:
         "x := 1",
         "domain == 'math'; score",
         "domain =",
+        "domain == 'math' or 'code'",
+        "not 'code'",
+        "score and -1",
+        "['math']",
+        "1",
         "",
         "(" * 3000,
         "domain == 'math' and " * 400 + "score",
@@ -93,11 +98,24 @@ def test_fields_that_no_record_has_are_named() -> None:
     where = Where("answer_token > 4096 or nested.a.b == 1 or domian == 'math'")
     assert where.fields == ["answer_token", "domian", "nested.a.b"]
     where.matches(META)
-    assert list(unseen_fields({"--where": where})) == [
-        f"--where {where.text!r}: no record has answer_token, domian in its meta"
-    ]
+    assert list(where.notes()) == ["no record has answer_token, domian in its meta"]
     where.matches({"answer_token": 1, "domian": ""})
-    assert not list(unseen_fields({"--where": where}))
+    assert not list(where.notes())
+
+
+def test_comparisons_of_values_of_different_kinds_are_named() -> None:
+    where = Where("score > 3 and strata == 'ldq' or is_clean == 1")
+    assert where.matches({"score": 4, "strata": "ldq", "is_clean": False}) and not list(where.notes())
+    assert not where.matches({"score": "4"}) and not where.matches({"score": 4, "strata": ["ldq"], "is_clean": True})
+    assert list(where.notes()) == [
+        "score > 3 compares a string with a number in some records, and does not hold of them",
+        "strata == 'ldq' compares a list with a string in some records, and does not hold of them",
+        "is_clean == 1 compares a Boolean with a number in some records, and does not hold of them",
+    ]
+    for text in ("score != 'n/a'", "score in ['n/a']", "score == null"):  # all of them meaningful
+        where = Where(text)
+        where.matches({"score": 4})
+        assert not list(where.notes())
 
 
 _values = st.recursive(
