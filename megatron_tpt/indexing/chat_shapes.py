@@ -387,13 +387,8 @@ def _message_list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def messages_in(value: Any) -> list[Any] | None:
-    """The list of messages that a value is, or is the JSON of; None for any other text or value."""
-    found = value if isinstance(value, list) else maybe_json(value)
-    if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
-        return None
-    return found
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+def has_later_turns(messages: Sequence[Any]) -> bool:
+    """Whether anybody else speaks behind the assistant's first message."""
+    speakers = [one.get("role", one.get("from")) for one in messages if isinstance(one, Mapping)]
+    is_assistant = [_SHAREGPT_ROLES.get(str(speaker)) in ("assistant", "function_call") for speaker in speakers]
+    return True in is_assistant and not all(is_assistant[is_assistant.index(True) :])

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_shapes import ChatColumns, has_later_turns
+from megatron_tpt.indexing.chat_values import messages_in
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
 from megatron_tpt.indexing.selection import NOT_SELECTED
 from megatron_tpt.records import DAMAGED, Source, describe, read_rows
-from megatron_tpt.records.parsing import meta_of
+from megatron_tpt.records.parsing import meta_of_row
+from megatron_tpt.records.record import BadRecord, question_and_answer
 from megatron_tpt.records.where import Where
 
 _ROWS_PER_BATCH = 256
@@ -55,10 +58,15 @@ def read_batches(path: Path, format: ExampleFormat, where: Where | None = None) 
     num_bytes = 0
     for number, fields, size in _read_fields(path, format):
         if not isinstance(fields, BadExample):
-            if where is not None and not where.matches(meta_of(fields)):
-                batch.unselected[NOT_SELECTED] += 1
-                continue
-            fields = _with_fields_of_meta(fields, format)
+            try:
+                meta = meta_of_row(fields)
+            except BadRecord as bad:
+                fields = BadExample(bad.problem, bad.detail)
+            else:
+                if where is not None and not where.matches(meta):
+                    batch.unselected[NOT_SELECTED] += 1
+                    continue
+                fields = _with_fields_of_meta(fields, meta, format)
         batch.records.append((number, fields))
         num_bytes += size
         if num_bytes >= _BYTES_PER_BATCH or len(batch.records) >= _ROWS_PER_BATCH:
@@ -90,15 +98,26 @@ def _read_fields(path: Path, format: ExampleFormat) -> Iterator[tuple[int, dict[
             yield row.number + 1, row.value, _num_characters(row.value)
 
 
-def _with_fields_of_meta(fields: dict[str, Any], format: ExampleFormat) -> dict[str, Any]:
-    """A record's fields with those that a curated one (tools/curate.py) keeps in `meta`: the conversation and its
-    tools; and the question and the answer, which are parts of its text."""
-    meta = meta_of(fields)
-    found = {name: meta[name] for name in ("messages", "tools") if name in meta}
-    begin, text = meta.get("answer_begin"), fields.get("text")
-    if isinstance(begin, int) and isinstance(text, str) and {"question", "answer"} & {*format.columns}:
-        found |= {"question": text[:begin].removesuffix("\n"), "answer": text[begin:]}
-    return {**found, **fields} if found else fields
+def _with_fields_of_meta(
+    fields: dict[str, Any], meta: dict[str, Any], format: ExampleFormat
+) -> dict[str, Any] | BadExample:
+    """A record's fields with those that a curated one (tools/curate.py) keeps in `meta`: the conversation with what
+    belongs to it; and the question and the answer, which are parts of its text."""
+    found = {name: meta[name] for name in ("messages", *ChatColumns().extra) if name in meta}
+    text = fields.get("text")
+    parts = question_and_answer(text, meta) if isinstance(text, str) else None
+    if parts is not None and {"question", "answer"} & {*format.columns}:
+        if has_later_turns(messages_in(meta.get("messages")) or ()):
+            return BadExample(
+                "several turns",
+                "behind the first answer are messages of others, which would be learned: pack such conversations with "
+                "a chat template, without --prompt-column and --response-column",
+            )
+        found |= dict(zip(("question", "answer"), parts, strict=True))
+    if not found:
+        return fields
+    used = {"meta", *({"text"} if {"messages", "question"} & found.keys() else ())} - {*format.columns}
+    return {**found, **{name: value for name, value in fields.items() if name not in used}}
 
 
 def _num_characters(value: Any) -> int:

@@ -114,7 +114,7 @@ def advice_without_index(prefix: Path) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `PREFIX.json`. (Of a packed index, see `pack_manifest.packed_as_index`.)"""
+    """The content of `PREFIX.json`."""
 
     tokenizer: TokenizerInfo
     think: ThinkTokens
@@ -148,16 +148,11 @@ class Manifest:
 
     @classmethod
     def read(cls, prefix: str | Path) -> "Manifest":
-        """Read `PREFIX.json`, or what a packed index is as one. Raises UserError when there is none, or it is not of a
-        known version."""
+        """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
         path = cls.path(prefix)
         try:
             content = read_json(path)
         except FileNotFoundError:
-            from megatron_tpt.indexing.pack_manifest import PackManifest, packed_as_index  # which imports this module
-
-            if PackManifest.path(prefix).exists():
-                return packed_as_index(prefix)
             raise UserError(advice_without_index(Path(prefix))) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error
@@ -232,7 +227,7 @@ def _checksum_once(path: Path, size: int, modified_ns: int) -> str:
 
 
 def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
-    """The manifests of indices to train on together.
+    """The manifests of indices to train on together, also of packed ones (see `pack_manifest.PackedSource`).
 
     Raises UserError when one is missing or damaged (of `.bin` the size is compared, of `.idx` the checksum too), when
     its documents are split into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
@@ -240,7 +235,7 @@ def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
     """
     manifests: list[Manifest] = []
     for prefix in prefixes:
-        manifest = Manifest.read(prefix)
+        manifest = _source_manifest(prefix)
         manifest.check_files(prefix)
         if os.environ.get("RANK", "0") == "0":  # for all ranks of a training run
             manifest.check_idx(prefix)
@@ -250,6 +245,13 @@ def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
             _require_same_ids(prefix, manifest, manifests[0])
         manifests.append(manifest)
     return manifests
+
+
+def _source_manifest(prefix: str | Path) -> Manifest:
+    from megatron_tpt.indexing.pack_manifest import PackManifest, packed_as_index  # which imports this module
+
+    is_packed = PackManifest.path(prefix).exists() and not Manifest.path(prefix).exists()
+    return packed_as_index(prefix) if is_packed else Manifest.read(prefix)
 
 
 def _require_whole_documents(prefix: str | Path, counts: IndexCounts) -> None:

@@ -1,5 +1,6 @@
 """`--where` of index and pack_sft: the same documents as a file that holds only those, and all others counted."""
 
+import datetime
 import json
 import random
 from collections import Counter
@@ -111,8 +112,54 @@ def test_by_columns_the_same_rows_are_selected_as_one_by_one() -> None:
         last = len(slow.texts) - 1
         assert json.loads(items[maker.row_number(rows, last)])["text"] == slow.texts[last].as_py()
     assert maker._fast("".join(f"{line}\n" for line in lines).encode()) is not None
-    table = pyarrow.RecordBatch.from_pylist([{"text": "a"}, {"text": "b"}])
-    assert [len(pieces.texts) for _, pieces in maker.make(table)] == [0]
+
+
+@pytest.mark.parametrize("where", [WHERE, "not tokens > 20", "day == '2024-05-01'"])
+@pytest.mark.parametrize("kind", ["none", "struct", "json", "foreign", "too deep"])
+def test_of_tables_the_same_rows_are_selected_as_one_by_one(where: str, kind: str) -> None:
+    metas: dict[str, list[Any]] = {
+        "struct": [{"tokens": 30, "strata": ["long"]}, None, {"day": datetime.date(2024, 5, 1)}],
+        "json": ['{"tokens": 30, "strata": ["long"]}', None, "no object"],
+        "foreign": [b"\xff", None, b"a"],
+        "too deep": ['{"a":' * 300 + "1" + "}" * 300, None, '{"tokens": 30, "strata": ["long"]}'],
+    }
+    columns: dict[str, list[Any]] = {"text": ["a", "b", "c"]} | ({"meta": metas[kind]} if kind != "none" else {})
+    table = pyarrow.RecordBatch.from_pydict(columns)
+    maker = PieceMaker(Columns(), Join.document_thinking, "skip", selection=Selection(Where(where)))
+    slow = maker.make_slowly(table)
+    found = [pieces for _, pieces in maker.make(table)]
+    assert [text for pieces in found for text in pieces.texts.to_pylist()] == slow.texts.to_pylist()
+    assert sum((pieces.skipped for pieces in found), Counter[str]()) == slow.skipped
+    if where.startswith("not") and kind == "none":
+        assert len(slow.texts) == 3
+
+
+def test_questions_behind_the_first_answer_are_not_learned_as_if_they_were_answers(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    chat = [("user", "Hi"), ("assistant", "Ho"), ("user", "More"), ("assistant", "No")]
+    for name, messages in (("short", chat[:2]), ("long", chat)):
+        meta = {"answer_begin": 3, "messages": [{"from": who, "value": text} for who, text in messages]}
+        write_records(tmp_path / f"{name}.jsonl", [Record("a", "\n".join(text for _, text in messages), None, meta)])
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer_dir, "sequence_length": 64, "prompt_column": "question", "response_column": "answer"
+    }  # fmt: skip
+    pack_sft(PackOptions(input=[tmp_path / "short.jsonl"], output=tmp_path / "short", **common))
+    with pytest.raises(UserError, match=r"long\.jsonl:1: several turns \(behind the first answer are messages"):
+        pack_sft(PackOptions(input=[tmp_path / "long.jsonl"], output=tmp_path / "long", **common))
+
+
+def test_packed_indices_are_not_merged_as_if_all_were_learned(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    for name in ("a", "b"):
+        pack_sft(
+            PackOptions(
+                input=[tmp_path / "a.jsonl"], output=tmp_path / name, tokenizer=tokenizer_dir, sequence_length=16,
+                prompt_column="q", response_column="a",
+            )
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r"a\.json: no such index"):
+        merge(MergeOptions(input=[tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab"))
 
 
 def test_packed_are_the_selected_conversations_questions_and_answers(
@@ -141,4 +188,5 @@ def test_packed_are_the_selected_conversations_questions_and_answers(
     with pytest.raises(UserError, match=r"--where: 's' in strata -> none"):
         pack_sft(PackOptions(input=[tmp_path / "all.jsonl"], output=tmp_path / "all", **common))
     packed = PackedIndex(tmp_path / "all")
+    assert "'meta'" not in capsys.readouterr().err  # it was read
     assert numpy.array_equal(packed.learned(0)[1:], numpy.concatenate([e.has_loss for e in packed[0]])[1:])
