@@ -14,7 +14,6 @@ on nothing but the input (and on the language model): it makes no difference how
 """
 
 import functools
-import io
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +27,10 @@ from megatron_tpt.corpus import stages
 from megatron_tpt.corpus.annotate import Annotator, make_annotators
 from megatron_tpt.corpus.annotate.judge import Judge
 from megatron_tpt.corpus.curate_options import CurateOptions, Dataset
-from megatron_tpt.corpus.curate_report import CuratedMeta, CurateReport, extended_report
+from megatron_tpt.corpus.curate_report import CuratedMeta, CurateReport, extended_report, int_of
 from megatron_tpt.corpus.deduplication import Pairs, document_number
-from megatron_tpt.corpus.documents import Document, compose
-from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks
+from megatron_tpt.corpus.documents import Composer, Document
+from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks, meta_with_source
 from megatron_tpt.corpus.judging import JUDGE, judge_documents, judgements
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.origins import names_of, read_origins, write_origins
@@ -41,19 +40,24 @@ from megatron_tpt.corpus.strata import Strata, with_limits
 from megatron_tpt.corpus.verdicts import Verdicts
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write, file_fingerprint
-from megatron_tpt.indexing.chat_shapes import CONVERSATION_COLUMNS
+from megatron_tpt.generation import check_model
+from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.tokenizer import tokenizer_fingerprint
 from megatron_tpt.jobs.workers import Workers
-from megatron_tpt.records import Columns, Record, Source, expand_sources, json_lines
+from megatron_tpt.records import Columns, Record, Source, expand_sources, json_lines, read_rows
 
 logger = logging.getLogger(__name__)
 
 DATASETS, ANNOTATE = "datasets", "annotate"
-_ONLY_SPEED = ("model", "engine", "endpoints", "api", "max_model_len", "tensor_parallel_size")
+_NOT_SETTINGS = ("model", "engine", "endpoints", "api", "max_model_len", "tensor_parallel_size")
+"""Options that a job may be continued with others of; of those for judges see `CurateJob.settings`."""
 
 
 def curate(options: CurateOptions) -> CurateReport:
     """Do what `tools/curate.py` does. Raises UserError for what the user can fix."""
+    _annotators(options)  # first, as what cannot be loaded must not leave a job behind
+    if options.judges() and options.engine != "endpoint":
+        check_model(options.engine_options().model)
     return cast(CurateReport, run(options, functools.partial(_make_job, datasets=_datasets_of(options))))
 
 
@@ -87,6 +91,8 @@ class CurateJob(PrepareJob):
 
     strata: Strata | None = None
     """With limits once these are known."""
+    notes: tuple[str, ...] = ()
+    """What is probably a mistake in the sizes of strata."""
     dataset_of: tuple[int, ...] = ()
     """Of each source the entry of the input."""
 
@@ -118,17 +124,19 @@ class CurateJob(PrepareJob):
 
     def columns_of(self, source: int) -> Columns:
         """See `PrepareJob.columns_of`."""
-        columns = self.entries[self.dataset_of[source]].columns
-        names = columns or tuple(name.strip() for name in self.options.text_column.split(","))
-        meta = list(self.options.meta_columns)
-        if len(names) == 1 and names[0].rpartition(".")[2] in CONVERSATION_COLUMNS:
-            meta.append("tools")  # of which a chat template makes part of the conversation
-        return Columns(",".join(names), self.options.id_column, tuple(dict.fromkeys(meta)), compose)
+        options, entry = self.curate_options, self.entries[self.dataset_of[source]]
+        return Columns(
+            ",".join(entry.column_names or (options.text_column,)),
+            options.id_column,
+            tuple(options.meta_columns),
+            Composer(entry.has_thoughts, frozenset(options.ignore_fields)),
+            ChatColumns().extra,
+        )
 
     def settings(self) -> dict[str, Any]:
         """See `PrepareJob.settings`."""
         options = self.curate_options
-        settings = {name: value for name, value in super().settings().items() if name not in _ONLY_SPEED}
+        settings = {name: value for name, value in super().settings().items() if name not in _NOT_SETTINGS}
         for source, entry in enumerate(settings["input"]):
             dataset = self.entries[self.dataset_of[source]]
             entry["fingerprint"] = f"{dataset.name}:{','.join(dataset.columns or ())}:{entry['fingerprint']}"
@@ -138,7 +146,8 @@ class CurateJob(PrepareJob):
             "tokenizer": tokenizer_fingerprint(options.tokenizer) if options.tokenizer else None,
             "classify": {name: _fingerprints(path) for name, path in options.classifiers()},
             "judge": judges,
-            "model": options.model if judges else None,
+            "model": options.model,
+            "api": options.api if judges and options.engine == "endpoint" else None,
             "strata": self.strata.to_dict() if self.strata else None,
         }
 
@@ -176,9 +185,7 @@ class CurateJob(PrepareJob):
         except UserError:
             forget(self)
             raise
-        for note in notes:
-            logger.warning(note)
-        return replace(self, strata=strata)
+        return replace(self, strata=strata, notes=tuple(notes))
 
     def counted(self) -> Iterator[np.ndarray]:
         """Of the documents of each shard that are kept: bits, hash, tokens; uint64 [3, documents]."""
@@ -221,7 +228,8 @@ def annotate(tasks: SourceTasks) -> Iterator[int]:
                     bits = own | others.get(document_number(shard.source, row.number), 0)
                     fields = {"datasets": _datasets(record, names_of(bits, job.dataset_names))}
                     fields |= found | answers.get(row.number, {})
-                    counted.append(_counted(job, record, fields))
+                    meta = meta_with_source(record, job.sources[shard.source].name) | fields
+                    counted.append(_counted(job, record.text, meta))
                     add(orjson.dumps(fields))
         with atomic_write(job.path(ANNOTATE, shard, ".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(counted, np.uint64).reshape(-1, 3).T)
@@ -256,21 +264,17 @@ def _datasets(record: Record, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*(before if isinstance(before, list) else []), *names]))
 
 
-def _counted(job: CurateJob, record: Record, fields: dict[str, Any]) -> tuple[int, int, int]:
+def _counted(job: CurateJob, text: str, meta: dict[str, Any]) -> tuple[int, int, int]:
     """Bits, hash, tokens of a document."""
     import xxhash
 
-    meta = record.meta | fields
     bits = job.strata.bits(meta) if job.strata is not None else 0
-    tokens = meta.get("tokens")
-    digest = xxhash.xxh3_64_intdigest(record.text.encode(), seed=job.curate_options.seed)
-    return bits, digest, tokens if isinstance(tokens, int) and tokens > 0 else 0
+    digest = xxhash.xxh3_64_intdigest(text.encode(), seed=job.curate_options.seed)
+    return bits, digest, max(0, int_of(meta, "tokens"))
 
 
 def read_annotations(path: Path) -> Iterator[dict[str, Any]]:
     """The lines that `annotate` wrote, in their order."""
-    import zstandard
-
-    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as packed:
-        for line in io.BufferedReader(packed):
-            yield orjson.loads(line)
+    for row in read_rows(Source(str(path), None, path)):
+        assert row.value is not None, f"{path}: {row.problem}"
+        yield row.value

@@ -1,6 +1,7 @@
 """The options of `tools/curate.py`. Light to import: the help of the command line needs nothing else."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,6 +12,17 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Api, EngineKind, EngineOptions
 
 AnnotatorName = Literal["lengths", "domain", "reasoning", "language", "quality"]
+FIELDS_OF: dict[AnnotatorName, tuple[str, ...]] = {
+    "lengths": ("tokens", "answer_tokens", "thinking_tokens"),
+    "domain": ("domain",),
+    "reasoning": ("reasoning_intensity",),
+    "language": ("language",),
+    "quality": ("gopher_quality", "gopher_repetition", "fineweb_quality"),
+}
+"""The fields of `meta` that each annotator writes."""
+_OF_INPUT = ("source", "tools", "system", "chat_template_kwargs")
+_OF_JOB = (*_OF_INPUT, "datasets", "strata", "messages", "answer_begin")
+"""Those that every job writes, and which of them are those of the input where it has them."""
 _MAX_DATASETS = 64
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -22,6 +34,19 @@ class Dataset(NamedTuple):
     location: str
     columns: tuple[str, ...] | None
     """None: what --text-column says."""
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether the last column is THOUGHTS+ANSWER."""
+        return self.columns is not None and len(self.columns) > 1 and self.columns[-1].count("+") == 1
+
+    @property
+    def column_names(self) -> tuple[str, ...] | None:
+        """The same, with the thoughts as a column before that of the answer."""
+        if not self.has_thoughts:
+            return self.columns
+        assert self.columns is not None
+        return (*self.columns[:-1], *self.columns[-1].split("+"))
 
 
 class Named(NamedTuple):
@@ -37,13 +62,16 @@ class CurateOptions(PrepareOptions):
 
     input: list[str]
     """Data sets, NAME=FILE[:COLUMN[,COLUMN]], such as ldq=nemotron/:question,answer shq=thoughts/*.parquet:messages.
-    FILE is a file, folder, pattern or data set of the Hub. Of several columns the last is the answer; a column may hold
-    a conversation; without a column it is --text-column. Their order decides which of several duplicates is the first.
+    FILE is a file, folder, pattern or data set of the Hub. Of several columns the last is the answer, THOUGHTS+ANSWER
+    where another column has its thoughts; a column may hold a conversation; without a column it is --text-column. Their
+    order decides which of several duplicates is the first.
     """
     output: Path
     """The folder to fill: part-*.jsonl.zst with the annotated documents, rejects/ with all others, report.md,
     report.json.
     """
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of the messages of conversations that may be ignored; others that are not understood make a record bad."""
     annotate: list[AnnotatorName] = field(default_factory=lambda: ["lengths", "domain"])
     """Fields of `meta` to write. lengths: tokens, answer_tokens, thinking_tokens (needs --tokenizer). domain: math,
     code, science or general. reasoning: reasoning_intensity. language. quality: gopher_quality, gopher_repetition,
@@ -90,9 +118,31 @@ class CurateOptions(PrepareOptions):
             raise UserError("--judge and --model need each other: give both, or neither")
         if self.model is not None:
             self.engine_options()
-        names = [one.name for one in (*self.classifiers(), *self.judges())]
-        if len(set(names)) < len(names):
-            raise UserError(f"--classify and --judge: several write the same field ({', '.join(names)}); rename one")
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        """Raise UserError where one field of `meta` would be written twice."""
+        written: list[tuple[str, Sequence[str]]] = [
+            ("--meta-columns", [name for name in self.meta_columns if name not in _OF_INPUT]),
+            *((f"--annotate {name}", FIELDS_OF[name]) for name in dict.fromkeys(self.annotate)),
+            *((f"--classify {one.name}={one.path}", (one.name, f"{one.name}_score")) for one in self.classifiers()),
+            *((f"--judge {one.name}={one.path}", (one.name,)) for one in self.judges()),
+        ]
+        first = dict.fromkeys(_OF_JOB, "every job")
+        for option, names in written:
+            for name in names:
+                if (other := first.setdefault(name, option)) != option:
+                    raise UserError(f"{option} and {other} both write the field {name}: omit or rename one")
+
+    def needs(self) -> list[tuple[str, bool, Sequence[str]]]:
+        """See `PrepareOptions.needs`."""
+        of_engine = ("engine", "endpoints", "api", "max_model_len", "tensor_parallel_size")
+        return [
+            *super().needs(),
+            ("--judge", bool(self.judge), of_engine),
+            ("--strata", self.strata is not None, ("seed",)),
+            ("an --input without columns", any(one.columns is None for one in self.datasets()), ("text_column",)),
+        ]
 
     def datasets(self) -> list[Dataset]:
         """What `input` names. Raises UserError for a form it cannot have."""
@@ -101,10 +151,10 @@ class CurateOptions(PrepareOptions):
             name, equals, rest = text.partition("=")
             if not (equals and rest and _NAME.fullmatch(name)):
                 raise UserError(f"--input {text}: give NAME=FILE or NAME=FILE:COLUMN, NAME of letters, digits and _")
-            location, columns = split_location(rest)
-            if location in ("", "hf://") or not all(columns or ("text",)):
+            dataset = Dataset(name, *split_location(rest))
+            if dataset.location in ("", "hf://") or not all(dataset.column_names or ("text",)):
                 raise UserError(f"--input {text}: a name is missing; give NAME=FILE:COLUMN,COLUMN")
-            found.append(Dataset(name, location, columns))
+            found.append(dataset)
         if not found:
             raise UserError("--input names no data set: give NAME=FILE")
         if len({one.name for one in found}) > _MAX_DATASETS:

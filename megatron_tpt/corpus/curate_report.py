@@ -1,6 +1,7 @@
 """What a curated corpus holds: documents and tokens of every stratum, by domain and by data set, and how often training
 would repeat it."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,9 +16,12 @@ from megatron_tpt.corpus.report import Report, table
 from megatron_tpt.corpus.verdicts import Verdicts
 from megatron_tpt.markdown import inline
 from megatron_tpt.records import Record
+from megatron_tpt.records.where import Where
 
 if TYPE_CHECKING:
     from megatron_tpt.corpus.curate import CurateJob
+
+logger = logging.getLogger(__name__)
 
 ALL = "all documents"
 _COUNTS = ("documents", "tokens", "answer_tokens", "thinking_tokens")
@@ -38,9 +42,9 @@ class CuratedMeta(Description):
             list(members),
             np.array([*members.values()], bool).reshape(len(members), counted.shape[1]),
         )
+        self._wheres = job.strata.wheres if job.strata is not None else {}
         self._place = 0
         self._counts: dict[str, dict[str, Counter[str]]] = {}
-        self._unseen = {name for where in (job.strata.wheres if job.strata else {}).values() for name in where.fields}
         self._moved = _moved(job, shard, verdicts)
 
     def meta(self, record: Record) -> dict[str, Any]:
@@ -49,8 +53,8 @@ class CuratedMeta(Description):
         meta = super().meta(record) | found
         own = [self._names[place] for place in np.flatnonzero(self._is_in[:, self._place])]
         self._place += 1
-        if self._unseen:
-            self._unseen -= {name for name in self._unseen if meta.get(name.partition(".")[0]) is not None}
+        for where in self._wheres.values():
+            where.matches(meta)  # known already; but it takes note of what may be a mistake
         for name in (ALL, *own):
             groups = self._counts.setdefault(name, {"total": Counter()})
             datasets = [str(one) for one in found["datasets"]]
@@ -58,13 +62,19 @@ class CuratedMeta(Description):
                 counter = groups.setdefault(group, Counter())
                 counter["documents"] += 1
                 for count in _COUNTS[1:]:
-                    value = meta.get(count)
-                    counter[count] += value if isinstance(value, int) else 0
+                    counter[count] += int_of(meta, count)
         return meta | {"strata": own} if self._has_strata else meta
 
     def tallies(self) -> dict[str, Any]:
         """See `Description.tallies`."""
-        return {"strata": self._counts, "moved": self._moved, "unseen": sorted(self._unseen)}
+        wheres = {name: [sorted(where.unseen), where.mismatches] for name, where in self._wheres.items()}
+        return {"strata": self._counts, "moved": self._moved, "wheres": wheres}
+
+
+def int_of(meta: Mapping[str, Any], name: str) -> int:
+    """A count in `meta`; 0 where there is none."""
+    value = meta.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _moved(job: "CurateJob", shard: Shard, verdicts: Verdicts) -> Counter[str]:
@@ -165,8 +175,8 @@ def extended_report(job: "CurateJob", report: Report) -> CurateReport:
     datasets: dict[str, Counter[str]] = {name: Counter() for name in job.dataset_names}
     strata: dict[str, dict[str, Counter[str]]] = {ALL: {"total": Counter()}}
     strata |= {name: {"total": Counter()} for name in (job.strata.strata if job.strata else {})}
+    wheres = {name: Where(where.text) for name, where in (job.strata.wheres if job.strata else {}).items()}
     moved, judging = Counter[str](), Counter[str]()
-    unseen: set[str] | None = None
     for shard in job.shards():
         tally = orjson.loads(job.path("write", shard, ".json").read_bytes())
         datasets[job.dataset_name(shard.source)].update(tally["counts"])
@@ -174,12 +184,16 @@ def extended_report(job: "CurateJob", report: Report) -> CurateReport:
             for group, counts in groups.items():
                 strata[name].setdefault(group, Counter()).update(counts)
         moved.update(tally["moved"])
-        if tally["strata"]:
-            unseen = set(tally["unseen"]) if unseen is None else unseen & set(tally["unseen"])
+        for name, (unseen, mismatches) in tally["wheres"].items():
+            wheres[name].unseen &= set(unseen)
+            wheres[name].mismatches.update(mismatches)
         if job.curate_options.judges():
             judging.update(problems(job, shard))
     base = {one.name: getattr(report, one.name) for one in fields(Report)}
     about = {name: one.about for name, one in (job.strata.strata if job.strata else {}).items() if one.about}
+    warnings = [*job.notes, *_warnings(strata, wheres)]
+    for warning in warnings:
+        logger.warning(warning)
     return CurateReport(
         **base,
         datasets={name: dict(counts) for name, counts in datasets.items()},
@@ -191,13 +205,13 @@ def extended_report(job: "CurateJob", report: Report) -> CurateReport:
         about=about,
         budget=job.curate_options.budget,
         judging=dict(sorted(judging.items())),
-        warnings=[*_warnings(strata, unseen or set())],
+        warnings=warnings,
     )
 
 
-def _warnings(strata: Mapping[str, Mapping[str, Counter[str]]], unseen: set[str]) -> Iterator[str]:
-    for name in sorted(unseen):
-        yield f"no document has {name} in its meta, which strata ask for"
+def _warnings(strata: Mapping[str, Mapping[str, Counter[str]]], wheres: Mapping[str, Where]) -> Iterator[str]:
+    for name, where in wheres.items():
+        yield from (f"stratum {name}: {note}" for note in where.notes())
     for name, groups in strata.items():
         if not groups["total"]["documents"]:
-            yield f"the stratum {name} has no document"
+            yield f"stratum {name}: has no document"

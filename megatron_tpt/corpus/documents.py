@@ -1,8 +1,9 @@
 """Documents with a question and an answer: from columns and conversations to records, and the parts of a record again.
 
-    NAME=FILE:question,answer     the last column is the answer, those before it the question
-    NAME=FILE:messages            a conversation; the answer begins with the assistant's first message
-    NAME=FILE:text                a document, without an answer
+    NAME=FILE:question,answer             the last column is the answer, those before it the question
+    NAME=FILE:question,thoughts+answer    the answer begins with the thoughts of another column, between think tags
+    NAME=FILE:messages                    a conversation; the answer begins with the assistant's first message
+    NAME=FILE:text                        a document, without an answer
 
 The text of a record is question and answer joined by a newline; `meta.answer_begin` is the character at which the
 answer begins. A conversation is kept in `meta.messages` as well, for tools/pack_sft.py.
@@ -10,7 +11,7 @@ answer begins. A conversation is kept in `meta.messages` as well, for tools/pack
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,17 +21,15 @@ from megatron_tpt.indexing.chat_shapes import (
     REASONING_FIELDS,
     ChatColumns,
     Message,
-    messages_in,
-    read_messages,
+    read_chat,
     texts_of,
 )
-from megatron_tpt.indexing.chat_values import Unusable
-from megatron_tpt.records.record import BadRecord, Record
+from megatron_tpt.indexing.chat_values import Unusable, messages_in, present
+from megatron_tpt.records.parsing import field_at
+from megatron_tpt.records.record import ANSWER_BEGIN, BadRecord, Record, question_and_answer
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
 _SHOWN_CHARACTERS = 1 << 14
-ANSWER_BEGIN = "answer_begin"
-MESSAGES = "messages"
 _TAGS = [(OPEN_TAG, CLOSE_TAG), ("<|begin_of_thought|>", "<|end_of_thought|>")]
 """What is around thoughts: the tags of most models, and those of OpenThoughts' prompt."""
 _THOUGHT = re.compile("|".join(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}|$)" for begin, end in _TAGS), re.DOTALL)
@@ -41,70 +40,106 @@ class Document:
     """A record in the parts that annotators look at."""
 
     text: str
-    """All of it."""
-    question: str
+    """All of it, but for the record's own thinking."""
+    question: str = ""
     """What comes before the answer; empty of a document without one."""
-    answer: str
-    """The answer with its thinking; empty of a document without one."""
-    thoughts: str
-    """What is between think tags in the answer, or the record's own thinking."""
-    has_answer: bool
+    answer: str = ""
+    """The answer with the thoughts in it; empty of a document without one."""
+    thinking: str = ""
+    """The record's own thinking, a field of its own."""
+    has_answer: bool = False
 
-    @cached_property
+    @property
+    def beginning(self) -> str:
+        """The beginnings of question and answer, or of the text: enough to say what it is about."""
+        if not self.has_answer:
+            return self.text[:_SHOWN_CHARACTERS]
+        return f"{self.question[:_SHOWN_CHARACTERS]}\n{self.answer[:_SHOWN_CHARACTERS]}"
+
+    @property
     def words(self) -> list[bytes]:
-        """The first words of the text, see `split_words`: enough to say what it is about."""
-        return split_words(self.text[:_SHOWN_CHARACTERS])
+        """The words of the beginning, see `split_words`."""
+        question = split_words(self.question[:_SHOWN_CHARACTERS]) if self.question else []
+        return question + self._answer_words
+
+    @property
+    def reasoning_words(self) -> list[bytes]:
+        """The words of the beginning of the answer (of the text, where there is none), and of the record's thinking."""
+        thinking = split_words(self.thinking[:_SHOWN_CHARACTERS]) if self.thinking else []
+        return self._answer_words + thinking
 
     @cached_property
-    def answer_words(self) -> list[bytes]:
-        """The same of the answer; of the text, where there is none."""
-        return split_words(self.answer[:_SHOWN_CHARACTERS]) if self.has_answer else self.words
+    def _answer_words(self) -> list[bytes]:
+        return split_words((self.answer if self.has_answer else self.text)[:_SHOWN_CHARACTERS])
+
+    @property
+    def thoughts(self) -> str:
+        """What is between think tags in the answer, or in the text where there is none. A generated answer often lacks
+        the first tag, which was part of the prompt."""
+        text = self.answer if self.has_answer else self.text
+        for begin, end in _TAGS if self.has_answer else ():
+            before, found, _ = text.partition(end)
+            if found and begin not in before:
+                text = begin + text
+        return "\n".join(thought for groups in _THOUGHT.findall(text) for thought in groups if thought)
 
     @classmethod
     def of(cls, record: Record) -> "Document":
-        """The parts of a record that `compose` made, or of any other."""
-        begin = record.meta.get(ANSWER_BEGIN)
-        if not isinstance(begin, int):
-            return cls(record.text, "", "", record.thinking or "", False)
-        answer = record.text[begin:]
-        found = [text for groups in _THOUGHT.findall(answer) for text in groups if text]
-        thoughts = [*found, record.thinking] if record.thinking else found
-        return cls(record.text, record.text[:begin].removesuffix("\n"), answer, "\n".join(thoughts), True)
+        """The parts of a record that a `Composer` made, or of any other."""
+        thinking = record.thinking or ""
+        parts = question_and_answer(record.text, record.meta)
+        if parts is None:
+            return cls(record.text, thinking=thinking)
+        return cls(record.text, *parts, thinking, has_answer=True)
 
 
-def compose(values: Sequence[Any], names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The text of a record and what it adds to `meta`, from its columns. Raises BadRecord."""
-    if len(values) == 1 and not isinstance(values[0], str):
-        return _of_conversation(values[0], names[0])
-    if len(values) == 1 and (messages := messages_in(values[0])) is not None:
-        return _of_conversation(messages, names[0])
-    for name, value in zip(names, values, strict=True):
-        if value is None:
-            raise BadRecord("no text", f"in column {name!r}")
-        if not isinstance(value, str):
-            raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
-    if len(values) == 1:
-        return values[0], {}
-    question = "\n".join(values[:-1])
-    if not values[-1] or values[-1].isspace():
-        raise BadRecord("empty answer", f"in column {names[-1]!r}")
-    return f"{question}\n{values[-1]}", {ANSWER_BEGIN: len(question) + 1}
+@dataclass(frozen=True)
+class Composer:
+    """Makes the text of a record and what it adds to `meta` from the columns of a data set (see `Columns.compose`)."""
 
+    has_thoughts: bool = False
+    """Whether the last column but one holds the thoughts of the answer."""
+    ignored_fields: frozenset[str] = frozenset()
+    """Fields of messages that need not be understood."""
 
-def _of_conversation(value: Any, name: str) -> tuple[str, dict[str, Any]]:
-    if not isinstance(value, list):
-        raise BadRecord("no text", f"in column {name!r}, which holds neither text nor messages")
-    try:
-        messages = read_messages(value, ChatColumns()).messages
-    except Unusable as error:
-        raise BadRecord(error.reason, error.detail) from None
-    text = ""
-    meta: dict[str, Any] = {MESSAGES: value}
-    for message in messages:
-        if message["role"] == "assistant" and ANSWER_BEGIN not in meta:
-            meta[ANSWER_BEGIN] = len(text)
-        text += f"{_shown(message)}\n"
-    return text.removesuffix("\n"), meta
+    def __call__(self, fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Text and additions to `meta`. Raises BadRecord."""
+        values = [field_at(fields, name) for name in names]
+        if len(names) == 1 and not (isinstance(values[0], str) and messages_in(values[0]) is None):
+            return self._of_conversation(fields, values[0], names[0])
+        for name, value in zip(names, values, strict=True):
+            if value is None and not (self.has_thoughts and name == names[-2]):
+                raise BadRecord("no text", f"in column {name!r}")
+            if not isinstance(value, str | None):
+                raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
+        if len(names) == 1:
+            return values[0], {}
+        *questions, answer = values
+        if not answer or answer.isspace():
+            raise BadRecord("empty answer", f"in column {names[-1]!r}")
+        thoughts = questions.pop() if self.has_thoughts else None
+        if thoughts and not thoughts.isspace():
+            answer = f"{OPEN_TAG}{thoughts}{CLOSE_TAG}\n{answer}"
+        question = "\n".join(questions)
+        return f"{question}\n{answer}", {ANSWER_BEGIN: len(question) + 1}
+
+    def _of_conversation(self, fields: Mapping[str, Any], value: Any, name: str) -> tuple[str, dict[str, Any]]:
+        given = messages_in(value)
+        if not given:
+            raise BadRecord("no text", f"in column {name!r}, which holds neither text nor messages")
+        columns = ChatColumns(name, ignored_fields=self.ignored_fields)
+        extra = {column: fields[column] for column in columns.extra if present(fields.get(column))}
+        try:
+            messages = read_chat({name: given, **extra}, columns).messages
+        except Unusable as error:
+            raise BadRecord(error.reason, error.detail) from None
+        text = ""
+        meta: dict[str, Any] = {"messages": given, **extra}
+        for message in messages:
+            if message["role"] == "assistant" and ANSWER_BEGIN not in meta:
+                meta[ANSWER_BEGIN] = len(text)
+            text += f"{_shown(message)}\n"
+        return text.removesuffix("\n"), meta
 
 
 def _shown(message: Message) -> str:

@@ -134,6 +134,11 @@ class PrepareJob:
         return [self.work / stage / f"{i:06d}-of-{partitions:06d}.pairs" for i in range(partitions)]
 
 
+def meta_with_source(record: Record, source_name: str) -> dict[str, Any]:
+    """The `meta` of a document that names its source; where it does so already, as it is."""
+    return {"source": source_name} | record.meta
+
+
 class Description:
     """Makes the `meta` of the documents of a shard that are kept, which it is asked for in their order."""
 
@@ -142,7 +147,7 @@ class Description:
 
     def meta(self, record: Record) -> dict[str, Any]:
         """What the `meta` of the next document becomes."""
-        return {"source": self._source_name} | record.meta
+        return meta_with_source(record, self._source_name)
 
     def tallies(self) -> dict[str, Any]:
         """What it counted, for the report: JSON."""

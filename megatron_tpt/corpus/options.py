@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -92,22 +93,22 @@ class PrepareOptions:
 
     def warn_of_unused(self) -> None:
         """Say on stderr which options were given that have no effect without others."""
-        needed_by = {
-            "--deduplicate minhash": [name for name in vars(self) if name.startswith("minhash_")],
-            "--deduplicate exact or minhash": ["ignore_case", "ignore_whitespace"],
-            "--decontaminate": ["ngram", "min_matches"],
+        defaults = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(self)
         }
-        has = {
-            "--deduplicate minhash": self.deduplicate == "minhash",
-            "--deduplicate exact or minhash": self.deduplicate != "none",
-            "--decontaminate": bool(self.decontaminate),
-        }
-        defaults = {field.name: field.default for field in fields(self)}
-        for needed, names in needed_by.items():
+        for needed, is_given, names in self.needs():
             for name in names:
-                if not has[needed] and getattr(self, name) != defaults[name]:
-                    option = f"--{name.replace('_', '-')}"
-                    logger.warning(f"{option} has no effect without {needed}")
+                if not is_given and getattr(self, name) != defaults[name]:
+                    logger.warning(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+    def needs(self) -> list[tuple[str, bool, Sequence[str]]]:
+        """What some options need to have an effect, whether it is given, and which options these are."""
+        of_minhash = [name for name in vars(self) if name.startswith("minhash_")]
+        return [
+            ("--deduplicate minhash", self.deduplicate == "minhash", of_minhash),
+            ("--deduplicate exact or minhash", self.deduplicate != "none", ("ignore_case", "ignore_whitespace")),
+            ("--decontaminate", bool(self.decontaminate), ("ngram", "min_matches")),
+        ]
 
     @property
     def worker_count(self) -> int:

@@ -13,7 +13,7 @@ that a smaller size is part of a larger one.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,11 +182,11 @@ def with_limits(strata: Strata, shards: Callable[[], Iterable[np.ndarray]]) -> t
                 f"the stratum {name} has its size in tokens, and no document has them in its meta: give --annotate "
                 "lengths and --tokenizer, or another --strata"
             )
-        limit, available = find_limit(lambda name=name, weighted=weighted: weighted(name), wanted)
+        limit, available = find_limit(partial(weighted, name), wanted)
         if limit is not None:
             strata = Strata(strata.strata, strata.limits | {name: limit})
         elif available < wanted:
-            notes.append(f"{name}: has only {available:,} of the {wanted:,} {unit} of its size; all are in it")
+            notes.append(f"stratum {name}: has only {available:,} of the {wanted:,} {unit} of its size; all are in it")
     return strata, notes
 
 

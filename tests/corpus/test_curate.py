@@ -126,6 +126,27 @@ def test_annotations_are_what_they_say(raw: Path) -> None:
     assert chat.meta["answer_tokens"] > chat.meta["thinking_tokens"] and chat.meta["messages"][0]["from"] == "human"
 
 
+def test_strata_can_be_by_source_and_what_is_short_of_its_size_is_reported(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "strata.yaml").write_text(
+        "second: {where: \"'2.jsonl' in source\"}\nfirst: {where: \"'1.jsonl' in source\", documents: 100}\n"
+        "typed: {where: answer_tokens > '90'}\n"
+    )
+    report = curate(options_for(raw, decontaminate=[]))
+    assert {name: groups["total"]["documents"] for name, groups in report.strata.items()} == {
+        ALL: 21, "second": 1, "first": 19, "typed": 0
+    }  # fmt: skip
+    assert report.warnings == [
+        "stratum first: has only 19 of the 100 documents of its size; all are in it",
+        "stratum typed: answer_tokens > '90' compares a number with a string in some records, and does not hold of "
+        "them",
+        "stratum typed: has no document",
+    ]
+    assert all(warning in capsys.readouterr().err for warning in report.warnings[:1])
+    assert "warning: stratum first" in (raw / "curated/report.md").read_text()
+
+
 def test_near_duplicates_of_other_data_sets_count_too(raw: Path) -> None:
     text = sentence(900, 80)
     variants = [text, f"{text} Yes", f"{text} No"]
@@ -234,6 +255,11 @@ def test_a_curated_corpus_can_be_curated_again(raw: Path) -> None:
         ({"input": ["a b=big.jsonl"]}, "give NAME=FILE"),
         ({"judge": ["x=domain"]}, "--judge and --model need each other"),
         ({"classify": ["x"]}, "--classify x: give NAME=FILE"),
+        ({"classify": ["domain=x"]}, "--classify domain=x and --annotate domain both write the field domain"),
+        ({"classify": ["x=a", "x=b"]}, "--classify x=b and --classify x=a both write the field x"),
+        ({"classify": ["strata=x"]}, "--classify strata=x and every job both write the field strata"),
+        ({"meta_columns": ["tokens"]}, "--annotate lengths and --meta-columns both write the field tokens"),
+        ({"meta_columns": ["datasets"]}, "--meta-columns and every job both write the field datasets"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(raw: Path, changes: dict[str, Any], message: str) -> None:
@@ -247,10 +273,14 @@ def test_mistakes_that_files_show_are_named(raw: Path) -> None:
         curate(options_for(raw, input=twice))
     with pytest.raises(UserError, match=r"no classifier is there; give a fastText model"):
         curate(options_for(raw, classify=[f"x={raw}"]))
+    (raw / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
+        curate(options_for(raw, classify=[f"x={raw}"]))
+    assert not (raw / "curated").exists()  # else the next run would be refused
     (raw / "strata.yaml").write_text("a: {where: asnwer_tokens > 1}\n")
     report = curate(options_for(raw, output=raw / "misspelt"))
     assert report.warnings == [
-        "no document has asnwer_tokens in its meta, which strata ask for", "the stratum a has no document"
+        "stratum a: no record has asnwer_tokens in its meta", "stratum a: has no document"
     ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_a_control_has_the_size_of_another_stratum_and_sizes_are_nested() -> Non
     }
     assert tokens["control"] == tokens["small"]  # the same hashes: here the same documents
     assert all((own["one"] <= own["two"]).all() and (own["small"] <= own["one"]).all() for own in members)
-    assert notes == ["too_many: has only 351 of the 900 documents of its size; all are in it"]
+    assert notes == ["stratum too_many: has only 351 of the 900 documents of its size; all are in it"]
 
 
 def test_a_size_in_tokens_needs_tokens() -> None:

@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 class Annotator(Protocol):
     """Finds fields of `meta` for documents."""
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields that it writes; of a document for which it finds nothing, a field is null or missing."""
-        ...
-
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
-        """What it finds of each document. The same documents give the same, whatever other ones are with them."""
+        """What it finds of each document, by field; of what it cannot tell, a field is null. The same documents give
+        the same, whatever other ones are with them."""
         ...
 
 

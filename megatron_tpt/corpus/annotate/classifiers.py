@@ -40,7 +40,6 @@ class FastText:
         from datatrove.pipeline.filters import FastTextClassifierFilter
 
         self._name = name
-        self.fields = (name, f"{name}_score")
         try:
             self._filter = FastTextClassifierFilter(str(path), newline_replacement=" ")
             self._filter.model  # noqa: B018 (it is loaded where it is first asked for)
@@ -67,11 +66,18 @@ class FastText:
 
 
 class HuggingFaceClassifier:
-    """A sequence classifier, on a GPU where there is one. Every process has its own."""
+    """A sequence classifier, on a GPU where there is one. Every process loads its own when it first needs it."""
 
     def __init__(self, name: str, folder: Path) -> None:
+        from transformers import AutoConfig
+
         self._name, self._folder = name, folder
-        self.fields = (name, f"{name}_score")
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from error
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"--classify {name}={folder}: holds no *.safetensors; save the model in that format")
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, str]:
@@ -84,10 +90,16 @@ class HuggingFaceClassifier:
                 self._folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"--classify {self._name}={self._folder}: cannot be loaded ({reason})") from error
+            raise self._failure(error) from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return tokenizer, model.eval().to(device), device
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = (str(error).splitlines() or [""])[0]
+        return UserError(
+            f"--classify {self._name}={self._folder}: cannot be loaded ({reason}); give the folder of a Hugging Face "
+            "sequence classifier with its tokenizer"
+        )
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`. Texts of about the same length are computed together; padding is masked."""

@@ -8,13 +8,11 @@ from megatron_tpt.corpus.documents import Document
 
 
 class Lengths:
-    """Tokens of the document (question and answer encoded on their own), of its answer with the thoughts in it, and of
-    these alone.
+    """Tokens of the document (question and answer encoded on their own), of its answer with its thoughts, and of these
+    alone. Thinking in a field of its own counts in all three, as tools/index.py writes it behind the document.
 
     The encoder is that of tools/index.py, proven against Hugging Face's on texts known to be difficult.
     """
-
-    fields = ("tokens", "answer_tokens", "thinking_tokens")
 
     def __init__(self, tokenizer: Path) -> None:
         from megatron_tpt.indexing.encoders import choose_encoder
@@ -29,10 +27,14 @@ class Lengths:
         parts = [
             part
             for one in documents
-            for part in (one.question if one.has_answer else one.text, one.answer, one.thoughts)
+            for part in (one.question if one.has_answer else one.text, one.answer, one.thoughts, one.thinking)
         ]
-        lengths = self._encoder.encode(pyarrow.array(parts, pyarrow.large_string())).lengths.reshape(-1, 3).tolist()
+        lengths = self._encoder.encode(pyarrow.array(parts, pyarrow.large_string())).lengths.reshape(-1, 4).tolist()
         return [
-            {"tokens": text + answer, "answer_tokens": answer if one.has_answer else None, "thinking_tokens": thoughts}
-            for one, (text, answer, thoughts) in zip(documents, lengths, strict=True)
+            {
+                "tokens": text + answer + thinking,
+                "answer_tokens": answer + thinking if one.has_answer else None,
+                "thinking_tokens": thoughts + thinking,
+            }
+            for one, (text, answer, thoughts, thinking) in zip(documents, lengths, strict=True)
         ]

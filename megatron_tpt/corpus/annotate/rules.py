@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from megatron_tpt.corpus.curate_options import FIELDS_OF
 from megatron_tpt.corpus.documents import Document
 
 _MATH_WORDS = """
@@ -75,12 +76,11 @@ def _table(**words: str) -> dict[bytes, str]:
 
 
 class Domain:
-    """math, code, science or general, by the words and signs in the first 16 Ki characters.
+    """math, code, science or general, by the words and signs in the first 16 Ki characters of question and answer.
 
     The domain is that with the most hits per 100 words, if these are enough for it; else general.
     """
 
-    fields = ("domain",)
     _words = _table(math=_MATH_WORDS, code=_CODE_WORDS, science=_SCIENCE_WORDS)
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
@@ -89,9 +89,9 @@ class Domain:
 
     def domain(self, document: Document) -> str:
         """The domain of one document."""
-        text = document.text[: 1 << 14]
-        hits = Counter(filter(None, map(self._words.get, document.words)))
-        num_words = max(len(document.words), 20)
+        text, words = document.beginning, document.words
+        hits = Counter(filter(None, map(self._words.get, words)))
+        num_words = max(len(words), 20)
         if _share(hits, "science", num_words) >= max(1, _share(hits, "math", num_words)):
             return "science"  # formulas are the signs of mathematics, and sciences have them too
         hits["math"] += sum(map(text.count, _MATH_SIGNS))
@@ -107,11 +107,10 @@ def _share(hits: Mapping[str, int], name: str, num_words: int) -> float:
 
 
 class ReasoningIntensity:
-    """Words by which reasoning proceeds (therefore, suppose, wait, check, ...) per 100 words of the answer, or of the
-    document where it has none; to two decimals.
+    """Words by which reasoning proceeds (therefore, suppose, wait, check, ...) per 100 words of the answer with its
+    thinking, or of the document where it has none; to two decimals.
     """
 
-    fields = ("reasoning_intensity",)
     _cues = frozenset(word.encode() for word in _CUES.split())
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
@@ -119,14 +118,12 @@ class ReasoningIntensity:
         return [{"reasoning_intensity": self._intensity(one)} for one in documents]
 
     def _intensity(self, document: Document) -> float:
-        words = document.answer_words
+        words = document.reasoning_words
         return round(100 * sum(map(self._cues.__contains__, words)) / max(len(words), 1), 2)
 
 
 class Language:
     """The code of the language, by py3langid on the first 4 Ki characters; null where it is not certain."""
-
-    fields = ("language",)
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
@@ -140,14 +137,13 @@ class Quality:
     "pass", or what a filter would drop the document for.
     """
 
-    fields = ("gopher_quality", "gopher_repetition", "fineweb_quality")
-
     @cached_property
     def _filters(self) -> dict[str, Any]:
         from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 
         kinds = (GopherQualityFilter, GopherRepetitionFilter, FineWebQualityFilter)
-        return {name: kind(language=_words_and_signs()) for name, kind in zip(self.fields, kinds, strict=True)}
+        names = FIELDS_OF["quality"]
+        return {name: kind(language=_words_and_signs()) for name, kind in zip(names, kinds, strict=True)}
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
