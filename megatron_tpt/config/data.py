@@ -166,8 +166,8 @@ class SftDataConfig(DataSection):
     """Of every packed index in train its share of the rows, relative to the other weights. An epoch then has as many
     rows as all of them together, and repeats or skips rows of each evenly; without, every row is read once."""
     num_examples: list[PositiveInt] = field(default_factory=list)
-    """In place of weights: of every packed index in train the examples that an epoch draws. Of fewer than it has, the
-    next epoch draws the next ones; more repeat them."""
+    """In place of weights: of every packed index in train the examples that an epoch draws, in whole rows. Of fewer
+    than it has, the next epoch draws the next ones; more repeat them."""
     validation: list[ExampleSet] = field(default_factory=list)
     """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
     over all of them and, where there are several, each separately. A path, or {path, name}."""

@@ -240,10 +240,11 @@ def open_sets(recipe: SftRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, 
     """The training rows, and the rows of every validation set by name. Raises UserError for a set without a token to
     learn from."""
     data = recipe.data
-    train = _open_rows(data.train, data, tokenizer, recipe.training.sequence_length)
     if data.weights or data.num_examples:
         parts = [_open_packed(prefix, tokenizer, recipe.training.sequence_length) for prefix in data.train]
-        train = MixedRows(parts, rows_per_epoch(data), recipe.run.seed)
+        train: Rows = MixedRows(parts, rows_per_epoch(data), recipe.run.seed)
+    else:
+        train = _open_rows(data.train, data, tokenizer, recipe.training.sequence_length)
     validation = _open_validation(recipe, tokenizer)
     named = {f"data.validation ({name})": rows for name, rows in validation.items()}
     for name, rows in ({"data.train": train} | named).items():

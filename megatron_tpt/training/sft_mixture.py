@@ -26,7 +26,8 @@ class MixedRows:
         """`num_rows`: those that an epoch draws of each part, at least 1."""
         self._parts, self._num_rows, self._seed = parts, num_rows, seed
         self._ends = list(itertools.accumulate(num_rows))
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each part the pass read last
+        self._epoch = 0
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # of the passes through each part that the epoch needs
         kind = type(parts[0].counts)
         shares = [rows / len(part) for part, rows in zip(parts, num_rows, strict=True)]
         columns = zip(*(part.counts for part in parts), strict=True)
@@ -46,10 +47,12 @@ class MixedRows:
         part = self._parts[number]
         drawn = epoch * self._num_rows[number] + row - (self._ends[number - 1] if number else 0)
         reading, place = divmod(drawn, len(part))
-        if self._orders.get(number, (-1,))[0] != reading:
+        if epoch != self._epoch:
+            self._epoch, self._orders = epoch, {}
+        if (number, reading) not in self._orders:
             random = np.random.default_rng(seed_of(f"{self._seed}/{number}/{reading}"))
-            self._orders[number] = reading, random.permutation(len(part))
-        return part[int(self._orders[number][1][place])]
+            self._orders[number, reading] = random.permutation(len(part))
+        return part[int(self._orders[number, reading][place])]
 
     def describe(self) -> list[str]:
         """A line for each set: how much of it an epoch draws."""
