@@ -5,8 +5,9 @@ python benchmarks/curation.py --rows 1000000 --output benchmarks/results/curatio
 The case is synthetic: rows of a question and an answer of 60 to 400 made-up words with formulas, one in ten occurring
 twice, half in each of two data sets. tools/prepare.py cleans it; tools/curate.py does the same and annotates, makes
 strata and writes: `rules` with domain and reasoning intensity, `lengths` with tokens as well. Each runs as a user
-would; seconds are those of the whole process, start-up included. Peak memory is that of the process and its workers
-together, sampled ten times a second; of a tenth of the rows too, to show whether it grows.
+would; seconds are those of the whole process, start-up included, and `times_prepare` compares them with the mean of
+two runs of tools/prepare.py, before and after. Peak memory is that of the process and its workers together, sampled ten
+times a second; of a tenth of the rows too, to show whether it grows.
 """
 
 import json
@@ -102,25 +103,30 @@ def run(command: list[Any]) -> dict[str, float]:
 
 
 def measure(folder: Path, num_rows: int) -> dict[str, Any]:
-    """The three jobs on a case of `num_rows` rows."""
+    """The jobs on a case of `num_rows` rows."""
     source = folder / f"case-{num_rows}"
     num_bytes = write_case(source, num_rows)
     tokenizer, strata = folder / "tokenizer", folder / "strata.yaml"
     strata.write_text(STRATA)
     if not tokenizer.exists():
-        first = sorted(source.iterdir())[:1]
+        first: list[str | Path] = [*sorted(source.iterdir())[:1]]
         train_tokenizer(TrainTokenizerOptions(first, tokenizer, text_column="answer", vocab_size=4096))
     inputs = [f"{name}={source}/{name}-*.jsonl:question,answer" for name in ("ldq", "shq")]
     curate = [sys.executable, ROOT / "tools/curate.py", "--input", *inputs, "--strata", strata]
+    prepare = [sys.executable, ROOT / "tools/prepare.py", "--input", source, "--text-column", "question,answer"]
     commands = {
-        "prepare": [sys.executable, ROOT / "tools/prepare.py", "--input", source, "--text-column", "question,answer"],
+        "prepare": prepare,
         "rules": [*curate, "--annotate", "domain", "reasoning"],
         "lengths": [*curate, "--annotate", "domain", "reasoning", "lengths", "--tokenizer", tokenizer],
+        "prepare_again": prepare,
     }
     found: dict[str, Any] = {"rows": num_rows, "input_mb": num_bytes / 1e6, "load_average": os.getloadavg()[0]}
     for name, command in commands.items():
         figures = run([*command, "--output", folder / f"{name}-{num_rows}"])
         found[name] = figures | {"rows_per_s": num_rows / figures["seconds"]}
+    prepare_s = (found["prepare"]["seconds"] + found["prepare_again"]["seconds"]) / 2
+    for name in ("rules", "lengths"):
+        found[name]["times_prepare"] = found[name]["seconds"] / prepare_s
     return found
 
 
