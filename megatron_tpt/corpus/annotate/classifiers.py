@@ -60,6 +60,8 @@ class FastText:
 
         scored = Datatrove(document.text[:_MAX_CHARACTERS], "")
         self._filter.filter(scored)
+        if not scored.metadata:
+            return {self._name: None, f"{self._name}_score": None}
         label = max(scored.metadata, key=scored.metadata.__getitem__)
         score = min(1.0, round(scored.metadata[label], _DIGITS))  # fastText's own is at times 1.00001
         return {self._name: label.removeprefix("__label__"), f"{self._name}_score": score}
