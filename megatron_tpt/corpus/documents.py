@@ -51,10 +51,9 @@ class Document:
 
     @property
     def beginning(self) -> str:
-        """The beginnings of question and answer, or of the text: enough to say what it is about."""
-        if not self.has_answer:
-            return self.text[:_SHOWN_CHARACTERS]
-        return f"{self.question[:_SHOWN_CHARACTERS]}\n{self.answer[:_SHOWN_CHARACTERS]}"
+        """The beginnings of question and answer, or of the text, without think tags: enough to say what it is about."""
+        parts = (self.question, self.answer) if self.has_answer else (self.text,)
+        return "\n".join(part[:_SHOWN_CHARACTERS] for part in parts).replace(CLOSE_TAG, "").replace(OPEN_TAG, "")
 
     @property
     def words(self) -> list[bytes]:

@@ -49,3 +49,8 @@ def test_the_share_of_a_benchmark_that_the_rules_call_by_its_domain(
     texts = ["\n".join(str(row[column]) for column in columns.split()) for row in own]
     found = [Domain().domain(Document(text, "", "", "", False)) for text in texts]
     assert found.count(domain) / len(found) == pytest.approx(percent / 100, abs=0.02)
+
+
+def test_think_tags_are_not_taken_for_code() -> None:
+    document = Document("", "Who is it?", "<think>Hm.</think>It is me.", has_answer=True)
+    assert Domain().domain(document) == "general"
