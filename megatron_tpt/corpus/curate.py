@@ -30,7 +30,7 @@ from megatron_tpt.corpus.curate_options import CurateOptions, Dataset
 from megatron_tpt.corpus.curate_report import CuratedMeta, CurateReport, extended_report, int_of
 from megatron_tpt.corpus.deduplication import Pairs, document_number
 from megatron_tpt.corpus.documents import Composer, Document
-from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks, meta_with_source
+from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks, meta_with_source, write_json
 from megatron_tpt.corpus.judging import JUDGE, judge_documents, judgements
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.origins import names_of, read_origins, write_origins
@@ -187,6 +187,10 @@ class CurateJob(PrepareJob):
             raise
         return replace(self, strata=strata, notes=tuple(notes))
 
+    def notes_path(self, shard: Shard) -> Path:
+        """What the conditions of strata noted, up to this shard, of fields and kinds of values."""
+        return self.path(ANNOTATE, shard, ".json")
+
     def counted(self) -> Iterator[np.ndarray]:
         """Of the documents of each shard that are kept: bits, hash, tokens; uint64 [3, documents]."""
         return (np.load(self.path(ANNOTATE, shard, ".npy"), allow_pickle=False) for shard in self.shards())
@@ -231,6 +235,8 @@ def annotate(tasks: SourceTasks) -> Iterator[int]:
                     meta = meta_with_source(record, job.sources[shard.source].name) | fields
                     counted.append(_counted(job, record.text, meta))
                     add(orjson.dumps(fields))
+        wheres = job.strata.wheres if job.strata is not None else {}
+        write_json(job.notes_path(shard), {name: [sorted(one.unseen), one.mismatches] for name, one in wheres.items()})
         with atomic_write(job.path(ANNOTATE, shard, ".npy")) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(counted, np.uint64).reshape(-1, 3).T)
         yield verdicts.num_rows

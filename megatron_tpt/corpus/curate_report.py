@@ -42,7 +42,6 @@ class CuratedMeta(Description):
             list(members),
             np.array([*members.values()], bool).reshape(len(members), counted.shape[1]),
         )
-        self._wheres = job.strata.wheres if job.strata is not None else {}
         self._place = 0
         self._counts: dict[str, dict[str, Counter[str]]] = {}
         self._moved = _moved(job, shard, verdicts)
@@ -53,8 +52,6 @@ class CuratedMeta(Description):
         meta = super().meta(record) | found
         own = [self._names[place] for place in np.flatnonzero(self._is_in[:, self._place])]
         self._place += 1
-        for where in self._wheres.values():
-            where.matches(meta)  # known already; but it takes note of what may be a mistake
         for name in (ALL, *own):
             groups = self._counts.setdefault(name, {"total": Counter()})
             datasets = [str(one) for one in found["datasets"]]
@@ -67,8 +64,7 @@ class CuratedMeta(Description):
 
     def tallies(self) -> dict[str, Any]:
         """See `Description.tallies`."""
-        wheres = {name: [sorted(where.unseen), where.mismatches] for name, where in self._wheres.items()}
-        return {"strata": self._counts, "moved": self._moved, "wheres": wheres}
+        return {"strata": self._counts, "moved": self._moved}
 
 
 def int_of(meta: Mapping[str, Any], name: str) -> int:
@@ -184,7 +180,7 @@ def extended_report(job: "CurateJob", report: Report) -> CurateReport:
             for group, counts in groups.items():
                 strata[name].setdefault(group, Counter()).update(counts)
         moved.update(tally["moved"])
-        for name, (unseen, mismatches) in tally["wheres"].items():
+        for name, (unseen, mismatches) in orjson.loads(job.notes_path(shard).read_bytes()).items():
             wheres[name].unseen &= set(unseen)
             wheres[name].mismatches.update(mismatches)
         if job.curate_options.judges():

@@ -143,18 +143,23 @@ class _Compiler:
         return ast.get_source_segment(self._text.strip(), node) or type(node).__name__
 
     def _compare(self, node: ast.Compare) -> _Value:
-        values = [self.value(part) for part in (node.left, *node.comparators)]
-        tests = [(self._test(one), isinstance(one, _OF_ONE_KIND)) for one in node.ops]
-        source = self._source(node)
+        source, values = self._source(node), [self.value(part) for part in (node.left, *node.comparators)]
+        pairs = [
+            self._pair(self._test(one), left, right, source if isinstance(one, _OF_ONE_KIND) else None)
+            for one, (left, right) in zip(node.ops, itertools.pairwise(values), strict=True)
+        ]
+        return pairs[0] if len(pairs) == 1 else lambda meta: all(pair(meta) for pair in pairs)
+
+    def _pair(self, test: Callable[[Any, Any], bool], left: _Value, right: _Value, source: str | None) -> _Value:
+        """Compares two values; where they are not of one kind, notes so under the name `source`."""
 
         def holds(meta: Mapping[str, Any]) -> bool:
-            found = [value(meta) for value in values]
-            for (test, is_of_one_kind), (a, b) in zip(tests, itertools.pairwise(found), strict=True):
-                if not test(a, b):
-                    if is_of_one_kind and type(a) is not type(b) and _differ_in_kind(a, b):
-                        self.mismatches.setdefault(source, f"{kind_of(a)} with {kind_of(b)}")
-                    return False
-            return True
+            a, b = left(meta), right(meta)
+            if test(a, b):
+                return True
+            if source is not None and type(a) is not type(b) and _differ_in_kind(a, b):
+                self.mismatches.setdefault(source, f"{kind_of(a)} with {kind_of(b)}")
+            return False
 
         return holds
 
@@ -188,6 +193,7 @@ _ORDERS: dict[type, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
+_NUMBERS = (int, float)
 _OF_ONE_KIND = (ast.Eq, *_ORDERS)
 """Comparisons that are probably a mistake where the values are never of the same kind."""
 
@@ -198,7 +204,7 @@ def _differ_in_kind(a: Any, b: Any) -> bool:
 
 def _ordered(order: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     def holds(a: Any, b: Any) -> bool:
-        is_number = [isinstance(one, int | float) and not isinstance(one, bool) for one in (a, b)]
-        return (all(is_number) or (isinstance(a, str) and isinstance(b, str))) and order(a, b)
+        are_numbers = type(a) in _NUMBERS and type(b) in _NUMBERS  # not Booleans
+        return (are_numbers or (isinstance(a, str) and isinstance(b, str))) and order(a, b)
 
     return holds

@@ -182,3 +182,13 @@ def test_the_options_of_the_strata_of_front_loading_are_options() -> None:
     options = parse(CurateOptions, ["--recipe", str(EXAMPLES / "front_loading/curate.yaml")])
     assert [one.name for one in options.datasets()] == ["ldq", "shq"] and options.budget == 0.2 * 400e9
     assert [one.name for one in options.evaluation_sets()] == ["gsm8k", "math500"]
+
+
+def test_the_arms_of_fine_tuning_warm_up_for_5_percent_of_their_steps() -> None:
+    path = EXAMPLES / "front_loading/sft_8b.yaml"
+    rows = re.findall(r"^\| .* \|$", (path.parent / "README.md").read_text(), re.MULTILINE)
+    arms = [re.findall(r"--[\w.]+=\S+?(?=[\s`])", row) for row in rows if "--optimizer.warmup_steps=" in row]
+    assert len(arms) == 3
+    for options in arms:
+        recipe = load_recipe(FinetuneRecipe, [str(path), *options])[0]
+        assert recipe.optimizer.warmup_steps == 0.05 * recipe.training.num_steps

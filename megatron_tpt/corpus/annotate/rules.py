@@ -75,6 +75,22 @@ def _table(**words: str) -> dict[bytes, str]:
     return {word.encode(): kind for kind, text in words.items() for word in text.split()}
 
 
+_RARE = "\\^$#<`;{=)"
+
+
+def _by_rare_character(signs: Sequence[str]) -> dict[str, list[str]]:
+    """Signs by a character of theirs that most texts do not have, or by none."""
+    found: dict[str, list[str]] = {}
+    for sign in signs:
+        found.setdefault(next((character for character in _RARE if character in sign), ""), []).append(sign)
+    return found
+
+
+def _num_signs(text: str, signs: Mapping[str, Sequence[str]]) -> int:
+    """How often signs are in a text; to look for the rare characters first takes a fraction of the time."""
+    return sum(text.count(sign) for rare, own in signs.items() if rare in text for sign in own)
+
+
 class Domain:
     """math, code, science or general, by the words and signs in the first 16 Ki characters of question and answer.
 
@@ -82,6 +98,7 @@ class Domain:
     """
 
     _words = _table(math=_MATH_WORDS, code=_CODE_WORDS, science=_SCIENCE_WORDS)
+    _math_signs, _code_signs = _by_rare_character(_MATH_SIGNS), _by_rare_character(_CODE_SIGNS)
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
@@ -94,8 +111,8 @@ class Domain:
         num_words = max(len(words), 20)
         if _share(hits, "science", num_words) >= max(1, _share(hits, "math", num_words)):
             return "science"  # formulas are the signs of mathematics, and sciences have them too
-        hits["math"] += sum(map(text.count, _MATH_SIGNS))
-        hits["code"] += sum(map(text.count, _CODE_SIGNS))
+        hits["math"] += _num_signs(text, self._math_signs)
+        hits["code"] += _num_signs(text, self._code_signs)
         shares = {name: _share(hits, name, num_words) for name in _MIN_HITS_PER_100_WORDS}
         best = max(shares, key=shares.__getitem__)
         return best if shares[best] >= 1 else "general"
