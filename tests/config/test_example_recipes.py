@@ -187,7 +187,7 @@ def test_the_options_of_the_strata_of_front_loading_are_options() -> None:
 def test_the_arms_of_fine_tuning_warm_up_for_5_percent_of_their_steps() -> None:
     path = EXAMPLES / "front_loading/sft_8b.yaml"
     rows = re.findall(r"^\| .* \|$", (path.parent / "README.md").read_text(), re.MULTILINE)
-    arms = [re.findall(r"--[\w.]+=\S+?(?=[\s`])", row) for row in rows if "--optimizer.warmup_steps=" in row]
+    arms = [re.findall(r"--[\w.]+=[^\s`\"]+", row) for row in rows if "--optimizer.warmup_steps=" in row]
     assert len(arms) == 3
     for options in arms:
         recipe = load_recipe(FinetuneRecipe, [str(path), *options])[0]
