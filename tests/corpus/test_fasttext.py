@@ -1,6 +1,8 @@
 """fastText models as annotators; their package is optional."""
 
+import contextlib
 import importlib.util
+import random
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,15 @@ IS_INSTALLED = importlib.util.find_spec("fasttext") is not None
 def test_the_likeliest_label_of_the_beginning_is_annotated(tmp_path: Path) -> None:
     import fasttext
 
-    (tmp_path / "train.txt").write_text("__label__math sum root prime\n__label__web sale shop price\n" * 40)
-    fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=40, lr=1.0, dim=8).save_model(
-        str(tmp_path / "kind.bin")
-    )
+    draw = random.Random(0)
+    words = {"math": ["sum", "root", "prime", "angle"], "web": ["sale", "shop", "price", "cart"]}
+    lines = [f"__label__{name} {' '.join(draw.choices(own, k=8))}" for _ in range(200) for name, own in words.items()]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    for _ in range(50):
+        with contextlib.suppress(RuntimeError):  # training with this package fails at random; prediction does not
+            model = fasttext.train_supervised(str(tmp_path / "train.txt"), dim=16, lr=0.05, thread=1, epoch=20)
+            model.save_model(str(tmp_path / "kind.bin"))
+            break
     texts = ["prime\n\nsum of a root", "shop sale", "prime sum " * 2000 + "sale " * 30_000, "unknown", "?"]
     found = load_classifier("kind", tmp_path / "kind.bin").annotate([Document(text) for text in texts])
     assert [one["kind"] for one in found[:3]] == ["math", "web", "math"]

@@ -34,37 +34,31 @@ def load_classifier(name: str, path: Path) -> Annotator:
 
 
 class FastText:
-    """A fastText model, by datatrove's filter."""
+    """A fastText model. (datatrove's filter refuses to load one without labels to keep or to remove.)"""
 
     def __init__(self, name: str, path: Path) -> None:
-        from datatrove.pipeline.filters import FastTextClassifierFilter
-
         self._name = name
         try:
-            self._filter = FastTextClassifierFilter(str(path), newline_replacement=" ")
-            self._filter.model  # noqa: B018 (it is loaded where it is first asked for)
+            from fasttext.FastText import _FastText
+
+            self._model = _FastText(str(path))
         except ImportError:
             raise UserError(
                 f"--classify {name}={path}: the Python package fasttext is not installed: "
-                "pip install fasttext-numpy2-wheel fasteners, or give a Hugging Face classifier"
+                "pip install fasttext-numpy2-wheel, or give a Hugging Face classifier"
             ) from None
         except ValueError as error:
             raise UserError(f"--classify {name}={path}: not a fastText model ({error})") from None
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
-        return [self._annotate(one) for one in documents]
+        return [self._annotate(one.text[:_MAX_CHARACTERS]) for one in documents]
 
-    def _annotate(self, document: Document) -> dict[str, Any]:
-        from datatrove.data import Document as Datatrove
-
-        scored = Datatrove(document.text[:_MAX_CHARACTERS], "")
-        self._filter.filter(scored)
-        if not scored.metadata:
-            return {self._name: None, f"{self._name}_score": None}
-        label = max(scored.metadata, key=scored.metadata.__getitem__)
-        score = min(1.0, round(scored.metadata[label], _DIGITS))  # fastText's own is at times 1.00001
-        return {self._name: label.removeprefix("__label__"), f"{self._name}_score": score}
+    def _annotate(self, text: str) -> dict[str, Any]:
+        labels, scores = self._model.predict(text.replace("\n", " "))
+        label = labels[0].removeprefix("__label__") if labels else None
+        score = min(1.0, round(float(scores[0]), _DIGITS)) if labels else None  # fastText's own is at times 1.00001
+        return {self._name: label, f"{self._name}_score": score}
 
 
 class HuggingFaceClassifier:
