@@ -125,12 +125,13 @@ class CurateJob(PrepareJob):
     def columns_of(self, source: int) -> Columns:
         """See `PrepareJob.columns_of`."""
         options, entry = self.curate_options, self.entries[self.dataset_of[source]]
+        names = entry.column_names or (options.text_column,)
         return Columns(
-            ",".join(entry.column_names or (options.text_column,)),
+            ",".join(names),
             options.id_column,
             tuple(options.meta_columns),
             Composer(entry.has_thoughts, frozenset(options.ignore_fields)),
-            ChatColumns().extra,
+            ChatColumns().extra if len(names) == 1 else (),  # of a conversation, which is in one column
         )
 
     def settings(self) -> dict[str, Any]:

@@ -36,35 +36,35 @@ class CuratedMeta(Description):
         """`found` are the annotations, `counted` bits, hashes and tokens, uint64 [3, documents]."""
         super().__init__(job.sources[shard.source].name)
         self._found = found
-        members = job.strata.members(counted[0], counted[1]) if job.strata is not None else {}
-        self._has_strata = job.strata is not None
-        self._names, self._is_in = (
-            list(members),
-            np.array([*members.values()], bool).reshape(len(members), counted.shape[1]),
-        )
-        self._place = 0
-        self._counts: dict[str, dict[str, Counter[str]]] = {}
+        self._members = job.strata.members(counted[0], counted[1]) if job.strata is not None else None
+        self._counts: list[tuple[int, ...]] = []  # of each document
+        self._groups: dict[str, list[int]] = {"total": []}  # the documents of each, by place
         self._moved = _moved(job, shard, verdicts)
 
     def meta(self, record: Record) -> dict[str, Any]:
         """See `Description.meta`."""
-        found = next(self._found)
+        found, place = next(self._found), len(self._counts)
         meta = super().meta(record) | found
-        own = [self._names[place] for place in np.flatnonzero(self._is_in[:, self._place])]
-        self._place += 1
-        for name in (ALL, *own):
-            groups = self._counts.setdefault(name, {"total": Counter()})
-            datasets = [str(one) for one in found["datasets"]]
-            for group in ("total", f"domain {meta.get('domain')}", *(f"dataset {one}" for one in datasets)):
-                counter = groups.setdefault(group, Counter())
-                counter["documents"] += 1
-                for count in _COUNTS[1:]:
-                    counter[count] += int_of(meta, count)
-        return meta | {"strata": own} if self._has_strata else meta
+        for group in ("total", f"domain {meta.get('domain')}", *(f"dataset {one}" for one in found["datasets"])):
+            self._groups.setdefault(group, []).append(place)
+        self._counts.append((1, *(int_of(meta, name) for name in _COUNTS[1:])))
+        if self._members is None:
+            return meta
+        return meta | {"strata": [name for name, is_in in self._members.items() if is_in[place]]}
 
     def tallies(self) -> dict[str, Any]:
         """See `Description.tallies`."""
-        return {"strata": self._counts, "moved": self._moved}
+        counts = np.array(self._counts, np.int64).reshape(-1, len(_COUNTS))
+        members = {ALL: np.ones(len(counts), bool)} | (self._members or {})
+        sums = {
+            name: {group: counts[own][is_in[own]].sum(axis=0).tolist() for group, own in self._groups.items()}
+            for name, is_in in members.items()
+        }
+        strata = {
+            name: {group: dict(zip(_COUNTS, own, strict=True)) for group, own in groups.items() if own[0]}
+            for name, groups in sums.items()
+        }
+        return {"strata": strata, "moved": self._moved}
 
 
 def int_of(meta: Mapping[str, Any], name: str) -> int:

@@ -25,7 +25,7 @@ from megatron_tpt.indexing.chat_shapes import (
     texts_of,
 )
 from megatron_tpt.indexing.chat_values import Unusable, messages_in, present
-from megatron_tpt.records.parsing import field_at
+from megatron_tpt.records.parsing import field_at, kind_of
 from megatron_tpt.records.record import ANSWER_BEGIN, BadRecord, Record, question_and_answer
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
@@ -107,10 +107,11 @@ class Composer:
         if len(names) == 1 and not (isinstance(values[0], str) and messages_in(values[0]) is None):
             return self._of_conversation(fields, values[0], names[0])
         for name, value in zip(names, values, strict=True):
-            if value is None and not (self.has_thoughts and name == names[-2]):
+            if isinstance(value, str) or (value is None and self.has_thoughts and name == names[-2]):
+                continue
+            if value is None:
                 raise BadRecord("no text", f"in column {name!r}")
-            if not isinstance(value, str | None):
-                raise BadRecord(f"column {name!r} is not a string", f"but {type(value).__name__}")
+            raise BadRecord(f"column {name!r} is not a string", f"but {kind_of(value)}")
         if len(names) == 1:
             return values[0], {}
         *questions, answer = values
