@@ -13,10 +13,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from megatron_tpt.corpus.words import split_words
 from megatron_tpt.indexing.chat_shapes import (
     REASONING_FIELDS,
     ChatColumns,
@@ -29,7 +27,7 @@ from megatron_tpt.records.parsing import field_at, kind_of
 from megatron_tpt.records.record import ANSWER_BEGIN, BadRecord, Record, question_and_answer
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
-_SHOWN_CHARACTERS = 1 << 14
+_SHOWN_CHARACTERS = 1 << 12
 _TAGS = [(OPEN_TAG, CLOSE_TAG), ("<|begin_of_thought|>", "<|end_of_thought|>")]
 """What is around thoughts: the tags of most models, and those of OpenThoughts' prompt."""
 _THOUGHT = re.compile("|".join(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}|$)" for begin, end in _TAGS), re.DOTALL)
@@ -53,23 +51,12 @@ class Document:
     def beginning(self) -> str:
         """The beginnings of question and answer, or of the text, without think tags: enough to say what it is about."""
         parts = (self.question, self.answer) if self.has_answer else (self.text,)
-        return "\n".join(part[:_SHOWN_CHARACTERS] for part in parts).replace(CLOSE_TAG, "").replace(OPEN_TAG, "")
+        return _beginning(*parts).replace(CLOSE_TAG, "").replace(OPEN_TAG, "")
 
     @property
-    def words(self) -> list[bytes]:
-        """The words of the beginning, see `split_words`."""
-        question = split_words(self.question[:_SHOWN_CHARACTERS]) if self.question else []
-        return question + self._answer_words
-
-    @property
-    def reasoning_words(self) -> list[bytes]:
-        """The words of the beginning of the answer (of the text, where there is none), and of the record's thinking."""
-        thinking = split_words(self.thinking[:_SHOWN_CHARACTERS]) if self.thinking else []
-        return self._answer_words + thinking
-
-    @cached_property
-    def _answer_words(self) -> list[bytes]:
-        return split_words((self.answer if self.has_answer else self.text)[:_SHOWN_CHARACTERS])
+    def reasoning(self) -> str:
+        """The beginnings of the answer, or of the text where there is none, and of the record's own thinking."""
+        return _beginning(self.answer if self.has_answer else self.text, self.thinking)
 
     @property
     def thoughts(self) -> str:
@@ -90,6 +77,10 @@ class Document:
         if parts is None:
             return cls(record.text, thinking=thinking)
         return cls(record.text, *parts, thinking, has_answer=True)
+
+
+def _beginning(*parts: str) -> str:
+    return "\n".join(part[:_SHOWN_CHARACTERS] for part in parts)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from evaluation_data import needs_data, rows
 
-from megatron_tpt.corpus.annotate.rules import Domain
+from megatron_tpt.corpus.annotate.rules import Domain, ReasoningIntensity
 from megatron_tpt.corpus.documents import Document
+from megatron_tpt.corpus.words import split_words
 
 SCIENCES = ("physics", "chemistry", "biology", "anatomy", "astronomy", "medic", "genetic", "virology")
 
@@ -47,10 +48,21 @@ def test_the_share_of_a_benchmark_that_the_rules_call_by_its_domain(
         if not subject or (is_science(row) if subject == "sciences" else row["subject"] == subject)
     ]
     texts = ["\n".join(str(row[column]) for column in columns.split()) for row in own]
-    found = [Domain().domain(Document(text, "", "", "", False)) for text in texts]
+    found = [one["domain"] for one in Domain().annotate([Document(text) for text in texts])]
     assert found.count(domain) / len(found) == pytest.approx(percent / 100, abs=0.02)
 
 
 def test_think_tags_are_not_taken_for_code() -> None:
     document = Document("", "Who is it?", "<think>Hm.</think>It is me.", has_answer=True)
-    assert Domain().domain(document) == "general"
+    assert Domain().annotate([document]) == [{"domain": "general"}]
+
+
+def test_words_are_counted_as_they_are_split_in_every_script() -> None:
+    texts = ["So it HOLDS, therefore: wait!", "因此 so 我们", "Zürich: hence", "?!", "so-so", "because ﬁrst"]
+    cues = {b"so", b"therefore", b"wait", b"hence", b"because", b"first"}
+    expected = [[word in cues for word in split_words(text)] for text in texts]
+    found = ReasoningIntensity().annotate([Document(text) for text in texts])
+    assert [one["reasoning_intensity"] for one in found] == [
+        round(100 * sum(own) / max(len(own), 1), 2) for own in expected
+    ]
+    assert found[3]["reasoning_intensity"] == 0 < found[1]["reasoning_intensity"]

@@ -1,17 +1,22 @@
 """Annotators by rules: words and signs that texts of a kind have, and datatrove's heuristics of quality.
 
-The rules cost microseconds per document and need no model. How far they can be trusted is measured on benchmarks whose
-domain is known (docs/curation.md); where that is not enough, use a classifier.
+The rules need no model and cost microseconds per document, as pyarrow counts words and signs of a batch at a time. How
+far they can be trusted is measured on benchmarks whose domain is known (docs/curation.md); where that is not enough,
+use a classifier.
 """
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.compute
+
 from megatron_tpt.corpus.curate_options import FIELDS_OF
 from megatron_tpt.corpus.documents import Document
+from megatron_tpt.corpus.words import spaced_words
 
 _MATH_WORDS = """
     equation equations theorem lemma proof prove integer integers polynomial polynomials triangle triangles circle
@@ -69,74 +74,73 @@ _CODE_SIGNS = (
     "()",
 )
 _MIN_HITS_PER_100_WORDS = {"math": 4.0, "code": 4.0, "science": 2.0}
+_MIN_WORDS = 20
+"""A shorter text counts as one of so many words: a single hit says little."""
 
 
-def _table(**words: str) -> dict[bytes, str]:
-    return {word.encode(): kind for kind, text in words.items() for word in text.split()}
+class _WordCounts:
+    """Counts words of given kinds."""
 
+    def __init__(self, *words: str) -> None:
+        """`words` of each kind, with spaces between them."""
+        kinds = {word: kind for kind, text in enumerate(words) for word in text.split()}
+        self._words = pyarrow.array(list(kinds))
+        self._kinds = np.array([*kinds.values(), len(words)])  # the last, at -1, is that of all other words
+        self._num_kinds = len(words)
 
-_RARE = "\\^$#<`;{=)"
-
-
-def _by_rare_character(signs: Sequence[str]) -> dict[str, list[str]]:
-    """Signs by a character of theirs that most texts do not have, or by none."""
-    found: dict[str, list[str]] = {}
-    for sign in signs:
-        found.setdefault(next((character for character in _RARE if character in sign), ""), []).append(sign)
-    return found
-
-
-def _num_signs(text: str, signs: Mapping[str, Sequence[str]]) -> int:
-    """How often signs are in a text; to look for the rare characters first takes a fraction of the time."""
-    return sum(text.count(sign) for rare, own in signs.items() if rare in text for sign in own)
+    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Words of each kind in each text, int [texts, kinds], and all words, at least 1, int [texts]."""
+        spaced = pyarrow.array(map(spaced_words, texts), pyarrow.binary()).view(pyarrow.string())
+        words = pyarrow.compute.ascii_split_whitespace(spaced)
+        num_words = pyarrow.compute.list_value_length(words).to_numpy()
+        places = pyarrow.compute.index_in(words.flatten(), value_set=self._words).fill_null(-1).to_numpy()
+        bins = np.repeat(np.arange(len(texts)), num_words) * (self._num_kinds + 1) + self._kinds[places]
+        counts = np.bincount(bins, minlength=len(texts) * (self._num_kinds + 1))
+        return counts.reshape(len(texts), -1)[:, : self._num_kinds], num_words
 
 
 class Domain:
-    """math, code, science or general, by the words and signs in the first 16 Ki characters of question and answer.
+    """math, code, science or general, by the words and signs at the beginnings of question and answer.
 
     The domain is that with the most hits per 100 words, if these are enough for it; else general.
     """
 
-    _words = _table(math=_MATH_WORDS, code=_CODE_WORDS, science=_SCIENCE_WORDS)
-    _math_signs, _code_signs = _by_rare_character(_MATH_SIGNS), _by_rare_character(_CODE_SIGNS)
+    _names = np.array([*_MIN_HITS_PER_100_WORDS, "general"])
+    _signs = tuple("|".join(map(re.escape, signs)) for signs in (_MATH_SIGNS, _CODE_SIGNS))
+
+    def __init__(self) -> None:
+        self._words = _WordCounts(_MATH_WORDS, _CODE_WORDS, _SCIENCE_WORDS)
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
-        return [{"domain": self.domain(one)} for one in documents]
+        return [{"domain": name} for name in self._domains([one.beginning for one in documents])]
 
-    def domain(self, document: Document) -> str:
-        """The domain of one document."""
-        text, words = document.beginning, document.words
-        hits = Counter(filter(None, map(self._words.get, words)))
-        num_words = max(len(words), 20)
-        if _share(hits, "science", num_words) >= max(1, _share(hits, "math", num_words)):
-            return "science"  # formulas are the signs of mathematics, and sciences have them too
-        hits["math"] += _num_signs(text, self._math_signs)
-        hits["code"] += _num_signs(text, self._code_signs)
-        shares = {name: _share(hits, name, num_words) for name in _MIN_HITS_PER_100_WORDS}
-        best = max(shares, key=shares.__getitem__)
-        return best if shares[best] >= 1 else "general"
-
-
-def _share(hits: Mapping[str, int], name: str, num_words: int) -> float:
-    """Hits of a domain per 100 words, over those that it needs."""
-    return 100 * hits[name] / num_words / _MIN_HITS_PER_100_WORDS[name]
+    def _domains(self, texts: Sequence[str]) -> list[str]:
+        hits, num_words = self._words.count(texts)
+        enough = np.outer(np.maximum(num_words, _MIN_WORDS), list(_MIN_HITS_PER_100_WORDS.values())) / 100
+        math, _, science = (hits / enough).T
+        is_science = science >= np.maximum(1, math)  # formulas are the signs of mathematics, and sciences have them too
+        array = pyarrow.array(texts, pyarrow.string())
+        for kind, signs in enumerate(self._signs):
+            hits[:, kind] += pyarrow.compute.count_substring_regex(array, pattern=signs).to_numpy()
+        shares = hits / enough
+        best = np.where(shares.max(axis=1) >= 1, shares.argmax(axis=1), -1)  # -1: general
+        return self._names[np.where(is_science, 2, best)].tolist()
 
 
 class ReasoningIntensity:
-    """Words by which reasoning proceeds (therefore, suppose, wait, check, ...) per 100 words of the answer with its
-    thinking, or of the document where it has none; to two decimals.
+    """Words by which reasoning proceeds (therefore, suppose, wait, check, ...) per 100 words at the beginning of the
+    answer with its thinking, or of the document where it has none; to two decimals.
     """
 
-    _cues = frozenset(word.encode() for word in _CUES.split())
+    def __init__(self) -> None:
+        self._cues = _WordCounts(_CUES)
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
-        return [{"reasoning_intensity": self._intensity(one)} for one in documents]
-
-    def _intensity(self, document: Document) -> float:
-        words = document.reasoning_words
-        return round(100 * sum(map(self._cues.__contains__, words)) / max(len(words), 1), 2)
+        counts, num_words = self._cues.count([one.reasoning for one in documents])
+        intensity = 100 * counts[:, 0] / num_words
+        return [{"reasoning_intensity": round(value, 2)} for value in intensity.tolist()]
 
 
 class Language:
