@@ -161,7 +161,7 @@ class SftDataConfig(DataSection):
 
     train: list[Path] = field(default_factory=list)
     """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
-    with the fields `prompt` and `response`, which are tokenised and packed at the start of every run."""
+    with the fields `prompt` and `response`, which are tokenized and packed at the start of every run."""
     weights: list[PositiveFloat] = field(default_factory=list)
     """Of every packed index in train its share of the rows, relative to the other weights. An epoch then has as many
     rows as all of them together, and repeats or skips rows of each evenly; without, every row is read once."""
