@@ -172,7 +172,8 @@ class PieceMaker:
         try:
             rows, unselected = self.selection.apply(rows)
             if isinstance(rows, bytes):
-                num_rows, table = _json_table(rows, self.columns) if rows else (0, _NO_ROWS)
+                is_left = rows or not unselected
+                num_rows, table = _json_table(rows, self.columns) if is_left else (0, _NO_ROWS)
             else:
                 num_rows, table = rows.num_rows, rows
                 _check_meta(table)
