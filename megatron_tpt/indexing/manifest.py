@@ -135,6 +135,8 @@ class Manifest:
     """Whether special tokens that occur in the raw text became these tokens."""
     shard_bytes: int | None = None
     """Of a shard: what the `.bin` files of its set were to keep to."""
+    where: str | None = None
+    """The condition on `meta` that selected the records; None where all were taken."""
 
     @property
     def may_have_thinking(self) -> bool:
@@ -229,7 +231,7 @@ def _checksum_once(path: Path, size: int, modified_ns: int) -> str:
 
 
 def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
-    """The manifests of indices to train on together.
+    """The manifests of indices to train on together, also of packed ones (see `pack_manifest.PackedSource`).
 
     Raises UserError when one is missing or damaged (of `.bin` the size is compared, of `.idx` the checksum too), when
     its documents are split into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
@@ -237,7 +239,7 @@ def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
     """
     manifests: list[Manifest] = []
     for prefix in prefixes:
-        manifest = Manifest.read(prefix)
+        manifest = _source_manifest(prefix)
         manifest.check_files(prefix)
         if os.environ.get("RANK", "0") == "0":  # for all ranks of a training run
             manifest.check_idx(prefix)
@@ -247,6 +249,13 @@ def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
             _require_same_ids(prefix, manifest, manifests[0])
         manifests.append(manifest)
     return manifests
+
+
+def _source_manifest(prefix: str | Path) -> Manifest:
+    from megatron_tpt.indexing.pack_manifest import PackManifest, packed_as_index  # which imports this module
+
+    is_packed = PackManifest.path(prefix).exists() and not Manifest.path(prefix).exists()
+    return packed_as_index(prefix) if is_packed else Manifest.read(prefix)
 
 
 def _require_whole_documents(prefix: str | Path, counts: IndexCounts) -> None:
