@@ -4,14 +4,11 @@
 process of a rank is killed.)
 """
 
-import contextlib
 import logging
 import os
-import signal
 import subprocess
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,6 @@ from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.5
-"""How late Ctrl-C may be."""
 
 
 def run_ray(
@@ -70,38 +64,20 @@ def _run(
     results: list[TaskResult] = []
     stopping = False
     try:
-        with _interrupts_noted() as noted:
-            while running or (waiting and not stopping):
-                while waiting and not stopping and len(running) < (options.num_workers or len(waiting) + len(running)):
-                    task = waiting.popleft()
-                    running[run_on_node.remote(task)] = task
-                ended_references, _ = ray.wait(list(running), timeout=_POLL_S)
-                if noted.is_set():
-                    raise KeyboardInterrupt
-                for reference in ended_references:
-                    result = _result(ray, reference, running.pop(reference), log_dir)
-                    announce(result, options.num_tasks)
-                    results.append(result)
-                    stopping = stopping or result.exit_code == 2
+        while running or (waiting and not stopping):
+            while waiting and not stopping and len(running) < (options.num_workers or len(waiting) + len(running)):
+                task = waiting.popleft()
+                running[run_on_node.remote(task)] = task
+            [reference], _ = ray.wait(list(running))
+            result = _result(ray, reference, running.pop(reference), log_dir)
+            announce(result, options.num_tasks)
+            results.append(result)
+            stopping = stopping or result.exit_code == 2
     finally:
         # Cancelling kills a task's Ray worker; the supervisor that it started then ends the task.
         for reference in running:
             ray.cancel(reference, force=True)
     return results + [TaskResult(task, "not run", TaskFiles(log_dir, task).log) for task in waiting]
-
-
-@contextlib.contextmanager
-def _interrupts_noted() -> Iterator[threading.Event]:
-    """Note Ctrl-C in here in place of raising KeyboardInterrupt, which is lost at some moments within Ray's code."""
-    noted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: noted.set())
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _result(ray: Any, reference: Any, task: int, log_dir: Path) -> TaskResult:
