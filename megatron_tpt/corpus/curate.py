@@ -58,7 +58,8 @@ def curate(options: CurateOptions) -> CurateReport:
     _annotators(options)  # first, as what cannot be loaded must not leave a job behind
     if options.judges() and options.engine != "endpoint":
         check_model(options.engine_options().model)
-    return cast(CurateReport, run(options, functools.partial(_make_job, datasets=_datasets_of(options))))
+    make_job = functools.partial(_make_job, datasets=_datasets_of(options))
+    return cast(CurateReport, run(options, CurateJob.settings_name, make_job))
 
 
 def _make_job(options: PrepareOptions, sources: list[Source], datasets: dict[str, int]) -> "CurateJob":

@@ -53,18 +53,21 @@ _WRITER = "prepare"
 
 def prepare(options: PrepareOptions) -> Report:
     """Do what `tools/prepare.py` does. Raises UserError for what the user can fix."""
-    return run(options, PrepareJob)
+    return run(options, PrepareJob.settings_name, PrepareJob)
 
 
-def run(options: PrepareOptions, make_job: Callable[[PrepareOptions, list[Source]], PrepareJob]) -> Report:
-    """Do a job that cleans a corpus and perhaps more (see `PrepareJob`). Raises UserError for what the user can fix."""
+def run(
+    options: PrepareOptions, settings_name: str, make_job: Callable[[PrepareOptions, list[Source]], PrepareJob]
+) -> Report:
+    """Do a job that cleans a corpus and perhaps more (see `PrepareJob`), whose settings are in the file of that name.
+    Raises UserError for what the user can fix."""
     sources = expand_sources(options.locations())
     require_apart(options.output, options.locations(), [source.path for source in sources if source.path])
     options.warn_of_unused()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
-            path = make_job(options, sources).settings_path
+            path = options.output / settings_name
             job = make_job(options, in_job_order(path, sources))
             settings = job.settings()
             check_settings(path, settings)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,24 @@ def text_chunks(text: str) -> Iterator[str]:
 def split_words(text: str) -> list[bytes]:
     """The words of `text` in lower case, without punctuation, as UTF-8. Compatible forms (NFKC) are the same word."""
     return spaced_words(text).split()
+
+
+def word_tokenizer(split: Callable[[str], list[str]]) -> Any:
+    """`split` in the shape that datatrove wants: its own tokenizer for English needs spaCy, those of other languages
+    downloads. What we use of datatrove asks for words alone."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Words(WordTokenizer):
+        def word_tokenize(self, text: str) -> list[str]:
+            return split(text)
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            raise NotImplementedError
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            raise NotImplementedError
+
+    return Words()
 
 
 def spaced_words(text: str) -> bytes:

@@ -192,10 +192,10 @@ def _merged_manifest(shards: list[Shard]) -> Manifest | None:
 
 def _either(wheres: Sequence[str | None]) -> str | None:
     """The condition that one of several was met; None where one is met by all records."""
-    distinct = [where for where in dict.fromkeys(wheres) if where is not None]
-    if None in wheres or len(distinct) == 1:
-        return None if None in wheres else distinct[0]
-    return " or ".join(f"({where})" for where in distinct)
+    if None in wheres:
+        return None
+    distinct = list(dict.fromkeys(wheres))
+    return distinct[0] if len(distinct) == 1 else " or ".join(f"({where})" for where in distinct)
 
 
 def _sum_counts(counts: list[IndexCounts]) -> IndexCounts:

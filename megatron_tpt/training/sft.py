@@ -261,9 +261,8 @@ def describe_examples(recipe: SftRecipe) -> tuple[str, Callable[[int], dict[str,
     table.insert(1, ["data.train", *map(str, train.counts)])
     warnings = [f"warning: {line}" for line in epoch_warnings("data.train", epochs)]
     mixed = train.describe() if isinstance(train, MixedRows) else []
-    return "\n".join([format_table(table), f"data.train is read {epochs:.2f} times", *mixed, *warnings]), _identity_of(
-        train
-    )
+    lines = [format_table(table), f"data.train is read {epochs:.2f} times", *mixed, *warnings]
+    return "\n".join(lines), _identity_of(train)
 
 
 def _identity_of(rows: Rows) -> Callable[[int], dict[str, str]]:

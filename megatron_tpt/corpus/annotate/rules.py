@@ -16,7 +16,7 @@ import pyarrow.compute
 
 from megatron_tpt.corpus.curate_options import FIELDS_OF
 from megatron_tpt.corpus.documents import Document
-from megatron_tpt.corpus.words import spaced_words
+from megatron_tpt.corpus.words import spaced_words, word_tokenizer
 
 _MATH_WORDS = """
     equation equations theorem lemma proof prove integer integers polynomial polynomials triangle triangles circle
@@ -75,7 +75,7 @@ _CODE_SIGNS = (
 )
 _MIN_HITS_PER_100_WORDS = {"math": 4.0, "code": 4.0, "science": 2.0}
 _MIN_WORDS = 20
-"""A shorter text counts as one of so many words: a single hit says little."""
+"""A shorter text counts as one of this many words: a single hit says little."""
 
 
 class _WordCounts:
@@ -164,7 +164,9 @@ class Quality:
 
         kinds = (GopherQualityFilter, GopherRepetitionFilter, FineWebQualityFilter)
         names = FIELDS_OF["quality"]
-        return {name: kind(language=_words_and_signs()) for name, kind in zip(names, kinds, strict=True)}
+        return {
+            name: kind(language=word_tokenizer(_WORD_OR_SIGN.findall)) for name, kind in zip(names, kinds, strict=True)
+        }
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
@@ -178,23 +180,6 @@ class Quality:
 
 def _verdict(result: Any) -> str:
     return "pass" if result is True else result[1]
-
-
-def _words_and_signs() -> Any:
-    """What the filters take for words: datatrove's own for English needs spaCy, those of other languages downloads."""
-    from datatrove.utils.word_tokenizers import WordTokenizer
-
-    class Words(WordTokenizer):
-        def word_tokenize(self, text: str) -> list[str]:
-            return _WORD_OR_SIGN.findall(text)
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            raise NotImplementedError
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            raise NotImplementedError
-
-    return Words()
 
 
 _WORD_OR_SIGN = re.compile(r"[\w']+|[^\w\s]")
