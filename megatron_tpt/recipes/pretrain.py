@@ -12,8 +12,9 @@ from megatron_tpt.config.load import read_yaml, recipe_from_dict
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
+from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo
 from megatron_tpt.indexing.pack_manifest import PackManifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.names import first_few
 from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.recipes.sources import spell_out_sources

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.pack_manifest import PackedSource, PackManifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
 # Values beyond these limits are most likely mistakes: repeating data helps for some 16 epochs at most (arXiv
