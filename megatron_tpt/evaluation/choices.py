@@ -21,7 +21,8 @@ class Choices:
     column: str | None
     format: str
     separator: str
-    is_shuffled: bool = False
+    order: tuple[int, ...] = ()
+    """The number that each option has in the row, from 0; empty where they are in the row's order."""
 
     def rendered(self) -> str:
         """As a prompt shows them."""
@@ -40,15 +41,21 @@ class Choices:
         order = list(range(len(self.texts)))
         source.shuffle(order)
         labels = tuple(self.labels[i] for i in order) if self.labels else ()
-        return replace(self, texts=tuple(self.texts[i] for i in order), labels=labels, is_shuffled=True)
+        return replace(self, texts=tuple(self.texts[i] for i in order), labels=labels, order=tuple(order))
 
     def letter_of(self, answer: Any, where: str) -> Any:
         """The letter of the answer where the row names it by a label, or the order is ours; otherwise the answer."""
-        if not self.labels and not self.is_shuffled:
+        if not self.labels and not self.order:
             return answer
+        if not self.labels and isinstance(answer, int) and not isinstance(answer, bool):
+            if answer not in self.order:
+                raise UserError(f"{where}: the answer {answer} is no number of an option, 0 to {len(self.order) - 1}")
+            return LETTERS[self.order.index(answer)]
         if not self.labels:
-            if str(answer) not in self.texts:
-                raise UserError(f"{where}: with --shuffle-choices the answer must be the text of an option")
+            if self.texts.count(str(answer)) != 1:
+                raise UserError(
+                    f"{where}: with --shuffle-choices the answer must be the text of one option, or its number from 0"
+                )
             return LETTERS[self.texts.index(str(answer))]
         if str(answer) not in self.labels:
             raise UserError(f"{where}: the answer {str(answer)[:60]!r} is none of the labels {', '.join(self.labels)}")

@@ -111,10 +111,8 @@ def _problem(
             raise UserError(f"{where}: column {benchmark.prompt_column!r} has no text; remove the row")
     elif benchmark.answer_columns:
         answer = {name: value_of(row, name, where) for name in benchmark.answer_columns.split(",")}
-    elif answer_template:
-        answer = fill(answer_template, row, where)
     else:
-        answer = _answer(row, benchmark.answer_column, where)
+        answer = fill(answer_template, row, where) if answer_template else _answer(row, benchmark.answer_column, where)
         answer = choices.letter_of(answer, where) if choices is not None else answer
     return Problem(
         id=name,

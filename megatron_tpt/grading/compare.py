@@ -10,10 +10,10 @@ from typing import Any, Literal
 from megatron_tpt.grading.latex import (
     Parts,
     balanced,
-    key,
     letters,
     normalize,
     parts,
+    same_text,
     split_unit,
     texts,
     without_prefix,
@@ -28,6 +28,7 @@ _MAX_LENGTH = 2000
 """Longer candidates, in characters, are only compared as text."""
 _DIGITS = 50
 _RELATION = re.compile(r"[<>|=]|\\(?:le|ge|ne|lt|gt|in|mid|mathbb|setminus)(?![a-z])")
+_MARKS = re.compile(r"'|\\prime|(?<=[0-9])\s*_|(?<=[0-9])\s+(?=[0-9])")
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 
 
@@ -37,12 +38,12 @@ def same_mathematics(reference: str, answer: str) -> Tier | None:
     Hostile answers can take unlimited time or much memory: call it in a process that can be killed.
     """
     if len(answer) > _MAX_LENGTH:
-        return "text" if key(reference) == key(answer) else None
+        return "text" if same_text(reference, answer) else None
     return _same(normalize(reference), normalize(answer))
 
 
 def _same(gold: str, answer: str) -> Tier | None:
-    if key(gold) == key(answer):
+    if same_text(gold, answer):
         return "text"
     if not (gold and answer):
         return None
@@ -50,7 +51,7 @@ def _same(gold: str, answer: str) -> Tier | None:
     if alike is None:
         return None
     gold, answer = alike
-    if key(gold) == key(answer):
+    if same_text(gold, answer):
         return "text"
     numbers = rational(gold), rational(answer)
     if None not in numbers:
@@ -63,6 +64,8 @@ def _same(gold: str, answer: str) -> Tier | None:
     if any(side and side.kind == "list" for side in (gold_parts, answer_parts)):
         return None
     if texts(gold) != texts(answer):  # math-verify reads "3 \\text{ or more}" as 3
+        return None
+    if _MARKS.findall(gold) != _MARKS.findall(answer):  # nor does it see the mark of f'
         return None
     symbols = letters(gold), letters(answer)
     if symbols[0] != symbols[1] and {x.lower() for x in symbols[0]} == {x.lower() for x in symbols[1]}:
@@ -121,7 +124,9 @@ def _parse(text: str) -> Any | None:
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
-    return found[0] if found else None
+    if not found or (getattr(found[0], "is_number", False) and letters(text) - set("ieE")):  # ab of 3ab, as a unit
+        return None
+    return found[0]
 
 
 def _equal_at_samples(gold: Any, answer: Any) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
+_OPENED = re.compile(rf"(?<![`'\"“‘]){re.escape(OPEN_TAG)}(?![`'\"”’])")
+"""The tag where it is not quoted."""
 _BOX_TOKEN = re.compile(
     r"\\(?:boxed|fbox)\s+(?P<bare>[-+]?\d[\d.,/]*|[A-Za-z]\b)|(?P<box>\\[bf]?box(?:ed)?\s*\{)|\\.|(?P<open>\{)|(?P<close>\})",
     re.S,
@@ -18,6 +20,9 @@ _STATEMENT = re.compile(r"(?i)\banswer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _FINAL_STATEMENT = re.compile(r"(?i)\bfinal answer\b[*_]{0,2}\s*(?:is\b|:)[:*_]{0,3}")
 _HASHES = re.compile(r"#{4}(?!#)")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|\.?\s*I hope it is correct")
+_CODE_BLOCK = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}+|~{3,}+)[^\n`]*\n(?P<code>.*?)^[ \t]*(?P=fence)[`~]*[ \t]*$", re.S | re.M
+)
 _MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
@@ -40,7 +45,7 @@ def after_thinking(output: str, opened: bool = False) -> str | None:
     ended: such an output has no answer.
     """
     _, closed, rest = output.rpartition(CLOSE_TAG)
-    return None if OPEN_TAG in rest or (opened and not closed) else rest
+    return None if _OPENED.search(rest) or (opened and not closed) else rest
 
 
 def opens_thinking(prompt: str) -> bool:
@@ -63,20 +68,23 @@ def readable(text: str, reading: Reading) -> str | None:
 
 def boxes(text: str) -> list[str]:
     """The contents of every balanced, non-empty \\boxed{} and \\fbox{}, by the place where they end; the number or the
-    letter after one without braces."""
+    letter after one without braces. Of a box that holds nothing but a box, the inner one counts."""
     found: list[str] = []
-    depth: list[int | None] = []  # per open brace: where the content of the box begins, or None for a plain brace
+    depth: list[re.Match[str] | None] = []  # per open brace: the box that it begins, or None for a plain brace
+    last = (0, 0)  # where the last box begins and ends
     for token in _BOX_TOKEN.finditer(text):
         if token["bare"]:
             found.append(token["bare"].rstrip(".,"))
         elif token["box"]:
-            depth.append(token.end() if token[0].startswith(_BOX_NAMES) else None)
+            depth.append(token if token[0].startswith(_BOX_NAMES) else None)
         elif token["open"]:
             depth.append(None)
-        elif token["close"] and depth:
-            start = depth.pop()
-            if start is not None and text[start : token.start()].strip():
-                found.append(text[start : token.start()].strip())
+        elif token["close"] and depth and (box := depth.pop()) is not None:
+            content = text[box.end() : token.start()].strip()
+            if content and content != text[slice(*last)]:
+                found.append(content)
+            if content:
+                last = box.start(), token.end()
     return found
 
 
@@ -98,9 +106,15 @@ def after_hashes(text: str) -> list[str]:
 
 
 def math_span(text: str) -> str | None:
-    """From the first to the last piece of mathematics ($...$) in `text`, which keeps "$3$ or $4$" together."""
+    """From the first to the last piece of mathematics ($...$) in `text`, which keeps "$3$ or $4$" together.
+
+    The minus of -$3$ is in it.
+    """
     spans = list(_MATH_SPAN.finditer(text))
-    return text[spans[0].start() : spans[-1].end()] if spans else None
+    if not spans:
+        return None
+    start = spans[0].start()
+    return text[start - 1 if re.search(r"(?<!\S)[-−]$", text[:start]) else start : spans[-1].end()]
 
 
 def last_chunk(text: str, start: int, end: int) -> str:
@@ -116,8 +130,8 @@ def last_chunk(text: str, start: int, end: int) -> str:
 
 
 def last_code_block(text: str) -> str | None:
-    """The content of the last closed fenced block (```); None where there is none."""
-    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", text, re.S | re.M)
+    """The content of the last closed fenced block (``` or ~~~); None where there is none."""
+    blocks = [match["code"] for match in _CODE_BLOCK.finditer(text.replace("\r\n", "\n"))]
     return blocks[-1] if blocks else None
 
 

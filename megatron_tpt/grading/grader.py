@@ -71,6 +71,8 @@ class Grader:
 
     def reference(self, value: Any, choices: Sequence[str] = ()) -> Any | None:
         """A reference as it is compared; None when it cannot be read."""
+        if value is None or (isinstance(value, dict) and self._rules.kind != "instructions"):
+            return None
         if self._kind is not None:
             return self._kind.reference(value, choices)
         tests = "\n".join(map(str, value)) if isinstance(value, list) else value

@@ -14,20 +14,34 @@ from megatron_tpt.grading.compare import Tier, same_mathematics
 from megatron_tpt.grading.extract import Reading
 from megatron_tpt.grading.instructions import Instructions
 from megatron_tpt.grading.latex import key, normalize
-from megatron_tpt.grading.numeric import last_number, numbers_in, plain, single_number
+from megatron_tpt.grading.numeric import is_changed, last_number, numbers_in, plain, signed, single_number
 
 AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "instructions", "code"]
 
 LETTERS = "ABCDEFGHIJ"
+_DECORATION = r"(?:\\(?:boxed|fbox|text|mathrm|textbf|mathbf)\{|[(\[{*_$'\"\s])*+"
 _LETTER = re.compile(
-    r"(?:option|choice)?\s*(?:\\(?:boxed|fbox|text|mathrm|textbf|mathbf)\{|[(\[{*_$'\"\s])*"
+    rf"{_DECORATION}(?:(?i:the\s+)?(?i:option|choice|letter)[\s:]*+{_DECORATION})?"
     r"(?P<letter>[A-J]|(?<=\()[a-j](?=\)))(?![A-Za-z0-9'’-])(?P<rest>.*)",
     re.S,
 )
-_ANOTHER_LETTER = re.compile(r"[\s)\]}*_$,.]*(?:or|and|/|,|&)\s*[(*]*[A-J]\b(?!\w)")
+_ANOTHER_LETTER = re.compile(
+    r"(?:\\(?:text|mathrm|textbf|mathbf)\{|[\s)\]}*_$,.;:\\])*+"
+    r"(?:(?:or|and|nor|as well as|/|,|&|\+)(?:\\text\{|[\s({*_$}])*+[A-J]\b"
+    r"|[({*_$]*+[A-J]\b(?!['’-]|\s+(?!(?:and|or)\b)[A-Za-z]{2}))"
+)
 _HEADING = re.compile(r"[.):]\s*[^\W\d]")
 """What follows the number of a Markdown heading."""
 _YES, _NO = ("yes", "true"), ("no", "false")
+_FIRST_WORD = re.compile(
+    r"(?i)[^A-Za-z]*(yes|true|false|no(?=[^A-Za-z]*$|\W*[.,;:!()\n*$}—-]|\s+(?:because|since|as|it|he|she|they|there|this|"
+    r"that|the|you|we|i)\b))\b"
+)
+_BOTH = re.compile(
+    r"(?i)\b(?:yes|true|no|false)\b\W*\b(?:or|and|nor)\b"
+    r"|\b(?:yes|true)\b\W+(?:no|false)\b(?!\s+\w)|\b(?:no|false)\b\W+(?:yes|true)\b(?!\s+\w)"
+)
+_DENIAL = re.compile(r"(?i)\b(?:not|never|no|neither|nor|cannot|hardly|nothing|none)\b|n['’]t\b")
 _JEE_NOISE = re.compile(r"\\(?:text|mathrm|mathbf|textbf)|(?i:\b(?:and|options?)\b)|[\s(){}\[\],.;:$*&\\'\"]")
 _MAX_OPTION = 2000
 """Longer texts, in characters, are not compared with options."""
@@ -85,8 +99,12 @@ class Number:
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(value, list | bool):
             return None
-        found = find_number(_text(value), Reading())
-        return None if found is None else Fraction(found)
+        text = _text(value).rpartition("####")[2].strip()
+        boxed = extract.boxes(text)
+        text = boxed[-1] if boxed else text.rpartition("\n")[2]  # solutions end in a line such as "A: 24"
+        # "maybe in 2024" is no reference, "Rs. 24", "x = 24" and "24 eggs" are
+        has_words = re.match(r"[^=0-9]*?[A-Za-z]{3}[^=]*$", re.sub(r"\\[A-Za-z]+", "", text))
+        return None if has_words else single_number(text)
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         return find_number(text, reading)
@@ -108,7 +126,7 @@ def _find_number(text: str, reading: Reading) -> Fraction | None:
     if not reading.first and extract.has_box(text):
         return single_number(boxed[-1]) if boxed else None
     if hashes and not (reading.first and _stated_before_hashes(text)):
-        return numbers_in(plain(hashes[pick]))[0][0]
+        return _stated_number(hashes[pick])
     if stated and numbers_in(plain(stated[pick])):
         return _stated_number(stated[pick])
     if extract.has_box(text):
@@ -119,8 +137,13 @@ def _find_number(text: str, reading: Reading) -> Fraction | None:
 
 def _stated_number(sentence: str) -> Fraction | None:
     """The number in what follows "answer is": 24 in "24 eggs, of which 9 are left"; none in "3 or 4"."""
+    sentence = signed(sentence)
     span = extract.math_span(sentence)
-    for part in (span, sentence, re.split(r"[,;]\s|\(", sentence)[0]):
+    if span and is_changed(*sentence.split(span, 1)):
+        return None
+    first, *rest = re.split(r"[,;]\s|\(", sentence, maxsplit=1)
+    several = rest and re.match(r"[\s$]*[A-Za-z]?\w?\s*=|[\s$\d.,=)-]*$", rest[0])  # x = 3, y = 4; 3, 4
+    for part in (span, sentence, None if several else first):
         if part and (value := single_number(part)) is not None:
             return value
     return None
@@ -174,13 +197,19 @@ class Mathematics:
 
 def _stated(sentence: str) -> str | None:
     """The answer in what follows "answer is": its mathematics, or its number among words, or all of it."""
+    sentence = signed(sentence)
     if span := extract.math_span(sentence):
-        return span
+        return sentence if is_changed(*sentence.split(span, 1)) else span
     numbers = numbers_in(sentence)
     if len(numbers) == 1:
         _, start, end = numbers[0]
-        words = f"{sentence[:start]} {sentence[end:]}".replace("*", " ").split()
-        if words and all(re.fullmatch(r"[A-Za-z]{2,}[,:]?|a", word) for word in words):
+        before, after = sentence[:start].replace("*", " "), sentence[end:].replace("*", " ")
+        words = f"{before} {after}".split()
+        if (
+            words
+            and not is_changed(before, after)
+            and all(re.fullmatch(r"[A-Za-z]{2,}[,:]?|a", word) for word in words)
+        ):
             return sentence[start:end].strip()
     return sentence.strip("*_ ") or None
 
@@ -256,8 +285,7 @@ class Boolean:
             return _first_truth(stated[0 if reading.first else -1])
         if boxed:
             return _truth(boxed[0])
-        words = re.findall(r"[A-Za-z]+", text)
-        return (_truth(words[0]) or (None if reading.first else _truth(words[-1]))) if words else None
+        return _first_truth(text.strip().partition("\n")[0]) or (None if reading.first else _last_truth(text))
 
     def same(self, reference: str, candidate: str) -> Tier | None:
         return "text" if reference == candidate else None
@@ -268,20 +296,34 @@ def _truth(text: str) -> str | None:
     return "true" if word in _YES else "false" if word in _NO else None
 
 
-def _first_truth(sentence: str) -> str | None:
-    words = [word for word in re.findall(r"[A-Za-z]+", sentence) if word not in ("text", "boxed", "mathrm", "textbf")]
-    if re.search(r"(?i)\b(?:yes|true)\b\W*\b(?:or|and|nor)\b|\b(?:no|false)\b\W*\b(?:or|and|nor)\b", sentence):
+def _first_truth(text: str) -> str | None:
+    """What the first word says; nothing in "no doubt", "yes or no", "yes, no"."""
+    text = re.sub(r"\\(?:text|boxed|mathrm|textbf)\b", " ", text)
+    if _BOTH.search(text) or not (match := _FIRST_WORD.match(text)):
         return None
-    return _truth(words[0]) if words else None
+    return _truth(match[1])
+
+
+def _last_truth(text: str) -> str | None:
+    """What the last word says, unless something in its clause may deny it: "it is not true", "no doubt ... true"."""
+    clause = re.split(r"[.,;:!?\n]\s", text.strip().rstrip(".!*_ "))[-1]
+    words = re.findall(r"[A-Za-z]+", clause)
+    return _truth(words[-1]) if words and not _DENIAL.search(clause[: clause.rindex(words[-1])]) else None
 
 
 class Jee:
     """JEEBench: the same letters (all of them), the same integer, or a decimal within 0.01."""
 
-    def reference(self, value: Any, choices: Sequence[str] = ()) -> str | Fraction | None:
-        if isinstance(value, list):
-            value = "".join(map(_text, value))
-        return _letters(_text(value)) or (None if isinstance(value, bool) else single_number(_text(value)))
+    def reference(self, value: Any, choices: Sequence[str] = ()) -> str | tuple[Fraction, Fraction] | None:
+        """The letters, or the number and how much an answer may differ from it: 6.00 is a decimal, 6 an integer."""
+        text = "".join(map(_text, value)) if isinstance(value, list) else _text(value)
+        if letters := _letters(text):
+            return letters
+        number = None if isinstance(value, bool) else single_number(text)
+        if number is None:
+            return None
+        is_decimal = re.search(r"\.[0-9]", text) or number.denominator != 1
+        return number, JEE_TOLERANCE if is_decimal else Fraction(0)
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         boxed, stated = extract.boxes(text), extract.statements(text)
@@ -293,13 +335,13 @@ class Jee:
             return self._read(stated[pick]) or (self._read(span) if span else None)
         return self._read(text) or find_number(text, reading)
 
-    def same(self, reference: str | Fraction, candidate: str) -> Tier | None:
+    def same(self, reference: str | tuple[Fraction, Fraction], candidate: str) -> Tier | None:
         if isinstance(reference, str):
             return "text" if reference == candidate else None
         if not re.fullmatch(r"-?[0-9]+(?:/[0-9]+)?", candidate):
             return None
-        gap = abs(Fraction(candidate) - reference)
-        return "number" if gap <= (0 if reference.denominator == 1 else JEE_TOLERANCE) else None
+        number, tolerance = reference
+        return "number" if abs(Fraction(candidate) - number) <= tolerance else None
 
     def _read(self, text: str) -> str | None:
         letters = _letters(text)

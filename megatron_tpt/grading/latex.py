@@ -15,6 +15,7 @@ _CHARACTERS = str.maketrans(
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 _SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)[lrm]?(?![A-Za-z])|\\(?:displaystyle|limits)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\s*,\s*\\!\s*|\{,\}|\\[,;:! ]\s*|~)(?=[0-9]{3}(?![0-9]))")
+_GROUPS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 _COMMAS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACES = re.compile(r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])|\\hspace\{[^{}]*\}")
 _TEXT = r"\\(?:text|mbox|textrm|textnormal|textbf|textit|mathrm|mathbf|mathit|operatorname|hbox)"
@@ -24,21 +25,30 @@ _RENAMED = (
     (re.compile(r"\\geq(?:slant)?(?![A-Za-z])"), r"\\ge"),
     (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
     (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z])|\{\s*\\degree\s*\})|\\degree(?![A-Za-z])"), r"^\\circ "),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"([0-9])\s+([0-9]+)\s*/\s*([0-9]+)"), r"\1\\frac{\2}{\3}"),
 )
 _UNIT_NAMES = {
     "degree": "^\\circ", "degrees": "^\\circ", "dollar": "\\$", "dollars": "\\$", "percent": "\\%", "%": "\\%",
-    "units": "", "unit": "",
+    "\\%": "\\%", "^\\circ": "^\\circ", "units": "", "unit": "",
 }  # fmt: skip
-_UNIT = re.compile(
-    rf"(?P<unit>\\?%|\^\\circ|(?:(?:{_TEXT}\{{[^{{}}]*[A-Za-z€£][^{{}}]*\}}\s*)+(?:\^\{{?[0-9]\}}?)?))\s*$"
-)
+_UNIT = re.compile(rf"(?P<unit>\\?%|\^\\circ|(?:(?:{_TEXT}\{{[^{{}}]*\}}\s*)+(?:\^\{{?[0-9]\}}?)?))\s*$")
 _WORD_UNIT = re.compile(
-    r"(?P<value>[-+]?[0-9][0-9,./ ]*?)\s*(?P<unit>[A-Za-z]{2,}(?:[ /][A-Za-z]{2,})*(?:\^\{?[0-9]\}?)?)"
+    r"(?P<value>[-+]?[0-9][0-9,./ ]*?)\s*(?P<unit>[A-Za-z]{2,20}(?:[ /][A-Za-z]{1,20}){0,3}(?:\^\{?[0-9]\}?)?)"
 )
-_NO_UNIT = re.compile(r"(?i)\b(?:and|or|not|more|less|least|most|to)\b")
-_BASE = re.compile(r"(?P<value>[0-9A-F]+)\s*_\s*\{?\s*(?P<base>[0-9]{1,2})\s*\}?")
-_PREFIX = re.compile(r"\s*[A-Za-z](?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?\s*(?:=|\\in(?![a-z]))\s*")
+_KNOWN_UNIT = re.compile(
+    "m|cm|mm|km|nm|ft|in|inch|mi|yd|g|kg|mg|lb|lbs|oz|l|ml|s|sec|min|h|hr|hrs|ms|ns|a.m|p.m|am|pm|mph|kph|j|kj|cal|kcal|"
+    "w|kw|v|hz|khz|mhz|ghz|n|pa|kpa|atm|k|c|f|b|kb|mb|gb|tb|mol|rad|per|sq|cu|men|usd|eur|€|£"
+)
+_NO_UNIT = re.compile(
+    "more|less|fewer|least|most|when|where|while|except|unless|otherwise|than|then|else|with|squared|cubed|root|times|"
+    "plus|minus|over|under|above|below|factorial|modulo|base|half|halves|thirds?|quarters?|tenths|hundredths|"
+    "score|hundreds?|thousands?|[mbtr]+illions?|only|approximately|about|roughly|both|either|alpha|beta|gamma|delta|"
+    "epsilon|zeta|theta|kappa|lambda|sigma|omega|sqrt|sinh|cosh|tanh|coth|arcsin|arccos|arctan|infinity|even|undefined|"
+    "true|false|none"
+)
+_BASE = re.compile(r"(?P<value>(?=[A-F]*[0-9])[0-9A-F]+)\s*_\s*\{?\s*(?P<base>[0-9]{1,2})\s*\}?")
+_PREFIX = re.compile(r"\s*[A-Za-z]'*(?:_(?:\w|\{\w+\}))?(?:\([a-z]\))?\s*(?:=|\\in(?![a-z]))\s*")
 _SEPARATOR = re.compile(rf",|;|{_TEXT}\{{\s*,?\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}", re.S)
@@ -53,19 +63,33 @@ def normalize(text: str) -> str:
     if not any(bracket in text for bracket in "([{") or re.match(r"\\text|\\boxed|\\\$|\$", text):
         text = _COMMAS.sub(lambda match: match[0].replace(",", ""), text)
     text = _SPACES.sub(" ", text)
+    if _GROUPS.fullmatch(text):
+        text = text.replace(" ", "")
     for pattern, replacement in _RENAMED:
         text = pattern.sub(replacement, text)
     return _strip(_braced(_braced(text, "\\sqrt", 1), "\\frac", 2))
 
 
 def key(text: str) -> str:
-    """What equal texts have in common: no spaces, no \\text{}; words in lower case."""
+    """What equal texts have in common: no \\text{}, and no spaces but those between digits."""
     text = re.sub(rf"{_TEXT}\s*\{{([^{{}}]*)\}}", r"\1", text)
-    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9\s])", "", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     if match := re.fullmatch(r"\(([A-Za-z])\)", text):  # (C): a choice
         text = match[1]
-    return text.casefold() if re.fullmatch(r"[A-Za-z-]{3,}", text) else text
+    return text
+
+
+def same_text(a: str, b: str) -> bool:
+    """Whether the keys agree; of words (in \\text{} on one side, or evelyn and Evelyn), without regard to case."""
+    keys = key(a), key(b)
+    if keys[0] == keys[1]:
+        return True
+    if not all(re.fullmatch(r"[A-Za-z-]{3,}", each) for each in keys):
+        return False
+    words = any(re.fullmatch(rf"{_TEXT}\s*\{{[^{{}}]*\}}", each.strip()) for each in (a, b))
+    words = words or all(re.fullmatch(r"[A-Za-z][a-z]+", each) for each in keys)
+    return words and keys[0].casefold() == keys[1].casefold()
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -82,9 +106,20 @@ def split_unit(text: str) -> tuple[str, str]:
         value = text[: match.start()]
     elif match := _WORD_UNIT.fullmatch(text):
         value = match["value"]
-    if match is None or _NO_UNIT.search(match["unit"]):
+    if match is None or not is_unit(unit := _words(match["unit"])):
         return text, ""
-    return value.strip(), _unit_name(match["unit"])
+    return value.strip(), _UNIT_NAMES.get(unit, unit)
+
+
+def is_unit(words: str) -> bool:
+    """Whether words after a number name what it counts: known units, or nouns; not "million" or "if n is even"."""
+    found = re.split(r"[ /]+", re.sub(r"\^[0-9]$", "", words.lower()))
+    return words in _UNIT_NAMES or (len(found) <= 4 and all(map(_is_unit_word, found)))
+
+
+def _is_unit_word(word: str) -> bool:
+    noun = re.fullmatch("[a-z]{4,}", word) and not _NO_UNIT.fullmatch(word)
+    return bool(noun or word in _UNIT_NAMES or _KNOWN_UNIT.fullmatch(word))
 
 
 def without_prefix(text: str) -> str:
@@ -128,7 +163,8 @@ def letters(text: str) -> set[str]:
 
 def texts(text: str) -> list[str]:
     """The words in \\text{} and the like, sorted."""
-    return sorted(key(words) for words in re.findall(r"\\(?:text|mbox|textrm|textnormal|hbox)\s*\{([^{}]*)\}", text))
+    found = (key(words) for words in re.findall(r"\\(?:text|mbox|textrm|textnormal|hbox)\s*\{([^{}]*)\}", text))
+    return sorted(words.casefold() if len(words) > 2 else words for words in found)
 
 
 def balanced(text: str) -> bool:
@@ -191,9 +227,8 @@ def _argument(text: str, place: int) -> tuple[str | None, int]:
     return None, place
 
 
-def _unit_name(unit: str) -> str:
-    name = re.sub(r"\s+", " ", re.sub(rf"{_TEXT}|[{{}}]", "", unit)).strip(" .").lower()
-    return _UNIT_NAMES.get(name, name)
+def _words(unit: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(rf"{_TEXT}|[{{}}]", "", unit)).strip(" .").lower()
 
 
 def _split(text: str, separator: re.Pattern[str]) -> list[str]:

@@ -224,6 +224,25 @@ def test_options_are_shuffled_by_the_problem_and_the_right_one_is_followed(tmp_p
         assert problem.choices["ABCD".index(problem.answer)] == "B"
 
 
+def test_an_answer_by_number_is_followed_through_the_shuffle(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"q": f"{i}?", "options": ["1", "2", "3", "4"], "answer": 3} for i in range(9)]
+    options = EvaluateOptions(
+        model=["m"], output=tmp_path, data=write_rows(tmp_path / "d.jsonl", *rows), prompt_column="q",
+        choices_column="options", shuffle_choices=True, answer_type="choice",
+    )  # fmt: skip
+    by_template = EvaluateOptions(**vars(options) | {"answer_template": "{text}"})
+    for problem in read_problems(options):
+        assert problem.choices["ABCD".index(problem.answer)] == "4"
+    write_rows(tmp_path / "d.jsonl", *(row | {"answer": "3", "text": "2"} for row in rows))
+    for by_text, by_other_text in zip(read_problems(options), read_problems(by_template), strict=True):
+        assert by_text.choices["ABCD".index(by_text.answer)] == "3"
+        assert by_other_text.choices["ABCD".index(by_other_text.answer)] == "2"
+    for answer, message in ((4, "no number of an option, 0 to 3"), ("A", "text of one option, or its number from 0")):
+        write_rows(tmp_path / "d.jsonl", rows[0] | {"answer": answer})
+        with pytest.raises(UserError, match=message):
+            read_problems(options)
+
+
 def test_labels_name_the_options(tmp_path: Path) -> None:
     row = {"q": "?", "choices": {"text": ["a", "b", "c"], "label": ["1", "2", "3"]}, "answerKey": "3"}
     options = EvaluateOptions(

@@ -20,6 +20,8 @@ LAST, FIRST = Reading(), Reading(first=True)
         ("<think>a</think>4<think>b</think> 8 ", False, " 8 "),
         ("<think>\n3 + 5 = 8", False, None),
         ("<think>a</think>4<think>b", False, None),
+        ("<think>a</think>The tag `<think>` opens it: 8", False, "The tag `<think>` opens it: 8"),
+        ("The tag '<think>' opens it: 8", False, "The tag '<think>' opens it: 8"),
         ("3 + 5 = 8, so it is \\boxed{8}", True, None),  # the template opened it, the limit cut it
         ("a</think>4<think>b", True, None),
     ],
@@ -54,6 +56,8 @@ def test_a_prompt_that_ends_in_thinking_is_known(prompt: str, opened: bool) -> N
         ("\\boxed{5", []),
         ("\\boxed{3} then \\boxed{4", ["3"]),
         ("} \\boxed{3}", ["3"]),
+        ("\\boxed{ \\boxed{\\frac{\\sqrt{2}}{2}} }", ["\\frac{\\sqrt{2}}{2}"]),
+        ("\\boxed{x = \\boxed{5}}", ["5", "x = \\boxed{5}"]),
     ],
 )
 def test_boxes_are_balanced_and_not_empty(text: str, found: list[str]) -> None:
@@ -120,6 +124,10 @@ def test_the_last_closed_code_block_is_the_code() -> None:
     text = "```python\na = 1\n```\ntext\n```\nb = 2\n```\nand ```\nc = 3"
     assert last_code_block(text) == "b = 2\n"
     assert last_code_block("```python\na = 1\n") is None
+    assert last_code_block("```python\r\na = 1\r\nb = 2\r\n```\r\ntext\r\n") == "a = 1\nb = 2\n"
+    assert last_code_block("````python\na = '''\n```\n'''\n````\n") == "a = '''\n```\n'''\n"
+    assert last_code_block("~~~python\na = 1\n~~~") == "a = 1\n"
+    assert last_code_block("~~~python\na = 1\n```") is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,26 @@ def grade(kind: Any, reference: Any, output: str, **item: Any) -> bool:
         ("The answer is 12.", "C"),
         ("\\boxed{1/2}", None),  # text alone is compared with the options
         ("\\boxed{\\frac12}", "D"),
+        ("The correct answer is Option C.", "C"),
+        ("The answer is **Choice (C)**", "C"),
+        ("The answer is the letter C.", "C"),
+        ("\\boxed{\\text{Option C}}", "C"),
+        ("\\boxed{C. A house}", "C"),
+        ("\\boxed{C. A Tale of Two Cities}", "C"),
+        ("The answer is C: I know it", "C"),
+        ("The answer is B because A is wrong.", "B"),
         ("The answer is (A) or (B).", None),
+        ("\\boxed{A \\text{ and } B}", None),
+        ("\\boxed{A\\text{ or }C}", None),
+        ("\\boxed{\\text{A and B}}", None),
+        ("\\boxed{\\text{A}, \\text{B}}", None),
+        ("\\boxed{A \\& C}", None),
+        ("\\boxed{A; B}", None),
+        ("\\boxed{A B}", None),
+        ("\\boxed{A B and C}", None),
+        ("\\boxed{A + B}", None),
+        ("The answer is A as well as B.", None),
+        ("The answer is Options A and B.", None),
         ("The answer is a good one.", None),
         ("The answer is A good one.", None),
         ("The answer is (G).", None),  # there is no such option
@@ -66,6 +85,19 @@ def test_references_of_choices(value: Any, letter: str | None) -> None:
         (True, "It has no moons, so: yes", True),
         (False, "There is no evidence of that", False),  # "no" among other words is no answer
         (True, "The answer is yes or no.", False),
+        (True, "The statement is not true", False),
+        (False, "So it is not false", False),
+        (False, "The statement isn't false.", False),
+        (False, "No doubt that this is true", False),
+        (False, "The answer is no doubt yes.", False),
+        (True, "The answer is yes, no", False),
+        (True, "Yes/No", False),
+        (False, "The answer is no because there is none.", True),
+        (False, "No, false.", True),
+        (False, "No\nIs it true or false?", True),
+        (True, "The answer is yes, no doubt about it.", True),
+        (True, "\\text{Yes}", True),
+        (True, "It is not a moon. So it is true.", True),
         (False, "", False),
     ],
 )
@@ -85,10 +117,15 @@ def test_booleans_are_yes_or_no(reference: Any, output: str, correct: bool) -> N
         ("5", "\\boxed{5.005}", False),
         ("0.24", "The answer is $0.245$ eV.", True),
         ("0.24", "\\boxed{0.26}", False),
+        ("6.00", "\\boxed{6.004}", True),
+        ("6.00", "\\boxed{6.02}", False),
+        (6.0, "\\boxed{5.995}", True),
+        (6, "\\boxed{6.004}", False),
+        ("6", "\\boxed{6.0}", True),
         ("5.56", "\\boxed{A}", False),
     ],
 )
-def test_jee_wants_all_letters_or_the_number(reference: str, output: str, correct: bool) -> None:
+def test_jee_wants_all_letters_or_the_number(reference: Any, output: str, correct: bool) -> None:
     assert grade("jee", reference, output) is correct
 
 
@@ -127,6 +164,14 @@ def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
         ("number", "one"),
         ("number", [1, 2]),
         ("number", True),
+        ("number", "3\\sqrt{2}"),
+        ("number", "3 or 4"),
+        ("number", "no idea, maybe in 2024"),
+        ("number", {"a": 3, "b": 4}),
+        ("number", {"a": "x", "b": 4}),
+        ("math", {"a": 3}),
+        ("exact", {"a": 3}),
+        ("exact", None),
         ("boolean", "maybe"),
         ("jee", "E"),
         ("math", ""),
@@ -136,6 +181,35 @@ def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
 )
 def test_references_that_cannot_be_read_are_known(kind: Any, value: Any) -> None:
     assert Grader(Rules(kind)).reference(value) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("2 + 1 = 3\n#### 3", "3"), ("2 + 1 = 3\nA: 3", "3"), ("24 eggs", "24"), ("Rs. 24", "24"), ("x = 24", "24"),
+     (1e-07, "1/10000000"), ("$1,200.50", "2401/2"), (" \\boxed{7} ", "7"), ([7], "7")],
+)  # fmt: skip
+def test_references_of_numbers(value: Any, number: str) -> None:
+    assert str(make_kind("number").reference(value)) == number
+
+
+@pytest.mark.parametrize(
+    ("output", "correct"),
+    [
+        ("The answer is not 5.", False),
+        ("The answer is not $5$.", False),
+        ("The answer is less than 5.", False),
+        ("The answer is half of 5.", False),
+        ("The answer is the square root of 5.", False),
+        ("The answer is 5 or more.", False),
+        ("The answer is minus 5.", False),
+        ("The answer is 5 inches.", True),
+        ("\\boxed{\\boxed{5}}", True),
+    ],
+)
+def test_words_around_a_stated_number_may_change_it(output: str, correct: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert grade("math", "5", output) is correct
+    assert grade("math", "-5", output) is ("minus" in output)
 
 
 def test_the_verdict_says_what_was_found_and_why() -> None:
