@@ -4,8 +4,8 @@
 #     slurm/pipeline.sh PIPELINE.env
 #
 # The file sets the variables below in bash; slurm/cluster.env has those of your site. Stages that are done or in the
-# queue are left out: the same command goes on after a failure. Logs are in OUTPUT/logs. The jobs of `augment` and `evaluate` submit arrays
-# of tasks, if they are told to, and wait for them.
+# queue are left out: the same command goes on after a failure. Logs are in OUTPUT/logs. The jobs of `augment` and
+# `evaluate` submit arrays of tasks, if they are told to, and wait for them.
 #
 #     OUTPUT=runs/pipeline                     everything that is made
 #     DOCUMENTS=clean/                         what is thought about
@@ -72,8 +72,8 @@ train() {
     shift
     local gpus=()
     ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
-    stage "$name" --nodes="$NODES" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" "${gpus[@]}" -- \
-        slurm/train.sbatch "$@"
+    stage "$name" --nodes="$NODES" --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
+        "${gpus[@]}" -- slurm/train.sbatch "$@"
 }
 
 tool augment tools/augment.py --input "$DOCUMENTS" --model "$TEACHER" --output "$OUTPUT/thinking" --wait "${AUGMENT[@]}"

@@ -92,7 +92,7 @@ class Cluster:
         self.nodes[name].kill()
         self.nodes[name].wait()
         for process in psutil.process_iter(["cmdline"]):
-            if any(f"slurmstepd: [" in word for word in process.info["cmdline"] or []) and _is_of(process, name):
+            if any("slurmstepd: [" in word for word in process.info["cmdline"] or []) and _is_of(process, name):
                 _kill_tree(process)
 
 
