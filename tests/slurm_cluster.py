@@ -134,7 +134,8 @@ def slurm_cluster(*, num_cpus: int = 2, max_array_size: int = 1001, num_nodes: i
         stack.callback(lambda: [_stop(node) for node in cluster.nodes.values()])
         for name in names:
             cluster.start_node(name)
-        _wait_until(lambda: _output(["sinfo", "-N", "--noheader", "--format=%t"]).split() == ["idle"] * num_nodes, folder)
+        states = ["sinfo", "-N", "--noheader", "--format=%t"]
+        _wait_until(lambda: _output(states).split() == ["idle"] * num_nodes, folder)
         stack.callback(_cancel_everything)
         yield cluster
 

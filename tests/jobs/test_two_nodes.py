@@ -116,10 +116,11 @@ def test_a_cancelled_run_leaves_no_process_on_any_node(nodes: Cluster, tmp_path:
 @pytest.fixture
 def a_bad_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The check fails on this node, as if its environment were broken."""
-    code = "import os, sys\nif os.environ.get('SLURMD_NODENAME') == 'node1' and 'check_env' in sys.argv[0]: os._exit(2)\n"
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "usercustomize.py").write_text(code)
-    (tmp_path / "site" / "sitecustomize.py").write_text(code)
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('SLURMD_NODENAME') == 'node1' and 'tools/check_env.py' in sys.orig_argv: os._exit(2)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
     return "node1"
 
