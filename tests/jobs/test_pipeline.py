@@ -1,0 +1,92 @@
+"""slurm/pipeline.sh on a real SLURM of two nodes: from documents to a scored model, with two ranks on each node."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import slurm_cluster
+from tiny_models import CHAT_TEMPLATE, make_model
+from toy_runs import wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+TRAINING = {"num_steps": 6, "dtype": "float32", "sequence_length": 64, "global_batch_size": 4}
+
+
+def write_inputs(folder: Path) -> Path:
+    """A teacher, documents, chats, questions, recipes, and the pipeline's variables."""
+    teacher = make_model(folder / "teacher", context=512, chat_template=CHAT_TEMPLATE)
+    rows = {
+        "documents": [{"id": str(i), "text": f"Ferry {i} leaves at {i} and has {2 * i} seats."} for i in range(4)],
+        "chats": [
+            {"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": f"{i + 1}"}]}
+            for i in range(16)
+        ],
+        "questions": [{"id": str(i), "prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(4)],
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    common = {
+        "training": TRAINING,
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "logging": {"tensorboard": False},
+    }
+    model = SHAPE | {"max_position_embeddings": 512}
+    (folder / "pretrain.yaml").write_text(yaml.safe_dump(common | {"model": model}))
+    (folder / "finetune.yaml").write_text(yaml.safe_dump(common))
+    variables = f"""
+OUTPUT={folder}/out
+DOCUMENTS={folder}/documents.jsonl
+TEACHER={teacher}
+AUGMENT=(--executor slurm --num-tasks 2 --engine transformers --max-new-tokens 8 --filters.min-words 0
+    --filters.max-repeated-share 1 --filters.loop-words 0 --filters.max-foreign-share 1)
+TOKENIZER={teacher}
+PRETRAIN=({folder}/pretrain.yaml)
+CHATS={folder}/chats.jsonl
+PACK=(--sequence-length 64)
+FINETUNE=({folder}/finetune.yaml)
+EVALUATE=(--data {folder}/questions.jsonl --chat --answer-type number --max-new-tokens 8 --engine transformers)
+"""
+    (folder / "pipeline.env").write_text(variables)
+    return folder / "pipeline.env"
+
+
+def run_pipeline(variables: Path) -> str:
+    environment = os.environ | {"PYTHON": sys.executable, "NODES": "2", "TASKS_PER_NODE": "2"}
+    environment |= {"GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1"}
+    command = [str(REPOSITORY / "slurm/pipeline.sh"), str(variables)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def queue() -> str:
+    return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow(minutes=4)
+@pytest.mark.timeout(1500)
+def test_documents_become_a_scored_model_and_a_failure_is_gone_on_from(tmp_path: Path) -> None:
+    with slurm_cluster(num_cpus=2, num_nodes=2):
+        variables = write_inputs(tmp_path)
+        chats = (tmp_path / "chats.jsonl").read_text()
+        (tmp_path / "chats.jsonl").write_text("no chat\n")
+        assert "evaluate: job" in run_pipeline(variables)
+        assert "augment: job" in (again := run_pipeline(variables)) and "is in the queue" in again
+        wait_until(lambda: not queue(), timeout_s=900)
+        done = tmp_path / "out" / "done"
+        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
+        assert {path.name for path in done.iterdir()} == {"augment", "index", "pretrain"}, logs
+        assert "2 nodes, 4 processes" in logs and "error: " in logs
+
+        (tmp_path / "chats.jsonl").write_text(chats)
+        shown = run_pipeline(variables)
+        assert "pretrain: done before" in shown and "pack: job" in shown
+        wait_until(lambda: not queue(), timeout_s=900)
+        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
+        assert len(list(done.iterdir())) == 7, logs
+        assert json.loads((tmp_path / "out/evaluation/results.json").read_text()), logs
