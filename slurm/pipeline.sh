@@ -4,7 +4,7 @@
 #     slurm/pipeline.sh PIPELINE.env
 #
 # The file sets the variables below in bash; slurm/cluster.env has those of your site. Stages that are done or in the
-# queue are left out: the same command goes on after a failure. Logs are in OUTPUT/logs. The jobs of `augment` and
+# queue are left out: the same command resumes after a failure. Logs are in OUTPUT/logs. The jobs of `augment` and
 # `evaluate` submit arrays of tasks, if they are told to, and wait for them.
 #
 #     OUTPUT=runs/pipeline                     everything that is made
@@ -36,6 +36,7 @@ for name in OUTPUT DOCUMENTS TEACHER TOKENIZER PRETRAIN CHATS FINETUNE EVALUATE;
 done
 mkdir -p "$OUTPUT/logs" "$OUTPUT/done" "$OUTPUT/jobs"
 OUTPUT=$(realpath "$OUTPUT")
+export LOGS=$OUTPUT/logs
 
 previous=
 # stage NAME SBATCH_OPTION... -- SCRIPT ARGUMENT...
@@ -55,6 +56,7 @@ stage() {
         echo "$name: job $job is in the queue"
         return
     fi
+    if [[ -s $BAD_NODES ]]; then options+=("--exclude=$(paste -sd, "$BAD_NODES")"); fi
     if [[ -n $previous ]]; then options+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes); fi
     previous=$(DONE=$OUTPUT/done/$name sbatch --parsable --job-name="$name" --output="$OUTPUT/logs/%x-%j.out" \
         "${options[@]}" "$@")

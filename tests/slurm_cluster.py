@@ -62,8 +62,8 @@ MaxArraySize={max_array_size}
 # slurm/train.sbatch makes a port of a job's number, and another test's cluster may run on this machine.
 FirstJobId={first_job}
 KillWait=2
-# A node that is gone is noticed in seconds, not minutes.
-SlurmdTimeout=10
+# As on real clusters: a node that is gone is noticed after minutes, and one on a busy machine is not taken for it.
+SlurmdTimeout=300
 MinJobAge=300
 ReturnToService=2
 {nodes}

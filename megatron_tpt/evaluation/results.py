@@ -15,11 +15,12 @@ from megatron_tpt.evaluation import metrics, recurrences
 from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
 from megatron_tpt.evaluation.perplexity import DocumentResult
-from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
+from megatron_tpt.evaluation.provenance import generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
 from megatron_tpt.files import write_json
 from megatron_tpt.grading import GraderPool, Item, Rules
 from megatron_tpt.names import shown
+from megatron_tpt.provenance import environment
 
 FORMAT_VERSION = 2
 

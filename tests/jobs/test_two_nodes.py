@@ -1,9 +1,10 @@
-"""slurm/train.sbatch on a real SLURM of two nodes, with two ranks on each, and slurm/pipeline.sh on them."""
+"""slurm/train.sbatch on a real SLURM of two nodes, with two ranks on each."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from slurm_cluster import Cluster, slurm_cluster
 from toy_runs import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_STEPS = 60
+NUM_STEPS = 40
 RECIPE = {
     "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "vocab_size": 256},
     "data": {"mock": True},
@@ -22,7 +23,9 @@ RECIPE = {
     "logging": {"log_interval": 1, "tensorboard": False},
     "checkpoint": {"save_interval": 20},
 }
-pytestmark = pytest.mark.slow(minutes=1)
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+PATIENCE_S = 900
+pytestmark = [pytest.mark.slow(minutes=1), pytest.mark.timeout(2 * PATIENCE_S)]
 
 
 @pytest.fixture(scope="module")
@@ -31,86 +34,150 @@ def nodes() -> Iterator[Cluster]:
         yield cluster
 
 
-def submit(folder: Path, *options: str, num_nodes: int = 2, **variables: str) -> str:
-    """Submit pre-training on random tokens in two processes per node. Returns the job's number."""
-    recipe = RECIPE | {"run": {"output_dir": str(folder / "run")}}
-    folder.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = ["sbatch", "--parsable", f"--nodes={num_nodes}", "--ntasks-per-node=2", f"--output={folder}/log.txt"]
-    command += [*options, "slurm/train.sbatch", "pretrain", str(folder / "recipe.yaml")]
-    environment = os.environ | {"PYTHON": sys.executable, "MAX_FAULTS": "1", **variables}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+class Job:
+    """Pre-training on random tokens, which waits after the steps `hold` until `let_go`."""
 
+    def __init__(self, folder: Path, *options: str, hold: tuple[int, ...] = (), **variables: str) -> None:
+        self.folder, self.run, self.log = folder, folder / "run", folder / "log.txt"
+        folder.mkdir(exist_ok=True)
+        callbacks = {"hold:Hold": {"steps": list(hold), "folder": str(folder)}}
+        recipe = RECIPE | {"run": {"output_dir": str(self.run)}, "callbacks": callbacks}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={self.log}", *options]
+        command += ["slurm/train.sbatch", "pretrain", str(folder / "recipe.yaml")]
+        environment = os.environ | {"PYTHON": sys.executable, "MAX_FAULTS": "0", "LOGS": str(folder), **variables}
+        environment |= {"BAD_NODES": str(folder / "bad-nodes.txt")}
+        environment["PYTHONPATH"] = f"{Path(__file__).parent}:{environment.get('PYTHONPATH', '')}"
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.id = done.stdout.strip()
+        self.files = folder / f"train-{self.id}"
 
-def state_of(job: str) -> dict[str, str]:
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
-    return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
 
+    @property
+    def state(self) -> dict[str, str]:
+        command = ["scontrol", "show", "job", self.id]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
-def wait_for_end(job: str) -> dict[str, str]:
-    wait_until(lambda: state_of(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"))
-    return state_of(job)
+    def losses(self) -> dict[int, float]:
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
+    def wait(self, what: str, condition) -> None:
+        """Wait for something; the job must not end before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.state["JobState"] not in ENDED and time.monotonic() < deadline, f"no {what}:\n{self.text}"
+            time.sleep(0.2)
 
-def metrics_of(folder: Path) -> list[dict]:
-    path = folder / "run/metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def wait_for_step(self, step: int) -> None:
+        self.wait(f"step {step}", lambda: step in self.losses())
 
+    def let_go(self, step: int) -> None:
+        (self.folder / f"go-{step}").touch()
 
-def losses_of(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in metrics_of(folder)}
+    def signal(self) -> None:
+        """What SLURM does before the time limit (--signal)."""
+        subprocess.run(["scancel", "--signal=USR1", self.id], check=True)
+
+    def wait_for_restart(self, count: int) -> None:
+        self.wait(f"restart {count}", lambda: self.state["Restarts"] == str(count))
+
+    def end(self) -> str:
+        """Wait for the end; returns the state of the job and how often it was queued again."""
+        wait_until(lambda: self.state["JobState"] in ENDED, timeout_s=PATIENCE_S)
+        state = self.state
+        return f"{state['JobState']} {state['ExitCode']}, {state['Restarts']} restarts"
 
 
 @pytest.fixture(scope="module")
-def unbroken(nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of a run on both nodes that nothing happens to."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    state = wait_for_end(submit(folder))
-    text = (folder / "log.txt").read_text()
-    assert state["JobState"] == "COMPLETED" and "2 nodes, 4 processes" in text, text
-    losses = losses_of(folder)
-    assert list(losses) == list(range(1, NUM_STEPS + 1))
-    return losses
+def unbroken(nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run on both nodes that nothing happens to."""
+    job = Job(tmp_path_factory.mktemp("unbroken"))
+    assert job.end() == "COMPLETED 0:0, 0 restarts", job.text
+    return job
+
+
+def test_each_rank_and_each_node_has_its_log_and_each_start_its_record(unbroken: Job) -> None:
+    assert list(unbroken.losses()) == list(range(1, NUM_STEPS + 1))
+    assert "2 nodes, 4 processes" in unbroken.text
+    names = [f"rank-0000{rank}-node{1 + rank // 2}.txt" for rank in range(4)]
+    assert sorted(path.name for path in unbroken.files.glob("rank-*")) == names
+    assert f"finished: {NUM_STEPS} steps" in (unbroken.files / names[0]).read_text()
+    start = unbroken.files / "start-0"
+    assert "-m megatron_tpt.pretrain" in (start / "command.txt").read_text()
+    assert yaml.safe_load((start / "recipe.yaml").read_text())["training"]["num_steps"] == NUM_STEPS
+    for node in ("node1", "node2"):
+        record = json.loads((start / f"environment-{node}.json").read_text())
+        assert record["variables"]["SLURM_JOB_ID"] == unbroken.id and "torch" in record["packages"]
+    (line,) = (unbroken.run / "starts.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert sum(record["processes"].values()) == 4 and "num_steps: 40" in record["recipe"] and record["step"] == 0
 
 
 def test_a_run_whose_node_is_lost_is_queued_again_with_the_same_losses(
-    nodes: Cluster, unbroken: dict[int, float], tmp_path: Path
+    nodes: Cluster, unbroken: Job, tmp_path: Path
 ) -> None:
-    job = submit(tmp_path)
-    wait_until(lambda: len(metrics_of(tmp_path)) >= 25)
+    """Long before SLURM counts the node as lost, and without any retry, which could only fail."""
+    job = Job(tmp_path, hold=(25,), WAIT_S="20")
+    job.wait_for_step(25)
     nodes.lose_node("node2")
-    wait_until(lambda: state_of(job)["JobState"] == "PENDING")
+    job.let_go(25)
+    job.wait("note on the node", lambda: "a node does not answer; the job is queued again" in job.text)
     nodes.start_node("node2")
-    state = wait_for_end(job)
-    text = (tmp_path / "log.txt").read_text()
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1") and "resumed from" in text, text
-    assert losses_of(tmp_path) == unbroken
+    assert job.end() == "COMPLETED 0:0, 1 restarts", job.text
+    assert "resumed from" in job.text and "step_00000020" in job.text
+    assert job.losses() == unbroken.losses()
 
 
 def test_a_run_that_meets_its_time_limit_again_and_again_has_the_same_losses(
-    nodes: Cluster, unbroken: dict[int, float], tmp_path: Path
+    nodes: Cluster, unbroken: Job, tmp_path: Path
 ) -> None:
-    # Signalled by hand, since SLURM counts a limit in minutes: the second time after the first restart.
-    job = submit(tmp_path)
-    for restarts, step in (("1", 10), ("2", 30)):
-        wait_until(lambda step=step: len(metrics_of(tmp_path)) >= step)  # type: ignore[misc]
-        subprocess.run(["scancel", "--signal=USR1", job], check=True)
-        wait_until(lambda restarts=restarts: state_of(job)["Restarts"] == restarts)  # type: ignore[misc]
-    state = wait_for_end(job)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), (tmp_path / "log.txt").read_text()
-    assert losses_of(tmp_path) == unbroken
+    """First that of SLURM itself, then, as that takes minutes, its signal alone."""
+    job = Job(tmp_path, "--time=5", "--signal=USR1@120", hold=(10, 30))
+    job.wait_for_step(10)
+    end = time.mktime(time.strptime(job.state["EndTime"], "%Y-%m-%dT%H:%M:%S"))
+    job.wait("time limit", lambda: time.time() > end - 85)  # SLURM looks every 30 s
+    job.let_go(10)
+    job.wait_for_restart(1)
+    assert "stopped after step 11 (SIGUSR1)" in job.text, job.text
+    job.wait_for_step(30)
+    job.signal()
+    job.let_go(30)
+    assert job.end() == "COMPLETED 0:0, 2 restarts", job.text
+    assert "stopped after step 31 (SIGUSR1)" in job.text
+    assert job.losses() == unbroken.losses()
+
+
+def test_files_in_the_run_folder_save_a_checkpoint_and_end_the_job_for_good(nodes: Cluster, tmp_path: Path) -> None:
+    job = Job(tmp_path, hold=(5, 8))
+    job.wait_for_step(5)
+    (job.run / "save").touch()
+    time.sleep(1.1)  # looked for once a second
+    job.let_go(5)
+    job.wait_for_step(8)
+    checkpoints = sorted(path.name for path in (job.run / "checkpoints").glob("step_*"))
+    assert checkpoints == ["step_00000006"] and not (job.run / "save").exists()
+    (job.run / "stop").touch()
+    time.sleep(1.1)
+    job.let_go(8)
+    assert job.end() == "FAILED 2:0, 0 restarts", job.text
+    assert "stopped after step 9" in job.text and (job.run / "checkpoints/step_00000009").is_dir()
 
 
 def test_a_cancelled_run_leaves_no_process_on_any_node(nodes: Cluster, tmp_path: Path) -> None:
-    job = submit(tmp_path)
-    wait_until(lambda: len(metrics_of(tmp_path)) >= 5)
-    pids = [json.loads(path.read_text())["pid"] for path in (tmp_path / "run/logs/heartbeats").glob("rank-*.json")]
+    job = Job(tmp_path, hold=(5,))
+    job.wait_for_step(5)
+    pids = [json.loads(path.read_text())["pid"] for path in (job.run / "logs/heartbeats").glob("rank-*.json")]
     assert len(pids) == 4
-    subprocess.run(["scancel", job], check=True)
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-    assert wait_for_end(job)["JobState"] == "CANCELLED"
+    subprocess.run(["scancel", job.id], check=True)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), timeout_s=PATIENCE_S)
+    assert job.end().startswith("CANCELLED")
 
 
 @pytest.fixture
@@ -128,17 +195,17 @@ def a_bad_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_node_that_fails_the_check_is_left_out_where_there_is_a_spare(
     nodes: Cluster, a_bad_node: str, tmp_path: Path
 ) -> None:
-    job = submit(tmp_path, SPARE_NODES="1")
-    state, text = wait_for_end(job), (tmp_path / "log.txt").read_text()
-    assert state["JobState"] == "COMPLETED" and f"left out: {a_bad_node}, which failed" in text, text
-    assert len(list((tmp_path / "run/logs/heartbeats").glob("rank-*.json"))) == 2
+    job = Job(tmp_path, SPARE_NODES="1")
+    assert job.end() == "COMPLETED 0:0, 0 restarts", job.text
+    assert f"left out: {a_bad_node}, which failed" in job.text
+    assert sorted(path.name for path in job.files.glob("rank-*")) == ["rank-00000-node2.txt", "rank-00001-node2.txt"]
+    assert (tmp_path / "bad-nodes.txt").read_text() == f"{a_bad_node}\n"
 
 
 def test_a_node_that_fails_the_check_is_named_where_there_is_no_spare(
     nodes: Cluster, a_bad_node: str, tmp_path: Path
 ) -> None:
-    job = submit(tmp_path)
-    state, text = wait_for_end(job), (tmp_path / "log.txt").read_text()
-    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "2:0"), text
-    assert f"error: {a_bad_node} failed the check above" in text and f"--exclude={a_bad_node}" in text
-    assert not metrics_of(tmp_path)
+    job = Job(tmp_path)
+    assert job.end() == "FAILED 2:0, 0 restarts", job.text
+    assert f"error: {a_bad_node} failed the check above" in job.text and f"--exclude={a_bad_node}" in job.text
+    assert not job.losses()
