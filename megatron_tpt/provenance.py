@@ -14,6 +14,8 @@ from typing import Any
 
 import megatron_tpt
 
+STARTS = "starts.jsonl"
+"""The log of the starts of a training run, in its folder (training/starts.py)."""
 _VARIABLES = ("CUDA_", "GLOO_", "MEGATRON_TPT_", "NCCL_", "NVTE_", "OMP_", "PYTORCH_", "SLURM_", "TORCH_", "VLLM_")
 _SECRETS = ("KEY", "PASSWORD", "SECRET", "TOKEN")
 

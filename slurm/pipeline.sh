@@ -3,9 +3,9 @@
 #
 #     slurm/pipeline.sh PIPELINE.env
 #
-# The file sets the variables below in bash; slurm/cluster.env has those of your site. Stages that are done or in the
-# queue are left out: the same command resumes after a failure. Logs are in OUTPUT/logs. The jobs of `augment` and
-# `evaluate` submit arrays of tasks, if they are told to, and wait for them.
+# The file sets the variables below in bash, with paths from the root of the repository; slurm/cluster.env has those of
+# your site. Stages that are done or in the queue are left out: the same command resumes after a failure. Logs are in
+# OUTPUT/logs. The jobs of `augment` and `evaluate` submit arrays of tasks, if they are told to, and wait for them.
 #
 #     OUTPUT=runs/pipeline                     everything that is made
 #     DOCUMENTS=clean/                         what is thought about

@@ -91,16 +91,18 @@ class Cluster:
         """Kill a node as a power cut does: slurmd and the steps that it started; what these started is killed too."""
         self.nodes[name].kill()
         self.nodes[name].wait()
-        for process in psutil.process_iter(["cmdline"]):
-            if any("slurmstepd: [" in word for word in process.info["cmdline"] or []) and _is_of(process, name):
-                _kill_tree(process)
+        steps = [one for one in psutil.process_iter(["name"]) if one.info["name"] == "slurmstepd" and _is_of(one, name)]
+        assert steps, f"nothing runs on {name}"
+        for step in steps:
+            _kill_tree(step)
 
 
 def _is_of(process: psutil.Process, node: str) -> bool:
-    """Whether a slurmstepd belongs to a node: the variables of what it started say so."""
+    """Whether a slurmstepd belongs to a node of this cluster: the variables of what it started say so."""
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            return child.environ().get("SLURMD_NODENAME") == node
+            variables = child.environ()
+            return (variables.get("SLURM_CONF"), variables.get("SLURMD_NODENAME")) == (os.environ["SLURM_CONF"], node)
     return False
 
 

@@ -24,7 +24,19 @@ LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 # They say by which command they are written.
 GENERATED = {"docs/recipe.md", "docs/tools.md"}
 # What else begins a line of a command; the commands of these are not ours.
-PROGRAMS = {"make", "source", "hf", "docker", "apptainer", "pip", "sbatch", "torchrun", "python", ".ci/packages.sh"}
+PROGRAMS = {
+    "make",
+    "source",
+    "hf",
+    "docker",
+    "apptainer",
+    "enroot",
+    "pip",
+    "sbatch",
+    "torchrun",
+    "python",
+    ".ci/packages.sh",
+}
 
 
 def _name(page: Path) -> str:

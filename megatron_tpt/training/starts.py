@@ -3,21 +3,18 @@
 import collections
 import json
 import socket
-from pathlib import Path
 
 from megatron_tpt import platform
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.provenance import start_record
-
-STARTS = "starts.jsonl"
+from megatron_tpt.provenance import STARTS, start_record
 
 
 def record_start(recipe: Recipe, step: int) -> None:
-    """Add this start, which continues after `step` steps, to RUN/starts.jsonl: time, command, resolved recipe, revision,
-    packages, machines with their number of processes, variables of the job. All ranks call it."""
+    """Add this start, which continues after `step` steps, to RUN/starts.jsonl: time, command, resolved recipe,
+    revision, packages, machines with their number of processes, variables of the job. All ranks call it."""
     hosts = collections.Counter(platform.gather_objects(socket.gethostname()))
     if platform.is_first_rank():
         line = start_record() | {"step": step, "processes": dict(hosts), "recipe": to_yaml(recipe)}
-        with Path(recipe.run.output_dir / STARTS).open("ab") as file:
+        with (recipe.run.output_dir / STARTS).open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")

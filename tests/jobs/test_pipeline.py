@@ -14,6 +14,7 @@ from toy_runs import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+PATIENCE_S = 1800
 TRAINING = {"num_steps": 6, "dtype": "float32", "sequence_length": 64, "global_batch_size": 4}
 
 
@@ -57,7 +58,7 @@ EVALUATE=(--data {folder}/questions.jsonl --chat --answer-type number --max-new-
 
 def run_pipeline(variables: Path) -> str:
     environment = os.environ | {"PYTHON": sys.executable, "NODES": "2", "TASKS_PER_NODE": "2"}
-    environment |= {"GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1"}
+    environment |= {"GPUS_PER_NODE": "0", "CPUS_PER_TASK": "1", "BAD_NODES": str(variables.parent / "bad-nodes.txt")}
     command = [str(REPOSITORY / "slurm/pipeline.sh"), str(variables)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,15 +70,15 @@ def queue() -> str:
 
 
 @pytest.mark.slow(minutes=4)
-@pytest.mark.timeout(1500)
-def test_documents_become_a_scored_model_and_a_failure_is_gone_on_from(tmp_path: Path) -> None:
+@pytest.mark.timeout(2 * PATIENCE_S)
+def test_documents_become_a_scored_model_also_after_a_failure(tmp_path: Path) -> None:
     with slurm_cluster(num_cpus=2, num_nodes=2):
         variables = write_inputs(tmp_path)
         chats = (tmp_path / "chats.jsonl").read_text()
         (tmp_path / "chats.jsonl").write_text("no chat\n")
         assert "evaluate: job" in run_pipeline(variables)
         assert "augment: job" in (again := run_pipeline(variables)) and "is in the queue" in again
-        wait_until(lambda: not queue(), timeout_s=900)
+        wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
         done = tmp_path / "out" / "done"
         logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
         assert {path.name for path in done.iterdir()} == {"augment", "index", "pretrain"}, logs
@@ -86,7 +87,11 @@ def test_documents_become_a_scored_model_and_a_failure_is_gone_on_from(tmp_path:
         (tmp_path / "chats.jsonl").write_text(chats)
         shown = run_pipeline(variables)
         assert "pretrain: done before" in shown and "pack: job" in shown
-        wait_until(lambda: not queue(), timeout_s=900)
+        wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
         logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
         assert len(list(done.iterdir())) == 7, logs
+        for name in ("pretrain", "finetune"):
+            [files] = (tmp_path / "out/logs").glob(f"{name}-*/")
+            assert len(list(files.glob("rank-*-node[12].txt"))) == 4 and (files / "start-0/recipe.yaml").exists()
+        assert list((tmp_path / "out/logs").glob("evaluate-*/start-0/environment-node*.json"))
         assert json.loads((tmp_path / "out/evaluation/results.json").read_text()), logs

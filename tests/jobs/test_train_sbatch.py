@@ -33,7 +33,7 @@ def submit(folder: Path, *overrides: str, num_steps: int = 150) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     options = ["--parsable", "--ntasks-per-node=2", f"--output={folder}/log.txt"]
     command = ["sbatch", *options, "slurm/train.sbatch", "pretrain", str(folder / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "PYTHON": sys.executable, "MAX_FAULTS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "MAX_FAULTS": "1", "LOGS": str(folder)}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

@@ -17,7 +17,8 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.recipes.pretrain import PretrainRecipe
-from megatron_tpt.training.reporting import MetricsWriter, Window, _measure_power, console_line
+from megatron_tpt.training.metrics_writer import MetricsWriter
+from megatron_tpt.training.reporting import Window, _measure_power, console_line
 from megatron_tpt.units import duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
