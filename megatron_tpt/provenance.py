@@ -33,7 +33,7 @@ def versions(*names: str) -> dict[str, str]:
 
 def all_versions() -> dict[str, str]:
     """The versions of all distributions that are installed, by name."""
-    found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    found = {str(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
     return {name: found[name] for name in sorted(found, key=str.lower)}
 
 
