@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_cluster import slurm_cluster
-from tiny_models import CHAT_TEMPLATE, make_model
+from tiny_models import make_model
 from toy_runs import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
 PATIENCE_S = 1800
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 TRAINING = {"num_steps": 6, "dtype": "float32", "sequence_length": 64, "global_batch_size": 4}
 
 
 def write_inputs(folder: Path) -> Path:
     """A teacher, documents, chats, questions, recipes, and the pipeline's variables."""
-    teacher = make_model(folder / "teacher", context=512, chat_template=CHAT_TEMPLATE)
+    teacher = make_model(folder / "teacher", context=1024, chat_template=CHAT_TEMPLATE)
     rows = {
         "documents": [{"id": str(i), "text": f"Ferry {i} leaves at {i} and has {2 * i} seats."} for i in range(4)],
         "chats": [
@@ -43,8 +47,9 @@ def write_inputs(folder: Path) -> Path:
 OUTPUT={folder}/out
 DOCUMENTS={folder}/documents.jsonl
 TEACHER={teacher}
-AUGMENT=(--executor slurm --num-tasks 2 --engine transformers --max-new-tokens 8 --filters.min-words 0
-    --filters.max-repeated-share 1 --filters.loop-words 0 --filters.max-foreign-share 1)
+AUGMENT=(--executor slurm --num-tasks 2 --rows-per-shard 2 --engine transformers --temperature 1 --max-new-tokens 40
+    --max-document-tokens 50 --filters.min-words 0 --filters.max-repeated-share 1 --filters.loop-words 0
+    --filters.max-foreign-share 1 --filters.max-refusal-words 0 --filters.max-copied-share 1)
 TOKENIZER={teacher}
 PRETRAIN=({folder}/pretrain.yaml)
 CHATS={folder}/chats.jsonl
@@ -80,7 +85,7 @@ def test_documents_become_a_scored_model_also_after_a_failure(tmp_path: Path) ->
         assert "augment: job" in (again := run_pipeline(variables)) and "is in the queue" in again
         wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
         done = tmp_path / "out" / "done"
-        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
+        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").glob("*.out"))
         assert {path.name for path in done.iterdir()} == {"augment", "index", "pretrain"}, logs
         assert "2 nodes, 4 processes" in logs and "error: " in logs
 
@@ -88,7 +93,7 @@ def test_documents_become_a_scored_model_also_after_a_failure(tmp_path: Path) ->
         shown = run_pipeline(variables)
         assert "pretrain: done before" in shown and "pack: job" in shown
         wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
-        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").iterdir())
+        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").glob("*.out"))
         assert len(list(done.iterdir())) == 7, logs
         for name in ("pretrain", "finetune"):
             [files] = (tmp_path / "out/logs").glob(f"{name}-*/")
