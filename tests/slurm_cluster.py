@@ -194,7 +194,7 @@ def _cancel_everything() -> None:
         time.sleep(0.2)
 
 
-def _wait_until(ready, folder: Path, timeout_s: float = 30) -> None:
+def _wait_until(ready, folder: Path, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not ready():
         if time.monotonic() > deadline:

@@ -118,16 +118,18 @@ class TensorBoard(Sink):
             self.writer.close()
 
 
-def hyper_parameters(recipe: Recipe) -> dict[str, float | str | bool]:
+def hyper_parameters(recipe: Recipe) -> dict[str, float | str]:
     """The fields of a recipe that are set, flat, as in {"training.num_steps": 1000}."""
-    found: dict[str, float | str | bool] = {}
+    found: dict[str, float | str] = {}
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
                 visit(f"{prefix}.{name}" if prefix else str(name), inner)
+        elif isinstance(value, bool):
+            found[prefix] = str(value).lower()  # else TensorBoard shows a number
         elif value is not None:
-            found[prefix] = value if isinstance(value, int | float | str | bool) else str(value)
+            found[prefix] = value if isinstance(value, int | float | str) else str(value)
 
     visit("", to_dict(recipe))
     return found

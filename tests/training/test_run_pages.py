@@ -4,6 +4,7 @@ W&B and trackio; the pages as a browser shows them."""
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ports import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
-from training_runs import finish, read_metrics, start_training
+from training_runs import finish, start_training
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.monitoring.report import write_report
@@ -37,7 +38,12 @@ PICTURES = os.environ.get("PICTURES")
 def run(tmp_path_factory: pytest.TempPathFactory, recipe: dict, index_prefix: Path) -> Path:
     """A run that was stopped after its first step and resumed, with two sources and validation."""
     folder = tmp_path_factory.mktemp("pages") / "first"
-    sources = [{"path": str(index_prefix), "name": name, "weight": weight} for name, weight in (("a", 3), ("b<i>", 1))]
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{index_prefix}{suffix}", folder.parent / f"other{suffix}")
+    sources = [
+        {"path": str(index_prefix), "name": "a", "weight": 3},
+        {"path": str(folder.parent / "other"), "name": "b<i>", "weight": 1},
+    ]
     raw = recipe | {
         "run": {"output_dir": str(folder)},
         "data": {"train": sources, "validation": [{"path": str(index_prefix)}]},
@@ -83,7 +89,7 @@ def test_tensorboard_has_the_recipe_as_text_and_as_hyper_parameters(run: Path) -
             data[tag] = plugin_data_pb2.HParamsPluginData.FromString(content.plugin_data.content)
     start = data["_hparams_/session_start_info"].session_start_info
     assert start.hparams["training.global_batch_size"].number_value == 8
-    assert start.hparams["logging.tensorboard"].bool_value is True
+    assert start.hparams["logging.tensorboard"].string_value == "true"
     shown = [info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos]
     assert shown == ["loss", "tokens_per_s", "validation_loss"]
     assert data["_hparams_/session_end_info"].session_end_info.status == 1  # success
@@ -103,7 +109,7 @@ def a_second_run(run: Path) -> Path:
     other = run.parent / "second"
     other.mkdir(exist_ok=True)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:12]
-    (other / "metrics.jsonl").write_text("".join(lines).replace('"loss": ', '"loss": 0') + '{"step": 13, "lo')
+    (other / "metrics.jsonl").write_text("".join(lines) + '{"step": 13, "lo')
     (other / "run.yaml").write_text((run / "run.yaml").read_text().replace("num_steps: 20", "num_steps: 40"))
     return other
 
@@ -115,10 +121,9 @@ def test_the_report_has_all_that_is_known_of_runs_side_by_side(run: Path, tmp_pa
     page = tmp_path / "report.html"
     write_report(ReportOptions([run, a_second_run(run)], output=page, x="tokens", samples=3))
     text = page.read_text()
-    last = read_metrics(run)[-1]
     for expected in (
         "<h1>first, second</h1>", "finished", "20 of 20", "first: loss_thinking", "second: validation_loss",
-        f"{last['tokens']:,}", "b&lt;i&gt;", "epochs", "62.5% [50.0, 75.0]", "checkpoint of step",
+        "<td>5,120</td>", "b&lt;i&gt;", "epochs", "62.5% [50.0, 75.0]", "checkpoint of step",
         "--run.time_limit_min=0", "<b>thinking</b>", "training.num_steps</td><td>20</td><td>40", "megatron-core",
     ):  # fmt: skip
         assert expected in text, expected
@@ -177,8 +182,6 @@ def test_tensorboard_shows_the_charts_the_recipe_and_the_hyper_parameters(run: P
         ):
             await page.open(f"http://127.0.0.1:{port}/?darkMode=false#{tab}", 1280, 1600)
             await page.wait_for(*words)
-            if tab == "custom_scalars":
-                await page.wait_for("validation_loss")  # in the legend of a chart that is drawn
             await page.picture(Path(PICTURES or tmp_path) / f"tensorboard-{tab}.png", whole=False)
 
     try:
@@ -237,7 +240,7 @@ def test_wandb_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     writer = written(tmp_path, wandb_project="p")
     writer.write(1, {"loss": 2.5})
-    assert wandb.run.summary["loss"] == 2.5 and wandb.run.config["training"]["num_steps"] == 1000
+    assert wandb.run.summary["loss"] == 2.5 and wandb.run.config["run"]["seed"] == 1234
     writer.close()
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
@@ -250,7 +253,7 @@ def test_trackio_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.Mon
         writer.write(step, {"loss": loss})
         writer.close()
     [run] = trackio.Api().runs("p")
-    assert run.config["training.num_steps"] == 1000
+    assert run.config["run.seed"] == 1234
     rows = trackio.sqlite_storage.SQLiteStorage.get_logs("p", run.name)
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.5), (2, 2.25)]
 
@@ -259,7 +262,7 @@ def test_hyper_parameters_are_flat_and_set() -> None:
     recipe = recipe_from_dict(PretrainRecipe, {"data": {"train": "a"}})
     found = hyper_parameters(recipe)
     assert found["optimizer.learning_rate"] == recipe.optimizer.learning_rate and "run.time_limit_min" not in found
-    assert all(isinstance(value, int | float | str) for value in found.values())
+    assert all(isinstance(value, int | float | str) and value is not True for value in found.values())
 
 
 def test_a_chart_has_the_metrics_that_its_expressions_begin() -> None:
