@@ -4,9 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from megatron_tpt.names import shown_lines
+from megatron_tpt.html_page import as_text
 
 NUM_COLOURS = 8
 _WIDTH, _HEIGHT = 520, 260
@@ -59,14 +58,14 @@ def short(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def chart(title: str, lines: Sequence[Line], x_name: str) -> Iterator[str]:
-    """A figure with one or more lines and their legend, in pieces of HTML."""
+def chart(title: str, lines: Sequence[Line], x_name: str, note: str = "") -> Iterator[str]:
+    """A figure with one or more lines, their legend and a note below it, in pieces of HTML."""
     drawn = [dataclasses.replace(line, points=thinned(line.points)) for line in lines]
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points]
     x_range, y_range = _range(xs), _range(ys)
-    yield f"<figure><figcaption>{_text(title)}</figcaption>\n"
-    yield f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(title)}">\n'
+    yield f"<figure><figcaption>{as_text(title)}</figcaption>\n"
+    yield f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{as_text(title)}">\n'
     yield from _axes(x_range, y_range, x_name)
     for line in drawn:
         yield _drawn(line, x_range, y_range)
@@ -74,8 +73,8 @@ def chart(title: str, lines: Sequence[Line], x_name: str) -> Iterator[str]:
     for line in drawn:
         sign = f'<svg class=sign viewBox="0 0 24 8"><path d="M0 4H24"{_dashes(line)} /></svg>'
         value = short(line.points[-1][1])
-        yield f"<li class=c{line.colour % NUM_COLOURS}>{sign}<span>{_text(line.label)}</span> <b>{value}</b></li>"
-    yield "</ul></figure>\n"
+        yield f"<li class=c{line.colour % NUM_COLOURS}>{sign}<span>{as_text(line.label)}</span> <b>{value}</b></li>"
+    yield f"</ul>{f'<p>{as_text(note)}</p>' if note else ''}</figure>\n"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -101,12 +100,12 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_name: st
         x = _x(value, x_range)
         yield f'<line class=grid x1="{x:.1f}" x2="{x:.1f}" y1={_TOP} y2={bottom} />'
         yield f'<text x="{x:.1f}" y={bottom + 15} text-anchor=middle>{label}</text>\n'
-    yield f"<text x={_WIDTH - _RIGHT} y={bottom - 5} text-anchor=end>{_text(x_name)}</text>\n"
+    yield f"<text x={_WIDTH - _RIGHT} y={bottom - 5} text-anchor=end>{as_text(x_name)}</text>\n"
 
 
 def _drawn(line: Line, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
     places = [(_x(x, x_range), _y(y, y_range)) for x, y in line.points]
-    colour, title = f"class=c{line.colour % NUM_COLOURS}", f"<title>{_text(line.label)}</title>"
+    colour, title = f"class=c{line.colour % NUM_COLOURS}", f"<title>{as_text(line.label)}</title>"
     if len(places) == 1:
         [(x, y)] = places
         return f'<circle {colour} cx="{x:.1f}" cy="{y:.1f}" r=4>{title}</circle>\n'
@@ -125,7 +124,3 @@ def _x(value: float, span: tuple[float, float]) -> float:
 
 def _y(value: float, span: tuple[float, float]) -> float:
     return _HEIGHT - _BOTTOM - (value - span[0]) / (span[1] - span[0]) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _text(text: str) -> str:
-    return escape(shown_lines(text), quote=True)

