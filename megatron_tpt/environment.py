@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_tpt import preflight
 from megatron_tpt.errors import UserError, one_line
-from megatron_tpt.files import atomic_write
+from megatron_tpt.files import write_json
 from megatron_tpt.logs import print_result
 from megatron_tpt.provenance import start_record
 
@@ -65,8 +65,7 @@ def check_environment(options: CheckOptions) -> None:
     """Print every part, and what was measured of the GPUs where asked for. Raises UserError when a required part is
     missing, broken or of an unsupported version, or a GPU is not fit."""
     if options.record is not None:
-        with atomic_write(options.record) as temporary:
-            temporary.write_text(json.dumps(start_record(), indent=1))
+        write_json(options.record, start_record())
     parts = list(find_parts())
     if not options.json:
         _print_table(parts)

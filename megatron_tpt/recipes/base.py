@@ -147,7 +147,7 @@ class TrainingRecipe(Recipe, abc.ABC):
         for package in ("wandb", "trackio"):
             if getattr(self.logging, f"{package}_project") is not None and importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"logging.{package}_project needs the package {package}: install it, or omit the project"
+                    f"logging.{package}_project needs the package {package}: pip install {package}, or omit the project"
                 )
         self.check_data()
         self._check_validation()

@@ -4,6 +4,7 @@ Each is a Sink, made by `open_sinks` from section `logging` of a recipe, on the 
 """
 
 import abc
+import contextlib
 import hashlib
 import logging
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 from megatron_tpt.config.load import to_dict, to_yaml
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.files import real_path
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ CHARTS = {
     "Throughput": {
         "tokens/s": ["tokens_per_s$", "tokens_per_s_per_device$"],
         "MFU": ["mfu$"],
+        "TFLOP/s per device": ["tflops_per_device$"],
         "seconds per step": ["step_p50_s$", "step_max_s$"],
         "share of the time that waits for data": ["data_wait_fraction$"],
     },
@@ -44,11 +47,12 @@ CHARTS = {
         "learning rate": ["learning_rate$"],
         "slowest rank, times the median": ["slowest_rank_ratio$"],
         "memory, GiB": ["memory_.*_gib$"],
+        "power of the first GPU, W": ["gpu_power_w$"],
     },
     "Data": {"epochs": ["source_epochs/"], "tokens": ["source_tokens/"]},
 }
-"""TensorBoard's custom scalars: charts by category, each with regular expressions that the names of its metrics begin
-with."""
+"""The charts of TensorBoard (Custom Scalars) and of tools/report.py by category, each with regular expressions that
+match the beginning of its metrics' names."""
 
 
 def metrics_of_chart(tags: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -142,14 +146,19 @@ class WandB(Sink):
         import wandb
 
         folder = real_path(recipe.run.output_dir)
-        self.run = wandb.init(
-            project=project,
-            name=folder.name,
-            id=_run_id(recipe),
-            dir=folder,
-            resume="allow",
-            config=to_dict(recipe),
-        )
+        try:
+            self.run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=_run_id(recipe),
+                dir=folder,
+                resume="allow",
+                config=to_dict(recipe),
+            )
+        except wandb.Error as error:  # no key, for example
+            raise UserError(
+                f"logging.wandb_project={project}: {one_line(error)}; WANDB_MODE=offline writes to {folder} alone"
+            ) from None
         self.run.define_metric("*", step_metric="step")  # W&B's own steps only count upwards: a resume repeats some
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -207,7 +216,8 @@ class Prometheus(Sink):
             self.is_missing = True
 
     def close(self) -> None:
-        self.path.unlink(missing_ok=True)  # what is no longer measured must not be read as if it were
+        with contextlib.suppress(OSError):
+            self.path.unlink()  # what is no longer measured must not be read as if it were
 
 
 def prometheus_text(values: Mapping[str, float], run: str) -> str:

@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from training_runs import finish, start_training
 
 from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.errors import UserError
 from megatron_tpt.monitoring.report import write_report
 from megatron_tpt.monitoring.report_options import ReportOptions
 from megatron_tpt.provenance import STARTS, described_variables
@@ -73,7 +74,8 @@ def test_tensorboard_has_charts_for_the_metrics_of_a_run(run: Path) -> None:
     for category in layout.category:
         for chart in category.chart:
             shown = [tag for tag in scalars if any(re.match(one, tag) for one in chart.multiline.tag)]
-            is_absent = chart.title in ("MFU", "by validation set")  # no peak of a CPU, and a single set
+            # A CPU has no known peak and no such sensor, and there is a single set.
+            is_absent = chart.title in ("MFU", "power of the first GPU, W", "by validation set")
             assert bool(shown) != is_absent, chart.title
     assert {"source_loss/a", "source_loss/b<i>"} <= set(scalars)
     assert len(found.Scalars("loss")) == 20, "a resume repeats no step"
@@ -115,21 +117,23 @@ def a_second_run(run: Path) -> Path:
 
 
 def test_the_report_has_all_that_is_known_of_runs_side_by_side(run: Path, tmp_path: Path) -> None:
-    results = {"models": [{"benchmark": "sums", "accuracy": 0.625, "interval": [0.5, 0.75], "num_problems": 64}]}
-    (run / "evaluation_step_00000020").mkdir(exist_ok=True)
-    (run / "evaluation_step_00000020/results.json").write_text(json.dumps(results))
+    result = {"model": "hf", "benchmark": "sums", "accuracy": 0.625, "interval": [0.5, 0.75], "num_problems": 64}
+    for folder in (run / "evaluation_step_00000020", run.parent / "scores"):
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps({"models": [result | {"recurrences": None}]}))
     page = tmp_path / "report.html"
-    write_report(ReportOptions([run, a_second_run(run)], output=page, x="tokens", samples=3))
+    a_second_run(run)
+    write_report(ReportOptions([run.parent], output=page, x="tokens", samples=3))
     text = page.read_text()
+    assert text.count("62.5% [50.0, 75.0]") == 2, "in the folder of a run, and beside those of the runs"
     for expected in (
         "<h1>first, second</h1>", "finished", "20 of 20", "first: loss_thinking", "second: validation_loss",
-        "<td>5,120</td>", "b&lt;i&gt;", "epochs", "62.5% [50.0, 75.0]", "checkpoint of step",
+        "<td>5,120</td>", "b&lt;i&gt;", "epochs", "checkpoint of step",
         "--run.time_limit_min=0", "<b>thinking</b>", "training.num_steps</td><td>20</td><td>40", "megatron-core",
     ):  # fmt: skip
         assert expected in text, expected
-    assert (
-        "<i>" not in text.replace("<i></i>", "") and "<script" not in text and "http" not in text.split("</style>")[1]
-    )
+    assert "<i>" not in text.replace("<i></i>", "") and "<script" not in text
+    assert "http" not in text.split("</style>")[1], "it needs no network"
     assert text.count("<details>") >= 3 + 2
 
 
@@ -163,16 +167,9 @@ def test_the_report_fits_a_phone_and_a_desktop(run: Path, tmp_path: Path) -> Non
 @needs_chromium
 def test_tensorboard_shows_the_charts_the_recipe_and_the_hyper_parameters(run: Path, tmp_path: Path) -> None:
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        f"--logdir={run.parent}",
-        f"--port={port}",
-        "--load_fast=false",
-    ]
+    options = [f"--logdir={run.parent}", f"--port={port}", "--host=127.0.0.1", "--load_fast=false"]
     with (tmp_path / "tensorboard.txt").open("wb") as log:
-        server = subprocess.Popen([*command, "--host=127.0.0.1"], stdout=log, stderr=log)
+        server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stdout=log, stderr=log)
 
     async def visit(page: Page) -> None:
         for tab, words in (
@@ -236,7 +233,7 @@ def test_prometheus_text_groups_what_has_one_name_and_escapes_labels() -> None:
 
 
 def test_wandb_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (CONTRIBUTING.md says how)")
     monkeypatch.setenv("WANDB_MODE", "offline")
     writer = written(tmp_path, wandb_project="p")
     writer.write(1, {"loss": 2.5})
@@ -245,9 +242,18 @@ def test_wandb_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
 
+def test_wandb_without_a_key_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed (CONTRIBUTING.md says how)")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a key might be
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"logging\.wandb_project=p: .*; WANDB_MODE=offline writes to"):
+        written(tmp_path, wandb_project="p")
+
+
 def test_trackio_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed (CONTRIBUTING.md says how)")
     for step, loss in ((1, 2.5), (2, 2.25)):  # the second is a resume
         writer = written(tmp_path, trackio_project="p")
         writer.write(step, {"loss": loss})
