@@ -19,6 +19,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content + '<|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+STAGES = ["pack", "augment", "index", "pretrain", "finetune", "export", "evaluate"]
 TRAINING = {"num_steps": 6, "dtype": "float32", "sequence_length": 64, "global_batch_size": 4}
 
 
@@ -42,7 +43,7 @@ def write_inputs(folder: Path) -> Path:
     }
     model = SHAPE | {"max_position_embeddings": 512}
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(common | {"model": model}))
-    (folder / "finetune.yaml").write_text(yaml.safe_dump(common))
+    (folder / "finetune.yaml").write_text(yaml.safe_dump(common | {"training": TRAINING | {"num_steps": "six"}}))
     variables = f"""
 OUTPUT={folder}/out
 DOCUMENTS={folder}/documents.jsonl
@@ -70,6 +71,14 @@ def run_pipeline(variables: Path) -> str:
     return done.stdout
 
 
+def done_stages(out: Path) -> list[str]:
+    return sorted((path.name for path in (out / "done").iterdir()), key=STAGES.index)
+
+
+def logs(out: Path) -> str:
+    return "".join(path.read_text() for path in (out / "logs").glob("*.out"))
+
+
 def queue() -> str:
     return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
 
@@ -79,24 +88,22 @@ def queue() -> str:
 def test_documents_become_a_scored_model_also_after_a_failure(tmp_path: Path) -> None:
     with slurm_cluster(num_cpus=2, num_nodes=2):
         variables = write_inputs(tmp_path)
-        chats = (tmp_path / "chats.jsonl").read_text()
-        (tmp_path / "chats.jsonl").write_text("no chat\n")
+        out, recipe = tmp_path / "out", tmp_path / "finetune.yaml"
         assert "evaluate: job" in run_pipeline(variables)
-        assert "augment: job" in (again := run_pipeline(variables)) and "is in the queue" in again
+        again = run_pipeline(variables)
+        assert again.count("is in the queue") + again.count("done before") == len(STAGES), again
         wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
-        done = tmp_path / "out" / "done"
-        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").glob("*.out"))
-        assert {path.name for path in done.iterdir()} == {"augment", "index", "pretrain"}, logs
-        assert "2 nodes, 4 processes" in logs and "error: " in logs
+        assert done_stages(out) == STAGES[:4], logs(out)
+        assert "2 nodes, 4 processes" in logs(out) and "training.num_steps: 'six' is not" in logs(out)
 
-        (tmp_path / "chats.jsonl").write_text(chats)
+        recipe.write_text(recipe.read_text().replace("six", "6"))
         shown = run_pipeline(variables)
-        assert "pretrain: done before" in shown and "pack: job" in shown
+        assert "pretrain: done before" in shown and "finetune: job" in shown
         wait_until(lambda: not queue(), timeout_s=PATIENCE_S)
-        logs = "".join(path.read_text() for path in (tmp_path / "out/logs").glob("*.out"))
-        assert len(list(done.iterdir())) == 7, logs
+        assert done_stages(out) == STAGES, logs(out)
         for name in ("pretrain", "finetune"):
-            [files] = (tmp_path / "out/logs").glob(f"{name}-*/")
-            assert len(list(files.glob("rank-*-node[12].txt"))) == 4 and (files / "start-0/recipe.yaml").exists()
-        assert list((tmp_path / "out/logs").glob("evaluate-*/start-0/environment-node*.json"))
-        assert json.loads((tmp_path / "out/evaluation/results.json").read_text()), logs
+            ranks = [path.name for path in (out / "logs").glob(f"{name}-*/rank-*")]
+            assert sorted(set(ranks)) == [f"rank-0000{rank}-node{1 + rank // 2}.txt" for rank in range(4)]
+        assert list((out / "logs").glob("evaluate-*/start-0/environment-node*.json"))
+        [result] = json.loads((out / "evaluation/results.json").read_text())["models"]
+        assert result["num_problems"] == 4 and 0 <= result["accuracy"] <= 1
