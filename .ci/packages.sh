@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs where they are missing (Debian, Ubuntu): SLURM and MUNGE, of which the tests start a cluster of one node by
-# themselves, bubblewrap, in which they run code that models wrote, shellcheck, and Chromium, which shows the pages that
-# programs write.
+# Installs where they are missing (Debian, Ubuntu): SLURM and MUNGE, of which the tests start clusters by themselves,
+# bubblewrap, in which they run code that models wrote, shellcheck, and Chromium, which shows the pages that programs
+# write.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin"
 

@@ -45,10 +45,10 @@ say $python tools/inspect_index.py "$output/index/thought" --verify
 # of 128.
 for layout in "tensor 3" "pipeline 2"; do
   read -r kind size <<< "$layout"
-  timed mid-$kind env OMP_NUM_THREADS=1 "${torchrun[@]}" --nproc-per-node "$size" -m megatron_tpt.pretrain \
+  timed "mid-$kind" env OMP_NUM_THREADS=1 "${torchrun[@]}" --nproc-per-node "$size" -m megatron_tpt.pretrain \
     $example/midtrain.yaml --run.output_dir="$output/mid-$kind" --training.init_from="$output/imported" \
     --training.num_steps="$num_mid_steps" --data.train="[$output/index/thought]" --model.vocab_padding_multiple=384 \
-    --parallel.${kind}_parallel_size="$size"
+    "--parallel.${kind}_parallel_size=$size"
 done
 
 timed chats $python $example/prepare.py --data "$data" --limit "$num_chats" --output "$output/chats.jsonl"
