@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from megatron_tpt.html_page import as_text
 
 NUM_COLOURS = 8
-_WIDTH, _HEIGHT = 520, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 8, 26
+_WIDTH, _HEIGHT = 520, 274
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 8, 40
 _MAX_BUCKETS = 250
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
@@ -51,25 +51,32 @@ def _sizes(raw: float) -> list[float]:
 
 
 def short(value: float, digits: int = 4) -> str:
-    """A number in a few characters: 12.5k, 3.2M, 0.0004."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    """A number in a few characters: 12.5k, 3.2M, 100B, 0.0004."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.{digits}g}{unit}"
     return f"{value:.{digits}g}"
 
 
-def chart(title: str, lines: Sequence[Line], x_name: str, note: str = "") -> Iterator[str]:
-    """A figure with one or more lines, their legend and a note below it, in pieces of HTML."""
+def chart(
+    title: str, lines: Sequence[Line], x_name: str, note: str = "", *, cuts_beginning: bool = False
+) -> Iterator[str]:
+    """A figure with one or more lines, their legend and a note below it, in pieces of HTML. With `cuts_beginning` it is
+    as high as what comes after the first tenth, so that a steep beginning does not flatten the rest."""
     drawn = [dataclasses.replace(line, points=thinned(line.points)) for line in lines]
-    xs = [x for line in drawn for x, _ in line.points]
-    ys = [y for line in drawn for _, y in line.points]
-    x_range, y_range = _range(xs), _range(ys)
+    points = [point for line in drawn for point in line.points]
+    x_range, y_range = _range([x for x, _ in points]), _range([y for _, y in points])
+    late = [y for x, y in points if x - x_range[0] > (x_range[1] - x_range[0]) / 10]
+    if cuts_beginning and late:
+        y_range = _range([min(y for _, y in points), *late])
     yield f"<figure><figcaption>{as_text(title)}</figcaption>\n"
     yield f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{as_text(title)}">\n'
     yield from _axes(x_range, y_range, x_name)
+    inside = f"{_LEFT} {_TOP} {_WIDTH - _LEFT - _RIGHT} {_HEIGHT - _TOP - _BOTTOM}"
+    yield "<svg x={} y={} width={} height={} ".format(*inside.split()) + f'viewBox="{inside}">\n'
     for line in drawn:
         yield _drawn(line, x_range, y_range)
-    yield "</svg>\n<ul class=legend>"
+    yield "</svg></svg>\n<ul class=legend>"
     for line in drawn:
         sign = f'<svg class=sign viewBox="0 0 24 8"><path d="M0 4H24"{_dashes(line)} /></svg>'
         value = short(line.points[-1][1])
@@ -100,7 +107,7 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float], x_name: st
         x = _x(value, x_range)
         yield f'<line class=grid x1="{x:.1f}" x2="{x:.1f}" y1={_TOP} y2={bottom} />'
         yield f'<text x="{x:.1f}" y={bottom + 15} text-anchor=middle>{label}</text>\n'
-    yield f"<text x={_WIDTH - _RIGHT} y={bottom - 5} text-anchor=end>{as_text(x_name)}</text>\n"
+    yield f"<text x={_WIDTH - _RIGHT} y={_HEIGHT - 6} text-anchor=end>{as_text(x_name)}</text>\n"
 
 
 def _drawn(line: Line, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -55,7 +56,7 @@ def _body(runs: Runs, options: ReportOptions, now: float) -> Iterator[str]:
     yield from _section("Runs", _overview(runs))
     yield from _warnings(runs)
     for category, charts in CHARTS.items():
-        yield from _section(category, _charts(runs, charts, options.x))
+        yield from _section(category, _charts(runs, charts, options.x, cuts_beginning=category == "Losses"))
     yield from _section("Composition of the data", _composition(runs))
     yield from _section("Evaluation", _evaluation([*options.folders, *(run.folder for run in runs)]))
     yield from _section("Checkpoints and starts", _stages(runs))
@@ -112,12 +113,13 @@ def _warnings(runs: Runs) -> Iterator[str]:
         yield "<ul class=warnings>" + "".join(f"<li>{as_text(line)}</li>" for line in lines) + "</ul>\n"
 
 
-def _charts(runs: Runs, charts: dict[str, list[str]], x: str) -> Iterator[str]:
-    if drawn := "".join(chain.from_iterable(_chart(runs, title, tags, x) for title, tags in charts.items())):
+def _charts(runs: Runs, charts: dict[str, list[str]], x: str, *, cuts_beginning: bool) -> Iterator[str]:
+    figures = (_chart(runs, title, tags, x, cuts_beginning=cuts_beginning) for title, tags in charts.items())
+    if drawn := "".join(chain.from_iterable(figures)):
         yield f"<div class=charts>{drawn}</div>\n"
 
 
-def _chart(runs: Runs, title: str, tags: list[str], x: str) -> Iterator[str]:
+def _chart(runs: Runs, title: str, tags: list[str], x: str, *, cuts_beginning: bool) -> Iterator[str]:
     """One chart of all runs: a colour for each run and a dash for each metric, or colours for the metrics of one."""
     shown = [metrics_of_chart(tags, run.metric_names) for run in runs]
     metrics = list(dict.fromkeys(metric for own in shown for metric in own))
@@ -128,10 +130,12 @@ def _chart(runs: Runs, title: str, tags: list[str], x: str) -> Iterator[str]:
             if points and len(runs) == 1:
                 lines.append(Line(metric, points, place))
             elif points:
-                lines.append(Line(f"{run.name}: {metric}", points, number, place))
+                label = f"{run.name}: {metric}" if len(metrics) > 1 else run.name
+                lines.append(Line(label, points, number, place))
     if lines:
         omitted = ", ".join(line.label for line in lines[MAX_LINES:])
-        yield from chart(title, lines[:MAX_LINES], x, note=f"Not drawn: {omitted}" if omitted else "")
+        note = f"Not drawn: {omitted}" if omitted else ""
+        yield from chart(title, lines[:MAX_LINES], x, note, cuts_beginning=cuts_beginning)
 
 
 def _composition(runs: Runs) -> Iterator[str]:
@@ -145,8 +149,8 @@ def _composition(runs: Runs) -> Iterator[str]:
         yield "</div>\n<ul class=legend>"
         for number, (name, value) in enumerate(tokens.items()):
             seen = f", {epochs[name]:.3g} epochs" if name in epochs else ""
-            share = f"{value / total:.1%}, {short(value)} tokens{seen}"
-            yield f"<li class=c{number % NUM_COLOURS}><i></i><span>{as_text(name)}</span> {share}</li>"
+            share = f"{name}: {value / total:.1%}, {short(value)} tokens{seen}"
+            yield f"<li class=c{number % NUM_COLOURS}><i></i><span>{as_text(share)}</span></li>"
         yield "</ul>\n"
 
 
@@ -205,7 +209,9 @@ def _environment(runs: Runs) -> Iterator[str]:
             value: Any = run.last_start
             for name in names:
                 value = value.get(name) or {}
-            return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+            if isinstance(value, list):
+                return ", ".join(f"{number} x {one}" for one, number in Counter(map(str, value)).items())
+            return str(value or "")
 
         return cell
 

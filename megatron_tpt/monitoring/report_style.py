@@ -9,16 +9,17 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; borde
 h3 { font-size: 1rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }
 td, th { border: 1px solid #8886; padding: .15rem .5rem; text-align: left; vertical-align: top; }
-td + td { font-variant-numeric: tabular-nums; }
+td { min-width: 6rem; } td + td { font-variant-numeric: tabular-nums; } td + td:last-child { min-width: 12rem; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; }
-svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: currentColor; }
+figure > svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: currentColor; }
 svg path { fill: none; stroke: var(--own); stroke-width: 1.6; stroke-linejoin: round; }
 svg circle { fill: var(--own); } svg .grid { stroke: currentColor; stroke-opacity: .13; }
 .legend { list-style: none; margin: .3rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
-.legend li { font-size: 13px; overflow-wrap: anywhere; }
-.legend i { display: inline-block; width: .8em; height: .8em; background: var(--own); margin-right: .35em; }
-.legend .sign { display: inline-block; width: 24px; height: 8px; margin-right: .4em; }
+.legend li { font-size: 13px; overflow-wrap: anywhere; display: flex; align-items: baseline; gap: .4em; }
+.legend b { flex: none; }
+.legend i { display: inline-block; width: .8em; height: .8em; background: var(--own); flex: none; }
+.legend .sign { width: 24px; height: 8px; flex: none; }
 .bar { display: flex; height: 1.2rem; } .bar span { background: var(--own); min-width: 1px; }
 .warnings li { color: #d55e00; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .5rem; margin: .3rem 0; }

@@ -35,7 +35,8 @@ CHARTS = {
         "states": ["state_norm$", "state_change$"],
     },
     "Throughput": {
-        "tokens/s": ["tokens_per_s$", "tokens_per_s_per_device$"],
+        "tokens/s": ["tokens_per_s$"],
+        "tokens/s per device": ["tokens_per_s_per_device$"],
         "MFU": ["mfu$"],
         "TFLOP/s per device": ["tflops_per_device$"],
         "seconds per step": ["step_p50_s$", "step_max_s$"],
