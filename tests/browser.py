@@ -5,8 +5,10 @@ https://chromedevtools.github.io/devtools-protocol/
 
 import asyncio
 import base64
+import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
@@ -28,6 +30,11 @@ _SHOWN_TEXT = """(() => {
         : (child.shadowRoot ? text(child.shadowRoot) : "") + text(child) + " ").join("");
     return text(document.body).replace(/\\s+/g, " ");
 })()"""
+_COUNT = """(selector => {
+    const count = root => [...root.querySelectorAll("*")].reduce(
+        (sum, one) => sum + one.matches(selector) + (one.shadowRoot ? count(one.shadowRoot) : 0), 0);
+    return count(document);
+})(%s)"""
 
 
 class Page:
@@ -71,6 +78,13 @@ class Page:
             assert time.monotonic() < deadline, f"waited in vain for {words} in:\n{text}"
             await asyncio.sleep(0.3)
 
+    async def wait_for_elements(self, selector: str, number: int) -> None:
+        """Wait until at least `number` elements of the page and its shadow trees match a CSS selector."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (found := await self.value(_COUNT % json.dumps(selector))) < number:
+            assert time.monotonic() < deadline, f"{found} elements match {selector}"
+            await asyncio.sleep(0.3)
+
     async def picture(self, path: Path, *, whole: bool = True) -> Path:
         """Write a PNG of the page, or of what the window shows of it."""
         answer = await self.command("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
@@ -85,11 +99,11 @@ def browse(folder: Path, visit: Callable[[Page], Awaitable[None]]) -> None:
     profile = folder / "profile"
     with (folder / "browser.txt").open("wb") as log:
         command = [CHROMIUM, *options, f"--user-data-dir={profile}", "about:blank"]
-        browser = subprocess.Popen(command, stdout=log, stderr=log)
+        browser = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         asyncio.run(_visit(_port(profile / "DevToolsActivePort", browser), visit))
     finally:
-        browser.terminate()
+        os.killpg(browser.pid, signal.SIGKILL)  # Debian's program is a shell that waits for the browser
         browser.wait()
 
 

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -102,7 +104,7 @@ def test_each_start_is_recorded_without_secrets(run: Path) -> None:
     assert (first["step"], second["step"]) == (0, 1) and "--run.time_limit_min=0" in first["command"]
     assert yaml.safe_load(second["recipe"])["training"]["num_steps"] == 20
     assert sum(second["processes"].values()) == 1 and re.fullmatch(r"[\d.]+\S*", second["packages"]["torch"])
-    variables = {"SLURM_JOB_ID": "7", "NCCL_DEBUG": "INFO", "VLLM_API_KEY": "x", "SLURM_JWT_TOKEN": "y", "HOME": "/"}
+    variables = {"SLURM_JOB_ID": "7", "NCCL_DEBUG": "INFO", "VLLM_API_KEY": "x", "SLURM_JWT": "y", "HOME": "/"}
     assert described_variables(variables) == {"NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7"}
 
 
@@ -172,13 +174,14 @@ def test_tensorboard_shows_the_charts_the_recipe_and_the_hyper_parameters(run: P
         server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stdout=log, stderr=log)
 
     async def visit(page: Page) -> None:
-        for tab, words in (
-            ("custom_scalars", ["Losses", "training and validation", "by source"]),
-            ("hparams", ["training.global_batch_size", "validation_loss"]),
-            ("text", ["recipe", "global_batch_size: 8"]),
+        for tab, words, lines in (
+            ("custom_scalars", ["Losses", "training and validation", "by source", "14 16 18 20"], 12),
+            ("hparams", ["training.global_batch_size", "validation_loss"], 0),
+            ("text", ["recipe", "global_batch_size: 8"], 0),
         ):
             await page.open(f"http://127.0.0.1:{port}/?darkMode=false#{tab}", 1280, 1600)
             await page.wait_for(*words)
+            await page.wait_for_elements(".render-area path.line[d*=L]", lines)
             await page.picture(Path(PICTURES or tmp_path) / f"tensorboard-{tab}.png", whole=False)
 
     try:
@@ -232,8 +235,15 @@ def test_prometheus_text_groups_what_has_one_name_and_escapes_labels() -> None:
     )
 
 
-def test_wandb_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed (CONTRIBUTING.md says how)")
+@pytest.fixture
+def wandb() -> Iterator[ModuleType]:
+    """The package, which reads its settings anew in each test."""
+    module = pytest.importorskip("wandb", reason="wandb is not installed (CONTRIBUTING.md says how)")
+    yield module
+    module.teardown()
+
+
+def test_wandb_has_the_metrics_by_step(wandb: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     writer = written(tmp_path, wandb_project="p")
     writer.write(1, {"loss": 2.5})
@@ -242,8 +252,9 @@ def test_wandb_has_the_metrics_by_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
 
-def test_wandb_without_a_key_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed (CONTRIBUTING.md says how)")
+def test_wandb_without_a_key_is_refused_in_one_line(
+    wandb: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # where a key might be
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
