@@ -17,7 +17,7 @@ import megatron_tpt
 STARTS = "starts.jsonl"
 """The log of the starts of a training run, in its folder (training/starts.py)."""
 _VARIABLES = ("CUDA_", "GLOO_", "MEGATRON_TPT_", "NCCL_", "NVTE_", "OMP_", "PYTORCH_", "SLURM_", "TORCH_", "VLLM_")
-_SECRETS = ("KEY", "PASSWORD", "SECRET", "TOKEN")
+_SECRETS = ("CREDENTIAL", "JWT", "KEY", "PASSWORD", "SECRET", "TOKEN")
 
 
 def versions(*names: str) -> dict[str, str]:
