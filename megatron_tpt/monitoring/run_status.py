@@ -127,7 +127,9 @@ class _Run:
             silent_s = self.now - self.beat["time"] if self.beat else self.age(LOCK)
             yield f"no sign of life for {duration(silent_s)}: it hangs, was killed, or its node is lost"
         elif self.state == "failed":
-            where = f"in step {self.beat['step'] + 1} ({self.beat['phase']})" if self.beat else "before its first step"
+            where = f"after step {self.step}" if self.step else "before its first step"
+            if self.beat:
+                where = f"in step {self.beat['step'] + 1} ({self.beat['phase']})"
             yield f"ended {where}: its output says why"
         elif self.state == "running":
             yield from self.silent_ranks()

@@ -119,8 +119,9 @@ class TensorBoard(Sink):
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer._get_file_writer().add_summary(self.end)
-            self.writer.close()
+            with contextlib.suppress(OSError):  # a full disk: metrics.jsonl has everything
+                self.writer._get_file_writer().add_summary(self.end)
+                self.writer.close()
 
 
 def hyper_parameters(recipe: Recipe) -> dict[str, float | str]:
