@@ -112,7 +112,7 @@ def test_every_command_names_existing_tools_and_options(page: Path) -> None:
         tool = re.search(r"tools/(\w+)\.py", command)
         if tool is None and "megatron_tpt." not in command and "slurm/train.sbatch" not in command:
             continue
-        ours = command.partition("slurm/train.sbatch")[2] or command
+        ours = re.split(r"slurm/\w+\.sbatch", command)[-1]  # without those of sbatch
         known = options_of_tools().get(tool[1], recipe) | {"--recipe"} if tool else recipe
         assert not [name for name in OPTION.findall(ours) if not is_option(name, known)], command
 
