@@ -42,7 +42,7 @@ def test_this_environment_is_fit_and_described(tmp_path: Path) -> None:
     table = check_env("--record", str(tmp_path / "record.json")).stdout
     assert all(name in table for name in ("Transformer Engine", "apex", "vLLM", "datatrove", "NCCL"))
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["packages"]["torch"] == torch.__version__ and record["command"][-2] == "--record"
+    assert record["packages"]["torch"].split("+")[0] == found["torch"]["found"] and record["command"][-2] == "--record"
     assert record["python"] == found["Python"]["found"] and record["hardware"]["cores"] >= 1
 
 
