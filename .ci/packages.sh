@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs where they are missing (Debian, Ubuntu): SLURM and MUNGE, of which the tests start a cluster of one node by
-# themselves, bubblewrap, in which they run code that models wrote, and Chromium, which shows the pages that programs
+# Installs where they are missing (Debian, Ubuntu): SLURM and MUNGE, of which the tests start clusters by themselves,
+# bubblewrap, in which they run code that models wrote, shellcheck, and Chromium, which shows the pages that programs
 # write.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin"
@@ -22,6 +22,7 @@ missing=()
 { command -v slurmctld && command -v slurmd && command -v sbatch; } > /dev/null || missing+=(slurm-wlm)
 has_any munged || missing+=(munge)
 has_any bwrap || missing+=(bubblewrap)
+has_any shellcheck || missing+=(shellcheck)
 if ((${#missing[@]})); then install "${missing[@]}"; fi
 # Apart from the others: Ubuntu has no such package, and needs google-chrome.
 if ! has_any chromium google-chrome chromium-headless-shell; then

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -20,7 +21,9 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_tpt import preflight
 from megatron_tpt.errors import UserError, one_line
+from megatron_tpt.files import write_json
 from megatron_tpt.logs import print_result
+from megatron_tpt.provenance import start_record
 
 DISTRIBUTION = "megatron-tpt"
 State = Literal["active", "idle", "missing", "broken", "unsupported"]
@@ -35,6 +38,9 @@ class CheckOptions:
     gpus: bool = False
     """Also measure all GPUs of this machine, for about a minute, with nothing else running on them; one that is slow,
     broken or wrong is an error."""
+    record: Path | None = None
+    """Also write to this file, as JSON: every package's version, the revision of this one, the machine, and the
+    variables of SLURM, CUDA and NCCL. No keys."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Part:
 def check_environment(options: CheckOptions) -> None:
     """Print every part, and what was measured of the GPUs where asked for. Raises UserError when a required part is
     missing, broken or of an unsupported version, or a GPU is not fit."""
+    if options.record is not None:
+        write_json(options.record, start_record())
     parts = list(find_parts())
     if not options.json:
         _print_table(parts)

@@ -60,5 +60,5 @@ def no_threads_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cluster():
     """A real SLURM of one node with two cores, which allows arrays of at most four tasks."""
-    with slurm_cluster(num_cpus=2, max_array_size=4) as folder:
-        yield folder
+    with slurm_cluster(num_cpus=2, max_array_size=4) as cluster:
+        yield cluster.folder

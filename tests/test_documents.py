@@ -25,7 +25,19 @@ LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 # They say by which command they are written.
 GENERATED = {"docs/recipe.md", "docs/tools.md"}
 # What else begins a line of a command; the commands of these are not ours.
-PROGRAMS = {"make", "source", "hf", "docker", "apptainer", "pip", "sbatch", "torchrun", "python", ".ci/packages.sh"}
+PROGRAMS = {
+    "make",
+    "source",
+    "hf",
+    "docker",
+    "apptainer",
+    "enroot",
+    "pip",
+    "sbatch",
+    "torchrun",
+    "python",
+    ".ci/packages.sh",
+}
 
 
 def _name(page: Path) -> str:
@@ -106,7 +118,7 @@ def test_every_command_names_existing_tools_and_options(page: Path) -> None:
         tool = re.search(r"tools/(\w+)\.py", command)
         if tool is None and "megatron_tpt." not in command and "slurm/train.sbatch" not in command:
             continue
-        ours = command.partition("slurm/train.sbatch")[2] or command
+        ours = re.split(r"slurm/\w+\.sbatch", command)[-1]  # without those of sbatch
         known = options_of_tools().get(tool[1], recipe) | {"--recipe"} if tool else recipe
         assert not [name for name in OPTION.findall(ours) if not is_option(name, known)], command
 

@@ -30,7 +30,7 @@ def install(folder: Path, name: str, version: str) -> None:
     metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_this_environment_is_fit_and_described() -> None:
+def test_this_environment_is_fit_and_described(tmp_path: Path) -> None:
     result = check_env("--json")
     assert result.returncode == 0, result.stderr
     found = parts(result)
@@ -39,8 +39,11 @@ def test_this_environment_is_fit_and_described() -> None:
     assert found["Megatron Core"]["state"] == found["gloo"]["state"] == "active"
     assert ("CPU" in found["device"]["found"]) != torch.cuda.is_available()
     assert all(part["cost"] for part in found.values() if part["state"] == "missing")
-    table = check_env().stdout
+    table = check_env("--record", str(tmp_path / "record.json")).stdout
     assert all(name in table for name in ("Transformer Engine", "apex", "vLLM", "datatrove", "NCCL"))
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["packages"]["torch"].split("+")[0] == found["torch"]["found"] and record["command"][-2] == "--record"
+    assert record["python"] == found["Python"]["found"] and record["hardware"]["cores"] >= 1
 
 
 def test_an_unsupported_version_of_a_required_part_is_exit_2(tmp_path: Path) -> None:

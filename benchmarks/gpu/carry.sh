@@ -25,7 +25,7 @@ echo "carry: wheels"
 for name in $WHEELS; do
   version=$(pin "$name")
   "$py" -m pip download -q --no-deps --only-binary=:all: -d "$venv/downloads" "$name==${version:?no pin of $name}"
-  cp "$venv/downloads/${name//-/_}"-"$version"-*.whl "$work/pack/wheels/"
+  cp "$venv/downloads/${name//-/_}-$version"-*.whl "$work/pack/wheels/"
 done
 cp "$venv"/wheels/transformer_engine_torch-"$te"-*.whl "$work/pack/wheels/"
 "$py" -m pip download -q --no-deps --only-binary=:all: -d "$venv/downloads" "transformer-engine-cu13==$te"

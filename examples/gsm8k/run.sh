@@ -14,7 +14,8 @@ data=$(realpath "$1") output=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
 teacher=${3:-examples/demo/teacher}
 num_augmented=500 num_problems=300
-python=.venv/bin/python torchrun="$python -m torch.distributed.run --nproc-per-node 2"
+python=.venv/bin/python
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 say() { printf '\n$ %s\n' "$*"; "$@"; }
@@ -24,7 +25,7 @@ say $python examples/gsm8k/prepare.py --data "$data" --output "$output/data" --n
 # Thinking about the first documents; the others stay plain. This teacher knows nothing of English: the filters would
 # rightly reject its noise, and are off. Leave them on with a real one.
 say $python tools/augment.py --input "$data/gsm8k_train.jsonl" --text-column question,answer \
-  --limit $num_augmented --model "$teacher" --max-document-tokens 640 --max-new-tokens 256 --output "$output/augmented" \
+  --limit "$num_augmented" --model "$teacher" --max-document-tokens 640 --max-new-tokens 256 --output "$output/augmented" \
   --filters.min-words 0 --filters.max-repeated-share 1 --filters.loop-words 0 --filters.max-foreign-share 1
 
 [ -d "$output/tokenizer" ] || say $python tools/train_tokenizer.py --input "$data/gsm8k_train.jsonl" \
@@ -35,12 +36,12 @@ say $python tools/index.py --input "$output/data/plain.jsonl" --text-column ques
   --tokenizer "$output/tokenizer" --output "$output/index/plain"
 say $python tools/inspect_index.py "$output/index/augmented" --verify
 
-say $torchrun -m megatron_tpt.pretrain examples/gsm8k/pretrain.yaml --run.output_dir="$output/pretrain" \
+say "${torchrun[@]}" -m megatron_tpt.pretrain examples/gsm8k/pretrain.yaml --run.output_dir="$output/pretrain" \
   --data.train="[{path: $output/index/augmented, weight: 0.1}, {path: $output/index/plain, weight: 0.9}]"
-say $torchrun -m megatron_tpt.finetune examples/gsm8k/finetune.yaml --run.output_dir="$output/finetune" \
+say "${torchrun[@]}" -m megatron_tpt.finetune examples/gsm8k/finetune.yaml --run.output_dir="$output/finetune" \
   --training.init_from="$output/pretrain/checkpoints/latest" --data.train="[$output/data/sft.jsonl]"
 
 [ -d "$output/model" ] || say $python tools/export_hf.py --checkpoint "$output/finetune/checkpoints/latest" \
   --output "$output/model"
-say $python tools/evaluate.py --model "$output/model" --data "$data/gsm8k_test.jsonl" --limit $num_problems \
+say $python tools/evaluate.py --model "$output/model" --data "$data/gsm8k_test.jsonl" --limit "$num_problems" \
   --prompt-template '{question}\n' --answer-type number --max-new-tokens 320 --output "$output/evaluation"

@@ -13,7 +13,8 @@ if [ $# -ne 3 ]; then
 fi
 model=$(realpath "$1") data=$(realpath "$2") output=$(realpath -m "$3")
 cd "$(dirname "$0")/../.."
-python=.venv/bin/python torchrun="$python -m torch.distributed.run --nproc-per-node 2"
+python=.venv/bin/python
+torchrun=("$python" -m torch.distributed.run --nproc-per-node 2)
 example=examples/recurrence
 export OMP_NUM_THREADS=1 PYTHONPATH="$PWD/$example${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$output"
@@ -33,7 +34,7 @@ done
 heal() {
   local arm=$1
   shift
-  say $torchrun -m megatron_tpt.pretrain $example/smollm2_heal.yaml --run.output_dir="$output/$arm" \
+  say "${torchrun[@]}" -m megatron_tpt.pretrain $example/smollm2_heal.yaml --run.output_dir="$output/$arm" \
     --training.init_from="$output/start/$arm" --data.train="[$output/index/train]" \
     --data.validation="[$output/index/test]" "$@"
 }

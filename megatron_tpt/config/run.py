@@ -136,7 +136,13 @@ class FaultsConfig:
         check_bounds(self, "faults.")
 
 
-@on_change({(Effect.FREE, Effect.FREE): "log_interval tensorboard peak_tflops straggler_factor wandb_project"})
+@on_change(
+    {
+        (Effect.FREE, Effect.FREE): """
+            log_interval tensorboard peak_tflops straggler_factor wandb_project trackio_project prometheus_folder
+        """,
+    }
+)
 @dataclass
 class LoggingConfig:
     """What is reported and how often."""
@@ -144,7 +150,8 @@ class LoggingConfig:
     log_interval: PositiveInt = 10
     """Steps between lines on the console, in metrics.jsonl and in TensorBoard; the values are means over them."""
     tensorboard: bool = True
-    """Write TensorBoard event files."""
+    """Write TensorBoard event files: metrics with charts for them (Custom Scalars), the recipe as text and as
+    hyper-parameters (HParams)."""
     peak_tflops: PositiveFloat | None = None
     """Dense peak of one accelerator in TFLOP/s, of which MFU is a part; from a table of NVIDIA's A100, H100, H200 and
     B200 when not given. There is no MFU on devices that are not in it."""
@@ -152,6 +159,11 @@ class LoggingConfig:
     """Name the ranks that take more than this many times as long as the median rank for data, forward and backward."""
     wandb_project: str | None = None
     """Also report to this project of Weights & Biases (package wandb; its key is read from its own settings)."""
+    trackio_project: str | None = None
+    """Also report to this project of trackio (package trackio), whose page `trackio show` opens."""
+    prometheus_folder: Path | None = None
+    """Also keep the last report as a file in this folder, that of the textfile collector of Prometheus' node_exporter
+    on the first rank's machine."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "logging.")

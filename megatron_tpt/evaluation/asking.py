@@ -19,7 +19,6 @@ from megatron_tpt.evaluation.choices import continuations
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.perplexity import window_of
 from megatron_tpt.evaluation.problems import Problem, ProblemSet
-from megatron_tpt.evaluation.provenance import environment
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Store, hash_of
 from megatron_tpt.generation import (
     Completion,
@@ -40,6 +39,7 @@ from megatron_tpt.generation import (
 from megatron_tpt.grading import after_thinking, opens_thinking
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.names import shown
+from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
 

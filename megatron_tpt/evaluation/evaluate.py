@@ -27,7 +27,7 @@ from megatron_tpt.evaluation.contamination import check_corpora
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.perplexity import DocumentResult, describe_documents, summarize_documents
 from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set
-from megatron_tpt.evaluation.provenance import environment, grading_versions
+from megatron_tpt.evaluation.provenance import grading_versions
 from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
 from megatron_tpt.evaluation.settings import check, grading_of, settings_of
@@ -38,6 +38,7 @@ from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.settings import read_settings, write_settings
 from megatron_tpt.names import first_few, shown
+from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
 

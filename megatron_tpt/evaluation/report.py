@@ -1,19 +1,17 @@
 """Reports of an evaluation: report.md, models by benchmarks, and report.html, failing samples to read.
 
-Whatever models wrote and data held is untrusted: it shows as text, and nothing in it is markup. The page needs no
-network and runs no script, and forbids both.
+Whatever models wrote and data held is untrusted: it shows as text, and nothing in it is markup.
 """
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt import markdown
+from megatron_tpt import html_page, markdown
 from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.samples import Sample
 from megatron_tpt.files import atomic_write
-from megatron_tpt.names import shown_lines
+from megatron_tpt.html_page import as_text
 
 _MAX_FAILING = 200
 """Failing samples of a model and benchmark that the page shows."""
@@ -171,43 +169,32 @@ def _all_versions(content: Mapping[str, Any]) -> dict[str, str]:
 
 def as_html(content: Mapping[str, Any], graded: Sequence[Sequence[Sample]]) -> Iterator[str]:
     """The page of figures and failing samples, in pieces."""
-    yield "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<title>Evaluation</title>\n"
-    yield "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-    yield f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Evaluation</h1>\n"
+    return html_page.page("Evaluation", _STYLE, _body(content, graded))
+
+
+def _body(content: Mapping[str, Any], graded: Sequence[Sequence[Sample]]) -> Iterator[str]:
     for heading, table in _tables(content):
         yield f"<h2>{heading}</h2>\n"
-        yield from _html_table(*table)
+        yield from html_page.table(*table)
     for result, samples in zip(content["models"], graded, strict=True):
         failing = [sample for sample in samples if not sample.correct]
-        yield f"<h2>{_text(_label(result))}, {_text(result['benchmark'])}</h2>\n"
+        yield f"<h2>{as_text(_label(result))}, {as_text(result['benchmark'])}</h2>\n"
         more = f" The first {_MAX_FAILING} are here." if len(failing) > _MAX_FAILING else ""
-        yield f"<p>{len(failing):,} of {len(samples):,} samples are wrong.{more} All: {_text(result['samples'])}</p>\n"
+        wrong = f"{len(failing):,} of {len(samples):,} samples are wrong.{more} All: {result['samples']}"
+        yield f"<p>{as_text(wrong)}</p>\n"
         for sample in failing[:_MAX_FAILING]:
             yield from _html_sample(sample)
-    yield "</body>\n</html>\n"
 
 
 def _html_sample(sample: Sample) -> Iterator[str]:
     why = sample.reason or ""
     read = f"read {sample.extracted!s}" if sample.extracted is not None else "nothing read"
     head = f"{sample.id}, sample {sample.sample}: {why}; {read}, expected {sample.reference!s}"
-    yield f"<details><summary>{_text(head[:300])}</summary>\n"
+    yield f"<details><summary>{as_text(head[:300])}</summary>\n"
     facts = f"{sample.output_tokens:,} tokens, {sample.thinking_tokens:,} of them thinking; {sample.finish_reason}"
-    yield f"<p>{_text(facts)}{_text('; ' + sample.detail) if sample.detail else ''}</p>\n"
-    yield f"<h4>Prompt</h4><pre>{_text(_shortened(sample.prompt))}</pre>\n"
-    yield f"<h4>Output</h4><pre>{_text(_shortened(sample.output))}</pre></details>\n"
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "<table>\n<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in header) + "</tr>\n"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n"
-    yield "</table>\n"
-
-
-def _text(text: str) -> str:
-    """A text in HTML, with control characters shown as escapes."""
-    return html.escape(shown_lines(text), quote=True)
+    yield f"<p>{as_text(facts)}{as_text('; ' + sample.detail) if sample.detail else ''}</p>\n"
+    yield f"<h4>Prompt</h4><pre>{as_text(_shortened(sample.prompt))}</pre>\n"
+    yield f"<h4>Output</h4><pre>{as_text(_shortened(sample.output))}</pre></details>\n"
 
 
 def _shortened(text: str) -> str:

@@ -17,7 +17,6 @@ from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
 from megatron_tpt.evaluation.contamination import contamination
 from megatron_tpt.evaluation.perplexity import DocumentResult
-from megatron_tpt.evaluation.provenance import environment
 from megatron_tpt.evaluation.samples import FAILED, Sample
 from megatron_tpt.files import write_json
 from megatron_tpt.grading import GraderPool, Item, Rules
@@ -25,6 +24,7 @@ from megatron_tpt.grading.kinds import PythonLiteral
 from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.json_data import read_object
 from megatron_tpt.names import first_few, shown
+from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,14 @@ def read_run(folder: Path, now: float) -> Status:
     return _Run(folder, now).status()
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The resolved recipe of a run; empty where it cannot be read."""
+    try:
+        return read_yaml(folder / "run.yaml")
+    except (OSError, UserError):
+        return {}
+
+
 class _Run:
     """The files of a run, each read at most once."""
 
@@ -87,10 +95,7 @@ class _Run:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty where it cannot be read."""
-        try:
-            return read_yaml(self.folder / "run.yaml")
-        except (OSError, UserError):
-            return {}
+        return read_recipe(self.folder)
 
     @cached_property
     def held_since(self) -> float | None:
@@ -122,7 +127,9 @@ class _Run:
             silent_s = self.now - self.beat["time"] if self.beat else self.age(LOCK)
             yield f"no sign of life for {duration(silent_s)}: it hangs, was killed, or its node is lost"
         elif self.state == "failed":
-            where = f"in step {self.beat['step'] + 1} ({self.beat['phase']})" if self.beat else "before its first step"
+            where = f"after step {self.step}" if self.step else "before its first step"
+            if self.beat:
+                where = f"in step {self.beat['step'] + 1} ({self.beat['phase']})"
             yield f"ended {where}: its output says why"
         elif self.state == "running":
             yield from self.silent_ranks()

@@ -1,10 +1,12 @@
 """What is known of a run or of a job at some moment."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.folder import TaskState
 from megatron_tpt.json_data import read_json
 
@@ -58,12 +60,13 @@ def read_fields(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def last_objects(path: Path, num_bytes: int) -> list[dict[str, Any]]:
-    """The JSON objects on the lines in the last `num_bytes` of a file, oldest first; none where it is absent. The line
-    that is being written, and one of which only the end was read, are omitted."""
+def last_objects(path: Path, num_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects on the lines in the last `num_bytes` of a file (None: on all), oldest first; none where it is
+    absent. The line that is being written, and one of which only the end was read, are omitted."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - num_bytes))
+            if num_bytes is not None:
+                file.seek(max(0, file.seek(0, 2) - num_bytes))
             lines = file.read().splitlines()
     except OSError:
         return []
@@ -75,6 +78,19 @@ def last_objects(path: Path, num_bytes: int) -> list[dict[str, Any]]:
             continue
         if isinstance(value, dict):
             found.append(value)
+    return found
+
+
+def found_in(folder: Path, is_one: Callable[[Path], bool], *, none: str, advice: str) -> list[Path]:
+    """The folder, if `is_one` of those to show, or else the folders in it that are, by their names.
+
+    Raises UserError where there are none, which says that the folder holds `none`, and to give `advice`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give {advice}")
+    found = [folder] if is_one(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and is_one(path))
+    if not found:
+        raise UserError(f"{folder} holds {none}, nor folders that do: give {advice}")
     return found
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from megatron_tpt.errors import UserError
 from megatron_tpt.logs import print_result
 from megatron_tpt.monitoring.job_status import is_job, read_job
 from megatron_tpt.monitoring.options import StatusOptions
 from megatron_tpt.monitoring.page import page
 from megatron_tpt.monitoring.run_status import is_run, read_run
-from megatron_tpt.monitoring.state import Status
+from megatron_tpt.monitoring.state import Status, found_in
 
 _LOG_WIDTH = 160
 
@@ -42,17 +41,12 @@ def read_folders(folders: Sequence[Path], now: float | None = None) -> list[Stat
 
 
 def _found_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give that of a run (run.output_dir) or of a job (--output)")
-    if is_run(folder) or is_job(folder):
-        return [folder]
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and (is_run(path) or is_job(path)))
-    if not inside:
-        raise UserError(
-            f"{folder} holds neither a run nor a job of tasks, nor folders that do: give run.output_dir of a training "
-            f"run, or --output of a job"
-        )
-    return inside
+    advice = "that of a run (run.output_dir) or of a job (--output)"
+    return found_in(folder, _is_shown, none="neither a run nor a job of tasks", advice=advice)
+
+
+def _is_shown(folder: Path) -> bool:
+    return is_run(folder) or is_job(folder)
 
 
 def _read(folder: Path, now: float) -> Status:

@@ -144,8 +144,11 @@ class TrainingRecipe(Recipe, abc.ABC):
         check_layout(self, world_size)
         if beyond := [rank for rank in self.profiling.ranks if rank >= world_size]:
             raise UserError(f"profiling.ranks: there is no rank {beyond[0]} among {world_size} processes: remove it")
-        if self.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-            raise UserError("logging.wandb_project needs the package wandb: install it, or omit the project")
+        for package in ("wandb", "trackio"):
+            if getattr(self.logging, f"{package}_project") is not None and importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"logging.{package}_project needs the package {package}: pip install {package}, or omit the project"
+                )
         self.check_data()
         self._check_validation()
 

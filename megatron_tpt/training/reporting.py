@@ -1,14 +1,9 @@
-"""Metrics over the steps between two reports, written to the console, metrics.jsonl, TensorBoard and W&B."""
+"""Metrics over the steps between two reports, for the console and the metrics writer (metrics_writer.py)."""
 
 import collections
-import contextlib
 import functools
-import hashlib
 import itertools
-import json
 import logging
-import math
-import os
 import resource
 import statistics
 import time
@@ -19,12 +14,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from megatron_tpt import platform
-from megatron_tpt.config.load import to_dict
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.files import atomic_write, real_path
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.training import metrics
 from megatron_tpt.training.blend import MAX_NAMES
+from megatron_tpt.training.metrics_writer import MetricsWriter
 from megatron_tpt.training.stragglers import Stragglers
 from megatron_tpt.training.trainer import Callback, StepReport, Trainer
 from megatron_tpt.units import GIB, duration
@@ -34,108 +28,6 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.core.transformer.module import param_is_not_shared
 
 logger = logging.getLogger(__name__)
-
-
-class MetricsWriter:
-    """Writes metrics to `metrics.jsonl`, TensorBoard and Weights & Biases. Only the first rank writes.
-
-    After a resume, lines of steps beyond the checkpoint are removed: those steps are repeated.
-    """
-
-    def __init__(self, recipe: Recipe, resumed_step: int) -> None:
-        self.enabled = platform.is_first_rank()
-        if not self.enabled:
-            return
-        path = recipe.run.output_dir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _is_until(line, resumed_step)]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(kept))
-        self.file = path.open("ab", buffering=0)
-        self.unwritten = b""
-        self.is_full = False
-        self.tensorboard: Any = None
-        if recipe.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(recipe.run.output_dir / "tensorboard"), purge_step=resumed_step + 1)
-        self.wandb = _start_wandb(recipe) if recipe.logging.wandb_project is not None else None
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step. If the disk is full, the lines are written by a later call.
-
-        JSON has no NaN and no infinity: non-finite values are `null` in metrics.jsonl, and are omitted elsewhere.
-        """
-        if not self.enabled:
-            return
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = {"step": step, **{name: finite.get(name) for name in values}}
-        self.unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
-        self._write_lines()
-        if self.tensorboard is not None:
-            self._write_events(step, finite)
-        if self.wandb is not None:
-            self.wandb.log({**finite, "step": step})
-
-    def _write_lines(self) -> None:
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            self.is_full = False
-        except OSError as error:
-            if not self.is_full:
-                logger.warning(f"{self.file.name} cannot be written ({error.strerror}): will be retried")
-            self.is_full = True
-
-    def _write_events(self, step: int, values: dict[str, float]) -> None:
-        try:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
-            self.tensorboard.flush()
-        except OSError as error:  # TensorBoard's writer does not recover
-            logger.warning(f"TensorBoard ends at step {step} ({error.strerror}); metrics.jsonl continues")
-            self.tensorboard = None
-
-    def sync(self) -> None:
-        """Flush to disk: a checkpoint must not be ahead of its metrics."""
-        if self.enabled:
-            self._write_lines()
-            with contextlib.suppress(OSError):  # a full disk: saving the checkpoint then fails with a message
-                os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Close the files."""
-        if self.enabled:
-            self._write_lines()
-            self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
-            if self.wandb is not None:
-                self.wandb.finish()
-
-
-def _start_wandb(recipe: Recipe) -> Any:
-    """The W&B run of a run folder, which a resume continues. The API key comes from W&B's own settings."""
-    import wandb
-
-    folder = real_path(recipe.run.output_dir)
-    run = wandb.init(
-        project=recipe.logging.wandb_project,
-        name=folder.name,
-        id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-        dir=folder,
-        resume="allow",
-        config=to_dict(recipe),
-    )
-    run.define_metric("*", step_metric="step")  # W&B's own steps only count upwards: a resume repeats some
-    return run
-
-
-def _is_until(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # the line that a killed run was writing
-        return False
 
 
 def parameter_norm(chunks: Sequence[torch.nn.Module]) -> float:

@@ -1,8 +1,8 @@
 """Requests to a run by files in its folder, as anyone makes them who may write there. Imports no torch.
 
 touch RUN/save    a checkpoint after the current step; the run removes the file
-touch RUN/stop    the run stops after the current step, with a checkpoint, and does not start again while the file
-                  is there: whatever would queue or start it again (slurm/train.sbatch) ends, too
+touch RUN/stop    the run stops after the current step, with a checkpoint and code 2, and does not start again while
+                  the file is there: whatever would queue or start it again (slurm/train.sbatch) ends, too
 """
 
 import contextlib

@@ -1,10 +1,12 @@
 """Clean early stops: on a signal, before a time limit or by request, with a checkpoint at the end of the step.
 
-SIGTERM and SIGUSR1 to any rank stop all of them, and so do a time limit (run.time_limit_min, or that of the SLURM job)
-and the file RUN/stop (requests.py, which also has RUN/save). The program then exits with code 75 (EX_TEMPFAIL of
-sysexits.h: try again later), which scripts can distinguish from a fault (1) and a mistake (2); the same command
-resumes. torchrun turns every code but 0 into 1; if the code matters, start the ranks with srun, which passes the code
-on.
+SIGTERM and SIGUSR1 to any rank stop all of them, and so does a time limit (run.time_limit_min, or that of the SLURM
+job). The program then exits with code 75 (EX_TEMPFAIL of sysexits.h: try again later), which scripts can distinguish
+from a fault (1) and a mistake (2); the same command resumes. torchrun turns every code but 0 into 1; if the code
+matters, start the ranks with srun, which passes the code on.
+
+The file RUN/stop (requests.py, which also has RUN/save) stops them, too, but with code 2: nothing shall start the run
+again before someone removes the file.
 """
 
 import logging
@@ -63,13 +65,14 @@ class StopEarly(Callback):
         number, saves = votes.tolist()
         if number != _NO_REASON:
             trainer.stop_reason = self._describe(trainer, number)
+            trainer.stop_is_final = number == _REQUEST
         if saves:
             logger.info(f"a checkpoint was asked for after step {trainer.global_step}")
             trainer.save_requested = True
 
     def _describe(self, trainer: Trainer, number: int) -> str:
         if number == _REQUEST:
-            return f"{trainer.recipe.run.output_dir / STOP} is there: remove it"
+            return f"{trainer.recipe.run.output_dir / STOP} is there: remove it to train on"
         return "the time limit is near" if number == _TIME_LIMIT else signal.Signals(number).name
 
     def after_training(self, trainer: Trainer) -> None:

@@ -129,11 +129,13 @@ class Trainer:
         self.tokens = 0
         self.excluded_steps: set[int] = set()  # to skip, in addition to training.skip_steps; numbered from 1
         self.stop_reason: str | None = None  # set it on all ranks to stop after this step
+        self.stop_is_final = False  # with a reason: the same command shall not resume by itself
         self.save_requested = False  # set it on all ranks to save a checkpoint after this step
         self._batches: Generator[Batch] | None = None
 
     def fit(self) -> None:
-        """Train until `training.num_steps`. Raises StoppedEarly if a callback has set `stop_reason` before."""
+        """Train until `training.num_steps`. Raises StoppedEarly if a callback has set `stop_reason` before, UserError
+        if it has set `stop_is_final`, too."""
         with self.running():
             batches = self.batches()
             while not self.is_over:
@@ -143,7 +145,10 @@ class Trainer:
                     self.roll_back()
                     batches = self.batches()
         if self.global_step < self.recipe.training.num_steps:
-            raise StoppedEarly(f"stopped after step {self.global_step} ({self.stop_reason}): the same command resumes")
+            stopped = f"stopped after step {self.global_step} ({self.stop_reason})"
+            if self.stop_is_final:
+                raise UserError(stopped)
+            raise StoppedEarly(f"{stopped}: the same command resumes")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -2,21 +2,18 @@
 
 import dataclasses
 import html.parser
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, needs_chromium
 from test_evaluate import sample
 
 from megatron_tpt.evaluation.report import as_markdown, write_reports
 from megatron_tpt.evaluation.results import figures
 
-_BROWSERS = ("chromium", "google-chrome", "chromium-headless-shell")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _BROWSERS)), None)
 HOSTILE = [
     "<script>document.title = 'owned'</script>",
     "</pre></details><h1 id=owned>owned</h1>",
@@ -140,7 +137,7 @@ def shown_by_browser(report: Path, tmp_path: Path) -> _Page:
     return shown
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (set CHROMIUM to its program)")
+@needs_chromium
 def test_a_browser_shows_the_page_and_runs_nothing(report: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     shown = shown_by_browser(report[0] / "report.html", tmp_path)
     assert "owned" in shown.text and shown.tags.count("details") == len(HOSTILE)  # as text, and no script has run

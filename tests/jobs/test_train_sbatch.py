@@ -33,7 +33,7 @@ def submit(folder: Path, *overrides: str, num_steps: int = 150) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     options = ["--parsable", "--ntasks-per-node=2", f"--output={folder}/log.txt"]
     command = ["sbatch", *options, "slurm/train.sbatch", "pretrain", str(folder / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "PYTHON": sys.executable, "MAX_FAULTS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "MAX_FAULTS": "1", "LOGS": str(folder)}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -69,7 +69,7 @@ def test_a_run_is_requeued_when_signalled_to_stop_and_retried_after_a_fault(clus
     state = wait_for_end(job)
     text = log.read_text()
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), text
-    assert "stopped in order; the job is queued again" in text and f"job {job}, start 1" in text
+    assert "stopped with a checkpoint; the job is queued again" in text and f"job {job}, start 1" in text
     assert text.count("the run ended with code 137") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 151))

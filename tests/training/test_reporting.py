@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.errors import UserError
 from megatron_tpt.objectives.language_modeling import LanguageModeling
 from megatron_tpt.recipes.pretrain import PretrainRecipe
-from megatron_tpt.training.reporting import MetricsWriter, Window, _measure_power, console_line
+from megatron_tpt.training.metrics_writer import MetricsWriter
+from megatron_tpt.training.reporting import Window, _measure_power, console_line
 from megatron_tpt.units import duration
 
 EXACT = ("step", "loss", "loss_document", "loss_thinking", "perplexity", "tokens", "param_norm", "grad_norm")
@@ -93,13 +95,15 @@ def test_profile_holds_the_steps_and_ranks_asked_for(train: Train, tmp_path: Pat
     assert num_updates == 2
 
 
-def test_a_wish_that_cannot_be_met_is_refused(train: Train, recipe: dict) -> None:
+def test_a_wish_that_cannot_be_met_is_refused(train: Train, recipe: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match=r"profiling\.memory records a GPU's memory, and there is no GPU"):
         train("memory", "--profiling.first_step=2", "--profiling.memory=true")
     with pytest.raises(AssertionError, match=r"there is no rank 3 among 1"):
         train("rank", "--profiling.first_step=2", "--profiling.ranks=[0,3]")
-    with pytest.raises(UserError, match=r"logging\.wandb_project needs the package wandb"):
-        recipe_from_dict(PretrainRecipe, {**recipe, "logging": {"wandb_project": "p"}}).check(1)
+    for package in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        with pytest.raises(UserError, match=rf"logging\.{package}_project needs the package {package}: pip install"):
+            recipe_from_dict(PretrainRecipe, {**recipe, "logging": {f"{package}_project": "p"}}).check(1)
 
 
 def test_the_console_shows_what_is_worth_a_look() -> None:

@@ -66,7 +66,7 @@ def test_files_in_the_run_folder_ask_for_a_checkpoint_and_for_a_stop(train: Trai
     run.mkdir()
     (run / "save").touch()
     touching = {"touching:Touch": {"name": "stop", "step": 3}}
-    with pytest.raises(AssertionError, match=r"stopped after step 4 \(.*run/stop is there: remove it\)"):
+    with pytest.raises(AssertionError, match=r"UserError: stopped after step 4 \(.*run/stop is there: remove it"):
         train("run", changes={"callbacks": touching}, num_processes=2)
     assert saved_steps(run) == [1, 4]
     assert not (run / "save").exists() and (run / "stop").exists()

@@ -279,14 +279,12 @@ def test_steps_without_a_learned_token_have_no_loss_and_are_no_spikes(
 
 
 def test_values_that_json_does_not_know_are_null(tmp_path: Path) -> None:
-    from megatron_tpt.training.reporting import MetricsWriter
+    from megatron_tpt.training.metrics_writer import MetricsWriter
 
     ours = recipe_from_dict(PretrainRecipe, {"run": {"output_dir": str(tmp_path)}})
     writer = MetricsWriter(ours, resumed_step=0)
     shown: list[str] = []
-    writer.tensorboard = SimpleNamespace(
-        add_scalar=lambda name, *_: shown.append(name), flush=lambda: None, close=lambda: None
-    )
+    writer.sinks = [SimpleNamespace(write=lambda step, values: shown.extend(values), close=lambda: None)]
     writer.write(1, {"loss": float("inf"), "perplexity": float("nan"), "tokens": 3})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "perplexity": null, "tokens": 3}\n'
