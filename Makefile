@@ -36,8 +36,6 @@ recurrence-parent: setup
 
 recurrence-study: setup
 	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
-	$(PY) examples/recurrence_demo/report.py --results runs/recurrence-study/seed_*/report/results.json \
-	  --output runs/recurrence-study/report
 
 test: setup
 	$(PY) -m pytest -m "not slow and not example" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

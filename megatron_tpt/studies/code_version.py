@@ -1,0 +1,110 @@
+"""The version of the code that a command runs: a digest of every Python file that its program imports.
+
+Comments, docstrings and formatting do not count. A program is followed through its imports, those inside functions
+included, and through texts that name a module (`"megatron_tpt.pretrain"`) or a script (`"tools/index.py"`), which a
+program starts; files outside this package and the program's own folder (installed packages) are not followed.
+"""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import megatron_tpt
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import real_path
+
+PACKAGE = real_path(Path(megatron_tpt.__file__).parent)
+_ROOT = PACKAGE.parent
+_NAME = PACKAGE.name
+
+
+def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
+    """Path: digest, of the files that `python COMMAND` runs, and of those in `more`, which are files and folders.
+
+    The paths are relative to the repository where they are in it. Raises UserError for one in `more` that is missing.
+    """
+    waiting = list(_programs(command))
+    for text in more:
+        path = Path(text)
+        if not path.exists():
+            raise UserError(f"code: {text}: no such file or folder")
+        waiting += map(real_path, sorted(path.rglob("*.py")) if path.is_dir() else [path])
+    found: dict[Path, str] = {}
+    while waiting:
+        if (path := waiting.pop()) not in found:
+            found[path], imported = _read(path)
+            waiting += imported
+    return {_shown(path): digest for path, digest in sorted(found.items())}
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
+
+
+def _programs(command: Sequence[str]) -> Iterator[Path]:
+    """The scripts of a command, and the modules that -m names."""
+    for before, word in zip(["", *command], command, strict=False):
+        if before == "-m":
+            yield from _module_files(word, Path())
+        elif (path := word.rpartition("=")[2]).endswith(".py") and Path(path).is_file():
+            yield real_path(Path(path))
+
+
+def _module_files(name: str, folder: Path) -> Iterator[Path]:
+    """The file of a module of this package or in `folder`, and those of the packages around it."""
+    root = _ROOT if name.partition(".")[0] == _NAME else folder
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        place = root.joinpath(*parts[:end])
+        for path in (place.with_suffix(".py"), place / "__init__.py"):
+            if path.is_file():
+                yield real_path(path)
+
+
+@functools.cache
+def _read(path: Path) -> tuple[str, tuple[Path, ...]]:
+    """The digest of a file, and the files that it imports or names."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not Python ({error.msg}): correct it") from None
+    imported = dict.fromkeys(_imports(tree, path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [one for one in node.body if not _is_text(one)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(imported)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a text alone: a docstring of a module, a class, a function or a field."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _imports(tree: ast.AST, path: Path) -> Iterator[Path]:
+    package = ".".join(path.relative_to(_ROOT).parts[:-1]) if path.is_relative_to(PACKAGE) else ""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from _named_in(node.value)
+        for name in names:
+            yield from _module_files(name, path.parent)
+
+
+def _named_in(text: str) -> Iterator[Path]:
+    """The files that a text names: "megatron_tpt.pretrain", "tools/index.py"; of a package all, as one of its modules
+    may be imported by a name that is made of parts."""
+    if not text.isascii() or not text.isprintable() or " " in text or len(text) > 200:
+        return
+    if text.startswith(f"{_NAME}."):
+        place = _ROOT.joinpath(*text.strip(".").split("."))
+        yield from sorted(place.rglob("*.py")) if place.is_dir() else _module_files(text, Path())
+    elif text.endswith(".py") and "/" in text and (_ROOT / text).is_file():
+        yield real_path(_ROOT / text)

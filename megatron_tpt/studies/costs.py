@@ -1,0 +1,252 @@
+"""What steps cost: tokens, FLOPs and hours, planned and measured.
+
+A training program of this package says its tokens and FLOPs itself, by its recipe before it runs and by its run folder
+afterwards. Of another step the study says it, with arithmetic: `{tokens: "{data.documents} * 32", flops: 2 * 1.1e5 *
+tokens}`.
+"""
+
+import ast
+import json
+import math
+import operator
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.config.load import load_recipe
+from megatron_tpt.errors import UserError
+from megatron_tpt.json_data import read_json
+from megatron_tpt.models.sizes import model_flops_per_token
+from megatron_tpt.recipes import recipe_types
+from megatron_tpt.studies.expand import Graph, Node, Wanted
+from megatron_tpt.studies.folders import done_record
+from megatron_tpt.studies.study import Budget
+
+_OPERATIONS: dict[type, Callable[..., float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: math.pow, ast.USub: operator.neg,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The cost of a step, or of several; None where it is not known."""
+
+    tokens: float | None = 0.0
+    """Trained on."""
+    generated: float | None = 0.0
+    """Tokens generated."""
+    flops: float | None = 0.0
+    hours: float | None = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(*(_sum(one, two) for one, two in zip(self.values(), other.values(), strict=True)))
+
+    def times(self, share: float) -> "Spent":
+        """A part of it."""
+        return Spent(*(None if value is None else share * value for value in self.values()))
+
+    def values(self) -> tuple[float | None, ...]:
+        """In the order of the fields."""
+        return self.tokens, self.generated, self.flops, self.hours
+
+    @property
+    def all_tokens(self) -> float | None:
+        """Trained on and generated."""
+        return _sum(self.tokens, self.generated)
+
+
+def _sum(one: float | None, two: float | None) -> float | None:
+    return None if one is None or two is None else one + two
+
+
+def calculate(text: str, **names: float | None) -> float:
+    """The value of arithmetic: numbers, + - * / **, brackets, and `names`. Raises UserError for anything else."""
+
+    def value(node: ast.AST) -> float:
+        match node:
+            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+                return float(number)
+            case ast.Name(id=name) if names.get(name) is not None:
+                return float(names[name])  # type: ignore[arg-type]
+            case ast.BinOp(left, operation, right) if type(operation) in _OPERATIONS:
+                return _OPERATIONS[type(operation)](value(left), value(right))
+            case ast.UnaryOp(operation, operand) if type(operation) in _OPERATIONS:
+                return _OPERATIONS[type(operation)](value(operand))
+        raise ValueError("numbers, + - * / ** and brackets only")
+
+    try:
+        result = value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise UserError(f"{text!r} cannot be calculated ({error}); known names are {', '.join(names)}") from None
+    return result
+
+
+def costs(graph: Graph) -> dict[str, Spent]:
+    """The cost of every node by key: measured where it has succeeded, planned elsewhere."""
+    records = {key: done_record(node) for key, node in graph.nodes.items()}
+    found = {key: _cost(node, records[key]) for key, node in graph.nodes.items()}
+    finished: dict[str, list[Spent]] = {}
+    for key, node in graph.nodes.items():
+        if records[key]:
+            finished.setdefault(node.step, []).append(found[key])
+    return {key: _with_hours(spent, finished.get(graph.nodes[key].step, [])) for key, spent in found.items()}
+
+
+def _cost(node: Node, record: Mapping[str, Any]) -> Spent:
+    said = node.cost
+    tokens, flops = record.get("tokens"), record.get("flops")
+    if tokens is None and "tokens" in said:
+        tokens = calculate(said["tokens"])
+    if not record and (tokens is None or flops is None):
+        planned = _of_recipe(node.command())
+        tokens, flops = (planned[0] if tokens is None else tokens), (planned[1] if flops is None else flops)
+    if "flops" in said and (flops is None or not record):
+        flops = calculate(said["flops"], tokens=tokens)
+    hours = record.get("hours")
+    if hours is None and "hours" in said:
+        hours = calculate(said["hours"], tokens=tokens)
+    is_training = _training(node.command()) is not None
+    if not is_training:  # a step of which nothing is said costs hours alone
+        tokens, flops = tokens or 0.0, flops or 0.0
+    generated = node.config.cost is not None and node.config.cost.generated
+    return Spent(0.0, tokens, flops, hours) if generated else Spent(tokens, 0.0, flops, hours)
+
+
+def _with_hours(spent: Spent, finished: Sequence[Spent]) -> Spent:
+    """With the hours that finished runs of the step let expect: as many per FLOP, or as many."""
+    if spent.hours is not None or not finished:
+        return spent
+    rates = [one.hours / one.flops for one in finished if one.hours is not None and one.flops]
+    hours = statistics.fmean(one.hours for one in finished if one.hours is not None)
+    if spent.flops and rates:
+        hours = statistics.fmean(rates) * spent.flops
+    return Spent(spent.tokens, spent.generated, spent.flops, hours)
+
+
+def total(spents: Iterable[Spent]) -> Spent:
+    """The sum."""
+    return sum(spents, Spent())
+
+
+def cost_of_result(wanted: Wanted, found: Mapping[str, Spent]) -> Spent:
+    """What a result took: its step and all before it, generation included, each once."""
+    shares = {step: calculate(text) for step, text in wanted.shares.items()}
+    return total(found[key].times(shares.get(node.step, 1.0)) for key, node in wanted.node.ancestors().items())
+
+
+def longest_chain(graph: Graph, found: Mapping[str, Spent]) -> float | None:
+    """Hours of the study if everything that can runs at once."""
+    ends: dict[str, float | None] = {}
+    for key, node in graph.nodes.items():
+        before = [ends[each] for each in node.before]
+        start = None if None in before else max((one for one in before if one is not None), default=0.0)
+        ends[key] = _sum(start, found[key].hours)
+    return None if None in ends.values() else max(one for one in ends.values() if one is not None)
+
+
+def check_budget(graph: Graph, budget: Budget, found: Mapping[str, Spent]) -> None:
+    """Raise UserError where the study costs more than its budget, or a result not what all should cost."""
+    whole = total(found.values())
+    for name, limit, spent in (
+        ("tokens", budget.tokens, whole.all_tokens), ("flops", budget.flops, whole.flops),
+        ("hours", budget.hours, whole.hours),
+    ):  # fmt: skip
+        if limit is not None and _require_known(f"budget.{name}", spent) > limit:
+            raise UserError(
+                f"budget.{name}: {limit:.4g}, and the study takes {spent:.4g}: raise it, or shrink the study"
+            )
+    for wanted in graph.results:
+        own = cost_of_result(wanted, found)
+        for name, due, spent in (
+            ("result_tokens", budget.result_tokens, own.all_tokens), ("result_flops", budget.result_flops, own.flops)
+        ):  # fmt: skip
+            if due is not None and abs(_require_known(f"budget.{name}", spent) / due - 1) > budget.tolerance:
+                raise UserError(
+                    f"budget.{name}: {due:.4g}, and {wanted.node.name} takes {spent:.4g} with all steps before it: "
+                    f"change its steps, or raise budget.tolerance ({budget.tolerance:.2g})"
+                )
+
+
+def _require_known(where: str, spent: float | None) -> float:
+    if spent is None:
+        raise UserError(f"{where}: the cost of a step is not known, see --dry-run: give its `cost`")
+    return spent
+
+
+def _training(command: Sequence[str]) -> tuple[Any, list[str]] | None:
+    """The kind of recipe that a command trains, and the arguments of its program."""
+    for kind in recipe_types():
+        module = f"megatron_tpt.{kind.program}"
+        if module in command:
+            return kind, list(command[command.index(module) + 1 :])
+    return None
+
+
+def _of_recipe(command: Sequence[str]) -> tuple[float | None, float | None]:
+    """Tokens and FLOPs of a training program that has not run; None for what is not known before its data is there."""
+    if (training := _training(command)) is None:
+        return None, None
+    kind, words = training
+    start = next((word for word in words if word.startswith("--training.init_from=")), "")
+    if not Path(start.partition("=")[2]).exists():
+        words = [word for word in words if word != start]
+    try:
+        recipe, _ = load_recipe(kind, words)
+    except UserError:  # the program will say it
+        return None, None
+    tokens = recipe.training.num_samples(recipe.training.num_steps) * recipe.training.sequence_length
+    if recipe.model.vocab_size is None:
+        return tokens, None
+    passes = recipe.model.expected_passes(recipe.training.num_steps)
+    return tokens, tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+
+
+def measured_tokens_and_flops(
+    command: Sequence[str], output: Path, place: str | None
+) -> tuple[float | None, float | None]:
+    """Tokens and FLOPs of a command that has succeeded, where its output says them: `place` is Cost.measured_tokens.
+
+    FLOPs of a recurrent model are those at the mean of the depths that were logged.
+    """
+    if place is not None:
+        name, _, keys = place.partition(":")
+        return number_at(read_json(output / name), keys, output / name), None
+    if (training := _training(command)) is None:
+        return None, None
+    folders = [word.partition("=")[2] for word in training[1] if word.startswith("--run.output_dir=")]
+    if not folders or not (run := Path(folders[-1])).joinpath("run.yaml").is_file():
+        return None, None
+    recipe, _ = load_recipe(training[0], [str(run / "run.yaml")])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "tokens" in row]
+    depths = {
+        name: statistics.fmean(row[name] for row in rows) for name in ("depth", "depth_backprop") if name in rows[0]
+    }
+    passes = recipe.model.passes(depths) if depths else None
+    tokens = float(rows[-1]["tokens"])
+    return tokens, tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+
+
+def value_at(content: Any, keys: str, path: Path) -> Any:
+    """What is at KEY.KEY of a JSON value, with numbers for the places of lists; everything for "".
+
+    Raises UserError, naming the file, where nothing is.
+    """
+    value = content
+    for key in keys.split(".") if keys else []:
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise UserError(f"{path}: has nothing at {keys}; correct the study, or what wrote the file") from None
+    return value
+
+
+def number_at(content: Any, keys: str, path: Path) -> float:
+    """The finite number that is there; raises UserError for anything else."""
+    value = value_at(content, keys, path)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {keys} is {value!r}, and a number is due")
+    return float(value)

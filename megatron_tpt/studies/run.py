@@ -1,0 +1,153 @@
+"""A study from its file to its report: what is missing is run, on this machine or by SLURM, and all is reported."""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_tpt.config.convert import Converter
+from megatron_tpt.errors import Fault, StoppedEarly, UserError
+from megatron_tpt.files import real_path
+from megatron_tpt.jobs import graph as jobs
+from megatron_tpt.jobs.lock import exclusive
+from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.jobs.report import TaskFiles
+from megatron_tpt.logs import print_result
+from megatron_tpt.names import first_few, shown
+from megatron_tpt.studies.costs import Spent, check_budget, costs, longest_chain, total
+from megatron_tpt.studies.expand import Graph, expand
+from megatron_tpt.studies.folders import LOGS, STATES, State, changed_files, is_done, place, states
+from megatron_tpt.studies.options import StudyOptions
+from megatron_tpt.studies.step import write_spec
+from megatron_tpt.studies.study import StudyConfig, load_study
+from megatron_tpt.units import duration
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM = "megatron_tpt.studies"
+
+
+def run_study(options: StudyOptions) -> None:
+    """Do what the options say. Raises UserError for mistakes in the study, and a Fault when steps have failed."""
+    config = load_study(options.study)
+    output = real_path(options.output)
+    graph = expand(config)
+    is_only_read = options.status or options.report
+    other = place(graph, output, "any" if is_only_read or options.code == "keep" else "present")
+    if options.report:
+        _report(config, graph, output)
+        return
+    if options.dry_run or options.status:
+        _print_graph(graph, states(graph))
+        if options.status:
+            _print_failures(graph)
+            return
+        _print_code(graph, other, options)
+        check_budget(graph, config.budget, costs(graph))
+        return
+    if options.code == "ask" and other:
+        raise UserError(f"{_describe_code(graph, other)}; --code rerun runs them again, --code keep keeps what was run")
+    check_budget(graph, config.budget, costs(graph))
+    with exclusive(output / ".study.lock", f"the study in {output}", timeout_s=10):
+        _run_missing(config, graph, options.scale)
+
+
+def _run_missing(config: StudyConfig, graph: Graph, scale: ScaleOptions) -> None:
+    output = next(iter(graph.nodes.values())).folder.parents[1]
+    found = states(graph)
+    missing = [node for key, node in graph.nodes.items() if found[key] != "done"]
+    resources = {name: _resources(scale, name, step.scale) for name, step in config.steps.items()}
+    logger.info(f"{len(missing)} of {len(graph.nodes)} steps to run")
+    names = {node.key: f"{node.name} [{node.key}]" for node in missing}
+    nodes = []
+    for node in missing:
+        write_spec(node)
+        command = [sys.executable, "-m", _PROGRAM, str(node.folder)]
+        after = [names[key] for key in node.before if key in names]
+        nodes.append(jobs.Node(names[node.key], command, node.folder / LOGS, after, resources[node.step]))
+    jobs.run_graph(nodes, scale)
+    if any(is_done(wanted.node.folder) for wanted in graph.results):
+        _report(config, graph, output)
+    _raise_unless_done(graph, is_over=scale.executor == "local" or scale.wait)
+
+
+def _raise_unless_done(graph: Graph, *, is_over: bool) -> None:
+    """Raise a Fault for steps that have failed, and StoppedEarly when others are left although the run `is_over`."""
+    found = states(graph)
+    of_state = {state: [node.name for key, node in graph.nodes.items() if found[key] == state] for state in STATES}
+    if failed := of_state["failed"]:
+        raise Fault(
+            f"{len(failed)} steps failed: {shown(first_few(failed, 5))}; {len(of_state['blocked'])} that need them did "
+            f"not run. --status names their logs; the same command runs what is missing"
+        )
+    if is_over and (left := [*of_state["waiting"], *of_state["running"]]):
+        raise StoppedEarly(f"{len(left)} steps were stopped before their end: {shown(first_few(left, 5))}; the same "
+                           f"command resumes them")  # fmt: skip
+
+
+def _report(config: StudyConfig, graph: Graph, output: Path) -> None:
+    from megatron_tpt.studies.pages import write_study_report  # SciPy takes time to load
+
+    write_study_report(config, graph, output)
+
+
+def _resources(scale: ScaleOptions, step: str, given: Mapping[str, object]) -> ScaleOptions:
+    """The options of a study with those of a step in their place."""
+    converter = Converter(lambda key: f"steps.{step}.scale: ", lambda key: "; known are the options of ScaleOptions")
+    own = converter.section(ScaleOptions, given, ())
+    converter.raise_problems()
+    return replace(scale, **{name: getattr(own, name) for name in given})
+
+
+def _describe_code(graph: Graph, other: Mapping[str, Path]) -> str:
+    files = dict.fromkeys(name for key, folder in other.items() for name in changed_files(graph.nodes[key], folder))
+    which = f": {shown(first_few(list(files), 5))}" if files else ""
+    first = next(iter(other))
+    return f"{len(other)} steps, such as {graph.nodes[first].name}, have run with other code{which}"
+
+
+def _print_code(graph: Graph, other: Mapping[str, Path], options: StudyOptions) -> None:
+    if other:
+        meaning = {"ask": "refused without --code rerun or keep", "keep": "kept", "rerun": "run again"}[options.code]
+        print_result(f"{_describe_code(graph, other)}: {meaning}")
+
+
+def _print_graph(graph: Graph, found: Mapping[str, State]) -> None:
+    """A line for every step, with what it costs and needs, then the sums."""
+    spent = costs(graph)
+    rows = [["step", "state", "tokens", "generated", "FLOPs", "hours", "after"]]
+    for key, node in graph.nodes.items():
+        after = ", ".join(before.name for before in node.before.values())
+        rows.append([node.name, found[key], *_cells(spent[key]), after])
+    done = total(spent[key] for key in graph.nodes if found[key] == "done")
+    rest = total(spent[key] for key in graph.nodes if found[key] != "done")
+    rows += [["done", "", *_cells(done), ""], ["to run", "", *_cells(rest), ""]]
+    widths = [max(len(shown(row[place])) for row in rows) for place in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [shown(cell) for cell in row]
+        line = [cells[0].ljust(widths[0]), cells[1].ljust(widths[1])]
+        line += [cell.rjust(width) for cell, width in zip(cells[2:6], widths[2:], strict=True)]
+        print_result("  ".join([*line, cells[6]]).rstrip())
+    print_result(", ".join(f"{number} {state}" for state, number in Counter(found.values()).items()))
+    chain = longest_chain(graph, {key: Spent() if found[key] == "done" else one for key, one in spent.items()})
+    if chain is not None:
+        print_result(f"the longest chain of steps to run takes {duration(3600 * chain)}")
+
+
+def _cells(spent: Spent) -> list[str]:
+    forms: Sequence[Callable[[float], str]] = [_count, _count, "{:.3g}".format, "{:.3g}".format]
+    return ["?" if value is None else form(value) for form, value in zip(forms, spent.values(), strict=True)]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e6 else f"{number:.4g}"
+
+
+def _print_failures(graph: Graph) -> None:
+    for key, state in states(graph).items():
+        if state == "failed":
+            node = graph.nodes[key]
+            files = TaskFiles(node.folder / LOGS, 0)
+            print_result(f"{shown(node.name)} failed: {shown(files.user_error())}; log {shown(files.log)}")

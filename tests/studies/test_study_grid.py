@@ -1,0 +1,261 @@
+"""A grid of 2 x 2 arms x 2 seeds: what is shared runs once, and again only what has to."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from toy_study import EVERY_STEP, STEP, Toy
+
+from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.jobs.options import ScaleOptions
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    monkeypatch.setenv("TOY_FOLDER", str(tmp_path))
+    toy = Toy(tmp_path)
+    toy.write()
+    return toy
+
+
+TWO = ScaleOptions(num_workers=2)
+
+
+def test_shared_steps_run_once_and_a_changed_setting_runs_exactly_what_needs_it(toy: Toy) -> None:
+    toy.run(scale=TWO)
+    assert toy.new_starts() == EVERY_STEP and len(toy.values()) == 8
+    first = toy.values()
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter()
+    content = toy.content()
+    content["factors"]["sft"]["long"]["value"] = "longer"
+    toy.write(content)
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter({"tune:longer": 4})
+    changed = {levels for levels, value in toy.values().items() if value != first[levels]}
+    assert changed == {levels for levels in first if levels[1] == "long"}
+    content["factors"]["pre"]["plain"]["value"] = "P"
+    toy.write(content)
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter({"train:P0": 1, "train:P1": 1, "tune:s": 2, "tune:longer": 2})
+    toy.write()  # what was run with the first settings is found again
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter() and toy.values() == first
+
+
+def test_more_levels_run_only_what_is_new(toy: Toy) -> None:
+    content = toy.content()
+    content["factors"]["seed"] = [0]
+    content["factors"]["pre"].pop("plain")
+    toy.write(content)
+    toy.run(scale=TWO)
+    toy.new_starts()
+    content["factors"]["sft"]["none"] = {"value": "n"}
+    toy.write(content)
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter({"tune:n": 1})
+
+
+@pytest.mark.slow(minutes=1)
+def test_a_killed_study_is_resumed_and_repeats_no_finished_step(toy: Toy) -> None:
+    from toy_runs import wait_until, wait_until_gone
+
+    (hold := toy.folder / "hold tune").touch()
+    study = toy.start("--num-workers", "2")
+    wait_until(lambda: len(toy.notes()) == 6)  # all of train, and two of tune that wait
+    processes = [process for name, process in toy.notes() if name.startswith("tune")]
+    study.send_signal(signal.SIGKILL)
+    study.communicate()
+    wait_until_gone(processes)
+    assert {name.partition(":")[0] for name in toy.new_starts()} == {"train", "tune"}
+    assert len(toy.records()) == 4
+    hold.unlink()
+    printed, _ = (again := toy.start("--num-workers", "2")).communicate(timeout=300)
+    assert again.returncode == 0, printed
+    assert toy.new_starts() == Counter({"tune:s": 4, "tune:l": 4})
+    values = toy.values()
+    shutil.rmtree(toy.output)
+    toy.run(scale=TWO)
+    assert toy.values() == values
+
+
+def test_a_failed_step_stops_only_what_needs_it(toy: Toy, capfd: pytest.CaptureFixture[str]) -> None:
+    faults = [toy.folder / f"fail train:p{seed}" for seed in "01"]
+    for fault in faults:
+        fault.touch()
+    with pytest.raises(Fault, match=r"2 steps failed: train plain, 0.*; 4 that need them did not run"):
+        toy.run(scale=TWO)
+    assert toy.new_starts() == Counter(
+        {"train:p0": 1, "train:p1": 1, "train:t0": 1, "train:t1": 1, "tune:s": 2, "tune:l": 2}
+    )
+    assert "Not complete: 4 of 8 results are missing" in (toy.output / "report/report.md").read_text()
+    toy.run(status=True)
+    shown = capfd.readouterr().out
+    assert len(re.findall(r"^tune plain.* blocked ", shown, re.MULTILINE)) == 4
+    assert "train plain, 1 failed: the shelf is empty; log " in shown
+    for fault in faults:
+        fault.unlink()
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter({"train:p0": 1, "train:p1": 1, "tune:s": 2, "tune:l": 2})
+
+
+def test_slurm_gives_the_same_results(toy: Toy, cluster: Path) -> None:
+    toy.run(scale=TWO)
+    values = toy.values()
+    toy.new_starts()
+    shutil.rmtree(toy.output)
+    slurm = ScaleOptions("slurm", cpus_per_task=1, wait=True)
+    toy.run(scale=slurm)
+    assert toy.new_starts() == EVERY_STEP and toy.values() == values
+    toy.run(scale=slurm)
+    assert toy.new_starts() == Counter()
+
+
+@pytest.mark.slow
+def test_on_slurm_a_failed_step_stops_only_what_needs_it(toy: Toy, cluster: Path) -> None:
+    (toy.folder / "fail train:p0").touch()
+    content = toy.content()
+    content["factors"]["seed"] = [0]
+    toy.write(content)
+    with pytest.raises(Fault, match="1 steps failed: train plain, 0; 2 that need them did not run"):
+        toy.run(scale=ScaleOptions("slurm", cpus_per_task=1, wait=True))
+    assert toy.new_starts() == Counter({"train:p0": 1, "train:t0": 1, "tune:s": 1, "tune:l": 1})
+
+
+def test_the_report_is_made_again_from_the_folders_with_the_same_figures(toy: Toy) -> None:
+    content = toy.content()
+    content["report"] = {"bounds": {"score": [0, 1]}, "chance": {"score": 0.5}}
+    toy.write(content)
+    toy.run(scale=TWO)
+    folder = toy.output / "report"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"report.md", "report.html", "results.csv", "score-tokens.png", "score-FLOPs.png"} <= before.keys()
+    shutil.rmtree(folder)
+    toy.run(report=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # Every figure leads to its file.
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert json.loads((toy.output / row["source"]).read_text())["score"] == float(row["value"])
+        assert (row["tokens"], row["FLOPs"], row["trials"]) == ("1200.0", "72000.0", "50")
+    with (folder / "means.csv").open() as file:
+        for mean in csv.DictReader(file):
+            own = [rows[int(number) - 1] for number in mean["rows"].split()]
+            assert {(row["pre"], row["sft"]) for row in own} == {(mean["pre"], mean["sft"])} and len(own) == 2
+            assert float(mean["mean"]) == pytest.approx(sum(float(row["value"]) for row in own) / 2)
+
+
+def test_a_dry_run_prints_the_graph_and_its_cost_and_starts_nothing(
+    toy: Toy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    toy.run(dry_run=True)
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["train", "plain,", "0", "waiting", "1,000", "0", "6e+04", "0.5"] in lines
+    assert ["tune", "plain,", "short,", "0", "waiting", "200", "0", "1.2e+04", "0.25", "train", "plain,", "0"] in lines
+    assert ["to", "run", "5,600", "0", "3.36e+05", "4"] in lines
+    assert " ".join(lines[-1]) == "the longest chain of steps to run takes 45 min"
+    assert not toy.output.exists() and not toy.notes()
+
+
+def test_a_budget_counts_generation_and_what_was_measured(toy: Toy) -> None:
+    content = toy.content()
+    think = {
+        "command": [str(STEP), "think", "{output}"],
+        "cost": {"tokens": 500, "flops": "2 * 10 * tokens", "generated": True, "measured_tokens": "result.json:tokens"},
+    }  # fmt: skip
+    content["steps"] = {"think": think, **content["steps"]}
+    content["steps"]["train"]["command"] += ["--from", "{think}"]
+    content["budget"] = {"tokens": 6000}
+    toy.write(content)
+    with pytest.raises(UserError, match=r"budget.tokens: 6000, and the study takes 6100"):
+        toy.run()
+    content["budget"] = {"tokens": 6100, "result_tokens": 1700, "result_flops": 82000}
+    toy.write(content)
+    toy.run(dry_run=True)
+    toy.run(scale=TWO)
+    assert toy.new_starts()["think:"] == 1
+    with (toy.output / "report/results.csv").open() as file:
+        assert {(row["tokens"], row["generated tokens"], row["FLOPs"]) for row in csv.DictReader(file)} == {
+            ("1200.0", "100.0", "74000.0")
+        }
+    with pytest.raises(UserError, match=r"result_tokens: 1700, and tune plain, short, 0 takes 1300"):
+        toy.run()
+
+
+def test_changed_code_is_asked_about(toy: Toy, tmp_path: Path) -> None:
+    script, content = tmp_path / "own.py", toy.content()
+    shutil.copy(STEP, script)
+    content["steps"]["train"]["command"][0] = str(script)
+    content["factors"] |= {"pre": {"plain": {"value": "p"}}, "seed": [0]}
+    toy.write(content)
+    toy.run()
+    values = toy.values()
+    toy.new_starts()
+    script.write_text(f"# a comment changes nothing\n{script.read_text()}")
+    toy.run()
+    script.write_text(script.read_text().replace("65535", "65536"))
+    with pytest.raises(
+        UserError, match=rf"3 steps, such as train plain, 0, have run with other code: {script}; --code"
+    ):
+        toy.run()
+    toy.run(code="keep")
+    assert toy.new_starts() == Counter() and toy.values() == values
+    toy.run(code="rerun")
+    assert sum(toy.new_starts().values()) == 3 and toy.values() != values
+    toy.run()
+    assert toy.new_starts() == Counter()
+
+
+def test_a_changed_input_runs_what_reads_it_again(toy: Toy, tmp_path: Path) -> None:
+    recipe, content = tmp_path / "recipe.yaml", toy.content()
+    recipe.write_text("steps: 1")
+    content["steps"]["tune"]["command"][-1] = str(recipe)
+    content["factors"] |= {"pre": {"plain": {"value": "p"}}, "seed": [0]}
+    content["factors"].pop("sft")
+    toy.write(content)
+    toy.run()
+    toy.new_starts()
+    recipe.write_text("steps: 2")
+    toy.run()
+    assert toy.new_starts() == Counter({f"tune:{recipe}": 1})
+
+
+def test_what_an_interrupted_step_left_is_removed_where_it_cannot_resume(toy: Toy) -> None:
+    program = "import pathlib, sys; place = pathlib.Path(sys.argv[1]); place.mkdir(); (place / 'x').touch(); 1 / 0"
+    content = {"title": "T", "factors": {"seed": [0]}, "steps": {"only": {"command": ["-c", program, "{output}"]}}}
+    toy.write(content)
+    for _ in range(2):
+        with pytest.raises(Fault):
+            toy.run()
+    [log] = toy.output.glob("only/*/logs/task_00000.log")
+    assert "FileExistsError" in log.read_text()
+    content["steps"]["only"]["clean"] = True
+    toy.write(content)
+    with pytest.raises(Fault):
+        toy.run()
+    assert "ZeroDivisionError" in log.read_text().rpartition("--- start")[2]
+
+
+def test_a_step_that_does_not_write_its_outputs_has_failed(toy: Toy) -> None:
+    content = {"title": "T", "factors": {"seed": [0]}, "steps": {"only": {"command": ["-c", ""], "outputs": ["model"]}}}
+    toy.write(content)
+    with pytest.raises(Fault, match="1 steps failed"):
+        toy.run()
+    assert "has not written model" in next(toy.output.glob("only/*/logs/task_00000.log")).read_text()
+
+
+def test_one_study_runs_once_at_a_time(toy: Toy) -> None:
+    from megatron_tpt.jobs.lock import exclusive
+
+    with (
+        exclusive(toy.output / ".study.lock", "it", timeout_s=1),
+        pytest.raises(UserError, match=f"process {os.getpid()}"),
+    ):
+        toy.run()
