@@ -23,7 +23,7 @@ teacher: setup
 	$(PY) examples/demo/teacher.py --output runs/teacher
 
 study: setup
-	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
+	$(PY) tools/study.py examples/demo/study.yaml --output runs/study --num-workers 2
 
 real-model: setup
 	examples/smollm2/run.sh $(DATA) runs/smollm2

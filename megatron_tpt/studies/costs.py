@@ -79,6 +79,8 @@ def calculate(text: str, **names: float | None) -> float:
 
     try:
         result = value(ast.parse(text.strip(), mode="eval").body)
+        if not math.isfinite(result):
+            raise ValueError("it is not finite")
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise UserError(f"{text!r} cannot be calculated ({error}); known names are {', '.join(names)}") from None
     return result

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from toy_study import EVERY_STEP, STEP, Toy
+from toy_study import EVERY_STEP, STEP, Toy, wait_until
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.jobs.options import ScaleOptions
@@ -64,21 +64,19 @@ def test_more_levels_run_only_what_is_new(toy: Toy) -> None:
 
 @pytest.mark.slow(minutes=1)
 def test_a_killed_study_is_resumed_and_repeats_no_finished_step(toy: Toy) -> None:
-    from toy_runs import wait_until, wait_until_gone
-
     (hold := toy.folder / "hold tune").touch()
     study = toy.start("--num-workers", "2")
-    wait_until(lambda: len(toy.notes()) == 6)  # all of train, and two of tune that wait
+    wait_until(lambda: len(toy.notes()) == 4)  # two of train have ended, two of tune wait
     processes = [process for name, process in toy.notes() if name.startswith("tune")]
     study.send_signal(signal.SIGKILL)
     study.communicate()
-    wait_until_gone(processes)
-    assert {name.partition(":")[0] for name in toy.new_starts()} == {"train", "tune"}
-    assert len(toy.records()) == 4
+    wait_until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+    assert toy.new_starts() == Counter({"train:p0": 1, "train:p1": 1, "tune:s": 2})
+    assert len(toy.records()) == 2
     hold.unlink()
     printed, _ = (again := toy.start("--num-workers", "2")).communicate(timeout=300)
     assert again.returncode == 0, printed
-    assert toy.new_starts() == Counter({"tune:s": 4, "tune:l": 4})
+    assert toy.new_starts() == Counter({"train:t0": 1, "train:t1": 1, "tune:s": 4, "tune:l": 4})
     values = toy.values()
     shutil.rmtree(toy.output)
     toy.run(scale=TWO)

@@ -4,7 +4,9 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,14 @@ class Toy:
     def records(self) -> dict[str, Any]:
         """done.json of every finished step by its folder."""
         return {path.parent.name: json.loads(path.read_text()) for path in self.output.glob("*/*/done.json")}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, at most five minutes."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 EVERY_STEP = Counter(
