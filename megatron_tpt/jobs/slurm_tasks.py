@@ -141,7 +141,7 @@ def _submit(
             continue
         for index in indices:
             TaskFiles(log_dir, offset + index).exit_code.unlink(missing_ok=True)
-        arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", _ranges(indices))
+        arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", ranges(indices))
         if previous is not None and options.num_workers is not None:
             arguments.append(f"--dependency=afterany:{previous}")  # num_workers limits each array separately
         script = log_dir / "slurm" / f"tasks_{offset:05d}.sh"
@@ -188,7 +188,7 @@ def _sbatch_arguments(options: ScaleOptions, log_dir: Path, name: str, indices: 
     ]
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges(indices: Sequence[int]) -> str:
     """Sorted indices as sbatch reads them: [0, 1, 2, 5] -> "0-2,5"."""
     parts: list[list[int]] = []
     for index in indices:

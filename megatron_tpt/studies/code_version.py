@@ -1,13 +1,16 @@
 """The version of the code that a command runs: a digest of every Python file that its program imports.
 
 Comments, docstrings and formatting do not count. A program is followed through its imports, those inside functions
-included, and through texts that name a module (`"megatron_tpt.pretrain"`) or a script (`"tools/index.py"`), which a
-program starts; files outside this package and the program's own folder (installed packages) are not followed.
+included, and through what it starts: modules behind "-m" and, in a program outside this package, texts that name a
+module (`"megatron_tpt.pretrain"`) or a script (`"tools/index.py"`). Files outside this package and the program's own
+folder (installed packages) are not followed.
 """
 
 import ast
 import functools
 import hashlib
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from megatron_tpt.files import real_path
 PACKAGE = real_path(Path(megatron_tpt.__file__).parent)
 _ROOT = PACKAGE.parent
 _NAME = PACKAGE.name
+_FINDS_FAMILIES = PACKAGE / "config/model.py"
+"""Imports the families of models by names that recipes give."""
 
 
 def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
@@ -52,15 +57,19 @@ def _programs(command: Sequence[str]) -> Iterator[Path]:
             yield real_path(Path(path))
 
 
-def _module_files(name: str, folder: Path) -> Iterator[Path]:
+def _module_files(name: str, folder: Path) -> tuple[Path, ...]:
     """The file of a module of this package or in `folder`, and those of the packages around it."""
-    root = _ROOT if name.partition(".")[0] == _NAME else folder
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        place = root.joinpath(*parts[:end])
-        for path in (place.with_suffix(".py"), place / "__init__.py"):
-            if path.is_file():
-                yield real_path(path)
+    return _files_of(name, _ROOT if name.partition(".")[0] == _NAME else folder)
+
+
+@functools.cache
+def _files_of(name: str, root: Path) -> tuple[Path, ...]:
+    parent, _, _ = name.rpartition(".")
+    around = _files_of(parent, root) if parent else ()
+    if parent and not root.joinpath(*parent.split(".")).is_dir():  # of a package that is installed elsewhere
+        return around
+    place = root.joinpath(*name.split("."))
+    return (*around, *(path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()))
 
 
 @functools.cache
@@ -70,41 +79,42 @@ def _read(path: Path) -> tuple[str, tuple[Path, ...]]:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not Python ({error.msg}): correct it") from None
-    imported = dict.fromkeys(_imports(tree, path))
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    imported = dict.fromkeys(found for node in nodes for found in _imports(node, path))
+    if path == _FINDS_FAMILIES:
+        imported |= dict.fromkeys(sorted((PACKAGE / "models").rglob("*.py")))
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [one for one in node.body if not _is_text(one)]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(imported)
 
 
-def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement is a text alone: a docstring of a module, a class, a function or a field."""
+def _is_text(node: ast.AST) -> bool:
+    """Whether a node is a text alone: a docstring of a module, a class, a function or a field."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _imports(tree: ast.AST, path: Path) -> Iterator[Path]:
-    package = ".".join(path.relative_to(_ROOT).parts[:-1]) if path.is_relative_to(PACKAGE) else ""
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            module = ".".join([*parents, *([node.module] if node.module else [])])
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from _named_in(node.value)
-        for name in names:
-            yield from _module_files(name, path.parent)
+def _imports(node: ast.AST, path: Path) -> Iterator[Path]:
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        package = path.relative_to(_ROOT).parts[:-1] if path.is_relative_to(PACKAGE) else ()
+        parents = package[: len(package) + 1 - node.level] if node.level else ()
+        module = ".".join([*parents, *([node.module] if node.module else [])])
+        names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not path.is_relative_to(PACKAGE):
+        yield from _named_in(node.value)
+    elif isinstance(node, ast.List | ast.Tuple):
+        texts = [one.value if isinstance(one, ast.Constant) else None for one in node.elts]
+        names = [text for before, text in itertools.pairwise(texts) if before == "-m" and isinstance(text, str)]
+    for name in names:
+        yield from _module_files(name, path.parent)
 
 
 def _named_in(text: str) -> Iterator[Path]:
-    """The files that a text names: "megatron_tpt.pretrain", "tools/index.py"; of a package all, as one of its modules
-    may be imported by a name that is made of parts."""
-    if not text.isascii() or not text.isprintable() or " " in text or len(text) > 200:
-        return
-    if text.startswith(f"{_NAME}."):
-        place = _ROOT.joinpath(*text.strip(".").split("."))
-        yield from sorted(place.rglob("*.py")) if place.is_dir() else _module_files(text, Path())
-    elif text.endswith(".py") and "/" in text and (_ROOT / text).is_file():
+    """The file that a text of a program names: "megatron_tpt.pretrain", "tools/index.py"."""
+    if re.fullmatch(rf"{_NAME}(\.\w+)+", text):
+        yield from _module_files(text, _ROOT)
+    elif re.fullmatch(r"[\w./-]+/[\w.-]+\.py", text) and (_ROOT / text).is_file():
         yield real_path(_ROOT / text)

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
+from megatron_tpt.jobs.slurm_tasks import ranges
 from megatron_tpt.logs import print_result
 from megatron_tpt.names import first_few
 from megatron_tpt.rich_text import plotted
@@ -81,7 +82,7 @@ def _of_metric(
         header = [*comparison.factors, "mean", "95 % interval", "n", *(["p"] if has_p else []), "rows"]
         lines = [
             [*one.what.values(), _number(one.mean), _bounds(one), str(one.num_replicates),
-             *([_number(one.p)] if has_p else []), _ranges(one.rows)]
+             *([_number(one.p)] if has_p else []), ranges(one.rows)]
             for one in estimates
         ]  # fmt: skip
         blocks += [Heading(3, name), Table(header, lines)]
@@ -188,7 +189,7 @@ def _source_blocks(graph: Graph, rows: Sequence[Row], output: Path) -> list[Bloc
     for number, row in enumerate(rows, start=1):
         files.setdefault((row.source, row.checksum, row.step), []).append(number)
     sources = [
-        [str(path.relative_to(output)), step, _ranges(numbers), checksum]
+        [str(path.relative_to(output)), step, ranges(numbers), checksum]
         for (path, checksum, step), numbers in files.items()
     ]
     runs = []
@@ -234,14 +235,3 @@ def _bounds(one: Estimate) -> str:
 
 def _interval(one: Estimate) -> str:
     return f"{_number(one.mean)} {_bounds(one)}".strip()
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as "1-3 7"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
