@@ -116,20 +116,20 @@ def _ended_at_exit(processes: Callable[[], Sequence["subprocess.Popen[bytes]"]])
 
 def _submit(nodes: Sequence[Node], options: ScaleOptions) -> dict[str, TaskResult]:
     results: dict[str, TaskResult] = {}
-    job_ids: list[str] = []
+    job_ids: list[str | None] = []
     for node in nodes:
-        before = {job_id for name in node.after if name in results and (job_id := results[name].job_id)}
+        before = {results[name].job_id for name in node.after if name in results}
         if options.num_workers and len(job_ids) >= options.num_workers:
             # So many chains: a job also waits for the one that is so many places before it.
             before.add(job_ids[-options.num_workers])
         arguments = node.options.sbatch_args
-        if before:
-            arguments = [*arguments, f"dependency=afterany:{':'.join(sorted(before, key=int))}"]
+        if waits_for := sorted((job_id for job_id in before if job_id is not None), key=int):
+            arguments = [*arguments, f"dependency=afterany:{':'.join(waits_for)}"]
         scale = replace(node.options, executor="slurm", num_tasks=1, wait=False, sbatch_args=arguments)
         [results[node.name]] = run_slurm(list(node.command), scale, node.log_dir, lambda task: False)
-        job_ids.append(results[node.name].job_id or "")
+        job_ids.append(results[node.name].job_id)
     if options.wait:
-        wait_for_jobs({job_id for job_id in job_ids if job_id})
+        wait_for_jobs({job_id for job_id in job_ids if job_id is not None})
         for node in nodes:
             code = TaskFiles(node.log_dir, 0).read_exit_code()
             # Without an exit code it was ended from outside.

@@ -246,14 +246,13 @@ class _Expansion:
         for one in (text, *every):
             text.factors |= one.factors
             text.nodes |= one.nodes
-        own = {name: levels[name] for name in self.config.factors if name in text.factors and name not in config.over}
         inputs = self._inputs(words, [text.text(path) for path in config.inputs])
+        own = {name: levels[name] for name in self.config.factors if name in text.factors and name not in config.over}
         content = {"step": step, "words": words, "inputs": inputs, "version": config.version}
         rows_of = [{name: one.levels[name] for name in config.over} for one in every]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
         code = code_of(words, config.code)
-        node = Node(step, config, own, words, text.nodes, key, inputs, code, self._cost(config, text), rows_of)
-        return node
+        return Node(step, config, own, words, text.nodes, key, inputs, code, self._cost(config, text), rows_of)
 
     def _cost(self, config: StepConfig, text: _Text) -> dict[str, str]:
         """Raises UserError where it depends on more factors than the step."""
@@ -270,8 +269,11 @@ class _Expansion:
     def _inputs(self, words: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the files and folders that a command names, as a word or behind "="."""
         for path in declared:
-            if not os.path.exists(path):
-                raise UserError(f"inputs: {path}: no such file or folder")
+            if "\0" in path or not os.path.exists(path):
+                shown = re.sub("\0\\w+\0", "{...}", path)
+                raise UserError(
+                    f"inputs: {shown}: no such file or folder (the output of a step belongs in the command)"
+                )
         named = [text for word in words for text in (word, word.partition("=")[2]) if _is_input(text)]
         return {path: self._fingerprint(path) for path in dict.fromkeys([*named, *declared])}
 

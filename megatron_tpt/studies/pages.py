@@ -27,7 +27,7 @@ from megatron_tpt.studies.render import Block, Heading, Picture, Table, write_pa
 from megatron_tpt.studies.study import ReportConfig, StudyConfig
 from megatron_tpt.studies.table import Row, collect
 
-_COSTS = ("tokens", "generated tokens", "FLOPs", "hours")
+_COSTS = ("trained_tokens", "generated_tokens", "flops", "hours")
 _METHOD = (
     "n: levels of {replicate}. Intervals: 95 %, Student's t over {replicate}; with one, over the problems (Wilson, "
     "Newcombe) where their number is known. Differences are paired by {replicate}; (mean): averaged over the levels of "

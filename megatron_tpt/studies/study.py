@@ -24,7 +24,9 @@ from megatron_tpt.errors import UserError
 
 NAME = r"[A-Za-z_][\w-]*"
 """Names of factors and steps, which may be in braces."""
-_RESERVED = ("output", "tokens")
+_COLUMNS = ("row", "rows", "metric", "value", "trials", "trained_tokens", "generated_tokens", "flops", "hours", "source",
+            "checksum", "mean", "low", "high", "n", "p")  # fmt: skip
+"""The tables of the report have them beside those of the factors."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,12 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in (*self.factors, *self.steps):
-            if not re.fullmatch(NAME, name) or name in _RESERVED:
-                raise UserError(f"{name}: a name of a factor or step has letters, digits, - and _, and is none of "
-                                f"{', '.join(_RESERVED)}")  # fmt: skip
+            if not re.fullmatch(NAME, name) or name == "output":
+                raise UserError(f"{name}: a name of a factor or step has letters, digits, - and _, and is not output")
+        of_rows = [name for step in self.steps.values() if step.results for name in step.results.factors]
+        for name in (*self.factors, *of_rows):
+            if name in _COLUMNS:
+                raise UserError(f"{name}: is a column of the report; give the factor another name")
         if both := sorted(set(self.factors) & set(self.steps)):
             raise UserError(f"{both[0]}: is a factor and a step; rename one, as {{{both[0]}}} must mean one of them")
         if not self.steps:

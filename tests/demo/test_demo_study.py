@@ -55,6 +55,6 @@ def test_the_study_of_the_demo_compares_its_arms(tmp_path: Path) -> None:
     assert len(rows) == 2 * 4 + 1 and {row["trials"] for row in rows} == {"20"}
     first = {row["arm"]: row for row in rows if row["trained"] == "307200"}
     # A quarter of the pretraining, and the fine-tuning; the other arm's thinking was generated.
-    assert float(first["documents alone"]["tokens"]) == 10 * 16 * 128 + 8 * 5 * 128
-    assert float(first["documents with thinking"]["FLOPs"]) > float(first["documents alone"]["FLOPs"])
+    assert float(first["documents alone"]["trained_tokens"]) == 10 * 16 * 128 + 8 * 5 * 128
+    assert float(first["documents with thinking"]["flops"]) > float(first["documents alone"]["flops"])
     assert (tmp_path / "runs/report/accuracy-trained.png").stat().st_size > 1000

@@ -6,7 +6,7 @@ import pytest
 from toy_runs import Toy, all_parts, wait_until
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.jobs.slurm_tasks import ranges, _require_one_line
+from megatron_tpt.jobs.slurm_tasks import _require_one_line, ranges
 
 
 @pytest.fixture

@@ -182,6 +182,9 @@ RESULT = {"metrics": {"m": "m"}}
     [
         ({"a": [1]}, {"a": {"command": ["x"]}}, {}, "a: is a factor and a step"),
         ({"output": [1]}, {"a": {"command": ["x"]}}, {}, "output: a name of a factor"),
+        ({"value": [1]}, {"a": {"command": ["x"]}}, {}, "value: is a column of the report"),
+        ({"a": [1]}, {"s": {"command": ["x"], "results": RESULT | {"factors": ["n"]}}}, {}, "n: is a column"),
+        ({"a": [1]}, {"s": {"command": ["x"]}, "t": {"command": ["{s}"], "inputs": ["{s}/x"]}}, {}, r"inputs: \{...\}/x"),
         ({"a": 5}, {"s": {"command": ["{a}"]}}, {}, "factors.a: give a list of levels"),
         ({"a": [1]}, {"s": {"command": ["{b}"]}}, {}, r"\{b\} means nothing; known are a, s, output"),
         ({"a": {"x": {"y": 1}}}, {"s": {"command": ["{a.z}"]}}, {}, r"\{a.z\}: the level x of a holds no z"),

@@ -142,7 +142,7 @@ def test_the_report_is_made_again_from_the_folders_with_the_same_figures(toy: To
         rows = list(csv.DictReader(file))
     for row in rows:
         assert json.loads((toy.output / row["source"]).read_text())["score"] == float(row["value"])
-        assert (row["tokens"], row["FLOPs"], row["trials"]) == ("1200.0", "72000.0", "50")
+        assert (row["trained_tokens"], row["flops"], row["trials"]) == ("1200.0", "72000.0", "50")
     with (folder / "means.csv").open() as file:
         for mean in csv.DictReader(file):
             own = [rows[int(number) - 1] for number in mean["rows"].split()]
@@ -180,7 +180,7 @@ def test_a_budget_counts_generation_and_what_was_measured(toy: Toy) -> None:
     toy.run(scale=TWO)
     assert toy.new_starts()["think:"] == 1
     with (toy.output / "report/results.csv").open() as file:
-        assert {(row["tokens"], row["generated tokens"], row["FLOPs"]) for row in csv.DictReader(file)} == {
+        assert {(row["trained_tokens"], row["generated_tokens"], row["flops"]) for row in csv.DictReader(file)} == {
             ("1200.0", "100.0", "74000.0")
         }
     with pytest.raises(UserError, match=r"result_tokens: 1700, and tune plain, short, 0 takes 1300"):
