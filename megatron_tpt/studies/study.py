@@ -24,9 +24,24 @@ from megatron_tpt.errors import UserError
 
 NAME = r"[A-Za-z_][\w-]*"
 """Names of factors and steps, which may be in braces."""
-_COLUMNS = (
-    "row rows metric value trials trained_tokens generated_tokens flops hours source checksum mean low high n p"
-).split()
+_COLUMNS = [
+    "row",
+    "rows",
+    "metric",
+    "value",
+    "trials",
+    "trained_tokens",
+    "generated_tokens",
+    "flops",
+    "hours",
+    "source",
+    "checksum",
+    "mean",
+    "low",
+    "high",
+    "n",
+    "p",
+]
 """The tables of the report have them beside those of the factors."""
 
 
