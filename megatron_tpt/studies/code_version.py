@@ -39,7 +39,8 @@ def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
     found: dict[Path, str] = {}
     while waiting:
         if (path := waiting.pop()) not in found:
-            found[path], imported = _read(path)
+            status = path.stat()
+            found[path], imported = _read(path, (status.st_mtime_ns, status.st_size))
             waiting += imported
     return {_shown(path): digest for path, digest in sorted(found.items())}
 
@@ -73,8 +74,8 @@ def _files_of(name: str, root: Path) -> tuple[Path, ...]:
 
 
 @functools.cache
-def _read(path: Path) -> tuple[str, tuple[Path, ...]]:
-    """The digest of a file, and the files that it imports or names."""
+def _read(path: Path, version: tuple[int, int]) -> tuple[str, tuple[Path, ...]]:
+    """The digest of a file, and the files that it imports or names; `version` is for the cache."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:

@@ -17,7 +17,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.slurm_tasks import ranges
 from megatron_tpt.logs import print_result
-from megatron_tpt.names import first_few
+from megatron_tpt.names import first_few, shown
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.studies.comparison import Comparison, Estimate
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs, total
@@ -61,9 +61,8 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
     write_pages(folder, "report", blocks)
     for comparison in found.values():
         for one in comparison.means():
-            print_result(
-                f"{comparison.metric}  {', '.join(one.what.values())}: {_interval(one)}  (n = {one.num_replicates})"
-            )
+            name = shown(f"{comparison.metric}  {', '.join(one.what.values())}")
+            print_result(f"{name}: {_interval(one)}  (n = {one.num_replicates})")
     print_result(f"report: {folder / 'report.md'}, {folder / 'report.html'}")
 
 

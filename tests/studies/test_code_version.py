@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.studies.code_version import _read, code_of
+from megatron_tpt.studies.code_version import code_of
 
 
 @pytest.fixture
@@ -37,7 +37,6 @@ def test_a_module_of_the_package_is_followed_with_the_families_of_models() -> No
 
 def test_comments_docstrings_and_formatting_do_not_count(program: Path) -> None:
     def digest() -> str:
-        _read.cache_clear()
         return code_of([str(program)])[str(program)]
 
     before = digest()
