@@ -61,13 +61,13 @@ class Comparison:
                 raise UserError(f"{row.source}: two rows of {metric} have the levels {levels}: name the fields that "
                                 f"distinguish them in results.factors")  # fmt: skip
             own[replicate] = number
-        levels = {name: self._levels(name) for name in self.factors}
-        if config.x is not None and config.x not in levels:
-            raise UserError(f"report.x: there is no factor {config.x} in the results; known are {', '.join(levels)}")
+        known = {name: self._levels(name) for name in self.factors}
+        if config.x is not None and config.x not in known:
+            raise UserError(f"report.x: there is no factor {config.x} in the results; known are {', '.join(known)}")
         for name, level in config.baseline.items():
-            if level not in levels.get(name, []):
+            if level not in known.get(name, []):
                 raise UserError(f"report.baseline: {name}: {level}: no result has that level of that factor")
-        self.compared = [name for name in self.factors if name != config.x and len(levels[name]) > 1]
+        self.compared = [name for name in self.factors if name != config.x and len(known[name]) > 1]
         """The factors whose levels are compared."""
 
     def _levels(self, factor: str) -> list[str]:

@@ -13,7 +13,7 @@ from megatron_tpt.studies.options import StudyOptions
 
 def main() -> None:
     options = parse(StudyOptions, description=__doc__)
-    from megatron_tpt.studies.study import run_study
+    from megatron_tpt.studies.run import run_study
 
     run_study(options)
 

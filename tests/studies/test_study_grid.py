@@ -66,7 +66,7 @@ def test_more_levels_run_only_what_is_new(toy: Toy) -> None:
 def test_a_killed_study_is_resumed_and_repeats_no_finished_step(toy: Toy) -> None:
     (hold := toy.folder / "hold tune").touch()
     study = toy.start("--num-workers", "2")
-    wait_until(lambda: len(toy.notes()) == 4)  # two of train have ended, two of tune wait
+    wait_until(lambda: study.poll() is not None or len(toy.notes()) == 4)  # two of train have ended, two of tune wait
     processes = [process for name, process in toy.notes() if name.startswith("tune")]
     study.send_signal(signal.SIGKILL)
     study.communicate()
