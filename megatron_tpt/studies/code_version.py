@@ -30,7 +30,7 @@ def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
 
     The paths are relative to the repository where they are in it. Raises UserError for one in `more` that is missing.
     """
-    waiting = list(_programs(command))
+    waiting = list(programs(command))
     for text in more:
         path = Path(text)
         if not path.exists():
@@ -49,7 +49,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
 
 
-def _programs(command: Sequence[str]) -> Iterator[Path]:
+def programs(command: Sequence[str]) -> Iterator[Path]:
     """The scripts of a command, and the modules that -m names."""
     for before, word in zip(["", *command], command, strict=False):
         if before == "-m":

@@ -134,9 +134,13 @@ def total(spents: Iterable[Spent]) -> Spent:
 
 
 def cost_of_result(wanted: Wanted, found: Mapping[str, Spent]) -> Spent:
-    """What a result took: its step and all before it, generation included, each once."""
+    """What a result took: its part of its step, and all steps that it needs, generation included, each once."""
     shares = {step: calculate(text) for step, text in wanted.shares.items()}
-    return total(found[key].times(shares.get(node.step, 1.0)) for key, node in wanted.node.ancestors().items())
+    before: dict[str, Node] = {}
+    for node in wanted.before:
+        before |= node.ancestors()
+    own = found[wanted.node.key].times(1 / max(len(wanted.node.rows_of), 1))
+    return total([own, *(found[key].times(shares.get(node.step, 1.0)) for key, node in before.items())])
 
 
 def longest_chain(graph: Graph, found: Mapping[str, Spent]) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_fingerprint
-from megatron_tpt.studies.code_version import code_of
+from megatron_tpt.studies.code_version import code_of, programs
 from megatron_tpt.studies.study import NAME, StepConfig, StudyConfig, levels_of
 
 Levels = Mapping[str, str]
@@ -56,6 +56,8 @@ class Node:
     """What the study says of its cost: arithmetic without placeholders, see costs.py."""
     rows_of: list[dict[str, str]] = field(default_factory=list)
     """With `over`: the levels of each of the combinations, in the order of its words."""
+    before_rows: list[list["Node"]] = field(default_factory=list)
+    """With `over`: the nodes whose output it reads for each of them."""
     folder: Path = Path()
     """Where its files are, see folders.py."""
     code_key: str = ""
@@ -94,6 +96,8 @@ class Wanted:
 
     node: Node
     levels: dict[str, str]
+    before: list[Node]
+    """The nodes that they need, and no others of a node that is `over` several combinations."""
     shares: dict[str, str]
     """Step: the part of its cost that they take, as arithmetic."""
 
@@ -201,6 +205,7 @@ class _Expansion:
         self._known: dict[tuple[str, tuple[str, ...]], Node] = {}
         self._open: list[str] = []
         self._fingerprints: dict[str, str] = {}
+        self._code: dict[tuple[str, ...], dict[str, str]] = {}
 
     def graph(self) -> Graph:
         """The steps with results, those that no other step mentions, and everything that these need."""
@@ -218,7 +223,10 @@ class _Expansion:
                     shares = {before: text.text(str(share)) for before, share in step.results.shares.items()}
                     # Levels of other factors would repeat the same figures, as if they were others.
                     own = {factor: level for factor, level in levels.items() if factor in (*node.levels, *step.over)}
-                    results.setdefault(json.dumps([node.key, own]), Wanted(node, own, shares))
+                    before = list(node.before.values())
+                    if step.over:
+                        before = node.before_rows[node.rows_of.index({factor: levels[factor] for factor in step.over})]
+                    results.setdefault(json.dumps([node.key, own]), Wanted(node, own, before, shares))
         if unused := [name for name in steps if not any(node.step == name for node in self.nodes.values())]:
             raise UserError(f"steps.{unused[0]}: no combination of levels runs it; remove it, or what excludes it")
         return Graph(self.nodes, list(results.values()))
@@ -243,6 +251,7 @@ class _Expansion:
         text = _Text(self, levels)
         every = [_Text(self, one) for one in combinations(self.config, config.over, levels)] if config.over else []
         words = [each for word in config.command for each in _words(word, text, every, config.over)]
+        before_rows = [list(one.nodes.values()) for one in every]
         for one in (text, *every):
             text.factors |= one.factors
             text.nodes |= one.nodes
@@ -251,8 +260,16 @@ class _Expansion:
         content = {"step": step, "words": words, "inputs": inputs, "version": config.version}
         rows_of = [{name: one.levels[name] for name in config.over} for one in every]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-        code = code_of(words, config.code)
-        return Node(step, config, own, words, text.nodes, key, inputs, code, self._cost(config, text), rows_of)
+        code = self._code_of(words, config.code)
+        cost = self._cost(config, text)
+        return Node(step, config, own, words, text.nodes, key, inputs, code, cost, rows_of, before_rows)
+
+    def _code_of(self, words: Sequence[str], more: Sequence[str]) -> dict[str, str]:
+        """Most steps run the same few programs."""
+        known = (*map(str, programs(words)), *more)
+        if known not in self._code:
+            self._code[known] = code_of(words, more)
+        return self._code[known]
 
     def _cost(self, config: StepConfig, text: _Text) -> dict[str, str]:
         """Raises UserError where it depends on more factors than the step."""

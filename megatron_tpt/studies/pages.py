@@ -9,7 +9,7 @@ OUTPUT/report/results.csv                          the long table: a row per fig
 import csv
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_tpt.names import first_few, shown
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.studies.comparison import Comparison, Estimate
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs, total
-from megatron_tpt.studies.expand import Graph, Wanted
+from megatron_tpt.studies.expand import Graph
 from megatron_tpt.studies.folders import done_record
 from megatron_tpt.studies.render import Block, Heading, Picture, Table, write_pages
 from megatron_tpt.studies.study import ReportConfig, StudyConfig
@@ -166,16 +166,12 @@ def _cost_blocks(graph: Graph) -> list[Block]:
         steps.setdefault(node.step, []).append(found[key])
     lines = [[step, str(len(spent)), *_spent(total(spent))] for step, spent in steps.items()]
     lines.append(["all", str(len(graph.nodes)), *_spent(total(found.values()))])
-    own = [[wanted.node.name, *_spent(cost_of_result(wanted, found))] for wanted in _each_once(graph.results)]
+    own = [[", ".join(wanted.levels.values()), *_spent(cost_of_result(wanted, found))] for wanted in graph.results]
     return [
         Heading(2, "Cost"), "Measured where a step has run and says it, planned elsewhere.",
         Table(["step", "runs", *_COSTS], lines), "What a result took, with all steps before it:",
         Table(["result", *_COSTS], own),
     ]  # fmt: skip
-
-
-def _each_once(results: Iterable[Wanted]) -> list[Wanted]:
-    return list({(wanted.node.key, *sorted(wanted.shares.items())): wanted for wanted in results}.values())
 
 
 def _spent(spent: Spent) -> list[str]:

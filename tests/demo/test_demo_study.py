@@ -39,7 +39,7 @@ def test_the_demo_takes_the_tokens_of_its_recipes(tmp_path: Path) -> None:
     assert total(costs(graph).values()).tokens == 5 * (2 * 600 * 16 * 128 + 9 * 512 * 5 * 128)
 
 
-@pytest.mark.example(minutes=4)
+@pytest.mark.example(minutes=3)
 @pytest.mark.timeout(2400)
 def test_the_study_of_the_demo_compares_its_arms(tmp_path: Path) -> None:
     content = yaml.safe_load((REPOSITORY / "examples/demo/study.yaml").read_text())

@@ -114,6 +114,23 @@ def test_a_result_takes_what_all_steps_before_it_took_each_once_and_only_its_sha
     assert longest_chain(graph, costs(graph)) is None  # nothing is said of the hours of thinking
 
 
+def test_of_a_step_over_several_combinations_each_takes_what_it_needs(tmp_path: Path) -> None:
+    steps = {
+        "train": {"command": ["t", "{arm.data}"], "cost": {"tokens": "{arm.tokens}", "flops": 0, "hours": 1}},
+        "test": {
+            "command": ["e", "{train}"],
+            "over": ["arm"],
+            "cost": {"hours": 3},
+            "results": {"metrics": {"m": "m"}},
+        },
+    }
+    # Two arms of the same data share the training: it is part of the cost of both.
+    arms = {"a": {"data": "x", "tokens": 10}, "b": {"data": "x", "tokens": 10}, "c": {"data": "y", "tokens": 30}}
+    graph = graph_of(tmp_path, {"arm": arms}, steps)
+    spent = {wanted.levels["arm"]: cost_of_result(wanted, costs(graph)) for wanted in graph.results}
+    assert spent == {name: Spent(tokens, 0, 0, 1 + 3 / 3) for name, tokens in (("a", 10), ("b", 10), ("c", 30))}
+
+
 def test_finished_runs_of_a_step_say_how_long_others_take(tmp_path: Path) -> None:
     steps = {
         "load": {"command": ["-c", "", "{size}"]},

@@ -62,7 +62,7 @@ def test_more_levels_run_only_what_is_new(toy: Toy) -> None:
     assert toy.new_starts() == Counter({"tune:n": 1})
 
 
-@pytest.mark.slow(minutes=1)
+@pytest.mark.slow(minutes=0.4)
 def test_a_killed_study_is_resumed_and_repeats_no_finished_step(toy: Toy) -> None:
     (hold := toy.folder / "hold tune").touch()
     study = toy.start("--num-workers", "2")
