@@ -24,7 +24,7 @@ from megatron_tpt.generation import (
     open_engine,
 )
 
-pytestmark = pytest.mark.slow(minutes=1)
+pytestmark = pytest.mark.slow(minutes=2)
 PROMPTS = [f"{text} {i}" for i in range(4) for text in CORPUS]
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 HOT = Sampling(temperature=1.5, top_p=0.9, max_new_tokens=60, seed=3, stop=("</think>", "f"))
