@@ -126,8 +126,10 @@ def _submit(nodes: Sequence[Node], options: ScaleOptions) -> dict[str, TaskResul
         if waits_for := sorted((job_id for job_id in before if job_id is not None), key=int):
             arguments = [*arguments, f"dependency=afterany:{':'.join(waits_for)}"]
         scale = replace(node.options, executor="slurm", num_tasks=1, wait=False, sbatch_args=arguments)
-        [results[node.name]] = run_slurm(list(node.command), scale, node.log_dir, lambda task: False)
-        job_ids.append(results[node.name].job_id)
+        [result] = run_slurm(list(node.command), scale, node.log_dir, lambda task: False, is_quiet=True)
+        logger.info(f"{node.name}: job {result.job_id}; log {result.log_path}")
+        results[node.name] = result
+        job_ids.append(result.job_id)
     if options.wait:
         wait_for_jobs({job_id for job_id in job_ids if job_id is not None})
         for node in nodes:

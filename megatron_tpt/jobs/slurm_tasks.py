@@ -50,9 +50,15 @@ class _Element:
 
 
 def run_slurm(
-    command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
+    command: Sequence[str],
+    options: ScaleOptions,
+    log_dir: Path,
+    is_finished: Callable[[int], bool],
+    *,
+    is_quiet: bool = False,
 ) -> list[TaskResult]:
-    """Submit the tasks that are neither finished nor in the queue; returns all known results."""
+    """Submit the tasks that are neither finished nor in the queue; returns all known results. With `is_quiet` the
+    caller says which jobs these are."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
     _require_one_line([*command, str(log_dir), *_sbatch_arguments(options, log_dir, "", "")])
@@ -68,7 +74,8 @@ def run_slurm(
         for job_id, tasks in _submit(command, options, log_dir, name, missing):
             job_ids |= dict.fromkeys(tasks, job_id)
     waiting_for = sorted(set(job_ids.values()), key=int)
-    _tell_queue(list(queued.values()), missing, waiting_for, options, log_dir)
+    if not is_quiet:
+        _tell_queue(list(queued.values()), missing, waiting_for, options, log_dir)
     if options.wait and waiting_for:
         return _wait(name, unfinished, options, log_dir)
     unfinished_set = set(unfinished)
