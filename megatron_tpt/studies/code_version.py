@@ -1,9 +1,10 @@
-"""The version of the code that a command runs: a digest of every Python file that its program imports.
+"""The version of the code that a command runs: a digest of every file that its program imports or reads beside itself.
 
-Comments, docstrings and formatting do not count. A program is followed through its imports, those inside functions
-included, and through what it starts: modules behind "-m" and, in a program outside this package, texts that name a
-module (`"megatron_tpt.pretrain"`) or a script (`"tools/index.py"`). Files outside this package and the program's own
-folder (installed packages) are not followed.
+A program is followed through its imports, those inside functions included, and through what it names: modules behind
+"-m" or as "megatron_tpt.x:Class", files beside a module ("driver.py", "heal.yaml") and, in this package, folders of
+data beside it; in a program outside this package also "megatron_tpt.pretrain" and "tools/index.py". Comments,
+docstrings and formatting of Python files do not count. Installed packages are not followed, nor what is imported from
+elsewhere than this package and the folder of the program: `code` of a step names that.
 """
 
 import ast
@@ -16,19 +17,22 @@ from pathlib import Path
 
 import megatron_tpt
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import real_path
+from megatron_tpt.files import file_fingerprint, real_path
 
 PACKAGE = real_path(Path(megatron_tpt.__file__).parent)
 _ROOT = PACKAGE.parent
 _NAME = PACKAGE.name
-_FINDS_FAMILIES = PACKAGE / "config/model.py"
-"""Imports the families of models by names that recipes give."""
+_IMPORT_FAMILIES = (PACKAGE / "recipes/base.py", PACKAGE / "models/spec.py")
+"""Import families of models by the names that recipes and checkpoints give."""
+_SOURCES = (".py", ".yaml", ".yml", ".jinja")
+"""What a program outside this package reads beside itself; other files may be what it writes."""
 
 
 def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
     """Path: digest, of the files that `python COMMAND` runs, and of those in `more`, which are files and folders.
 
-    The paths are relative to the repository where they are in it. Raises UserError for one in `more` that is missing.
+    The paths are relative to the repository or to the current folder where they are in it. Raises UserError for one in
+    `more` that is missing.
     """
     waiting = list(programs(command))
     for text in more:
@@ -40,20 +44,21 @@ def code_of(command: Sequence[str], more: Iterable[str] = ()) -> dict[str, str]:
     while waiting:
         if (path := waiting.pop()) not in found:
             status = path.stat()
-            found[path], imported = _read(path, (status.st_mtime_ns, status.st_size))
-            waiting += imported
+            found[path], named = _read(path, (status.st_mtime_ns, status.st_size))
+            waiting += named
     return {_shown(path): digest for path, digest in sorted(found.items())}
 
 
 def _shown(path: Path) -> str:
-    return str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path)
+    root = next((root for root in (_ROOT, real_path(Path())) if path.is_relative_to(root)), None)
+    return str(path if root is None else path.relative_to(root))
 
 
 def programs(command: Sequence[str]) -> Iterator[Path]:
     """The scripts of a command, and the modules that -m names."""
     for before, word in zip(["", *command], command, strict=False):
         if before == "-m":
-            yield from _module_files(word, Path())
+            yield from _module_files(word, real_path(Path()))
         elif (path := word.rpartition("=")[2]).endswith(".py") and Path(path).is_file():
             yield real_path(Path(path))
 
@@ -76,18 +81,20 @@ def _files_of(name: str, root: Path) -> tuple[Path, ...]:
 @functools.cache
 def _read(path: Path, version: tuple[int, int]) -> tuple[str, tuple[Path, ...]]:
     """The digest of a file, and the files that it imports or names; `version` is for the cache."""
+    if path.suffix != ".py":
+        return file_fingerprint(path)[:16], ()
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not Python ({error.msg}): correct it") from None
     nodes = list(ast.walk(tree))
-    imported = dict.fromkeys(found for node in nodes for found in _imports(node, path))
-    if path == _FINDS_FAMILIES:
-        imported |= dict.fromkeys(sorted((PACKAGE / "models").rglob("*.py")))
     for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [one for one in node.body if not _is_text(one)]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(imported)
+    named = dict.fromkeys(found for node in nodes for found in _named_by(node, path))
+    if path in _IMPORT_FAMILIES:
+        named |= dict.fromkeys(sorted((PACKAGE / "models").rglob("*.py")))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], tuple(named)
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -95,7 +102,7 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _imports(node: ast.AST, path: Path) -> Iterator[Path]:
+def _named_by(node: ast.AST, path: Path) -> Iterator[Path]:
     names: list[str] = []
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
@@ -104,8 +111,8 @@ def _imports(node: ast.AST, path: Path) -> Iterator[Path]:
         parents = package[: len(package) + 1 - node.level] if node.level else ()
         module = ".".join([*parents, *([node.module] if node.module else [])])
         names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not path.is_relative_to(PACKAGE):
-        yield from _named_in(node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield from _named_in(node.value, path)
     elif isinstance(node, ast.List | ast.Tuple):
         texts = [one.value if isinstance(one, ast.Constant) else None for one in node.elts]
         names = [text for before, text in itertools.pairwise(texts) if before == "-m" and isinstance(text, str)]
@@ -113,9 +120,17 @@ def _imports(node: ast.AST, path: Path) -> Iterator[Path]:
         yield from _module_files(name, path.parent)
 
 
-def _named_in(text: str) -> Iterator[Path]:
-    """The file that a text of a program names: "megatron_tpt.pretrain", "tools/index.py"."""
-    if re.fullmatch(rf"{_NAME}(\.\w+)+", text):
-        yield from _module_files(text, _ROOT)
-    elif re.fullmatch(r"[\w./-]+/[\w.-]+\.py", text) and (_ROOT / text).is_file():
+def _named_in(text: str, path: Path) -> Iterator[Path]:
+    """The files that a text in the file `path` names."""
+    is_ours = path.is_relative_to(PACKAGE)
+    # Not every name of a module in this package: it lists most of its modules somewhere.
+    if found := re.fullmatch(rf"({_NAME}(?:\.\w+)+)" + (r":\w*" if is_ours else r"(?::\w*)?"), text):
+        yield from _module_files(found[1], _ROOT)
+    elif re.fullmatch(r"[\w-][\w.-]*", text) and len(text) < 200:
+        beside = path.parent / text
+        if beside.is_file() and (is_ours or beside.suffix in _SOURCES):
+            yield real_path(beside)
+        elif is_ours and beside.is_dir() and not (beside / "__init__.py").exists() and not text.startswith("_"):
+            yield from (one for one in sorted(beside.rglob("*")) if one.is_file())
+    elif not is_ours and re.fullmatch(r"[\w./-]+/[\w.-]+\.py", text) and (_ROOT / text).is_file():
         yield real_path(_ROOT / text)

@@ -7,7 +7,6 @@ number of problems is known, that over the problems is given in its place (Wilso
 """
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,12 @@ from dataclasses import dataclass, replace
 from scipy import stats
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.studies.results import Point, difference, wilson_interval
+from megatron_tpt.studies.results import newcombe_interval, wilson_interval
 from megatron_tpt.studies.study import ReportConfig
 from megatron_tpt.studies.table import Row
 
+_ROUNDING = 1e-12
+"""Of figures, relative to the largest."""
 Cell = tuple[tuple[str, str], ...]
 """The levels of some factors."""
 
@@ -44,8 +45,7 @@ class Comparison:
     """The figures of one metric."""
 
     def __init__(self, rows: Sequence[Row], metric: str, config: ReportConfig) -> None:
-        """`rows` are those of all metrics. Raises UserError where two rows have the same levels, and for names in
-        `config` that the rows do not have."""
+        """`rows` are those of all metrics. Raises UserError where two of them have the same levels."""
         self.config, self.metric = config, metric
         self.rows = {number: row for number, row in enumerate(rows, start=1) if row.metric == metric}
         names = next((list(row.levels) for row in self.rows.values()), [])
@@ -61,13 +61,7 @@ class Comparison:
                 raise UserError(f"{row.source}: two rows of {metric} have the levels {levels}: name the fields that "
                                 f"distinguish them in results.factors")  # fmt: skip
             own[replicate] = number
-        known = {name: self._levels(name) for name in self.factors}
-        if config.x is not None and config.x not in known:
-            raise UserError(f"report.x: there is no factor {config.x} in the results; known are {', '.join(known)}")
-        for name, level in config.baseline.items():
-            if level not in known.get(name, []):
-                raise UserError(f"report.baseline: {name}: {level}: no result has that level of that factor")
-        self.compared = [name for name in self.factors if name != config.x and len(known[name]) > 1]
+        self.compared = [name for name in self.factors if name != config.x and len(self._levels(name)) > 1]
         """The factors whose levels are compared."""
 
     def _levels(self, factor: str) -> list[str]:
@@ -81,17 +75,14 @@ class Comparison:
         found = []
         for cell, replicates in self.cells.items():
             values = [self.rows[number].value for number in replicates.values()]
-            low, high = self._bounded(*_t_interval(values)[:2])
+            low, high, _ = _t_interval(values, _ROUNDING * max(map(abs, values)))
             numbers = tuple(sorted(replicates.values()))
-            trials = self.rows[numbers[0]].trials
-            if len(values) == 1 and trials:
-                low, high = wilson_interval(values[0], trials)
+            if trials := self.rows[numbers[0]].trials:
+                if low is None or high is None:
+                    low, high = wilson_interval(values[0], trials)
+                low, high = max(low, 0.0), min(high, 1.0)
             found.append(Estimate(dict(cell), statistics.fmean(values), low, high, len(values), numbers))
         return found
-
-    def _bounded(self, low: float | None, high: float | None) -> tuple[float | None, float | None]:
-        least, most = self.config.bounds.get(self.metric, (-math.inf, math.inf))
-        return None if low is None else max(low, least), None if high is None else min(high, most)
 
     def differences(self) -> list[Estimate]:
         """Every level of every factor against the baseline: with each combination of the others, then in their mean."""
@@ -151,9 +142,11 @@ class Comparison:
         common = [name for name in parts[0][0] if all(name in replicates for replicates, _ in parts)]
         if not common:
             return None
-        values = [sum(weight * self.rows[each[name]].value for each, weight in parts) for name in common]
         numbers = tuple(sorted({each[name] for each, _ in parts for name in common}))
-        low, high, p = _t_interval(values)
+        rounding = _ROUNDING * max(abs(self.rows[number].value) for number in numbers)
+        values = [sum(weight * self.rows[each[name]].value for each, weight in parts) for name in common]
+        values = [0.0 if abs(value) <= rounding else value for value in values]
+        low, high, p = _t_interval(values, rounding)
         if len(common) == 1 and len(parts) == 2:
             low, high = self._newcombe(parts[1][0][common[0]], parts[0][0][common[0]])
         ordered = {name: what[name] for name in self.factors}
@@ -164,16 +157,19 @@ class Comparison:
         one, two = self.rows[first], self.rows[second]
         if not (one.trials and two.trials):
             return None, None
-        points = [Point("", 0, row.value, row.trials or 0, 0) for row in (one, two)]
-        return difference(points[:1], points[1:])[1:]
+        return newcombe_interval((one.value, one.trials), (two.value, two.trials))
 
 
-def _t_interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Student's 95 % interval of the mean, and the p-value of a mean of 0; None of one value."""
+def _t_interval(values: Sequence[float], rounding: float) -> tuple[float | None, float | None, float | None]:
+    """Student's 95 % interval of the mean, and the p-value of a mean of 0; None of one value.
+
+    Values that differ by `rounding` at most are equal and have no p-value: 0.9 - 0.6 beside 0.5 - 0.2 is no spread.
+    """
     if len(values) < 2:
         return None, None, None
-    if len(set(values)) == 1:  # no spread: scipy has no interval, and no p-value
-        return values[0], values[0], None
+    mean = statistics.fmean(values)
+    if max(values) - min(values) <= rounding:
+        return mean, mean, None
     test = stats.ttest_1samp(values, 0.0)
     interval = test.confidence_interval(0.95)
     return float(interval.low), float(interval.high), float(test.pvalue)

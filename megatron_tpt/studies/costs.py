@@ -1,8 +1,8 @@
 """What steps cost: tokens, FLOPs and hours, planned and measured.
 
 A training program of this package says its tokens and FLOPs itself, by its recipe before it runs and by its run folder
-afterwards. Of another step the study says it, with arithmetic: `{tokens: "{data.documents} * 32", flops: 2 * 1.1e5 *
-tokens}`.
+afterwards; tools/augment.py its tokens once it has run. Of another step the study says it, with arithmetic: `{tokens:
+"{data.documents} * 32", flops: 2 * 1.1e5 * tokens}`.
 """
 
 import ast
@@ -22,7 +22,9 @@ from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.recipes import recipe_types
 from megatron_tpt.studies.expand import Graph, Node, Wanted
 from megatron_tpt.studies.folders import done_record
-from megatron_tpt.studies.study import Budget
+from megatron_tpt.studies.study import Budget, ResultBudget
+from megatron_tpt.thinking.ledger import latest_entries
+from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 _OPERATIONS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -89,7 +91,12 @@ def calculate(text: str, **names: float | None) -> float:
 def costs(graph: Graph) -> dict[str, Spent]:
     """The cost of every node by key: measured where it has succeeded, planned elsewhere."""
     records = {key: done_record(node) for key, node in graph.nodes.items()}
-    found = {key: _cost(node, records[key]) for key, node in graph.nodes.items()}
+    found = {}
+    for key, node in graph.nodes.items():
+        try:
+            found[key] = _cost(node, records[key])
+        except UserError as error:
+            raise UserError(f"steps.{node.step}.cost: {error}") from None
     finished: dict[str, list[Spent]] = {}
     for key, node in graph.nodes.items():
         if records[key]:
@@ -99,22 +106,24 @@ def costs(graph: Graph) -> dict[str, Spent]:
 
 def _cost(node: Node, record: Mapping[str, Any]) -> Spent:
     said = node.cost
-    tokens, flops = record.get("tokens"), record.get("flops")
+    tokens, flops, prompt_tokens = (record.get(name) for name in ("tokens", "flops", "prompt_tokens"))
     if tokens is None and "tokens" in said:
         tokens = calculate(said["tokens"])
+    if prompt_tokens is None and "prompt_tokens" in said:
+        prompt_tokens = calculate(said["prompt_tokens"], tokens=tokens)
     if not record and (tokens is None or flops is None):
         planned = _of_recipe(node.command())
         tokens, flops = (planned[0] if tokens is None else tokens), (planned[1] if flops is None else flops)
     if "flops" in said and (flops is None or not record):
-        flops = calculate(said["flops"], tokens=tokens)
+        flops = calculate(said["flops"], tokens=tokens, prompt_tokens=prompt_tokens)
     hours = record.get("hours")
     if hours is None and "hours" in said:
-        hours = calculate(said["hours"], tokens=tokens)
-    is_training = _training(node.command()) is not None
-    if not is_training:  # a step of which nothing is said costs hours alone
-        tokens, flops = tokens or 0.0, flops or 0.0
-    generated = node.config.cost is not None and node.config.cost.generated
-    return Spent(0.0, tokens, flops, hours) if generated else Spent(tokens, 0.0, flops, hours)
+        hours = calculate(said["hours"], tokens=tokens, prompt_tokens=prompt_tokens)
+    is_generated = record.get("generated", False) or (node.config.cost is not None and node.config.cost.generated)
+    if _training(node.command()) is None:  # a step of which nothing is said costs hours alone
+        tokens = tokens or 0.0
+        flops = None if flops is None and record.get("generated") else flops or 0.0
+    return Spent(0.0, tokens, flops, hours) if is_generated else Spent(tokens, 0.0, flops, hours)
 
 
 def _with_hours(spent: Spent, finished: Sequence[Spent]) -> Spent:
@@ -136,11 +145,8 @@ def total(spents: Iterable[Spent]) -> Spent:
 def cost_of_result(wanted: Wanted, found: Mapping[str, Spent]) -> Spent:
     """What a result took: its part of its step, and all steps that it needs, generation included, each once."""
     shares = {step: calculate(text) for step, text in wanted.shares.items()}
-    before: dict[str, Node] = {}
-    for node in wanted.before:
-        before |= node.ancestors()
     own = found[wanted.node.key].times(1 / max(len(wanted.node.rows_of), 1))
-    return total([own, *(found[key].times(shares.get(node.step, 1.0)) for key, node in before.items())])
+    return total([own, *(found[node.key].times(shares.get(node.step, 1.0)) for node in wanted.ancestors())])
 
 
 def longest_chain(graph: Graph, found: Mapping[str, Spent]) -> float | None:
@@ -166,14 +172,21 @@ def check_budget(graph: Graph, budget: Budget, found: Mapping[str, Spent]) -> No
             )
     for wanted in graph.results:
         own = cost_of_result(wanted, found)
-        for name, due, spent in (
-            ("result_tokens", budget.result_tokens, own.all_tokens), ("result_flops", budget.result_flops, own.flops)
-        ):  # fmt: skip
-            if due is not None and abs(_require_known(f"budget.{name}", spent) / due - 1) > budget.tolerance:
-                raise UserError(
-                    f"budget.{name}: {due:.4g}, and {wanted.node.name} takes {spent:.4g} with all steps before it: "
-                    f"change its steps, or raise budget.tolerance ({budget.tolerance:.2g})"
-                )
+        for number, each in enumerate(budget.results):
+            if all(wanted.levels.get(factor) in levels for factor, levels in each.only.items()):
+                _check_result(f"budget.results.{number}", each, own, ", ".join(wanted.levels.values()))
+
+
+def _check_result(where: str, due: ResultBudget, own: Spent, name: str) -> None:
+    for what, limit, spent in (
+        ("trained_tokens", due.trained_tokens, own.tokens), ("tokens", due.tokens, own.all_tokens),
+        ("flops", due.flops, own.flops),
+    ):  # fmt: skip
+        if limit is not None and abs(_require_known(f"{where}.{what}", spent) / limit - 1) > due.tolerance:
+            raise UserError(
+                f"{where}.{what}: {limit:.4g}, and {name} takes {spent:.4g} with all steps before it: change its "
+                f"steps, or raise the tolerance ({due.tolerance:.2g})"
+            )
 
 
 def _require_known(where: str, spent: float | None) -> float:
@@ -210,30 +223,36 @@ def _of_recipe(command: Sequence[str]) -> tuple[float | None, float | None]:
     return tokens, tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
 
 
-def measured_tokens_and_flops(
-    command: Sequence[str], output: Path, place: str | None
-) -> tuple[float | None, float | None]:
-    """Tokens and FLOPs of a command that has succeeded, where its output says them: `place` is Cost.measured_tokens.
+def measured(command: Sequence[str], output: Path, place: str | None) -> dict[str, float | None]:
+    """What a command that has succeeded took, where its output says it: tokens and FLOPs of a training program, tokens
+    and prompt_tokens of tools/augment.py. `place` is Cost.measured_tokens.
 
     FLOPs of a recurrent model are those at the mean of the depths that were logged.
     """
     if place is not None:
         name, _, keys = place.partition(":")
-        return number_at(read_json(output / name), keys, output / name), None
+        return {"tokens": number_at(read_json(output / name), keys, output / name)}
+    if (ledgers := output / ".work/ledger").is_dir():
+        total = ThinkingStatistics()
+        for entry in latest_entries(ledgers):
+            total.merge(entry.statistics)
+        return {"tokens": total.thinking_tokens.total, "prompt_tokens": total.prompt_tokens, "generated": True}
     if (training := _training(command)) is None:
-        return None, None
+        return {}
     folders = [word.partition("=")[2] for word in training[1] if word.startswith("--run.output_dir=")]
     if not folders or not (run := Path(folders[-1])).joinpath("run.yaml").is_file():
-        return None, None
+        return {}
     recipe, _ = load_recipe(training[0], [str(run / "run.yaml")])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "tokens" in row]
+    if not (rows := [row for row in rows if "tokens" in row]):
+        return {}
     depths = {
         name: statistics.fmean(row[name] for row in rows) for name in ("depth", "depth_backprop") if name in rows[0]
     }
     passes = recipe.model.passes(depths) if depths else None
     tokens = float(rows[-1]["tokens"])
-    return tokens, tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+    flops = tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+    return {"tokens": tokens, "flops": flops}
 
 
 def value_at(content: Any, keys: str, path: Path) -> Any:

@@ -11,6 +11,7 @@ steps before it; beside it stands the version of its code (code_version.py). Bot
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ Levels = Mapping[str, str]
 """Factor: name of the level."""
 
 _PLACEHOLDER = re.compile(rf"\{{\{{({NAME}(?:\.[\w-]+)*)\}}\}}|\{{({NAME}(?:\.[\w-]+)*)\}}")
-_BLOCKS = 16
-"""The most blocks of 64 KiB of an input that its fingerprint reads."""
+_FOLDER_BLOCKS = 1024
+"""The most blocks of 64 KiB that the fingerprint of a folder reads, but at least two of every file."""
 _MOST_NODES = 100_000
+_MOST_COMBINATIONS = 1_000_000
 _MOST_NESTED = 20
 _LABEL = 60
 """Characters of the levels in the name of a folder."""
@@ -54,8 +56,9 @@ class Node:
     """Path: digest, of what it runs."""
     cost: dict[str, str] = field(default_factory=dict)
     """What the study says of its cost: arithmetic without placeholders, see costs.py."""
-    rows_of: list[dict[str, str]] = field(default_factory=list)
-    """With `over`: the levels of each of the combinations, in the order of its words."""
+    rows_of: list[list[dict[str, str]]] = field(default_factory=list)
+    """With `over`: the levels of the combinations that each of its words is of, in their order; those of the same words
+    are one."""
     before_rows: list[list["Node"]] = field(default_factory=list)
     """With `over`: the nodes whose output it reads for each of them."""
     folder: Path = Path()
@@ -101,6 +104,10 @@ class Wanted:
     shares: dict[str, str]
     """Step: the part of its cost that they take, as arithmetic."""
 
+    def ancestors(self) -> list[Node]:
+        """All nodes that they need, but their own, each once."""
+        return list({key: one for node in self.before for key, one in node.ancestors().items()}.values())
+
 
 @dataclass
 class Graph:
@@ -111,9 +118,12 @@ class Graph:
     results: list[Wanted]
 
 
-def expand(config: StudyConfig) -> Graph:
-    """The graph of a study. Raises UserError for placeholders without meaning and steps that need each other."""
-    return _Expansion(config).graph()
+def expand(config: StudyConfig, recorded: Mapping[str, str] | None = None) -> Graph:
+    """The graph of a study. Raises UserError for placeholders without meaning and steps that need each other.
+
+    `recorded`, fingerprints of inputs by path, stand for those of the files; nodes then have no code, too.
+    """
+    return _Expansion(config, recorded).graph()
 
 
 def combinations(config: StudyConfig, factors: Sequence[str], others: Levels | None = None) -> Iterator[dict[str, str]]:
@@ -132,10 +142,10 @@ def _mentioned(value: Any) -> set[str]:
 
 
 class _Text:
-    """Replaces placeholders, and notes what they were."""
+    """Replaces placeholders, and notes what they were; `where` is for messages."""
 
-    def __init__(self, expansion: "_Expansion", levels: Levels) -> None:
-        self.expansion, self.levels = expansion, levels
+    def __init__(self, expansion: "_Expansion", where: str, levels: Levels) -> None:
+        self.expansion, self.where, self.levels = expansion, where, levels
         self.factors: dict[str, None] = {}
         self.nodes: dict[str, Node] = {}
 
@@ -148,18 +158,18 @@ class _Text:
         if isinstance(value, _Marked):
             return [value]
         items = value if isinstance(value, list) else [value]
-        return [text for item in items for text in self.words(_as_text(item, whole[2]), depth + 1)]
+        return [text for item in items for text in self.words(self._as_text(item, whole[2]), depth + 1)]
 
     def text(self, word: str, depth: int = 0) -> str:
         """A word with its placeholders replaced."""
         if depth > _MOST_NESTED:
-            raise UserError(f"{word}: its placeholders lead back to themselves; correct the levels")
+            raise UserError(f"{self.where}: {word}: its placeholders lead back to themselves; correct the levels")
 
         def replace(found: re.Match[str]) -> str:
             if found[1]:
                 return f"{{{found[1]}}}"
             value = self._value(found[2])
-            return value if isinstance(value, _Marked) else self.text(_as_text(value, found[2]), depth + 1)
+            return value if isinstance(value, _Marked) else self.text(self._as_text(value, found[2]), depth + 1)
 
         return _PLACEHOLDER.sub(replace, word)
 
@@ -168,71 +178,90 @@ class _Text:
         if first == "output" and not keys:
             return _Marked("\0output\0")
         if first in config.steps and not keys:
-            node = self.expansion.node(first, self.levels)
+            node, factors = self.expansion.node(first, self.levels)
             self.nodes[node.key] = node
-            self.factors |= dict.fromkeys(node.levels)
+            self.factors |= dict.fromkeys(factors)
             return _Marked(f"\0{node.key}\0")
         if first not in config.factors:
             known = ", ".join([*config.factors, *config.steps, "output"])
-            raise UserError(f"{{{name}}} means nothing; known are {known}; write {{{{{name}}}}} for the text itself")
+            raise UserError(
+                f"{self.where}: {{{name}}} means nothing; known are {known}; write {{{{{name}}}}} for the text itself"
+            )
         self.factors[first] = None
         if not keys:
             return self.levels[first]
         value = levels_of(config, first)[self.levels[first]]
         for key in keys:
             if not isinstance(value, dict) or key not in value:
-                raise UserError(f"{{{name}}}: the level {self.levels[first]} of {first} holds no {key}; add it")
+                raise UserError(
+                    f"{self.where}: {{{name}}}: the level {self.levels[first]} of {first} holds no {key}; add it"
+                )
             value = value[key]
         return value
+
+    def _as_text(self, value: Any, name: str) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if not isinstance(value, str | int | float):
+            raise UserError(
+                f"{self.where}: {{{name}}}: {value} is neither a text nor a number, nor a list of these in a word of "
+                f"its own"
+            )
+        return str(value)
 
 
 class _Marked(str):
     """A text in which nothing is replaced."""
 
 
-def _as_text(value: Any, name: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{{{name}}}: {value} is neither a text nor a number, nor a list of these in a word of its own")
-    return str(value)
-
-
 class _Expansion:
-    def __init__(self, config: StudyConfig) -> None:
-        self.config = config
+    def __init__(self, config: StudyConfig, recorded: Mapping[str, str] | None) -> None:
+        self.config, self.has_code = config, recorded is None
         self.nodes: dict[str, Node] = {}
-        self._known: dict[tuple[str, tuple[str, ...]], Node] = {}
+        self._known: dict[tuple[str, tuple[str, ...]], tuple[Node, list[str]]] = {}
         self._open: list[str] = []
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints = dict(recorded or {})
         self._code: dict[tuple[str, ...], dict[str, str]] = {}
 
     def graph(self) -> Graph:
         """The steps with results, those that no other step mentions, and everything that these need."""
-        steps = self.config.steps
+        steps, factors = self.config.steps, list(self.config.factors)
+        if math.prod(len(levels_of(self.config, name)) for name in factors) > _MOST_COMBINATIONS:
+            raise UserError(f"factors: more than {_MOST_COMBINATIONS:,} combinations: give fewer factors or levels")
         mentioned = _mentioned([self.config.factors, [step.command for step in steps.values()]])
         wanted = {name: step for name, step in steps.items() if step.results is not None or name not in mentioned}
         results: dict[str, Wanted] = {}
-        for levels in combinations(self.config, list(self.config.factors)):
+        for levels in combinations(self.config, factors):
             for name, step in wanted.items():
-                if not all(levels[factor] in names for factor, names in step.only.items()):
-                    continue
-                node = self.node(name, levels)
-                if step.results is not None:
-                    text = _Text(self, levels)
-                    shares = {before: text.text(str(share)) for before, share in step.results.shares.items()}
-                    # Levels of other factors would repeat the same figures, as if they were others.
-                    own = {factor: level for factor, level in levels.items() if factor in (*node.levels, *step.over)}
-                    before = list(node.before.values())
-                    if step.over:
-                        before = node.before_rows[node.rows_of.index({factor: levels[factor] for factor in step.over})]
-                    results.setdefault(json.dumps([node.key, own]), Wanted(node, own, before, shares))
-        if unused := [name for name in steps if not any(node.step == name for node in self.nodes.values())]:
-            raise UserError(f"steps.{unused[0]}: no combination of levels runs it; remove it, or what excludes it")
+                if all(levels[factor] in names for factor, names in step.only.items()):
+                    node, own_factors = self.node(name, levels)
+                    if step.results is not None:
+                        # Levels of other factors would repeat the same figures, as if they were others.
+                        own = {factor: levels[factor] for factor in factors if factor in (*own_factors, *step.over)}
+                        results.setdefault(json.dumps([node.key, own]), self._wanted(node, own, levels))
+        for name, step in steps.items():
+            if not any(node.step == name for node in self.nodes.values()):
+                self.node(name, next(combinations(self.config, factors), {}))  # which says so if it needs itself
+                raise UserError(f"steps.{name}: no combination of levels runs it; remove it, or what excludes it")
+            if shares := set(step.results.shares if step.results else ()):
+                before = {node.step for one in results.values() if one.node.step == name for node in one.ancestors()}
+                if unused := sorted(shares - before):
+                    raise UserError(f"steps.{name}.results.shares: {unused[0]} is no step before it; remove it")
         return Graph(self.nodes, list(results.values()))
 
-    def node(self, step: str, levels: Levels) -> Node:
-        """The node of a step with a combination of the levels of all factors."""
+    def _wanted(self, node: Node, own: dict[str, str], levels: Levels) -> Wanted:
+        results, over = node.config.results, node.config.over
+        assert results is not None
+        text = _Text(self, f"steps.{node.step}.results.shares", levels)
+        shares = {step: text.text(str(share)) for step, share in results.shares.items()}
+        before = list(node.before.values())
+        if over:
+            own_row = {factor: levels[factor] for factor in over}
+            before = next(row for row, of in zip(node.before_rows, node.rows_of, strict=True) if own_row in of)
+        return Wanted(node, own, before, shares)
+
+    def node(self, step: str, levels: Levels) -> tuple[Node, list[str]]:
+        """The node of a step with a combination of the levels of all factors, and the factors that it depends on."""
         known = step, tuple(levels.values())
         if known not in self._known:
             if step in self._open:
@@ -241,76 +270,89 @@ class _Expansion:
             node = self._make(step, levels)
             self._open.pop()
             # The same work for other levels is the same node.
-            self._known[known] = self.nodes.setdefault(node.key, node)
+            self._known[known] = self.nodes.setdefault(node.key, node), list(node.levels)
             if len(self.nodes) > _MOST_NODES:
                 raise UserError(f"more than {_MOST_NODES:,} steps with their levels: give fewer factors or levels")
         return self._known[known]
 
     def _make(self, step: str, levels: Levels) -> Node:
-        config = self.config.steps[step]
-        text = _Text(self, levels)
-        every = [_Text(self, one) for one in combinations(self.config, config.over, levels)] if config.over else []
-        words = [each for word in config.command for each in _words(word, text, every, config.over)]
-        before_rows = [list(one.nodes.values()) for one in every]
+        config, where = self.config.steps[step], f"steps.{step}"
+        text = _Text(self, where, levels)
+        every = []
+        if config.over:
+            every = [_Text(self, where, one) for one in combinations(self.config, config.over, levels)]
+        words, rows = _words(config, text, every)
+        before_rows = [list(row[0].nodes.values()) for row in rows]
         for one in (text, *every):
             text.factors |= one.factors
             text.nodes |= one.nodes
-        inputs = self._inputs(words, [text.text(path) for path in config.inputs])
+        inputs = self._inputs(where, words, [text.text(path) for path in config.inputs])
         own = {name: levels[name] for name in self.config.factors if name in text.factors and name not in config.over}
         content = {"step": step, "words": words, "inputs": inputs, "version": config.version}
-        rows_of = [{name: one.levels[name] for name in config.over} for one in every]
+        rows_of = [[{name: one.levels[name] for name in config.over} for one in row] for row in rows]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-        code = self._code_of(words, config.code)
+        code = self._code_of(where, words, config.code) if self.has_code else {}
         cost = self._cost(config, text)
         return Node(step, config, own, words, text.nodes, key, inputs, code, cost, rows_of, before_rows)
 
-    def _code_of(self, words: Sequence[str], more: Sequence[str]) -> dict[str, str]:
+    def _code_of(self, where: str, words: Sequence[str], more: Sequence[str]) -> dict[str, str]:
         """Most steps run the same few programs."""
         known = (*map(str, programs(words)), *more)
         if known not in self._code:
-            self._code[known] = code_of(words, more)
+            try:
+                self._code[known] = code_of(words, more)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         return self._code[known]
 
     def _cost(self, config: StepConfig, text: _Text) -> dict[str, str]:
         """Raises UserError where it depends on more factors than the step."""
-        own, found = _Text(self, text.levels), {}
-        for name in ("tokens", "flops", "hours"):
+        own, found = _Text(self, f"{text.where}.cost", text.levels), {}
+        for name in ("tokens", "prompt_tokens", "flops", "hours"):
             if config.cost is not None and (value := getattr(config.cost, name)) is not None:
                 found[name] = own.text(str(value))
         if more := [factor for factor in own.factors if factor not in text.factors]:
-            raise UserError(
-                f"cost: {{{more[0]}}} is no factor of the step's command, which runs once for all its levels"
-            )
+            raise UserError(f"{own.where}: {{{more[0]}}} is no factor of the step's command, which runs once for all "
+                            f"its levels")  # fmt: skip
         return found
 
-    def _inputs(self, words: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
+    def _inputs(self, where: str, words: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the files and folders that a command names, as a word or behind "="."""
         for path in declared:
-            if "\0" in path or not os.path.exists(path):
+            if "\0" in path or not (path in self._fingerprints or os.path.exists(path)):
                 shown = re.sub("\0\\w+\0", "{...}", path)
-                raise UserError(
-                    f"inputs: {shown}: no such file or folder (the output of a step belongs in the command)"
-                )
-        named = [text for word in words for text in (word, word.partition("=")[2]) if _is_input(text)]
-        return {path: self._fingerprint(path) for path in dict.fromkeys([*named, *declared])}
-
-    def _fingerprint(self, path: str) -> str:
-        if path not in self._fingerprints:
-            self._fingerprints[path] = _fingerprint(Path(path))
-        return self._fingerprints[path]
+                raise UserError(f"{where}.inputs: {shown}: no such file or folder (the output of a step belongs in the "
+                                f"command)")  # fmt: skip
+        texts = [text for word in words for text in (word, word.partition("=")[2])]
+        named = [text for text in texts if text in self._fingerprints or _is_input(text)]
+        for path in (found := dict.fromkeys([*named, *declared])):
+            if path not in self._fingerprints:
+                self._fingerprints[path] = fingerprint(Path(path))
+        return {path: self._fingerprints[path] for path in found}
 
 
-def _words(word: str, text: _Text, every: Sequence[_Text], over: Sequence[str]) -> list[str]:
-    """What a word of a command stands for; one word for each combination of `over`, where it mentions its factors."""
+def _words(config: StepConfig, text: _Text, every: Sequence[_Text]) -> tuple[list[str], list[list[_Text]]]:
+    """The arguments of a step. A word that mentions factors of `over` is there for each of their combinations, `every`,
+    but once for those for which all such words are the same; these are returned together."""
     if not every:
-        return text.words(word)
-    found = []
-    for one in every:
-        before, one.factors = one.factors, {}
-        found.append(one.words(word))
-        mentions = not one.factors.keys().isdisjoint(over)
-        one.factors |= before
-    return [each for words in found for each in words] if mentions else found[0]
+        return [each for word in config.command for each in text.words(word)], []
+    columns: list[tuple[bool, list[list[str]]]] = []
+    for word in config.command:
+        found, mentions = [], False
+        for one in every:
+            before, one.factors = one.factors, {}
+            found.append(one.words(word))
+            mentions |= not one.factors.keys().isdisjoint(config.over)
+            one.factors |= before
+        columns.append((mentions, found))
+    rows: dict[str, list[int]] = {}
+    for number in range(len(every)):
+        rows.setdefault(json.dumps([found[number] for mentions, found in columns if mentions]), []).append(number)
+    if not any(mentions for mentions, _ in columns):
+        raise UserError(f"{text.where}.over: no word of the command mentions {', '.join(config.over)}")
+    firsts = [row[0] for row in rows.values()]
+    words = [each for mentions, found in columns for number in (firsts if mentions else [0]) for each in found[number]]
+    return words, [[every[number] for number in row] for row in rows.values()]
 
 
 def _is_input(text: str) -> bool:
@@ -320,11 +362,13 @@ def _is_input(text: str) -> bool:
     return os.path.isfile(text) or ("/" in text and os.path.isdir(text))
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Of the content of a file or folder; of large ones, of a part that is spread over them."""
     if path.is_file():
-        return file_fingerprint(path, _BLOCKS)
+        return file_fingerprint(path)
     files = sorted(one for one in path.rglob("*") if one.is_file())
-    lines = [f"{one.relative_to(path)} {file_fingerprint(one, 2)}" for one in files]
+    blocks = max(2, _FOLDER_BLOCKS // max(len(files), 1))
+    lines = [f"{one.relative_to(path)} {file_fingerprint(one, blocks)}" for one in files]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 

@@ -22,10 +22,10 @@ class StudyOptions:
     status: bool = False
     """Print the state of every step, and where the logs of failed ones are."""
     report: bool = False
-    """Write the report again from the folders of the steps; start nothing."""
+    """Write the report of the last run again from the folders of its steps; start nothing."""
     code: Literal["ask", "keep", "rerun"] = "ask"
-    """Where only the code of steps that have run has changed since: refuse and name the files, keep what was run, or
-    run it again."""
+    """Where only the code of steps that have run or begun has changed since: refuse and name the files; keep what was
+    run, and resume what has begun; or run it again."""
     scale: Annotated[ScaleOptions, FLAT] = field(default_factory=ScaleOptions)
 
     def __post_init__(self) -> None:

@@ -22,9 +22,9 @@ from megatron_tpt.rich_text import plotted
 from megatron_tpt.studies.comparison import Comparison, Estimate
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs, total
 from megatron_tpt.studies.expand import Graph
-from megatron_tpt.studies.folders import done_record
+from megatron_tpt.studies.folders import codes_of, done_record, is_done
 from megatron_tpt.studies.render import Block, Heading, Picture, Table, write_pages
-from megatron_tpt.studies.study import ReportConfig, StudyConfig
+from megatron_tpt.studies.study import ReportConfig, StudyConfig, as_number
 from megatron_tpt.studies.table import Row, collect
 
 _COSTS = ("trained_tokens", "generated_tokens", "flops", "hours")
@@ -47,6 +47,8 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
     if missing:
         names = first_few([wanted.node.name for wanted in missing], 5)
         blocks.append(f"Not complete: {len(missing)} of {len(graph.results)} results are missing ({names}).")
+    else:
+        _check_baseline(config.report, rows)
     tables: dict[str, list[list[str]]] = {"means": [], "differences": [], "interactions": []}
     for metric, comparison in found.items():
         blocks += _of_metric(metric, comparison, folder, config.report, tables)
@@ -64,6 +66,12 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
             name = shown(f"{comparison.metric}  {', '.join(one.what.values())}")
             print_result(f"{name}: {_interval(one)}  (n = {one.num_replicates})")
     print_result(f"report: {folder / 'report.md'}, {folder / 'report.html'}")
+
+
+def _check_baseline(config: ReportConfig, rows: Sequence[Row]) -> None:
+    for factor, level in config.baseline.items():
+        if not any(row.levels[factor] == level for row in rows):
+            raise UserError(f"report.baseline: {factor}: {level}: no result has that level")
 
 
 def _of_metric(
@@ -107,9 +115,7 @@ def _points(comparison: Comparison, x: str) -> dict[str, list[tuple[float, Estim
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for one in comparison.means():
         if x in comparison.factors:
-            place = _float(one.what[x])
-            if place is None:
-                raise UserError(f"report.x: the level {one.what[x]!r} of {x} is no number; choose another factor")
+            place = as_number(one.what[x], x)
         else:
             spent = [comparison.rows[number].spent for number in one.rows]
             values = [each.all_tokens if x == "tokens" else each.flops for each in spent]
@@ -119,13 +125,6 @@ def _points(comparison: Comparison, x: str) -> dict[str, list[tuple[float, Estim
         name = ", ".join(level for factor, level in one.what.items() if factor != x and level)
         lines.setdefault(name, []).append((place, one))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
-
-
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _plot(
@@ -199,7 +198,20 @@ def _source_blocks(graph: Graph, rows: Sequence[Row], output: Path) -> list[Bloc
         Heading(2, "Sources"), Table(["file", "step", "rows", "checksum"], sources),
         Heading(2, "Steps"), "The names end in the key of the settings and the key of the code; step.json in each has "
         "the command, its inputs and its code.", Table(["folder", "ended", "attempts", "host", "revision"], runs),
+        *_mixed_code(graph),
     ]  # fmt: skip
+
+
+def _mixed_code(graph: Graph) -> list[Block]:
+    """Which files were not the same in all steps that have run."""
+    digests: dict[str, set[str]] = {}
+    for node in graph.nodes.values():
+        for code in codes_of(node.folder) if is_done(node.folder) else []:
+            for name, digest in code.items():
+                digests.setdefault(name, set()).add(digest)
+    if mixed := sorted(name for name, found in digests.items() if len(found) > 1):
+        return [f"Steps ran with different versions of {first_few(mixed, 10)}."]
+    return []
 
 
 def _long_table(rows: Sequence[Row], output: Path) -> list[list[str]]:

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,16 @@ from megatron_tpt.logs import print_result
 from megatron_tpt.names import first_few, shown
 from megatron_tpt.studies.costs import Spent, check_budget, costs, longest_chain, total
 from megatron_tpt.studies.expand import Graph, expand
-from megatron_tpt.studies.folders import LOGS, STATES, State, changed_files, is_done, place, states
+from megatron_tpt.studies.folders import (
+    LOGS,
+    STATES,
+    changed_files,
+    inputs_of_last_run,
+    is_done,
+    place,
+    states,
+    write_last_run,
+)
 from megatron_tpt.studies.options import StudyOptions
 from megatron_tpt.studies.step import write_spec
 from megatron_tpt.studies.study import StudyConfig, load_study
@@ -27,39 +36,49 @@ from megatron_tpt.units import duration
 logger = logging.getLogger(__name__)
 
 _PROGRAM = "megatron_tpt.studies"
+_RESOURCES = (
+    "gpus_per_task", "cpus_per_task", "partition", "time_limit", "account", "qos", "mem", "sbatch_args", "env_command",
+    "requeue_before_limit_s", "max_requeues",
+)  # fmt: skip
+"""What `scale` of a step may say; the other options are of the whole study."""
 
 
 def run_study(options: StudyOptions) -> None:
     """Do what the options say. Raises UserError for mistakes in the study, and a Fault when steps have failed."""
-    config = load_study(options.study)
-    output = real_path(options.output)
-    graph = expand(config)
+    config, output = load_study(options.study), real_path(options.output)
     is_only_read = options.status or options.report
-    other = place(graph, output, "any" if is_only_read or options.code == "keep" else "present")
+    try:
+        graph = expand(config, inputs_of_last_run(output) if is_only_read else None)
+    except UserError as error:
+        raise UserError(f"{options.study}: {error}") from None
+    other = place(graph, output, "last run" if is_only_read else "any" if options.code == "keep" else "present")
     if options.report:
         _report(config, graph, output)
         return
-    if options.dry_run or options.status:
-        _print_graph(graph, states(graph))
-        if options.status:
-            _print_failures(graph)
-            return
-        _print_code(graph, other, options)
-        check_budget(graph, config.budget, costs(graph))
+    if options.status:
+        _print_graph(graph)
+        _print_failures(graph)
         return
-    if options.code == "ask" and other:
+    resources = {name: _resources(options, name, step.scale) for name, step in config.steps.items()}
+    if options.dry_run:
+        _print_graph(graph)
+        _print_code(graph, other, options)
+    elif options.code == "ask" and other:
         raise UserError(f"{_describe_code(graph, other)}; --code rerun runs them again, --code keep keeps what was run")
     check_budget(graph, config.budget, costs(graph))
-    with exclusive(output / ".study.lock", f"the study in {output}", timeout_s=10):
-        _run_missing(config, graph, options.scale)
+    if not options.dry_run:
+        with exclusive(output / ".study.lock", f"the study in {output}", timeout_s=10):
+            _run_missing(config, graph, options, resources)
 
 
-def _run_missing(config: StudyConfig, graph: Graph, scale: ScaleOptions) -> None:
-    output = next(iter(graph.nodes.values())).folder.parents[1]
+def _run_missing(
+    config: StudyConfig, graph: Graph, options: StudyOptions, resources: Mapping[str, ScaleOptions]
+) -> None:
+    output, scale = real_path(options.output), options.scale
     found = states(graph)
     missing = [node for key, node in graph.nodes.items() if found[key] != "done"]
-    resources = {name: _resources(scale, name, step.scale) for name, step in config.steps.items()}
     logger.info(f"{len(missing)} of {len(graph.nodes)} steps to run")
+    write_last_run(graph, options.study, output)
     names = {node.key: f"{node.name} [{node.key}]" for node in missing}
     nodes = []
     for node in missing:
@@ -79,12 +98,12 @@ def _raise_unless_done(graph: Graph, *, is_over: bool) -> None:
     of_state = {state: [node.name for key, node in graph.nodes.items() if found[key] == state] for state in STATES}
     if failed := of_state["failed"]:
         raise Fault(
-            f"{len(failed)} steps failed: {shown(first_few(failed, 5))}; {len(of_state['blocked'])} that need them did "
+            f"{_steps(failed)} failed: {shown(first_few(failed, 5))}; {len(of_state['blocked'])} that need them did "
             f"not run. --status names their logs; the same command runs what is missing"
         )
     if is_over and (left := [*of_state["waiting"], *of_state["running"]]):
-        raise StoppedEarly(f"{len(left)} steps were stopped before their end: {shown(first_few(left, 5))}; the same "
-                           f"command resumes them")  # fmt: skip
+        raise StoppedEarly(f"{_steps(left)} stopped before the end: {shown(first_few(left, 5))}; the same command "
+                           f"resumes them")  # fmt: skip
 
 
 def _report(config: StudyConfig, graph: Graph, output: Path) -> None:
@@ -93,19 +112,26 @@ def _report(config: StudyConfig, graph: Graph, output: Path) -> None:
     write_study_report(config, graph, output)
 
 
-def _resources(scale: ScaleOptions, step: str, given: Mapping[str, object]) -> ScaleOptions:
+def _resources(options: StudyOptions, step: str, given: Mapping[str, object]) -> ScaleOptions:
     """The options of a study with those of a step in their place."""
-    converter = Converter(lambda key: f"steps.{step}.scale: ", lambda key: "; known are the options of ScaleOptions")
+    for name in given:
+        if name not in _RESOURCES:
+            raise UserError(f"{options.study}: steps.{step}.scale.{name}: unknown; known are {', '.join(_RESOURCES)}")
+    converter = Converter(lambda key: f"{options.study}: steps.{step}.scale: ", lambda key: "")
     own = converter.section(ScaleOptions, given, ())
     converter.raise_problems()
-    return replace(scale, **{name: getattr(own, name) for name in given})
+    return replace(options.scale, **{name: getattr(own, name) for name in given})
 
 
 def _describe_code(graph: Graph, other: Mapping[str, Path]) -> str:
     files = dict.fromkeys(name for key, folder in other.items() for name in changed_files(graph.nodes[key], folder))
     which = f": {shown(first_few(list(files), 5))}" if files else ""
     first = next(iter(other))
-    return f"{len(other)} steps, such as {graph.nodes[first].name}, have run with other code{which}"
+    return f"{_steps(other)}, such as {graph.nodes[first].name}, ran with other code{which}"
+
+
+def _steps(found: Sized) -> str:
+    return f"{len(found)} step{'s' * (len(found) != 1)}"
 
 
 def _print_code(graph: Graph, other: Mapping[str, Path], options: StudyOptions) -> None:
@@ -114,9 +140,9 @@ def _print_code(graph: Graph, other: Mapping[str, Path], options: StudyOptions) 
         print_result(f"{_describe_code(graph, other)}: {meaning}")
 
 
-def _print_graph(graph: Graph, found: Mapping[str, State]) -> None:
-    """A line for every step, with what it costs and needs, then the sums."""
-    spent = costs(graph)
+def _print_graph(graph: Graph) -> None:
+    """A line for every step, with its state, what it costs and what it needs, then the sums."""
+    spent, found = costs(graph), states(graph)
     rows = [["step", "state", "tokens", "generated", "FLOPs", "hours", "after"]]
     for key, node in graph.nodes.items():
         after = ", ".join(before.name for before in node.before.values())

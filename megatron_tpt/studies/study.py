@@ -12,7 +12,7 @@ steps:
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,21 @@ from megatron_tpt.errors import UserError
 
 NAME = r"[A-Za-z_][\w-]*"
 """Names of factors and steps, which may be in braces."""
-_COLUMNS = [
-    "row",
-    "rows",
-    "metric",
-    "value",
-    "trials",
-    "trained_tokens",
-    "generated_tokens",
-    "flops",
-    "hours",
-    "source",
-    "checksum",
-    "mean",
-    "low",
-    "high",
-    "n",
-    "p",
-]
+_COLUMNS = (
+    "row", "rows", "metric", "value", "trials", "trained_tokens", "generated_tokens", "flops", "hours", "source",
+    "checksum", "mean", "low", "high", "n", "p",
+)  # fmt: skip
 """The tables of the report have them beside those of the factors."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs: numbers, or arithmetic on numbers, {PLACEHOLDERS} and, after `tokens`, the word tokens."""
+    """What a step costs: numbers, or arithmetic on numbers, {PLACEHOLDERS} and the words tokens and prompt_tokens."""
 
     tokens: float | str | None = None
     """Tokens trained on, or generated. Of our training programs the recipe says it."""
+    prompt_tokens: float | str | None = None
+    """Tokens that a generator reads. They are in no sum of tokens; its FLOPs may depend on them."""
     flops: float | str | None = None
     """Floating-point operations. Of our training programs the recipe says it."""
     hours: float | str | None = None
@@ -73,8 +61,9 @@ class Results:
     """KEY.KEY of a list of objects, each a row of results with its own metrics. By default the file is one row."""
     factors: list[str] = field(default_factory=list)
     """Fields of a row that are factors, too."""
-    trials: str | None = None
-    """KEY.KEY of the number of problems that a share is of: with a single seed, the interval is over these."""
+    trials: dict[str, str] = field(default_factory=dict)
+    """METRIC: KEY.KEY of the number of problems that it is a share of, as of an accuracy. Its intervals end at 0 and 1;
+    with a single seed, they are over the problems."""
     shares: dict[str, float | str] = field(default_factory=dict)
     """STEP: the part of its cost that this result takes, as of an earlier checkpoint: "{at.step} / 600"."""
 
@@ -109,6 +98,22 @@ class StepConfig:
 
 
 @dataclass(frozen=True)
+class ResultBudget:
+    """What results must take, each with all steps before it: arms of equal tokens, or of equal compute."""
+
+    only: dict[str, list[str]] = field(default_factory=dict)
+    """FACTOR: the levels of the results that this is about; by default all."""
+    trained_tokens: PositiveFloat | None = None
+    """Tokens that are trained on."""
+    tokens: PositiveFloat | None = None
+    """Tokens that are trained on or generated."""
+    flops: PositiveFloat | None = None
+    """FLOPs, those of generation included."""
+    tolerance: PositiveFloat = 0.02
+    """By how large a share a result may differ from these."""
+
+
+@dataclass(frozen=True)
 class Budget:
     """What may be spent. A study that would exceed it does not start."""
 
@@ -118,12 +123,7 @@ class Budget:
     """FLOPs of the whole study, those of generation included."""
     hours: PositiveFloat | None = None
     """Hours of all steps together."""
-    result_tokens: PositiveFloat | None = None
-    """Tokens that every result must take, those of the steps before it and generated ones included."""
-    result_flops: PositiveFloat | None = None
-    """FLOPs that every result must take: arms of equal compute."""
-    tolerance: PositiveFloat = 0.02
-    """By how large a share a result may differ from these."""
+    results: list[ResultBudget] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,8 @@ class ReportConfig:
     """A factor whose levels are numbers, for the plots; by default tokens and FLOPs."""
     baseline: dict[str, str] = field(default_factory=dict)
     """FACTOR: the level that others are compared with; by default its first."""
-    bounds: dict[str, list[float]] = field(default_factory=dict)
-    """METRIC: [lowest, highest]: intervals end there, as in accuracy: [0, 1]."""
     chance: dict[str, float] = field(default_factory=dict)
     """METRIC: what guessing gives, a line in the plot."""
-
-    def __post_init__(self) -> None:
-        for metric, bounds in self.bounds.items():
-            if len(bounds) != 2 or bounds[0] >= bounds[1]:
-                raise UserError(f"report.bounds: {metric}: {bounds} must be two numbers, as in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -165,10 +158,6 @@ class StudyConfig:
         for name in (*self.factors, *self.steps):
             if not re.fullmatch(NAME, name) or name == "output":
                 raise UserError(f"{name}: a name of a factor or step has letters, digits, - and _, and is not output")
-        of_rows = [name for step in self.steps.values() if step.results for name in step.results.factors]
-        for name in (*self.factors, *of_rows):
-            if name in _COLUMNS:
-                raise UserError(f"{name}: is a column of the report; give the factor another name")
         if both := sorted(set(self.factors) & set(self.steps)):
             raise UserError(f"{both[0]}: is a factor and a step; rename one, as {{{both[0]}}} must mean one of them")
         if not self.steps:
@@ -179,14 +168,43 @@ class StudyConfig:
             self._check_factors(f"steps.{name}.over", step.over)
             for factor, levels in step.only.items():
                 self._check_levels(f"steps.{name}.only", factor, levels)
-            if unknown := sorted(set(step.results.shares if step.results else ()) - set(self.steps)):
-                raise UserError(f"steps.{name}.results.shares: there is no step {unknown[0]}")
+        for number, each in enumerate(self.budget.results):
+            for factor, levels in each.only.items():
+                self._check_levels(f"budget.results.{number}.only", factor, levels)
         for excluded in self.exclude:
+            if not excluded:
+                raise UserError("exclude: one is empty; give {FACTOR: LEVEL}, or remove it")
             for factor, level in excluded.items():
                 self._check_levels("exclude", factor, [level])
-        for factor, level in self.report.baseline.items():
-            if factor in self.factors:  # others are fields of rows
+        self._check_report()
+
+    def _check_report(self) -> None:
+        """The names in `report` and `results`."""
+        results = {name: step.results for name, step in self.steps.items() if step.results is not None}
+        factors = [*self.factors, *(factor for each in results.values() for factor in each.factors)]
+        metrics = [metric for each in results.values() for metric in each.metrics]
+        report = self.report
+        for name in factors:
+            if name in _COLUMNS:
+                raise UserError(f"{name}: is a column of the report; give the factor another name")
+        named = [("report.baseline", name) for name in report.baseline] + ([("report.x", report.x)] if report.x else [])
+        # Without seeds, the default means nothing.
+        named += [("report.replicate", report.replicate)] if report.replicate != ReportConfig.replicate else []
+        for where, name in named:
+            if name not in factors:
+                raise UserError(f"{where}: there is no factor {name}; known are {', '.join(factors)}")
+        if report.x == report.replicate:
+            raise UserError(f"report.x: {report.x} is report.replicate, over which the means are; give another factor")
+        # Of a factor of the study; the levels of others are in the results.
+        for factor, level in report.baseline.items():
+            if factor in self.factors:
                 self._check_levels("report.baseline", factor, [level])
+        if report.x in self.factors:
+            for level in levels_of(self, report.x):
+                as_number(level, report.x)
+        for name, each in results.items():
+            _check_metrics(f"steps.{name}.results.trials", each.trials, list(each.metrics))
+        _check_metrics("report.chance", report.chance, metrics)
 
     def _check_factors(self, where: str, names: Iterable[str]) -> None:
         for name in names:
@@ -201,48 +219,36 @@ class StudyConfig:
                 raise UserError(f"{where}: {factor} has no level {level}; known are {known}")
 
 
+def _check_metrics(where: str, given: Iterable[str], metrics: Sequence[str]) -> None:
+    for metric in given:
+        if metric not in metrics:
+            raise UserError(f"{where}: there is no metric {metric}; known are {', '.join(metrics)}")
+
+
+def as_number(level: str, factor: str) -> float:
+    """The place of a level of report.x in plots. Raises UserError where it is no number."""
+    try:
+        return float(level)
+    except ValueError:
+        raise UserError(f"report.x: the level {level!r} of {factor} is no number; choose another factor") from None
+
+
 def levels_of(config: StudyConfig, factor: str) -> dict[str, Any]:
     """The levels of a factor by name, each with what it holds. Raises UserError where they are not levels."""
     given = config.factors[factor]
-    if isinstance(given, list) and given and all(isinstance(one, str | int | float) for one in given):
-        levels = {str(level): level for level in given}
-        if len(levels) < len(given):
-            raise UserError(f"factors.{factor}: a level is there twice; give each once")
-        return levels
-    if isinstance(given, dict) and given:
-        return {str(name): value for name, value in given.items()}
-    raise UserError(f"factors.{factor}: give a list of levels, or a mapping of levels to what they hold")
-
-
-@dataclass(frozen=True)
-class SeedsConfig:
-    """The short form: one command, run with several seeds. It writes `points`, see results.Point."""
-
-    title: str
-    """Above the report."""
-    command: list[str]
-    """Arguments of python; {seed} and {output} are filled in for every seed."""
-    seeds: Any
-    """The seeds to run."""
-    results: str = "report/results.json"
-    """The results file that the command leaves, relative to its {output}."""
-    chance: float | None = None
-    """Accuracy of guessing, drawn as a line."""
-    clean: bool = False
-    """See StepConfig.clean."""
-
-    def __post_init__(self) -> None:
-        for name in ("{seed}", "{output}"):
-            if not any(name in word for word in self.command):
-                raise UserError(f"command: {name} must be in it, or all runs would be the same")
-
-    def as_study(self) -> StudyConfig:
-        """The study of one step."""
-        results = Results({"accuracy": "accuracy"}, self.results, "points", ["arm", "tokens"], "num_problems")
-        chance = {} if self.chance is None else {"accuracy": self.chance}
-        report = ReportConfig(x="tokens", bounds={"accuracy": [0, 1]}, chance=chance)
-        step = StepConfig(self.command, clean=self.clean, results=results)
-        return StudyConfig(self.title, {"seed": self.seeds}, {"run": step}, report=report)
+    if isinstance(given, list) and all(isinstance(one, str | int | float) for one in given):
+        given = [(level, level) for level in given]
+    elif isinstance(given, dict):
+        given = list(given.items())
+    else:
+        given = []
+    if not given:
+        raise UserError(f"factors.{factor}: give a list of levels, or a mapping of levels to what they hold")
+    # As the file has them: true, and not Python's True.
+    levels = {str(name).lower() if isinstance(name, bool) else str(name): value for name, value in given}
+    if len(levels) < len(given):
+        raise UserError(f"factors.{factor}: a level is there twice; give each once")
+    return levels
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -253,19 +259,17 @@ def load_study(path: Path) -> StudyConfig:
         raise UserError(f"{path}: {error.strerror}: give a study file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a study; it has {expected(StudyConfig)}")
-    kind = SeedsConfig if "command" in content or "seeds" in content else StudyConfig
-    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: _known(kind, key))
-    config = converter.section(kind, content, ())
+    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", _known)
+    config: StudyConfig = converter.section(StudyConfig, content, ())
     converter.raise_problems()
-    try:
-        return config.as_study() if isinstance(config, SeedsConfig) else config
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return config
 
 
-def _known(kind: type, key: Key) -> str:
-    sections: dict[str, type] = {"budget": Budget, "report": ReportConfig, "cost": Cost, "results": Results}
-    if len(key) > 1:
-        inner = [sections[name] for name in key[:-1] if isinstance(name, str) and name in sections]
-        kind = inner[-1] if inner else StepConfig
+def _known(key: Key) -> str:
+    kinds: dict[Key, type] = {(): StudyConfig, ("budget",): Budget, ("report",): ReportConfig}
+    of_steps: dict[Key, type] = {(): StepConfig, ("cost",): Cost, ("results",): Results}
+    if key[:2] == ("budget", "results"):
+        kind: type = ResultBudget
+    else:
+        kind = of_steps[key[2:-1]] if key[0] == "steps" and len(key) > 2 else kinds[key[:-1]]
     return f"; known are {', '.join(one.name for one in dataclasses.fields(kind))}"

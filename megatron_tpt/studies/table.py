@@ -24,7 +24,7 @@ class Row:
     metric: str
     value: float
     trials: int | None
-    """Problems that a share is of."""
+    """Problems that it is a share of."""
     spent: Spent
     """What it took, with all steps before it."""
     source: Path
@@ -71,9 +71,13 @@ def _rows(wanted: Wanted, spent: Spent) -> Iterator[Row]:
         raise UserError(f"{path}: not JSON ({error})") from error
     for item in _items(node, results, content, path, wanted.levels):
         levels = wanted.levels | {name: _level(item, name, path) for name in results.factors}
-        trials = None if results.trials is None else round(number_at(item, results.trials, path))
         for metric, keys in results.metrics.items():
-            value = number_at(item, keys, path)
+            value, trials = number_at(item, keys, path), None
+            if metric in results.trials:
+                trials = round(number_at(item, results.trials[metric], path))
+                if not (0 <= value <= 1 and trials > 0):
+                    raise UserError(f"{path}: {metric} is {value:g} of {trials} problems, and no share of them: "
+                                    f"correct results.trials of {node.step}")  # fmt: skip
             yield Row(levels, metric, value, trials, spent, path, checksum, node.step)
 
 
@@ -89,7 +93,8 @@ def _items(node: Node, results: Results, content: Any, path: Path, levels: Mappi
     if len(items) != len(node.rows_of):
         names = first_few(node.config.over, 3)
         raise UserError(f"{path}: {len(items)} rows, and {len(node.rows_of)} combinations of {names}: each has one row")
-    return [item for item, own in zip(items, node.rows_of, strict=True) if own.items() <= levels.items()]
+    rows = zip(items, node.rows_of, strict=True)
+    return [item for item, of in rows if any(own.items() <= levels.items() for own in of)]
 
 
 def _level(item: Any, name: str, path: Path) -> str:

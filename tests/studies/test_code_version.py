@@ -35,6 +35,25 @@ def test_a_module_of_the_package_is_followed_with_the_families_of_models() -> No
     assert "megatron_tpt/corpus/prepare.py" not in found and "megatron_tpt/studies/run.py" not in found
 
 
+def test_what_a_program_reads_beside_itself_counts(program: Path) -> None:
+    folder = program.parent
+    program.write_text('from pathlib import Path\nHERE = Path(__file__).parent\nR, N = HERE / "r.yaml", "notes.txt"\n')
+    for name in ("r.yaml", "notes.txt"):
+        (folder / name).write_text("x: 1")
+    before = code_of([str(program)])
+    assert str(folder / "r.yaml") in before and str(folder / "notes.txt") not in before
+    (folder / "r.yaml").write_text("x: 2")
+    assert code_of([str(program)]) != before
+
+
+def test_a_tool_has_the_code_that_it_finds_by_name_and_no_other() -> None:
+    """The driver of the sandbox, models that vLLM loads, and benchmarks; indexing builds no model."""
+    found = code_of(["tools/evaluate.py"])
+    names = ("grading/sandbox_driver.py", "generation/vllm_recurrent.py", "evaluation/benchmarks/gsm8k.yaml")
+    assert {f"megatron_tpt/{name}" for name in names} <= found.keys()
+    assert not any("/models/" in name or "/training/" in name for name in code_of(["tools/index.py"]))
+
+
 def test_comments_docstrings_and_formatting_do_not_count(program: Path) -> None:
     def digest() -> str:
         return code_of([str(program)])[str(program)]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import yaml
 
@@ -18,12 +19,14 @@ from megatron_tpt.studies.costs import (
     cost_of_result,
     costs,
     longest_chain,
-    measured_tokens_and_flops,
+    measured,
     total,
 )
 from megatron_tpt.studies.expand import Graph, expand
 from megatron_tpt.studies.folders import DONE, SPEC, place
 from megatron_tpt.studies.study import load_study
+from megatron_tpt.thinking.ledger import Entry, Ledger
+from megatron_tpt.thinking.statistics import ThinkingStatistics
 
 RECIPE = {
     "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 2, "vocab_size": 256},
@@ -93,12 +96,32 @@ def test_a_finished_training_run_says_what_it_took(tmp_path: Path) -> None:
                                        '{"step": 10, "tokens": 1280}\n')  # fmt: skip
     recipe, _ = load_recipe(PretrainRecipe, [str(run / "run.yaml")])
     command = ["-m", "megatron_tpt.pretrain", "recipe.yaml", f"--run.output_dir={run}"]
-    tokens, flops = measured_tokens_and_flops(command, tmp_path / "output", None)
-    assert tokens == 1280 and flops == pytest.approx(1280 * model_flops_per_token(recipe.model, 32))
+    found = measured(command, tmp_path / "output", None)
+    assert found == {"tokens": 1280, "flops": pytest.approx(1280 * model_flops_per_token(recipe.model, 32))}
+    (run / "metrics.jsonl").write_text("")
+    assert measured(command, tmp_path / "output", None) == {}
     (tmp_path / "output/s.json").write_text(json.dumps({"thinking": [{"total": 77}]}))
-    assert measured_tokens_and_flops(["x"], tmp_path / "output", "s.json:thinking.0.total") == (77, None)
+    assert measured(["x"], tmp_path / "output", "s.json:thinking.0.total") == {"tokens": 77}
     with pytest.raises(UserError, match=r"s.json: has nothing at thinking.1"):
-        measured_tokens_and_flops(["x"], tmp_path / "output", "s.json:thinking.1")
+        measured(["x"], tmp_path / "output", "s.json:thinking.1")
+
+
+def test_a_thinking_job_says_what_it_read_and_wrote(tmp_path: Path) -> None:
+    steps = {"think": {"command": ["t", "{seed}", "{output}"],
+                       "cost": {"flops": "10 * (tokens + prompt_tokens)", "tokens": 1, "generated": True}}}  # fmt: skip
+    graph = graph_of(tmp_path, {"seed": [0]}, steps)
+    with pytest.raises(UserError, match=r"steps.think.cost: '10 .* cannot be calculated"):
+        costs(graph)  # nothing is known of the prompts yet
+    [node] = graph.nodes.values()
+    ledger = Ledger(node.output / ".work/ledger", 0, 0)
+    for block in ("a", "b"):
+        counted = ThinkingStatistics(records=1, prompt_tokens=100)
+        counted.thinking_tokens.add(7)
+        ledger.add(Entry(block, 1, numpy.zeros(0, numpy.uint64), counted))
+    found = measured(["t"], node.output, None)
+    write_json(node.folder / SPEC, {})
+    write_json(node.folder / DONE, {"hours": 1, **found})
+    assert list(costs(graph).values()) == [Spent(0.0, 14, 2140, 1)]
 
 
 def test_a_result_takes_what_all_steps_before_it_took_each_once_and_only_its_share(tmp_path: Path) -> None:
@@ -124,11 +147,11 @@ def test_of_a_step_over_several_combinations_each_takes_what_it_needs(tmp_path: 
             "results": {"metrics": {"m": "m"}},
         },
     }
-    # Two arms of the same data share the training: it is part of the cost of both.
+    # Two arms of the same data share training and test: both are part of the cost of each.
     arms = {"a": {"data": "x", "tokens": 10}, "b": {"data": "x", "tokens": 10}, "c": {"data": "y", "tokens": 30}}
     graph = graph_of(tmp_path, {"arm": arms}, steps)
     spent = {wanted.levels["arm"]: cost_of_result(wanted, costs(graph)) for wanted in graph.results}
-    assert spent == {name: Spent(tokens, 0, 0, 1 + 3 / 3) for name, tokens in (("a", 10), ("b", 10), ("c", 30))}
+    assert spent == {name: Spent(tokens, 0, 0, 1 + 3 / 2) for name, tokens in (("a", 10), ("b", 10), ("c", 30))}
 
 
 def test_finished_runs_of_a_step_say_how_long_others_take(tmp_path: Path) -> None:

@@ -1,44 +1,14 @@
-"""The file of a study: the short form of one command and several seeds, the graph that factors expand to, mistakes."""
+"""The file of a study: the graph that its factors expand to, and mistakes in it."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from megatron_tpt.errors import Fault, UserError
+from megatron_tpt.errors import UserError
 from megatron_tpt.studies.expand import Graph, expand
-from megatron_tpt.studies.options import StudyOptions
-from megatron_tpt.studies.run import run_study
 from megatron_tpt.studies.study import load_study
-
-# Stands for an experiment: its result depends on the seed, and it counts how often it was run.
-SCRIPT = """
-import json, os, pathlib, sys
-seed, output = int(sys.argv[1]), pathlib.Path(sys.argv[2])
-output.mkdir(parents=True)
-point = dict(arm="only", tokens=1000, accuracy=seed / 10, num_problems=10, seed=seed)
-(output / "out.json").write_text(json.dumps({"points": [point]}))
-with open(os.environ["RUNS"], "a") as file:
-    file.write(f"{seed} ")
-"""
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that names the seeds that have run."""
-    monkeypatch.setenv("RUNS", str(tmp_path / "runs.txt"))
-    return tmp_path / "runs.txt"
-
-
-def write_study(folder: Path, **changes: object) -> Path:
-    """The short form."""
-    (folder / "script.py").write_text(SCRIPT)
-    content = {"title": "T", "command": [str(folder / "script.py"), "{seed}", "{output}"], "seeds": [1, 3]}
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content | {"results": "out.json"} | changes))
-    return path
 
 
 def graph_of(folder: Path, factors: dict[str, Any], steps: dict[str, Any], **more: Any) -> Graph:
@@ -57,49 +27,6 @@ def commands(graph: Graph) -> dict[str, list[str]]:
             words = [word.replace(f"\0{key}\0", f"<{name}>") for word in words]
         found[node.name] = words
     return found
-
-
-def test_every_seed_is_run_once_and_reported(tmp_path: Path, runs: Path) -> None:
-    options = StudyOptions(write_study(tmp_path, chance=0.1), tmp_path / "runs")
-    for _ in range(2):  # the second time all results are there
-        run_study(options)
-    write_study(tmp_path, seeds=[1, 3, 5])
-    run_study(options)
-    assert runs.read_text() == "1 3 5 "
-    with (tmp_path / "runs/report/means.csv").open() as file:
-        [mean] = csv.DictReader(file)
-    assert float(mean["mean"]) == pytest.approx(0.3) and mean["n"] == "3"
-    assert (mean["arm"], mean["tokens"], mean["low"], mean["high"]) == ("only", "1000", "0.0", mean["high"])
-    assert (tmp_path / "runs/report/accuracy-tokens.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_results_of_another_command_are_not_mixed_in(tmp_path: Path, runs: Path) -> None:
-    run_study(StudyOptions(write_study(tmp_path), tmp_path / "runs"))
-    path = write_study(tmp_path, command=[str(tmp_path / "script.py"), "{seed}", "{output}", "more"], seeds=[1])
-    run_study(StudyOptions(path, tmp_path / "runs"))
-    assert runs.read_text() == "1 3 1 "
-    with (tmp_path / "runs/report/results.csv").open() as file:
-        assert [row["seed"] for row in csv.DictReader(file)] == ["1"]
-
-
-def test_a_failed_run_is_reported(tmp_path: Path) -> None:
-    path = write_study(tmp_path, command=["-c", "import sys; sys.exit(3)", "{seed}", "{output}"])
-    with pytest.raises(Fault, match="2 steps failed: run 1"):
-        run_study(StudyOptions(path, tmp_path / "runs"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sead": 1}, "sead: unknown; known are title"),
-        ({"seeds": []}, "give a list of levels"),
-        ({"seeds": [1, 1]}, "each once"),
-        ({"command": ["script.py", "{output}"]}, r"\{seed\}"),
-    ],
-)
-def test_a_wrong_study_of_seeds_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_study(write_study(tmp_path, **changes))
 
 
 def test_a_step_depends_only_on_what_it_and_the_steps_before_it_mention(tmp_path: Path) -> None:
@@ -149,8 +76,25 @@ def test_a_step_over_a_factor_takes_all_levels_at_once(tmp_path: Path) -> None:
     )  # fmt: skip
     assert commands(graph)["test 1"] == ["--models", *["<train>/model"] * 3, "--seed", "1"]
     [node] = [node for node in graph.nodes.values() if node.name == "test 1"]
-    assert [(one["arm"], one["size"]) for one in node.rows_of] == [("a", "1"), ("a", "2"), ("b", "1")]
+    assert [(one["arm"], one["size"]) for [one] in node.rows_of] == [("a", "1"), ("a", "2"), ("b", "1")]
     assert len(graph.results) == 6
+
+
+def test_a_step_over_a_factor_takes_what_is_the_same_for_two_levels_once(tmp_path: Path) -> None:
+    graph = graph_of(
+        tmp_path,
+        {"arm": {"a": {"data": "x"}, "b": {"data": "y"}, "c": {"data": "x"}}},
+        {
+            "train": {"command": ["{arm.data}"]},
+            "test": {"command": ["{train}"], "over": ["arm"], "results": {"metrics": {"m": "m"}, "rows": "models"}},
+        },
+    )
+    assert commands(graph)["test"] == ["<train>", "<train>"]
+    [node] = [node for node in graph.nodes.values() if node.step == "test"]
+    assert [[one["arm"] for one in row] for row in node.rows_of] == [["a", "c"], ["b"]]
+    assert [(wanted.levels["arm"], wanted.before[0].name) for wanted in graph.results] == [
+        ("a", "train a"), ("b", "train b"), ("c", "train a")
+    ]  # fmt: skip
 
 
 def test_results_are_wanted_only_of_some_levels_and_combinations(tmp_path: Path) -> None:
@@ -187,20 +131,38 @@ RESULT = {"metrics": {"m": "m"}}
         ({"a": [1]}, {"s": {"command": ["x"]}, "t": {"command": ["{s}"], "inputs": ["{s}/x"]}}, {},
          r"inputs: \{...\}/x"),
         ({"a": 5}, {"s": {"command": ["{a}"]}}, {}, "factors.a: give a list of levels"),
-        ({"a": [1]}, {"s": {"command": ["{b}"]}}, {}, r"\{b\} means nothing; known are a, s, output"),
+        ({"a": {"1": 5, 1: 6}}, {"s": {"command": ["{a}"]}}, {}, "factors.a.1 is there twice"),
+        ({"a": []}, {"s": {"command": ["{a}"]}}, {}, "factors.a: give a list of levels"),
+        ({c: [*range(100)] for c in "abcd"}, {"s": {"command": ["x"]}}, {}, "more than 1,000,000 combinations"),
+        ({"a": [1]}, {"s": {"command": ["{b}"]}}, {}, r"steps.s: \{b\} means nothing; known are a, s, output"),
         ({"a": {"x": {"y": 1}}}, {"s": {"command": ["{a.z}"]}}, {}, r"\{a.z\}: the level x of a holds no z"),
         ({"a": {"x": {"y": [[1]]}}}, {"s": {"command": ["{a.y}"]}}, {}, "neither a text nor a number"),
         ({"a": {"x": {"y": "{a.y}"}}}, {"s": {"command": ["{a.y}"]}}, {}, "lead back to themselves"),
         ({"a": [1]}, {"s": {"command": ["{t}"]}, "t": {"command": ["{s}"]}, "u": {"command": ["{s}"]}}, {},
          r"steps.s: needs its own output \(u -> s -> t -> s\)"),
+        ({"a": [1]}, {"s": {"command": ["{t}"]}, "t": {"command": ["{s}"]}}, {}, r"own output \(s -> t -> s\)"),
         ({"a": [1]}, {"s": {"command": ["x"], "over": ["b"]}}, {}, "steps.s.over: there is no factor b"),
+        ({"a": [1]}, {"s": {"command": ["x"], "over": ["a"]}}, {}, "steps.s.over: no word of the command mentions a"),
         ({"a": [1]}, {"s": {"command": ["{a}"], "only": {"a": ["2"]}}}, {}, "a has no level 2; known are 1"),
         ({"a": [1]}, {"s": {"command": ["{a}"]}}, {"exclude": [{"a": 2}]}, "exclude: a has no level 2"),
-        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT | {"shares": {"t": 1}}}}, {}, "there is no step t"),
+        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT | {"shares": {"t": 1}}}}, {},
+         "steps.s.results.shares: t is no step before it"),
+        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT | {"trials": {"n": "n"}}}}, {},
+         "steps.s.results.trials: there is no metric n; known are m"),
+        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT}}, {"report": {"chance": {"n": 1}}},
+         "report.chance: there is no metric n"),
+        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT}}, {"report": {"replicate": "sead"}},
+         "report.replicate: there is no factor sead; known are a"),
+        ({"a": ["x"]}, {"s": {"command": ["{a}"], "results": RESULT}}, {"report": {"x": "a"}},
+         "report.x: the level 'x' of a is no number"),
+        ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT}}, {"report": {"baseline": {"b": "1"}}},
+         "report.baseline: there is no factor b"),
+        ({"a": [1]}, {"s": {"command": ["{a}"]}}, {"exclude": [{}]}, "exclude: one is empty"),
         ({"a": [1, 2]}, {"s": {"command": ["x"], "cost": {"tokens": "{a}"}}}, {}, "no factor of the step's command"),
         ({"a": [1]}, {"s": {"command": ["x"], "inputs": ["no/file"]}}, {}, "no/file: no such file"),
         ({"a": [1]}, {"s": {"command": ["x"], "code": ["no.py"]}}, {}, "no.py: no such file"),
         ({"a": [1]}, {"s": {"comand": ["x"]}}, {}, "study.yaml:7: steps.s.comand: unknown; known are command"),
+        ({}, {"results": {"command": ["x"], "results": RESULT | {"fils": 1}}}, {}, "fils: unknown; known are metrics"),
         ({"a": [1]}, {"s": {"command": ["x"]}}, {"report": {"by": 1}}, "report.by: unknown; known are replicate"),
         ({"a": [1]}, {}, {}, "steps: give at least one"),
     ],

@@ -14,6 +14,8 @@ from toy_study import EVERY_STEP, STEP, Toy, wait_until
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.jobs.options import ScaleOptions
+from megatron_tpt.studies.options import StudyOptions
+from megatron_tpt.studies.run import run_study
 
 
 @pytest.fixture
@@ -121,14 +123,35 @@ def test_on_slurm_a_failed_step_stops_only_what_needs_it(toy: Toy, cluster: Path
     content = toy.content()
     content["factors"]["seed"] = [0]
     toy.write(content)
-    with pytest.raises(Fault, match="1 steps failed: train plain, 0; 2 that need them did not run"):
+    with pytest.raises(Fault, match="1 step failed: train plain, 0; 2 that need them did not run"):
         toy.run(scale=ScaleOptions("slurm", cpus_per_task=1, wait=True))
     assert toy.new_starts() == Counter({"train:p0": 1, "train:t0": 1, "tune:s": 1, "tune:l": 1})
 
 
+@pytest.mark.slow(minutes=2.5)
+def test_on_slurm_a_step_that_stops_before_its_time_limit_is_resumed_and_what_needs_it_waits(
+    toy: Toy, cluster: Path
+) -> None:
+    """As a training run does: it stops early by itself with code 75, which torchrun turns into 1."""
+    train = (
+        "import os, pathlib, sys, time; place = pathlib.Path(sys.argv[1]); is_first = not place.exists(); "
+        "place.mkdir(exist_ok=True); left = float(os.environ['SLURM_JOB_END_TIME']) - time.time(); "
+        "time.sleep(left - 3 if is_first else 0); sys.exit(is_first)"
+    )
+    test = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); next(pathlib.Path(sys.argv[2]).parent.iterdir())"
+    steps = {
+        "train": {"command": ["-c", train, "{output}"], "scale": {"time_limit": "1", "requeue_before_limit_s": 1}},
+        "test": {"command": ["-c", test, "{output}", "{train}"]},
+    }
+    toy.write({"title": "T", "factors": {"seed": [0]}, "steps": steps})
+    toy.run(scale=ScaleOptions("slurm", cpus_per_task=1, wait=True))
+    attempts = {path.parts[-3]: json.loads(path.read_text())["attempts"] for path in toy.output.glob("*/*/done.json")}
+    assert attempts == {"train": 2, "test": 1}
+
+
 def test_the_report_is_made_again_from_the_folders_with_the_same_figures(toy: Toy) -> None:
     content = toy.content()
-    content["report"] = {"bounds": {"score": [0, 1]}, "chance": {"score": 0.5}}
+    content["report"] = {"chance": {"score": 0.5}}
     toy.write(content)
     toy.run(scale=TWO)
     folder = toy.output / "report"
@@ -174,7 +197,7 @@ def test_a_budget_counts_generation_and_what_was_measured(toy: Toy) -> None:
     toy.write(content)
     with pytest.raises(UserError, match=r"budget.tokens: 6000, and the study takes 6100"):
         toy.run()
-    content["budget"] = {"tokens": 6100, "result_tokens": 1700, "result_flops": 82000}
+    content["budget"] = {"tokens": 6100, "results": [{"tokens": 1700, "trained_tokens": 1200, "flops": 82000}]}
     toy.write(content)
     toy.run(dry_run=True)
     toy.run(scale=TWO)
@@ -183,8 +206,86 @@ def test_a_budget_counts_generation_and_what_was_measured(toy: Toy) -> None:
         assert {(row["trained_tokens"], row["generated_tokens"], row["flops"]) for row in csv.DictReader(file)} == {
             ("1200.0", "100.0", "74000.0")
         }
-    with pytest.raises(UserError, match=r"result_tokens: 1700, and tune plain, short, 0 takes 1300"):
+    with pytest.raises(UserError, match=r"budget.results.0.tokens: 1700, and plain, short, 0 takes 1300"):
         toy.run()
+    content["budget"]["results"] = [
+        {"only": {"sft": ["long"]}, "tokens": 1300},
+        {"only": {"sft": ["long"]}, "flops": 1},
+    ]
+    toy.write(content)
+    with pytest.raises(UserError, match=r"budget.results.1.flops: 1, and plain, long, 0 takes 7.4e\+04"):
+        toy.run()
+
+
+def test_a_copy_of_the_folder_alone_gives_the_same_report(toy: Toy, tmp_path: Path) -> None:
+    recipe, content = tmp_path / "recipe.yaml", toy.content()
+    recipe.write_text("steps: 1")
+    content["steps"]["tune"]["command"][-1] = str(recipe)
+    toy.write(content)
+    toy.run(scale=TWO)
+    before = {path.name: path.read_bytes() for path in (toy.output / "report").iterdir()}
+    copy = tmp_path / "elsewhere/copy"
+    shutil.copytree(toy.output, copy, ignore=shutil.ignore_patterns("report"))
+    shutil.rmtree(toy.output)
+    recipe.write_text("steps: 2")
+    (toy.folder / "study.yaml").unlink()
+    for _ in range(2):
+        run_study(StudyOptions(copy / "study.yaml", copy, report=True))
+        assert {path.name: path.read_bytes() for path in (copy / "report").iterdir()} == before
+        recipe.unlink(missing_ok=True)
+
+
+def test_what_was_removed_is_made_again_only_where_it_is_needed(toy: Toy) -> None:
+    toy.run(scale=TWO)
+    values = toy.values()
+    toy.new_starts()
+    [train] = toy.output.glob("train/plain_0-*/output")
+    shutil.rmtree(train)
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter()  # all that needs it has been done
+    [tune] = toy.output.glob("tune/plain_short_0-*/output/result.json")
+    shutil.rmtree(tune.parent)
+    toy.run(scale=TWO)
+    assert toy.new_starts() == Counter({"train:p0": 1, "tune:s": 1}) and toy.values() == values
+
+
+def test_a_step_is_refused_where_its_code_has_changed_since_the_study_was_started(toy: Toy, tmp_path: Path) -> None:
+    script, content = tmp_path / "own.py", toy.content()
+    shutil.copy(STEP, script)
+    content["steps"]["tune"]["command"][0] = str(script)
+    content["factors"] |= {"pre": {"plain": {"value": "p"}}, "sft": {"short": {"value": "s"}}, "seed": [0]}
+    toy.write(content)
+    (hold := toy.folder / "hold train").touch()
+    study = toy.start()
+    wait_until(lambda: study.poll() is not None or len(toy.notes()) == 1)
+    script.write_text(script.read_text().replace("65535", "65536"))
+    hold.unlink()
+    printed, _ = study.communicate(timeout=300)
+    assert study.returncode == 1 and f"changed since the study was started: {script}" in printed, printed
+    toy.new_starts()
+    toy.run()  # it has left nothing, so that there is nothing to ask about
+    assert toy.new_starts() == Counter({"tune:s": 1})
+
+
+def test_corrected_code_of_a_failed_step_is_run_without_a_question(toy: Toy, tmp_path: Path) -> None:
+    script = tmp_path / "own.py"
+    script.write_text("import sys\nraise SystemExit('error: no such thing')\n")
+    step = {"command": [str(script), "{output}"], "results": {"metrics": {"m": "m"}}}
+    toy.write({"title": "T", "factors": {"seed": [0]}, "steps": {"only": step}})
+    with pytest.raises(Fault, match="1 step failed"):
+        toy.run()
+    code = "import pathlib, sys\nplace = pathlib.Path(sys.argv[1])\nplace.mkdir(exist_ok=True)\n"
+    script.write_text(code + "raise SystemExit('error: half of it')\n")
+    with pytest.raises(Fault, match="1 step failed"):
+        toy.run()
+    script.write_text(code + "(place / 'results.json').write_text('{\"m\": 1}')\n")
+    with pytest.raises(UserError, match=rf"1 step, such as only, ran with other code: {script}; --code"):
+        toy.run()  # what it left might be resumed
+    toy.run(code="keep")
+    [folder] = [path.parent for path in toy.output.glob("only/*/done.json")]
+    spec = json.loads((folder / "step.json").read_text())
+    assert spec["code"] != spec["code_now"] and json.loads((folder / "done.json").read_text())["attempts"] == 2
+    assert f"different versions of {script}" in (toy.output / "report/report.md").read_text().replace("\\", "")
 
 
 def test_changed_code_is_asked_about(toy: Toy, tmp_path: Path) -> None:
@@ -199,9 +300,7 @@ def test_changed_code_is_asked_about(toy: Toy, tmp_path: Path) -> None:
     script.write_text(f"# a comment changes nothing\n{script.read_text()}")
     toy.run()
     script.write_text(script.read_text().replace("65535", "65536"))
-    with pytest.raises(
-        UserError, match=rf"3 steps, such as train plain, 0, have run with other code: {script}; --code"
-    ):
+    with pytest.raises(UserError, match=rf"3 steps, such as train plain, 0, ran with other code: {script}; --code"):
         toy.run()
     toy.run(code="keep")
     assert toy.new_starts() == Counter() and toy.values() == values
@@ -244,9 +343,41 @@ def test_what_an_interrupted_step_left_is_removed_where_it_cannot_resume(toy: To
 def test_a_step_that_does_not_write_its_outputs_has_failed(toy: Toy) -> None:
     content = {"title": "T", "factors": {"seed": [0]}, "steps": {"only": {"command": ["-c", ""], "outputs": ["model"]}}}
     toy.write(content)
-    with pytest.raises(Fault, match="1 steps failed"):
+    with pytest.raises(Fault, match="1 step failed"):
         toy.run()
     assert "has not written model" in next(toy.output.glob("only/*/logs/task_00000.log")).read_text()
+    content["steps"]["only"] = {"command": ["-c", "", "{output}"]}
+    toy.write(content)
+    with pytest.raises(Fault, match="1 step failed"):
+        toy.run()
+    assert "has written nothing to its {output}" in "".join(
+        path.read_text() for path in toy.output.glob("only/*/logs/task_00000.log")
+    )
+
+
+def test_the_time_of_a_stopped_attempt_counts(toy: Toy) -> None:
+    content = toy.content()
+    content["factors"] |= {"pre": {"plain": {"value": "p"}}, "sft": {"short": {"value": "s"}}, "seed": [0]}
+    toy.write(content)
+    (hold := toy.folder / "hold train").touch()
+    study = toy.start()
+    wait_until(lambda: study.poll() is not None or len(toy.notes()) == 1)
+    study.send_signal(signal.SIGTERM)
+    study.communicate(timeout=300)
+    hold.unlink()
+    toy.run()
+    [attempts] = toy.output.glob("train/*/attempts.jsonl")
+    codes = [line.get("exit_code") for line in map(json.loads, attempts.read_text().splitlines()) if "seconds" in line]
+    assert codes == [128 + signal.SIGTERM, 0]
+    assert sorted(record["attempts"] for record in toy.records().values()) == [1, 2]
+
+
+def test_resources_of_a_step_are_those_of_a_job(toy: Toy) -> None:
+    content = toy.content()
+    content["steps"]["tune"]["scale"] = {"num_workers": 2}
+    toy.write(content)
+    with pytest.raises(UserError, match=r"steps.tune.scale.num_workers: unknown; known are gpus_per_task"):
+        toy.run(dry_run=True)
 
 
 def test_one_study_runs_once_at_a_time(toy: Toy) -> None:

@@ -34,13 +34,14 @@ def finished(folder: Path, factors: dict[str, Any], steps: dict[str, Any], conte
 
 
 def test_rows_of_a_file_carry_factors_of_their_own(tmp_path: Path) -> None:
-    results = {"metrics": {"accuracy": "a", "length": "tokens.0"}, "rows": "points", "factors": ["arm"], "trials": "n"}
+    results = {"metrics": {"accuracy": "a", "length": "tokens.0"}, "rows": "points", "factors": ["arm"]}
+    results["trials"] = {"accuracy": "n"}
     content = {"points": [{"arm": "x", "a": 0.5, "n": 10, "tokens": [3]}, {"arm": "y", "a": 1, "n": 10, "tokens": [4]}]}
     _, graph, _ = finished(tmp_path, {"seed": [0]}, {"s": {"command": ["{seed}"], "results": results}}, content)
     rows, missing = collect(graph)
     assert [(row.levels, row.metric, row.value, row.trials) for row in rows] == [
-        ({"seed": "0", "arm": "x"}, "accuracy", 0.5, 10), ({"seed": "0", "arm": "x"}, "length", 3.0, 10),
-        ({"seed": "0", "arm": "y"}, "accuracy", 1.0, 10), ({"seed": "0", "arm": "y"}, "length", 4.0, 10),
+        ({"seed": "0", "arm": "x"}, "accuracy", 0.5, 10), ({"seed": "0", "arm": "x"}, "length", 3.0, None),
+        ({"seed": "0", "arm": "y"}, "accuracy", 1.0, 10), ({"seed": "0", "arm": "y"}, "length", 4.0, None),
     ]  # fmt: skip
     assert missing == []
 
@@ -82,6 +83,7 @@ def test_a_step_without_a_factor_gives_no_row_for_each_of_its_levels(tmp_path: P
         ({"metrics": {"m": "m"}}, {"n": 1}, "has nothing at m"),
         ({"metrics": {"m": "m"}}, {"m": "high"}, "m is 'high', and a number is due"),
         ({"metrics": {"m": "m"}}, {"m": float("nan")}, "a number is due"),
+        ({"metrics": {"m": "m"}, "trials": {"m": "n"}}, {"m": 3, "n": 10}, "m is 3 of 10 problems, and no share"),
         ({"metrics": {"m": "m"}, "rows": "r"}, {"r": 1}, "r is no list of rows"),
         ({"metrics": {"m": "m"}, "rows": "r", "factors": ["f"]}, {"r": [{"m": 1, "f": [1]}]}, "a level is due"),
         ({"metrics": {"m": "m"}, "file": "other.json"}, {}, "no results there"),

@@ -47,7 +47,7 @@ class Toy:
                 "tune": {
                     "command": [str(STEP), "tune", "{output}", "--from", "{train}", "--value", "{sft.value}"],
                     "cost": {"tokens": 200, "flops": "6 * 10 * tokens", "hours": 0.25},
-                    "results": {"file": "result.json", "metrics": {"score": "score"}, "trials": "problems"},
+                    "results": {"file": "result.json", "metrics": {"score": "score"}, "trials": {"score": "problems"}},
                 },
             },
         }
