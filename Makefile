@@ -10,7 +10,7 @@ test-examples: TEST_PROCESSES ?= 2
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
+.PHONY: setup demo teacher study controls real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
   test-examples check gpu-rehearsal
 
 setup:
@@ -24,6 +24,9 @@ teacher: setup
 
 study: setup
 	$(PY) tools/study.py examples/demo/study.yaml --output runs/study --num-workers 2
+
+controls: setup
+	$(PY) tools/study.py examples/tpt_controls/study.yaml --output runs/controls --num-workers 2
 
 real-model: setup
 	examples/smollm2/run.sh $(DATA) runs/smollm2
