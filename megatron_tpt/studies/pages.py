@@ -167,7 +167,8 @@ def _cost_blocks(graph: Graph) -> list[Block]:
     lines.append(["all", str(len(graph.nodes)), *_spent(total(found.values()))])
     own = [[", ".join(wanted.levels.values()), *_spent(cost_of_result(wanted, found))] for wanted in graph.results]
     return [
-        Heading(2, "Cost"), "Measured where a step has run and says it, planned elsewhere.",
+        Heading(2, "Cost"),
+        "Measured where a step has run and says it, planned elsewhere; nothing where neither says anything.",
         Table(["step", "runs", *_COSTS], lines), "What a result took, with all steps before it:",
         Table(["result", *_COSTS], own),
     ]  # fmt: skip
