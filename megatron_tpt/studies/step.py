@@ -44,6 +44,7 @@ def write_spec(node: Node) -> None:
             "levels": node.levels,
             "key": node.key,
             "command": node.command(),
+            "words": node.words,
             "launcher": config.launcher,
             "directory": os.getcwd(),
             "before": {before.name: str(before.folder) for before in node.before.values()},
@@ -53,7 +54,6 @@ def write_spec(node: Node) -> None:
             "code_now": {} if node.code == began_with else node.code,
             "more_code": config.code,
             "outputs": config.outputs,
-            "writes": any("\0output\0" in word for word in node.words),
             "clean": config.clean,
             "measured_tokens": config.cost.measured_tokens if config.cost else None,
         },
@@ -72,6 +72,7 @@ def run_step(folder: Path) -> int:
     for name, before in spec["before"].items():
         if not is_done(Path(before)):
             raise UserError(f"{name} has not succeeded, and this step needs it: see the logs in {before}/logs")
+    os.chdir(spec["directory"])  # where relative paths lead from, wherever a job begins
     _require_unchanged(spec)
     if spec["clean"]:
         for path in outputs(folder):
@@ -81,7 +82,7 @@ def run_step(folder: Path) -> int:
     if code == 0:
         if missing := [name for name in spec["outputs"] if not (folder / "output" / name).exists()]:
             raise UserError(f"the command ended well and has not written {missing[0]} in {folder / 'output'}")
-        if spec["writes"] and not outputs(folder):
+        if not outputs(folder) and any("\0output\0" in word for word in spec["words"]):
             raise UserError(f"the command ended well and has written nothing to its {{output}}, {folder / 'output'}")
         write_json(folder / DONE, _record(folder, spec, began))
     return code
@@ -91,7 +92,7 @@ def _require_unchanged(spec: Mapping[str, Any]) -> None:
     """A job may wait for days: what it runs must be what its key says."""
     now = {path: fingerprint(Path(path)) if os.path.exists(path) else "" for path in spec["inputs"]}
     files = [*differing(now, spec["inputs"])]
-    files += differing(code_of(spec["command"], spec["more_code"]), spec["code_now"] or spec["code"])
+    files += differing(code_of(spec["words"], spec["more_code"]), spec["code_now"] or spec["code"])
     if files:
         raise UserError(f"changed since the study was started: {first_few(files, 5)}; start it again, and it says what "
                         f"that means for this step")  # fmt: skip
@@ -106,7 +107,6 @@ def _run(folder: Path, spec: Mapping[str, Any], began: str) -> int:
     try:
         done = subprocess.run(
             [*spec["launcher"], sys.executable, *spec["command"]],
-            cwd=spec["directory"],
             # With this process, or it would write on while the same step runs again.
             preexec_fn=functools.partial(end_with_parent, signal.SIGKILL),
         )

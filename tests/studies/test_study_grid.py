@@ -355,6 +355,15 @@ def test_a_step_that_does_not_write_its_outputs_has_failed(toy: Toy) -> None:
     )
 
 
+def test_a_step_may_run_a_script_that_another_has_written(toy: Toy) -> None:
+    script = "import sys; open(sys.argv[1], 'w')"
+    write = f"import pathlib, sys; pathlib.Path(sys.argv[1] + '.py').write_text({script!r})"
+    steps = {"write": {"command": ["-c", write, "{output}"]}, "use": {"command": ["{write}.py", "{output}"]}}
+    toy.write({"title": "T", "factors": {"seed": [0]}, "steps": steps})
+    toy.run()
+    assert len(toy.records()) == 2
+
+
 def test_the_time_of_a_stopped_attempt_counts(toy: Toy) -> None:
     content = toy.content()
     content["factors"] |= {"pre": {"plain": {"value": "p"}}, "sft": {"short": {"value": "s"}}, "seed": [0]}
