@@ -233,10 +233,10 @@ def measured(command: Sequence[str], output: Path, place: str | None) -> dict[st
         name, _, keys = place.partition(":")
         return {"tokens": number_at(read_json(output / name), keys, output / name)}
     if (ledgers := output / ".work/ledger").is_dir():
-        total = ThinkingStatistics()
+        written = ThinkingStatistics()
         for entry in latest_entries(ledgers):
-            total.merge(entry.statistics)
-        return {"tokens": total.thinking_tokens.total, "prompt_tokens": total.prompt_tokens, "generated": True}
+            written.merge(entry.statistics)
+        return {"tokens": written.thinking_tokens.total, "prompt_tokens": written.prompt_tokens, "generated": True}
     if (training := _training(command)) is None:
         return {}
     folders = [word.partition("=")[2] for word in training[1] if word.startswith("--run.output_dir=")]

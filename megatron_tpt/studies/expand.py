@@ -278,7 +278,7 @@ class _Expansion:
     def _make(self, step: str, levels: Levels) -> Node:
         config, where = self.config.steps[step], f"steps.{step}"
         text = _Text(self, where, levels)
-        every = []
+        every: list[_Text] = []
         if config.over:
             every = [_Text(self, where, one) for one in combinations(self.config, config.over, levels)]
         words, rows = _words(config, text, every)
@@ -338,7 +338,8 @@ def _words(config: StepConfig, text: _Text, every: Sequence[_Text]) -> tuple[lis
         return [each for word in config.command for each in text.words(word)], []
     columns: list[tuple[bool, list[list[str]]]] = []
     for word in config.command:
-        found, mentions = [], False
+        found: list[list[str]] = []
+        mentions = False
         for one in every:
             before, one.factors = one.factors, {}
             found.append(one.words(word))

@@ -158,6 +158,8 @@ class StudyConfig:
         for name in (*self.factors, *self.steps):
             if not re.fullmatch(NAME, name) or name == "output":
                 raise UserError(f"{name}: a name of a factor or step has letters, digits, - and _, and is not output")
+            if name in ("True", "False"):
+                raise UserError(f"{name}: YAML reads on, off, yes and no as truth values: write the name in quotes")
         if both := sorted(set(self.factors) & set(self.steps)):
             raise UserError(f"{both[0]}: is a factor and a step; rename one, as {{{both[0]}}} must mean one of them")
         if not self.steps:

@@ -126,6 +126,7 @@ RESULT = {"metrics": {"m": "m"}}
     [
         ({"a": [1]}, {"a": {"command": ["x"]}}, {}, "a: is a factor and a step"),
         ({"output": [1]}, {"a": {"command": ["x"]}}, {}, "output: a name of a factor"),
+        ({True: [1]}, {"a": {"command": ["x"]}}, {}, "True: YAML reads on, off, yes and no as truth values"),
         ({"value": [1]}, {"a": {"command": ["x"]}}, {}, "value: is a column of the report"),
         ({"a": [1]}, {"s": {"command": ["x"], "results": RESULT | {"factors": ["n"]}}}, {}, "n: is a column"),
         ({"a": [1]}, {"s": {"command": ["x"]}, "t": {"command": ["{s}"], "inputs": ["{s}/x"]}}, {},
