@@ -52,6 +52,12 @@ class Toy:
             },
         }
 
+    def small(self) -> dict[str, Any]:
+        """The study with one pretraining arm and one seed: a step, and the two that need it."""
+        content = self.content()
+        content["factors"] |= {"pre": {"plain": {"value": "p"}}, "seed": [0]}
+        return content
+
     def write(self, content: dict[str, Any] | None = None) -> Path:
         path = self.folder / "study.yaml"
         path.write_text(yaml.safe_dump(self.content() if content is None else content, sort_keys=False))
