@@ -24,9 +24,9 @@ from megatron_tpt.json_data import read_object
 from megatron_tpt.names import first_few
 from megatron_tpt.processes import end_with_parent
 from megatron_tpt.studies.code_version import code_of
-from megatron_tpt.studies.costs import measured
 from megatron_tpt.studies.expand import Node, fingerprint
 from megatron_tpt.studies.folders import DONE, SPEC, differing, is_done, outputs
+from megatron_tpt.studies.measured import measured
 
 logger = logging.getLogger(__name__)
 

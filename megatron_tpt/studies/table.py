@@ -9,9 +9,10 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_checksum
 from megatron_tpt.json_data import read_json
 from megatron_tpt.names import first_few
-from megatron_tpt.studies.costs import Spent, cost_of_result, costs, number_at, value_at
+from megatron_tpt.studies.costs import Spent, cost_of_result, costs
 from megatron_tpt.studies.expand import Graph, Node, Wanted
 from megatron_tpt.studies.folders import is_done
+from megatron_tpt.studies.measured import number_at, value_at
 from megatron_tpt.studies.study import Results
 
 

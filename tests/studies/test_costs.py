@@ -19,11 +19,11 @@ from megatron_tpt.studies.costs import (
     cost_of_result,
     costs,
     longest_chain,
-    measured,
     total,
 )
 from megatron_tpt.studies.expand import Graph, expand
 from megatron_tpt.studies.folders import DONE, SPEC, place
+from megatron_tpt.studies.measured import measured
 from megatron_tpt.studies.study import load_study
 from megatron_tpt.thinking.ledger import Entry, Ledger
 from megatron_tpt.thinking.statistics import ThinkingStatistics
