@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,27 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
 TWO = ScaleOptions(num_workers=2)
 
 
-def test_shared_steps_run_once_and_a_changed_setting_runs_exactly_what_needs_it(toy: Toy) -> None:
-    toy.run(scale=TWO)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a study that has run once."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOY_FOLDER", str(folder))
+        toy = Toy(folder)
+        toy.write()
+        toy.run(scale=TWO)
+        yield folder
+
+
+@pytest.fixture
+def run_toy(toy: Toy, finished: Path) -> Toy:
+    """A copy of the study that has run once, with a note for every step that did."""
+    shutil.copytree(finished, toy.folder, dirs_exist_ok=True)
+    return toy
+
+
+def test_shared_steps_run_once_and_a_changed_setting_runs_exactly_what_needs_it(run_toy: Toy) -> None:
+    toy = run_toy
     assert toy.new_starts() == EVERY_STEP and len(toy.values()) == 8
     first = toy.values()
     toy.run(scale=TWO)
@@ -51,17 +71,14 @@ def test_shared_steps_run_once_and_a_changed_setting_runs_exactly_what_needs_it(
     assert toy.new_starts() == Counter() and toy.values() == first
 
 
-def test_more_levels_run_only_what_is_new(toy: Toy) -> None:
-    content = toy.content()
-    content["factors"]["seed"] = [0]
-    content["factors"]["pre"].pop("plain")
-    toy.write(content)
-    toy.run(scale=TWO)
-    toy.new_starts()
+def test_more_levels_run_only_what_is_new(run_toy: Toy) -> None:
+    run_toy.new_starts()
+    content = run_toy.content()
     content["factors"]["sft"]["none"] = {"value": "n"}
-    toy.write(content)
-    toy.run(scale=TWO)
-    assert toy.new_starts() == Counter({"tune:n": 1})
+    content["exclude"] = [{"sft": "none", "seed": 1}]
+    run_toy.write(content)
+    run_toy.run(scale=TWO)
+    assert run_toy.new_starts() == Counter({"tune:n": 2}) and len(run_toy.values()) == 10
 
 
 @pytest.mark.slow(minutes=0.4)
@@ -150,11 +167,8 @@ def test_on_slurm_a_step_that_stops_before_its_time_limit_is_resumed_and_what_ne
     assert attempts == {"train": 2, "test": 1}
 
 
-def test_the_report_is_made_again_from_the_folders_with_the_same_figures(toy: Toy) -> None:
-    content = toy.content()
-    content["report"] = {"chance": {"score": 0.5}}
-    toy.write(content)
-    toy.run(scale=TWO)
+def test_the_report_is_made_again_from_the_folders_with_the_same_figures(run_toy: Toy) -> None:
+    toy = run_toy
     folder = toy.output / "report"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {"report.md", "report.html", "results.csv", "score-tokens.png", "score-FLOPs.png"} <= before.keys()
@@ -187,18 +201,18 @@ def test_a_dry_run_prints_the_graph_and_its_cost_and_starts_nothing(
 
 
 def test_a_budget_counts_generation_and_what_was_measured(toy: Toy) -> None:
-    content = toy.content()
+    content = toy.small()
     think = {
         "command": [str(STEP), "think", "{output}"],
         "cost": {"tokens": 500, "flops": "2 * 10 * tokens", "generated": True, "measured_tokens": "result.json:tokens"},
     }  # fmt: skip
     content["steps"] = {"think": think, **content["steps"]}
     content["steps"]["train"]["command"] += ["--from", "{think}"]
-    content["budget"] = {"tokens": 6000}
+    content["budget"] = {"tokens": 1800}
     toy.write(content)
-    with pytest.raises(UserError, match=r"budget.tokens: 6000, and the study takes 6100"):
+    with pytest.raises(UserError, match=r"budget.tokens: 1800, and the study takes 1900"):
         toy.run()
-    content["budget"] = {"tokens": 6100, "results": [{"tokens": 1700, "trained_tokens": 1200, "flops": 82000}]}
+    content["budget"] = {"tokens": 1900, "results": [{"tokens": 1700, "trained_tokens": 1200, "flops": 82000}]}
     toy.write(content)
     toy.run(dry_run=True)
     toy.run(scale=TWO)

@@ -50,6 +50,7 @@ class Toy:
                     "results": {"file": "result.json", "metrics": {"score": "score"}, "trials": {"score": "problems"}},
                 },
             },
+            "report": {"chance": {"score": 0.5}},
         }
 
     def small(self) -> dict[str, Any]:
