@@ -80,7 +80,9 @@ def calculate(text: str, **names: float | None) -> float:
         if not math.isfinite(result):
             raise ValueError("it is not finite")
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise UserError(f"{text!r} cannot be calculated ({error}); known names are {', '.join(names)}") from None
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        known = f"; known names are {', '.join(names)}" if names else ""
+        raise UserError(f"{text!r} cannot be calculated ({reason}){known}") from None
     return result
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tpt.config.convert import Converter
-from megatron_tpt.errors import Fault, StoppedEarly, UserError
+from megatron_tpt.errors import Fault, StoppedEarly, UserError, require
 from megatron_tpt.files import real_path
 from megatron_tpt.jobs import graph as jobs
 from megatron_tpt.jobs.lock import exclusive
@@ -46,6 +46,7 @@ _RESOURCES = (
 def run_study(options: StudyOptions) -> None:
     """Do what the options say. Raises UserError for mistakes in the study, and a Fault when steps have failed."""
     config, output = load_study(options.study), real_path(options.output)
+    require(output.is_dir() or not output.exists(), f"{options.output}: is a file; give a folder for the output")
     is_only_read = options.status or options.report
     try:
         graph = expand(config, inputs_of_last_run(output) if is_only_read else None)

@@ -59,6 +59,8 @@ def test_arithmetic_is_calculated_and_nothing_else() -> None:
     ):
         with pytest.raises(UserError, match="cannot be calculated"):
             calculate(text, tokens=None)
+    with pytest.raises(UserError, match=r"^'5 \*' cannot be calculated \(invalid syntax\)$"):
+        calculate("5 *")
 
 
 def test_what_is_not_known_stays_unknown() -> None:

@@ -401,6 +401,12 @@ def test_resources_of_a_step_are_those_of_a_job(toy: Toy) -> None:
         toy.run(dry_run=True)
 
 
+def test_a_file_in_the_place_of_the_output_folder_is_refused(toy: Toy) -> None:
+    toy.output.touch()
+    with pytest.raises(UserError, match=r"runs: is a file; give a folder"):
+        toy.run()
+
+
 @pytest.mark.slow
 def test_one_study_runs_once_at_a_time(toy: Toy) -> None:
     from megatron_tpt.jobs.lock import exclusive
