@@ -193,17 +193,38 @@ def _require_known(where: str, spent: float | None) -> float:
     return spent
 
 
-def _of_recipe(command: Sequence[str]) -> tuple[float | None, float | None]:
-    """Tokens and FLOPs of a training program that has not run; None for what is not known before its data is there."""
+def refused_recipes(graph: Graph) -> dict[str, str]:
+    """Name of a training step that has not run: why its recipe gives no cost. Mostly it would fail for that reason."""
+    found = {}
+    for node in graph.nodes.values():
+        if not done_record(node):
+            try:
+                _recipe_of(node.command())
+            except UserError as error:
+                found[node.name] = str(error)
+    return found
+
+
+def _recipe_of(command: Sequence[str]) -> Any:
+    """The recipe of a training program; None of another. Raises UserError for one that the program would refuse, but
+    the checkpoint to start from need not be there yet."""
     if (training := training_of(command)) is None:
-        return None, None
+        return None
     kind, words = training
     start = next((word for word in words if word.startswith("--training.init_from=")), "")
     if not Path(start.partition("=")[2]).exists():
         words = [word for word in words if word != start]
+    recipe, _ = load_recipe(kind, words)
+    return recipe
+
+
+def _of_recipe(command: Sequence[str]) -> tuple[float | None, float | None]:
+    """Tokens and FLOPs of a training program that has not run; None for what is not known before its data is there."""
     try:
-        recipe, _ = load_recipe(kind, words)
-    except UserError:  # the program will say it
+        recipe = _recipe_of(command)
+    except UserError:  # a dry run says it, and the program
+        recipe = None
+    if recipe is None:
         return None, None
     tokens = recipe.training.num_samples(recipe.training.num_steps) * recipe.training.sequence_length
     if recipe.model.vocab_size is None:

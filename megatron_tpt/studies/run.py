@@ -16,7 +16,7 @@ from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles
 from megatron_tpt.logs import print_result
 from megatron_tpt.names import first_few, shown
-from megatron_tpt.studies.costs import Spent, check_budget, costs, longest_chain, total
+from megatron_tpt.studies.costs import Spent, check_budget, costs, longest_chain, refused_recipes, total
 from megatron_tpt.studies.expand import Graph, expand
 from megatron_tpt.studies.folders import (
     LOGS,
@@ -63,6 +63,7 @@ def run_study(options: StudyOptions) -> None:
     resources = {name: _resources(options, name, step.scale) for name, step in config.steps.items()}
     if options.dry_run:
         _print_graph(graph)
+        _print_refused(graph)
         _print_code(graph, other, options)
     elif options.code == "ask" and other:
         raise UserError(f"{_describe_code(graph, other)}; --code rerun runs them again, --code keep keeps what was run")
@@ -139,6 +140,15 @@ def _print_code(graph: Graph, other: Mapping[str, Path], options: StudyOptions) 
     if other:
         meaning = {"ask": "refused without --code rerun or keep", "keep": "kept", "rerun": "run again"}[options.code]
         print_result(f"{_describe_code(graph, other)}: {meaning}")
+
+
+def _print_refused(graph: Graph) -> None:
+    """A line for each reason why recipes give no cost."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused_recipes(graph).items():
+        names.setdefault(reason, []).append(name)
+    for reason, own in names.items():
+        print_result(f"{shown(first_few(own, 1))}: its recipe gives no cost: {shown(reason)}")
 
 
 def _print_graph(graph: Graph) -> None:

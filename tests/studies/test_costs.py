@@ -19,6 +19,7 @@ from megatron_tpt.studies.costs import (
     cost_of_result,
     costs,
     longest_chain,
+    refused_recipes,
     total,
 )
 from megatron_tpt.studies.expand import Graph, expand
@@ -79,6 +80,19 @@ def test_a_training_step_costs_what_its_recipe_says(tmp_path: Path) -> None:
     assert found["train 10"] == Spent(1280.0, 0.0, 1280 * per_token, None)
     assert found["train 20"].tokens == 2560 and found["train 20"].flops == pytest.approx(2560 * per_token)
     assert found["import"] == Spent(0.0, 0.0, 0.0, None)
+
+
+def test_a_recipe_that_training_would_refuse_is_told_before_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = ["-m", "megatron_tpt.pretrain", str(tmp_path / "recipe.yaml"), "--{option}"]
+    graph = graph_of(
+        tmp_path,
+        {"option": ["training.num_stps=1", "training.num_steps=1"]},
+        {"import": {"command": ["-c", ""]}, "train": {"command": [*command, "--training.init_from={import}/later"]}},
+    )
+    [(name, reason)] = refused_recipes(graph).items()
+    assert name == "train training.num_stps=1" and "num_stps: unknown; did you mean num_steps?" in reason
+    assert [costs(graph)[key].tokens for key, node in graph.nodes.items() if node.step == "train"] == [None, 128]
 
 
 def test_the_vocabulary_of_data_that_is_not_there_is_not_guessed(tmp_path: Path) -> None:
