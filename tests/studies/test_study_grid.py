@@ -167,6 +167,21 @@ def test_on_slurm_a_step_that_stops_before_its_time_limit_is_resumed_and_what_ne
     assert attempts == {"train": 2, "test": 1}
 
 
+@pytest.mark.slow
+def test_on_slurm_srun_starts_as_many_processes_of_a_step_as_its_job_has_tasks(toy: Toy, cluster: Path) -> None:
+    program = (
+        "import os, pathlib, sys; place = pathlib.Path(sys.argv[1]); place.mkdir(exist_ok=True); "
+        "(place / os.environ['SLURM_PROCID']).touch()"
+    )
+    step = {
+        "command": ["-c", program, "{output}"], "launcher": ["srun"], "scale": {"sbatch_args": ["ntasks=2"]},
+        "outputs": ["0", "1"],
+    }  # fmt: skip
+    toy.write({"title": "T", "factors": {"seed": [0]}, "steps": {"train": step}})
+    toy.run(scale=ScaleOptions("slurm", cpus_per_task=1, wait=True))
+    assert [record["attempts"] for record in toy.records().values()] == [1]
+
+
 def test_the_report_is_made_again_from_the_folders_with_the_same_figures(run_toy: Toy) -> None:
     toy = run_toy
     folder = toy.output / "report"
