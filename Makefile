@@ -10,7 +10,7 @@ test-examples: TEST_PROCESSES ?= 2
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
+.PHONY: setup demo teacher study controls real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
   test-examples check gpu-rehearsal
 
 setup:
@@ -23,7 +23,10 @@ teacher: setup
 	$(PY) examples/demo/teacher.py --output runs/teacher
 
 study: setup
-	$(PY) tools/study.py examples/demo/study.yaml --output runs/study
+	$(PY) tools/study.py examples/demo/study.yaml --output runs/study --num-workers 2
+
+controls: setup
+	$(PY) tools/study.py examples/tpt_controls/study.yaml --output runs/controls --num-workers 2
 
 real-model: setup
 	examples/smollm2/run.sh $(DATA) runs/smollm2
@@ -36,8 +39,6 @@ recurrence-parent: setup
 
 recurrence-study: setup
 	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
-	$(PY) examples/recurrence_demo/report.py --results runs/recurrence-study/seed_*/report/results.json \
-	  --output runs/recurrence-study/report
 
 test: setup
 	$(PY) -m pytest -m "not slow and not example" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 """The report of the miniature, over one seed or several: accuracy by depth, by doors, and which claims hold.
 
-python examples/recurrence_demo/report.py --results runs/recurrence-study/seed_*/report/results.json --output FOLDER
+python examples/recurrence_demo/report.py --results RUN/report/results.json ... --output FOLDER
 
 Every sentence follows from the figures. Writes report.md, report.json and depth.png.
 """

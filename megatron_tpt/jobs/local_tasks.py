@@ -30,7 +30,7 @@ def run_local(
     if tasks:
         logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
     pool = _Pool(command, options.num_tasks, log_dir, tasks)
-    with _sigterm_as_exit(), contextlib.closing(pool.run(environments)) as ended_tasks:
+    with sigterm_as_exit(), contextlib.closing(pool.run(environments)) as ended_tasks:
         for result in ended_tasks:
             results[result.task] = result
             announce(result, options.num_tasks)
@@ -173,7 +173,7 @@ class _Pool:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Raise SystemExit on SIGTERM, so that tasks are ended in the same way as on Ctrl-C."""
     try:
         with terminations_raised():

@@ -69,6 +69,8 @@ class TaskResult:
     """The output of the task."""
     exit_code: int | None = None
     """As in a shell: 137 means killed by signal 9. None if the task did not end, or nothing recorded how it ended."""
+    job_id: str | None = None
+    """SLURM: the job of a submitted task."""
 
     def describe(self) -> str:
         """The state in words."""

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,15 @@ class _Element:
 
 
 def run_slurm(
-    command: Sequence[str], options: ScaleOptions, log_dir: Path, is_finished: Callable[[int], bool]
+    command: Sequence[str],
+    options: ScaleOptions,
+    log_dir: Path,
+    is_finished: Callable[[int], bool],
+    *,
+    is_quiet: bool = False,
 ) -> list[TaskResult]:
-    """Submit the tasks that are neither finished nor in the queue; returns all known results."""
+    """Submit the tasks that are neither finished nor in the queue; returns all known results. With `is_quiet` the
+    caller says which jobs these are."""
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH: submit from a machine of the SLURM cluster, or choose another executor")
     _require_one_line([*command, str(log_dir), *_sbatch_arguments(options, log_dir, "", "")])
@@ -64,14 +70,17 @@ def run_slurm(
         _check_same_job(command, options, log_dir, queued)
         missing = [task for task in unfinished if task not in queued]
         _tell_failures(missing, log_dir)
-        job_ids = list(_submit(command, options, log_dir, name, missing))
-    waiting_for = sorted({*job_ids, *(element.job_id for element in queued.values())}, key=int)
-    _tell_queue(list(queued.values()), missing, waiting_for, options, log_dir)
+        job_ids = {element.task: element.job_id for element in queued.values()}
+        for job_id, tasks in _submit(command, options, log_dir, name, missing):
+            job_ids |= dict.fromkeys(tasks, job_id)
+    waiting_for = sorted(set(job_ids.values()), key=int)
+    if not is_quiet:
+        _tell_queue(list(queued.values()), missing, waiting_for, options, log_dir)
     if options.wait and waiting_for:
         return _wait(name, unfinished, options, log_dir)
     unfinished_set = set(unfinished)
     return [
-        TaskResult(task, "submitted", TaskFiles(log_dir, task).log)
+        TaskResult(task, "submitted", TaskFiles(log_dir, task).log, job_id=job_ids.get(task))
         if task in unfinished_set
         else finished_before(task, log_dir)
         for task in range(options.num_tasks)
@@ -127,8 +136,8 @@ def _tell_failures(tasks: Sequence[int], log_dir: Path) -> None:
 
 def _submit(
     command: Sequence[str], options: ScaleOptions, log_dir: Path, name: str, tasks: Sequence[int]
-) -> Iterator[str]:
-    """Submit `tasks` in as few arrays as the cluster allows; yields their job ids."""
+) -> Iterator[tuple[str, list[int]]]:
+    """Submit `tasks` in as few arrays as the cluster allows; yields the job id of each and its tasks."""
     if not tasks:
         return
     array_size = options.max_array_size or _max_array_size()
@@ -139,7 +148,7 @@ def _submit(
             continue
         for index in indices:
             TaskFiles(log_dir, offset + index).exit_code.unlink(missing_ok=True)
-        arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", _ranges(indices))
+        arguments = _sbatch_arguments(options, log_dir, f"{name}+{offset}", ranges(indices))
         if previous is not None and options.num_workers is not None:
             arguments.append(f"--dependency=afterany:{previous}")  # num_workers limits each array separately
         script = log_dir / "slurm" / f"tasks_{offset:05d}.sh"
@@ -147,7 +156,7 @@ def _submit(
         with atomic_write(script) as temporary:
             temporary.write_text(_script(command, options, log_dir, offset, submission))
         previous = _slurm(submission).strip().partition(";")[0]
-        yield previous
+        yield previous, [offset + index for index in indices]
 
 
 def _script(command: Sequence[str], options: ScaleOptions, log_dir: Path, offset: int, submission: list[str]) -> str:
@@ -186,7 +195,7 @@ def _sbatch_arguments(options: ScaleOptions, log_dir: Path, name: str, indices: 
     ]
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges(indices: Sequence[int]) -> str:
     """Sorted indices as sbatch reads them: [0, 1, 2, 5] -> "0-2,5"."""
     parts: list[list[int]] = []
     for index in indices:
@@ -228,16 +237,27 @@ def _tell_queue(
         )
 
 
-def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path) -> list[TaskResult]:
-    """Wait until no task is queued, polling less and less often; returns a result for every task of the job."""
+def wait_for_jobs(job_ids: Collection[str]) -> None:
+    """Wait until none of these jobs of this user is in the queue."""
+    query = ["squeue", "--noheader", f"--user={os.getuid()}", "--format=%F"]
+    _poll_while(lambda: not set(_slurm(query).split()).isdisjoint(job_ids))
+
+
+def _poll_while(is_queued: Callable[[], bool]) -> None:
+    """Wait until no task is queued, polling less and less often."""
     interval_s = 0.5
     try:
-        while list(_queued(name)):
+        while is_queued():
             time.sleep(interval_s)
             interval_s = min(interval_s * 1.5, 30.0)
     except KeyboardInterrupt:
         logger.info("the tasks continue: the same command waits again, scancel ends them")
         raise
+
+
+def _wait(name: str, tasks: Sequence[int], options: ScaleOptions, log_dir: Path) -> list[TaskResult]:
+    """Wait until no task is queued; returns a result for every task of the job."""
+    _poll_while(lambda: any(_queued(name)))
     results = {task: _result(task, log_dir) for task in tasks}
     for result in results.values():
         announce(result, options.num_tasks)

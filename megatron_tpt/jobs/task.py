@@ -7,7 +7,8 @@ python -m megatron_tpt.jobs --log-dir LOGS --task 3 --num-tasks 16 -- COMMAND ..
 - Leaves no processes behind: on SIGTERM or SIGINT, or when the process that started this one has died (kill -9), the
   command and its children get SIGTERM, then SIGKILL 30 s later or at a second signal. Processes that the command leaves
   running when it ends are killed as well: an inference engine whose parent was killed would keep its GPU.
-- Under SLURM, SIGUSR1 means that the time limit is near: the command is stopped as above and the task requeued.
+- Under SLURM, SIGUSR1 means that the time limit is near: the command is stopped as above and the task requeued. So is
+  one that fails by itself within the last tenth of its time: a training run stops early to write its checkpoint.
 """
 
 import argparse
@@ -119,13 +120,20 @@ def _prepare_child() -> None:
 
 def _tell_slurm(code: int, stopped_by: signal.Signals | None, max_requeues: int) -> None:
     """Requeue this element of the array, or cancel the pending ones, if necessary."""
-    if stopped_by == signal.SIGUSR1:
+    if stopped_by == signal.SIGUSR1 or (stopped_by is None and code not in (0, 2) and _is_near_time_limit()):
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
             raise UserError(f"met the time limit {max_requeues + 1} times: raise time_limit, or max_requeues")
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     elif code == 2 and stopped_by is None:
         # Tasks that have not started yet would fail in the same way.
         subprocess.run(["scancel", "--state=PENDING", os.environ["SLURM_ARRAY_JOB_ID"]], check=True)
+
+
+def _is_near_time_limit() -> bool:
+    """Whether nine tenths of the time of this SLURM job are over. What fails for another reason fails again, and before
+    that."""
+    start, end = (float(os.environ.get(f"SLURM_JOB_{name}_TIME", "inf")) for name in ("START", "END"))
+    return end < float("inf") and time.time() >= start + 0.9 * (end - start)
 
 
 def _slurm_job() -> str:

@@ -1,6 +1,7 @@
-"""Studies: the arms of an experiment side by side, over several seeds, as a table and a picture.
+"""Studies: steps with every combination of the factors of an experiment, each run once, and the report over all.
 
-A study runs commands (study.py, commands.py), reads the points that they write (results.py) and reports means with
-intervals (report.py).
-May import jobs, config and the single modules: what it runs it knows by files alone.
+study.py reads the file, expand.py makes the graph, folders.py gives each step its folder, run.py runs what is missing
+(step.py is one step), table.py collects the figures, comparison.py compares them, pages.py reports.
+May import recipes, thinking and evaluation for costs and provenance, jobs, config and the single modules: what a study
+runs it knows by files alone. commands.py, results.py and report.py also serve the examples.
 """

@@ -75,8 +75,8 @@ def summarize(points: Iterable[Point]) -> list[Summary]:
 def difference(first: Sequence[Point], second: Sequence[Point]) -> tuple[float, float, float]:
     """Mean of second - first over the seeds that both have, with its 95 % interval: of two arms, a point per seed.
 
-    Several seeds: Student's t interval of the paired differences. One seed: that of two shares (R. G. Newcombe 1998,
-    method 10), as if the problems were not the same. Raises ValueError when no seed is in both.
+    Several seeds: Student's t interval of the paired differences. One seed: that of two shares, as if the problems were
+    not the same. Raises ValueError when no seed is in both.
     """
     of_first = {point.seed: point for point in first}
     pairs = [(of_first[point.seed], point) for point in second if point.seed in of_first]
@@ -88,10 +88,16 @@ def difference(first: Sequence[Point], second: Sequence[Point]) -> tuple[float, 
         half = _half_width(values)
         return mean, mean - half, mean + half
     one, other = pairs[0]
-    low_1, high_1 = wilson_interval(one.accuracy, one.num_problems)
-    low_2, high_2 = wilson_interval(other.accuracy, other.num_problems)
-    below = math.hypot(other.accuracy - low_2, high_1 - one.accuracy)
-    return mean, mean - below, mean + math.hypot(high_2 - other.accuracy, one.accuracy - low_1)
+    return mean, *newcombe_interval((one.accuracy, one.num_problems), (other.accuracy, other.num_problems))
+
+
+def newcombe_interval(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, float]:
+    """The 95 % interval of the difference second - first of two shares, each with its number of trials (R. G. Newcombe
+    1998, method 10)."""
+    (share_1, _), (share_2, _) = first, second
+    (low_1, high_1), (low_2, high_2) = wilson_interval(*first), wilson_interval(*second)
+    low = share_2 - share_1 - math.hypot(share_2 - low_2, high_1 - share_1)
+    return low, share_2 - share_1 + math.hypot(high_2 - share_2, share_1 - low_1)
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -1,6 +1,10 @@
-"""Run a command with several seeds, and report the arms side by side with their intervals.
+"""Run an experiment: steps with every combination of its factors, each once, and a report with intervals.
 
-python tools/study.py examples/demo/study.yaml --output runs/study
+python tools/study.py study.yaml --output runs/study --dry-run              # the steps, their tokens, FLOPs and hours
+python tools/study.py study.yaml --output runs/study --num-workers 2        # what is missing, then the report
+python tools/study.py study.yaml --output runs/study --executor slurm       # as jobs that wait for each other
+python tools/study.py study.yaml --output runs/study --status
+python tools/study.py study.yaml --output runs/study --report               # the report again, from the folders
 """
 
 from megatron_tpt.config.cli import parse, program
@@ -9,7 +13,7 @@ from megatron_tpt.studies.options import StudyOptions
 
 def main() -> None:
     options = parse(StudyOptions, description=__doc__)
-    from megatron_tpt.studies.study import run_study
+    from megatron_tpt.studies.run import run_study
 
     run_study(options)
 

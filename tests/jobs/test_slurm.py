@@ -6,7 +6,7 @@ import pytest
 from toy_runs import Toy, all_parts, wait_until
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.jobs.slurm_tasks import _ranges, _require_one_line
+from megatron_tpt.jobs.slurm_tasks import _require_one_line, ranges
 
 
 @pytest.fixture
@@ -158,4 +158,4 @@ def test_a_folder_with_a_percent_sign_gets_its_logs(tmp_path, cluster):
 
 
 def test_indices_are_written_as_ranges():
-    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
