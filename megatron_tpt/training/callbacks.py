@@ -45,8 +45,7 @@ class SaveCheckpoints(Callback):
         self.pending: CheckpointSaving | None = None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        interval = trainer.recipe.checkpoint.save_interval
-        is_due = trainer.is_over or trainer.save_requested or (interval > 0 and trainer.global_step % interval == 0)
+        is_due = self.is_due(trainer)
         trainer.save_requested = False
         if self.pending is not None:
             is_written = self.pending.is_written()
@@ -56,6 +55,13 @@ class SaveCheckpoints(Callback):
                 self._finish_pending(trainer)
         if is_due:
             self._save(trainer)
+
+    @staticmethod
+    def is_due(trainer: Trainer) -> bool:
+        """Whether there is a checkpoint after this step."""
+        interval = trainer.recipe.checkpoint.save_interval
+        is_regular = interval > 0 and trainer.global_step % interval == 0
+        return trainer.is_over or trainer.save_requested or is_regular
 
     def after_training(self, trainer: Trainer) -> None:
         if self.pending is not None:
@@ -67,12 +73,12 @@ class SaveCheckpoints(Callback):
 
     def _finish_pending(self, trainer: Trainer) -> None:
         assert self.pending is not None
-        with _save_errors_warned(), _patient(trainer):
+        with _save_errors_warned(), patient(trainer):
             self._finish(trainer, self.pending)
         self.pending = None
 
     def _save(self, trainer: Trainer) -> None:
-        with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), _patient(trainer):
+        with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), patient(trainer):
             saving = trainer.start_saving()
             if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
                 saving.write_in_background()
@@ -97,8 +103,8 @@ def _save_errors_warned() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _patient(trainer: Trainer) -> Iterator[None]:
-    """Raise the timeout of collectives while saving: ranks with little to write wait for the other ranks."""
+def patient(trainer: Trainer) -> Iterator[None]:
+    """Raise the timeout of collectives while saving or sampling: ranks with little to do wait for the other ranks."""
     run = trainer.recipe.run
     platform.set_timeout(run.first_step_timeout_s)
     try:

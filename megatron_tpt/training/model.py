@@ -4,13 +4,14 @@ A `Model` only runs forward, such as a frozen reference; a `TrainedModel` has an
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.objectives.objective import MicroBatch, Objective
+from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
+from megatron_tpt.objectives.vocab_parallel import token_statistics
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.optimizer import current_learning_rate
 from megatron_tpt.training.steps import Report, broadcast_from_last_stage, compute_sums, run_microbatches
@@ -57,20 +58,43 @@ class Model:
     def log_probabilities(self, batch: Batch) -> torch.Tensor:
         """Log-probability of every label given the tokens before it, in nats: fp32 [num_samples, s], in the order of
         the samples of this rank's batch, on all tensor- and pipeline-parallel ranks. All ranks call it."""
+        return self.predictions(batch, "token_losses", lambda labels, losses: -losses)[0]
+
+    def token_statistics(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probability of every label, and entropy of the distribution that it is drawn from at a temperature, in
+        nats: fp32 [2, num_samples, s], under the terms of `log_probabilities`."""
+
+        def statistics(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            found = token_statistics(logits / temperature, labels.view(logits.shape[:-1]))
+            return torch.stack([found.log_probabilities, found.entropies])
+
+        return self.predictions(batch, "logits", statistics, num_values=2)
+
+    def predictions(
+        self,
+        batch: Batch,
+        needs: Needs,
+        compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        num_values: int = 1,
+    ) -> torch.Tensor:
+        """What `compute` makes of every label: fp32 [num_values, num_samples, s], under the terms of
+        `log_probabilities`. It is given labels [b, s] and outputs of the model, and returns a value for each label, or
+        `num_values` of them along a new first dimension."""
         if parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("log-probabilities are not supported with parallel.context_parallel_size > 1: set it to 1")
+
+        def keep(microbatch: MicroBatch, outputs: torch.Tensor) -> Report:
+            labels = microbatch["labels"]
+            kept = compute(labels, outputs).float().reshape(num_values, *labels.shape)
+            return kept.sum(), torch.ones((), dtype=torch.int, device=kept.device), kept
+
         with self.evaluating():
-            parts = run_microbatches(self.chunks, batch, "token_losses", _keep_log_probabilities, forward_only=True)
+            parts = run_microbatches(self.chunks, batch, needs, keep, forward_only=True)
         samples, length = next(iter(batch))["labels"].shape
-        values = torch.empty(len(batch) * samples, length, device=platform.device())
+        values = torch.empty(num_values, len(batch) * samples, length, device=platform.device())
         if parts:
-            values = torch.cat(parts)
+            values = torch.cat(parts, dim=1)
         return broadcast_from_last_stage(values)
-
-
-def _keep_log_probabilities(batch: MicroBatch, losses: torch.Tensor) -> Report:
-    kept = -losses.float().view_as(batch["labels"])
-    return kept.sum(), torch.ones((), dtype=torch.int, device=kept.device), kept
 
 
 class TrainedModel(Model):
