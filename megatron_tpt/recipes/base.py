@@ -23,7 +23,7 @@ from megatron_tpt.training.resume import DataIdentity
 
 if TYPE_CHECKING:  # these import torch
     from megatron_tpt.training.data import TrainingData
-    from megatron_tpt.training.trainer import Callback
+    from megatron_tpt.training.trainer import Callback, Trainer
 
 NO_DATA = "data.train is empty: give the training data"
 """TrainingData.identity."""
@@ -73,6 +73,14 @@ class TrainingRecipe(Recipe, abc.ABC):
     @abc.abstractmethod
     def build_data(self) -> "TrainingData":
         """Open the data. Needs process groups."""
+
+    def train(self) -> "Trainer":
+        """Train until the last step. Returns the trainer. Needs process groups."""
+        from megatron_tpt.training.builder import build_trainer
+
+        trainer = build_trainer(self, self.build_data(), self.build_callbacks())
+        trainer.fit()
+        return trainer
 
     @abc.abstractmethod
     def next_steps(self, num_tokens: int) -> str:

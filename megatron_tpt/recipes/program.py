@@ -29,11 +29,9 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
         return
 
     from megatron_tpt.platform import is_first_rank
-    from megatron_tpt.training.builder import build_trainer
 
     with distributed(recipe, before=kind.prepare_data):
-        trainer = build_trainer(recipe, recipe.build_data(), recipe.build_callbacks())
-        trainer.fit()
+        trainer = recipe.train()
         if is_first_rank():
             print_result(recipe.next_steps(trainer.tokens))
 

@@ -15,18 +15,15 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_tpt.config.rl import Algorithm, FirstReward
 from megatron_tpt.errors import require
-from megatron_tpt.rl.advantages import Advantages, Algorithm, gae, group_statistics, returns_to_go, whiten
+from megatron_tpt.rl.advantages import Advantages, gae, group_statistics, returns_to_go, whiten
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
-
-FirstReward = Literal["score", "gain"]
-"""The first segment's reward: the score after it, S_1, as in the paper, or its gain over no thinking, S_1 - S_0.
-Thinking that does not help has a score of 1 - tanh(1) = 0.24, which "score" gives to every rollout."""
 
 _SEPARATOR = re.compile(r"(?:[.?]\n|\n\n)\s*")
 
