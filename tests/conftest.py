@@ -29,15 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
-    if config.option.markexpr == "slow":
-        items.sort(key=_minutes_of_files(items), reverse=True)
+    if config.option.markexpr in ("slow", "example"):
+        items.sort(key=_minutes_of_files(items, config.option.markexpr), reverse=True)
 
 
-def _minutes_of_files(items: list[pytest.Item]) -> Callable[[pytest.Item], float]:
+def _minutes_of_files(items: list[pytest.Item], mark_name: str) -> Callable[[pytest.Item], float]:
     """Give the order in which files start that run at once: with the longest last, one process would end alone."""
     minutes: dict[Path, float] = defaultdict(float)
     for item in items:
-        if mark := item.get_closest_marker("slow"):
+        if mark := item.get_closest_marker(mark_name):
             minutes[item.path] += mark.kwargs.get("minutes", 0.2)
     return lambda item: minutes[item.path]
 

@@ -190,7 +190,7 @@ def _write_what_a_reader_has(folder: Path) -> None:
         (folder / name).write_text(content)
 
 
-@pytest.mark.slow(minutes=12)
+@pytest.mark.example(minutes=12)
 @pytest.mark.timeout(2400)
 def test_the_commands_run_one_after_another_as_shown(tmp_path: Path) -> None:
     _write_what_a_reader_has(tmp_path)

@@ -23,7 +23,7 @@ def _commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.slow(minutes=2)
+@pytest.mark.example(minutes=2)
 def test_every_command_of_the_tutorial_works_as_typed(tmp_path: Path) -> None:
     for name in ("tools", "examples", "megatron_tpt"):
         (tmp_path / name).symlink_to(REPOSITORY / name)

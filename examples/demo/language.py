@@ -23,7 +23,7 @@ from pathlib import Path
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.records import write_json_lines
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 LEGS = "abcdef"
@@ -120,13 +120,17 @@ def write_language(options: LanguageOptions) -> None:
     # The problems come first: they stay the same when the corpus grows.
     problems = list(itertools.islice(parcels, options.num_problems))
     examples = list(itertools.islice(parcels, options.num_sft))
-    write_rows(options.output / "problems.jsonl", ({"prompt": p.question, "answer": p.stops[-1]} for p in problems))
-    write_rows(
+    write_json_lines(
+        options.output / "problems.jsonl", ({"prompt": p.question, "answer": p.stops[-1]} for p in problems)
+    )
+    write_json_lines(
         options.output / "sft.jsonl",
         ({"prompt": p.question, "response": f"<think>\n{p.thinking}\n</think>\n{p.answer}"} for p in examples),
     )
-    write_rows(options.output / "sft_direct.jsonl", ({"prompt": p.question, "response": p.answer} for p in examples))
-    write_rows(options.output / "documents.jsonl", ({"text": p.document} for p in parcels))
+    write_json_lines(
+        options.output / "sft_direct.jsonl", ({"prompt": p.question, "response": p.answer} for p in examples)
+    )
+    write_json_lines(options.output / "documents.jsonl", ({"text": p.document} for p in parcels))
     check_disjoint(
         {
             "problems": (row["prompt"] for row in read_rows(options.output / "problems.jsonl")),
@@ -140,12 +144,6 @@ def read_rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of one of the files."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Write rows as JSON lines."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

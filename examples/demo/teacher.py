@@ -10,13 +10,13 @@ one that was made by this script.
 from dataclasses import dataclass
 from pathlib import Path
 
-from language import TEACHERS_PARCELS, Parcel, sample_parcels, write_rows
+from language import TEACHERS_PARCELS, Parcel, sample_parcels
 from tokenizer import make_tokenizer
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
-from megatron_tpt.records import read_records
+from megatron_tpt.records import read_records, write_json_lines
 from megatron_tpt.studies.commands import Commands
 from megatron_tpt.thinking.prompts import EXPERT
 
@@ -55,8 +55,8 @@ def train_teacher(options: TeacherOptions) -> None:
     checks, examples = parcels[: options.num_checks], parcels[options.num_checks :]
     num_tokens = make_tokenizer(output / "tokenizer", [prompt(p) + response(p) for p in examples[:1000]])
     commands.say(f"tokenizer: {num_tokens} tokens")
-    write_rows(output / "train.jsonl", ({"prompt": prompt(p), "response": response(p)} for p in examples))
-    write_rows(output / "checks.jsonl", ({"text": p.document} for p in checks))
+    write_json_lines(output / "train.jsonl", ({"prompt": prompt(p), "response": response(p)} for p in examples))
+    write_json_lines(output / "checks.jsonl", ({"text": p.document} for p in checks))
     commands.python(
         "train",
         "-m", "megatron_tpt.finetune", HERE / "teacher.yaml", f"--run.output_dir={output / 'run'}",

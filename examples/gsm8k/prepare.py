@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.records import write_json_lines
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,11 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
         yield from map(json.loads, file)
 
 
-def write(path: Path, objects: Iterator[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(content, ensure_ascii=False) + "\n" for content in objects)
-
-
 def main() -> None:
     options = parse(PrepareOptions, description=__doc__)
     train = list(rows(options.data / "gsm8k_train.jsonl"))
-    write(options.output / "plain.jsonl", iter(train[options.num_augmented :]))
-    write(
+    write_json_lines(options.output / "plain.jsonl", train[options.num_augmented :])
+    write_json_lines(
         options.output / "sft.jsonl",
         ({"prompt": f"{row['question']}\n", "response": row["answer"]} for row in train),
     )

@@ -64,7 +64,7 @@ class Arm:
         return f"{self.name}, r = {depth}" if self.is_recurrent else self.name
 
     def settings(self, num_steps: int) -> list[str]:
-        """Its part of the command line, when it is trained for so many steps."""
+        """Its part of the command line, when it is trained for `num_steps` steps."""
         settings = [f"--optimizer.decay_steps={num_steps}", f"--optimizer.wsd_decay_steps={round(DECAY * num_steps)}"]
         if self.is_recurrent:
             settings += [f"--model.mean_recurrences={MEAN_DEPTH}", f"--model.backprop_recurrences={MEAN_DEPTH}"]
@@ -125,6 +125,6 @@ def measured_costs(run_folder: Path) -> dict[str, int | float]:
 
 
 def _flops(recipe: FinetuneRecipe, passes: Mapping[str, float]) -> float:
-    """Of a step in which every token makes so many passes."""
+    """Of a step in which every token makes `passes` passes."""
     num_tokens = recipe.training.global_batch_size * recipe.training.sequence_length
     return num_tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)

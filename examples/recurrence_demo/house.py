@@ -32,7 +32,7 @@ from typing import Any
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.fields import PositiveInt
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import atomic_write
+from megatron_tpt.records import write_json_lines
 
 ROOMS = ("hall", "kitchen", "cellar", "study", "attic")
 DOORS = {
@@ -50,7 +50,7 @@ LENGTHS = (3, 4, 5, 6)
 ROW_TOKENS = 60
 """Tokens of a conversation at most: training.sequence_length of the recipes."""
 HELD_OUT = 5
-"""One in so many walks of these lengths is held out."""
+"""One in five walks of these lengths is held out."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class HouseOptions:
 
 
 def all_walks(num_doors: int) -> Iterator[Walk]:
-    """Every walk through so many doors."""
+    """Every walk through `num_doors` doors."""
     for start, doors in itertools.product(range(len(ROOMS)), itertools.product(DOORS, repeat=num_doors)):
         yield Walk(start, doors)
 
@@ -155,12 +155,12 @@ def draw_problems(num_problems: int, draw: random.Random) -> list[Walk]:
 def write_house(options: HouseOptions) -> None:
     """Write all files, read them back, and check that no problem is among the training data."""
     folder, draw = options.output, random.Random(options.seed)
-    write_rows(folder / "problems.jsonl", (walk.problem for walk in draw_problems(options.num_problems, draw)))
-    write_rows(folder / "short.jsonl", (walk.problem for walk in atoms()))
+    write_json_lines(folder / "problems.jsonl", (walk.problem for walk in draw_problems(options.num_problems, draw)))
+    write_json_lines(folder / "short.jsonl", (walk.problem for walk in atoms()))
     training = {folder / "atoms.jsonl": ATOMS[-1]} | {folder / f"train_{longest}.jsonl": longest for longest in LENGTHS}
     for path, longest in training.items():
         num_rows = options.num_rows * (6 if longest == LENGTHS[-1] else 1)
-        write_rows(path, conversations(draw_training(longest, draw), num_rows))
+        write_json_lines(path, conversations(draw_training(longest, draw), num_rows))
     check_disjoint(folder / "problems.jsonl", training)
 
 
@@ -180,12 +180,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of one of the files."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python examples/smollm2/prepare.py --data DATA_DIR --output FILE --limit 600
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.fields import PositiveInt
 from megatron_tpt.errors import UserError
-from megatron_tpt.records import json_lines
+from megatron_tpt.records import write_json_lines
 
 PROMPT = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 """As the benchmark gsm8k asks."""
@@ -31,7 +32,7 @@ class PrepareOptions:
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    """A conversation; the calculator's marks of the data set are left out."""
+    """A conversation; the calculator's marks of the data set are omitted."""
     steps, _, number = _CALCULATOR.sub("", answer).rpartition("####")
     turns = {
         "user": PROMPT.replace("{question}", question),
@@ -45,10 +46,9 @@ def main() -> None:
     path = options.data / "gsm8k_train.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that holds GSM8K as JSONL")
-    with path.open(encoding="utf-8") as file, json_lines(options.output) as add:
-        for _, line in zip(range(options.limit), file, strict=False):
-            row = json.loads(line)
-            add(json.dumps(chat(row["question"], row["answer"])).encode())
+    with path.open(encoding="utf-8") as file:
+        rows = map(json.loads, itertools.islice(file, options.limit))
+        write_json_lines(options.output, (chat(row["question"], row["answer"]) for row in rows))
 
 
 if __name__ == "__main__":

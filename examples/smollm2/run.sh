@@ -14,9 +14,10 @@ data=$(realpath "$1") output=$(realpath -m "$2")
 cd "$(dirname "$0")/../.."
 num_thoughts=${NUM_THOUGHTS:-48} num_chats=${NUM_CHATS:-600} num_problems=${NUM_PROBLEMS:-100}
 num_mid_steps=${NUM_MID_STEPS:-12} num_tuning_steps=${NUM_TUNING_STEPS:-30}
-python=.venv/bin/python torchrun="$python -m torch.distributed.run --nproc-per-node 2"
+python=.venv/bin/python torchrun="$python -m torch.distributed.run"
 example=examples/smollm2
 mkdir -p "$output"
+unset OMP_NUM_THREADS  # make sets it to one; engines take a thread for each core
 
 say() { printf '\n$ %s\n' "$*"; "$@"; }
 # What a stage took, for the table; a stage that was done before keeps its time.
@@ -30,32 +31,35 @@ timed() {
 [ -d "$output/model" ] || timed fetch $example/fetch.sh "$output"
 [ -d "$output/imported" ] || timed import $python tools/import_hf.py --model "$output/model" --output "$output/imported"
 
-OMP_NUM_THREADS=2 timed evaluate-before $python tools/evaluate.py --model "$output/model" --benchmark gsm8k \
-  --data-dir "$data" --limit $num_problems --temperature 0 --max-new-tokens 320 --dtype float32 --output "$output/before"
+timed evaluate-before $python tools/evaluate.py --model "$output/model" --benchmark gsm8k --data-dir "$data" \
+  --limit $num_problems --temperature 0 --max-new-tokens 320 --output "$output/before"
 
 # The model thinks about the questions itself, through its chat template; its filters stay on.
-OMP_NUM_THREADS=2 timed think $python tools/augment.py --input "$data/gsm8k_train.jsonl" --text-column question,answer \
-  --limit $num_thoughts --model "$output/model" --dtype float32 --max-document-tokens 640 --max-new-tokens 256 \
-  --output "$output/thought"
+timed think $python tools/augment.py --input "$data/gsm8k_train.jsonl" --text-column question,answer \
+  --limit $num_thoughts --model "$output/model" --max-document-tokens 640 --max-new-tokens 256 --output "$output/thought"
 timed index $python tools/index.py --input "$output/thought" --tokenizer "$output/model" --output "$output/index/thought"
 say $python tools/inspect_index.py "$output/index/thought" --verify
 
-for layout in tensor pipeline; do
-  timed mid-$layout env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.pretrain $example/midtrain.yaml \
-    --run.output_dir="$output/mid-$layout" --training.init_from="$output/imported" --training.num_steps=$num_mid_steps \
-    --data.train="[$output/index/thought]" --parallel.${layout}_parallel_size=2
+# 9 heads, and 3 of keys and values, are divisible by 3, not by 2; so are 49,152 rows in multiples of 384, as in those
+# of 128.
+for layout in "tensor 3" "pipeline 2"; do
+  read -r kind size <<< "$layout"
+  timed mid-$kind env OMP_NUM_THREADS=1 $torchrun --nproc-per-node $size -m megatron_tpt.pretrain \
+    $example/midtrain.yaml --run.output_dir="$output/mid-$kind" --training.init_from="$output/imported" \
+    --training.num_steps=$num_mid_steps --data.train="[$output/index/thought]" --model.vocab_padding_multiple=384 \
+    --parallel.${kind}_parallel_size=$size
 done
 
 timed chats $python $example/prepare.py --data "$data" --limit $num_chats --output "$output/chats.jsonl"
 [ -f "$output/chats.bin" ] || timed pack $python tools/pack_sft.py --input "$output/chats.jsonl" \
   --tokenizer "$output/model" --sequence-length 512 --output "$output/chats"
-timed finetune env OMP_NUM_THREADS=1 $torchrun -m megatron_tpt.finetune $example/finetune.yaml \
+timed finetune env OMP_NUM_THREADS=1 $torchrun --nproc-per-node 2 -m megatron_tpt.finetune $example/finetune.yaml \
   --run.output_dir="$output/finetune" --training.init_from="$output/mid-tensor/checkpoints/latest" \
   --training.num_steps=$num_tuning_steps \
   --data.train="[$output/chats]"
 [ -d "$output/tuned" ] || timed export $python tools/export_hf.py --checkpoint "$output/finetune/checkpoints/latest" \
   --output "$output/tuned"
 
-OMP_NUM_THREADS=2 timed evaluate-after $python tools/evaluate.py --model "$output/tuned" --benchmark gsm8k \
-  --data-dir "$data" --limit $num_problems --temperature 0 --max-new-tokens 320 --dtype float32 --output "$output/after"
+timed evaluate-after $python tools/evaluate.py --model "$output/tuned" --benchmark gsm8k --data-dir "$data" \
+  --limit $num_problems --temperature 0 --max-new-tokens 320 --output "$output/after"
 say $python $example/report.py --output "$output"

@@ -24,7 +24,7 @@ class Arm:
 
 
 def label(model: str, recurrences: int | None) -> str:
-    """What a model with so many iterations is called in reports."""
+    """What a model at a depth is called in reports."""
     return model if recurrences is None else f"{model}, r = {recurrences}"
 
 

@@ -5,6 +5,7 @@ model is loaded. A request that fails is noted, and the others continue.
 """
 
 import collections
+import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,7 @@ class Evaluation:
             requests.append(request._replace(context=own if own == [prefix_id(self.tokenizer)] else [*begin, *own]))
         return requests
 
+    @functools.cached_property
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest prompt, and of what comes after it."""
         if self.is_scored:
@@ -142,7 +144,7 @@ def check_contexts(evaluations: Sequence[Evaluation]) -> int:
     """The context that the longest prompt and answer need. Raises UserError where a model has less."""
     needed = 0
     for evaluation in evaluations:
-        prompt, new = evaluation.longest()
+        prompt, new = evaluation.longest
         if evaluation.options.engine != "endpoint":  # what a server offers is known when it answers
             try:
                 check_context(evaluation.arm.model, prompt, new)
@@ -168,6 +170,9 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
                 f"{arm.model}: the engine's context is {engine.max_model_len} tokens, but the longest prompt and its "
                 f"answer need {context}; lower --max-new-tokens, or for documents --document-window"
             )
+        for evaluation, own in zip(evaluations, missing, strict=True):
+            if own:
+                evaluation.store.note_dtype(engine.dtype)
         _Asker(engine, evaluations, missing, task).run()
 
 

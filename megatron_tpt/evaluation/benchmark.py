@@ -6,12 +6,12 @@ counts for all of them. Light to import: the help of the command line needs noth
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tpt.config.convert import did_you_mean
-from megatron_tpt.config.fields import PositiveInt, check_bounds
+from megatron_tpt.config.fields import PositiveFloat, PositiveInt, check_bounds
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.generation import Sampling, Temperature, TopP
@@ -20,8 +20,8 @@ from megatron_tpt.grading import AnswerKind, Reading, Rules
 FOLDER = Path(__file__).parent / "benchmarks"
 """The benchmarks and suites of this package."""
 GRADING = frozenset(
-    {"answer_column", "answer_template", "code_prefix_column", "answer_type", "answer_pattern", "answer_position",
-     "allow_unsandboxed_code", "paper", "note"}
+    {"answer_column", "answer_columns", "answer_template", "code_prefix_column", "answer_type", "answer_pattern",
+     "answer_position", "allow_unsandboxed_code", "code_time_limit_s", "paper", "note"}
 )  # fmt: skip
 """What decides only how outputs are graded and shown: it may change when outputs are graded again."""
 
@@ -47,6 +47,9 @@ class Benchmark:
     """The column with the problem. `choices.text` is the field `text` of the column `choices`."""
     answer_column: str = "answer"
     """The column with the reference answer: text, a number, true or false, or a list. For code: its tests."""
+    answer_columns: str | None = None
+    """Several columns, with commas between them, that are the reference together, as for --answer-type instructions.
+    """
     answer_template: str | None = None
     """Build the reference from columns, like the prompt: "{test}\\ncheck({entry_point})"."""
     choices_column: str | None = None
@@ -108,12 +111,13 @@ class Benchmark:
     normalize_by: Literal["nothing", "characters"] = "nothing"
     """With log-likelihood: divide that of an option by its number of characters."""
     document_window: PositiveInt | None = None
-    """With perplexity: longer documents are scored in windows of so many tokens; by default what the model was made
+    """With perplexity: longer documents are scored in windows of N tokens; by default what the model was made
     for, at most 2048.
     """
     answer_type: AnswerKind = "exact"
     """How answers are read and compared: as text; as a number; as mathematics, which needs math-verify; as one of the
-    options A to J; as yes or no; as JEEBench's letters, integers and decimals; as code that must pass its tests.
+    options A to J; as yes or no; as JEEBench's letters, integers and decimals; as a literal of Python; as a text
+    that follows IFEval's instructions; as code that must pass its tests.
     """
     answer_pattern: str | None = None
     """A regular expression that finds the answer in the output: the last match, its first group."""
@@ -123,6 +127,8 @@ class Benchmark:
     """
     allow_unsandboxed_code: bool = False
     """Run the code of answers with your own rights where there is no sandbox (bubblewrap)."""
+    code_time_limit_s: PositiveFloat | None = None
+    """Processor time for the code of an answer and its tests; by default 10 seconds."""
     num_samples: PositiveInt = 1
     """Answers per problem; accuracy is their mean (pass@1)."""
     temperature: Temperature = 0.0
@@ -147,6 +153,8 @@ class Benchmark:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 raise UserError(f"--answer-pattern {self.answer_pattern!r}: {error}") from error
+        if self.answer_columns and self.answer_template:
+            raise UserError("--answer-columns and --answer-template exclude each other: give one")
         if sum(map(bool, (self.choices_column, self.choice_columns, self.choice_texts))) > 1:
             raise UserError("--choices-column, --choice-columns and --choice-texts exclude each other: give one")
         has_choices = bool(self.choices_column or self.choice_columns or self.choice_texts)
@@ -176,13 +184,26 @@ class Benchmark:
         stem = str(self.data or self.data_file or "problems").partition("?")[0].rstrip("/").rpartition("/")[2]
         return re.sub(r"[^\w.-]", "_", stem.partition(".")[0]) or "problems"
 
+    @property
+    def advice(self) -> str:
+        """Where its data come from, for the end of a message; empty where it does not say so."""
+        return f" ({self.fetch})" if self.fetch else ""
+
+    def file_in(self, data_dir: Path, name: str, what: str) -> Path:
+        """A file of its in --data-dir. Raises UserError where it is missing, saying `what` it is to hold."""
+        path = data_dir / name
+        if not path.exists():
+            raise UserError(f"{self.title}: {path} is missing; put {what} there{self.advice}")
+        return path
+
     def rules(self) -> Rules:
         """How the outputs are graded."""
         has_examples = self.few_shot is not None or self.few_shot_file is not None
         first = self.answer_position == "first" or (self.answer_position == "auto" and has_examples and not self.chat)
-        return Rules(
+        rules = Rules(
             self.answer_type, Reading(first, tuple(self.stop), self.answer_pattern), self.allow_unsandboxed_code
         )
+        return rules if self.code_time_limit_s is None else replace(rules, code_time_limit_s=self.code_time_limit_s)
 
     def sampling(self) -> Sampling:
         """The sampling of its answers."""

@@ -22,6 +22,7 @@ from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.evaluation.arms import label, plan_arms
 from megatron_tpt.evaluation.asking import Evaluation, ask, check_contexts, render_prompts
 from megatron_tpt.evaluation.benchmark import GRADING
+from megatron_tpt.evaluation.contamination import check_corpora
 from megatron_tpt.evaluation.options import EvaluateOptions
 from megatron_tpt.evaluation.perplexity import DocumentResult, describe_documents, summarize_documents
 from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_set
@@ -38,6 +39,8 @@ from megatron_tpt.names import shown
 logger = logging.getLogger(__name__)
 
 _SHOWN_CHANGES = 10
+_MAX_REFERENCE = 20_000
+"""Characters."""
 
 
 def evaluate(
@@ -55,13 +58,14 @@ def evaluate(
     first = runs[0]
     evaluations = list(_evaluations(list(zip(runs, sets, strict=True))))
     by_arm = [list(group) for _, group in itertools.groupby(evaluations, key=lambda each: each.arm)]
-    for each in evaluations:
-        _check(each)
+    settings = [_settings(each) for each in evaluations]
+    for each, now in zip(evaluations, settings, strict=True):
+        _check(each, now)
     if not first.rescore:
         for group in by_arm:
             check_contexts(group)
-        for each in evaluations:
-            write_settings(each.store.settings_path, _settings(each))
+        for each, now in zip(evaluations, settings, strict=True):
+            write_settings(each.store.settings_path, now)
         job = JobFolder(first.output, "results.json")
         if not _answer(by_arm, job, first, command):
             return []
@@ -95,6 +99,7 @@ def _is_missing(by_arm: Sequence[Sequence[Evaluation]], task: int, num_tasks: in
 
 
 def _check_runs(runs: Sequence[EvaluateOptions]) -> None:
+    check_corpora(runs[0].corpus)
     titles = [run.title for run in runs]
     if doubled := sorted({title for title in titles if titles.count(title) > 1}):
         raise UserError(f"--benchmark {doubled[0]}: named twice; name it once (a file of your own may give a name)")
@@ -158,9 +163,9 @@ def _settings(each: Evaluation) -> dict[str, Any]:
     }
 
 
-def _check(each: Evaluation) -> None:
+def _check(each: Evaluation, settings: dict[str, Any]) -> None:
     """Raise UserError where the folder has answers to something else."""
-    settings, path = _settings(each), each.store.settings_path
+    path = each.store.settings_path
     if not each.options.rescore:
         check_settings(path, settings)
         return
@@ -242,12 +247,19 @@ def _sample(answer: Answer, problem: Problem, grade: Grade | None) -> Sample:
         **{each.name: getattr(answer, each.name) for each in fields(Answer)},
         prompt=problem.prompt,
         extracted=grade.extracted if grade else None,
-        reference=problem.answer,
+        reference=_kept(problem.answer),
         correct=grade.correct if grade else False,
         tier=grade.tier if grade else None,
         reason=grade.reason if grade else "request failed",
         detail=grade.detail if grade else answer.failure,
     )
+
+
+def _kept(reference: Any) -> Any:
+    """A reference as a sample keeps it: of long tests the digest, since they may be larger than all else together."""
+    if isinstance(reference, str) and len(reference) > _MAX_REFERENCE:
+        return f"sha256:{hashlib.sha256(reference.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return reference
 
 
 def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[Sample]) -> None:

@@ -41,13 +41,14 @@ class Difference:
 
 def rates(samples: Sequence[Sample]) -> dict[str, float]:
     """The share of right samples of every problem."""
-    return {name: float(np.mean(values)) for name, values in _by_problem(samples).items()}
+    return {name: float(np.mean([sample.correct for sample in own])) for name, own in by_problem(samples).items()}
 
 
-def _by_problem(samples: Sequence[Sample]) -> dict[str, list[bool]]:
-    found: dict[str, list[bool]] = {}
+def by_problem(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The samples of every problem, in their order."""
+    found: dict[str, list[Sample]] = {}
     for sample in samples:
-        found.setdefault(sample.id, []).append(sample.correct)
+        found.setdefault(sample.id, []).append(sample)
     return found
 
 
@@ -73,7 +74,8 @@ def sizes(num_samples: int) -> list[int]:
 
 def pass_at_k(samples: Sequence[Sample], k: int) -> float:
     """The mean over problems of the unbiased pass@k."""
-    return float(np.mean([_pass_at_k(len(right), sum(right), k) for right in _by_problem(samples).values()]))
+    counts = ((len(own), sum(sample.correct for sample in own)) for own in by_problem(samples).values())
+    return float(np.mean([_pass_at_k(n, c, k) for n, c in counts]))
 
 
 def _pass_at_k(n: int, c: int, k: int) -> float:

@@ -56,6 +56,9 @@ class EvaluateOptions(Benchmark):
     """The threshold: of relative change (state), or in nats (entropy, kl)."""
     training_flops: list[PositiveFloat] = field(default_factory=list)
     """Training operations of each model, in the order of --model: the plot over --recurrences is also against them."""
+    corpus: list[Path] = field(default_factory=list)
+    """Training corpora, as folders of tools/prepare.py: the report says which problems they held, and the accuracy on
+    the others."""
     rescore: bool = False
     """Grade the outputs that are in the output folder again, without a model, and show what changes."""
     engine: EngineKind = "vllm"
@@ -70,7 +73,8 @@ class EvaluateOptions(Benchmark):
     num_engines: PositiveInt | None = None
     """Servers that vllm-server starts; by default as many as the GPUs have room for."""
     dtype: DType = "auto"
-    """Number format of the model; "auto" is what its config.json says."""
+    """Number format of the model; "auto" is what its config.json says, or float32 on a CPU without instructions for
+    that."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
     max_num_seqs: PositiveInt | None = None

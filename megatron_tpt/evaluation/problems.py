@@ -24,7 +24,7 @@ class Problem:
     prompt: str
     answer: Any
     """The reference as the row has it: text, number, boolean or a list of them; an option's letter where the row names
-    it by a label, or the options were shuffled; None of a document."""
+    it by a label, or the options were shuffled; several columns by their names; None of a document."""
     where: str
     """"file:line", for messages."""
     choices: tuple[str, ...] = ()
@@ -72,14 +72,12 @@ def read_problem_set(benchmark: Benchmark, data_dir: Path | None = None) -> Prob
 
 def find_data(benchmark: Benchmark, data_dir: Path | None) -> str | Path:
     """Where the problems are: the benchmark's file in the data folder, or what `data` names."""
-    advice = f" ({benchmark.fetch})" if benchmark.fetch else ""
     if data_dir is not None and benchmark.data_file is not None:
-        path = data_dir / benchmark.data_file
-        if not path.exists():
-            raise UserError(f"{benchmark.title}: {path} is missing; put the problems there{advice}")
-        return path
+        return benchmark.file_in(data_dir, benchmark.data_file, "the problems")
     if benchmark.data is None:
-        raise UserError(f"{benchmark.title}: give the folder with {benchmark.data_file} as --data-dir{advice}")
+        raise UserError(
+            f"{benchmark.title}: give the folder with {benchmark.data_file} as --data-dir{benchmark.advice}"
+        )
     return benchmark.data
 
 
@@ -104,6 +102,8 @@ def _problem(
         answer = None
         if not prompt:
             raise UserError(f"{where}: column {benchmark.prompt_column!r} has no text; remove the row")
+    elif benchmark.answer_columns:
+        answer = {name: value_of(row, name, where) for name in benchmark.answer_columns.split(",")}
     elif answer_template:
         answer = fill(answer_template, row, where)
     else:

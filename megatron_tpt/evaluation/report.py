@@ -18,7 +18,7 @@ from megatron_tpt.names import shown_lines
 _MAX_FAILING = 200
 """Failing samples of a model and benchmark that the page shows."""
 _MAX_CHARACTERS = 20_000
-"""Of a prompt or an output; what is left out in the middle is counted."""
+"""Of a prompt or an output; what is omitted in the middle is counted."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; }
@@ -85,6 +85,16 @@ def comparison_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     return ["model", "than", "benchmark", "difference [95%]", "p", "problems"], rows
 
 
+def contamination_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: how many problems training corpora held, and the accuracy on the others."""
+    rows = []
+    for each in content["contamination"]:
+        number = each["num_overlapping"]
+        overlap = "not searched for" if number is None else f"{number:,} of {each['num_problems']:,}"
+        rows.append([_label(each), each["benchmark"], each["corpus"], overlap, _percent(each["accuracy_without"])])
+    return ["model", "benchmark", "corpus", "problems in it", "pass@1 without them"], rows
+
+
 def document_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: how well the models predict documents; empty where some could not be scored."""
     rows = [
@@ -109,6 +119,8 @@ def _tables(content: Mapping[str, Any]) -> Iterator[tuple[str, _Table]]:
         yield "Before you believe a figure", detail_table(content)
     if content["comparisons"]:
         yield "Differences, paired by problem", comparison_table(content)
+    if content.get("contamination"):
+        yield "Problems that training corpora held", contamination_table(content)
     if content["documents"]:
         yield "Perplexity of documents", document_table(content)
 
@@ -129,7 +141,8 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
     machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
     rule = engine["early_exit"]
     exits = "" if rule is None else f", early exit at {rule['criterion']} below {rule['threshold']}"
-    yield f"- engine {markdown.inline(engine['kind'])}, dtype {engine['dtype']}{exits}; {markdown.inline(versions)}"
+    dtypes = ", ".join(sorted(set(engine.get("computed_in", {}).values()))) or engine["dtype"]
+    yield f"- engine {markdown.inline(engine['kind'])}, {dtypes}{exits}; {markdown.inline(versions)}"
     yield f"- {markdown.inline(machine)}; revision {environment['package']['git_revision'] or 'unknown'}"
     for name, each in content["benchmarks"].items():
         words = [f"{each['num_problems']:,} problems of {each['data']} ({each['data_sha256'][:19]})"]

@@ -6,7 +6,7 @@ leaves the same file as an unbroken one.
 
 import collections
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from megatron_tpt.evaluation import metrics, recurrences
 from megatron_tpt.evaluation.arms import label
 from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.contamination import contamination
 from megatron_tpt.evaluation.perplexity import DocumentResult
 from megatron_tpt.evaluation.provenance import environment, generation_versions, grading_versions
 from megatron_tpt.evaluation.samples import FAILED, Sample
@@ -61,7 +62,7 @@ class ModelResult:
     pass_at: dict[str, float] = field(default_factory=dict)
     """pass@k by k."""
     majority_at: dict[str, float] = field(default_factory=dict)
-    """majority@k by k; not for code."""
+    """majority@k by k; not for code and instructions."""
     spread: float | None = None
     """Standard deviation over the sample's numbers of the accuracy of each; None for one sample."""
     recurrences: int | None = None
@@ -78,7 +79,7 @@ def summarize(each: Evaluation, samples: Sequence[Sample], path: str) -> ModelRe
     pass_at, majority_at = {}, {}
     if num_samples > 1:
         pass_at = {str(k): metrics.pass_at_k(samples, k) for k in metrics.sizes(num_samples)}
-        if each.options.answer_type != "code":
+        if each.options.answer_type not in ("code", "instructions"):
             votes = group_answers(samples, each.options.rules())
             majority_at = {str(k): metrics.majority_at_k(votes, k) for k in metrics.sizes(num_samples)}
     result = figures(each.arm.model, each.options.title, samples, path, pass_at, majority_at)
@@ -129,16 +130,27 @@ def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[in
     Right answers are one group, equal texts are one, and of mathematics what the grader finds the same as the first of
     a group.
     """
-    problems: dict[str, list[Sample]] = {}
-    for sample in samples:
-        problems.setdefault(sample.id, []).append(sample)
-    leaders: dict[str, list[str]] = {name: [] for name in problems}
-    group_of: dict[tuple[str, str], int] = {}
-    waiting = {
+    problems = metrics.by_problem(samples)
+    wrong = {
         name: list(dict.fromkeys(s.extracted for s in own if s.extracted is not None and not s.correct))
         for name, own in problems.items()
     }
-    with GraderPool(Rules(rules.kind)) if rules.kind == "math" else _NoPool() as pool:
+    if rules.kind == "math":
+        group_of = _groups_of_mathematics(wrong)
+    else:  # candidates are in one form: texts that differ are different answers
+        group_of = {(name, answer): g for name, answers in wrong.items() for g, answer in enumerate(answers)}
+    return [
+        [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
+        for name, own in problems.items()
+    ]
+
+
+def _groups_of_mathematics(answers: Mapping[str, list[str]]) -> dict[tuple[str, str], int]:
+    """The group of every answer of every problem. All problems advance together, to keep the graders busy."""
+    waiting = {name: list(own) for name, own in answers.items()}
+    leaders: dict[str, list[str]] = {name: [] for name in answers}
+    group_of: dict[tuple[str, str], int] = {}
+    with GraderPool(Rules("math")) as pool:
         while any(waiting.values()):  # the next answer of every problem against the groups that the problem has
             turn = [(name, answers.pop(0)) for name, answers in waiting.items() if answers]
             pairs = [(name, answer, g) for name, answer in turn for g in range(len(leaders[name]))]
@@ -152,25 +164,7 @@ def group_answers(samples: Sequence[Sample], rules: Rules) -> list[list[tuple[in
                 if (name, answer) not in group_of:
                     group_of[name, answer] = len(leaders[name])
                     leaders[name].append(answer)
-    return [
-        [(-1 if s.correct else None if s.extracted is None else group_of[name, s.extracted], s.correct) for s in own]
-        for name, own in problems.items()
-    ]
-
-
-class _NoPool:
-    """Of kinds whose candidates are in one form: texts that differ are different answers."""
-
-    def __enter__(self) -> "_NoPool":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def grade(self, items: Sequence[Item]) -> list[Any]:
-        """None of them is the same."""
-        from megatron_tpt.grading import Grade
-
-        return [Grade(False)] * len(items)
+    return group_of
 
 
 def comparisons(evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sample]]) -> list[dict[str, Any]]:
@@ -214,6 +208,7 @@ def write_results(
         "engine": {
             "kind": first.engine,
             "dtype": first.dtype,
+            "computed_in": _dtypes(evaluations),
             "tensor_parallel_size": first.tensor_parallel_size,
             "early_exit": None if exits is None else asdict(exits),
             "versions": generation_versions(first.engine),
@@ -223,6 +218,7 @@ def write_results(
         "benchmarks": benchmarks,
         "models": models,
         "comparisons": comparisons(answered, graded),
+        "contamination": contamination(answered, graded, first.corpus),
         "documents": scored,
         "recurrences": [asdict(point) for point in points],
     }
@@ -230,6 +226,12 @@ def write_results(
     write_reports(output, content, graded)
     if points:
         recurrences.write_report(output, points)
+
+
+def _dtypes(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """What the answers of every arm were computed in, where its engine said so."""
+    found = {label(each.arm.model, each.arm.recurrences): each.store.dtype() for each in evaluations}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
 def _benchmark(each: Evaluation) -> dict[str, Any]:

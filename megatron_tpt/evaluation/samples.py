@@ -1,6 +1,7 @@
 """What models answered: kept as it comes, in journals, and in the end graded in one file.
 
 FOLDER/settings.json              what the answers were asked with; a run with other settings is refused
+FOLDER/engine.json                what they were computed in, see `Store.note_dtype`
 FOLDER/.answers-00000.jsonl       answers as they finish, a journal for each task; gone when all are graded
 FOLDER/samples.jsonl.zst          every answer with its grade, by problem and number; of documents, without grades
 
@@ -9,7 +10,6 @@ number.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.files import no_links
+from megatron_tpt.files import no_links, write_json
 from megatron_tpt.jobs.journal import append, encode, read_journal
-from megatron_tpt.records import describe, expand_sources, json_lines, read_rows
+from megatron_tpt.json_data import read_object
+from megatron_tpt.records import describe, expand_sources, read_rows, write_json_lines
 
 FAILED = "failed"
 """The finish reason of a request that ended in a failure; it is asked again by the next run."""
@@ -72,10 +73,11 @@ class Sample(Answer):
     extracted: str | None
     """The answer as it was read; None when none was found."""
     reference: Any
-    """As the row has it: text, number, boolean or a list of them."""
+    """As the row has it: text, number, boolean or a list of them, or several columns by their names."""
     correct: bool
     tier: str | None = None
-    """What decided that the answer is right: "text", "number", "math-verify" or "tests"."""
+    """What decided that the answer is right: "text", "number", "value" (of literals), "math-verify",
+    "instructions" or "tests"."""
     reason: str | None = None
     """Why it is wrong: "no answer", "thinking not closed", "different", "failed", "time-out", "crash" or "request
     failed"."""
@@ -100,6 +102,7 @@ class Store:
         self.folder = folder
         self.settings_path = folder / "settings.json"
         self.samples_path = folder / "samples.jsonl.zst"
+        self._engine_path = folder / "engine.json"
 
     def answers(self, keys: Iterable[Key]) -> dict[Key, Answer]:
         """Those of `keys` that are here, graded or not; one that failed only where no later one is there."""
@@ -129,6 +132,24 @@ class Store:
                 f"{self.samples_path}: not samples of this program ({error}); choose another --output"
             ) from error
 
+    def note_dtype(self, dtype: str | None) -> None:
+        """Keep what an engine computes answers in, which "auto" decides by the model and the machine.
+
+        Raises UserError where those that are here were computed in something else.
+        """
+        if dtype is None:
+            return
+        if (before := self.dtype()) not in (None, dtype):
+            raise UserError(
+                f"{self.folder}: its answers were computed in {before}, and the engine on this machine computes in "
+                f"{dtype}; continue on the same kind of machine, or choose another --output and give --dtype"
+            )
+        write_json(self._engine_path, {"dtype": dtype})
+
+    def dtype(self) -> str | None:
+        """What the answers were computed in; None where the engine did not say."""
+        return read_object(self._engine_path)["dtype"] if self._engine_path.exists() else None
+
     def journal(self, task: int) -> "Journal":
         """The journal of a task, which holds the lock of the task."""
         return Journal(self.folder / _JOURNALS.replace("*", f"{task:05d}"))
@@ -136,9 +157,7 @@ class Store:
     def finish(self, samples: Sequence[Answer]) -> None:
         """Write the answers, with their grades if they have any, in place of those before, and remove the journals that
         they came from."""
-        with json_lines(self.samples_path) as add:
-            for sample in samples:
-                add(json.dumps(asdict(sample)).encode())
+        write_json_lines(self.samples_path, map(asdict, samples))
         for path in self.folder.glob(_JOURNALS):
             path.unlink(missing_ok=True)
 

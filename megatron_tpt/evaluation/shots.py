@@ -50,11 +50,7 @@ def read_shots(benchmark: Benchmark, data_dir: Path | None = None) -> Shots | No
 
 def _find(benchmark: Benchmark, data_dir: Path | None) -> str | Path | None:
     if data_dir is not None and benchmark.few_shot_file is not None:
-        path = data_dir / benchmark.few_shot_file
-        if not path.exists():
-            advice = f" ({benchmark.fetch})" if benchmark.fetch else ""
-            raise UserError(f"{benchmark.title}: {path} is missing; put the worked examples there{advice}")
-        return path
+        return benchmark.file_in(data_dir, benchmark.few_shot_file, "the worked examples")
     if benchmark.few_shot is None:
         if benchmark.few_shot_file is not None:
             raise UserError(f"{benchmark.title}: give the folder with {benchmark.few_shot_file} as --data-dir")

@@ -193,6 +193,8 @@ class Engine(Protocol):
     """GPUs (or CPUs) that it computes on; a server elsewhere counts as one."""
     weight_version: int
     """0 for the weights that it was opened with, then the `version` given to `update_weights`."""
+    dtype: str | None
+    """What it computes in, such as "float32"; None where a server does not report it."""
 
     @property
     def abilities(self) -> frozenset[Ability]:
@@ -264,7 +266,8 @@ class EngineOptions:
     max_model_len: PositiveInt | None = None
     """Longest prompt and completion together, in tokens; by default what the model was made for."""
     dtype: DType = "auto"
-    """Number format of the model; "auto" is what its config.json says."""
+    """Number format of the model; "auto" is what its config.json says, or float32 on a CPU without instructions for
+    that."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
     max_num_seqs: PositiveInt | None = None

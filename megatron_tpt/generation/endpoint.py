@@ -48,6 +48,7 @@ class EndpointEngine:
     """
 
     weight_version = 0
+    dtype: str | None = None
 
     def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
         key = local_key or _read_key(options.api_key_env)

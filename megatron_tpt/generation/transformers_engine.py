@@ -23,6 +23,7 @@ from megatron_tpt.generation.api import (
     Request,
     ScoringRequest,
 )
+from megatron_tpt.generation.cpu import computing_threads, dtype_name
 from megatron_tpt.generation.models import (
     check_prompt,
     check_scoring,
@@ -76,15 +77,18 @@ class TransformersEngine:
         self.weight_version = 0
         self._is_busy = False
         self._model_name = options.model
-        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        on_cpu = not torch.cuda.is_available()
+        name = dtype_name(options, on_cpu=on_cpu)
+        dtype = name if name == "auto" else getattr(torch, name)
         is_recurrent(options)  # refuses a depth of other models
         try:
-            with quiet():
+            with quiet(), computing_threads(options, name) if on_cpu else contextlib.nullcontext():
                 register_classes(models=True)
                 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise failure(f"{options.model}: this model cannot be loaded ({one_line(error)})", error) from error
-        self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = model.eval().to("cpu" if on_cpu else "cuda")
+        self.dtype: str | None = str(model.dtype).removeprefix("torch.")
         if options.num_recurrences is not None:
             self._model.config.num_recurrences = options.num_recurrences
         self._exit: dict[str, Any] = {}

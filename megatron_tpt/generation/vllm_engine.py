@@ -9,6 +9,7 @@ import gc
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,7 @@ from megatron_tpt.generation.api import (
     ScoringRequest,
     lacking,
 )
+from megatron_tpt.generation.cpu import computing_threads, dtype_name
 from megatron_tpt.generation.models import (
     check_model,
     check_prompt,
@@ -71,21 +73,24 @@ class VLLMEngine:
         arguments = recurrence_arguments(options)
         vllm = _import_vllm()
         on_cpu = vllm.platforms.current_platform.is_cpu()
+        dtype = dtype_name(options, on_cpu=on_cpu)
+        self._keeps_process_groups = torch.distributed.is_initialized()
+        threads: AbstractContextManager[None] = contextlib.nullcontext()
         if on_cpu:
+            threads = computing_threads(options, dtype, options.tensor_parallel_size)
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             arguments |= cpu_arguments(options)
         if options.max_num_seqs is not None:
             arguments["max_num_seqs"] = options.max_num_seqs
-        self._keeps_process_groups = torch.distributed.is_initialized()
         # What is loaded by now stays; vLLM collects garbage several times while it starts, and need not look at it.
         gc.freeze()
         try:
-            with quiet(), children_end_with_us():
+            with quiet(), children_end_with_us(), threads:
                 self._llm: Any = vllm.LLM(
                     model=options.model,
-                    dtype=dtype_name(options),
+                    dtype=dtype,
                     max_model_len=max_model_len(options),
                     tensor_parallel_size=options.tensor_parallel_size,
                     logprobs_mode=LOGPROBS_MODE,
@@ -99,6 +104,7 @@ class VLLMEngine:
         self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
         config = self._llm.llm_engine.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
+        self.dtype: str | None = str(config.model_config.dtype).removeprefix("torch.")
         self.num_devices = options.tensor_parallel_size
         self.weight_version = 0
         self._model = options.model
@@ -267,12 +273,6 @@ def _kept_process_groups() -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_distributed_environment = destroy_all
-
-
-def dtype_name(options: EngineOptions) -> str:
-    """The dtype to ask vLLM for; its own "auto" turns float32 models into half precision."""
-    stored = getattr(load_model_config(options.model), "dtype", None)
-    return "float32" if options.dtype == "auto" and "float32" in str(stored) else options.dtype
 
 
 def max_model_len(options: EngineOptions) -> int:

@@ -41,6 +41,7 @@ from megatron_tpt.generation.api import (
     ScoringRequest,
     lacking,
 )
+from megatron_tpt.generation.cpu import THREADS_VARIABLE, dtype_name, note_choice, num_threads, stored_dtype
 from megatron_tpt.generation.endpoint import EndpointEngine
 from megatron_tpt.generation.models import check_model
 from megatron_tpt.generation.vllm_engine import (
@@ -48,7 +49,6 @@ from megatron_tpt.generation.vllm_engine import (
     CPU_MAX_NUM_SEQS,
     LOGPROBS_MODE,
     cpu_arguments,
-    dtype_name,
     max_model_len,
 )
 from megatron_tpt.generation.vllm_plugin import recurrence_arguments
@@ -112,10 +112,15 @@ class VLLMServerEngine:
         log_dir.mkdir(parents=True, exist_ok=True)
         self._temporary_logs = log_dir if options.log_dir is None else None
         groups = _device_groups(options)
+        dtype = dtype_name(options, on_cpu=not groups[0])
+        self.dtype = stored_dtype(options.model) if dtype == "auto" else dtype
+        threads = num_threads((options.num_engines or 1) * options.tensor_parallel_size)
+        if not groups[0]:
+            note_choice(options, dtype, threads, "each server's")
         self.num_devices = len(groups) * options.tensor_parallel_size
         self._ports = [_reserve_port() for _ in groups]
         self._servers = [
-            _plan(options, i, port.getsockname()[1], devices, key, log_dir)
+            _plan(options, dtype, threads, i, port.getsockname()[1], devices, key, log_dir)
             for i, (port, devices) in enumerate(zip(self._ports, groups, strict=True))
         ]
         # As many again wait at each server, so that a place set free is filled in the same step.
@@ -234,13 +239,15 @@ def _num_tokens(url: str) -> float | None:
     return sum(map(float, counts))
 
 
-def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str, log_dir: Path) -> _Server:
-    """Server `number` on `devices`, as in CUDA_VISIBLE_DEVICES; on the CPU where there are none."""
+def _plan(
+    options: EngineOptions, dtype: str, threads: int, number: int, port: int, devices: str, key: str, log_dir: Path
+) -> _Server:
+    """Server `number` on `devices`, as in CUDA_VISIBLE_DEVICES; where there are none, on the CPU with `threads`."""
     arguments: dict[str, Any] = {
         "model": options.model,
         "host": "127.0.0.1",
         "port": port,
-        "dtype": dtype_name(options),
+        "dtype": dtype,
         "max_model_len": max_model_len(options),
         "tensor_parallel_size": options.tensor_parallel_size,
         "logprobs_mode": LOGPROBS_MODE,
@@ -256,9 +263,7 @@ def _plan(options: EngineOptions, number: int, port: int, devices: str, key: str
         environment["CUDA_VISIBLE_DEVICES"] = devices
     else:
         arguments |= cpu_arguments(options)
-        num_engines = (options.num_engines or 1) * options.tensor_parallel_size
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_engines))}
-        environment = CPU_ENVIRONMENT | threads | environment
+        environment = CPU_ENVIRONMENT | {THREADS_VARIABLE: str(threads)} | environment
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments)]
     return _Server(number, f"http://127.0.0.1:{port}/v1", command, environment, log_dir / f"server-{number}.log")
 

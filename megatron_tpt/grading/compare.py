@@ -20,7 +20,7 @@ from megatron_tpt.grading.latex import (
 )
 from megatron_tpt.grading.numeric import rational
 
-Tier = Literal["text", "number", "math-verify", "tests"]
+Tier = Literal["text", "number", "value", "math-verify", "instructions", "tests"]
 """What decided that an answer is right."""
 
 _ORDER: tuple[Tier, ...] = ("text", "number", "math-verify")

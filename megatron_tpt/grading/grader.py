@@ -9,6 +9,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.grading import extract
 from megatron_tpt.grading.compare import Tier
 from megatron_tpt.grading.extract import Reading
+from megatron_tpt.grading.instructions import Instructions
 from megatron_tpt.grading.kinds import AnswerKind, Kind, make_kind
 from megatron_tpt.grading.sandbox import Sandbox
 
@@ -32,7 +33,8 @@ class Item:
 
     output: str
     reference: Any
-    """As the row has it: text, number, boolean or list. For code: the tests, as text or as a list of statements."""
+    """As the row has it: text, number, boolean or list. For code: the tests, as text or as a list of statements. For
+    instructions: an object with their names and arguments."""
     choices: tuple[str, ...] = ()
     """The texts of the options, A first."""
     thinking_opened: bool = False
@@ -92,7 +94,8 @@ class Grader:
         if candidate is None:
             return Grade(False, reason="no answer")
         tier = self._kind.same(reference, candidate)
-        return Grade(tier is not None, tier, candidate, None if tier else "different")
+        missed = self._kind.missed(reference, candidate) if isinstance(self._kind, Instructions) else []
+        return Grade(tier is not None, tier, candidate, None if tier else "different", ", ".join(missed))
 
     def _grade_code(self, text: str, tests: str, prefix: str) -> Grade:
         assert self._sandbox is not None

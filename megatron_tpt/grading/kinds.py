@@ -1,7 +1,9 @@
 """The kinds of answers: how the reference is read, which candidate a text gives, and when the two are the same."""
 
+import ast
 import importlib.util
 import re
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal, Protocol
@@ -10,10 +12,11 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.grading import extract
 from megatron_tpt.grading.compare import Tier, same_mathematics
 from megatron_tpt.grading.extract import Reading
+from megatron_tpt.grading.instructions import Instructions
 from megatron_tpt.grading.latex import key, normalize
 from megatron_tpt.grading.numeric import last_number, numbers_in, plain, single_number
 
-AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "code"]
+AnswerKind = Literal["exact", "number", "math", "choice", "boolean", "jee", "literal", "instructions", "code"]
 
 LETTERS = "ABCDEFGHIJ"
 _LETTER = re.compile(
@@ -28,6 +31,8 @@ _YES, _NO = ("yes", "true"), ("no", "false")
 _JEE_NOISE = re.compile(r"\\(?:text|mathrm|mathbf|textbf)|(?i:\b(?:and|options?)\b)|[\s(){}\[\],.;:$*&\\'\"]")
 _MAX_OPTION = 2000
 """Longer texts, in characters, are not compared with options."""
+_MAX_LITERAL = 20_000
+"""Longer texts, in characters, are no literals."""
 JEE_TOLERANCE = Fraction(1, 100)
 """JEEBench's own rule for decimal answers."""
 
@@ -53,7 +58,8 @@ def make_kind(name: AnswerKind) -> Kind:
     if name == "math" and importlib.util.find_spec("math_verify") is None:
         raise UserError("answers of the type math need math-verify: pip install math-verify")
     kinds: dict[str, type[Kind]] = {
-        "exact": Exact, "number": Number, "math": Mathematics, "choice": Choice, "boolean": Boolean, "jee": Jee
+        "exact": Exact, "number": Number, "math": Mathematics, "choice": Choice, "boolean": Boolean, "jee": Jee,
+        "literal": PythonLiteral, "instructions": Instructions,
     }  # fmt: skip
     return kinds[name]()
 
@@ -299,6 +305,33 @@ class Jee:
         letters = _letters(text)
         value = None if letters else single_number(text)
         return letters or (None if value is None else str(value))
+
+
+class PythonLiteral:
+    """The same value of Python, as the whole output has it: [1,2] = [1, 2], "a" = 'a', 1.0 = 1 (CRUXEval)."""
+
+    def reference(self, value: Any, choices: Sequence[str] = ()) -> Any | None:
+        return None if _value(str(value)) is None else str(value)
+
+    def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
+        return text.strip() or None
+
+    def same(self, reference: str, candidate: str) -> Tier | None:
+        if reference.strip() == candidate:
+            return "text"
+        return "value" if _value(candidate) == _value(reference) else None
+
+
+def _value(text: str) -> tuple[Any] | None:
+    """The value of a literal; None for a text that is none, or too long or deep for one."""
+    if len(text) > _MAX_LITERAL:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in what models write
+        try:
+            return (ast.literal_eval(text.strip()),)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
 
 
 def _letters(text: str) -> str | None:

@@ -55,6 +55,9 @@ class Sandbox:
     def run(self, program: str, tests: str) -> CodeResult:
         """Run `program`, then `tests` in the same namespace.
 
+        Tests whose first line is `# program` get it as the text `program` and run it themselves, as for programs that
+        read an input.
+
         The limit is one of processor time; real time may be six times as long, as on a busy machine.
         """
         nonce = secrets.token_hex(16)

@@ -28,7 +28,10 @@ def main() -> None:
     module = types.ModuleType("answer")  # not "__main__": demonstrations below `if __name__ == ...` are not run
     sys.modules["answer"] = module
     try:
-        exec(compile(job["program"], "<answer>", "exec"), module.__dict__)
+        if job["tests"].startswith("# program\n"):
+            module.__dict__["program"] = job["program"]
+        else:
+            exec(compile(job["program"], "<answer>", "exec"), module.__dict__)
         exec(compile(job["tests"], "<tests>", "exec"), module.__dict__)
     except BaseException as error:
         os.write(result, f"failed {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))

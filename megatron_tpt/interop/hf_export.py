@@ -25,7 +25,7 @@ from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.interop.special_ids import eos_token_of_chats, exported_settings, set_eos_token
 from megatron_tpt.json_data import pretty, read_object
 from megatron_tpt.logs import print_result
-from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
+from megatron_tpt.training.checkpoint_files import checkpoint_named, refuse_damaged
 from megatron_tpt.training.model_files import (
     GENERATION_CONFIG,
     HF_CONFIG,
@@ -43,8 +43,7 @@ def export_hf(options: ExportOptions) -> None:
     """
     refuse_existing(options.output)
     checkpoint = real_path(checkpoint_named(options.checkpoint))  # `latest` may point elsewhere meanwhile
-    if (checkpoint / CHECKSUMS).exists() and (damage := damage_of_files(checkpoint)):
-        raise UserError(f"{checkpoint} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
+    refuse_damaged(checkpoint)
     model, notes = _with_trained_context(read_model_config(checkpoint), checkpoint)
     adapter, reader = adapter_of(model), CheckpointReader(checkpoint)
     token_ids, generation = exported_settings(checkpoint)

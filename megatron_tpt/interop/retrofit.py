@@ -21,7 +21,7 @@ from megatron_tpt.json_data import pretty
 from megatron_tpt.logs import print_result
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.models.recurrent.config import ADAPTER_KEY, RecurrentConfig
-from megatron_tpt.training.checkpoint_files import CHECKSUMS, checkpoint_named, damage_of_files
+from megatron_tpt.training.checkpoint_files import checkpoint_named, refuse_damaged
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -58,8 +58,7 @@ def retrofit(options: RetrofitOptions) -> None:
 def _open_checkpoint(name: Path) -> Source:
     folder = real_path(checkpoint_named(name))
     model = read_model_config(folder)
-    if (folder / CHECKSUMS).exists() and (damage := damage_of_files(folder)):
-        raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
+    refuse_damaged(folder)
     tokenizer = folder / "tokenizer"
     files = {
         file: (folder / file).read_bytes()

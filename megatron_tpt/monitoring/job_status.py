@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.jobs.folder import WORK, JobFolder, TaskState
-from megatron_tpt.jobs.progress import read_fields
 from megatron_tpt.jobs.report import TaskFiles
-from megatron_tpt.monitoring.state import State, Status, modified
+from megatron_tpt.monitoring.state import State, Status, modified, read_fields
 
 _MAX_FAILURES = 5
 
@@ -23,7 +22,7 @@ def read_job(folder: Path, now: float) -> Status:
     num_tasks = _num_tasks(job)
     states = job.states(num_tasks)
     paths = [job.progress_path(task, num_tasks) for task in range(num_tasks)]
-    reports = [read_fields(path) or {} for path in paths]
+    reports = [read_fields(path) for path in paths]
     running = [report for state, report in zip(states, reports, strict=True) if state == "running"]
     whole, done = (sum(report.get(name, 0) for report in reports) for name in ("input_bytes", "input_bytes_done"))
     bytes_per_s = sum(_per_s(report, "input_bytes_answered") for report in running)

@@ -19,7 +19,7 @@ _COLOURS = {"running": "green", "starting": "cyan", "silent": "red", "failed": "
 
 
 def page(statuses: Sequence[Status], width: int) -> RenderableType:
-    """All of them for a terminal of so many columns, and their warnings below: a table, or two lines for each where the
+    """All of them for a terminal of `width` columns, and their warnings below: a table, or two lines for each where the
     terminal is too narrow for one."""
     overview = [_table(statuses)] if width >= _TABLE_WIDTH else [line for status in statuses for line in _lines(status)]
     warnings = [

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.monitoring.state import State, Status, last_objects, modified, read_fields
-from megatron_tpt.training.checkpoint_files import finished_checkpoints
+from megatron_tpt.training.checkpoint_files import finished_checkpoints, step_number
 from megatron_tpt.training.requests import STOP
 from megatron_tpt.training.run_lock import LOCK, PATIENCE_S
 from megatron_tpt.units import GIB, duration
@@ -63,7 +63,7 @@ class _Run:
             tokens_per_s=self.values.get("tokens_per_s"),
             mfu=self.values.get("mfu"),
             remaining_s=max(0.0, left - self.age("metrics.jsonl")) if left and self.state == "running" else None,
-            checkpoint_step=int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else None,
+            checkpoint_step=step_number(checkpoint) if checkpoint is not None else None,
             checkpoint_age_s=self.age(f"checkpoints/{checkpoint.name}") if checkpoint is not None else None,
             heartbeat_age_s=max(0.0, self.now - self.beat["time"]) if self.beat else None,
             warnings=list(self.warnings()),

@@ -114,13 +114,13 @@ def _data_exchanges(recipe: Recipe, num_gpus: int) -> tuple[int, int]:
     return reductions, 2 * m if parallel.fsdp == "optim_grads_params" else 1
 
 
-def _most_parameters(recipe: Recipe) -> int:
-    """Of a rank of the stage that has most."""
+def most_parameters(recipe: Recipe) -> int:
+    """Those of a rank of the stage that has most."""
     parallel = recipe.parallel
     return max(stage_parameters(recipe.model, parallel, stage) for stage in range(parallel.pipeline_parallel_size))
 
 
-def _data_ranks(recipe: Recipe, num_gpus: int) -> int:
+def data_ranks(recipe: Recipe, num_gpus: int) -> int:
     """Data- and context-parallel ranks, which hold the same parameters."""
     return num_gpus // (recipe.parallel.tensor_parallel_size * recipe.parallel.pipeline_parallel_size)
 
@@ -129,8 +129,8 @@ def data_messages(recipe: Recipe, num_gpus: int) -> int:
     """Of one step: every exchange is done bucket by bucket where it overlaps with computation, with FSDP layer by
     layer (and one for the embedding and the output matrix)."""
     parallel = recipe.parallel
-    bucket = max(_BUCKET, _BUCKET_PER_RANK * _data_ranks(recipe, num_gpus))
-    pieces = math.ceil(_most_parameters(recipe) / bucket) if parallel.overlap_grad_reduce else 1
+    bucket = max(_BUCKET, _BUCKET_PER_RANK * data_ranks(recipe, num_gpus))
+    pieces = math.ceil(most_parameters(recipe) / bucket) if parallel.overlap_grad_reduce else 1
     if parallel.fsdp != "none":
         pieces = recipe.model.num_layers + 1
     return sum(_data_exchanges(recipe, num_gpus)) * pieces
@@ -142,8 +142,8 @@ def data_bytes(recipe: Recipe, num_gpus: int, gradient_bytes: int) -> tuple[floa
     One reduce-scatter and one all-gather with the distributed optimizer, an all-reduce without it. FSDP reduces the
     gradients it shards in every micro-batch; parameters that it shards are gathered twice in each.
     """
-    ranks = _data_ranks(recipe, num_gpus)
-    sent = (ranks - 1) / ranks * _most_parameters(recipe)
+    ranks = data_ranks(recipe, num_gpus)
+    sent = (ranks - 1) / ranks * most_parameters(recipe)
     reductions, gathers = _data_exchanges(recipe, num_gpus)
     parameter_bytes = _VALUE_BYTES if recipe.parallel.distributed_optimizer else gradient_bytes
     return reductions * sent * gradient_bytes, gathers * sent * parameter_bytes

@@ -10,7 +10,7 @@ from typing import Self
 
 from megatron_tpt.config.model import Weight
 from megatron_tpt.config.recipe import Recipe
-from megatron_tpt.models.sizes import stage_parameters
+from megatron_tpt.planning.communication import data_ranks, most_parameters
 from megatron_tpt.planning.machine import Machine
 from megatron_tpt.training.memory import micro_batch_tokens
 
@@ -44,7 +44,7 @@ class PassTime:
         return self.forward + self.backward
 
     def times(self, factor: float) -> "PassTime":
-        """That of so many."""
+        """`factor` times as long."""
         return PassTime(factor * self.forward, factor * self.backward, factor * self.attention)
 
     def __add__(self, other: Self) -> "PassTime":
@@ -144,10 +144,7 @@ class Computation:
     def optimizer(self, num_gpus: int) -> float:
         """Seconds of AdamW and of clearing gradients, on the stage with most parameters; the iterations of Muon are not
         counted."""
-        parallel, model = self.recipe.parallel, self.recipe.model
-        stages = range(parallel.pipeline_parallel_size)
-        parameters = max(stage_parameters(model, parallel, stage) for stage in stages)
-        ranks = num_gpus // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-        shards = ranks if parallel.distributed_optimizer else 1
+        parallel, parameters = self.recipe.parallel, most_parameters(self.recipe)
+        shards = data_ranks(self.recipe, num_gpus) if parallel.distributed_optimizer else 1
         held = parameters / (shards if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1)
         return (parameters / shards * _ADAM_BYTES + held * _CLEAR_BYTES) / self.bandwidth

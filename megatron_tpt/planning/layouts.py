@@ -1,4 +1,4 @@
-"""All layouts of a recipe on so many GPUs, and the best of those that fit."""
+"""All layouts of a recipe on a number of GPUs, and the best of those that fit."""
 
 import dataclasses
 import re
@@ -114,7 +114,7 @@ def _is_spread_in_vain(plan: Plan, plans: list[Plan]) -> bool:
 
 
 def own_layout(recipe: Recipe, num_gpus: int, machine: Machine) -> Plan | str:
-    """The recipe as it is, or why it does not run on so many GPUs."""
+    """The recipe as it is, or why it does not run on `num_gpus` GPUs."""
     try:
         check_layout(recipe, num_gpus)
     except UserError as error:

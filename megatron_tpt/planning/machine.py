@@ -66,7 +66,7 @@ class Link:
     """Of one collective of the group, or of one message to the next rank."""
 
     def seconds(self, num_bytes: float, num_messages: float) -> float:
-        """The time of so many collectives or messages, which send so many bytes together."""
+        """The time of collectives or messages: their latencies, and the bytes that they send together."""
         return num_bytes / self.bytes_per_s + num_messages * self.latency_s
 
 

@@ -64,7 +64,7 @@ _PER_MICRO_BATCH = ("tensor", "context", "pipeline")
 
 
 def estimate(recipe: Recipe, num_gpus: int, machine: Machine, software: Software = THIS_PACKAGE) -> Estimate:
-    """The step of a recipe on so many GPUs, at its final batch size.
+    """The step of a recipe on `num_gpus` GPUs, at its final batch size.
 
     With m micro-batches, p stages of v pieces and t seconds for one micro-batch on the slowest stage, a step takes
     (m + (p - 1) / v) t (Narayanan et al., arXiv 2104.04473, section 2.2), what is exposed of the exchange of gradients

@@ -26,7 +26,7 @@ from megatron_tpt.records.reading import (
 from megatron_tpt.records.record import Record, content_id
 from megatron_tpt.records.rows import RawRow, notes_of_columns_not_kept, read_rows
 from megatron_tpt.records.sources import SUFFIXES, Source, expand_files, expand_inputs, expand_sources
-from megatron_tpt.records.writing import json_lines, write_records
+from megatron_tpt.records.writing import json_lines, write_json_lines, write_records
 
 __all__ = [
     "DAMAGED",
@@ -52,5 +52,6 @@ __all__ = [
     "read_blocks",
     "read_records",
     "read_rows",
+    "write_json_lines",
     "write_records",
 ]

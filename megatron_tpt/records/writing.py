@@ -56,6 +56,13 @@ def json_lines(path: Path) -> Iterator[Callable[[bytes], object]]:
         yield lambda line: file.write(line + b"\n")
 
 
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write rows other than records, such as problems, as JSON lines, in the way of `json_lines`."""
+    with json_lines(path) as add:
+        for value in values:
+            add(json.dumps(value).encode())
+
+
 @contextmanager
 def _create(path: Path, *, has_checksum: bool = True) -> Iterator[IO[bytes]]:
     """`has_checksum`: put one into a .zst file."""

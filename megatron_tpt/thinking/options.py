@@ -132,7 +132,8 @@ class AugmentOptions:
     be omitted; then four characters count as a token.
     """
     dtype: DType = "auto"
-    """Number format of the model; "auto" is what its config.json says."""
+    """Number format of the model; "auto" is what its config.json says, or float32 on a CPU without instructions for
+    that."""
     tensor_parallel_size: PositiveInt = 1
     """Number of devices that share the model."""
     num_engines: PositiveInt | None = None

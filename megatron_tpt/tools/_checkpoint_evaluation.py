@@ -25,7 +25,7 @@ from megatron_tpt.interop.hf_export import export_hf
 from megatron_tpt.interop.options import ExportOptions
 from megatron_tpt.json_data import read_object
 from megatron_tpt.names import shown
-from megatron_tpt.training.checkpoint_files import finished_checkpoints
+from megatron_tpt.training.checkpoint_files import finished_checkpoints, step_number
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +66,12 @@ def _checkpoints(run: Path, *, follow: bool) -> Iterator[Path]:
         if new:
             seen.add(new[0])
             yield new[0]
-        elif not follow or any(_step_of(path) >= last_step for path in seen):
+        elif not follow or any(step_number(path) >= last_step for path in seen):
             break
         else:
             time.sleep(_POLL_S)
     if not seen:
         raise UserError(f"{run}: has no checkpoints yet; give --follow to wait for them")
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
 
 
 def _exported(checkpoint: Path, models: Path) -> Path | None:
@@ -137,5 +133,5 @@ class _Board:
             for result, name in itertools.product(results[part], names):
                 if result[name] is not None:
                     depth = "" if result["recurrences"] is None else f"/r{result['recurrences']}"
-                    self._writer.add_scalar(f"{result['benchmark']}{depth}/{name}", result[name], _step_of(output))
+                    self._writer.add_scalar(f"{result['benchmark']}{depth}/{name}", result[name], step_number(output))
         self._writer.flush()

@@ -46,7 +46,7 @@ class _Result:
     is_finite: bool
     """Whether loss and gradients are finite on all ranks."""
     has_tokens: bool = True
-    """Whether there was a token to learn from: a step without any is left out of the median loss."""
+    """Whether there was a token to learn from: a step without any does not count for the median loss."""
 
 
 def _measure(trainer: Trainer, sums: torch.Tensor) -> _Result:

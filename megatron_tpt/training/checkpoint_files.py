@@ -41,6 +41,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
+def step_number(folder: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def finished_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
@@ -108,6 +113,12 @@ def _damage(folder: Path, *, reads_content: bool, rank: int, num_ranks: int) -> 
 def damage_of_files(folder: Path) -> list[str]:
     """Missing files of a checkpoint and files of the wrong size, one line each. Needs no process group."""
     return _damage(folder, reads_content=False, rank=0, num_ranks=1)
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise UserError where files of a checkpoint that has checksums are missing or of the wrong size."""
+    if (folder / CHECKSUMS).exists() and (damage := damage_of_files(folder)):
+        raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
 
 
 def find_damage(folder: Path, *, reads_content: bool = True) -> list[str]:
@@ -275,7 +286,7 @@ def delete_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | 
     calls it. What cannot be deleted now (a network file system keeps files that somebody reads) is warned of; the next
     checkpoint that is saved removes it."""
     for folder in finished_checkpoints(checkpoints)[:-keep_last]:
-        if keep_every is not None and int(folder.name.removeprefix("step_")) % keep_every == 0:
+        if keep_every is not None and step_number(folder) % keep_every == 0:
             continue
         doomed = folder.with_name(f".tmp-old-{folder.name}")
         try:

@@ -14,6 +14,7 @@ from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.training import BatchSizeStage, TrainingConfig
 from megatron_tpt.errors import UserError
+from megatron_tpt.training.checkpoint_files import step_number
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def newest_recipe(run_folder: Path) -> Path | None:
 
 def step_of(recipe_path: Path) -> int:
     """The step of a checkpoint, by the path of its recipe.yaml."""
-    return int(recipe_path.parent.name.removeprefix("step_"))
+    return step_number(recipe_path.parent)
 
 
 def with_batches_of_run[R: Recipe](recipe: R) -> R:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_tpt.config.layout import check_layout
 from megatron_tpt.config.load import Arguments, load_recipe
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
@@ -94,6 +96,27 @@ def test_commands_of_the_page_on_recipes_are_described(capsys: pytest.CaptureFix
         assert prepare(recipe, Arguments(Path(path), [], dry_run=True, num_processes=32, device="h100")) is None
         gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
         assert gib < 76, "more than an H100 has"
+
+
+def test_the_layouts_of_the_real_model_fit_its_heads() -> None:
+    """SmolLM2-135M has nine heads, three of keys and values; its shape comes with the weights, not with the recipe."""
+    script = (EXAMPLES / "smollm2/run.sh").read_text()
+    [layouts] = re.findall(r"^for layout in (.+); do$", script, re.MULTILINE)
+    [padding] = re.findall(r"--model\.vocab_padding_multiple=\d+", script)
+    shape = {"num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "num_attention_heads": 9,
+             "num_query_groups": 3, "vocab_size": 49152, "tie_embeddings": "true"}  # fmt: skip
+    words = [str(EXAMPLES / "smollm2/midtrain.yaml"), "--data.train=[x]", padding]
+    words += [f"--model.{name}={value}" for name, value in shape.items()]
+    sizes = {}
+    for layout in re.findall(r'"(\w+ \d+)"', layouts):
+        kind, size = layout.split()
+        sizes[kind] = int(size)
+        recipe, _ = load_recipe(PretrainRecipe, [*words, f"--parallel.{kind}_parallel_size={size}"])
+        check_layout(recipe, int(size))
+    assert sizes.keys() == {"tensor", "pipeline"} and min(sizes.values()) > 1
+    recipe, _ = load_recipe(PretrainRecipe, [*words, "--parallel.tensor_parallel_size=2"])
+    with pytest.raises(UserError, match="num_attention_heads=9 is not a multiple"):
+        check_layout(recipe, 2)
 
 
 RECURRENCE = sorted(path for path in (EXAMPLES / "recurrence").glob("*.yaml") if not path.stem.startswith("smollm2"))

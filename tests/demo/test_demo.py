@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["--num-documents", "2000", "--num-thoughts", "500", "--num-sft", "64", "--num-problems", "20"]
 
 
-@pytest.mark.slow(minutes=10)
+@pytest.mark.example(minutes=10)
 @pytest.mark.timeout(2400)
 def test_the_demo_compares_its_arms(tmp_path: Path) -> None:
     target = re.search(r"^demo: setup\n\t\$\(PY\) (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)

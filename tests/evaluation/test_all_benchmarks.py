@@ -46,7 +46,7 @@ def test_every_local_file_of_problems_belongs_to_a_benchmark() -> None:
 
 
 @needs_data
-@pytest.mark.slow
+@pytest.mark.example(minutes=2)
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 def test_a_model_is_asked_all_of_them_in_one_command_that_resumes(tmp_path: Path) -> None:

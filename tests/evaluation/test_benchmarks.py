@@ -203,6 +203,8 @@ def test_rows_of_the_shape_on_the_hub_are_read(tmp_path: Path) -> None:
         "mbpp": {"task_id": 1, "text": "Add.", "test_setup_code": "",
                  "test_list": ["assert f(1) == 2", "assert f(2) == 3"]},
         "jeebench": {"question": "?", "gold": "AC"},
+        "ifeval": {"key": 1000, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"],
+                   "kwargs": [{"num_words": None}]},
     }  # fmt: skip
     for name, row in rows.items():
         [run] = parsed("--benchmark", name)

@@ -21,7 +21,7 @@ from megatron_tpt.interop.options import ImportOptions
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = REPOSITORY / "tests" / "interop" / "likelihood_worker.py"
-pytestmark = [needs_data, pytest.mark.slow(minutes=4), pytest.mark.timeout(1200)]
+pytestmark = [needs_data, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,6 +56,7 @@ def log_probabilities(model: str, rows: list[list[int]]) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow(minutes=2)
 def test_trainer_and_engines_agree_on_real_text(model: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model)
     texts = [row["text"] for row in rows("web_documents_dolma")]
@@ -72,17 +73,20 @@ def test_trainer_and_engines_agree_on_real_text(model: str, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     expected = torch.tensor(log_probabilities(model, tokens))
     found = json.loads(done.stdout.splitlines()[-1])
-    differences = {who: (torch.tensor(own) - expected).abs().max().item() for who, own in found.items()}
+    # Of values down to -20, whose logits are of that size: relative to those above 1.
+    sizes = expected.abs().clamp(min=1)
+    differences = {who: ((torch.tensor(own) - expected).abs() / sizes).max().item() for who, own in found.items()}
     print(differences)
     assert set(differences) == {"trainer", "transformers", "vllm"}
     assert max(differences.values()) < 1e-4, differences
     assert -4 < expected.mean() < -2.5  # text that it predicts, not noise
 
 
+@pytest.mark.slow(minutes=1)
 @pytest.mark.parametrize("name", ["web_documents_c4", "web_documents_dolma"])
 def test_the_perplexity_of_web_documents_is_that_of_transformers(name: str, model: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model)
-    texts = [row["text"] for row in rows(name) if len(row["text"]) < 6000][:12]  # each fits into one window
+    texts = [row["text"] for row in rows(name) if len(row["text"]) < 6000][:6]  # each fits into one window
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokens = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
@@ -100,19 +104,7 @@ def test_the_perplexity_of_web_documents_is_that_of_transformers(name: str, mode
     assert 10 < expected < 50
 
 
-def test_right_answers_are_likelier_than_wrong_ones(model: str, tmp_path: Path) -> None:
-    """An evaluation that encodes or normalizes wrongly is at chance: 25% of four options."""
-    options = EvaluateOptions(
-        model=[model], data=DATA / "mmlu_dev.jsonl", output=tmp_path, engine="transformers", dtype="float32",
-        prompt_template="Question: {question}\nAnswer:", choices_column="choices", answer_type="choice",
-        scoring="log-likelihood", normalize_by="characters",
-    )  # fmt: skip
-    [result] = evaluate(options)
-    print(result)
-    assert result.accuracy > 0.27
-
-
-@pytest.mark.slow(minutes=8)
+@pytest.mark.example(minutes=12)
 @pytest.mark.timeout(3000)
 def test_the_whole_chain_holds_for_weights_and_text_of_others(model: str, tmp_path: Path) -> None:
     """examples/smollm2/run.sh, very small; its report refuses layouts whose losses differ."""

@@ -15,7 +15,8 @@ from test_evaluate import sample
 from megatron_tpt.evaluation.report import as_markdown, write_reports
 from megatron_tpt.evaluation.results import figures
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+_BROWSERS = ("chromium", "google-chrome", "chromium-headless-shell")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _BROWSERS)), None)
 HOSTILE = [
     "<script>document.title = 'owned'</script>",
     "</pre></details><h1 id=owned>owned</h1>",

@@ -24,6 +24,7 @@ from megatron_tpt.generation import (
     open_engine,
 )
 
+pytestmark = pytest.mark.slow(minutes=2)
 PROMPTS = [f"{text} {i}" for i in range(4) for text in CORPUS]
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 HOT = Sampling(temperature=1.5, top_p=0.9, max_new_tokens=60, seed=3, stop=("</think>", "f"))
@@ -44,7 +45,6 @@ def engine(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
         yield engine
 
 
-@pytest.mark.slow(minutes=2)
 def test_a_server_completes_as_vllm_in_this_process(model: str, engine: Engine) -> None:
     ids = [[5, 6, 7 + i] for i in range(4)]
     with unchanged_environment(), open_engine(EngineOptions(model, 256, max_num_seqs=4)) as own:
@@ -87,7 +87,6 @@ def newest_server() -> psutil.Process:
     return max(servers, key=psutil.Process.create_time)
 
 
-@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("fault", ["killed", "hangs"])
 def test_a_server_that_fails_is_started_again_and_nothing_is_lost(
     model: str, tmp_path: Path, fault: str, capfd: pytest.CaptureFixture[str]
@@ -114,7 +113,6 @@ def test_a_server_that_fails_is_started_again_and_nothing_is_lost(
         assert not alive
 
 
-@pytest.mark.slow
 def test_a_server_that_dies_at_its_start_says_why(model: str, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

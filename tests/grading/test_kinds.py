@@ -92,6 +92,25 @@ def test_jee_wants_all_letters_or_the_number(reference: str, output: str, correc
     assert grade("jee", reference, output) is correct
 
 
+@pytest.mark.parametrize(
+    ("reference", "output", "correct"),
+    [
+        ("[1, 2]", " [1,2]\n", True),
+        ("'a\"b'", '"a\\"b"', True),
+        ("{'b': 1, 'a': (2,)}", "{'a': (2,), 'b': 1}", True),
+        ("1", "1.0", True),  # as Python compares, and CRUXEval with it
+        ("(1, 2)", "[1, 2]", False),
+        ("'abc'", "abc", False),
+        ("[]", "list()", False),  # code is not run
+        ("None", "none", False),
+        ("'x'", "[" * 5000, False),
+        ("'x'", "1" * 10_000, False),
+    ],
+)
+def test_literals_are_compared_as_python_does(reference: str, output: str, correct: bool) -> None:
+    assert grade("literal", reference, output) is correct
+
+
 def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
     assert grade("exact", ["NYC", "New York"], " New York\n")
     assert not grade("exact", ["NYC", "New York"], "Paris")
@@ -112,6 +131,7 @@ def test_exact_texts_may_have_alternatives_and_mathematics_all_values() -> None:
         ("jee", "E"),
         ("math", ""),
         ("exact", []),
+        ("literal", "f(x)"),
     ],
 )
 def test_references_that_cannot_be_read_are_known(kind: Any, value: Any) -> None:

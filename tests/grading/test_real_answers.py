@@ -123,7 +123,8 @@ _HOSTILE = [
     "x^{x^{x^{x^{x}}}}", "\\sum_{n=1}^{10^{12}} \\frac{1}{n^2}", "\\int_0^1 x^{x^{x}} dx", "1," * 20_000,
     "\\text{" * 500, "\u0660\u0661\u00b2\u2460", "\ud800", "\x00", "-" * 50_000 + "1", "\\pm" * 2000 + "1",
 ]  # fmt: skip
-_REFERENCES = {"number": "18", "math": "3\\sqrt{13}", "choice": "B", "boolean": True, "jee": "ACD", "exact": "18"}
+_REFERENCES = {"number": "18", "math": "3\\sqrt{13}", "choice": "B", "boolean": True, "jee": "ACD", "exact": "18",
+               "literal": "[18]"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

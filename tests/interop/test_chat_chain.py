@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow(minutes=1)
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -113,7 +114,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": base, "chat": chat}
 
 
-@pytest.mark.slow(minutes=3)
 def test_a_fine_tuned_model_answers_and_stops_in_vllm(models: dict[str, Path], tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"prompt": q, "answer": f"Answer: {a}"}) + "\n" for q, a in ANSWERS.items()))

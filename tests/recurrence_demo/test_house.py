@@ -7,6 +7,7 @@ import pytest
 from house import DOORS, LENGTHS, ROOMS, HouseOptions, Walk
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.records import write_json_lines
 
 WALK = Walk(0, ("red", "blue", "green"))
 
@@ -57,8 +58,8 @@ def test_a_conversation_has_as_many_walks_as_a_row_has_room_for() -> None:
 
 
 def test_a_problem_among_the_training_data_is_found(tmp_path: Path) -> None:
-    house.write_rows(tmp_path / "problems", [WALK.problem])
-    house.write_rows(tmp_path / "training", [{"messages": [*Walk(1, ("red",)).messages, *WALK.messages]}])
+    write_json_lines(tmp_path / "problems", [WALK.problem])
+    write_json_lines(tmp_path / "training", [{"messages": [*Walk(1, ("red",)).messages, *WALK.messages]}])
     with pytest.raises(RuntimeError, match=r"the same walk is in .*problems and .*training: 'hall red blue green'"):
         house.check_disjoint(tmp_path / "problems", [tmp_path / "training"])
 

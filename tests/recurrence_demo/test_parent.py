@@ -16,6 +16,7 @@ from megatron_tpt.indexing.pack_sft import pack_sft
 from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.tokenizer import Tokenizer
+from megatron_tpt.records import write_json_lines
 
 PARENT = Path(parent.__file__).parent / "parent"
 REPOSITORY = PARENT.parents[2]
@@ -40,7 +41,7 @@ def test_every_room_and_every_door_is_one_token() -> None:
 
 def test_the_responses_of_a_conversation_are_learned_and_nothing_else(tmp_path: Path) -> None:
     rows = list(house.conversations(house.draw_training(6, random.Random(0)), 3))
-    house.write_rows(tmp_path / "walks.jsonl", rows)
+    write_json_lines(tmp_path / "walks.jsonl", rows)
     pack_sft(
         PackOptions(
             input=[tmp_path / "walks.jsonl"],
@@ -60,7 +61,7 @@ def test_the_responses_of_a_conversation_are_learned_and_nothing_else(tmp_path: 
     assert packed == {" " + " ".join(words): " " + " ".join(words[1::2]) for words in said}
 
 
-@pytest.mark.slow(minutes=3)
+@pytest.mark.example(minutes=3)
 @pytest.mark.timeout(1800)
 def test_the_parent_can_be_trained_again(tmp_path: Path) -> None:
     target = re.search(r"^recurrence-parent: setup\n\t\$\(PY\) (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)

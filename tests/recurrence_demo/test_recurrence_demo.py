@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["--num-steps", "32", "--num-problems", "10", "--arms", "all"]
 
 
-@pytest.mark.slow
+@pytest.mark.example(minutes=10)
 @pytest.mark.timeout(2400)
 def test_the_miniature_compares_its_arms_at_every_depth(tmp_path: Path) -> None:
     target = re.search(r"^recurrence-demo: setup\n\t\$\(PY\) (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)

@@ -25,7 +25,7 @@ MAX_NUM_SEQS = 32
 ROWS_PER_SHARD = 100
 
 pytestmark = [
-    pytest.mark.slow(minutes=8),
+    pytest.mark.slow(minutes=12),
     pytest.mark.timeout(2400),
     pytest.mark.skipif(not DATA.exists(), reason=f"needs GSM8K's training questions in {DATA}"),
 ]

@@ -74,7 +74,7 @@ def test_a_step_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
     assert run_limited(["bash", "-c", "exit 3"], limit_s=60) == 3
 
 
-@pytest.mark.slow(minutes=5)
+@pytest.mark.example(minutes=5)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the toy shapes are for a CPU")
 def test_every_step_passes_dry_and_is_not_repeated(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"

@@ -124,6 +124,7 @@ class Workers:
             for process, _ in started:
                 process.kill()
         errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(results) if error]
+        errors.sort(key=lambda error: "another rank has ended" not in error)  # the cause last: it is read first
         assert not errors, "\n".join(errors)
         return results[0][1]
 

@@ -1,5 +1,6 @@
 """The configuration of a recurrent model, and what follows from its depth."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -131,11 +132,11 @@ class RecurrentConfig(GPTConfig):
         """See ModelConfig.passes. Measured: the metrics of objectives/depth.py."""
         if measured and "depth" in measured:
             return self._passes(measured["depth"] - measured["depth_backprop"], measured["depth_backprop"])
-        return self._passes(*_mean(self._depth(self._final_step, seed) for seed in range(_SAMPLES)))
+        mean, backprop = self._mean_depths(self._final_step)
+        return self._passes(*_expected(self.depth_distribution, mean, backprop))
 
     def expected_passes(self, num_steps: int) -> dict[str, float]:
-        draws = (self._depth(index * num_steps // _SAMPLES, index) for index in range(_SAMPLES))
-        return self._passes(*_mean(draws))
+        return self._passes(*_mean(self._depth(index * num_steps // _SAMPLES, index) for index in range(_SAMPLES)))
 
     @property
     def _final_step(self) -> int:
@@ -145,9 +146,13 @@ class RecurrentConfig(GPTConfig):
         """The mean depth m of the step that follows `step` others."""
         return scheduled(self.depth_curriculum, self.mean_recurrences, self.depth_curriculum_steps, step)
 
-    def _depth(self, step: int, seed: int) -> Depth:
+    def _mean_depths(self, step: int) -> tuple[int, int]:
+        """The mean depth, and the iterations through which gradients are propagated."""
         backprop = scheduled(self.backprop_curriculum, self.backprop_recurrences, self.backprop_curriculum_steps, step)
-        return draw_depth(self.depth_distribution, self.mean_depth(step), backprop, seed)
+        return self.mean_depth(step), backprop
+
+    def _depth(self, step: int, seed: int) -> Depth:
+        return draw_depth(self.depth_distribution, *self._mean_depths(step), seed)
 
     def draws(self, step: int, seed: int, *, training: bool) -> dict[str, int]:
         """What RecurrentBlock.forward needs, and the mean depth of the step."""
@@ -187,6 +192,11 @@ class RecurrentConfig(GPTConfig):
             f"training.recompute={training.recompute} is not supported with model.family=recurrent and dropout: set "
             f"model.hidden_dropout and model.attention_dropout to 0",
         )
+
+
+@functools.cache  # a planner asks for every layout
+def _expected(distribution: Distribution, mean_depth: int, backprop: int) -> tuple[float, float]:
+    return _mean(draw_depth(distribution, mean_depth, backprop, seed) for seed in range(_SAMPLES))
 
 
 def _mean(depths: Iterable[Depth]) -> tuple[float, float]:

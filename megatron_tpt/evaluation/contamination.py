@@ -1,0 +1,65 @@
+"""Which problems of a benchmark a training corpus held, as `tools/prepare.py --decontaminate` found them.
+
+A benchmark is known there by the fingerprint of its file, so that the numbers of items are those of the same rows.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation import metrics
+from megatron_tpt.evaluation.asking import Evaluation
+from megatron_tpt.evaluation.samples import Sample
+from megatron_tpt.files import file_fingerprint
+from megatron_tpt.json_data import read_object
+
+
+def overlapping_rows(corpus: Path, data: str) -> set[int] | None:
+    """The rows of `data`, counted from 1 without blank lines, of which the corpus held a part before it was cleaned;
+    None where they were not searched for."""
+    path = Path(data)
+    if not path.is_file():  # of the Hub: which rows were read is not known
+        return None
+    fingerprint, report = file_fingerprint(path), read_object(corpus / "report.json")
+    names = [
+        each["name"]
+        for each in read_object(corpus / "prepare.json")["decontaminate"]
+        if list(each["files"].values()) == [fingerprint]
+    ]
+    return {row for name in names for row in report["found_items"].get(name, [])} if names else None
+
+
+def check_corpora(corpora: Sequence[Path]) -> None:
+    """Raise UserError for a folder without a finished run of tools/prepare.py."""
+    for corpus in corpora:
+        if not all((corpus / name).is_file() for name in ("report.json", "prepare.json")):
+            raise UserError(f"--corpus {corpus}: no finished output of tools/prepare.py in this folder")
+
+
+def contamination(
+    evaluations: Sequence[Evaluation], graded: Sequence[Sequence[Sample]], corpora: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """For every arm, benchmark and corpus: how many problems overlap, and the accuracy on the others."""
+    found = []
+    for each, samples in zip(evaluations, graded, strict=True):
+        rates = metrics.rates(samples)
+        for corpus in corpora:
+            rows = overlapping_rows(corpus, each.problem_set.data)
+            entry: dict[str, Any] = {
+                "model": each.arm.model,
+                "recurrences": each.arm.recurrences,
+                "benchmark": each.options.title,
+                "corpus": str(corpus),
+                "num_problems": len(each.problems),
+                "num_overlapping": None,
+                "accuracy_without": None,
+            }
+            if rows is not None:
+                held = {problem.id for number, problem in enumerate(each.problems, 1) if number in rows}
+                others = [rate for name, rate in rates.items() if name not in held]
+                entry["num_overlapping"] = len(held)
+                entry["accuracy_without"] = statistics.fmean(others) if others else None
+            found.append(entry)
+    return found
