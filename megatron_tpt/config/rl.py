@@ -238,6 +238,16 @@ class ReproConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "repro.")
+        require_place(self.answer_template)
+
+
+def require_place(template: str) -> None:
+    """Raise UserError for an answer_template without a place for the answer."""
+    try:
+        has_place = "\0" in template.format("\0")
+    except (IndexError, KeyError, ValueError):
+        has_place = False
+    require(has_place, f'answer_template {template!r} must have one "{{}}" for the answer; other braces are doubled')
 
 
 @on_change({(Effect.WARNED, Effect.FREE): "learning_rate warmup_iterations clip"})

@@ -1,9 +1,10 @@
 """Reinforcement learning with verifiable rewards, on prompts whose answers are known."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.rl import (
@@ -111,6 +112,12 @@ class RLRecipe(TrainingRecipe):
         return self.num_rollouts * self.algorithm.num_epochs // self.training.global_batch_size
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that are sampled from."""
+        assert self.model.vocab_size is not None, "that of the tokenizer, when the recipe gives none"
+        return self.model.vocab_size
+
+    @property
     def start(self) -> Path:
         """The checkpoint to start from. Raises UserError when there is none."""
         if self.training.init_from is None:
@@ -130,6 +137,13 @@ class RLRecipe(TrainingRecipe):
     def tokenizer_path(self) -> Path:
         """That of the checkpoint to start from."""
         return self.start / "tokenizer"
+
+    def resolve(self) -> Self:
+        """Also with the reference model, which on resume is compared with that of the checkpoint."""
+        recipe = super().resolve()
+        if recipe.reference is None:
+            return recipe
+        return dataclasses.replace(recipe, algorithm=dataclasses.replace(recipe.algorithm, reference=recipe.reference))
 
     def check(self, world_size: int) -> None:
         super().check(world_size)
@@ -162,13 +176,15 @@ class RLRecipe(TrainingRecipe):
         )
 
     def _check_model(self) -> None:
-        """Refuse models and layouts whose weights cannot be sent to an engine, or whose rollouts cannot be packed."""
+        """Refuse models and layouts whose weights cannot be sent to an engine or whose rollouts cannot be packed, and
+        what has no meaning here."""
         for name, unsupported in (
             ("model.family", bool(self.model.depth_limits)),
             ("parallel.fsdp", self.parallel.fsdp != "none"),
             ("parallel.context_parallel_size", self.parallel.context_parallel_size > 1),
             ("training.batch_size_ramp", bool(self.training.batch_size_ramp)),
             ("training.fp8", self.training.fp8 != "none"),
+            ("faults.on_loss_spike", self.faults.on_loss_spike != "ignore"),  # the loss of a policy has no scale
         ):
             if unsupported:
                 section, _, key = name.partition(".")
@@ -208,9 +224,10 @@ class RLRecipe(TrainingRecipe):
             )
 
     def describe_data(self) -> tuple[str, DataIdentity]:
-        from megatron_tpt.rl.prompts import problems_of, read_prompts
+        from megatron_tpt.rl.prompts import check_answers, problems_of, read_prompts
         from megatron_tpt.rl.start import is_prepared
 
+        check_answers(self)
         prompts = read_prompts(self) if is_prepared(self) else None
         num_prompts = len(problems_of(self)) if prompts is None else len(prompts)
         epochs = self.training.num_steps // self.steps_per_iteration * self.rollouts.num_prompts / num_prompts
@@ -224,9 +241,11 @@ class RLRecipe(TrainingRecipe):
         return build_prompt_data(self)
 
     def prepare_data(self) -> None:
-        """Export the model to start from, for the engines."""
+        """Check the answers, and export the model to start from for the engines."""
+        from megatron_tpt.rl.prompts import check_answers
         from megatron_tpt.rl.start import prepare_engine_folder
 
+        check_answers(self)
         prepare_engine_folder(self)
 
     def train(self) -> "Trainer":

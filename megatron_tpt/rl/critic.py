@@ -7,6 +7,7 @@ policy resumes the critic from that of the same step.
 """
 
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,7 @@ from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.rl.objectives import ValueObjective
-from megatron_tpt.training.callbacks import SaveCheckpoints, patient
-from megatron_tpt.training.checkpoint_files import delete_old_checkpoints, step_folder
+from megatron_tpt.training.checkpoint_files import delete_old_checkpoints, find_damage, step_folder
 from megatron_tpt.training.checkpoint_loading import load_weights
 from megatron_tpt.training.model import TrainedModel
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
@@ -40,6 +40,7 @@ class ValueHead(torch.nn.Module):
     def __init__(self, hidden_size: int, dtype: torch.dtype, *, sequence_parallel: bool) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype, device=platform.device()))
+        self.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]  # Adam's, not Muon's
         self.sequence_parallel = sequence_parallel
 
     def forward(self, hidden: Tensor, weight: None = None, runtime_gather_output: None = None) -> tuple[Tensor, None]:
@@ -89,14 +90,15 @@ def critic_recipe(recipe: "RLRecipe") -> "RLRecipe":
 
 def follow(critic: Trainer, policy: Trainer) -> None:
     """Bring the critic to the policy's step, from its checkpoint of that step, where it is at another. Raises UserError
-    when there is none."""
+    when there is none, or it is damaged."""
     if critic.global_step == policy.global_step:
         return
     folder = step_folder(critic.checkpoints, policy.global_step)
-    if not folder.is_dir():
+    damage = find_damage(folder, reads_content=policy.recipe.checkpoint.verify) if folder.is_dir() else ["missing"]
+    if damage:
         raise UserError(
-            f"{folder} is missing: the critic cannot resume at step {policy.global_step}; restore it, or delete the "
-            f"policy's checkpoints of this step and later to resume from an earlier one"
+            f"{folder} is damaged ({'; '.join(damage[:4])}), so the critic cannot resume at step {policy.global_step}: "
+            f"restore it, or delete the policy's checkpoints of this step and later to resume from an earlier one"
         )
     critic.resume(folder)
 
@@ -115,18 +117,13 @@ class ReportCritic(Callback):
         self._policy.metrics.write(trainer.global_step, named | {"critic/grad_norm": report.grad_norm})
 
 
-class SaveCritic(Callback):
-    """Saves the critic before every checkpoint of the policy: a policy without its critic could not resume."""
-
-    def __init__(self) -> None:
-        self.critic: Trainer | None = None
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.critic is None or not SaveCheckpoints.is_due(trainer):
-            return
-        settings = trainer.recipe.checkpoint
-        with patient(trainer):
-            self.critic.start_saving().finish()
-        if settings.keep_last is not None and platform.is_first_rank():
-            # One more than of the policy, whose next checkpoint may fail.
-            delete_old_checkpoints(self.critic.checkpoints, settings.keep_last + 1, settings.keep_every)
+def save_critic(critic: Trainer) -> None:
+    """Save the critic, before the policy's checkpoint of the same step: without it that could not be resumed from.
+    Raises SaveError on all ranks."""
+    settings, folder = critic.recipe.checkpoint, step_folder(critic.checkpoints, critic.global_step)
+    if platform.is_first_rank():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it saved the policy
+    critic.start_saving().finish()
+    if settings.keep_last is not None and platform.is_first_rank():
+        # One more than of the policy, whose next checkpoint may fail.
+        delete_old_checkpoints(critic.checkpoints, settings.keep_last + 1, settings.keep_every)

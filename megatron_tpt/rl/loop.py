@@ -7,6 +7,7 @@ the trainer asks for its next batch, so checkpoints, faults, reports and early s
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_tpt import platform
+from megatron_tpt.errors import UserError
 from megatron_tpt.files import real_path
 from megatron_tpt.generation import EngineOptions, load_tokenizer, open_engine
 from megatron_tpt.rl.advantages import Advantages, outcome_advantages, outcome_rewards
 from megatron_tpt.rl.collecting import Collected, Collector, Weights
-from megatron_tpt.rl.critic import SaveCritic, build_critic, follow
+from megatron_tpt.rl.critic import build_critic, follow, save_critic
 from megatron_tpt.rl.experience import Experience
 from megatron_tpt.rl.learning import MiniBatches
 from megatron_tpt.rl.losses import kl_estimates, penalized_rewards
@@ -62,16 +64,15 @@ class PromptsTaken(Callback):
 
 def train(recipe: "RLRecipe") -> Trainer:
     """Train a policy until `training.num_steps`; the trainer of a finished run. Needs process groups."""
-    taken, saving = PromptsTaken(), SaveCritic()
-    objective = PolicyObjective(recipe.algorithm, recipe.rollouts.temperature)
-    callbacks: list[Callback] = [taken]
-    for one in recipe.build_callbacks():
-        callbacks += [saving, one] if isinstance(one, SaveCheckpoints) else [one]
-    trainer = build_trainer(recipe, recipe.build_data(), callbacks, objective)
-    critic = saving.critic = build_critic(recipe, trainer) if recipe.has_critic else None
-    with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(open_engine(_engine_options(recipe), needs=NEEDS))
-        rewarder = stack.enter_context(Rewarder(recipe))
+    rewarder = Rewarder(recipe)  # first: it refuses what cannot be graded here
+    taken, callbacks = PromptsTaken(), recipe.build_callbacks()
+    objective = PolicyObjective(recipe.algorithm, recipe.rollouts.temperature, recipe.vocab_size)
+    trainer = build_trainer(recipe, recipe.build_data(), [taken, *callbacks], objective)
+    critic = build_critic(recipe, trainer) if recipe.has_critic else None
+    for one in callbacks:
+        if critic is not None and isinstance(one, SaveCheckpoints):
+            one.save_before = functools.partial(save_critic, critic)
+    with rewarder, open_engine(_engine_options(recipe), needs=NEEDS) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
         collector = Collector(recipe, engine, rewarder, read_prompts(recipe), log)
         iterations = Iterations(recipe, trainer, critic, collector, taken, log)
@@ -104,7 +105,7 @@ class Iterations:
         self._recipe, self._trainer, self._critic = recipe, trainer, critic
         self._collector, self._taken, self._log = collector, taken, log
         packer = Packer(recipe)
-        self._scorer = Scorer(packer, recipe.rollouts.temperature, recipe.training.global_batch_size)
+        self._scorer = Scorer(packer, recipe.vocab_size, recipe.training.global_batch_size)
         self._mini_batches = MiniBatches(recipe, packer)
         self._reference = Reference(recipe, recipe.reference, trainer) if recipe.reference is not None else None
         self._process = None
@@ -149,6 +150,11 @@ class Iterations:
             if self._trainer.global_step == iteration * self._recipe.steps_per_iteration:
                 self._trainer.metrics.write(self._trainer.global_step + 1, metrics)
             return Experience.read([one for one in samples if one.is_used])
+        if self._trainer.global_step != iteration * self._recipe.steps_per_iteration:
+            raise UserError(
+                f"{self._recipe.run.output_dir / 'rollouts'} lacks the rollouts of iteration {iteration}, within which "
+                f"the run resumes: restore the files, or delete checkpoints to resume where an iteration begins"
+            )
         begin = time.perf_counter()
         collected = self._collector(iteration, self._taken.position, self._weights())
         experience = Experience.collected(collected.used)
@@ -185,13 +191,14 @@ class Iterations:
     def _score(self, iteration: int, experience: Experience, collected: Collected) -> Process | None:
         """Compute all columns of an iteration, with the weights that wrote it."""
         columns, model = experience.columns, self._trainer.model
-        sequences = [one.tokens for one in experience.samples]
+        sequences, temperature = [one.tokens for one in experience.samples], self._recipe.rollouts.temperature
         with _timed(collected, "log_probabilities"):
-            columns["old"], columns["entropy"] = self._scorer.statistics(model, sequences)
+            columns["old"], columns["entropy"] = self._scorer.statistics(model, sequences, temperature)
             if self._critic is not None:
                 columns["value"] = self._scorer.values(self._critic.model, sequences)
             if self._reference is not None:
-                columns["reference"] = self._scorer.statistics(self._reference.at(iteration), sequences)[0]
+                reference = self._reference.at(iteration)
+                columns["reference"] = self._scorer.statistics(reference, sequences, temperature)[0]
         process = None
         if self._process is not None:
             with _timed(collected, "process"):

@@ -26,11 +26,14 @@ class PolicyObjective:
         "loss", "tokens", "policy_loss", "update_kl", "clipped", "dual_clipped", "kl", "entropy"
     )  # fmt: skip
 
-    def __init__(self, settings: AlgorithmConfig, temperature: float) -> None:
+    needs: Needs = "logits"
+
+    def __init__(self, settings: AlgorithmConfig, temperature: float, vocab_size: int) -> None:
+        """At `temperature` rollouts are sampled, from `vocab_size` tokens."""
         self._settings = settings
         self._temperature = temperature
+        self._vocab_size = vocab_size
         self._has_entropy = settings.entropy_coefficient > 0
-        self.needs: Needs = "logits" if self._has_entropy or temperature != 1 else "token_losses"
 
     def __call__(self, outputs: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         settings, mask, weights = self._settings, batch["loss_mask"], batch["weights"]
@@ -64,10 +67,8 @@ class PolicyObjective:
 
     def _statistics(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and, where they are in the loss, entropies, [b, s]."""
-        if self.needs == "token_losses":
-            return -outputs.float().view_as(labels), None
         logits = outputs if self._temperature == 1 else outputs / self._temperature
-        found = token_statistics(logits, labels.view(logits.shape[:-1]))
+        found = token_statistics(logits, labels.view(logits.shape[:-1]), self._vocab_size)
         entropies = found.entropies.view_as(labels) if self._has_entropy else None
         return found.log_probabilities.view_as(labels), entropies
 

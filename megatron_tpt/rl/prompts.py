@@ -13,7 +13,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import Benchmark
 from megatron_tpt.evaluation.problems import Problem, read_problems
 from megatron_tpt.generation import begin_ids, load_tokenizer, render_chat
-from megatron_tpt.grading import Reading, Rules
+from megatron_tpt.grading import Grader, Reading, Rules
 from megatron_tpt.rl.start import engine_folder
 
 if TYPE_CHECKING:  # this imports torch
@@ -110,6 +110,17 @@ def problems_of(recipe: "RLRecipe") -> list[Problem]:
             )
         )
     ]
+
+
+def check_answers(recipe: "RLRecipe") -> None:
+    """Raise UserError for a right answer that data.answer_type cannot read."""
+    grader = Grader(grading_rules(recipe))
+    for problem in problems_of(recipe):
+        if grader.reference(problem.answer, problem.choices) is None:
+            raise UserError(
+                f"{problem.where}: the right answer {str(problem.answer)[:60]!r} is none of "
+                f"data.answer_type={recipe.data.answer_type}: fix it, or give another type"
+            )
 
 
 def grading_rules(recipe: "RLRecipe") -> Rules:

@@ -5,6 +5,7 @@
 A refreshed reference is always loaded from there, so that a run that resumes has the same.
 """
 
+import shutil
 from typing import TYPE_CHECKING
 
 from megatron_tpt import platform
@@ -40,27 +41,30 @@ class Reference:
         step = iteration // interval * interval * self._recipe.steps_per_iteration if interval else 0
         if step != self._step:
             folder = step_folder(self._recipe.run.output_dir / "reference", step)
-            if not folder.is_dir():
-                self._save(folder, step)
+            if step and self._policy.global_step == step:
+                self._save(folder)
+            elif step and not folder.is_dir():
+                raise UserError(
+                    f"{folder} is missing, the reference of the iteration to resume in: restore it, or resume from a "
+                    f"checkpoint of step {step} or before (delete later ones)"
+                )
             load_weights(folder if step else self._start, self._model.gpts)
             self._step = step
         return self._model
 
-    def _save(self, folder: "Path", step: int) -> None:
+    def _save(self, folder: "Path") -> None:
         """Write the weights of the policy."""
         policy = self._policy
-        if step == 0:
-            return
-        if policy.global_step != step:
-            raise UserError(
-                f"{folder} is missing, the reference of the iteration to resume in: restore it, or resume from a "
-                f"checkpoint of step {step} or before (delete later ones)"
-            )
+        if platform.is_first_rank():
+            shutil.rmtree(folder, ignore_errors=True)  # of steps that are repeated
         policy.model.gather_weights()
-        recipe_yaml = to_yaml(self._recipe)
-        state = {"step": step}
         start_saving(
-            folder, policy.model.gpts, None, state, recipe_yaml=recipe_yaml, model_files=policy.model_files
+            folder,
+            policy.model.gpts,
+            None,
+            {"step": policy.global_step},
+            recipe_yaml=to_yaml(self._recipe),
+            model_files=policy.model_files,
         ).finish()
         if platform.is_first_rank():
             delete_old_checkpoints(folder.parent, _NUM_KEPT, None)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tpt.config.rl import Algorithm, FirstReward
+from megatron_tpt.config.rl import Algorithm, FirstReward, require_place
 from megatron_tpt.errors import require
 from megatron_tpt.rl.advantages import Advantages, gae, group_statistics, returns_to_go, whiten
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
@@ -86,11 +86,7 @@ def answer_suffix(
     beginning-of-sequence token inside a text is nothing that a model was trained on.
     """
     require(not list(encode("")), "the answer is encoded with special tokens: encode it without (add_special_tokens)")
-    try:
-        has_place = "\0" in template.format("\0")
-    except (IndexError, KeyError, ValueError):
-        has_place = False
-    require(has_place, f'answer_template {template!r} must have one "{{}}" for the answer; other braces are doubled')
+    require_place(template)
     unscored = prefix.rpartition(CLOSE_TAG)[2] if is_closed else prefix
     return list(encode(unscored)), list(encode(template.format(answer)))
 

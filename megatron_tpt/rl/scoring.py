@@ -29,19 +29,15 @@ from megatron_tpt.training.model import Model
 class Scorer:
     """Forward passes of models over packed sequences."""
 
-    def __init__(self, packer: Packer, temperature: float, sequences_at_once: int) -> None:
-        """At `temperature` rollouts are sampled. `sequences_at_once` bounds what is in memory."""
+    def __init__(self, packer: Packer, vocab_size: int, sequences_at_once: int) -> None:
+        """`sequences_at_once` bounds what is in memory."""
         self._packer = packer
-        self._temperature = temperature
+        self._vocab_size = vocab_size
         self._at_once = sequences_at_once
 
-    def statistics(self, model: Model, sequences: Sequence[Tokens]) -> Tensor:
-        """Log-probabilities and entropies at the temperature of sampling, in nats: fp32 [2, B, T]."""
-        return self._predictions(sequences, lambda batch: model.token_statistics(batch, self._temperature))
-
-    def log_probabilities(self, model: Model, sequences: Sequence[Tokens]) -> Tensor:
-        """Those at temperature 1: fp32 [B, T]."""
-        return self._predictions(sequences, lambda batch: model.log_probabilities(batch)[None])[0]
+    def statistics(self, model: Model, sequences: Sequence[Tokens], temperature: float = 1.0) -> Tensor:
+        """Log-probabilities and entropies, in nats: fp32 [2, B, T]."""
+        return self._predictions(sequences, lambda batch: model.token_statistics(batch, self._vocab_size, temperature))
 
     def values(self, critic: Model, sequences: Sequence[Tokens]) -> Tensor:
         """The critic's: fp32 [B, T]."""
@@ -61,7 +57,7 @@ class Scorer:
         """Log-probabilities at temperature 1 of every rank's own requests (rollouts.TrainerLogProbabilities): each rank
         gives other requests, and gets their results."""
         every = platform.gather_objects([Tokens(one.context, one.continuation) for one in requests])
-        values = self.log_probabilities(model, [one for own in every for one in own])
+        values = self.statistics(model, [one for own in every for one in own])[0]
         begin = sum(map(len, every[: torch.distributed.get_rank()]))
         own = values[begin : begin + len(requests)]
         return [row[: len(one.continuation)].tolist() for row, one in zip(own, requests, strict=True)]
@@ -102,7 +98,7 @@ class ProcessScorer:
             for one, (positions, is_closed) in zip(experience.samples, cuts, strict=True)
             for sequence in self._sequences(one, positions, is_closed)
         ]
-        log_probs = self._scorer.log_probabilities(model, sequences)
+        log_probs = self._scorer.statistics(model, sequences)[0]
         lengths = torch.tensor([len(one.continuation) for one in sequences])
         row = torch.arange(len(sequences)).repeat_interleave(lengths)
         is_scored = torch.arange(log_probs.shape[1]) < lengths[:, None]

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
@@ -43,9 +43,12 @@ class SaveCheckpoints(Callback):
 
     def __init__(self) -> None:
         self.pending: CheckpointSaving | None = None
+        self.save_before: Callable[[], None] = lambda: None
+        """Saves what a run needs beside its checkpoint to resume from it. Raises SaveError on all ranks."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        is_due = self.is_due(trainer)
+        interval = trainer.recipe.checkpoint.save_interval
+        is_due = trainer.is_over or trainer.save_requested or (interval > 0 and trainer.global_step % interval == 0)
         trainer.save_requested = False
         if self.pending is not None:
             is_written = self.pending.is_written()
@@ -55,13 +58,6 @@ class SaveCheckpoints(Callback):
                 self._finish_pending(trainer)
         if is_due:
             self._save(trainer)
-
-    @staticmethod
-    def is_due(trainer: Trainer) -> bool:
-        """Whether there is a checkpoint after this step."""
-        interval = trainer.recipe.checkpoint.save_interval
-        is_regular = interval > 0 and trainer.global_step % interval == 0
-        return trainer.is_over or trainer.save_requested or is_regular
 
     def after_training(self, trainer: Trainer) -> None:
         if self.pending is not None:
@@ -79,6 +75,7 @@ class SaveCheckpoints(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), patient(trainer):
+            self.save_before()
             saving = trainer.start_saving()
             if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
                 saving.write_in_background()

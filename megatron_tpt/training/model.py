@@ -60,12 +60,13 @@ class Model:
         the samples of this rank's batch, on all tensor- and pipeline-parallel ranks. All ranks call it."""
         return self.predictions(batch, "token_losses", lambda labels, losses: -losses)[0]
 
-    def token_statistics(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probability of every label, and entropy of the distribution that it is drawn from at a temperature, in
-        nats: fp32 [2, num_samples, s], under the terms of `log_probabilities`."""
+    def token_statistics(self, batch: Batch, vocab_size: int, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probability of every label, and entropy of the distribution over the `vocab_size` tokens that it is drawn
+        from at a temperature, in nats: fp32 [2, num_samples, s], under the terms of `log_probabilities`."""
 
         def statistics(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            found = token_statistics(logits / temperature, labels.view(logits.shape[:-1]))
+            tempered = logits if temperature == 1 else logits / temperature
+            found = token_statistics(tempered, labels.view(logits.shape[:-1]), vocab_size)
             return torch.stack([found.log_probabilities, found.entropies])
 
         return self.predictions(batch, "logits", statistics, num_values=2)

@@ -33,7 +33,13 @@ def microbatch(settings: AlgorithmConfig) -> tuple[dict[str, Tensor], Tensor]:
         "value": given.values.float(),
         "return": given.rewards.float(),
     }
-    return batch, given.log_probs.detach().float().requires_grad_()
+    return batch, given.log_probs.detach().float().clamp(max=-0.01).requires_grad_()
+
+
+def logits_of(log_probs: Tensor) -> Tensor:
+    """Logits of two tokens, of which the first has these log-probabilities, and of rows that pad the vocabulary."""
+    others = torch.log(-torch.expm1(log_probs))
+    return torch.stack([log_probs, others, *[torch.full_like(log_probs, 5.0)] * 2], dim=-1)
 
 
 def expected_loss(settings: AlgorithmConfig, batch: dict[str, Tensor], log_probs: Tensor) -> Tensor:
@@ -47,8 +53,7 @@ def expected_loss(settings: AlgorithmConfig, batch: dict[str, Tensor], log_probs
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean", "dr_grpo"])
 def test_loss_and_gradient_of_parts_add_up_to_those_of_the_whole(aggregation: str) -> None:
     settings = AlgorithmConfig(kl="loss", kl_coefficient=0.1, clip_high=0.28, aggregation=aggregation)  # type: ignore[arg-type]
-    objective = PolicyObjective(settings, temperature=1.0)
-    assert objective.needs == "token_losses"
+    objective = PolicyObjective(settings, temperature=1.0, vocab_size=2)
     batch, log_probs = microbatch(settings)
     expected = expected_loss(settings, batch, log_probs)
     [gradient] = torch.autograd.grad(expected, log_probs)
@@ -56,7 +61,7 @@ def test_loss_and_gradient_of_parts_add_up_to_those_of_the_whole(aggregation: st
         splits = {name: value.split(cuts) for name, value in batch.items()}
         total, tokens, named = torch.zeros(()), torch.zeros(()), dict.fromkeys(objective.sum_names, 0.0)
         for number, part in enumerate(log_probs.split(cuts)):
-            loss, sums = objective(-part, {name: value[number] for name, value in splits.items()})
+            loss, sums = objective(logits_of(part), {name: value[number] for name, value in splits.items()})
             assert tuple(sums) == objective.sum_names
             total, tokens = total + loss, tokens + sums["tokens"]
             named = {name: named[name] + float(sums[name]) for name in named}
@@ -71,9 +76,9 @@ def test_loss_and_gradient_of_parts_add_up_to_those_of_the_whole(aggregation: st
 def test_the_correction_of_the_mismatch_scales_the_policy_loss_alone() -> None:
     settings = AlgorithmConfig(kl="loss", kl_coefficient=0.1)
     batch, log_probs = microbatch(settings)
-    objective = PolicyObjective(settings, temperature=1.0)
-    plain = objective(-log_probs, batch)[1]
-    halved = objective(-log_probs, batch | {"correction": torch.full_like(batch["old"], 0.5)})[1]
+    objective = PolicyObjective(settings, temperature=1.0, vocab_size=2)
+    plain = objective(logits_of(log_probs), batch)[1]
+    halved = objective(logits_of(log_probs), batch | {"correction": torch.full_like(batch["old"], 0.5)})[1]
     assert float(halved["policy_loss"]) == pytest.approx(float(plain["policy_loss"]) / 2, rel=1e-6)
     assert float(halved["kl"]) == float(plain["kl"])
 
@@ -82,8 +87,7 @@ def test_logits_at_the_temperature_of_sampling() -> None:
     settings = AlgorithmConfig(entropy_coefficient=0.01)
     batch, _ = microbatch(settings)
     logits = torch.randn(*batch["labels"].shape, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    objective = PolicyObjective(settings, temperature=0.5)
-    assert objective.needs == "logits"
+    objective = PolicyObjective(settings, temperature=0.5, vocab_size=16)
     loss, sums = objective(logits, batch)
     log_probs = (logits / 0.5).log_softmax(-1)
     entropies = -(log_probs.exp() * log_probs).sum(-1)

@@ -62,7 +62,7 @@ def learned(run: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in SAME if name in row} for row in read_metrics(run)]
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro-batches of 4": (1, {"training": {"micro_batch_size": 4}}),
     "tp2": (2, {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}}),
     "pp2": (2, {"parallel": {"pipeline_parallel_size": 2}}),
@@ -139,11 +139,13 @@ def has_step(step: int) -> Callable[[Path], bool]:
 
 
 KILLS: dict[str, Callable[[Path], bool]] = {
+    "after the critic's checkpoint": lambda run: (run / "critic/checkpoints/step_00000002").exists(),
     "before the first wave": lambda run: (run / "checkpoints/step_00000002").exists(),
     "between waves": has_waves(1, 1),
     "while it scores": has_waves(1, 2),
     "when all is scored": lambda run: (run / "rollouts/iteration_00000001.jsonl.zst").exists(),
     "within an iteration": has_step(3),
+    "after a checkpoint within an iteration": lambda run: (run / "checkpoints/step_00000003").exists(),
 }
 
 
@@ -153,11 +155,23 @@ def test_the_same_command_continues_to_the_bit_after_kill_9(
     kill: str, workers: Workers, start: Path, problems: Path, tmp_path: Path, whole: Callable
 ) -> None:
     unbroken = whole("ppo", PPO)
-    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, PPO)))
+    saving = {"checkpoint": {"save_interval": 1 if "checkpoint within" in kill else 2}}
+    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, PPO, saving)))
     workers.run_and_kill(PROGRAM, [str(recipe)], lambda: KILLS[kill](tmp_path / "run"))
     workers.run(PROGRAM, [str(recipe)], 1)
     assert rollouts_of(tmp_path / "run") == rollouts_of(unbroken)
     assert learned(tmp_path / "run") == learned(unbroken)
+
+
+@pytest.mark.slow(minutes=1)
+def test_an_iteration_whose_rollouts_are_gone_is_not_sampled_with_other_weights(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", checkpoint={"save_interval": 1}))
+    workers.run_and_kill(PROGRAM, [str(recipe)], lambda: (tmp_path / "run/checkpoints/step_00000001").exists())
+    shutil.rmtree(tmp_path / "run/rollouts")
+    with pytest.raises(AssertionError, match="lacks the rollouts of iteration 0, within which the run resumes"):
+        workers.run(PROGRAM, [str(recipe)], 1)
 
 
 def test_the_log_has_what_the_model_says_of_its_rollouts(

@@ -38,6 +38,7 @@ def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
         ({"rollouts": {"num_samples": 1, "num_prompts": 16}}, "nothing to compare a rollout with"),
         ({"rewards": {"overlong_buffer": 65}}, "is more than rollouts.max_new_tokens=64"),
         ({"training": {"fp8": "tensorwise"}}, "training.fp8=tensorwise is not supported by reinforcement learning"),
+        ({"faults": {"on_loss_spike": "skip"}}, "faults.on_loss_spike=skip is not supported by reinforcement learning"),
         ({"data": {"train": []}}, "data.train is empty"),
         ({"training": {"validation_interval": 2}}, "does not validate"),
         ({"data": {"tokenizer": "somewhere"}}, "data.tokenizer=somewhere is not used"),
@@ -56,6 +57,7 @@ def test_what_cannot_run_is_refused(changes: dict[str, dict[str, Any]], message:
         ("algorithm", {"mismatch_lower": 3.0}, "mismatch_lower=3.0 must be at most"),
         ("rollouts", {"temperature": 0}, "temperature=0"),
         ("repro", {"ema_weight": 0}, "ema_weight=0"),
+        ("repro", {"answer_template": "\\boxed{}{}"}, "must have one"),
     ],
 )
 def test_values_out_of_bounds_are_refused(section: str, fields: dict[str, Any], message: str) -> None:
