@@ -139,11 +139,12 @@ class RLRecipe(TrainingRecipe):
         return self.start / "tokenizer"
 
     def resolve(self) -> Self:
-        """Also with the reference model, which on resume is compared with that of the checkpoint."""
+        """Also with the reference model, which is compared with that of the checkpoint on resume."""
         recipe = super().resolve()
-        if recipe.reference is None:
+        if recipe.algorithm.kl == "none" or recipe.algorithm.reference is not None:
             return recipe
-        return dataclasses.replace(recipe, algorithm=dataclasses.replace(recipe.algorithm, reference=recipe.reference))
+        algorithm = dataclasses.replace(recipe.algorithm, reference=recipe.training.init_from)
+        return dataclasses.replace(recipe, algorithm=algorithm)
 
     def check(self, world_size: int) -> None:
         super().check(world_size)

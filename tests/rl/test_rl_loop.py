@@ -266,13 +266,16 @@ def test_a_policy_reaches_the_optimum(algorithm: str, task: str, workers: Worker
     assert accuracies[0] < 0.4 and min(accuracies[-2:]) > 0.95, accuracies
 
 
-@pytest.mark.slow(minutes=3)
-def test_vllm_in_this_process_follows_the_trainer(workers: Workers, problems: Path, tmp_path: Path) -> None:
+@pytest.mark.slow(minutes=2)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_vllm_in_this_process_follows_the_trainer(
+    num_processes: int, workers: Workers, problems: Path, tmp_path: Path
+) -> None:
     """With tied embeddings, whose copy vLLM must renew; every iteration compares engine and trainer."""
     start = make_start(tmp_path / "tied", tied=True)
     changes = merged(THINKING, {"rollouts": {"engine": "vllm"}, "repro": {"enabled": False}})
     recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **changes))
-    workers.run(PROGRAM, [str(recipe)], 1)
+    workers.run(PROGRAM, [str(recipe)], num_processes)
     rows = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     assert len(rows) == 2 and all(0 < row["mismatch/gap_max"] < 1e-4 for row in rows)
 

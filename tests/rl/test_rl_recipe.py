@@ -1,9 +1,11 @@
 """The recipe of reinforcement learning: what follows from it, and what it refuses."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
@@ -22,6 +24,18 @@ def recipe(**sections: dict[str, Any]) -> RLRecipe:
     made = recipe_from_dict(RLRecipe, fields)
     assert isinstance(made, RLRecipe)
     return made
+
+
+def test_the_recipe_of_the_page_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/rl.md").read_text()
+    shown = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert shown is not None
+    fields = yaml.safe_load(shown[1])
+    del fields["training"]["init_from"]
+    made = recipe_from_dict(RLRecipe, fields)
+    assert isinstance(made, RLRecipe)
+    made.check(2)
+    assert made.checkpoint.save_interval == made.steps_per_iteration == 4
 
 
 def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
@@ -78,6 +92,14 @@ def test_a_run_that_could_not_find_its_rollouts_again_is_warned(tmp_path: Path) 
     problems.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
     given = recipe(data={"train": [str(problems)]}, checkpoint={"save_interval": 0})
     assert any("checkpoint.save_interval=0" in line for line in given.warnings())
+
+
+def test_an_answer_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "1 + 2", "answer": "many"}\n')
+    given = recipe(data={"train": [str(problems)], "answer_type": "number"})
+    with pytest.raises(UserError, match=r"problems\.jsonl:2: the right answer 'many' is none of .*answer_type=number"):
+        given.prepare_data()
 
 
 def test_without_a_start_there_is_nothing_to_reinforce() -> None:
