@@ -133,7 +133,7 @@ def write_json(path: str | Path, value: Any, *, indent: int = 2) -> None:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder; when the block ends without an exception it becomes `path`.
 
-    Raises FileExistsError when `path` exists by then and is not empty: a finished folder is never replaced.
+    Raises UserError when `path` exists by then and is not empty: a finished folder is never replaced.
     """
     path = Path(path)
     temporary = _temporary_next_to(path)
@@ -144,7 +144,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         try:
             os.rename(temporary, path)
         except OSError as error:
-            raise FileExistsError(f"{path} exists already and is not empty") from error
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise UserError(
+                f"{path} exists by now (by the same command, running twice?); choose another name"
+            ) from None
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,11 +1,19 @@
-"""Ctrl-C while a program is still being imported ends it by the signal, without a traceback.
+"""Ctrl-C ends a program quietly, at any moment.
 
-The modules of programs import this before anything that takes time; `config.cli.program`, called at their end, gives
-Ctrl-C back to Python.
+While it is still being imported, by the signal: the modules of programs import this before anything that takes time.
+`config.cli.program`, called at their end, gives Ctrl-C back to Python, which raises KeyboardInterrupt; while Python
+cleans up it cannot, and the signal is sent again.
 """
 
+import contextlib
+import os
 import signal
+import sys
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 _before = signal.getsignal(signal.SIGINT)
 _applies = _before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
@@ -17,5 +25,18 @@ def restore() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again, where it did before."""
     global _applies
     if _applies:
+        sys.unraisablehook = _interrupt_again
         signal.signal(signal.SIGINT, _before)
         _applies = False
+
+
+def _interrupt_again(unraisable: "UnraisableHookArgs") -> None:
+    """Python ignores exceptions in `__del__` and in callbacks of weak references, after a message: an interrupt that
+    came there would be lost."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))  # when we are out of there
+    again.daemon = True
+    with contextlib.suppress(RuntimeError):  # the interpreter is about to end anyway
+        again.start()

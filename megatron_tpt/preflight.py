@@ -25,6 +25,7 @@ from typing import Any
 from megatron_tpt import logs
 from megatron_tpt.errors import UserError, one_line
 from megatron_tpt.majority import outliers
+from megatron_tpt.processes import interrupts_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -302,40 +303,41 @@ def measure_node(
     waiting: dict[Any, int] = {}
     processes = []
     meeting_place = Path(tempfile.mkdtemp(prefix="preflight-"))
-    for rank in range(num_devices):
-        ours, theirs = context.Pipe(duplex=False)
-        arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs, logs.for_worker())
-        processes.append(context.Process(target=_work, args=arguments))
-        processes[-1].start()
-        theirs.close()
-        waiting[ours] = rank
-    measured: dict[int, Measurement] = {}
-    together: list[AllReduce] = []
-    failures: list[str] = []
-    deadline = time.monotonic() + _TIMEOUT_S + 4 * load.seconds
-    while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
-        for connection in ready:
-            rank = waiting[connection]
-            try:
-                outcome: Any = connection.recv()  # type: ignore[call-arg, union-attr]
-            except EOFError:
-                del waiting[connection]
-                continue
-            if isinstance(outcome, Measurement):
-                measured[rank] = outcome
-            elif isinstance(outcome, AllReduce):
-                together.append(outcome)
-            else:
-                failures.append(f"GPU {rank}: {outcome}")
-    for process in processes:
-        process.kill()
-        process.join()
-    shutil.rmtree(meeting_place)
+    try:
+        for rank in range(num_devices):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (rank, num_devices, meeting_place / "store", device_type, load, theirs, logs.for_worker())
+            process = context.Process(target=_work, args=arguments)
+            with interrupts_blocked():
+                process.start()
+            processes.append(process)
+            theirs.close()
+            waiting[ours] = rank
+        outcomes = list(_outcomes(waiting, time.monotonic() + _TIMEOUT_S + 4 * load.seconds))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(meeting_place)
+    measured = {rank: outcome for rank, outcome in outcomes if isinstance(outcome, Measurement)}
+    together = [outcome for _, outcome in outcomes if isinstance(outcome, AllReduce)]
+    failures = [f"GPU {rank}: {outcome}" for rank, outcome in outcomes if isinstance(outcome, str)]
     failures += [f"GPU {rank}: no answer in {_TIMEOUT_S} s" for rank in waiting.values()]
     silent = set(range(num_devices)) - measured.keys() - set(waiting.values())
     if not failures:
         failures += [f"GPU {rank}: its process died" for rank in sorted(silent)]
     return measured, together, failures
+
+
+def _outcomes(waiting: dict[Any, int], deadline: float) -> Iterator[tuple[int, Any]]:
+    """What comes from the ranks on their connections until all have ended or the time is over. Those that have ended
+    leave `waiting`."""
+    while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+        for connection in ready:
+            try:
+                yield waiting[connection], connection.recv()  # type: ignore[call-arg, union-attr]
+            except EOFError:
+                del waiting[connection]
 
 
 def check_gpus() -> tuple[dict[int, Measurement], AllReduce | None, list[str]]:

@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -34,6 +35,21 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread: processes that are started meanwhile never get it.
+
+    Ctrl-C reaches all processes of a terminal, and the parent ends its workers. A worker that got the signal itself
+    while its interpreter starts, before any code could ignore it, would print a traceback.
+    """
+    resource_tracker.ensure_running()  # which unblocks the signal when it starts its own process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def raise_file_limit() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tpt.errors import UserError
 from megatron_tpt.files import _remove_leftovers, _temporary_prefix, atomic_directory, atomic_symlink, atomic_write
 
 
@@ -34,7 +35,7 @@ def test_a_folder_appears_whole_and_is_never_replaced(tmp_path: Path) -> None:
     with atomic_directory(folder) as temporary:
         (temporary / "a").write_text("a")
         assert not folder.exists()
-    with pytest.raises(FileExistsError), atomic_directory(folder) as temporary:
+    with pytest.raises(UserError, match="exists by now"), atomic_directory(folder) as temporary:
         (temporary / "a").write_text("b")
     assert (folder / "a").read_text() == "a"
     assert os.listdir(tmp_path) == ["folder"]

@@ -43,3 +43,36 @@ def test_programs_get_interrupts_as_exceptions_once_they_run() -> None:
     ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {code.replace('.__name__', '.name')}"
     process = subprocess.run([sys.executable, "-c", ignoring], capture_output=True, text=True, cwd=ROOT)
     assert process.stdout == "SIG_IGN\n", "as a shell starts what runs in the background"
+
+
+INTERRUPTED_IN_CLEAN_UP = """
+import os, signal, sys, time, weakref
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from megatron_tpt import interrupts
+from megatron_tpt.config.cli import run
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000): pass
+
+class Old:
+    __del__ = interrupt
+
+def main():
+    if sys.argv[1] == "__del__":
+        Old()
+    else:
+        old = type("Old", (), {})()
+        watcher = weakref.ref(old, interrupt)
+        del old
+    time.sleep(30)
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["__del__", "weak reference"])
+def test_an_interrupt_while_python_cleans_up_is_not_lost(where: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_IN_CLEAN_UP, where]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (process.returncode, process.stderr) == (130, "")

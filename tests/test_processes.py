@@ -56,3 +56,40 @@ def test_the_limit_of_open_files_is_raised_as_far_as_the_user_may() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert said == "(300, 300) True\n"
+
+
+# Says of workers whether SIGINT is blocked in them, which only the process that started them can have done.
+WORKERS = """
+import os, signal
+from megatron_tpt.grading import GraderPool, Item, Rules
+from megatron_tpt.jobs.ordered_workers import map_in_order
+from megatron_tpt.jobs.workers import Workers
+
+def is_blocked(*_):
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+class Works:
+    def __call__(self):
+        return is_blocked
+
+def tell(_):
+    yield int(is_blocked())
+
+if __name__ == "__main__":
+    told = [blocked for _, blocked in map_in_order(Works(), range(4), 2, str)]
+    with Workers(2) as workers:
+        told += workers.run(tell, range(4))
+    with GraderPool(Rules("number"), num_workers=1) as pool:
+        pool.grade([Item("1", "1")])
+        status = open(f"/proc/{pool._workers[0].process.pid}/status").read()
+        mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+        told.append(bool(mask >> signal.SIGINT - 1 & 1))
+    print(all(told), len(told), is_blocked())
+"""
+
+
+def test_workers_never_get_an_interrupt_not_even_while_they_start(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WORKERS)
+    said = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True).stdout
+    assert said == "True 9 False\n"

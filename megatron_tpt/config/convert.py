@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import difflib
 import enum
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -30,26 +31,31 @@ WRONG = object()
 _TOO_LARGE = 2**63  # for the whole numbers of torch and NumPy
 
 
+@functools.cache
 def is_section(hint: Any) -> bool:
     """Whether a field of this type is a mapping with fields of its own."""
     return isinstance(plain(hint), type) and dataclasses.is_dataclass(plain(hint))
 
 
+@functools.cache
 def is_list(hint: Any) -> bool:
     """Whether a field of this type takes several values."""
     return get_origin(plain(hint)) in (list, tuple)
 
 
+@functools.cache
 def is_mapping(hint: Any) -> bool:
     """Whether a field of this type takes names of a user's own, each with a value."""
     return get_origin(plain(hint)) is dict
 
 
+@functools.cache
 def is_optional(hint: Any) -> bool:
     """Whether a field of this type may be None."""
     return type(None) in alternatives(plain(hint))
 
 
+@functools.cache
 def choices_of(hint: Any) -> tuple[Any, ...]:
     """The values of a type that lists them; none for another."""
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -215,6 +221,18 @@ class Converter:
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def from_json[T](cls: type[T], content: Any) -> T:
+    """A dataclass from JSON that a program of this package has written, and somebody may have changed.
+
+    Raises ValueError, with all that is wrong, where the fields or their types are not those of `cls`.
+    """
+    converter = Converter(where=lambda key: "", suggest=lambda key: "")
+    result = converter.section(cls, content, ())
+    if converter.problems:
+        raise ValueError("; ".join(converter.problems))
+    return result
 
 
 def _scalar(hint: Any, value: Any) -> Any:

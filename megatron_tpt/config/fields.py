@@ -19,6 +19,7 @@ from megatron_tpt.errors import UserError
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
+TokenId = Annotated[int, Ge(0), Lt(2**31)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -50,6 +51,7 @@ hints_of: Callable[[type], dict[str, Any]] = functools.cache(functools.partial(g
 """The annotations of a dataclass by field, with what they declare in addition to the type."""
 
 
+@functools.cache
 def plain(hint: Any) -> Any:
     """The type in an annotation, without its metadata."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -60,6 +62,7 @@ def marks_of(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
+@functools.cache
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union; of another type the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -4,6 +4,7 @@ An entry is removed in the release after the one that it came with; files that t
 are read under the old names for as long as their entry is here.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ def _entries[T](table: Mapping[str, Mapping[str, T]], cls: type) -> dict[str, T]
     return {old: new for base in cls.__mro__ for old, new in table.get(base.__name__, {}).items()}
 
 
+@functools.cache
 def names_of_before(cls: type) -> dict[str, str]:
     """The fields of a dataclass that have been renamed: the old name, and the new one."""
     return _entries(FIELDS, cls)
@@ -32,7 +34,12 @@ def names_of_before(cls: type) -> dict[str, str]:
 
 def value_of_now(cls: type, name: str, value: Any) -> Any:
     """A value of a field, under the name that it has now."""
-    return _entries(VALUES, cls).get(name, {}).get(value, value) if isinstance(value, str) else value
+    return _values_of_before(cls).get(name, {}).get(value, value) if isinstance(value, str) else value
+
+
+@functools.cache
+def _values_of_before(cls: type) -> dict[str, dict[Any, Any]]:
+    return _entries(VALUES, cls)
 
 
 def section_of_now(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:

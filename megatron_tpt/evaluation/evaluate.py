@@ -155,12 +155,17 @@ def _settings(each: Evaluation) -> dict[str, Any]:
         "engine": each.options.engine,
         "dtype": each.options.dtype,
         "benchmark": {name: value for name, value in benchmark.items() if name not in GRADING | {"data", "fetch"}},
-        "grading": {name: benchmark[name] for name in sorted(GRADING - {"paper", "note"})},
+        "grading": _grading(benchmark),
         "data_sha256": each.problem_set.data_sha256,
         "num_problems": len(each.problems),
         "prompts_sha256": hashlib.sha256("".join(key.prompt_hash for key in each.keys).encode()).hexdigest(),
         "versions": generation_versions(each.options.engine),
     }
+
+
+def _grading(benchmark: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of a benchmark, those that decide how outputs are graded."""
+    return {name: benchmark[name] for name in sorted(GRADING - {"paper", "note"})}
 
 
 def _check(each: Evaluation, settings: dict[str, Any]) -> None:
@@ -265,7 +270,7 @@ def _kept(reference: Any) -> Any:
 def _note_rescored(each: Evaluation, before: Sequence[Sample], after: Sequence[Sample]) -> None:
     """Keep the new settings of grading, and say which grades changed."""
     settings = read_settings(each.store.settings_path) or {}
-    write_json(each.store.settings_path, settings | {"grading": _settings(each)["grading"]})
+    write_json(each.store.settings_path, settings | {"grading": _grading(each.options.settings())})
     old = {sample.key: sample for sample in before}
     changed = [(old[new.key], new) for new in after if new.key in old and old[new.key].correct != new.correct]
     name = f"{shown(label(each.arm.model, each.arm.recurrences))}, {each.options.title}"

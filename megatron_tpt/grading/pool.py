@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.grading.grader import Grade, Grader, Item, Rules
+from megatron_tpt.processes import interrupts_blocked
 
 _WALL_FACTOR = 10
 """Real time that an item may take, as a multiple of its processor time: for what hangs without computing."""
@@ -93,7 +94,8 @@ class GraderPool:
         process = self._context.Process(
             target=_work, args=(theirs, self._rules, self._time_limit_s), daemon=True, name="grader"
         )
-        process.start()
+        with interrupts_blocked():
+            process.start()
         theirs.close()  # so that ours ends with the process
         return _Worker(process, ours, deadline=time.monotonic() + _START_LIMIT_S)
 
@@ -148,7 +150,6 @@ class GraderPool:
 
 def _work(connection: Connection, rules: Rules, time_limit_s: float) -> None:
     """A worker: grades what comes until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
     logging.disable(logging.ERROR)  # math-verify warns of every answer that it cannot read
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_AS, _MEMORY)

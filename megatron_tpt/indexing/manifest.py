@@ -10,10 +10,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 
+from megatron_tpt.config.convert import from_json
+from megatron_tpt.config.fields import NonNegativeInt, TokenId
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_checksum, write_json
 from megatron_tpt.indexing.writer import idx_bytes
@@ -35,7 +37,7 @@ class TokenizerInfo:
     """ "sha256:" and the digest of its tokenizer.json."""
     vocab_size: int
     """The largest token id + 1."""
-    eos_id: int
+    eos_id: TokenId
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "TokenizerInfo":
@@ -47,8 +49,8 @@ class TokenizerInfo:
 class ThinkTokens:
     """The tokens before and after the thinking."""
 
-    open: list[int]
-    close: list[int]
+    open: list[TokenId]
+    close: list[TokenId]
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,14 @@ def compare_sources(before: Sequence[Source], now: Mapping[str, Path | None]) ->
 class IndexCounts:
     """`tokens` = `document_tokens` (with EOS) + `thinking_tokens` (with the tags)."""
 
-    documents: int
-    documents_with_thinking: int
-    tokens: int
-    document_tokens: int
-    thinking_tokens: int
-    skipped: dict[str, int]
+    documents: NonNegativeInt
+    documents_with_thinking: NonNegativeInt
+    tokens: NonNegativeInt
+    document_tokens: NonNegativeInt
+    thinking_tokens: NonNegativeInt
+    skipped: dict[str, NonNegativeInt]
     """Bad records skipped, by reason."""
-    sequences: int | None = None
+    sequences: NonNegativeInt | None = None
     """Where a document may have several."""
 
 
@@ -149,32 +151,12 @@ class Manifest:
         """Read `PREFIX.json`. Raises UserError when it is not there or not of a known version."""
         path = cls.path(prefix)
         try:
-            content = read_json(path)
+            status = path.stat()
+            return _read_once(path, status.st_ino, status.st_size, status.st_mtime_ns)
         except FileNotFoundError:
             raise UserError(advice_without_index(Path(prefix))) from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an index manifest ({error})") from error
-        return cls._from_json(path, content)
-
-    @classmethod
-    def _from_json(cls, path: Path, content: Any) -> "Manifest":
-        try:
-            version = content.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again"
-                )
-            if missing := sorted({"bin", "idx"} - set(content["checksums"])):
-                raise KeyError(f"no checksum of {', '.join(missing)}")
-            return cls(
-                tokenizer=TokenizerInfo(**content.pop("tokenizer")),
-                think=ThinkTokens(**content.pop("think")),
-                sources=[Source(**source) for source in content.pop("sources")],
-                counts=IndexCounts(**content.pop("counts")),
-                **content,
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not an index manifest ({error}); index again") from error
 
     def write(self, prefix: str | Path) -> None:
         """Write `PREFIX.json`, whole or not at all."""
@@ -216,6 +198,28 @@ class Manifest:
                 f"{prefix}: indexed with another tokenizer (that of {self.tokenizer.path}); "
                 "train with that one, or index again with yours"
             )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _read_once(path: Path, inode: int, size: int, modified_ns: int) -> Manifest:
+    """A manifest, read again only where it was written again: a run asks several times for each of thousands."""
+    content = read_json(path)
+    try:
+        version = content.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: manifest version {version!r}, this program knows {FORMAT_VERSION}; index again")
+        manifest = from_json(Manifest, content)
+        require_checksums(manifest.checksums, "bin", "idx")
+        numpy.dtype(manifest.dtype)
+        return manifest
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an index manifest ({error}); index again") from error
+
+
+def require_checksums(checksums: Mapping[str, str], *kinds: str) -> None:
+    """Raise ValueError unless there is a checksum of each of these files of an index."""
+    if missing := sorted(set(kinds) - checksums.keys()):
+        raise ValueError(f"no checksum of {', '.join(missing)}")
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tpt.config.convert import from_json
+from megatron_tpt.config.fields import TokenId
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo
+from megatron_tpt.indexing.manifest import Source, TokenizerInfo, require_checksums
 from megatron_tpt.json_data import read_json
 
 FORMAT_VERSION = 1
@@ -80,7 +82,7 @@ class PackManifest:
     tokenizer_checksums: dict[str, str] = field(default_factory=dict)
     """The same of the files in `PREFIX.tokenizer`, by name; none where an earlier version packed, which made no such
     folder."""
-    end_of_turn_ids: list[int] = field(default_factory=list)
+    end_of_turn_ids: list[TokenId] = field(default_factory=list)
     """The special tokens that end a learned turn, the most frequent first; none where an earlier version packed."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables that the chat template was given for all conversations."""
@@ -103,20 +105,9 @@ class PackManifest:
             content = read_json(path)
             if (version := content.pop("format_version")) != FORMAT_VERSION:
                 raise UserError(f"{path}: version {version!r}, this program knows {FORMAT_VERSION}; pack again")
-            settings = content.pop("settings")
-            return cls(
-                settings=PackSettings(
-                    **{
-                        **settings,
-                        "columns": tuple(settings["columns"]),
-                        "ignore_fields": tuple(settings.get("ignore_fields", ())),
-                    }
-                ),
-                tokenizer=TokenizerInfo(**content.pop("tokenizer")),
-                sources=[Source(**source) for source in content.pop("sources")],
-                counts=PackCounts(**content.pop("counts")),
-                **content,
-            )
+            manifest = from_json(cls, content)
+            require_checksums(manifest.checksums, "bin", "idx", "sft")
+            return manifest
         except FileNotFoundError:
             raise UserError(f"{path}: no such packed index; make it with tools/pack_sft.py --output {prefix}") from None
         except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import Any
 
 from megatron_tpt import logs
 from megatron_tpt.errors import Fault
-from megatron_tpt.processes import children_end_with_us
+from megatron_tpt.processes import children_end_with_us, interrupts_blocked
 
 _IN_FLIGHT_PER_WORKER = 3  # so that workers have their next items while the caller processes results
 
@@ -36,7 +35,8 @@ def map_in_order[S, T](
 
         def submit(item: S) -> Future[T]:
             in_flight.append(item)
-            return executor.submit(_do, item)
+            with interrupts_blocked():  # as long as there are fewer processes than `num_workers`, it starts one
+                return executor.submit(_do, item)
 
         try:
             for result in _in_order(submit, items, _IN_FLIGHT_PER_WORKER * num_workers):
@@ -81,7 +81,6 @@ def _in_order[S, T](submit: Callable[[S], Future[T]], items: Iterable[S], max_in
 def _start(make_work: Callable[[], Callable[[Any], Any]], set_up_logs: Callable[[], None]) -> None:
     global _work
     set_up_logs()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already run in parallel
     _work = make_work()
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from megatron_tpt import logs
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.processes import exit_with_parent
+from megatron_tpt.processes import exit_with_parent, interrupts_blocked
 
 
 class Workers:
@@ -71,7 +71,8 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, logs.for_worker()))
-        process.start()
+        with interrupts_blocked():
+            process.start()
         theirs.close()
         self._processes[ours] = process
 
@@ -86,7 +87,6 @@ def _death(process: Any) -> str:
 def _serve(connection: Connection, set_up_logs: Callable[[], None]) -> None:
     set_up_logs()
     exit_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     while True:
         try:
             work, task = connection.recv()

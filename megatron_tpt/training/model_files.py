@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tpt.config.convert import from_json
+from megatron_tpt.config.fields import TokenId
 from megatron_tpt.config.load import read_yaml
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.errors import UserError
@@ -43,7 +45,7 @@ class History:
 
     longest_sequence: int = 0
     """The longest training.sequence_length; 0 when nothing was trained."""
-    end_of_turn_ids: list[int] = field(default_factory=list)
+    end_of_turn_ids: list[TokenId] = field(default_factory=list)
     """Tokens that end a turn in the chats of fine-tuning; those of the newest data first."""
 
     @classmethod
@@ -51,7 +53,7 @@ class History:
         """The history of a checkpoint. In one of an earlier version it only covers the run that wrote it."""
         try:
             if content := read_object(checkpoint / HISTORY):
-                return cls(**content)
+                return from_json(cls, content)
             recipe = checkpoint / "recipe.yaml"
             training = (read_yaml(recipe).get("training") or {}) if recipe.is_file() else {}
             return cls(longest_sequence=int(training.get("sequence_length", 0)))

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -18,6 +20,9 @@ from megatron_tpt.indexing.inspection import inspect_index, length_histogram
 from megatron_tpt.indexing.inspection_options import InspectOptions
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
+from megatron_tpt.indexing.pack_manifest import PackManifest
+from megatron_tpt.indexing.pack_sft import pack_sft
+from megatron_tpt.indexing.packing_options import PackOptions
 from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.indexing.writer import HEADER, IndexWriter
 
@@ -44,6 +49,44 @@ def test_a_file_of_an_index_and_other_files_are_no_prefix(prefix: Path, document
         inspect_index(InspectOptions(Path(f"{prefix}{suffix}")))
     with pytest.raises(UserError, match=r"is a file, not an index; make one of it with tools/index\.py"):
         Manifest.read(documents)
+
+
+def places(value: Any, inside: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value in some JSON."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*inside, key)
+        yield from places(child, (*inside, key))
+
+
+@pytest.mark.parametrize("wrong", [[[[]]], {"a": 1}, "x", None, -7, 1e300], ids=repr)
+@pytest.mark.parametrize("kind", ["index", "packed"])
+def test_a_manifest_with_a_value_of_another_kind_is_refused_or_shown(
+    kind: str, wrong: Any, documents: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "made"
+    if kind == "index":
+        index(IndexOptions([documents], tokenizer_dir, prefix))
+        path = Manifest.path(prefix)
+    else:
+        examples = tmp_path / "examples.jsonl"
+        examples.write_text(json.dumps({"prompt": "one", "response": "two"}) + "\n")
+        columns = {"prompt_column": "prompt", "response_column": "response"}
+        pack_sft(PackOptions([examples], tokenizer_dir, prefix, sequence_length=50, **columns))
+        path = PackManifest.path(prefix)
+    good = path.read_bytes()
+    refused = set()
+    for place in places(json.loads(good)):
+        content = parent = json.loads(good)
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = wrong
+        path.write_text(json.dumps(content))
+        try:
+            inspect_index(InspectOptions(prefix))
+        except UserError:
+            refused.add(place)
+    assert {("counts",), ("sources", 0), ("tokenizer",), ("checksums",)} <= refused
 
 
 def test_a_document_is_decoded_with_its_thinking_apart(
