@@ -223,7 +223,7 @@ def _vllm() -> Part:
     return Part("vLLM", "missing", "not installed", cost=cost)
 
 
-_COLOURS = {"active": "green", "idle": "cyan", "missing": "yellow", "broken": "red", "unsupported": "red"}
+_COLORS = {"active": "green", "idle": "cyan", "missing": "yellow", "broken": "red", "unsupported": "red"}
 
 
 def _print_table(parts: list[Part]) -> None:
@@ -234,7 +234,7 @@ def _print_table(parts: list[Part]) -> None:
 
     table = Table("part", "state", "found", "what that costs", box=box.SIMPLE)
     for part in parts:
-        colour = "red" if part.stops_us else _COLOURS[part.state]
+        color = "red" if part.stops_us else _COLORS[part.state]
         cost = "" if part.state == "active" and part.name != "device" else part.cost
-        table.add_row(part.name, f"[{colour}]{part.state}[/]", escape(part.found), cost)
+        table.add_row(part.name, f"[{color}]{part.state}[/]", escape(part.found), cost)
     Console(width=max(Console().width, 110)).print(table)

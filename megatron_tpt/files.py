@@ -92,13 +92,17 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_gone(pid: int) -> bool:
+    """Whether a process has ended. A zombie has: its exit status may never be asked for, as in a container whose first
+    process is not an init."""
+    import psutil  # here: the tools' --help does not need it
+
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return True
     except (PermissionError, OverflowError):  # another user's; the name of a file that only looks like ours
         return False
-    return False
 
 
 @contextlib.contextmanager

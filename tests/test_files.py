@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,10 @@ with atomic_directory(folder / "model") as model, atomic_write(folder / "picture
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_but_nothing_of_one_that_lives(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
+    zombie = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    assert len(os.listdir(tmp_path)) == 2
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])  # removes what the other left
     assert len(os.listdir(tmp_path)) == 2
     kept = [
         f"{_temporary_prefix()}{os.getppid()}-00000000-report.md",  # its writer lives
@@ -93,3 +97,4 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_nothing_of_one_tha
     with atomic_write(tmp_path / "report.md") as temporary:
         temporary.write_text("whole")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "report.md"])
+    assert zombie.wait() == -signal.SIGKILL

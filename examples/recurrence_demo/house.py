@@ -3,8 +3,8 @@
     prompt    hall red blue green      (start in the hall; go through the red door, the blue one, the green one)
     response  attic                    (where the walk ends)
 
-Every room has a door of every colour. Doors do not commute, and together they generate all 120 permutations of the five
-rooms: a walk cannot be abbreviated by counting its doors. No two doors of one colour lead to the same room, and no two
+Every room has a door of every color. Doors do not commute, and together they generate all 120 permutations of the five
+rooms: a walk cannot be abbreviated by counting its doors. No two doors of one color lead to the same room, and no two
 doors of one room do (a Latin square), so a walk of which one door is not known may end anywhere. A door may lead back
 into its own room.
 

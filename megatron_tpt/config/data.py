@@ -160,7 +160,7 @@ class SftDataConfig(DataSection):
 
     train: list[Path] = field(default_factory=list)
     """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
-    with the fields `prompt` and `response`, which are tokenised and packed at the start of every run."""
+    with the fields `prompt` and `response`, which are tokenized and packed at the start of every run."""
     validation: list[ExampleSet] = field(default_factory=list)
     """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
     over all of them and, where there are several, each separately. A path, or {path, name}."""

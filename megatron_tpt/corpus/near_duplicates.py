@@ -1,6 +1,6 @@
 """MinHash keys: documents that share most of their runs of words agree in all hashes of some bucket.
 
-The signature is datatrove's (`MinhashDedupSignature`), with its normalisation of texts and its permutations, so that
+The signature is datatrove's (`MinhashDedupSignature`), with its normalization of texts and its permutations, so that
 the same parameters find the same pairs as its pipeline does. The split into words is our own: datatrove's English needs
 spaCy, other languages need packages and downloads of theirs. A text is read in chunks, with the least of each hash so
 far: datatrove holds all runs of words and all their hashes, about 500 times the size of the text.

@@ -69,7 +69,7 @@ def key(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A normalised answer without its unit, and the unit ("" for none): 15\\text{ cm}^2, \\$18.90, 30^\\circ, 12 in.
+    """A normalized answer without its unit, and the unit ("" for none): 15\\text{ cm}^2, \\$18.90, 30^\\circ, 12 in.
 
     The base of a numeral (2516_8) is treated as one: it may be missing, and must not differ.
     """

@@ -16,7 +16,7 @@ class InspectOptions:
     """The index: PREFIX.bin, PREFIX.idx and, where it is ours, PREFIX.json, or PREFIX.sft.json of a packed one."""
     document: int | None = None
     """Show this document, counted from 0, as text and tokens: thinking apart, or of a row of a packed index its
-    examples, with what is learned in colour on a terminal and between ⟦ and ⟧ elsewhere."""
+    examples, with what is learned in color on a terminal and between ⟦ and ⟧ elsewhere."""
     verify: bool = False
     """Read everything and check sizes, structure, counts, checksums and tokens; without manifest the first two."""
     compare: Path | None = None

@@ -33,7 +33,7 @@ class Join(StrEnum):
 
 
 class Piece(NamedTuple):
-    """A stretch of a sample, tokenised on its own."""
+    """A stretch of a sample, tokenized on its own."""
 
     text: str
     is_thinking: bool

@@ -1,6 +1,6 @@
 """Examples to a packed index: the job behind `tools/pack_sft.py`.
 
-The examples are tokenised once, in as many processes as wanted, into a hidden folder next to the output, in the order
+The examples are tokenized once, in as many processes as wanted, into a hidden folder next to the output, in the order
 of the input; then they are placed, and copied row by row. A killed run leaves only that folder, which the next run of
 the same command removes.
 """

@@ -64,8 +64,8 @@ def _texts(tokens: numpy.ndarray, cuts: list[int], tokenizer: Tokenizer) -> list
 
 def print_row(report: dict[str, Any]) -> None:
     """Print a row: learned parts in green on a terminal, in brackets elsewhere. Plain: rich would expand the tabs."""
-    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    before, after = (_GREEN, _PLAIN) if has_colours else (_OPEN, _CLOSE)
+    has_colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    before, after = (_GREEN, _PLAIN) if has_colors else (_OPEN, _CLOSE)
     print_result(
         f"row {report['document']}, {report['num_tokens']:,} of {report['capacity']:,} tokens in "
         f"{len(report['examples']):,} examples; {before}learned{after}: {report['loss_tokens']:,}"

@@ -1,4 +1,4 @@
-"""From rows to the pieces of text that are tokenised: by columns where rows are plain, else record by record.
+"""From rows to the pieces of text that are tokenized: by columns where rows are plain, else record by record.
 
 Arrow parses JSON and joins columns many times faster than Python can, and releases the interpreter lock. It takes a
 little that JSON forbids and refuses a little that Python's parser takes; whatever could be of that kind, and whatever

@@ -15,7 +15,7 @@ from megatron_tpt.units import duration
 
 _TABLE_WIDTH = 130
 """Columns of a terminal that a table needs."""
-_COLOURS = {"running": "green", "starting": "cyan", "silent": "red", "failed": "red", "stopped": "yellow"}
+_COLORS = {"running": "green", "starting": "cyan", "silent": "red", "failed": "red", "stopped": "yellow"}
 
 
 def page(statuses: Sequence[Status], width: int) -> RenderableType:
@@ -55,7 +55,7 @@ def _name(status: Status) -> str:
 
 
 def _state(status: Status) -> Text:
-    return Text(status.state, style=_COLOURS.get(status.state, ""))
+    return Text(status.state, style=_COLORS.get(status.state, ""))
 
 
 def _cells(status: Status) -> dict[str, str]:

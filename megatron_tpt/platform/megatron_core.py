@@ -151,7 +151,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def patch_tensor_factories() -> None:
     """Factories with device="cuda": norms, token counts, masks, tensors that checkpoints exchange."""
     # `with torch.device(...)` looks up a factory in a set that torch fills on first use: fill it with the originals
-    # now. Otherwise transformers, for example, loads models with some parts uninitialised.
+    # now. Otherwise transformers, for example, loads models with some parts uninitialized.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))

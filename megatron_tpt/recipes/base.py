@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # these import torch
     from megatron_tpt.training.trainer import Callback, Trainer
 
 NO_DATA = "data.train is empty: give the training data"
-"""TrainingData.identity."""
+"""What is wrong with a recipe without training data."""
 
 
 @dataclass

@@ -4,7 +4,7 @@
 an engine whose weights follow the trainer's (rollouts.py, weights.py), graded (outcomes.py) and logged
 (rollout_log.py), scored by forward passes (scoring.py), and made into mini-batches (learning.py).
 Rewards (rewards.py), process rewards (repro.py), advantages (advantages.py), token losses and their aggregation
-(losses.py), and the correction of the mismatch of trainer and engine (mismatch.py) are pure functions of tensors. They
-do not communicate: those that need a whole batch are given the rollouts of all ranks.
+(losses.py), and the correction of the mismatch of trainer and engine (mismatch.py) are pure functions, of tensors but
+for rewards of texts. They do not communicate: those that need a whole batch are given the rollouts of all ranks.
 May import every stage, recipes, and the packages below; no stage imports it.
 """

@@ -225,8 +225,8 @@ def _plot(path: Path, column: str, groups: Sequence[Group], overall: ThinkingSta
     halves = [group.statistics.thinking_tokens.half_interval for group in shown]
     errors = [0.0 if math.isnan(half) else half for half in halves]
     places = range(len(shown))
-    colours = ["tab:grey" if group.name in (NONE, OTHER) else "tab:blue" for group in shown]
-    axes.barh(places, [group.mean for group in shown], xerr=errors, color=colours, alpha=0.8, ecolor="black", capsize=3)
+    colors = ["tab:grey" if group.name in (NONE, OTHER) else "tab:blue" for group in shown]
+    axes.barh(places, [group.mean for group in shown], xerr=errors, color=colors, alpha=0.8, ecolor="black", capsize=3)
     axes.axvline(overall.thinking_tokens.mean, color="black", linestyle=":", label="mean of all documents")
     labels = [plotted(f"{name}  ({group.statistics.records:,})") for name, group in zip(names, shown, strict=True)]
     axes.set_yticks(places, labels)

@@ -215,7 +215,7 @@ def _whole_words(text: str, begin: int, end: int) -> int:
 class Prompt:
     """A template bound to a model's tokenizer, or to a chat server that applies its own chat template.
 
-    The parts around the document are tokenised once, with special tokens meaning what they say.
+    The parts around the document are tokenized once, with special tokens meaning what they say.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_tpt.config.training import TrainingConfig
+from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.platform.signals import ignore_stop_signals
 from megatron_tpt.training.blend import Blend
@@ -28,6 +29,8 @@ class Loader:
     training: TrainingConfig
     data_parallel_rank: int
     data_parallel_size: int
+    vocab_size: int
+    """Of the model: what looks its tokens up."""
     num_workers: int = 0
 
     def num_microbatches(self, step: int) -> int:
@@ -44,7 +47,8 @@ class Loader:
         self, first_step: int, end_step: int, skipped: Collection[int] = ()
     ) -> Generator[dict[str, torch.Tensor]]:
         """The micro-batches of the steps first_step ... end_step - 1, each a dictionary of tensors [b, s]. Omits the
-        steps of training.skip_steps and those in `skipped`, which are numbered from 1.
+        steps of training.skip_steps and those in `skipped`, which are numbered from 1. Raises UserError for a token
+        outside the vocabulary.
 
         Close the generator to end its worker processes: they ignore the signals by which Python would end them at exit,
         so that a program that leaves them running would never end.
@@ -55,17 +59,30 @@ class Loader:
             if step + 1 not in skipped and not self.training.skips(step + 1)
             for microbatch in range(self.num_microbatches(step))
         )
-        yield from iter(
-            torch.utils.data.DataLoader(
-                self.dataset,
-                batch_sampler=batches,
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                persistent_workers=self.num_workers > 0,
-                worker_init_fn=ignore_stop_signals,
-                generator=torch.Generator(),  # the workers' seeds must not be drawn from the stream that dropout uses
-            )
+        loaded = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),  # the workers' seeds must not be drawn from the stream that dropout uses
         )
+        for batch in loaded:
+            self._check_tokens(batch["tokens"], batch["labels"])
+            yield batch
+
+    def _check_tokens(self, *tensors: torch.Tensor) -> None:
+        """`.bin` files are too large to compare with their checksums before every run; a token that the model does not
+        have shows that one has changed. Not in the workers, whose errors reach us as tracebacks."""
+        for tensor in tensors:
+            lowest, highest = map(int, tensor.aminmax())
+            if lowest < 0 or highest >= self.vocab_size:
+                wrong = lowest if lowest < 0 else highest
+                raise UserError(
+                    f"the data have token {wrong}, and the model's vocabulary has {self.vocab_size:,}: a file of the "
+                    f"data is damaged; find it with tools/inspect_index.py PREFIX --verify, and build it again"
+                )
 
 
 class _PaddedDataset(torch.utils.data.Dataset):
@@ -162,6 +179,7 @@ def make_loader(dataset: torch.utils.data.Dataset, recipe: Any) -> Loader:
         recipe.training,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
+        recipe.model.vocab_size,
         recipe.data.num_workers,
     )
 
@@ -181,6 +199,7 @@ def make_validation_loader(dataset: Any, recipe: Any, *, repeats: bool = False) 
         training,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
+        recipe.model.vocab_size,
         recipe.data.num_workers,
         num_steps,
         num_samples,

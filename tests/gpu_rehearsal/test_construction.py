@@ -133,7 +133,7 @@ def test_a_hopper_has_every_fp8_recipe_but_that_of_its_successor() -> None:
 
 
 @pytest.mark.parametrize(("fp8", "peak"), [("none", 989), ("delayed", 1979)])
-def test_utilisation_is_of_the_h100s_dense_peak(fp8: str, peak: float) -> None:
+def test_utilization_is_of_the_h100s_dense_peak(fp8: str, peak: float) -> None:
     recipe = recipes.load("tpt/pretrain_8b")
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, fp8=fp8))
     report = ReportMetrics()

@@ -80,7 +80,7 @@ def test_programs_get_the_places_of_the_learned_parts(
     ]
 
 
-def test_a_terminal_shows_colours_and_obeys_no_text(prefix: Path) -> None:
+def test_a_terminal_shows_colors_and_obeys_no_text(prefix: Path) -> None:
     ours, theirs = pty.openpty()
     subprocess.run([sys.executable, TOOL, prefix, "--document", "0"], stdout=theirs, check=True)
     os.close(theirs)

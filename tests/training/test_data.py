@@ -137,7 +137,7 @@ TRAINING = TrainingConfig(
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 4])
 def test_a_step_uses_the_same_samples_at_any_data_parallel_size(data_parallel_size: int) -> None:
-    loaders = [Loader([], TRAINING, rank, data_parallel_size) for rank in range(data_parallel_size)]
+    loaders = [Loader([], TRAINING, rank, data_parallel_size, 8) for rank in range(data_parallel_size)]
     for step, expected in enumerate([range(0, 8), range(8, 16), range(16, 32), range(32, 48)]):
         samples = [
             index

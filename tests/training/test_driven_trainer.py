@@ -135,7 +135,7 @@ def test_seeds_depend_on_the_place_in_the_global_batch_and_not_on_the_rank() -> 
 
     def seeds(num_ranks: int) -> list[tuple[int, ...]]:
         return [
-            take_batch(Loader([], training, rank, num_ranks), iter([]), 3, run_seed=1, model=GPTConfig()).seeds
+            take_batch(Loader([], training, rank, num_ranks, 8), iter([]), 3, run_seed=1, model=GPTConfig()).seeds
             for rank in range(num_ranks)
         ]
 

@@ -179,7 +179,7 @@ def test_the_documentations_example_is_built(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     (own,) = [one for one in build_callbacks(yaml.safe_load(recipe[1])["callbacks"]) if hasattr(one, "norm")]
     trainer = SimpleNamespace(stop_reason=None)
-    for norm in (0.04, 0.06, 0.04, 0.03, 0.02):
+    for norm, num_tokens in ((0.04, 8), (0.06, 8), (0.04, 8), (0.03, 8), (0.0, 0), (0.02, 8)):
         assert trainer.stop_reason is None
-        own.after_step(trainer, SimpleNamespace(grad_norm=norm))
+        own.after_step(trainer, SimpleNamespace(grad_norm=norm, num_tokens=num_tokens))
     assert trainer.stop_reason == "a gradient norm below 0.05" and own.state() == {"num_low": 3}

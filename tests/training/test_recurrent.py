@@ -94,7 +94,7 @@ def test_metrics_tell_the_depth_and_what_it_costs(train: Train, recurrent: dict,
     model = RecurrentConfig(**recurrent["model"], vocab_size=320)
     for one in metrics:
         step = one["step"] - 1
-        loader = Loader(None, recipe_from_dict(PretrainRecipe, {**recipe, **recurrent}).training, 0, 1)
+        loader = Loader(None, recipe_from_dict(PretrainRecipe, {**recipe, **recurrent}).training, 0, 1, 8)
         draws = take_batch(loader, iter([]), step, 1234, model).draws
         assert one["depth"] == sum(draw["recurrences"] for draw in draws) / 4
         assert len(draws) == 4 and one["depth_mean"] == min(3, max(1, -(-3 * step // 4)))
@@ -114,7 +114,7 @@ def test_metrics_tell_the_depth_and_what_it_costs(train: Train, recurrent: dict,
 def test_depths_are_the_same_on_all_ranks_and_others_in_every_step() -> None:
     training = recipe_from_dict(PretrainRecipe, {"data": {"mock": True}}).training
     model = RecurrentConfig(vocab_size=300)
-    loaders = [Loader(None, training, rank, 2) for rank in (0, 1)]
+    loaders = [Loader(None, training, rank, 2, 8) for rank in (0, 1)]
     first, second = (take_batch(loader, iter([]), 7, 1, model) for loader in loaders)
     assert first.draws == second.draws and first.seeds != second.seeds
     assert first.draws != take_batch(loaders[0], iter([]), 8, 1, model).draws

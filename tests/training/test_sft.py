@@ -212,6 +212,29 @@ def test_resume_with_other_data_is_refused(
         train("run", f"--data.train={examples_path}", program=FINETUNE, changes=chats_recipe | steps | save)
 
 
+def with_foreign_tokens(prefix: Path, folder: Path) -> Path:
+    """A copy of an index whose tokens are no longer those that were written."""
+    shutil.copytree(prefix.parent, folder)
+    bin_path = folder / f"{prefix.name}.bin"
+    bin_path.write_bytes(b"\xff" * bin_path.stat().st_size)
+    return folder / prefix.name
+
+
+def test_a_damaged_token_is_told_in_one_line(
+    train: Train, chats_recipe: dict, chats_prefix: Path, index_prefix: Path, tmp_path: Path
+) -> None:
+    expected = (
+        r"UserError.*the data have token (65535|-1), and the model's vocabulary has \d+: a file of the data is damaged"
+    )
+    chats_recipe["data"]["train"] = str(with_foreign_tokens(chats_prefix, tmp_path / "chats"))
+    with pytest.raises(AssertionError, match=expected):
+        train("tuned", program=FINETUNE, changes=chats_recipe)
+    text = with_foreign_tokens(index_prefix, tmp_path / "text")
+    with pytest.raises(AssertionError, match=expected) as raised:
+        train("base", f"--data.train={text}", "--data.num_workers=1")
+    assert "DataLoader worker" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

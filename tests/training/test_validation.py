@@ -43,7 +43,7 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         assert 0 <= index < self.size
-        return {"tokens": torch.full((3,), index), "loss_mask": torch.ones(3)}
+        return {"tokens": torch.full((3,), index), "labels": torch.full((3,), index), "loss_mask": torch.ones(3)}
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 13, 24])
@@ -56,7 +56,7 @@ def test_every_sample_is_read_once_and_all_ranks_take_equally_many_batches(
     seen, num_batches = [], set()
     for rank in range(ranks):
         dataset = _PaddedDataset(Numbers(size))
-        loader = ValidationLoader(dataset, training, rank, ranks, 0, num_steps, size, multiple)
+        loader = ValidationLoader(dataset, training, rank, ranks, size, 0, num_steps, size, multiple)
         batches = list(loader.iterate(0, num_steps))
         num_batches.add(len(batches))
         assert len(batches) == sum(loader.num_microbatches(step) for step in range(num_steps))
