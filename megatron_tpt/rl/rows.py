@@ -3,9 +3,12 @@
 A sequence is a context (a prompt) and a continuation whose tokens have values: log-probabilities, advantages. Several
 sequences share a row, and none sees another. In [B, T] the continuation of sequence b begins at [b, 0]; in rows, [N,
 s], a value is where the model predicts its token, which is one place before it.
+
+Sequences that begin alike can be a tree: what they share is in the row once, its trunk, and each branch sees the tokens
+of the trunk before the place where it leaves it (training/branches.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy
@@ -28,9 +31,32 @@ class Tokens(NamedTuple):
     continuation: Sequence[int]
 
 
+class Branch(NamedTuple):
+    """A sequence of a tree."""
+
+    num_shared: int
+    """The tokens of the trunk that it begins with, fewer than those of its context."""
+    tokens: Tokens
+    """All of it, what it shares included."""
+
+
+type Tree = Sequence[Branch]
+"""Its trunk is what the branch with the most shared tokens shares; all others share a beginning of that."""
+
+
 def length_of(sequence: Tokens) -> int:
     """Places that a sequence needs in a row: the last token is only predicted."""
     return len(sequence.context) + len(sequence.continuation) - 1
+
+
+def length_of_tree(tree: Tree) -> int:
+    """Places that a tree needs in a row."""
+    return len(_trunk(tree)) + sum(length_of(branch.tokens) - branch.num_shared for branch in tree)
+
+
+def _trunk(tree: Tree) -> Sequence[int]:
+    longest = max(tree, key=lambda branch: branch.num_shared)
+    return longest.tokens.context[: longest.num_shared]
 
 
 def mask_of(sequences: Sequence[Tokens]) -> Tensor:
@@ -52,25 +78,32 @@ class Rows:
     @classmethod
     def of(cls, sequences: Sequence[Tokens], row_length: int, multiple: int) -> Self:
         """Packed first-fit-decreasing; rows without sequences are added to make their number a `multiple`."""
-        packing = pack(numpy.array([length_of(one) for one in sequences]), row_length)
+        rows = cls.of_trees([[Branch(0, one)] for one in sequences], row_length, multiple)
+        del rows.tensors["branch_ids"], rows.tensors["num_shared"]
+        return rows
+
+    @classmethod
+    def of_trees(cls, trees: Sequence[Tree], row_length: int, multiple: int) -> Self:
+        """Trees, packed in the same way; B counts the branches of all trees."""
+        packing = pack(numpy.array([length_of_tree(one) for one in trees]), row_length)
         num_rows = -(-packing.num_rows // multiple) * multiple
-        names = ("tokens", "labels", "position_ids", "segment_ids")
-        arrays = {name: numpy.zeros((num_rows, row_length), dtype=numpy.int64) for name in names}
-        places: list[numpy.ndarray] = [numpy.zeros(0, dtype=numpy.int64)] * len(sequences)
+        arrays = {name: numpy.zeros((num_rows, row_length), dtype=numpy.int64) for name in _TENSORS}
+        places: dict[tuple[int, int], numpy.ndarray] = {}
         for row in range(packing.num_rows):
-            begin = 0
+            begin, views = 0, {name: array[row] for name, array in arrays.items()}
             for segment, number in enumerate(packing.row(row).tolist(), start=1):
-                context, continuation = sequences[number]
-                ids, length = numpy.array([*context, *continuation]), length_of(sequences[number])
-                place = slice(begin, begin + length)
-                arrays["tokens"][row, place], arrays["labels"][row, place] = ids[:-1], ids[1:]
-                arrays["position_ids"][row, place] = numpy.arange(length)
-                arrays["segment_ids"][row, place] = segment
-                first = row * row_length + begin + len(context) - 1
-                places[number] = numpy.arange(first, first + len(continuation))
-                begin += length
+                trunk = _trunk(trees[number])
+                _put(views, begin, [*trunk, 0], 0, segment, branch_id=0, num_shared=0)  # what it predicts is not used
+                begin += len(trunk)
+                for branch_id, (num_shared, one) in enumerate(trees[number], start=1):
+                    ids = [*one.context[num_shared:], *one.continuation]
+                    _put(views, begin, ids, num_shared, segment, branch_id, num_shared)
+                    first = row * row_length + begin + len(one.context) - num_shared - 1
+                    places[number, branch_id] = numpy.arange(first, first + len(one.continuation))
+                    begin += len(ids) - 1
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return cls(tensors, torch.from_numpy(numpy.concatenate(places)), mask_of(sequences))
+        flat = numpy.concatenate([places[key] for key in sorted(places)])
+        return cls(tensors, torch.from_numpy(flat), mask_of([one.tokens for tree in trees for one in tree]))
 
     @property
     def num_rows(self) -> int:
@@ -91,6 +124,25 @@ class Rows:
         return result
 
 
+_TENSORS = ("tokens", "labels", "position_ids", "segment_ids", "branch_ids", "num_shared")
+
+
+def _put(
+    row: Mapping[str, numpy.ndarray],
+    begin: int,
+    ids: Sequence[int],
+    first_position: int,
+    segment: int,
+    branch_id: int,
+    num_shared: int,
+) -> None:
+    """Write a trunk or a branch at `begin` of a row; the last of its ids is only predicted."""
+    length = len(ids) - 1
+    values = (ids[:-1], ids[1:], numpy.arange(first_position, first_position + length), segment, branch_id, num_shared)
+    for name, value in zip(_TENSORS, values, strict=True):
+        row[name][begin : begin + length] = value
+
+
 class Packer:
     """Makes the batches of this rank. Needs process groups."""
 
@@ -105,9 +157,15 @@ class Packer:
 
     def rows(self, sequences: Sequence[Tokens]) -> Rows:
         """Rows of training.sequence_length; longer where a sequence is."""
-        longest, unit = max(map(length_of, sequences)), self._recipe.parallel.tensor_parallel_size
-        row_length = max(self._recipe.training.sequence_length, -(-longest // unit) * unit)
-        return Rows.of(sequences, row_length, self._multiple)
+        return Rows.of(sequences, self._row_length(map(length_of, sequences)), self._multiple)
+
+    def rows_of_trees(self, trees: Sequence[Tree]) -> Rows:
+        """The same of trees."""
+        return Rows.of_trees(trees, self._row_length(map(length_of_tree, trees)), self._multiple)
+
+    def _row_length(self, lengths: Iterable[int]) -> int:
+        unit = self._recipe.parallel.tensor_parallel_size
+        return max(self._recipe.training.sequence_length, -(-max(lengths) // unit) * unit)
 
     def batch(self, rows: Rows, values: Mapping[str, Tensor] | None = None, *, step: int = 0) -> Batch:
         """This rank's part of rows, with further `values` [N, s], as the batch of the step that follows `step` others.

@@ -22,7 +22,8 @@ from megatron_tpt.rl.repro import (
     place_rewards,
     segment_rewards,
 )
-from megatron_tpt.rl.rows import Packer, Tokens
+from megatron_tpt.rl.rows import Branch, Packer, Rows, Tokens, Tree, length_of, length_of_tree, mask_of
+from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.model import Model
 
 
@@ -37,17 +38,36 @@ class Scorer:
 
     def statistics(self, model: Model, sequences: Sequence[Tokens], temperature: float = 1.0) -> Tensor:
         """Log-probabilities and entropies, in nats: fp32 [2, B, T]."""
-        return self._predictions(sequences, lambda batch: model.token_statistics(batch, self._vocab_size, temperature))
+        return self._predictions(
+            sequences,
+            self._packer.rows,
+            lambda batch: model.token_statistics(batch, self._vocab_size, temperature),
+        )
 
     def values(self, critic: Model, sequences: Sequence[Tokens]) -> Tensor:
         """The critic's: fp32 [B, T]."""
-        return self._predictions(sequences, lambda batch: critic.predictions(batch, "logits", lambda _, out: out))[0]
+        return self._predictions(
+            sequences, self._packer.rows, lambda batch: critic.predictions(batch, "logits", lambda _, out: out)
+        )[0]
 
-    def _predictions(self, sequences: Sequence[Tokens], compute: Callable[[Any], Tensor]) -> Tensor:
+    def log_probabilities_of_trees(self, model: Model, trees: Sequence[Tree]) -> tuple[Tensor, int]:
+        """Those of the B branches of all trees, at temperature 1, fp32 [B, T]; and the number of tokens computed for
+        them: what branches share is computed once where the model's attention takes a mask."""
+        if not model.takes_branches:
+            sequences = [branch.tokens for tree in trees for branch in tree]
+            return self.statistics(model, sequences)[0], sum(map(length_of, sequences))
+        values = self._predictions(
+            trees, self._packer.rows_of_trees, lambda batch: model.token_statistics(batch, self._vocab_size)
+        )
+        return values[0], sum(map(length_of_tree, trees))
+
+    def _predictions[T](
+        self, sequences: Sequence[T], pack: Callable[[Sequence[T]], Rows], compute: Callable[[Batch], Tensor]
+    ) -> Tensor:
         """[num_values, B, T] from what `compute` makes of a batch, [num_values, num_samples, s]."""
         parts = []
         for some in itertools.batched(sequences, self._at_once):
-            rows = self._packer.rows(some)
+            rows = pack(some)
             parts.append(rows.take(self._packer.gather(compute(self._packer.batch(rows)))))
         longest = max(part.shape[-1] for part in parts)
         padded = [torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts]
@@ -72,7 +92,7 @@ class Process(NamedTuple):
     """S at every cut of every sample."""
     rewards: ProcessRewards
     num_tokens: int
-    """Tokens of all sequences that were scored."""
+    """Tokens that were computed to score all answers."""
     unclosed_share: float
     """Of the rollouts, those whose thinking does not end."""
 
@@ -93,16 +113,14 @@ class ProcessScorer:
             choose_cuts(pieces, row[: len(pieces)], self._settings.num_segments)
             for pieces, row in zip(map(self._decoded, experience.samples), entropies, strict=True)
         ]
-        sequences = [
-            sequence
+        trees = [
+            self._tree(one, positions, is_closed)
             for one, (positions, is_closed) in zip(experience.samples, cuts, strict=True)
-            for sequence in self._sequences(one, positions, is_closed)
         ]
-        log_probs = self._scorer.statistics(model, sequences)[0]
-        lengths = torch.tensor([len(one.continuation) for one in sequences])
-        row = torch.arange(len(sequences)).repeat_interleave(lengths)
-        is_scored = torch.arange(log_probs.shape[1]) < lengths[:, None]
-        losses = answer_losses(-log_probs[is_scored], row, len(sequences))
+        log_probs, num_tokens = self._scorer.log_probabilities_of_trees(model, trees)
+        is_scored = mask_of([branch.tokens for tree in trees for branch in tree])
+        row = torch.arange(len(is_scored)).repeat_interleave(is_scored.sum(dim=1))
+        losses = answer_losses(-log_probs[is_scored], row, len(is_scored))
         curves = losses.split([len(positions) for positions, _ in cuts])
         # Behind its end a curve is level: what is computed there is never used.
         points = max(map(len, curves))
@@ -117,7 +135,7 @@ class ProcessScorer:
             ],
             [row[: len(one)].tolist() for row, one in zip(scores, curves, strict=True)],
             place_rewards(rewards, [positions for positions, _ in cuts], experience.mask.shape[1]),
-            sum(len(one.context) + len(one.continuation) for one in sequences),
+            num_tokens,
             sum(not is_closed for _, is_closed in cuts) / len(cuts),
         )
 
@@ -130,8 +148,9 @@ class ProcessScorer:
             )
         return [self._pieces[id] for id in ids]
 
-    def _sequences(self, sample: Sample, positions: Sequence[int], is_closed: bool) -> list[Tokens]:
-        """For every cut: the prompt with the thinking before it, and the right answer."""
+    def _tree(self, sample: Sample, positions: Sequence[int], is_closed: bool) -> Tree:
+        """A branch for every cut: the prompt with the thinking before it, and the right answer. The last token before
+        the cut is the branch's own, as it predicts something else than in the trunk."""
 
         def encode(text: str) -> list[int]:
             ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
@@ -146,5 +165,6 @@ class ProcessScorer:
                 template=self._settings.answer_template,
                 is_closed=is_closed and cut == positions[-1],
             )
-            result.append(Tokens([*sample.prompt_ids, *sample.token_ids[:cut], *unscored], scored))
+            before = [*sample.prompt_ids, *sample.token_ids[:cut]]
+            result.append(Branch(len(before) - 1, Tokens([*before, *unscored], scored)))
         return result

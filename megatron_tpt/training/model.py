@@ -14,7 +14,13 @@ from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
 from megatron_tpt.objectives.vocab_parallel import token_statistics
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.optimizer import current_learning_rate
-from megatron_tpt.training.steps import Report, broadcast_from_last_stage, compute_sums, run_microbatches
+from megatron_tpt.training.steps import (
+    Report,
+    attention_takes_mask,
+    broadcast_from_last_stage,
+    compute_sums,
+    run_microbatches,
+)
 from megatron_tpt.training.stragglers import OwnWork
 
 from megatron.core import parallel_state
@@ -33,6 +39,11 @@ class Model:
     def gpts(self) -> list[GPTModel]:
         """The chunks without their wrappers."""
         return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether rows can have branches (branches.py)."""
+        return attention_takes_mask(self.chunks[0])
 
     def gather_weights(self) -> None:
         """Bring this rank's weights up to date. All ranks call it."""

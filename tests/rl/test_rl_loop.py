@@ -223,6 +223,29 @@ def test_the_log_has_what_the_model_says_of_its_rollouts(
     assert {row["weight_version"] for row in rollouts_of(run)[1]} == {2}
 
 
+TREE_LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, LAYOUTS["tp2"][1]),
+    "pp2": (2, LAYOUTS["pp2"][1]),
+    "dp2": (2, {"training": {"micro_batch_size": 2}}),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", ["one", *(pytest.param(name, marks=pytest.mark.slow(minutes=1)) for name in ("tp2", "pp2", "dp2"))]
+)
+def test_what_sequences_share_is_computed_once_with_the_same_result(
+    layout: str, workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    num_processes, changes = TREE_LAYOUTS[layout]
+    recipe = rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, changes))
+    workers.run("scored_trees", [str(write_recipe(recipe))], num_processes)
+    for rank in range(num_processes):
+        scores = torch.load(tmp_path / f"run.scores-{rank}.pt")
+        assert scores["apart"].abs().sum() > 100
+        torch.testing.assert_close(scores["together"], scores["apart"], rtol=0, atol=1e-5)
+
+
 def test_an_iteration_reports_rewards_and_the_mismatch(whole: Callable) -> None:
     run = whole("ppo", PPO)
     rows = [row for row in read_metrics(run) if "reward" in row]

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tpt.rl.rows import Rows, Tokens, length_of, mask_of, shuffled
+from megatron_tpt.rl.rows import Branch, Rows, Tokens, length_of, length_of_tree, mask_of, shuffled
+from megatron_tpt.training.steps import _attention_mask
 
 SEQUENCES = [
     Tokens([5, 6, 7], [8, 9]),
@@ -55,6 +56,36 @@ def test_values_survive_the_way_there_and_back(sizes: list[tuple[int, int]], row
     pairs = torch.stack([values, 2 * values])
     assert torch.equal(rows.take(torch.stack([there, 2 * there])), pairs.where(mask, 0))
     assert int((rows.tensors["segment_ids"] > 0).sum()) == sum(map(length_of, sequences))
+
+
+TRUNK = [1, 2, 3, 4, 5, 6]
+TREES = [
+    [Branch(0, Tokens([1, 9], [20])), Branch(5, Tokens([*TRUNK, 9], [21, 22])), Branch(2, Tokens([1, 2, 3], [23]))],
+    [Branch(0, Tokens([7], [24, 25, 26]))],
+]
+
+
+def test_what_the_sequences_of_a_tree_share_is_in_its_row_once() -> None:
+    rows = Rows.of_trees(TREES, 16, 1)
+    assert [length_of_tree(tree) for tree in TREES] == [5 + 2 + 3 + 1, 3]
+    [tokens] = rows.tensors["tokens"].tolist()
+    assert tokens == [*TRUNK[:5], 1, 9, 6, 9, 21, 3, 7, 24, 25, 0, 0]
+    found = rows.take(rows.tensors["labels"])
+    assert found.tolist() == [[20, 0, 0], [21, 22, 0], [23, 0, 0], [24, 25, 26]]
+    assert rows.tensors["segment_ids"].tolist() == [[1] * 11 + [2] * 3 + [0] * 2]
+
+
+def test_a_branch_sees_the_tokens_of_its_own_sequence_at_their_places() -> None:
+    rows = Rows.of_trees(TREES, 16, 1)
+    row = {name: value[0] for name, value in rows.tensors.items()}
+    visible = ~_attention_mask(rows.tensors)[0, 0]
+    places = rows.take(torch.arange(16)[None])
+    sequences = [branch.tokens for tree in TREES for branch in tree]
+    for b, (context, continuation) in enumerate(sequences):
+        ids = [*context, *continuation]
+        for i, place in enumerate(places[b, : len(continuation)].tolist()):
+            seen = sorted((int(row["position_ids"][j]), int(row["tokens"][j])) for j in range(16) if visible[place, j])
+            assert seen == list(enumerate(ids[: len(context) + i]))
 
 
 def test_an_order_depends_on_its_name_alone() -> None:
