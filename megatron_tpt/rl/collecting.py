@@ -17,11 +17,13 @@ from torch import Tensor
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Engine
+from megatron_tpt.rl.engine import OwnEngine
 from megatron_tpt.rl.experience import CORRECT, Sample
 from megatron_tpt.rl.outcomes import Rewarder
 from megatron_tpt.rl.prompts import Prompts
 from megatron_tpt.rl.rollout_log import RolloutLog
 from megatron_tpt.rl.rollouts import (
+    Rollout,
     RolloutOptions,
     RolloutPrompt,
     TrainerLogProbabilities,
@@ -69,7 +71,7 @@ class Collector:
     """Samples and grades. All ranks call it."""
 
     def __init__(
-        self, recipe: "RLRecipe", engine: Engine, rewarder: Rewarder, prompts: Prompts, log: RolloutLog | None
+        self, recipe: "RLRecipe", engine: OwnEngine, rewarder: Rewarder, prompts: Prompts, log: RolloutLog | None
     ) -> None:
         """`log` is the first rank's."""
         self._settings = recipe.rollouts
@@ -97,16 +99,16 @@ class Collector:
                     f"in reward after {len(waves)} waves (rollouts.max_waves): give prompts that are neither too easy "
                     f"nor too hard, raise it, or turn rollouts.dynamic_sampling off"
                 )
-            metrics = self._update(weights)
             first = self._next_position(waves, position)
-            waves.append(self._wave(iteration, range(first, first + missing)))
+            metrics, wave = self._wave(iteration, range(first, first + missing), weights)
+            waves.append(wave)
         return Collected(self._chosen(waves), self._next_position(waves, position), metrics, self._seconds)
 
-    def _update(self, weights: Weights) -> dict[str, float]:
+    def _update(self, engine: Engine, weights: Weights) -> dict[str, float]:
         """Send the weights. It also empties the engine's cache, on which the last bits of a wave could depend."""
         with self._timed("weights"):
             return update_engine(
-                self._engine,
+                engine,
                 weights.tensors(),
                 weights.version,
                 self._prompts.probes(),
@@ -114,21 +116,26 @@ class Collector:
                 max_gap=self._settings.max_gap,
             )
 
-    def _wave(self, iteration: int, positions: range) -> list[Sample]:
-        """The graded rollouts of the prompts at these positions, of which every rank samples its share."""
+    def _wave(self, iteration: int, positions: range, weights: Weights) -> tuple[dict[str, float], list[Sample]]:
+        """The mismatch of engine and trainer; and the graded rollouts of the prompts at these positions, of which every
+        rank samples its share."""
         positions = positions[: self._settings.prompts_per_wave]
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         own = {str(position): (position, self._prompts[position]) for position in positions[rank::size]}
         asked = [RolloutPrompt(name, prompt.token_ids) for name, (_, prompt) in own.items()]
-        with self._timed("generation"):
-            rollouts = list(sample_rollouts(self._engine, asked, self._options, iteration=iteration))
+
+        def sample(engine: Engine) -> list[Rollout]:
+            with self._timed("generation"):
+                return list(sample_rollouts(engine, asked, self._options, iteration=iteration))
+
+        metrics, rollouts = self._engine.sample(lambda engine: self._update(engine, weights), sample)
         with self._timed("grading"):
             graded = self._rewarder.grade([(*own[one.key.prompt_id], one) for one in rollouts])
         every = [sample for part in platform.gather_objects(graded) for sample in part]
         wave = sorted(every, key=lambda one: (one.position, one.sample))
         if self._log is not None:
             self._log.add_wave(iteration, wave)
-        return wave
+        return metrics, wave
 
     def _next_position(self, waves: list[list[Sample]], position: int) -> int:
         return waves[-1][-1].position + 1 if waves else position

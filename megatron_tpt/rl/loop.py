@@ -18,10 +18,11 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import real_path
-from megatron_tpt.generation import EngineOptions, load_tokenizer, open_engine
+from megatron_tpt.generation import EngineOptions, load_tokenizer
 from megatron_tpt.rl.advantages import Advantages, outcome_advantages, outcome_rewards
 from megatron_tpt.rl.collecting import Collected, Collector, Weights
 from megatron_tpt.rl.critic import build_critic, follow, save_critic
+from megatron_tpt.rl.engine import OwnEngine
 from megatron_tpt.rl.experience import Experience
 from megatron_tpt.rl.learning import MiniBatches
 from megatron_tpt.rl.losses import kl_estimates, penalized_rewards
@@ -32,7 +33,6 @@ from megatron_tpt.rl.reference import Reference
 from megatron_tpt.rl.reporting import iteration_metrics
 from megatron_tpt.rl.repro import join, process_advantages
 from megatron_tpt.rl.rollout_log import RolloutLog
-from megatron_tpt.rl.rollouts import NEEDS
 from megatron_tpt.rl.rows import Packer
 from megatron_tpt.rl.scoring import Process, ProcessScorer, Scorer
 from megatron_tpt.rl.start import engine_folder
@@ -72,7 +72,7 @@ def train(recipe: "RLRecipe") -> Trainer:
     for one in callbacks:
         if critic is not None and isinstance(one, SaveCheckpoints):
             one.save_before = functools.partial(save_critic, critic)
-    with rewarder, open_engine(_engine_options(recipe), needs=NEEDS) as engine:
+    with rewarder, OwnEngine(_engine_options(recipe)) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
         collector = Collector(recipe, engine, rewarder, read_prompts(recipe), log)
         iterations = Iterations(recipe, trainer, critic, collector, taken, log)

@@ -179,6 +179,37 @@ def test_the_same_command_continues_to_the_bit_after_kill_9(
     assert learned(tmp_path / "run") == learned(unbroken)
 
 
+def test_an_engine_that_fails_is_opened_again_and_its_wave_sampled_again(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path, whole: Callable
+) -> None:
+    """Call 3 of the engine is the second wave, after two of probes and the first wave."""
+    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, PPO, EVERY_STEP)))
+    workers.run("failing_rl", [str(recipe), "--fail=0:3"], 1)
+    unbroken = whole("ppo", PPO)
+    assert rollouts_of(tmp_path / "run") == rollouts_of(unbroken)
+    assert learned(tmp_path / "run") == learned(unbroken)
+
+
+@pytest.mark.slow(minutes=1)
+def test_an_engine_that_fails_on_one_rank_is_opened_again_there(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path, whole: Callable
+) -> None:
+    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, PPO, EVERY_STEP)))
+    workers.run("failing_rl", [str(recipe), "--fail=1:3"], 2)
+    first, expected = (rollouts_of(run)[0] for run in (tmp_path / "run", whole("ppo", PPO)))
+    for name in ("position", "sample", "token_ids", "rewards"):
+        assert [row[name] for row in first] == [row[name] for row in expected]
+
+
+def test_an_engine_that_fails_again_and_again_ends_the_run(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run"))
+    with pytest.raises(AssertionError, match=r"failed 3 times in a row \(out of memory\): the same command continues"):
+        workers.run("failing_rl", [str(recipe), "--fail=0:1:always"], 1)
+    assert not rollouts_of(tmp_path / "run")
+
+
 @pytest.mark.slow(minutes=1)
 def test_an_iteration_whose_rollouts_are_gone_is_not_sampled_with_other_weights(
     workers: Workers, start: Path, problems: Path, tmp_path: Path
@@ -290,15 +321,17 @@ def test_a_policy_reaches_the_optimum(algorithm: str, task: str, workers: Worker
 
 
 @pytest.mark.slow(minutes=2)
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(("num_processes", "program"), [(1, PROGRAM), (2, PROGRAM), (1, "failing_rl")])
 def test_vllm_in_this_process_follows_the_trainer(
-    num_processes: int, workers: Workers, problems: Path, tmp_path: Path
+    num_processes: int, program: str, workers: Workers, problems: Path, tmp_path: Path
 ) -> None:
-    """With tied embeddings, whose copy vLLM must renew; every iteration compares engine and trainer."""
+    """With tied embeddings, whose copy vLLM must renew; every iteration compares engine and trainer. Also where vLLM
+    fails in the second wave and is opened again."""
     start = make_start(tmp_path / "tied", tied=True)
     changes = merged(THINKING, {"rollouts": {"engine": "vllm"}, "repro": {"enabled": False}})
     recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **changes))
-    workers.run(PROGRAM, [str(recipe)], num_processes)
+    options = ["--fail=0:3"] if program == "failing_rl" else []
+    workers.run(program, [str(recipe), *options], num_processes)
     rows = [row for row in read_metrics(tmp_path / "run") if "reward" in row]
     assert len(rows) == 2 and all(0 < row["mismatch/gap_max"] < 1e-4 for row in rows)
 
