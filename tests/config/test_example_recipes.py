@@ -166,3 +166,15 @@ def test_arms_of_repro_hold_the_values_of_the_script_and_fit(path: Path, capsys:
         gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
         assert gib < 76, "more than an H100 has"
     assert names == {(name, on) for name in ("grpo", "reinforce_plus_plus", "ppo") for on in (False, True)}
+
+
+def test_the_last_stage_of_front_loading_holds_the_values_of_the_paper(capsys: pytest.CaptureFixture) -> None:
+    path = EXAMPLES / "front_loading/grpo.yaml"
+    recipe, _ = load_recipe(RLRecipe, [str(path)])
+    rollouts, algorithm, training = recipe.rollouts, recipe.algorithm, recipe.training
+    assert (rollouts.num_prompts, rollouts.num_samples, rollouts.temperature) == (128, 8, 1.0)
+    assert (algorithm.name, algorithm.kl_coefficient, recipe.optimizer.learning_rate) == ("grpo", 0.001, 1e-6)
+    assert training.sequence_length == 8192 and recipe.steps_per_iteration == 1
+    assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=32, device="h100")) is None
+    gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
+    assert gib < 76, "more than an H100 has"
