@@ -35,6 +35,11 @@ class UserError(Exception):
     """
 
 
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is Ctrl-C: no Exception, which the code that it hits might handle. Raised within
+    processes.terminations_raised."""
+
+
 class StoppedEarly(Exception):
     """The work was stopped in an orderly way before its end, and the same command resumes it.
 

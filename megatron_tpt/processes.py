@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkProcess, SpawnProcess
 from multiprocessing.process import BaseProcess
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
+
+from megatron_tpt.errors import Terminated
 
 _MAX_FILES = 1 << 16
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -50,6 +53,23 @@ def interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def terminations_raised() -> Iterator[None]:
+    """Have SIGTERM raise Terminated in here, if this is the main thread; others get no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def raise_file_limit() -> None:

@@ -50,15 +50,17 @@ import os, signal, sys, time, weakref
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from megatron_tpt import interrupts
 from megatron_tpt.config.cli import run
+from megatron_tpt.errors import StoppedEarly, Terminated
+from megatron_tpt.processes import terminations_raised
 
 def interrupt(*_):
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     for _ in range(1000): pass
 
 class Old:
     __del__ = interrupt
 
-def main():
+def work():
     if sys.argv[1] == "__del__":
         Old()
     else:
@@ -67,12 +69,20 @@ def main():
         del old
     time.sleep(30)
 
+def main():
+    try:
+        with terminations_raised():
+            work()
+    except Terminated:
+        raise StoppedEarly("terminated")
+
 run(main)
 """
 
 
 @pytest.mark.parametrize("where", ["__del__", "weak reference"])
-def test_an_interrupt_while_python_cleans_up_is_not_lost(where: str) -> None:
-    command = [sys.executable, "-c", INTERRUPTED_IN_CLEAN_UP, where]
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75)])
+def test_a_signal_while_python_cleans_up_is_not_lost(where: str, name: str, code: int) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_IN_CLEAN_UP, where, name]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (process.returncode, process.stderr) == (130, "")
+    assert (process.returncode, process.stderr) == (code, "")

@@ -15,6 +15,26 @@ from megatron_tpt.evaluation.samples import Sample
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.json_data import read_object
 
+_FILES = ("report.json", "prepare.json")
+"""What tools/prepare.py writes last: what it found, and what it was asked for."""
+
+
+def _searched(corpus: Path) -> dict[str, set[int]]:
+    """For the fingerprint of every file that was searched for: the rows, counted from 1 without blank lines, of which
+    the corpus held a part before it was cleaned. Raises UserError for reports that prepare.py has not written."""
+    found: dict[str, set[int]] = {}
+    try:
+        report, settings = (read_object(corpus / name) for name in _FILES)
+        for each in settings["decontaminate"]:
+            if len(each["files"]) == 1:
+                [fingerprint] = each["files"].values()
+                found.setdefault(fingerprint, set()).update(map(int, report["found_items"].get(each["name"], [])))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"--corpus {corpus}: its {' or '.join(_FILES)} is damaged; run tools/prepare.py on the corpus again"
+        ) from None
+    return found
+
 
 def overlapping_rows(corpus: Path, data: str) -> set[int] | None:
     """The rows of `data`, counted from 1 without blank lines, of which the corpus held a part before it was cleaned;
@@ -22,20 +42,15 @@ def overlapping_rows(corpus: Path, data: str) -> set[int] | None:
     path = Path(data)
     if not path.is_file():  # of the Hub: which rows were read is not known
         return None
-    fingerprint, report = file_fingerprint(path), read_object(corpus / "report.json")
-    names = [
-        each["name"]
-        for each in read_object(corpus / "prepare.json")["decontaminate"]
-        if list(each["files"].values()) == [fingerprint]
-    ]
-    return {row for name in names for row in report["found_items"].get(name, [])} if names else None
+    return _searched(corpus).get(file_fingerprint(path))
 
 
 def check_corpora(corpora: Sequence[Path]) -> None:
     """Raise UserError for a folder without a finished run of tools/prepare.py."""
     for corpus in corpora:
-        if not all((corpus / name).is_file() for name in ("report.json", "prepare.json")):
+        if not all((corpus / name).is_file() for name in _FILES):
             raise UserError(f"--corpus {corpus}: no finished output of tools/prepare.py in this folder")
+        _searched(corpus)
 
 
 def contamination(

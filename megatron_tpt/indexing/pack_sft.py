@@ -9,9 +9,7 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tpt.errors import StoppedEarly, UserError
+from megatron_tpt.errors import StoppedEarly, Terminated, UserError
 from megatron_tpt.files import file_checksum
 from megatron_tpt.indexing.conversations import BadExample, ConversationFormat, Example, PairFormat
 from megatron_tpt.indexing.example_files import EncodedBatch, FieldBatch, encode_batch, read_batches
@@ -37,6 +35,7 @@ from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.logs import print_result
 from megatron_tpt.names import first_few
+from megatron_tpt.processes import terminations_raised
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
 
@@ -343,27 +342,15 @@ def _input_differences(sources: Sequence[Source], files: Sequence[Path]) -> list
     return differences
 
 
-class _StoppedError(BaseException):
-    """A signal asks to stop. Like KeyboardInterrupt no Exception, which the code that it hits might handle."""
-
-
 @contextlib.contextmanager
 def _interruptions_named(prefix: Path) -> Iterator[None]:
     """Say what an interrupted job leaves: nothing, since starting again is quicker than keeping half of it."""
-
-    def stop(signum: int, _: object) -> None:
-        raise _StoppedError(signal.Signals(signum).name)
-
     left = f"{prefix} was not written; the same command packs it from the start"
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
     try:
-        yield
+        with terminations_raised():
+            yield
     except KeyboardInterrupt:
         logger.warning(f"interrupted: {left}")
         raise
-    except _StoppedError as stopped:
-        raise StoppedEarly(f"stopped by {stopped}: {left}") from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+    except Terminated:
+        raise StoppedEarly(f"stopped by SIGTERM: {left}") from None

@@ -11,13 +11,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import Terminated, UserError
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
+from megatron_tpt.processes import terminations_raised
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +175,8 @@ class _Pool:
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
     """Raise SystemExit on SIGTERM, so that tasks are ended in the same way as on Ctrl-C."""
-
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        with terminations_raised():
+            yield
+    except Terminated:
+        raise SystemExit(128 + signal.SIGTERM) from None

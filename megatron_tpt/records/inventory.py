@@ -32,6 +32,11 @@ class Entry:
     revision: int = 0
     """How often the file was rewritten: the highest one counts."""
 
+    def __post_init__(self) -> None:
+        texts, numbers = (self.name, self.checksum), (self.revision, self.bytes if self.bytes is not None else 0)
+        if not (all(type(one) is str for one in texts) and all(type(one) is int for one in numbers)):
+            raise TypeError(f"not what was recorded of a file: {self}")
+
     @classmethod
     def of(cls, folder: Path, name: str) -> "Entry":
         """The file as it is now."""

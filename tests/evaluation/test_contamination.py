@@ -11,6 +11,7 @@ from tiny_models import make_model
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.prepare import prepare
 from megatron_tpt.errors import UserError
+from megatron_tpt.evaluation.contamination import check_corpora
 from megatron_tpt.evaluation.evaluate import evaluate
 from megatron_tpt.evaluation.options import EvaluateOptions
 
@@ -53,3 +54,8 @@ def test_the_report_says_which_problems_a_corpus_held_and_the_accuracy_on_the_ot
     assert f"| {model} | exam | {corpora[1]} | not searched for |  |" in table
     with pytest.raises(UserError, match=r"--corpus .*raw: no finished output of tools/prepare.py"):
         evaluate(EvaluateOptions(**vars(options) | {"corpus": [tmp_path / "raw"]}))
+    report = json.loads((tmp_path / "clean/report.json").read_text())
+    for items in (3, [1], {"clean": 3}, {"clean": ["two"]}, None):
+        (tmp_path / "clean/report.json").write_text(json.dumps(report | {"found_items": items}))
+        with pytest.raises(UserError, match=r"--corpus .*clean: its report.json or prepare.json is damaged"):
+            check_corpora([tmp_path / "clean"])

@@ -114,6 +114,17 @@ def test_the_highest_revision_holds_and_truncated_lines_do_not(job: Path) -> Non
     assert {entry.revision for entry in Inventory(job).entries.values()} == {0, 1}
 
 
+@pytest.mark.parametrize("value", [[], {}, "1", 1.5, True, None])
+@pytest.mark.parametrize("field", ["name", "bytes", "checksum", "revision"])
+def test_a_line_with_a_value_of_another_type_does_not_count(field: str, value: object, job: Path) -> None:
+    with (job / FOLDER / "task-00001.jsonl").open("w") as file:
+        file.write(json.dumps(asdict(Entry.of(job, NAMES[0])) | {"revision": 9} | {field: value}) + "\n")
+    entry = Inventory(job).entries[NAMES[0]]
+    is_right = (field, value) in (("bytes", None), ("name", "1"), ("checksum", "1"))
+    assert entry.revision == (9 if is_right and field != "name" else 0)
+    list(Inventory(job).differences())
+
+
 def test_an_inventory_is_replaced_whole(job: Path) -> None:
     write_inventory(job, "task-00000", [asdict(Entry.of(job, NAMES[0]))])
     assert list(Inventory(job).entries) == [NAMES[0]]
