@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, options_of_recipe, options_of_tools
 
+from megatron_tpt.evaluation import benchmark
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.rl import RLRecipe
@@ -69,6 +70,11 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
 def test_every_page_of_docs_is_reached_from_the_readme() -> None:
     linked = {(ROOT / target.partition("#")[0]).resolve() for target in LINK.findall((ROOT / "README.md").read_text())}
     assert not [_name(page) for page in sorted((ROOT / "docs").glob("*.md")) if page not in linked]
+
+
+def test_the_readme_counts_the_benchmarks() -> None:
+    suites = [name for name in benchmark.names() if len(benchmark.files_of(name)) > 1]
+    assert f"| {len(benchmark.names()) - len(suites)} benchmarks," in (ROOT / "README.md").read_text()
 
 
 def test_the_readme_is_short_and_says_what_has_run_where_on_its_first_screen() -> None:

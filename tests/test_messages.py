@@ -109,7 +109,7 @@ def test_every_option_that_a_message_names_exists() -> None:
 @pytest.mark.parametrize(
     ("folder", "tools"),
     [
-        ("corpus", ["prepare"]),
+        ("corpus", ["prepare", "curate"]),
         ("evaluation", ["evaluate"]),
     ],
 )

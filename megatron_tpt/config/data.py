@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat
+from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_tpt.config.on_change import Effect, on_change
 from megatron_tpt.errors import require
 
@@ -37,7 +37,8 @@ class DatasetSource:
     """One indexed dataset in a blend."""
 
     path: Path
-    """Prefix of the files PREFIX.bin, PREFIX.idx and PREFIX.json that tools/index.py wrote."""
+    """Prefix of the files PREFIX.bin, PREFIX.idx and PREFIX.json that tools/index.py wrote; or of an index that
+    tools/pack_sft.py has packed, of which only the answers have a loss."""
     weight: float = 1.0
     """Share of the training samples drawn from here, relative to the other weights."""
     name: str | None = None
@@ -149,7 +150,7 @@ class ExampleSet:
 
 @on_change(
     {
-        (Effect.CONTENT, Effect.FREE): "train prompt_column response_column on_too_long",
+        (Effect.CONTENT, Effect.FREE): "train weights num_examples prompt_column response_column on_too_long",
         (Effect.TOKENIZER, Effect.TOKENIZER): "tokenizer",
         (Effect.FREE, Effect.FREE): "validation allow_change num_workers",
     }
@@ -161,6 +162,12 @@ class SftDataConfig(DataSection):
     train: list[Path] = field(default_factory=list)
     """Prefixes of indices that tools/pack_sft.py has packed; or files (JSON lines, packed or not, Parquet, Arrow)
     with the fields `prompt` and `response`, which are tokenized and packed at the start of every run."""
+    weights: list[PositiveFloat] = field(default_factory=list)
+    """Of every packed index in train its share of the rows, relative to the other weights. An epoch then has as many
+    rows as all of them together, and repeats or skips rows of each evenly; without, every row is read once."""
+    num_examples: list[PositiveInt] = field(default_factory=list)
+    """In place of weights: of every packed index in train the examples that an epoch draws, in whole rows. Of fewer
+    than it has, the next epoch draws the next ones; more repeat them."""
     validation: list[ExampleSet] = field(default_factory=list)
     """Sets whose losses on the learned tokens are measured every training.validation_interval steps and at the end:
     over all of them and, where there are several, each separately. A path, or {path, name}."""
@@ -176,3 +183,15 @@ class SftDataConfig(DataSection):
     allow_change: bool = False
     """Resume from a checkpoint with other training data than before, or another batch size or sequence length, at the
     samples consumed; without, that is refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "num_examples"):
+            given = getattr(self, name)
+            require(
+                len(given) in (0, len(self.train)),
+                f"data.{name} has {len(given)} values, data.train {len(self.train)}: give one for each, in its order",
+            )
+        require(
+            not (self.weights and self.num_examples),
+            "data.weights and data.num_examples both say how much to draw of each: give one of them",
+        )

@@ -36,6 +36,11 @@ def document_place(document: int) -> tuple[int, int]:
     return document >> _ROW_BITS, document & ((1 << _ROW_BITS) - 1)
 
 
+def sources_of(documents: np.ndarray) -> np.ndarray:
+    """The source of each document, by its number: int64."""
+    return (documents >> np.uint64(_ROW_BITS)).astype(np.int64)
+
+
 def text_key(text: str, ignore_case: bool, ignore_whitespace: bool) -> bytes:
     """The key of a text for exact duplicates: 16 bytes of SHA-256."""
     digest = hashlib.sha256()
@@ -140,6 +145,13 @@ class Pairs:
     def kept(self, document: int) -> int:
         """The document that is kept for `document`: itself, if it is not dropped."""
         return self.between(document, document + 1).get(document, document)
+
+    def kept_for(self, documents: np.ndarray) -> np.ndarray:
+        """The same for many: uint64 [documents]."""
+        if not len(self):
+            return documents
+        rows = np.minimum(np.searchsorted(self._pairs[:, 0], documents), len(self) - 1)
+        return np.where(self._pairs[rows, 0] == documents, self._pairs[rows, 1], documents)
 
     def chunks(self, num_pairs: int) -> Iterator[np.ndarray]:
         """All pairs, in arrays uint64 [2, up to num_pairs]."""

@@ -5,14 +5,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import orjson
 
 from megatron_tpt.corpus.deduplication import num_partitions
 from megatron_tpt.corpus.options import PrepareOptions
+from megatron_tpt.corpus.report import Report
+from megatron_tpt.corpus.settings import make_settings
 from megatron_tpt.files import atomic_write
-from megatron_tpt.records import REJECTS, Columns, Row, Source, read_blocks
+from megatron_tpt.records import REJECTS, Columns, Record, Row, Source, read_blocks
+
+if TYPE_CHECKING:
+    from megatron_tpt.corpus.verdicts import Verdicts
+    from megatron_tpt.jobs.workers import Workers
 
 
 class Shard(NamedTuple):
@@ -27,7 +33,12 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What all tasks of a run know."""
+    """What all tasks of a run know. A job that does more than cleaning overrides its methods."""
+
+    settings_name: ClassVar[str] = "prepare.json"
+    report_type: ClassVar[type[Report]] = Report
+    stages_kept: ClassVar[tuple[str, ...]] = ("scan", "write")
+    """The stages whose results a finished job keeps, for when its input grows."""
 
     options: PrepareOptions
     sources: list[Source]
@@ -39,9 +50,44 @@ class PrepareJob:
     """Known after the exact stage."""
 
     @property
-    def columns(self) -> Columns:
-        """Which columns make a record."""
+    def settings_path(self) -> Path:
+        """Where the settings of the run are."""
+        return self.options.output / self.settings_name
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what the output holds."""
+        return make_settings(self.options, self.settings_path, self.sources)
+
+    def columns_of(self, source: int) -> Columns:
+        """Which columns of a source make a record."""
         return Columns(self.options.text_column, self.options.id_column, tuple(self.options.meta_columns))
+
+    @property
+    def outdated_by_growth(self) -> list[str]:
+        """The stages whose results do not hold when files are added to the input.
+
+        A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing
+        in common: then all documents are compared again.
+        """
+        return ["exact", "near"] + ["write"] * (self.options.deduplicate == "minhash")
+
+    @property
+    def duplicate_stages(self) -> list[str]:
+        """The stages that find duplicates."""
+        return {"none": [], "exact": ["exact"], "minhash": ["exact", "near"]}[self.options.deduplicate]
+
+    def enrich(self, workers: "Workers") -> Self:
+        """Whatever is done once duplicates are known and before documents are written; returns the job with what is
+        known then."""
+        return self
+
+    def describe(self, shard: Shard, verdicts: "Verdicts") -> "Description":
+        """What describes the documents of a shard that are kept."""
+        return Description(self.sources[shard.source].name)
+
+    def extend_report(self, report: Report) -> Report:
+        """The report with what this job adds to it."""
+        return report
 
     @property
     def work(self) -> Path:
@@ -88,6 +134,26 @@ class PrepareJob:
         return [self.work / stage / f"{i:06d}-of-{partitions:06d}.pairs" for i in range(partitions)]
 
 
+def meta_with_source(record: Record, source_name: str) -> dict[str, Any]:
+    """The `meta` of a document that names its source; where it does so already, as it is."""
+    return {"source": source_name} | record.meta
+
+
+class Description:
+    """Makes the `meta` of the documents of a shard that are kept, which it is asked for in their order."""
+
+    def __init__(self, source_name: str) -> None:
+        self._source_name = source_name
+
+    def meta(self, record: Record) -> dict[str, Any]:
+        """What the `meta` of the next document becomes."""
+        return meta_with_source(record, self._source_name)
+
+    def tallies(self) -> dict[str, Any]:
+        """What it counted, for the report: JSON."""
+        return {}
+
+
 @dataclass(frozen=True)
 class SourceTask:
     """Every `num_stripes`-th shard of one source, from number `stripe` on."""
@@ -109,7 +175,9 @@ class SourceTask:
             return is_ours and not self.job.path(stage, Shard(self.source, number), suffix).exists()
 
         source = self.job.sources[self.source]
-        for number, rows in read_blocks(source, self.job.columns, self.job.options.rows_per_shard, is_wanted):
+        for number, rows in read_blocks(
+            source, self.job.columns_of(self.source), self.job.options.rows_per_shard, is_wanted
+        ):
             if self.job.num_shards and number >= self.job.num_shards[self.source]:
                 return
             yield Shard(self.source, number), rows

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tpt.corpus.words import split_words, text_chunks
+from megatron_tpt.corpus.words import split_words, text_chunks, word_tokenizer
 
 _RUNS_AT_A_TIME = 2048
 """Of 112 hashes each, so that they stay in the cache of the processor."""
@@ -69,18 +69,4 @@ class MinHash:
 
 @functools.cache
 def _word_tokenizer() -> Any:
-    from datatrove.utils.word_tokenizers import WordTokenizer
-
-    class Words(WordTokenizer):
-        """`split_words` in the shape that datatrove wants."""
-
-        def word_tokenize(self, text: str) -> list[str]:
-            return [word.decode() for word in split_words(text)]
-
-        def sent_tokenize(self, text: str) -> list[str]:
-            raise NotImplementedError
-
-        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            raise NotImplementedError
-
-    return Words()
+    return word_tokenizer(lambda text: [word.decode() for word in split_words(text)])

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -86,24 +87,28 @@ class PrepareOptions:
         check_bounds(self)
         self.evaluation_sets()
 
+    def locations(self) -> list[str]:
+        """The files, folders, patterns and data sets of the input."""
+        return self.input
+
     def warn_of_unused(self) -> None:
         """Say on stderr which options were given that have no effect without others."""
-        needed_by = {
-            "--deduplicate minhash": [name for name in vars(self) if name.startswith("minhash_")],
-            "--deduplicate exact or minhash": ["ignore_case", "ignore_whitespace"],
-            "--decontaminate": ["ngram", "min_matches"],
+        defaults = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(self)
         }
-        has = {
-            "--deduplicate minhash": self.deduplicate == "minhash",
-            "--deduplicate exact or minhash": self.deduplicate != "none",
-            "--decontaminate": bool(self.decontaminate),
-        }
-        defaults = {field.name: field.default for field in fields(self)}
-        for needed, names in needed_by.items():
+        for needed, is_given, names in self.needs():
             for name in names:
-                if not has[needed] and getattr(self, name) != defaults[name]:
-                    option = f"--{name.replace('_', '-')}"
-                    logger.warning(f"{option} has no effect without {needed}")
+                if not is_given and getattr(self, name) != defaults[name]:
+                    logger.warning(f"--{name.replace('_', '-')} has no effect without {needed}")
+
+    def needs(self) -> list[tuple[str, bool, Sequence[str]]]:
+        """What some options need to have an effect, whether it is given, and which options these are."""
+        of_minhash = [name for name in vars(self) if name.startswith("minhash_")]
+        return [
+            ("--deduplicate minhash", self.deduplicate == "minhash", of_minhash),
+            ("--deduplicate exact or minhash", self.deduplicate != "none", ("ignore_case", "ignore_whitespace")),
+            ("--decontaminate", bool(self.decontaminate), ("ngram", "min_matches")),
+        ]
 
     @property
     def worker_count(self) -> int:
@@ -117,7 +122,8 @@ class PrepareOptions:
             name, equals, rest = text.partition("=")
             if not (name and equals and rest):
                 raise UserError(f"--decontaminate {text}: give NAME=FILE or NAME=FILE:COLUMN")
-            location, columns = _split_location(rest)
+            location, found = split_location(rest)
+            columns = found or ("text",)
             if location in ("", "hf://") or not all(columns):
                 raise UserError(f"--decontaminate {text}: a name is missing; give NAME=FILE:COLUMN,COLUMN")
             if any(name == other.name for other in sets):
@@ -126,12 +132,13 @@ class PrepareOptions:
         return sets
 
 
-def _split_location(text: str) -> tuple[str, tuple[str, ...]]:
-    """FILE and the columns of FILE[:COLUMN[,COLUMN]]. Colons may be part of the file's name; that of hf:// is."""
+def split_location(text: str) -> tuple[str, tuple[str, ...] | None]:
+    """FILE and the columns of FILE[:COLUMN[,COLUMN]], None where it names none. Colons may be part of the file's name;
+    that of hf:// is."""
     scheme = "hf://" if text.startswith("hf://") else ""
     rest = text.removeprefix(scheme)
     if Path(text).expanduser().exists() or ":" not in rest:
-        return text, ("text",)
+        return text, None
     splits = [(rest[:i], rest[i + 1 :]) for i, character in enumerate(rest) if character == ":"]
     existing = (split for split in reversed(splits) if not scheme and Path(split[0]).expanduser().exists())
     location, columns = next(existing, splits[-1])

@@ -29,7 +29,6 @@ from megatron_tpt.corpus.deduplication import Pairs, write_clusters
 from megatron_tpt.corpus.job import PartitionTask, PrepareJob, Shard, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
-from megatron_tpt.corpus.settings import make_settings, settings_path
 from megatron_tpt.corpus.verdicts import EXAMPLES_PER_REASON
 from megatron_tpt.errors import UserError
 from megatron_tpt.jobs.lock import exclusive
@@ -43,7 +42,7 @@ from megatron_tpt.jobs.settings import (
     write_settings,
 )
 from megatron_tpt.jobs.workers import Workers
-from megatron_tpt.records import DAMAGED, expand_sources, notes_of_columns_not_kept
+from megatron_tpt.records import DAMAGED, Source, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
 
 logger = logging.getLogger(__name__)
@@ -54,20 +53,28 @@ _WRITER = "prepare"
 
 def prepare(options: PrepareOptions) -> Report:
     """Do what `tools/prepare.py` does. Raises UserError for what the user can fix."""
-    sources = expand_sources(options.input)
-    require_apart(options.output, options.input, [source.path for source in sources if source.path])
+    return run(options, PrepareJob.settings_name, PrepareJob)
+
+
+def run(
+    options: PrepareOptions, settings_name: str, make_job: Callable[[PrepareOptions, list[Source]], PrepareJob]
+) -> Report:
+    """Do a job that cleans a corpus and perhaps more (see `PrepareJob`), whose settings are in the file of that name.
+    Raises UserError for what the user can fix."""
+    sources = expand_sources(options.locations())
+    require_apart(options.output, options.locations(), [source.path for source in sources if source.path])
     options.warn_of_unused()
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         with exclusive(options.output / ".lock", str(options.output), timeout_s=10):
-            path = settings_path(options.output)
-            job = PrepareJob(options, in_job_order(path, sources))
-            settings = make_settings(options, job.sources)
+            path = options.output / settings_name
+            job = make_job(options, in_job_order(path, sources))
+            settings = job.settings()
             check_settings(path, settings)
             added = added_names(path, settings)
             if not added and Report.path(options.output).exists() and not _has_damaged_files(options.output):
                 logger.info(f"{options.output}: finished before; nothing to do")
-                return Report.read(options.output)
+                return job.report_type.read(options.output)
             index = _evaluation_index(job)  # first: a mistake in them leaves nothing that constrains the next run
             if added:
                 logger.info(f"{options.output}: the input has grown, {describe_names(added, 'added')}")
@@ -81,8 +88,11 @@ def prepare(options: PrepareOptions) -> Report:
                 if added:  # not earlier: with files that cannot be read the job stays as it was
                     _reopen(job)
                     write_settings(path, settings)
-                _compare_and_write(job, workers)
-            report = _collect(job, index)
+                _compare(job, workers)
+                job = job.enrich(workers)
+                _forget_damaged(job)
+                over_sources(job, workers, "write", ".json", stages.write)
+            report = job.extend_report(_collect(job, index))
             report.write(options.output)
             _tidy(job)
     except OSError as error:
@@ -119,10 +129,10 @@ def _scan(job: PrepareJob, workers: Workers, can_forget: bool) -> PrepareJob:
     """Scan all documents; returns the job with what is known then. What cannot be read leaves no job behind where
     `can_forget`."""
     try:
-        _over_sources(job, workers, "scan", ".json", stages.scan)
+        over_sources(job, workers, "scan", ".json", stages.scan)
     except UserError:
         if can_forget and not any((job.work / "scan").rglob("*.json")):
-            _forget(job)
+            forget(job)
         raise
     for source in range(len(job.sources)):
         if not job.scanned_path(source).exists():  # its stripes were scanned by several workers
@@ -130,19 +140,17 @@ def _scan(job: PrepareJob, workers: Workers, can_forget: bool) -> PrepareJob:
     return _after_scan(job, can_forget)
 
 
-def _compare_and_write(job: PrepareJob, workers: Workers) -> None:
-    """Run the stages after the scan; tasks that were done before are skipped."""
+def _compare(job: PrepareJob, workers: Workers) -> None:
+    """Find duplicates; tasks that were done before are skipped."""
     if job.options.deduplicate != "none":
         _over_partitions(job, workers, "exact")
     if job.options.deduplicate == "minhash":
         num_distinct = job.num_keys - sum(len(Pairs(path)) for path in job.pair_files("exact"))
         job = replace(job, num_minhash_keys=num_distinct * job.options.minhash_num_buckets)
-        _over_sources(job, workers, "minhash", ".keys.npy", stages.minhash)
+        over_sources(job, workers, "minhash", ".keys.npy", stages.minhash)
         _over_partitions(job, workers, "near")
         if not job.near_path.exists():
             write_clusters(job.near_path, job.pair_files("near"))
-    _forget_damaged(job)
-    _over_sources(job, workers, "write", ".json", stages.write)
 
 
 def _forget_damaged(job: PrepareJob) -> None:
@@ -154,7 +162,7 @@ def _forget_damaged(job: PrepareJob) -> None:
             path.unlink()
 
 
-def _over_sources(
+def over_sources(
     job: PrepareJob, workers: Workers, stage: str, suffix: str, work: Callable[[SourceTasks], Iterator[int]]
 ) -> None:
     """Do a stage that reads documents. Large sources are shared among the workers, small ones are done together."""
@@ -233,14 +241,15 @@ def _after_scan(job: PrepareJob, can_forget: bool) -> PrepareJob:
             absent = absent_here if absent is None else absent & absent_here
     if problems.total() == num_rows:
         if can_forget:
-            _forget(job)
+            forget(job)
         raise UserError(
             f"the input holds no document ({_counts(problems) or 'it is empty'}); {_advice(problems, job.options)}"
         )
     for name in sorted(absent or ()):
         logger.warning(f"--meta-columns {name}: no document has such a column")
-    for note in notes_of_columns_not_kept(job.sources, job.columns):
-        logger.info(f"note: {note}")
+    for columns, own in itertools.groupby(enumerate(job.sources), key=lambda one: job.columns_of(one[0])):
+        for note in notes_of_columns_not_kept([source for _, source in own], columns):
+            logger.info(f"note: {note}")
     return replace(job, num_shards=tuple(num_shards), num_keys=num_keys)
 
 
@@ -291,30 +300,26 @@ def _forget_other_additions(job: PrepareJob, entries: list[dict[str, Any]]) -> N
 
 
 def _reopen(job: PrepareJob) -> None:
-    """Make the job one that has not finished, with all that files after those that it has cannot change.
-
-    A document is an exact duplicate of an earlier one only, but a new one can join near-duplicates that had nothing in
-    common: then all documents are compared again.
-    """
+    """Make the job one that has not finished, with all that files after those that it has cannot change."""
     _forget_report(job.options.output)
     job.near_path.unlink(missing_ok=True)
-    outdated = ["exact", "near"] + ["write"] * (job.options.deduplicate == "minhash")
-    for stage in outdated:
+    for stage in job.outdated_by_growth:
         shutil.rmtree(job.work / stage, ignore_errors=True)
 
 
 def _tidy(job: PrepareJob) -> None:
     """Keep what a job with more input needs of this one: keys, ids and counts of its documents."""
-    for stage in ("exact", "minhash", "near"):
-        shutil.rmtree(job.work / stage, ignore_errors=True)
+    for folder in job.work.iterdir():
+        if folder.is_dir() and folder.name not in job.stages_kept:
+            shutil.rmtree(folder, ignore_errors=True)
     for path in (job.index_path, job.near_path, job.work / "added.json"):
         path.unlink(missing_ok=True)
 
 
-def _forget(job: PrepareJob) -> None:
+def forget(job: PrepareJob) -> None:
     """Leave the output as if this run had never started, so that it can be started with other settings."""
     shutil.rmtree(job.work, ignore_errors=True)
-    settings_path(job.options.output).unlink(missing_ok=True)
+    job.settings_path.unlink(missing_ok=True)
 
 
 def _collect(job: PrepareJob, index: EvaluationIndex) -> Report:

@@ -67,7 +67,7 @@ class Report:
         yield f"# Corpus: {self.num_rows:,} rows of {self.num_sources:,} sources\n"
         share = {reason: [count, f"{count / self.num_rows:.2%}"] for reason, count in self.dropped.items()}
         kept = [self.num_kept, f"{self.num_kept / self.num_rows:.2%}"]
-        yield from _table(
+        yield from table(
             ["", "rows", "share"],
             [["kept", *kept], *([reason, *cells] for reason, cells in share.items()), ["all", self.num_rows, "100%"]],
         )
@@ -80,7 +80,7 @@ class Report:
             rows = [[name, *described.values()] for name, described in self.evaluation_sets.items()]
             heads = next(iter(self.evaluation_sets.values()))
             names = {"documents": "documents dropped"}
-            yield from _table(["", *(names.get(head, head.replace("_", " ")) for head in heads)], rows)
+            yield from table(["", *(names.get(head, head.replace("_", " ")) for head in heads)], rows)
             yield ""
             for name, described in self.evaluation_sets.items():
                 numbers = self.found_items.get(name, [])
@@ -102,7 +102,8 @@ class Report:
                     yield f"  > {inline(_line(example['text']))}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + " --- |" * len(head)
     for row in rows:

@@ -13,15 +13,11 @@ from megatron_tpt.records import Source, expand_sources
 FORMAT_VERSION = 1
 
 
-def settings_path(output: Path) -> Path:
-    """Where the settings of a run are."""
-    return output / "prepare.json"
-
-
-def make_settings(options: PrepareOptions, sources: Sequence[Source]) -> dict[str, Any]:
-    """Everything that decides what the output holds. What only decides how fast it comes is not part of it."""
+def make_settings(options: PrepareOptions, path: Path, sources: Sequence[Source]) -> dict[str, Any]:
+    """Everything that decides what the output holds. What only decides how fast it comes is not part of it. `path`:
+    where the settings of the run are."""
     settings = {name: value for name, value in asdict(options).items() if name not in ("output", "num_workers")}
-    settings["input"] = describe_inputs(settings_path(options.output), sources)
+    settings["input"] = describe_inputs(path, sources)
     settings["decontaminate"] = [
         {
             "name": each.name,

@@ -23,7 +23,7 @@ import orjson
 
 from megatron_tpt.corpus.decontamination import EvaluationIndex
 from megatron_tpt.corpus.deduplication import document_number, text_key, write_keys, write_partition
-from megatron_tpt.corpus.job import PartitionTask, SourceTask, SourceTasks, write_json
+from megatron_tpt.corpus.job import Description, PartitionTask, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.near_duplicates import MinHash
 from megatron_tpt.corpus.verdicts import ShardTally, Verdicts
 from megatron_tpt.errors import UserError
@@ -56,7 +56,7 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
         problems: Counter[str] = Counter()
         absent = set(options.meta_columns)
         num_rows = 0
-        for batch in _batches(rows):
+        for batch in batches(rows):
             num_rows += len(batch)
             problems.update(str(row.problem) for row in batch if row.record is None)
             records = [(row.number, row.record) for row in batch if row.record is not None]
@@ -89,7 +89,7 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
         write_json(job.scanned_path(task.source), {}, durable=False)
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Rows by the thousand, or fewer where they are long."""
     batch: list[Row] = []
     num_characters = 0
@@ -145,16 +145,15 @@ def minhash(tasks: SourceTasks) -> Iterator[int]:
 def write(tasks: SourceTasks) -> Iterator[int]:
     """Write clean documents and rejects. Leaves, last, a JSON file with the tally of the shard."""
     job = tasks[0].job
-    stages = {"none": [], "exact": ["exact"], "minhash": ["exact", "near"]}[job.options.deduplicate]
     for shard, rows in (missing for task in tasks for missing in task.missing("write", ".json")):
-        verdicts = Verdicts(job, shard, stages)
-        tally = ShardTally(job, shard, verdicts)
+        verdicts = Verdicts(job, shard, job.duplicate_stages)
+        tally, description = ShardTally(job, shard, verdicts), job.describe(shard, verdicts)
         part, rejects = (job.options.output / name for name in job.files_of(shard))
         part.unlink(missing_ok=True)  # of a job that has grown since: perhaps nothing is left of it
         rejects.unlink(missing_ok=True)
         num_rejects = verdicts.num_rows - verdicts.num_kept
         with json_lines(rejects) if num_rejects else nullcontext() as add_reject:
-            kept = _kept_records(rows, tally, add_reject, job.sources[shard.source].name)
+            kept = _kept_records(rows, tally, add_reject, description, job.sources[shard.source].name)
             if verdicts.num_kept:
                 write_records(part, kept)
             else:
@@ -167,6 +166,7 @@ def write(tasks: SourceTasks) -> Iterator[int]:
                 "counts": tally.counts,
                 "contaminated_by": tally.contaminated_by,
                 "examples": tally.examples,
+                **description.tallies(),
                 "files": [asdict(Entry.of(job.options.output, name)) for name in job.files_of(shard)],
             },
         )
@@ -174,7 +174,11 @@ def write(tasks: SourceTasks) -> Iterator[int]:
 
 
 def _kept_records(
-    rows: Iterator[Row], tally: ShardTally, add_reject: Callable[[bytes], object] | None, source: str
+    rows: Iterator[Row],
+    tally: ShardTally,
+    add_reject: Callable[[bytes], object] | None,
+    description: Description,
+    source: str,
 ) -> Iterator[Record]:
     for row in rows:
         reject = tally.reject(row)
@@ -183,4 +187,4 @@ def _kept_records(
                 raise UserError(f"{source}: {_CHANGED}")
             add_reject(orjson.dumps(reject))
         elif row.record is not None:
-            yield replace(row.record, meta={"source": source} | row.record.meta)
+            yield replace(row.record, meta=description.meta(row.record))

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,35 @@ def text_chunks(text: str) -> Iterator[str]:
 
 def split_words(text: str) -> list[bytes]:
     """The words of `text` in lower case, without punctuation, as UTF-8. Compatible forms (NFKC) are the same word."""
+    return spaced_words(text).split()
+
+
+def word_tokenizer(split: Callable[[str], list[str]]) -> Any:
+    """`split` in the shape that datatrove wants: its own tokenizer for English needs spaCy, those of other languages
+    downloads. What we use of datatrove asks for words alone."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Words(WordTokenizer):
+        def word_tokenize(self, text: str) -> list[str]:
+            return split(text)
+
+        def sent_tokenize(self, text: str) -> list[str]:
+            raise NotImplementedError
+
+        def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+            raise NotImplementedError
+
+    return Words()
+
+
+def spaced_words(text: str) -> bytes:
+    """The same with spaces between them, and none at the ends."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
         text = _NOT_ASCII.sub(lambda match: _spaces_for_symbols[match[0]], text)  # curly quotes, dashes, ...
     if text.isascii():  # ten times as fast, with the same result
-        return text.encode().lower().translate(_ASCII_TABLE).split()
-    return [word.encode() for word in _word_pattern().findall(text.lower())]
+        return text.encode().lower().translate(_ASCII_TABLE).strip()
+    return " ".join(_word_pattern().findall(text.lower())).encode()
 
 
 class _WordHashes(dict[bytes, int]):

@@ -1,4 +1,5 @@
-"""Which problems of a benchmark a training corpus held, as `tools/prepare.py --decontaminate` found them.
+"""Which problems of a benchmark a training corpus held, as `--decontaminate` of `tools/prepare.py` and
+`tools/curate.py` found them.
 
 A benchmark is known there by the fingerprint of its file, so that the numbers of items are those of the same rows.
 """
@@ -15,23 +16,35 @@ from megatron_tpt.evaluation.samples import Sample
 from megatron_tpt.files import file_fingerprint
 from megatron_tpt.json_data import read_object
 
-_FILES = ("report.json", "prepare.json")
-"""What tools/prepare.py writes last: what it found, and what it was asked for."""
+_TOOLS = ("prepare", "curate")
+"""The tools whose folders are known: the settings are in a file of their name."""
+
+
+def _files(corpus: Path) -> tuple[Path, Path]:
+    """What was found in a corpus, and what was asked for. Raises UserError for a folder without both."""
+    report = corpus / "report.json"
+    settings = next((path for path in (corpus / f"{tool}.json" for tool in _TOOLS) if path.is_file()), None)
+    if settings is None or not report.is_file():
+        raise UserError(f"--corpus {corpus}: no finished output of tools/prepare.py or tools/curate.py in this folder")
+    return report, settings
 
 
 def _searched(corpus: Path) -> dict[str, set[int]]:
     """For the fingerprint of every file that was searched for: the rows, counted from 1 without blank lines, of which
-    the corpus held a part before it was cleaned. Raises UserError for reports that prepare.py has not written."""
+    the corpus held a part before it was cleaned. Raises UserError for a folder without finished output, and for damaged
+    files."""
+    files = _files(corpus)
     found: dict[str, set[int]] = {}
     try:
-        report, settings = (read_object(corpus / name) for name in _FILES)
+        report, settings = map(read_object, files)
         for each in settings["decontaminate"]:
             if len(each["files"]) == 1:
                 [fingerprint] = each["files"].values()
                 found.setdefault(fingerprint, set()).update(map(int, report["found_items"].get(each["name"], [])))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"--corpus {corpus}: its {' or '.join(_FILES)} is damaged; run tools/prepare.py on the corpus again"
+            f"--corpus {corpus}: its {' or '.join(file.name for file in files)} is damaged; run "
+            f"tools/{files[1].stem}.py on the corpus again"
         ) from None
     return found
 
@@ -46,10 +59,8 @@ def overlapping_rows(corpus: Path, data: str) -> set[int] | None:
 
 
 def check_corpora(corpora: Sequence[Path]) -> None:
-    """Raise UserError for a folder without a finished run of tools/prepare.py."""
+    """Raise UserError for a folder without a finished run of tools/prepare.py or tools/curate.py."""
     for corpus in corpora:
-        if not all((corpus / name).is_file() for name in _FILES):
-            raise UserError(f"--corpus {corpus}: no finished output of tools/prepare.py in this folder")
         _searched(corpus)
 
 

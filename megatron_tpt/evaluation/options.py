@@ -57,8 +57,8 @@ class EvaluateOptions(Benchmark):
     training_flops: list[PositiveFloat] = field(default_factory=list)
     """Training operations of each model, in the order of --model: the plot over --recurrences is also against them."""
     corpus: list[Path] = field(default_factory=list)
-    """Training corpora, as folders of tools/prepare.py: the report says which problems they held, and the accuracy on
-    the others."""
+    """Training corpora, as folders of tools/prepare.py or tools/curate.py: the report says which problems they held,
+    and the accuracy on the others."""
     rescore: bool = False
     """Grade the outputs that are in the output folder again, without a model, and show what changes."""
     engine: EngineKind = "vllm"

@@ -31,6 +31,7 @@ _NOT_LEARNED = ("masked",)
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING_FIELDS}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
+_CALL_PART = "tool_call"
 
 Message = dict[str, Any]
 
@@ -243,7 +244,8 @@ class _MessageReader:
         name = f"content of {self._where}"
         if not isinstance(value, list):
             return None if value is None else text_of(value, name)
-        parts = [self._part(part, name) for part in value]
+        parts = [self._part(_renamed(part), name) for part in value]
+        self._part_calls = [maybe_json(part["text"]) for part in parts if part["type"] == _CALL_PART]
         texts = [part for part in parts if part["type"] == "text"]
         self._thoughts = [part["text"] for part in parts if part["type"] == "reasoning"]
         if not texts:
@@ -259,14 +261,15 @@ class _MessageReader:
         kind = given.pop("type", "text")
         if kind in _TEXT_PARTS and set(given) == {"text"}:
             return {"type": "text", "text": text_of(given["text"], name)}
-        if isinstance(kind, str) and kind in _REASONING_PARTS and set(given) == {kind}:
-            return {"type": "reasoning", "text": text_of(given[kind], name)}
+        if isinstance(kind, str) and kind in (*_REASONING_PARTS, _CALL_PART) and set(given) == {kind}:
+            return {"type": kind if kind == _CALL_PART else "reasoning", "text": text_of(given[kind], name)}
         if kind in _TEXT_PARTS and "text" in given:
             others = ", ".join(repr(key) for key in given if key != "text")
             raise Unusable("unknown field in a content part", f"{name}: a part has {others}, which is not understood")
         raise Unusable(f"content of type {kind!r}", f"{name} has a part of type {kind!r}; only text can be packed")
 
     _thoughts: Sequence[str] = ()
+    _part_calls: Sequence[Any] = ()
 
     def _add_reasoning(self, message: Message, fields: Mapping[str, Any]) -> None:
         names = [name for name in REASONING_FIELDS if fields.get(name) is not None]
@@ -287,6 +290,12 @@ class _MessageReader:
             if present(value):
                 raise Unusable("tool calls", f"{self._where} has both 'tool_calls' and 'function_call'")
             value = [maybe_json(old)]
+        if self._part_calls:
+            if present(value):
+                raise Unusable(
+                    "tool calls", f"{self._where} has 'tool_calls', and calls among the parts of its content"
+                )
+            value = list(self._part_calls)
         if not present(value):
             return []
         if not isinstance(value, list):
@@ -303,6 +312,13 @@ class _MessageReader:
             raise Unusable("tool calls", f"arguments of {where} is {type(arguments).__name__}, not an object")
         _refuse_keys(function, {"name", "arguments"}, where)
         return {**({"id": call["id"]} if present(call.get("id")) else {}), "type": "function", "function": function}
+
+
+def _renamed(part: Any) -> Any:
+    """A part {"type", "value"}, as LLaMA-Factory writes them, with the value under the name of its type."""
+    if not isinstance(part, Mapping) or set(part) != {"type", "value"} or not isinstance(part["type"], str):
+        return part
+    return {"type": part["type"], part["type"]: part["value"]}
 
 
 def read_tools(value: Any, name: str = "tools") -> list[dict[str, Any]] | None:
@@ -371,13 +387,8 @@ def _message_list(value: Any, name: str) -> list[Any]:
     return value
 
 
-def messages_in(value: Any) -> list[Any] | None:
-    """The list of messages that a value is, or is the JSON of; None for any other text or value."""
-    found = value if isinstance(value, list) else maybe_json(value)
-    if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
-        return None
-    return found
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+def has_later_turns(messages: Sequence[Any]) -> bool:
+    """Whether anybody else speaks behind the assistant's first message."""
+    speakers = [one.get("role", one.get("from")) for one in messages if isinstance(one, Mapping)]
+    is_assistant = [_SHAREGPT_ROLES.get(str(speaker)) in ("assistant", "function_call") for speaker in speakers]
+    return True in is_assistant and not all(is_assistant[is_assistant.index(True) :])

@@ -54,3 +54,15 @@ def parsed(value: Any, name: str) -> Any:
         raise Unusable("nested too deeply", f"{name} has {error}") from None
     except ValueError as error:
         raise Unusable("not JSON", f"{name} is text that is not JSON ({error})") from None
+
+
+def messages_in(value: Any) -> list[Any] | None:
+    """The list of messages that a value is, or is the JSON of; None for any other text or value."""
+    found = value if isinstance(value, list) else maybe_json(value)
+    if not isinstance(found, list) or (found is not value and not (found and all(map(_is_message, found)))):
+        return None
+    return found
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)

@@ -27,14 +27,13 @@ from megatron_tpt.indexing.chat_shapes import (
     Chat,
     ChatColumns,
     Message,
-    messages_in,
     one_is_text,
     read_chat,
     read_messages,
     texts_of,
 )
 from megatron_tpt.indexing.chat_template import ESCAPED_MARKS, MARKS, ChatTemplate, Encoded
-from megatron_tpt.indexing.chat_values import Unusable, present, text_of
+from megatron_tpt.indexing.chat_values import Unusable, messages_in, present, text_of
 from megatron_tpt.indexing.raw_tags import RawTags
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.think_tags import CLOSE_TAG

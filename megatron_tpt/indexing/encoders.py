@@ -16,8 +16,8 @@ import numpy
 import pyarrow
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.arrow_texts import text_buffers
 from megatron_tpt.indexing.options import Backend
-from megatron_tpt.indexing.pieces import text_buffers
 from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 

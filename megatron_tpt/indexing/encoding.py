@@ -55,7 +55,8 @@ class BlockEncoder:
 
     def encode(self, group: list[Block | End]) -> list[Result | End]:
         """The results of blocks, and the ends between them."""
-        joined = join_blocks(group)
+        is_whole = self._maker.selection.where is None  # else documents are not as many as rows
+        joined = join_blocks(group) if is_whole else None
         if joined is not None and (together := self._encode_joined(joined)) is not None:
             return [item if isinstance(item, End) else next(together) for item in group]
         return [result for item in group for result in self._encode_one(item)]

@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.indexing.chat_shapes import ChatColumns, has_later_turns
+from megatron_tpt.indexing.chat_values import messages_in
 from megatron_tpt.indexing.conversations import BadExample, Example, ExampleFormat
+from megatron_tpt.indexing.selection import NOT_SELECTED
 from megatron_tpt.records import DAMAGED, Source, describe, read_rows
+from megatron_tpt.records.parsing import meta_of_row
+from megatron_tpt.records.record import BadRecord, question_and_answer
+from megatron_tpt.records.where import Where
 
 _ROWS_PER_BATCH = 256
 _BYTES_PER_BATCH = 4 << 20
@@ -19,9 +25,11 @@ class FieldBatch(NamedTuple):
     path: Path
     records: list[tuple[int, dict[str, Any] | BadExample]]
     """Number in the file, from 1, and fields, or what is wrong with the line."""
+    unselected: Counter[str]
+    """Records that `where` does not select, before and among these."""
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.records[0][0]}-{self.records[-1][0]}"
+        return f"{self.path}:{self.records[0][0]}-{self.records[-1][0]}" if self.records else str(self.path)
 
 
 class EncodedBatch(NamedTuple):
@@ -44,17 +52,27 @@ def read_examples(path: Path, format: ExampleFormat) -> Iterator[tuple[int, Exam
                 yield number, one
 
 
-def read_batches(path: Path, format: ExampleFormat) -> Iterator[FieldBatch]:
-    """The records of a file in batches of bounded size. Blank lines are skipped."""
-    batch = FieldBatch(path, [])
+def read_batches(path: Path, format: ExampleFormat, where: Where | None = None) -> Iterator[FieldBatch]:
+    """The records of a file whose `meta` meets `where`, in batches of bounded size. Blank lines are skipped."""
+    batch = FieldBatch(path, [], Counter())
     num_bytes = 0
     for number, fields, size in _read_fields(path, format):
+        if not isinstance(fields, BadExample):
+            try:
+                meta = meta_of_row(fields)
+            except BadRecord as bad:
+                fields = BadExample(bad.problem, bad.detail)
+            else:
+                if where is not None and not where.matches(meta):
+                    batch.unselected[NOT_SELECTED] += 1
+                    continue
+                fields = _with_fields_of_meta(fields, meta, format)
         batch.records.append((number, fields))
         num_bytes += size
         if num_bytes >= _BYTES_PER_BATCH or len(batch.records) >= _ROWS_PER_BATCH:
             yield batch
-            batch, num_bytes = FieldBatch(path, []), 0
-    if batch.records:
+            batch, num_bytes = FieldBatch(path, [], Counter()), 0
+    if batch.records or batch.unselected:
         yield batch
 
 
@@ -71,13 +89,35 @@ def _outcomes(batch: FieldBatch, format: ExampleFormat) -> list[tuple[int, list[
 def _read_fields(path: Path, format: ExampleFormat) -> Iterator[tuple[int, dict[str, Any] | BadExample, int]]:
     """Number, fields and about the size in characters of every line or row."""
     source = Source(str(path), None, path)
-    for row in read_rows(source, format.choose_columns):
+    for row in read_rows(source, lambda names: (*format.choose_columns(names), *({"meta"} & {*names}))):
         if row.problem == DAMAGED:
             raise UserError(describe(source, row))
         if row.value is None:
             yield row.number + 1, BadExample(str(row.problem), row.detail.removeprefix("(").removesuffix(")")), 0
         else:
             yield row.number + 1, row.value, _num_characters(row.value)
+
+
+def _with_fields_of_meta(
+    fields: dict[str, Any], meta: dict[str, Any], format: ExampleFormat
+) -> dict[str, Any] | BadExample:
+    """A record's fields with those that a curated one (tools/curate.py) keeps in `meta`: the conversation with what
+    belongs to it; and the question and the answer, which are parts of its text."""
+    found = {name: meta[name] for name in ("messages", *ChatColumns().extra) if name in meta}
+    text = fields.get("text")
+    parts = question_and_answer(text, meta) if isinstance(text, str) else None
+    if parts is not None and {"question", "answer"} & {*format.columns}:
+        if has_later_turns(messages_in(meta.get("messages")) or ()):
+            return BadExample(
+                "several turns",
+                "behind the first answer are messages of others, which would be learned: pack such conversations with "
+                "a chat template, without --prompt-column and --response-column",
+            )
+        found |= dict(zip(("question", "answer"), parts, strict=True))
+    if not found:
+        return fields
+    used = {"meta", *({"text"} if {"messages", "question"} & found.keys() else ())} - {*format.columns}
+    return {**found, **{name: value for name, value in fields.items() if name not in used}}
 
 
 def _num_characters(value: Any) -> int:

@@ -28,6 +28,7 @@ from megatron_tpt.indexing.journal import Journal, clear_leftovers, working_fold
 from megatron_tpt.indexing.manifest import Manifest, Source
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.output import Output, publish
+from megatron_tpt.indexing.selection import NOT_SELECTED
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.jobs.ordered_workers import map_in_threads
 from megatron_tpt.jobs.progress import ProgressLine
@@ -69,6 +70,8 @@ def index_shards(options: IndexOptions) -> list[Manifest]:
         journal = job.journal(folder)
         start_s = time.monotonic()
         num_tokens = 0 if journal.is_complete else _build(job, folder, journal)
+        for note in job.where.notes() if job.where is not None and num_tokens else ():
+            logger.warning(f"--where {options.where!r}: {note}")
         manifests = _publish(job, folder)
     seconds = time.monotonic() - start_s
     print_result(f"{options.output}: {_summary(manifests)}; {num_tokens / seconds:,.0f} tokens/s in {seconds:.3f} s")
@@ -82,11 +85,13 @@ def _summary(manifests: Sequence[Manifest]) -> str:
         for name in ("documents", "documents_with_thinking", "tokens", "document_tokens", "thinking_tokens")
     )
     skipped = sum((Counter(count.skipped) for count in counts), Counter[str]())
+    num_unselected = skipped.pop(NOT_SELECTED, 0)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
     return (
         f"{documents:,} documents ({with_thinking:,} with thinking), "
         f"{tokens:,} tokens ({document_tokens:,} document, {thinking_tokens:,} thinking)"
         + (f", {len(manifests)} shards" if len(manifests) > 1 else "")
+        + (f", {num_unselected:,} others are {NOT_SELECTED}" if num_unselected else "")
         + (f", {skipped.total():,} bad records skipped ({reasons})" if skipped else "")
     )
 

@@ -16,12 +16,14 @@ from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.originals import check_against_original, has_original
 from megatron_tpt.indexing.pieces import PieceMaker
 from megatron_tpt.indexing.sample import sample_texts
+from megatron_tpt.indexing.selection import Selection
 from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import token_dtype
 from megatron_tpt.jobs.settings import EntryChanges, describe_changes, require_apart
 from megatron_tpt.records import Columns, expand_sources
 from megatron_tpt.records import Source as Input
+from megatron_tpt.records.where import Where
 from megatron_tpt.units import num_bytes
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class IndexJob:
         self.tokenizer = Tokenizer(options.tokenizer, parse_special_tokens=options.parse_special_tokens)
         self.shard_bytes = num_bytes("--shard-size", options.shard_size) if options.shard_size else None
         split = sentences.split if options.sentences else None
-        self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split)
+        self.where = Where(options.where) if options.where is not None else None
+        self.maker = PieceMaker(self.columns, options.join, options.on_bad_record, split, Selection(self.where))
         self.template = Manifest(
             tokenizer=TokenizerInfo.of(self.tokenizer),
             think=ThinkTokens(self.tokenizer.open_ids, self.tokenizer.close_ids),
@@ -55,6 +58,7 @@ class IndexJob:
             append_eos=options.append_eos,
             parse_special_tokens=options.parse_special_tokens,
             shard_bytes=self.shard_bytes,
+            where=options.where,
         )
 
     def finished(self) -> list[Manifest] | None:
@@ -116,6 +120,7 @@ class IndexJob:
             "choice of --append-eos": first.append_eos,
             "choice of --sentences": first.counts.sequences is not None,
             "choice of --parse-special-tokens": first.parse_special_tokens,
+            "--where": first.where,
             # Manifests of earlier versions do not say.
             _SHARD_SIZE: self.shard_bytes if first.shard_bytes is None else first.shard_bytes,
         }
@@ -137,6 +142,7 @@ class IndexJob:
             "choice of --append-eos": options.append_eos,
             "choice of --sentences": options.sentences,
             "choice of --parse-special-tokens": options.parse_special_tokens,
+            "--where": options.where,
             _SHARD_SIZE: self.shard_bytes,
         }
 

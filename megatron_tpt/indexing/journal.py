@@ -22,7 +22,9 @@ PUBLISHING = "publishing"
 
 
 def working_path(prefix: Path) -> Path:
-    """The hidden folder in which the index `prefix` is made."""
+    """The hidden folder in which the index `prefix` is made. Raises UserError for the name of a folder."""
+    if prefix.is_dir():
+        raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'train'}")
     return prefix.with_name(f".tmp-{prefix.name}")
 
 
@@ -60,8 +62,6 @@ def working_folder(prefix: Path, kinds: Sequence[str] = ()) -> Iterator[Path]:
     Without a journal `kinds` are given, those of the files PREFIX.KIND, the manifest last: what a run that was stopped
     or killed while it published has moved to these names is removed.
     """
-    if prefix.is_dir():
-        raise UserError(f"{prefix} is a folder; --output takes a prefix, such as {prefix / 'train'}")
     folder = working_path(prefix)
     lock = None
     try:

@@ -6,8 +6,7 @@ index.
 """
 
 import functools
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +134,8 @@ class Manifest:
     """Whether special tokens that occur in the raw text became these tokens."""
     shard_bytes: int | None = None
     """Of a shard: what the `.bin` files of its set were to keep to."""
+    where: str | None = None
+    """The condition on `meta` that selected the records; None where all were taken."""
 
     @property
     def may_have_thinking(self) -> bool:
@@ -226,46 +227,3 @@ def require_checksums(checksums: Mapping[str, str], *kinds: str) -> None:
 def _checksum_once(path: Path, size: int, modified_ns: int) -> str:
     """The checksum of a file, computed again only where it was written again."""
     return file_checksum(path)
-
-
-def read_manifests(prefixes: Iterable[str | Path]) -> list[Manifest]:
-    """The manifests of indices to train on together.
-
-    Raises UserError when one is missing or damaged (of `.bin` the size is compared, of `.idx` the checksum too), when
-    its documents are split into sentences, or when they were made with different tokenizers, end-of-sequence tokens or
-    think tags.
-    """
-    manifests: list[Manifest] = []
-    for prefix in prefixes:
-        manifest = Manifest.read(prefix)
-        manifest.check_files(prefix)
-        if os.environ.get("RANK", "0") == "0":  # for all ranks of a training run
-            manifest.check_idx(prefix)
-        _require_whole_documents(prefix, manifest.counts)
-        if manifests:
-            manifest.require_tokenizer(prefix, manifests[0].tokenizer.fingerprint)
-            _require_same_ids(prefix, manifest, manifests[0])
-        manifests.append(manifest)
-    return manifests
-
-
-def _require_whole_documents(prefix: str | Path, counts: IndexCounts) -> None:
-    # Megatron Core's GPTDataset takes every sequence for a document, and shuffles them.
-    if counts.sequences not in (None, counts.documents):
-        raise UserError(
-            f"{prefix}: its documents are split into sentences, which training would shuffle: index again without "
-            f"--sentences"
-        )
-
-
-def _require_same_ids(prefix: str | Path, manifest: Manifest, first: Manifest) -> None:
-    for what, ours, theirs in (
-        ("end-of-sequence token", manifest.tokenizer.eos_id, first.tokenizer.eos_id),
-        ("think tags", manifest.think, first.think),
-    ):
-        if ours != theirs:
-            raise UserError(
-                f"{prefix}: its {what} ({ours}) is not that of the other data ({theirs}), although tokenizer.json is: "
-                f"index one of them again with the other's tokenizer folder ({manifest.tokenizer.path}, "
-                f"{first.tokenizer.path})"
-            )

@@ -146,12 +146,15 @@ def _examine(prefix: Path, require_manifest: bool) -> Shard:
     return Shard(prefix, reader.dtype.name, reader.num_sequences, reader.num_documents, num_bytes, manifest)
 
 
+_MAY_DIFFER = ("dtype", "sources", "counts", "checksums", "command", "text_column", "shard_bytes", "where")
+
+
 def _settings(shard: Shard) -> dict[str, Any]:
     """What must be the same in all shards."""
     settings: dict[str, Any] = {"token type": shard.dtype}
     if shard.manifest is not None:
         for field in dataclasses.fields(Manifest):
-            if field.name not in ("dtype", "sources", "counts", "checksums", "command", "text_column", "shard_bytes"):
+            if field.name not in _MAY_DIFFER:
                 settings[field.name.replace("_", " ")] = getattr(shard.manifest, field.name)
         # The same tokenizer may lie in several places.
         settings["tokenizer"] = dataclasses.replace(shard.manifest.tokenizer, path="")
@@ -183,7 +186,16 @@ def _merged_manifest(shards: list[Shard]) -> Manifest | None:
         checksums={},
         command=sys.argv,
         shard_bytes=None,
+        where=_either([manifest.where for manifest in manifests]),
     )
+
+
+def _either(wheres: Sequence[str | None]) -> str | None:
+    """The condition that one of several was met; None where one is met by all records."""
+    if None in wheres:
+        return None
+    distinct = list(dict.fromkeys(wheres))
+    return distinct[0] if len(distinct) == 1 else " or ".join(f"({where})" for where in distinct)
 
 
 def _sum_counts(counts: list[IndexCounts]) -> IndexCounts:

@@ -33,6 +33,9 @@ class IndexOptions:
     the objects in column a."""
     id_column: str = "id"
     """The column with the record's name, for messages."""
+    where: str | None = None
+    """Index only the records whose `meta` meets this condition, such as "'alf' in strata" or "answer_tokens > 4096 and
+    domain in ['math', 'code']"; docs/curation.md has the language. The others are counted."""
     join: Join = Join.document_thinking
     """How document and thinking make one sample. In all but document_only, raw text that holds a think tag never makes
     the tokens that mark thinking, whether the tokenizer has think tokens or not."""

@@ -12,7 +12,15 @@ from megatron_tpt.config.convert import from_json
 from megatron_tpt.config.fields import TokenId
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
-from megatron_tpt.indexing.manifest import Source, TokenizerInfo, require_checksums
+from megatron_tpt.indexing.manifest import (
+    IndexCounts,
+    Manifest,
+    Source,
+    ThinkTokens,
+    TokenizerInfo,
+    require_checksums,
+)
+from megatron_tpt.indexing.reader import IndexReader
 from megatron_tpt.json_data import read_json
 
 FORMAT_VERSION = 1
@@ -40,6 +48,8 @@ class PackSettings:
     tools_column: str = "tools"
     inline_reasoning: bool = False
     ignore_fields: tuple[str, ...] = ()
+    where: str | None = None
+    """The condition on `meta` that selected the records; None where all were taken."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,41 @@ class PackManifest:
         """Write `PREFIX.sft.json`, whole or not at all."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
         write_json(self.path(prefix), content, indent=1)
+
+
+@dataclass(frozen=True)
+class PackedSource(Manifest):
+    """A packed index as a source of pre-training, whose loss is on what is learned of it."""
+
+    learned_tokens: int = 0
+
+    @property
+    def may_have_thinking(self) -> bool:
+        """Answers may hold thoughts; they are not counted."""
+        return True
+
+
+def packed_as_index(prefix: str | Path) -> PackedSource:
+    """What a packed index is as an indexed dataset: its rows are documents. Raises UserError when it cannot be read."""
+    from megatron_tpt.indexing.tokenizer import Tokenizer
+
+    packed = PackManifest.read(prefix)
+    if not (folder := PackManifest.tokenizer_path(prefix)).is_dir():
+        raise UserError(f"{prefix}: packed by an earlier version, without its tokenizer: pack again to pre-train on it")
+    tokenizer, counts = Tokenizer(folder), packed.counts
+    return PackedSource(
+        tokenizer=packed.tokenizer,
+        think=ThinkTokens(tokenizer.open_ids, tokenizer.close_ids),
+        join="packed",
+        text_column=",".join(packed.settings.columns),
+        dtype=IndexReader(prefix).dtype.name,
+        sources=packed.sources,
+        counts=IndexCounts(counts.rows, 0, counts.tokens, counts.tokens, 0, counts.skipped),
+        checksums={kind: packed.checksums[kind] for kind in ("bin", "idx", "sft")},
+        command=packed.command,
+        append_eos=packed.settings.chat_template is None,
+        learned_tokens=counts.loss_tokens,
+    )
 
 
 def is_packed(paths: Iterable[Path]) -> bool:

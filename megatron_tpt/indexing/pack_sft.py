@@ -38,6 +38,7 @@ from megatron_tpt.names import first_few
 from megatron_tpt.processes import terminations_raised
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
+from megatron_tpt.records.where import Where
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class _Encoding(NamedTuple):
             tools_column=options.tools_column,
             inline_reasoning=options.inline_reasoning,
             ignore_fields=tuple(options.ignore_fields),
+            where=options.where,
         )
 
 
@@ -151,6 +153,7 @@ class _Collector:
     def __init__(self, options: PackOptions, encoding: _Encoding, store: ExampleStore) -> None:
         self._options = options
         self._encoding = encoding
+        self.where = Where(options.where) if options.where is not None else None
         self._store = store
         self.turn_ends = TurnEnds(encoding.special_ids)
         self._skipped: Counter[str] = Counter()
@@ -169,6 +172,7 @@ class _Collector:
             with contextlib.closing(self._encoded(files)) as encoded, ProgressLine(_LOG_EVERY_S) as line:
                 for batch, (outcomes, notes) in encoded:
                     before = len(self._store)
+                    self._skipped.update(batch.unselected)
                     self._notes.update(notes)
                     for number, outcome in outcomes:
                         self._take(f"{batch.path}:{number}", outcome)
@@ -182,7 +186,7 @@ class _Collector:
 
     def _encoded(self, files: Sequence[Path]) -> Generator[tuple[FieldBatch, EncodedBatch]]:
         """Batches of records, and their results, in the order of the input."""
-        batches = (batch for path in files for batch in read_batches(path, self._encoding.format))
+        batches = (batch for path in files for batch in read_batches(path, self._encoding.format, self.where))
         num_workers = self._options.worker_count(sum(path.stat().st_size for path in files))
         if num_workers == 1:
             return ((batch, encode_batch(batch, self._encoding.format)) for batch in batches)
@@ -221,6 +225,8 @@ class _Collector:
 
     def finish(self) -> None:
         """Warn of what is unusual about the examples. Raises UserError when there is nothing to learn."""
+        for note in self.where.notes() if self.where is not None else ():
+            logger.warning(f"--where {self._options.where!r}: {note}")
         if not self._store.num_loss_tokens:
             skipped = _skipped_lines(self._skipped, self._skipped_example)
             raise UserError(f"the input holds no example to pack: {'; '.join(skipped) or 'its files are empty'}")

@@ -86,8 +86,18 @@ class PackedIndex:
             raise UserError(f"{path}: damaged: it does not fit {self.prefix}.idx and the manifest; pack again")
         self._verify("idx", "sft")
 
+    def __reduce__(self) -> tuple[type["PackedIndex"], tuple[str | Path]]:
+        return PackedIndex, (self.prefix,)  # maps its files again
+
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
+
+    def learned(self, row: int) -> numpy.ndarray:
+        """Which tokens of a row are learned, bool [tokens]; not the first of an example, which nothing predicts."""
+        masks = [example.has_loss.copy() for example in self[row]]
+        for mask in masks:
+            mask[0] = False
+        return numpy.concatenate(masks)
 
     def __getitem__(self, row: int) -> list[Example]:
         if not 0 <= row < len(self):

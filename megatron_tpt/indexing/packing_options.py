@@ -28,6 +28,9 @@ class PackOptions:
     template that was used."""
     sequence_length: PositiveInt
     """training.sequence_length of the fine-tuning."""
+    where: str | None = None
+    """Pack only the records whose `meta` meets this condition, such as "'shq' in strata"; docs/curation.md has the
+    language. The others are counted."""
     messages_column: str | None = None
     """The column with the conversation, in any of the shapes of docs/chats.md; "messages" when not given. Where a
     record lacks that, the usual other columns are looked for: conversations, prompt and completion, instruction and

@@ -18,7 +18,9 @@ import pyarrow.compute
 import pyarrow.json
 
 from megatron_tpt import json_data
+from megatron_tpt.indexing.arrow_texts import WHITESPACE, is_blank, is_null
 from megatron_tpt.indexing.join import NO_THINKING, Join, pieces
+from megatron_tpt.indexing.selection import NOT_SELECTED, Selection, num_not_selected
 from megatron_tpt.records import Columns, OnBadRecord, Record, Row
 from megatron_tpt.records.limits import max_record_bytes, too_large
 from megatron_tpt.records.parsing import parse_line, parse_row
@@ -29,10 +31,10 @@ from megatron_tpt.records.tables import python_row
 THINKING, OPEN, CLOSE, SEQUENCE_END, DOCUMENT_END = (1 << bit for bit in range(5))
 """Of a piece: it is thinking; the think tag opens before it; closes after it; it ends a sequence; a document."""
 
-_WHITESPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
 _SMALLEST_FAST_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 17  # of a processor's cache
 _TEXT = pyarrow.large_string()
+_NO_ROWS = pyarrow.table({})
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{\n"))
 
 
@@ -77,6 +79,8 @@ class PieceMaker:
     on_bad_record: OnBadRecord
     split_sentences: Callable[[str], list[str]] | None = None
     """With it, each sentence is a sequence of its own."""
+    selection: Selection = field(default_factory=Selection)
+    """Which records make documents; the others are counted as skipped."""
 
     def make(self, rows: Rows) -> Iterator[tuple[Rows, Pieces]]:
         """Whole lines or a table's rows, in one portion or several, and their pieces."""
@@ -98,8 +102,12 @@ class PieceMaker:
         for number, parse in enumerate(self._rows(rows)):
             try:
                 record = parse()
-                if record is not None:
+                if record is None:
+                    continue
+                if self.selection.takes(record.meta):
                     self._add_record(record, texts, flags)
+                else:
+                    skipped[NOT_SELECTED] += 1
             except BadRecord as bad:
                 if self.on_bad_record == "stop":
                     problem = Row(number, None, bad.problem, bad.detail)
@@ -110,8 +118,8 @@ class PieceMaker:
     def row_number(self, rows: Rows, document: int) -> int:
         """Which row a document came from, when no row was skipped."""
         for number, parse in enumerate(self._rows(rows)):
-            if parse() is not None:
-                document -= 1
+            record = parse()
+            document -= record is not None and self.selection.takes(record.meta)
             if document < 0:
                 return number
         raise AssertionError("there are fewer documents")
@@ -162,13 +170,17 @@ class PieceMaker:
         if (len(rows) if isinstance(rows, bytes) else decoded_bytes(rows)) > max_record_bytes():
             return None
         try:
+            rows, unselected = self.selection.apply(rows)
             if isinstance(rows, bytes):
-                num_rows, table = _json_table(rows, self.columns)
+                is_left = rows or not unselected
+                num_rows, table = _json_table(rows, self.columns) if is_left else (0, _NO_ROWS)
             else:
                 num_rows, table = rows.num_rows, rows
                 _check_meta(table)
+            if not num_rows:
+                return Pieces(_text_array([]), numpy.zeros(0, numpy.uint8), unselected, num_not_selected(unselected))
             texts, thinking = _text_and_thinking(table, self.columns)
-        except (_NeedsCloserLookError, orjson.JSONDecodeError, pyarrow.ArrowException):
+        except (_NeedsCloserLookError, BadRecord, orjson.JSONDecodeError, pyarrow.ArrowException):
             return None
         is_bad, skipped = self._bad_rows(texts, thinking)
         if skipped:
@@ -176,20 +188,20 @@ class PieceMaker:
                 return None
             is_good = pyarrow.array(~is_bad)
             texts, thinking = texts.filter(is_good), thinking.filter(is_good)
-        return Pieces(*_joined(texts, thinking, self.join), num_rows, skipped)
+        skipped += num_not_selected(unselected)
+        return Pieces(*_joined(texts, thinking, self.join), num_rows + unselected, skipped)
 
     def _bad_rows(self, texts: Any, thinking: Any) -> tuple[numpy.ndarray, Counter[str]]:
-        is_null, is_blank = _is_null(texts), _is_blank(texts)
-        lacks_thinking = _is_null(thinking) & (self.join is Join.thinking_only)
-        is_bad = is_null | is_blank | lacks_thinking
+        are_null, are_blank = is_null(texts), is_blank(texts)
+        lack_thinking = is_null(thinking) & (self.join is Join.thinking_only)
         counts = Counter(
             {
-                "no text": int(is_null.sum()),
-                "empty text": int((is_blank & ~is_null).sum()),
-                NO_THINKING: int((lacks_thinking & ~is_null & ~is_blank).sum()),
+                "no text": int(are_null.sum()),
+                "empty text": int((are_blank & ~are_null).sum()),
+                NO_THINKING: int((lack_thinking & ~are_null & ~are_blank).sum()),
             }
         )
-        return is_bad, +counts
+        return are_null | are_blank | lack_thinking, +counts
 
 
 class _NeedsCloserLookError(Exception):
@@ -312,9 +324,9 @@ def _text_and_thinking(table: Any, columns: Columns) -> tuple[Any, Any]:
     if "thinking" not in names or table.column("thinking").null_count == table.num_rows:
         return text, pyarrow.nulls(len(text), _TEXT)
     thinking = _strings(table, "thinking")
-    thinking = pyarrow.compute.utf8_trim(thinking, characters=_WHITESPACE)
-    is_blank = pyarrow.compute.equal(pyarrow.compute.binary_length(thinking), 0)
-    return text, pyarrow.compute.if_else(is_blank, pyarrow.scalar(None, _TEXT), thinking)
+    thinking = pyarrow.compute.utf8_trim(thinking, characters=WHITESPACE)
+    is_empty = pyarrow.compute.equal(pyarrow.compute.binary_length(thinking), 0)
+    return text, pyarrow.compute.if_else(is_empty, pyarrow.scalar(None, _TEXT), thinking)
 
 
 def _check_ids(table: Any, columns: Columns) -> None:
@@ -350,35 +362,9 @@ def _strings(table: Any, name: str) -> pyarrow.LargeStringArray:
 _STRING_KINDS = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
 
 
-def _is_null(array: Any) -> numpy.ndarray:
-    return array.is_null().to_numpy(zero_copy_only=False)
-
-
-def _is_blank(texts: pyarrow.LargeStringArray) -> numpy.ndarray:
-    """Whether each text is empty or white space, [num_texts]; nulls are blank."""
-    offsets, data = text_buffers(texts)
-    is_blank = offsets[1:] == offsets[:-1]
-    first = data[numpy.minimum(offsets[:-1], max(len(data) - 1, 0))] if len(data) else numpy.zeros(len(texts), "u1")
-    suspects = numpy.flatnonzero(~is_blank & ((first <= 0x20) | (first >= 0x80)))
-    if len(suspects):
-        trimmed = pyarrow.compute.utf8_trim(texts.take(pyarrow.array(suspects)), characters=_WHITESPACE)
-        lengths = pyarrow.compute.binary_length(trimmed).fill_null(0).to_numpy(zero_copy_only=False)
-        is_blank[suspects] = lengths == 0
-    return is_blank
-
-
-def text_buffers(texts: pyarrow.LargeStringArray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Where each text begins, with the end, [num_texts + 1], and the bytes: not copied."""
-    _, offsets, data = texts.buffers()
-    if offsets is None or not len(texts):
-        return numpy.zeros(1, numpy.int64), numpy.zeros(0, numpy.uint8)
-    begins = numpy.frombuffer(offsets, numpy.int64, len(texts) + 1, 8 * texts.offset)
-    return begins, numpy.frombuffer(data if data is not None else b"", numpy.uint8)
-
-
 def _joined(texts: Any, thinking: Any, join: Join) -> tuple[pyarrow.LargeStringArray, Flags]:
     """The pieces of documents whose records are good, and their flags."""
-    has_thinking = ~_is_null(thinking) & (join is not Join.document_only)
+    has_thinking = ~is_null(thinking) & (join is not Join.document_only)
     if not has_thinking.any():
         return texts, numpy.full(len(texts), SEQUENCE_END | DOCUMENT_END, numpy.uint8)
     newline, nothing = pyarrow.scalar("\n", _TEXT), pyarrow.scalar("", _TEXT)

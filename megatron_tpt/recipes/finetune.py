@@ -18,7 +18,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.indexing.pack_manifest import PackManifest, is_packed
 from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
-from megatron_tpt.training.data_checks import is_all_packed, packed_warnings
+from megatron_tpt.training.data_checks import is_all_packed, packed_warnings, rows_per_epoch
 from megatron_tpt.training.outcome import can_be_exported, describe_outcome, evaluate_command
 
 if TYPE_CHECKING:  # it imports torch
@@ -34,13 +34,21 @@ _NEEDS_FILES = Rule(
 )
 
 
+_NEEDS_PACKED = Rule(
+    "data",
+    ("weights", "num_examples"),
+    lambda recipe: is_packed(recipe.data.train),
+    "packed indices: pack data.train (tools/pack_sft.py), or choose rows in the files themselves",
+)
+
+
 @dataclass
 class FinetuneRecipe(TrainingRecipe):
     """A supervised fine-tuning run."""
 
     program = "finetune"
     activity = "fine-tuning"
-    rules = (*Recipe.rules, _NEEDS_FILES)
+    rules = (*Recipe.rules, _NEEDS_FILES, _NEEDS_PACKED)
 
     training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
     """Steps or epochs, batch, precision."""
@@ -81,7 +89,7 @@ class FinetuneRecipe(TrainingRecipe):
                 "training.num_epochs needs packed indices: pack data.train (tools/pack_sft.py), or give "
                 "training.num_steps"
             )
-        num_rows = sum(PackManifest.read(prefix).counts.rows for prefix in self.data.train)
+        num_rows = sum(rows_per_epoch(self.data))
         num_samples = math.ceil(num_rows * training.num_epochs)
         num_steps = bisect.bisect_left(range(num_samples), num_samples, key=training.num_samples)
         if training.num_steps not in (num_steps, type(training)().num_steps):

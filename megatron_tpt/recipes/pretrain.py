@@ -12,7 +12,9 @@ from megatron_tpt.config.load import read_yaml, recipe_from_dict
 from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo, read_manifests
+from megatron_tpt.indexing.manifest import Manifest, TokenizerInfo
+from megatron_tpt.indexing.pack_manifest import PackManifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.names import first_few
 from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.recipes.sources import spell_out_sources
@@ -135,7 +137,11 @@ class PretrainRecipe(TrainingRecipe):
 
     def missing_data(self) -> list[Path]:
         sources = [] if self.data.mock else [source for blend in blends(self) for source in blend.sources]
-        return [path for path in (Manifest.path(source.path) for source in sources) if not path.exists()]
+        return [
+            Manifest.path(source.path)
+            for source in sources
+            if not (Manifest.path(source.path).exists() or PackManifest.path(source.path).exists())
+        ]
 
     def data_warnings(self) -> Iterator[str]:
         if not self.data.mock:

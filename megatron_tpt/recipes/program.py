@@ -14,7 +14,7 @@ from megatron_tpt.recipes.base import TrainingRecipe
 from megatron_tpt.training.describe import describe
 from megatron_tpt.training.devices import find_device
 from megatron_tpt.training.launch import distributed, make_run_folder, require_shared_memory
-from megatron_tpt.training.launchers import join_launcher
+from megatron_tpt.training.launchers import end_with_torchrun, join_launcher
 from megatron_tpt.training.requests import require_no_stop
 from megatron_tpt.training.resume import describe_start
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
     """Run a training program with these arguments."""
+    end_with_torchrun()
     join_launcher()
     recipe = prepare(*load_recipe(kind, argv))
     if recipe is None:  # a dry run

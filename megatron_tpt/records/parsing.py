@@ -5,7 +5,7 @@ import decimal
 import json
 import sys
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,9 @@ import orjson
 from megatron_tpt import json_data
 from megatron_tpt.errors import UserError
 from megatron_tpt.records.record import BadRecord, Record, content_id
+
+type Compose = Callable[[Mapping[str, Any], Sequence[str]], tuple[str, dict[str, Any]]]
+"""(fields of a row, names of the text columns) -> (text, fields of `meta`)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Columns:
     """The column with the id; without a column "id" the id is made from the content."""
     meta: tuple[str, ...] = ()
     """Further columns to keep in `Record.meta`, under their names, where the source has them."""
+    compose: Compose | None = None
+    """Makes the text from the text columns, which may then be of any type, and what it adds to `meta`; raises
+    BadRecord. Without, they are texts, and are joined by a newline."""
+    extra: tuple[str, ...] = ()
+    """Further columns that `compose` looks at, where the source has them."""
 
     def __post_init__(self) -> None:
         if not all(self.texts):
@@ -41,7 +49,7 @@ class Columns:
     @cached_property
     def kept(self) -> tuple[str, ...]:
         """The columns whose values need not be strings."""
-        return (self.id, "meta", *self.meta)
+        return (self.id, "meta", *self.meta, *(self.texts if self.compose else ()), *self.extra)
 
     @cached_property
     def holding_text(self) -> frozenset[str]:
@@ -89,7 +97,7 @@ class NotAnObject(BadRecord):
     """JSON, but a list, a string, ..."""
 
     def __init__(self, value: Any) -> None:
-        super().__init__("not a JSON object", f"but {_KINDS.get(type(value), 'a number')}")
+        super().__init__("not a JSON object", f"but {kind_of(value)}")
 
 
 def field_at(fields: Mapping[str, Any], name: str) -> Any:
@@ -118,13 +126,15 @@ def parse_row(fields: Mapping[str, Any], columns: Columns) -> Record:
 
 
 def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
-    try:
-        text = "\n".join([fields[name] for name in columns.texts])
-    except (KeyError, TypeError):
-        text = "\n".join([_text(fields, name) for name in columns.texts])
+    composed: dict[str, Any] = {}
+    if columns.compose is not None:
+        text, composed = columns.compose(fields, columns.texts)
+    else:
+        text = _joined_text(fields, columns)
     if not text or text.isspace():
         raise BadRecord("empty text")
-    thinking = fields.get("thinking")
+    is_part_of_text = columns.compose is not None and "thinking" in columns.texts
+    thinking = None if is_part_of_text else fields.get("thinking")
     if thinking is not None:
         thinking = _string(fields, "thinking")
         if not thinking or thinking.isspace():
@@ -133,8 +143,16 @@ def _record(fields: Mapping[str, Any], columns: Columns) -> Record:
     if columns.meta:
         found = {name: field_at(fields, name) for name in columns.meta}
         meta = meta | {name: value for name, value in found.items() if value is not None or name in fields}
+    meta = meta | composed if composed else meta
     id = field_at(fields, columns.id)
     return Record(id if id and type(id) is str else _id(id, columns.id, text), text, thinking, meta)
+
+
+def _joined_text(fields: Mapping[str, Any], columns: Columns) -> str:
+    try:
+        return "\n".join([fields[name] for name in columns.texts])
+    except (KeyError, TypeError):
+        return "\n".join([_text(fields, name) for name in columns.texts])
 
 
 def _parsed(line: bytes) -> tuple[Any, bool]:
@@ -216,12 +234,17 @@ def _string(fields: Mapping[str, Any], name: str) -> str | None:
     advice = ""
     if isinstance(value, dict) and value:
         advice = f"; name one of its fields, as in {name + '.' + next(iter(value))!r}"
-    raise BadRecord(f"column {name!r} is not a string", f"but {_KINDS.get(type(value), 'a number')}{advice}")
+    raise BadRecord(f"column {name!r} is not a string", f"but {kind_of(value)}{advice}")
 
 
 _KINDS: dict[type, str] = {
     type(None): "null", bool: "a Boolean", str: "a string", list: "a list", dict: "an object"
 }  # fmt: skip
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS.get(type(value), "a number")
 
 
 def _id(value: Any, id_column: str, text: str) -> str:
@@ -231,7 +254,21 @@ def _id(value: Any, id_column: str, text: str) -> str:
         return content_id(text)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise BadRecord("id is neither string nor number", f"but {_KINDS[type(value)]} (name another id column)")
+    raise BadRecord("id is neither string nor number", f"but {kind_of(value)} (name another id column)")
+
+
+def meta_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `meta` of a line with these fields. Raises BadRecord where it is nested too deeply."""
+    return _meta(fields.get("meta"))
+
+
+def meta_of_row(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a table's row, {column: Python value}."""
+    try:
+        value = _json_value(fields.get("meta"), "meta")
+    except BadRecord:
+        return {}  # a foreign column of that name
+    return _meta(value)
 
 
 def _meta(value: Any) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The record, and the two ways in which foreign data can be bad."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+ANSWER_BEGIN = "answer_begin"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class BadRecord(Exception):
 
 class DamagedSource(Exception):
     """A source that cannot be read from here on; `str()` says why on one line."""
+
+
+def question_and_answer(text: str, meta: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The two parts of a text that `tools/curate.py` made of a question and its answer, by `meta.answer_begin`, the
+    character at which the answer begins; None of any other text."""
+    begin = meta.get(ANSWER_BEGIN)
+    if not isinstance(begin, int) or isinstance(begin, bool) or not 0 <= begin < len(text):
+        return None
+    return text[:begin].removesuffix("\n"), text[begin:]
 
 
 def content_id(text: str) -> str:

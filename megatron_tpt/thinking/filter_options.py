@@ -73,7 +73,7 @@ class FilterOptions:
             self._check_languages()
 
     def _check_languages(self) -> None:
-        from megatron_tpt.thinking.languages import known_languages
+        from megatron_tpt.languages import known_languages
 
         known = known_languages()
         if unknown := [code for code in self.languages if code not in known]:

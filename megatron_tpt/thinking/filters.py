@@ -14,8 +14,8 @@ from functools import cache
 from itertools import compress, count, islice
 from typing import Any
 
+from megatron_tpt.languages import language
 from megatron_tpt.thinking.filter_options import FilterOptions
-from megatron_tpt.thinking.languages import language
 
 REASONS = ("too_short", "refusal", "wrong_script", "wrong_language", "loop", "copy")
 """Why `judge` rejects."""

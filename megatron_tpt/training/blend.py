@@ -19,7 +19,8 @@ from megatron_tpt.config.parallel import ParallelConfig
 from megatron_tpt.config.run import RunConfig
 from megatron_tpt.config.training import TrainingConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 
 MAX_NAMES = 64
 

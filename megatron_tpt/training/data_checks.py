@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from megatron_tpt.config.data import SftDataConfig
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, read_manifests
-from megatron_tpt.indexing.pack_manifest import PackManifest
+from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.pack_manifest import PackedSource, PackManifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.training.blend import Blend, BlendRecipe, blends, check_epochs
 
 # Values beyond these limits are most likely mistakes: repeating data helps for some 16 epochs at most (arXiv
@@ -17,6 +18,8 @@ _MANY_EPOCHS, _FEW_EPOCHS = 100.0, 0.01
 def _num_learned(recipe: BlendRecipe, manifest: Manifest) -> float:
     """Tokens of an index that the loss is on; infinite if the manifest does not tell."""
     counts, loss_on = manifest.counts, recipe.data.loss_on
+    if isinstance(manifest, PackedSource):
+        return manifest.learned_tokens  # of which it is not known what is thinking
     if loss_on == "all":
         return max(0, counts.tokens - 1)  # the first token is not a label
     if manifest.parse_special_tokens:  # tags in raw text are not counted
@@ -75,6 +78,25 @@ def packed_warnings(data: SftDataConfig) -> Iterator[str]:
                 f"says something (tools/pack_sft.py)"
             )
         yield from (f"{name}: {path} has no token to learn from" for path, number in learned.items() if not number)
+
+
+def rows_per_epoch(data: SftDataConfig) -> list[int]:
+    """The rows that an epoch draws from each packed index in data.train.
+
+    Raises UserError for what is not packed, and for so few examples that they do not fill a row.
+    """
+    counts = [PackManifest.read(path).counts for path in data.train]
+    rows = [count.rows for count in counts]
+    if data.weights:
+        rows = [round(sum(rows) * weight / sum(data.weights)) for weight in data.weights]
+    elif data.num_examples:
+        rows = [
+            round(wanted / count.examples * count.rows) for wanted, count in zip(data.num_examples, counts, strict=True)
+        ]
+    for path, number in zip(data.train, rows, strict=True):
+        if not number:
+            raise UserError(f"data.train: an epoch draws no row of {path}: raise its weight or number, or omit it")
+    return rows
 
 
 def is_all_packed(data: SftDataConfig) -> bool:

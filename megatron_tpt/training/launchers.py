@@ -8,10 +8,12 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import zlib
 from collections.abc import Mapping, MutableMapping
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,16 @@ def first_host(nodes: str) -> str:
     """The first of SLURM's list of nodes: `rack1n03` of `rack[1-2]n[03,07-09],other`."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found.group()) if found else nodes
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this process when torchrun, if that started it, is gone.
+
+    torchrun ends its processes when it can; killed itself, for lack of memory or by hand, it would leave them training,
+    with the GPUs and the run folder. Processes of srun are ended by SLURM; one that a shell started may outlive it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)
 
 
 def join_launcher(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.manifest import Manifest
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.training.blend import MAX_NAMES, Blend, BlendRecipe, blends, cache_folder, check_epochs
 from megatron_tpt.training.data import SourceTokens, TrainingData, make_loader, make_validation_loader
 from megatron_tpt.training.pretrain_samples import DatasetConfig, MockDataset, open_blend, samples_wanted

@@ -13,6 +13,8 @@ import torch
 from megatron_tpt.config.data import DatasetSource
 from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
+from megatron_tpt.indexing.pack_manifest import PackedSource
+from megatron_tpt.indexing.packed_index import PackedIndex
 from megatron_tpt.platform.megatron_core import indexes_blend, indexes_samples
 from megatron_tpt.training.blend import MAX_NAMES, Blend
 from megatron_tpt.training.sample_cache import SampleCache
@@ -62,6 +64,8 @@ class ThinkingGPTDataset(_MapsArrays, GPTDataset):
     array_names = SampleIndex._fields
     has_thinking = True
     """Whether the data may contain thinking."""
+    packed: PackedIndex | None = None
+    """The index, if it is a packed one, of which only the learned parts have a loss."""
 
     def sample_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config, lengths = self.config, self.dataset.sequence_lengths
@@ -93,6 +97,17 @@ class ThinkingGPTDataset(_MapsArrays, GPTDataset):
         marks = mark_thinking(text, tokenizer.open, tokenizer.close, tokenizer.eod, starts_inside=starts_inside)
         return marks[offset - begin :]
 
+    def _is_learned(self, idx: int, packed: PackedIndex) -> np.ndarray:
+        """Which tokens of a sample of a packed index are learned: bool [s + 1]; none of the padding."""
+        position, offset = map(int, self.sample_index[self.shuffle_index[idx]])
+        is_learned = np.zeros(self.config.sequence_length + 1, dtype=bool)
+        filled = 0
+        while filled < len(is_learned) and position < len(self.document_index):
+            row = packed.learned(int(self.document_index[position]))[offset : offset + len(is_learned) - filled]
+            is_learned[filled : filled + len(row)] = row
+            position, offset, filled = position + 1, 0, filled + len(row)
+        return is_learned
+
     def samples_by_source(self, begin: int, end: int) -> np.ndarray:
         """How many of the samples begin ... end - 1 are from each source: int64 [1]."""
         return np.array([end - begin])
@@ -104,6 +119,8 @@ class ThinkingGPTDataset(_MapsArrays, GPTDataset):
             text = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
             is_thinking = torch.from_numpy(self._is_thinking(idx or 0, text)[1:])
         sample["is_thinking"] = is_thinking
+        if self.packed is not None:
+            sample["loss_mask"] = sample["loss_mask"] * torch.from_numpy(self._is_learned(idx or 0, self.packed)[1:])
         if self.config.loss_on != "all":
             sample["loss_mask"] = sample["loss_mask"] * (is_thinking == (self.config.loss_on == "thinking"))
         if self.config.resets_at_documents:
@@ -206,6 +223,7 @@ def open_blend(
         dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
         result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
         result.has_thinking = manifest.may_have_thinking
+        result.packed = PackedIndex(source.path) if isinstance(manifest, PackedSource) else None
         return result
 
     wanted = [None] * len(blend.sources) if blend.is_whole else samples_wanted(blend)

@@ -30,7 +30,8 @@ from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.records import expand_inputs
 from megatron_tpt.training.blend import format_table
 from megatron_tpt.training.data import TrainingData, make_loader, make_validation_loader
-from megatron_tpt.training.data_checks import epoch_warnings
+from megatron_tpt.training.data_checks import epoch_warnings, rows_per_epoch
+from megatron_tpt.training.sft_mixture import MixedRows
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ class PackedExamples(torch.utils.data.Dataset):
         if self._order is None or self._order[0] != epoch:
             random = np.random.RandomState((self.seed + epoch) % 2**32)
             self._order = epoch, random.permutation(len(self.rows))
-        return self._row(self.rows[int(self._order[1][place])])
+        row = int(self._order[1][place])
+        return self._row(self.rows.at(row, epoch) if isinstance(self.rows, MixedRows) else self.rows[row])
 
     def _row(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         size = self.sequence_length + 1  # inputs and labels are shifted by one
@@ -237,7 +239,12 @@ def _open_validation(recipe: SftRecipe, tokenizer: Tokenizer) -> dict[str, Rows]
 def open_sets(recipe: SftRecipe, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
     """The training rows, and the rows of every validation set by name. Raises UserError for a set without a token to
     learn from."""
-    train = _open_rows(recipe.data.train, recipe.data, tokenizer, recipe.training.sequence_length)
+    data = recipe.data
+    if data.weights or data.num_examples:
+        parts = [_open_packed(prefix, tokenizer, recipe.training.sequence_length) for prefix in data.train]
+        train: Rows = MixedRows(parts, rows_per_epoch(data), recipe.run.seed)
+    else:
+        train = _open_rows(data.train, data, tokenizer, recipe.training.sequence_length)
     validation = _open_validation(recipe, tokenizer)
     named = {f"data.validation ({name})": rows for name, rows in validation.items()}
     for name, rows in ({"data.train": train} | named).items():
@@ -253,7 +260,9 @@ def describe_examples(recipe: SftRecipe) -> tuple[str, Callable[[int], dict[str,
     table = [["set", *RowCounts._fields], *([name, *map(str, rows.counts)] for name, rows in validation.items())]
     table.insert(1, ["data.train", *map(str, train.counts)])
     warnings = [f"warning: {line}" for line in epoch_warnings("data.train", epochs)]
-    return "\n".join([format_table(table), f"data.train is read {epochs:.2f} times", *warnings]), _identity_of(train)
+    mixed = train.describe() if isinstance(train, MixedRows) else []
+    lines = [format_table(table), f"data.train is read {epochs:.2f} times", *mixed, *warnings]
+    return "\n".join(lines), _identity_of(train)
 
 
 def _identity_of(rows: Rows) -> Callable[[int], dict[str, str]]:

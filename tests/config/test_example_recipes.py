@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_tpt.config.cli import parse
 from megatron_tpt.config.layout import check_layout
 from megatron_tpt.config.load import Arguments, load_recipe
 from megatron_tpt.config.recipe import Recipe
+from megatron_tpt.corpus.curate_options import CurateOptions
+from megatron_tpt.corpus.strata import Strata
 from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
@@ -178,3 +181,56 @@ def test_the_last_stage_of_front_loading_holds_the_values_of_the_paper(capsys: p
     assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=32, device="h100")) is None
     gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
     assert gib < 76, "more than an H100 has"
+
+
+FRONT_LOADING = sorted((EXAMPLES / "front_loading").glob("*_8b*.yaml"))
+
+
+@pytest.mark.parametrize("path", FRONT_LOADING, ids=lambda path: path.stem)
+def test_recipes_of_front_loading_hold_the_values_of_the_paper(path: Path, capsys: pytest.CaptureFixture) -> None:
+    """arXiv 2510.03264, section 3: batch, tokens, rates; and they fit on 512 H100."""
+    recipe = load(path)
+    training, optimizer = recipe.training, recipe.optimizer
+    tokens_per_step = training.global_batch_size * training.sequence_length
+    if path.stem.startswith("sft_"):
+        assert (optimizer.learning_rate, optimizer.weight_decay, training.global_batch_size) == (5e-6, 0.01, 512)
+        assert training.sequence_length == 32768 and recipe.data.num_examples == [4_800_000]
+        assert optimizer.warmup_steps == pytest.approx(0.05 * training.num_steps)
+    else:
+        assert tokens_per_step == pytest.approx(6e6, rel=0.05)
+        assert tokens_per_step * training.num_steps == pytest.approx(1e12, rel=1e-3)
+        assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.weight_decay) == (3e-4, 3e-6, 0.1)
+        assert (optimizer.adam_beta1, optimizer.adam_beta2) == (0.9, 0.95)
+        first, second = recipe.data.phases
+        assert first.until_tokens == 600e9 and [source.shown_name for source in first.train] == ["base"]
+        shares = {source.shown_name: source.weight for source in second.train}
+        assert shares == ({"base": 100} if path.stem.endswith("base") else {"base": 80, "reasoning": 20})
+    assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=512, device="h100")) is None
+    assert "DOES NOT FIT" not in capsys.readouterr().out
+
+
+def test_the_arms_of_front_loading_differ_in_data_alone_and_name_strata_that_exist() -> None:
+    strata = Strata.read("front_loading").strata
+    arms = [yaml.safe_load(path.read_text()) for path in FRONT_LOADING if path.stem.startswith("pretrain_")]
+    named = [Path(source["path"]).name for arm in arms for source in arm["data"]["phases"][1]["train"]]
+    assert len(arms) == 5 and {*named} - {"base"} == {"shq", "ldq", "lmq", "ldq_as_shq"} <= {*strata, "base"}
+    for arm in arms:
+        del arm["data"], arm["run"]["output_dir"]
+    assert all(arm == arms[0] for arm in arms)
+
+
+def test_the_options_of_the_strata_of_front_loading_are_options() -> None:
+    options = parse(CurateOptions, ["--recipe", str(EXAMPLES / "front_loading/curate.yaml")])
+    assert [one.name for one in options.datasets()] == ["ldq", "shq"] and options.budget == 0.2 * 400e9
+    assert [one.name for one in options.evaluation_sets()] == ["gsm8k", "math500"]
+
+
+def test_the_arms_of_fine_tuning_warm_up_for_5_percent_of_their_steps() -> None:
+    path = EXAMPLES / "front_loading/sft_8b.yaml"
+    rows = re.findall(r"^\| .* \|$", (path.parent / "README.md").read_text(), re.MULTILINE)
+    arms = [re.findall(r"--[\w.]+=[^\s`\"]+", row) for row in rows if "--optimizer.warmup_steps=" in row]
+    assert len(arms) == 3
+    for options in arms:
+        given = [option for option in options if "init_from" not in option]  # no checkpoint is here
+        recipe = load_recipe(FinetuneRecipe, [str(path), *given])[0]
+        assert recipe.optimizer.warmup_steps == 0.05 * recipe.training.num_steps

@@ -8,10 +8,12 @@ import pytest
 from test_evaluate import read_samples
 from tiny_models import make_model
 
+from megatron_tpt.corpus.curate import curate
+from megatron_tpt.corpus.curate_options import CurateOptions
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.prepare import prepare
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.contamination import check_corpora
+from megatron_tpt.evaluation.contamination import check_corpora, overlapping_rows
 from megatron_tpt.evaluation.evaluate import evaluate
 from megatron_tpt.evaluation.options import EvaluateOptions
 
@@ -59,3 +61,16 @@ def test_the_report_says_which_problems_a_corpus_held_and_the_accuracy_on_the_ot
         (tmp_path / "clean/report.json").write_text(json.dumps(report | {"found_items": items}))
         with pytest.raises(UserError, match=r"--corpus .*clean: its report.json or prepare.json is damaged"):
             check_corpora([tmp_path / "clean"])
+
+
+def test_a_curated_corpus_says_what_it_held_too(tmp_path: Path) -> None:
+    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": words(i)} for i in range(4)])
+    raw = write_rows(tmp_path / "raw.jsonl", [{"text": f"{words(9)} {words(2)}"}, {"text": words(8)}])
+    options: dict[str, Any] = {"decontaminate": [f"exam={exam}:prompt"], "annotate": ["domain"], "num_workers": 1}
+    curate(CurateOptions([f"all={raw}"], tmp_path / "clean", **options))
+    check_corpora([tmp_path / "clean"])
+    assert overlapping_rows(tmp_path / "clean", str(exam)) == {3}
+    assert overlapping_rows(tmp_path / "clean", str(raw)) is None
+    (tmp_path / "clean/curate.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its report.json or curate.json is damaged; run tools/curate.py"):
+        check_corpora([tmp_path / "clean"])

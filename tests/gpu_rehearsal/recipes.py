@@ -14,7 +14,7 @@ from megatron_tpt.recipes.pretrain import PretrainRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # teacher.yaml and the like are recipes too; study.yaml describes a study.
-PATHS = sorted(path for path in EXAMPLES.rglob("*.yaml") if path.name != "study.yaml")
+PATHS = sorted(path for path in EXAMPLES.rglob("*.yaml") if "training" in (yaml.safe_load(path.read_text()) or {}))
 NAMES = [str(path.relative_to(EXAMPLES).with_suffix("")) for path in PATHS]
 
 

@@ -163,6 +163,15 @@ def test_calls_of_other_shapes(make_format: MakeFormat, tokenizer: Tokenizer) ->
         {"from": "gpt", "value": "hi"},
     ]
     same({"conversations": sharegpt}, expected, tokenizer, make_format())
+    typed = [  # LLaMA-Factory
+        {"role": "user", "content": [{"type": "text", "value": "hello"}]},
+        {"role": "assistant", "content": [{"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
+        {"role": "tool", "content": [{"type": "text", "value": "7"}]},
+        {"role": "assistant", "content": [{"type": "text", "value": "hi"}]},
+    ]
+    same({"messages": typed}, expected, tokenizer, make_format())
+    twice = [typed[0], CALLING[1] | typed[1], *typed[2:]]
+    assert "calls among the parts" in str(make_format().encode_batch([{"messages": twice}])[0])
 
 
 def test_template_that_joins_arguments_as_text_gets_text(make_format: MakeFormat, tokenizer: Tokenizer) -> None:

@@ -302,8 +302,9 @@ def test_a_text_the_tokenizer_fails_on_is_one_line(word_tokenizer_dir: Path, tmp
 
 
 def test_an_output_that_is_a_folder_or_in_use_is_refused(documents: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="takes a prefix"):
-        index(IndexOptions([documents], tokenizer_dir, tmp_path))
+    for folder in (tmp_path, Path(), Path(".."), Path("/")):
+        with pytest.raises(UserError, match="takes a prefix"):
+            index(IndexOptions([documents], tokenizer_dir, folder))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         index(IndexOptions([documents], tokenizer_dir, tmp_path / "file" / "x"))

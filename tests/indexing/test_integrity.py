@@ -12,11 +12,11 @@ import pytest
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.index import index
 from megatron_tpt.indexing.journal import working_folder, working_path
-from megatron_tpt.indexing.manifest import read_manifests
 from megatron_tpt.indexing.merge import merge
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.reader import IndexReader
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.records import Record, write_records
 from megatron_tpt.records.inventory import Inventory
 

@@ -21,12 +21,13 @@ from megatron_tpt.indexing import blocks, sentences, writer
 from megatron_tpt.indexing import index as indexing
 from megatron_tpt.indexing.index import index, index_shards
 from megatron_tpt.indexing.join import Join
-from megatron_tpt.indexing.manifest import Manifest, read_manifests
+from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.marks import mark_thinking
 from megatron_tpt.indexing.merge import merge
 from megatron_tpt.indexing.merge_options import MergeOptions
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.indexing.reader import IndexReader
+from megatron_tpt.indexing.source_manifests import read_manifests
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import verify
 from megatron_tpt.records import Columns, expand_sources

@@ -85,7 +85,7 @@ def test_no_task_outlives_the_program_and_the_next_run_completes(toy, signum):
     hanging = next(note["pid"] for note in toy.notes() if note["task"] == 1)
     assert runs(hanging)
     program.send_signal(signum)
-    program.communicate(timeout=300)
+    toy.finish(program)
     assert program.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
     wait_until_gone(note["pid"] for note in toy.notes())
     toy.fix()
@@ -101,7 +101,7 @@ def test_a_second_signal_ends_a_task_that_ignores_the_first(toy):
     with pytest.raises(AssertionError):
         wait_until(lambda: program.poll() is not None, timeout_s=1)
     program.send_signal(signal.SIGINT)
-    program.communicate(timeout=300)
+    toy.finish(program)
     assert program.returncode == 130
     wait_until_gone(note["pid"] for note in toy.notes())
 
@@ -115,7 +115,7 @@ def test_what_a_killed_task_left_running_is_ended(toy):
 def test_two_programs_at_once_run_no_task_twice(toy):
     programs = [toy.start("--seconds", 0.3, num_tasks=3) for _ in range(2)]
     for program in programs:
-        _, printed = program.communicate(timeout=300)
+        printed = toy.finish(program)
         assert program.returncode == 0, printed
     assert sorted(toy.starts()) == [0, 1, 2]
 

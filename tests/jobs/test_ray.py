@@ -51,7 +51,7 @@ def test_on_ray_no_task_outlives_the_program(toy, signum):
     program = toy.start("--fault", "hang", "--fault-task", 0, executor="ray", num_tasks=1)
     toy.wait_for_starts(1)
     program.send_signal(signum)
-    program.communicate(timeout=300)
+    toy.finish(program)
     assert program.returncode != 0
     wait_until_gone(note["pid"] for note in toy.notes())
 

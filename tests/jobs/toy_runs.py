@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,12 +25,21 @@ class Toy:
     def start(self, *arguments: object, **scale: object) -> "subprocess.Popen[str]":
         """Run all tasks, in a process of its own."""
         line = self.command(*arguments, "--scale", json.dumps(scale))
-        return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+        environment = os.environ | {"PYTHONFAULTHANDLER": "1"}  # SIGABRT says where it hangs
+        return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def finish(self, process: "subprocess.Popen[str]") -> str:
+        """What a process printed, at its end."""
+        try:
+            return process.communicate(timeout=300)[1]
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            raise AssertionError(f"still running after 300 s:\n{process.communicate(timeout=30)[1]}") from None
 
     def run(self, *arguments: object, **scale: object) -> tuple[int, str]:
         """Run all tasks to the end; returns the exit code and what was printed."""
         process = self.start(*arguments, **scale)
-        _, printed = process.communicate(timeout=300)
+        printed = self.finish(process)
         return process.returncode, printed
 
     def fix(self) -> None:

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.languages import language
 from megatron_tpt.thinking.filter_options import FilterOptions
 from megatron_tpt.thinking.filters import cut_to_sentence, is_refusal, judge, script_letters
-from megatron_tpt.thinking.languages import language
 
 DEFAULTS = FilterOptions()
 DOCUMENT = """Copper conducts heat better than iron does. Its electrons are freer to move, and they carry the energy

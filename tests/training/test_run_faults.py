@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from training_runs import PRETRAIN, finish, read_metrics, start_ranks, start_training
@@ -44,6 +45,17 @@ def wait_for_steps(process: subprocess.Popen, run_folder: Path, num_steps: int) 
         time.sleep(0.05)
 
 
+def resumes(path: Path, run_folder: Path) -> bool:
+    """Whether a run of many steps continues, until it is asked to stop."""
+    num_lines = len(read_metrics(run_folder))
+    resumed = start_training(path)
+    wait_for_steps(resumed, run_folder, num_lines + 2)
+    resumed.terminate()
+    output, _ = resumed.communicate()
+    print(output)
+    return resumed.returncode == 75 and "resumed from" in output
+
+
 @pytest.mark.parametrize(
     ("moment", "newest"),
     [("rename:before", 2), ("rename:after", 4), ("replace:before", 4), ("replace:after", 4)],
@@ -75,12 +87,21 @@ def test_the_other_ranks_end_when_one_is_killed_and_the_run_resumes(
     second.communicate()
     assert first.returncode == 1 and "error: another rank has ended, or" in output and "Traceback" not in output
     assert not (tmp_path / "run" / LOCK).exists()
-    num_lines = len(read_metrics(tmp_path / "run"))
-    resumed = start_training(path)
-    wait_for_steps(resumed, tmp_path / "run", num_lines + 2)
-    resumed.terminate()
-    output, _ = resumed.communicate()
-    assert resumed.returncode == 75 and "resumed from" in output, output
+    assert resumes(path, tmp_path / "run")
+
+
+def test_no_process_outlives_a_torchrun_that_is_killed(recipe_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe_of("run", num_steps=100_000)
+    launcher = start_training(path, num_processes=2)
+    wait_for_steps(launcher, tmp_path / "run", 3)
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    for rank in alive:
+        rank.kill()
+    launcher.communicate()
+    assert len(ranks) >= 2 and not alive
+    assert resumes(path, tmp_path / "run")
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def test_a_half_written_line_of_metrics_is_removed_on_resume(train: Train, tmp_p
 def test_the_folder_says_how_far_the_run_is(train: Train, changes: dict, tmp_path: Path) -> None:
     rows = train("run", "--training.num_steps=10", changes=changes)
     found = read_run(tmp_path / "run", time.time())
-    assert (found.state, found.step, found.num_steps, found.warnings) == ("finished", 10, 10, [])
+    warnings = [line for line in found.warnings if "waits for data" not in line]  # which a busy machine does
+    assert (found.state, found.step, found.num_steps, warnings) == ("finished", 10, 10, [])
     last = {name: value for row in rows for name, value in row.items()}
     names = ("loss", "loss_document", "loss_thinking", "validation_loss")
     assert {name: found.losses[name] for name in names} == {name: last[name] for name in names}
