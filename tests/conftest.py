@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from slurm_cluster import missing_programs, slurm_cluster
 
 from megatron_tpt import logs
@@ -21,6 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Tests call what programs call, and read what these show.
 logs.configure()
+
+# A busy machine is no fault of a test.
+settings.register_profile("any speed", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

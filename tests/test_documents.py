@@ -16,6 +16,7 @@ from test_messages import OF_OTHER_PROGRAMS, OF_TRAINING, OPTION, is_option, opt
 from megatron_tpt.evaluation import benchmark
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.rl import RLRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", "docs", "benchmarks", "examples", "examples/*", "examples/*/*")
@@ -104,7 +105,11 @@ def test_a_page_begins_with_what_the_reader_can_do_after_it(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_command_names_existing_tools_and_options(page: Path) -> None:
-    recipe = {name.replace("_", "-") for kind in (PretrainRecipe, FinetuneRecipe) for name in options_of_recipe(kind)}
+    recipe = {
+        name.replace("_", "-")
+        for kind in (PretrainRecipe, FinetuneRecipe, RLRecipe)
+        for name in options_of_recipe(kind)
+    }
     recipe |= OF_TRAINING | OF_OTHER_PROGRAMS
     for words in _commands(page):
         command = " ".join(words)

@@ -16,6 +16,7 @@ from megatron_tpt.config import cli
 from megatron_tpt.config.command_line import options_of
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.rl import RLRecipe
 
 ROOT = Path(__file__).parents[1]
 # A star or a hyphen at the end means several options, as in --minhash-*.
@@ -91,7 +92,7 @@ def is_option(name: str, options: frozenset[str] | set[str]) -> bool:
 
 
 def test_every_option_that_a_message_names_exists() -> None:
-    recipe = {*options_of_recipe(PretrainRecipe), *options_of_recipe(FinetuneRecipe)}
+    recipe = {name for kind in (PretrainRecipe, FinetuneRecipe, RLRecipe) for name in options_of_recipe(kind)}
     known = frozenset[str]().union(*options_of_tools().values())
     known |= {name.replace("_", "-") for name in recipe} | OF_TRAINING | OF_OTHER_PROGRAMS
     assert len(options_of_tools()) > 10 and is_option("--num-workers", known) and not is_option("--num-wokers", known)

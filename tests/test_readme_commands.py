@@ -43,6 +43,9 @@ RUN_BY = {
         "tests/indexing/test_convert_tokenizer.py::test_a_sentencepiece_model_gives_the_same_tokens"
     ),
     "make demo": "tests/demo/test_demo.py::test_the_demo_compares_its_arms",
+    "torchrun --nproc-per-node 2 -m megatron_tpt.rl RECIPE.yaml": (
+        "tests/rl/test_rl_loop.py::test_a_step_has_the_same_gradient_under_every_layout"
+    ),
     "source .venv/bin/activate": "tests/test_tutorial.py::test_every_command_of_the_tutorial_works_as_typed",
 }
 # What a reader puts in the place of the page's names, and sizes for two CPU cores.

@@ -19,7 +19,7 @@ from megatron_tpt.config.cli import console_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS = sorted((REPOSITORY / "megatron_tpt/tools").glob("[a-z]*.py"))
-TRAINING = ["pretrain", "finetune"]
+TRAINING = {"pretrain": "pretrain", "finetune": "finetune", "rl": "rl.__main__"}
 SCRIPTS = [
     path
     for path in sorted([*REPOSITORY.glob("examples/**/*.py"), *REPOSITORY.glob("benchmarks/**/*.py")])
@@ -56,7 +56,7 @@ def test_every_tool_is_in_the_readme_and_has_an_example(tool: Path) -> None:
 
 def test_every_tool_is_a_file_in_tools_and_a_console_script() -> None:
     modules = {tool.stem: f"megatron_tpt.tools.{tool.stem}" for tool in TOOLS}
-    modules |= {name: f"megatron_tpt.{name}" for name in TRAINING}
+    modules |= {name: f"megatron_tpt.{module}" for name, module in TRAINING.items()}
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {console_name(name): f"{module}:command" for name, module in modules.items()}
     assert {path.name for path in (REPOSITORY / "tools").glob("*.py")} == {tool.name for tool in TOOLS}

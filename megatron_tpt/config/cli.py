@@ -21,7 +21,7 @@ from megatron_tpt.processes import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
-_COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune)")
+_COMMAND = re.compile(r"(?:python )?tools/(\w+)\.py|python -m megatron_tpt\.(pretrain|finetune|rl)")
 
 
 def parse[T](cls: type[T], argv: Sequence[str] | None = None, *, description: str | None = None) -> T:

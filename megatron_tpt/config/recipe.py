@@ -70,6 +70,11 @@ class Recipe:
         """The packed indices that are trained on; their rows are samples, whatever the sequence length."""
         return []
 
+    @property
+    def models_beside(self) -> tuple[int, int]:
+        """Models of the same shape beside the one of the recipe: frozen ones, and ones that are trained too."""
+        return 0, 0
+
     def beyond_the_end(self) -> Iterator[str]:
         """A line for every setting of steps that the run does not have."""
         training, first = self.training, self.profiling.first_step

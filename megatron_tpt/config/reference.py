@@ -21,8 +21,9 @@ from megatron_tpt.config.recipe import Recipe
 
 _INTRODUCTION = """# Recipes
 
-All fields of the YAML files that `megatron_tpt.pretrain` and `megatron_tpt.finetune` take. `section.field` is also an
-option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m megatron_tpt.recipes.reference`.
+All fields of the YAML files that `megatron_tpt.pretrain`, `megatron_tpt.finetune` and `megatron_tpt.rl` take.
+`section.field` is also an option on the command line: `--optimizer.learning_rate=1e-4`. Written by `python -m
+megatron_tpt.recipes.reference`.
 
 The last two columns say what happens to a value that differs from the one in the `recipe.yaml` of the checkpoint: when
 a run resumes from it, and when a new run starts from its weights (`training.init_from`, which also takes over the

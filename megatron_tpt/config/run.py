@@ -43,7 +43,7 @@ class RunConfig:
     hang_timeout_s: NonNegativeFloat | None = None
     """When a rank takes no micro-batch and ends no step for this long, the rank that the others wait for is named, the
     stacks of all go to RUN/logs/, and the run ends with code 1. Half of distributed_timeout_s when not given; 0: never.
-    A checkpoint may take as long as the first step."""
+    A checkpoint and the rollouts of an iteration may take as long as the first step."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "run.")

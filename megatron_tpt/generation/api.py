@@ -41,7 +41,7 @@ ABILITIES: Mapping[EngineKind, frozenset[Ability]] = {
     "vllm": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
     "vllm-server": frozenset({"log-probabilities", "log-likelihood"}),
     "endpoint": frozenset({"log-probabilities", "log-likelihood"}),
-    "transformers": frozenset({"log-probabilities", "log-likelihood"}),
+    "transformers": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
 }
 """What each kind of engine can do at most; `Engine.abilities` says what the one that runs can do."""
 _CONDITIONS: Mapping[EngineKind, str] = {

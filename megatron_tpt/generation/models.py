@@ -7,12 +7,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from megatron_tpt.errors import UserError, failure, one_line
-from megatron_tpt.generation.api import EngineOptions, Failure, Prompt, ScoringRequest
+from megatron_tpt.generation.api import EngineError, EngineOptions, Failure, Prompt, ScoringRequest
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
 from megatron_tpt.models.spec import register_classes
@@ -57,6 +57,16 @@ def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="numpy") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
+
+
+def require_all_weights(model: str, known: Set[str], given: Set[str]) -> None:
+    """Raise EngineError unless an update has `given` all weights of `model`, and no others."""
+    if given != known:
+        names = ", ".join(sorted(given ^ known)[:3])
+        raise EngineError(
+            f"{len(known - given)} weights of {model} are missing in the update, {len(given - known)} are unknown to "
+            f"it: {names}"
+        )
 
 
 def load_tokenizer(model: str) -> Any:

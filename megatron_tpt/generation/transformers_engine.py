@@ -14,6 +14,7 @@ from megatron_tpt.errors import UserError, failure, one_line
 from megatron_tpt.generation.api import (
     ABILITIES,
     Completion,
+    EngineError,
     EngineOptions,
     EngineStats,
     Failure,
@@ -21,7 +22,6 @@ from megatron_tpt.generation.api import (
     LogLikelihood,
     Request,
     ScoringRequest,
-    lacking,
 )
 from megatron_tpt.generation.cpu import computing_threads, dtype_name
 from megatron_tpt.generation.models import (
@@ -31,6 +31,8 @@ from megatron_tpt.generation.models import (
     is_recurrent,
     load_tokenizer,
     quiet,
+    require_all_weights,
+    weight_shapes,
 )
 from megatron_tpt.generation.vllm_engine import max_model_len
 from megatron_tpt.models.spec import register_classes
@@ -60,7 +62,6 @@ class TransformersEngine:
     """AutoModelForCausalLM on one GPU, or on the CPU. Raises UserError for a model that cannot be loaded."""
 
     num_devices = 1
-    weight_version = 0
     abilities = ABILITIES["transformers"]
 
     def __init__(self, options: EngineOptions) -> None:
@@ -73,6 +74,9 @@ class TransformersEngine:
         self.max_model_len = max_model_len(options)
         self._batch_size = options.max_num_seqs or _DEFAULT_MAX_NUM_SEQS
         self._stats = EngineStats()
+        self.weight_version = 0
+        self._is_busy = False
+        self._model_name = options.model
         on_cpu = not torch.cuda.is_available()
         name = dtype_name(options, on_cpu=on_cpu)
         dtype = name if name == "auto" else getattr(torch, name)
@@ -96,7 +100,10 @@ class TransformersEngine:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         """See `Engine.generate`. The only Failures are prompts that are empty or leave no room for a completion."""
-        source = iter(requests)
+        with self._busy():
+            yield from self._generate(iter(requests))
+
+    def _generate(self, source: Iterator[Request]) -> Iterator[tuple[Request, Completion | Failure]]:
         while batch := list(itertools.islice(source, self._batch_size)):
             rows = []
             for request in batch:
@@ -113,7 +120,10 @@ class TransformersEngine:
 
     def score(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
         """See `Engine.score`."""
-        source = iter(requests)
+        with self._busy():
+            yield from self._score(iter(requests))
+
+    def _score(self, source: Iterator[ScoringRequest]) -> Iterator[tuple[ScoringRequest, LogLikelihood | Failure]]:
         while batch := list(itertools.islice(source, self._batch_size)):
             accepted = []
             for request in batch:
@@ -148,11 +158,27 @@ class TransformersEngine:
             continuation = torch.tensor(list(request.continuation), device=device)
             own = log_probabilities.gather(-1, continuation[:, None])[:, 0]
             is_greedy = bool((own >= log_probabilities.amax(-1)).all())
-            yield request, LogLikelihood(tuple(own.tolist()), is_greedy, len(row))
+            yield request, LogLikelihood(tuple(own.tolist()), is_greedy, len(row), self.weight_version)
 
     def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
-        """See `Engine.update_weights`: not here."""
-        raise lacking("transformers", "update_weights")
+        """See `Engine.update_weights`."""
+        if self._is_busy:
+            raise EngineError("weights cannot be updated while requests are in flight: take all their outcomes first")
+        known, given = set(weight_shapes(self._model_name)), set()
+        for name, tensor in weights:
+            given.add(name)
+            self._model.load_state_dict({name: tensor}, strict=False)
+        require_all_weights(self._model_name, known, given)
+        self.weight_version = version
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Requests are in flight for a `with` block."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
 
     def _row(self, request: Request) -> _Row | Failure:
         import torch
@@ -218,7 +244,13 @@ class TransformersEngine:
         assert row.finish_reason is not None
         log_probabilities = tuple(row.log_probabilities) if row.request.sampling.log_probabilities else None
         return Completion(
-            text, tuple(ids), row.finish_reason, len(row.prompt_ids), len(ids), log_probabilities=log_probabilities
+            text,
+            tuple(ids),
+            row.finish_reason,
+            len(row.prompt_ids),
+            len(ids),
+            log_probabilities=log_probabilities,
+            weight_version=self.weight_version,
         )
 
     def stats(self) -> EngineStats:

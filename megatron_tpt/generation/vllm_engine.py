@@ -35,6 +35,7 @@ from megatron_tpt.generation.models import (
     encode_prompt,
     load_model_config,
     quiet,
+    require_all_weights,
     weight_shapes,
 )
 from megatron_tpt.generation.vllm_plugin import num_cached_layers, recurrence_arguments
@@ -205,12 +206,7 @@ class VLLMEngine:
 
         with quiet():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
-        if given != known:
-            names = ", ".join(sorted(given ^ known)[:3])
-            raise EngineError(
-                f"{len(known - given)} weights of {self._model} are missing in the update, {len(given - known)} are "
-                f"unknown to it: {names}"
-            )
+        require_all_weights(self._model, known, given)
         self._llm.collective_rpc(_repack_tied_head)
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM does not empty its prefix cache, which holds keys and values of the old weights")

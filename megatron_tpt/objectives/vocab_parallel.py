@@ -13,6 +13,8 @@ from megatron_tpt import platform  # noqa: F401  (adapts Megatron Core)
 from megatron.core import parallel_state
 
 _ELEMENTS_AT_ONCE = 2**24  # of fp32: 64 MiB
+_NO_PROBABILITY = -1e4
+"""A logit whose exponential is 0 beside any other. Minus infinity times 0, in the entropy, would be no number."""
 
 
 class TokenStatistics(NamedTuple):
@@ -25,11 +27,17 @@ class TokenStatistics(NamedTuple):
     """The logarithm of the softmax denominator; its square is a z-loss."""
 
 
-def token_statistics(logits: torch.Tensor, tokens: torch.Tensor) -> TokenStatistics:
+def token_statistics(logits: torch.Tensor, tokens: torch.Tensor, vocab_size: int | None = None) -> TokenStatistics:
     """Takes this rank's logits [..., v / t], and token ids of the whole vocabulary [...], the same on all
     tensor-parallel ranks. All results are differentiable; the loss computed from them must be the same on these ranks.
+
+    With `vocab_size`, the rows after it, which only pad the vocabulary, have no probability, as in an exported model.
     """
     size = logits.shape[-1]
+    if vocab_size is not None and vocab_size < size * parallel_state.get_tensor_model_parallel_world_size():
+        first = parallel_state.get_tensor_model_parallel_rank() * size
+        is_padding = torch.arange(first, first + size, device=logits.device) >= vocab_size
+        logits = logits.masked_fill(is_padding, _NO_PROBABILITY)
     results = _Statistics.apply(logits.reshape(-1, size), tokens.reshape(-1))
     return TokenStatistics(*(one.view(tokens.shape) for one in results))
 

@@ -1,8 +1,8 @@
 """Kinds of runs, each a class in its own file: the sections of its recipe, and methods for all that is specific to it.
 
 These modules do not import torch: what needs torch or Megatron Core is imported inside methods, so that `--help` and
-error messages appear at once. May import training, indexing, platform, config and the single modules; only the programs
-and tools import it.
+error messages appear at once. May import every stage, and rl, whose program imports it in turn; else only
+the programs and tools import it.
 """
 
 import importlib

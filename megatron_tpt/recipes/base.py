@@ -23,7 +23,7 @@ from megatron_tpt.training.resume import DataIdentity
 
 if TYPE_CHECKING:  # these import torch
     from megatron_tpt.training.data import TrainingData
-    from megatron_tpt.training.trainer import Callback
+    from megatron_tpt.training.trainer import Callback, Trainer
 
 NO_DATA = "data.train is empty: give the training data"
 """What is wrong with a recipe without training data."""
@@ -73,6 +73,16 @@ class TrainingRecipe(Recipe, abc.ABC):
     @abc.abstractmethod
     def build_data(self) -> "TrainingData":
         """Open the data. Needs process groups."""
+
+    def train(self) -> "Trainer":
+        """Train until the last step. Returns the trainer. Needs process groups."""
+        from megatron_tpt.training.builder import build_trainer
+        from megatron_tpt.training.starts import record_start
+
+        trainer = build_trainer(self, self.build_data(), self.build_callbacks())
+        record_start(self, trainer.global_step)
+        trainer.fit()
+        return trainer
 
     @abc.abstractmethod
     def next_steps(self, num_tokens: int) -> str:

@@ -30,13 +30,9 @@ def train(kind: type[TrainingRecipe], argv: Sequence[str]) -> None:
         return
 
     from megatron_tpt.platform import is_first_rank
-    from megatron_tpt.training.builder import build_trainer
-    from megatron_tpt.training.starts import record_start
 
     with distributed(recipe, before=kind.prepare_data):
-        trainer = build_trainer(recipe, recipe.build_data(), recipe.build_callbacks())
-        record_start(recipe, trainer.global_step)
-        trainer.fit()
+        trainer = recipe.train()
         if is_first_rank():
             print_result(recipe.next_steps(trainer.tokens))
 

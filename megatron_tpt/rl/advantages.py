@@ -9,12 +9,12 @@ All rollouts count in the statistics. To exclude some from the loss, such as tru
 the mask that the token weights are computed from (losses.py), not from this one.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"]
+from megatron_tpt.config.rl import Algorithm
 
 
 class Advantages(NamedTuple):

@@ -10,15 +10,13 @@ The trainer divides by the number of tokens itself, so a micro-batch contributes
 weights come from the whole batch, gradients do not depend on the split into micro-batches and ranks.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_tpt.config.rl import Aggregation, KLEstimator
 from megatron_tpt.errors import require
-
-Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "dr_grpo"]
-KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 _LOG_RATIO_BOUND = 20.0
 """Beyond it exp() of a log-ratio means no more than "far away", and could overflow. As in verl."""

@@ -11,14 +11,11 @@ are the old ones, of the policy that the rollouts are from.
 """
 
 import math
-from typing import Literal
 
 from torch import Tensor
 
+from megatron_tpt.config.rl import Level
 from megatron_tpt.errors import require
-
-Level = Literal["token", "sequence", "sequence_mean"]
-"""Whose ratio: the token's; the rollout's, the product of those of its tokens; their geometric mean."""
 
 _LOG_RATIO_BOUND = 20.0
 """Beyond it a ratio says no more than "far away", and its square could overflow. As in verl."""

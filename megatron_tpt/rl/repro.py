@@ -15,18 +15,15 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_tpt.config.rl import Algorithm, FirstReward, require_place
 from megatron_tpt.errors import require
-from megatron_tpt.rl.advantages import Advantages, Algorithm, gae, group_statistics, returns_to_go, whiten
+from megatron_tpt.rl.advantages import Advantages, gae, group_statistics, returns_to_go, whiten
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
-
-FirstReward = Literal["score", "gain"]
-"""The first segment's reward: the score after it, S_1, as in the paper, or its gain over no thinking, S_1 - S_0.
-Thinking that does not help has a score of 1 - tanh(1) = 0.24, which "score" gives to every rollout."""
 
 _SEPARATOR = re.compile(r"(?:[.?]\n|\n\n)\s*")
 
@@ -89,11 +86,7 @@ def answer_suffix(
     beginning-of-sequence token inside a text is nothing that a model was trained on.
     """
     require(not list(encode("")), "the answer is encoded with special tokens: encode it without (add_special_tokens)")
-    try:
-        has_place = "\0" in template.format("\0")
-    except (IndexError, KeyError, ValueError):
-        has_place = False
-    require(has_place, f'answer_template {template!r} must have one "{{}}" for the answer; other braces are doubled')
+    require_place(template)
     unscored = prefix.rpartition(CLOSE_TAG)[2] if is_closed else prefix
     return list(encode(unscored)), list(encode(template.format(answer)))
 

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.provenance import git_revision
+from megatron_tpt.provenance import git_revision
 from megatron_tpt.files import append_line, appended_lines, write_json
 from megatron_tpt.jobs.task import shell_exit_code
 from megatron_tpt.json_data import read_object

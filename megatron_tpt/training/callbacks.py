@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron_tpt import platform
 from megatron_tpt.training.bad_steps import CheckNumbers
@@ -43,6 +43,8 @@ class SaveCheckpoints(Callback):
 
     def __init__(self) -> None:
         self.pending: CheckpointSaving | None = None
+        self.save_before: Callable[[], None] = lambda: None
+        """Saves what a run needs beside its checkpoint to resume from it. Raises SaveError on all ranks."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         interval = trainer.recipe.checkpoint.save_interval
@@ -67,12 +69,13 @@ class SaveCheckpoints(Callback):
 
     def _finish_pending(self, trainer: Trainer) -> None:
         assert self.pending is not None
-        with _save_errors_warned(), _patient(trainer):
+        with _save_errors_warned(), patient(trainer):
             self._finish(trainer, self.pending)
         self.pending = None
 
     def _save(self, trainer: Trainer) -> None:
-        with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), _patient(trainer):
+        with contextlib.nullcontext() if trainer.is_over else _save_errors_warned(), patient(trainer):
+            self.save_before()
             saving = trainer.start_saving()
             if trainer.recipe.checkpoint.asynchronous and not trainer.is_over:
                 saving.write_in_background()
@@ -97,8 +100,8 @@ def _save_errors_warned() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _patient(trainer: Trainer) -> Iterator[None]:
-    """Raise the timeout of collectives while saving: ranks with little to write wait for the other ranks."""
+def patient(trainer: Trainer) -> Iterator[None]:
+    """Raise the timeout of collectives while saving or sampling: ranks with little to do wait for the other ranks."""
     run = trainer.recipe.run
     platform.set_timeout(run.first_step_timeout_s)
     try:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ def _round_weights_from_main(optimizer: MegatronOptimizer) -> None:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    """Those of a sharded state dict, at any depth."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
-            yield from _sharded_tensors(value.build())
+            yield from sharded_tensors(value.build())
         elif isinstance(value, ShardedTensor):
             yield value
 
@@ -73,7 +74,7 @@ def _require_fit(state: dict[str, Any], folder: Path) -> None:
         (
             f"{tensor.key} is {tuple(known[tensor.key].global_shape) if tensor.key in known else 'not'} there, "
             f"{tuple(tensor.global_shape)} here"
-            for tensor in _sharded_tensors(state)
+            for tensor in sharded_tensors(state)
             if tensor.key not in known
             or not (tensor.allow_shape_mismatch or tensor.global_shape == known[tensor.key].global_shape)
         ),
@@ -108,15 +109,21 @@ def _require_checkpoint(folder: Path) -> None:
         raise not_a_checkpoint(folder)
 
 
-def load_weights(folder: Path, model: GPTModel | Sequence[GPTModel]) -> None:
-    """Load only the weights, whatever layout wrote them.
+def load_weights(
+    folder: Path, model: GPTModel | Sequence[GPTModel], *, is_wanted: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Load only the weights, whatever layout wrote them; only those whose name in the model `is_wanted`.
 
     Raises UserError when the folder is no checkpoint or when its model has another shape.
     """
     _require_checkpoint(folder)
     if damage := find_damage(folder):
         raise UserError(f"{folder} is damaged ({'; '.join(damage[:4])}): give another checkpoint")
-    set_weights(model, _load({"model": weights_state(model)}, folder)["model"])
+    wanted = {
+        piece: {name: value for name, value in entries.items() if is_wanted(name)}
+        for piece, entries in weights_state(model).items()
+    }
+    set_weights(model, _load({"model": wanted}, folder)["model"])
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:

@@ -103,8 +103,10 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
     Weights are in the training precision (FP8 copies not counted), gradients in fp32, Adam's two moments or Muon's one
     in fp32 and, in bf16 training, main weights in fp32. The distributed optimizer shards the last two over the data-
     and context-parallel ranks; Muon's by whole matrices, so only roughly evenly. FSDP also shards gradients and
-    weights; the gathered weights of the current layer are not counted.
+    weights; the gathered weights of the current layer are not counted. Models beside the recipe's, such as a reference
+    or a critic, have their share of all but the activations, which one model needs at a time. Engines are not counted.
     """
+    num_frozen, num_trained = recipe.models_beside
     parallel, training = recipe.parallel, recipe.training
     value_bytes, state_bytes = _value_bytes(recipe), 8 if training.dtype == "float32" else 12
     shards = data_parallel_size * parallel.context_parallel_size if parallel.distributed_optimizer else 1
@@ -117,7 +119,10 @@ def estimate_memory(recipe: Recipe, data_parallel_size: int) -> list[Memory]:
         weights = parameters * value_bytes / (shards if parallel.fsdp == "optim_grads_params" else 1)
         gradients = parameters * 4 / (shards if parallel.fsdp in ("optim_grads", "optim_grads_params") else 1)
         activations = stage_activations(recipe, stage, num_microbatches(recipe, data_parallel_size))
-        result.append(Memory(weights, gradients, state / shards, activations))
+        trained = 1 + num_trained
+        result.append(
+            Memory(weights * (trained + num_frozen), gradients * trained, state / shards * trained, activations)
+        )
     return result
 
 
@@ -125,14 +130,15 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     """Size of a checkpoint: weights in the training precision and the optimizer's state, whatever the layout.
 
     The distributed optimizer also keeps the weights in fp32, as every optimizer does in bf16 training; Muon has one
-    moment for the matrices of the layers. Small files (recipe, tokenizer, random states) are not counted.
+    moment for the matrices of the layers. Other trained models, such as a critic, have checkpoints of the same size.
+    Small files (recipe, tokenizer, random states) are not counted.
     """
     model, training = recipe.model, recipe.training
     keeps_weights = training.dtype != "float32" or recipe.parallel.distributed_optimizer
     num_bytes = model.num_parameters() * (_value_bytes(recipe) + (12 if keeps_weights else 8))
     if recipe.optimizer.name == "muon":
         num_bytes -= 4 * stage_matrices(model, ParallelConfig(), stage=0)
-    return num_bytes
+    return num_bytes * (1 + recipe.models_beside[1])
 
 
 def num_checkpoints(recipe: Recipe) -> int:

@@ -34,6 +34,16 @@ CHARTS = {
         "iterations": ["depth$", "depth_mean$", "depth_backprop$"],
         "states": ["state_norm$", "state_change$"],
     },
+    "Reinforcement learning": {
+        "reward": ["reward$", "reward/"],
+        "accuracy": ["accuracy$"],
+        "tokens of a response": ["response_tokens$"],
+        "mismatch of engine and trainer": ["mismatch/gap$", "mismatch/kl_k3$"],
+        "divergence from the reference, entropy": ["reference_kl$", "rollout_entropy$"],
+        "loss on the answer along the thinking": ["repro/L_"],
+        "process advantage of right and wrong": ["repro/advantage_(right|wrong)$"],
+        "critic": ["critic/loss$", "critic/explained_variance$"],
+    },
     "Throughput": {
         "tokens/s": ["tokens_per_s$"],
         "tokens/s per device": ["tokens_per_s_per_device$"],
@@ -94,7 +104,8 @@ class TensorBoard(Sink):
 
         folder = recipe.run.output_dir / "tensorboard"
         self.writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
-        charts = {name: own for name, own in CHARTS.items() if name != "Depth" or recipe.model.depth_limits}
+        absent = {"Depth": not recipe.model.depth_limits, "Reinforcement learning": recipe.program != "rl"}
+        charts = {name: own for name, own in CHARTS.items() if not absent.get(name)}
         self.writer.add_custom_scalars(
             {name: {title: ["Multiline", tags] for title, tags in own.items()} for name, own in charts.items()}
         )

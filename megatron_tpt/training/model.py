@@ -4,16 +4,23 @@ A `Model` only runs forward, such as a frozen reference; a `TrainedModel` has an
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.objectives.objective import MicroBatch, Objective
+from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
+from megatron_tpt.objectives.vocab_parallel import token_statistics
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.optimizer import current_learning_rate
-from megatron_tpt.training.steps import Report, broadcast_from_last_stage, compute_sums, run_microbatches
+from megatron_tpt.training.steps import (
+    Report,
+    attention_takes_mask,
+    broadcast_from_last_stage,
+    compute_sums,
+    run_microbatches,
+)
 from megatron_tpt.training.stragglers import OwnWork
 
 from megatron.core import parallel_state
@@ -32,6 +39,11 @@ class Model:
     def gpts(self) -> list[GPTModel]:
         """The chunks without their wrappers."""
         return [next(part for part in chunk.modules() if isinstance(part, GPTModel)) for chunk in self.chunks]
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether rows can have branches (branches.py)."""
+        return attention_takes_mask(self.chunks[0])
 
     def gather_weights(self) -> None:
         """Bring this rank's weights up to date. All ranks call it."""
@@ -57,20 +69,44 @@ class Model:
     def log_probabilities(self, batch: Batch) -> torch.Tensor:
         """Log-probability of every label given the tokens before it, in nats: fp32 [num_samples, s], in the order of
         the samples of this rank's batch, on all tensor- and pipeline-parallel ranks. All ranks call it."""
+        return self.predictions(batch, "token_losses", lambda labels, losses: -losses)[0]
+
+    def token_statistics(self, batch: Batch, vocab_size: int, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probability of every label, and entropy of the distribution over the `vocab_size` tokens that it is drawn
+        from at a temperature, in nats: fp32 [2, num_samples, s], under the terms of `log_probabilities`."""
+
+        def statistics(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            tempered = logits if temperature == 1 else logits / temperature
+            found = token_statistics(tempered, labels.view(logits.shape[:-1]), vocab_size)
+            return torch.stack([found.log_probabilities, found.entropies])
+
+        return self.predictions(batch, "logits", statistics, num_values=2)
+
+    def predictions(
+        self,
+        batch: Batch,
+        needs: Needs,
+        compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        num_values: int = 1,
+    ) -> torch.Tensor:
+        """What `compute` makes of every label: fp32 [num_values, num_samples, s], under the terms of
+        `log_probabilities`. It is given labels [b, s] and outputs of the model, and returns a value for each label, or
+        `num_values` of them along a new first dimension."""
         if parallel_state.get_context_parallel_world_size() > 1:
             raise UserError("log-probabilities are not supported with parallel.context_parallel_size > 1: set it to 1")
+
+        def keep(microbatch: MicroBatch, outputs: torch.Tensor) -> Report:
+            labels = microbatch["labels"]
+            kept = compute(labels, outputs).float().reshape(num_values, *labels.shape)
+            return kept.sum(), torch.ones((), dtype=torch.int, device=kept.device), kept
+
         with self.evaluating():
-            parts = run_microbatches(self.chunks, batch, "token_losses", _keep_log_probabilities, forward_only=True)
+            parts = run_microbatches(self.chunks, batch, needs, keep, forward_only=True)
         samples, length = next(iter(batch))["labels"].shape
-        values = torch.empty(len(batch) * samples, length, device=platform.device())
+        values = torch.empty(num_values, len(batch) * samples, length, device=platform.device())
         if parts:
-            values = torch.cat(parts)
+            values = torch.cat(parts, dim=1)
         return broadcast_from_last_stage(values)
-
-
-def _keep_log_probabilities(batch: MicroBatch, losses: torch.Tensor) -> Report:
-    kept = -losses.float().view_as(batch["labels"])
-    return kept.sum(), torch.ones((), dtype=torch.int, device=kept.device), kept
 
 
 class TrainedModel(Model):

@@ -3,7 +3,8 @@
     with phase("checkpoint"):  # or @phase("checkpoint")
         ...
 
-Phases nest, and the innermost counts; but all that happens in a validation or for a checkpoint belongs to it.
+Phases nest, and the innermost counts; but all that happens in a validation, for a checkpoint, or to sample and score
+the rollouts of reinforcement learning belongs to that.
 """
 
 import contextlib
@@ -13,13 +14,15 @@ PHASES = (
     "between steps",
     "validation",
     "checkpoint",
+    "rollouts",
+    "scoring of rollouts",
     "waiting for data",
     "forward and backward",
     "gradient reduction",
     "update",
 )
 """The phases between two steps and within one, in their order, which is the same on all ranks."""
-_UNDIVIDED = ("validation", "checkpoint")
+_UNDIVIDED = ("validation", "checkpoint", "rollouts", "scoring of rollouts")
 _current = PHASES[0]
 
 

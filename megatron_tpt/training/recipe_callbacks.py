@@ -179,7 +179,7 @@ def _find(name: str) -> type[Callback]:
     if not colon:
         others = f": name one of {', '.join(built_in)}, or your own as package.module:Class"
         raise UserError(f"unknown{did_you_mean(name, built_in) or others}")
-    kind = getattr(_import(module_name), class_name, None)
+    kind = getattr(import_module(module_name), class_name, None)
     if kind is None:
         raise UserError(f"the module {module_name} has no {class_name}: write package.module:Class as it is there")
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
@@ -187,7 +187,7 @@ def _find(name: str) -> type[Callback]:
     return kind
 
 
-def _import(name: str) -> types.ModuleType:
+def import_module(name: str) -> types.ModuleType:
     """Import a user's module, also from the current folder, which console scripts do not put on sys.path."""
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"{name!r} is no name of a module: write package.module:Class")

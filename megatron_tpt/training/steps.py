@@ -1,5 +1,6 @@
 """One forward and backward pass through Megatron Core's pipeline schedules, and the sums of its objective."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.objectives.objective import MicroBatch, Needs, Objective
 from megatron_tpt.training.batches import DRAWN, Batch
+from megatron_tpt.training.branches import outside_branch, positions
 from megatron_tpt.training.phases import phase
 
 from megatron.core import parallel_state
@@ -20,11 +22,15 @@ Report = tuple[torch.Tensor, torch.Tensor, Any]
 """For a micro-batch: the loss to differentiate, summed over tokens; their number, int []; and the value to return."""
 
 
-def _segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+def _attention_mask(batch: MicroBatch) -> torch.Tensor:
     """Attention mask [b, 1, s, s], True where attention is masked: at other examples and later tokens."""
+    segment_ids = batch["segment_ids"]
     length = segment_ids.shape[1]
     later = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).triu(1)
-    return ((segment_ids[:, :, None] != segment_ids[:, None, :]) | later)[:, None]
+    masked = (segment_ids[:, :, None] != segment_ids[:, None, :]) | later
+    if "branch_ids" in batch:
+        masked |= outside_branch(batch)
+    return masked[:, None]
 
 
 def _packed_sequences(segment_ids: torch.Tensor) -> PackedSeqParams:
@@ -81,17 +87,25 @@ def forward_step(
         attention["packed_seq_params"] = _packed_sequences(on_host["segment_ids"])
         tokens, labels, position_ids = (tensor.reshape(1, -1) for tensor in (tokens, labels, position_ids))
     elif "segment_ids" in batch:
-        attention["attention_mask"] = _segment_mask(batch["segment_ids"])
+        attention["attention_mask"] = _attention_mask(batch)
     draws = {name.removeprefix(DRAWN): int(value) for name, value in on_host.items() if name.startswith(DRAWN)}
     if draws:  # what the decoder measures becomes part of the micro-batch, for the objective
         attention["extra_block_kwargs"] = {"draws": draws, "measured": batch}
-    outputs = model(tokens, position_ids, labels=labels if needs == "token_losses" else None, **attention)
+    with positions(model, position_ids) if "branch_ids" in batch else contextlib.nullcontext():
+        outputs = model(tokens, position_ids, labels=labels if needs == "token_losses" else None, **attention)
     return outputs, partial(evaluate, batch)
 
 
 def _attention_is_packed(model: torch.nn.Module, batch: MicroBatch) -> bool:
     """Whether examples that share a row are separated by Transformer Engine's packed attention, not by a mask."""
-    return "segment_ids" in batch and get_model_config(model).transformer_impl == "transformer_engine"
+    is_packed = "segment_ids" in batch and not attention_takes_mask(model)
+    assert not (is_packed and "branch_ids" in batch), "packed attention has no branches"
+    return is_packed
+
+
+def attention_takes_mask(model: torch.nn.Module) -> bool:
+    """Whether examples that share a row are separated by a mask, so that rows can have branches (branches.py)."""
+    return bool(get_model_config(model).transformer_impl != "transformer_engine")
 
 
 @phase("forward and backward")

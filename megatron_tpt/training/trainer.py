@@ -2,7 +2,7 @@
 
     build_trainer(recipe, data, callbacks).fit()
 
-or, from another loop, one optimizer step at a time:
+on batches of its data, or of another source (rl/loop.py); or, from another loop, one optimizer step at a time:
 
     with trainer.running():
         for batch in trainer.batches():  # or your own batches
@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,19 @@ class Trainer:
         self.save_requested = False  # set it on all ranks to save a checkpoint after this step
         self._batches: Generator[Batch] | None = None
 
-    def fit(self) -> None:
-        """Train until `training.num_steps`. Raises StoppedEarly if a callback has set `stop_reason` before, UserError
-        if it has set `stop_is_final`, too."""
+    def fit(self, source: Callable[[], Iterator[Batch]] | None = None) -> None:
+        """Train until `training.num_steps`, on the batches from `source`, in place of those of the data: called at the
+        start and after a roll-back, it begins with the batch of the next step. Raises StoppedEarly if a callback has
+        set `stop_reason` before, UserError if it has set `stop_is_final`, too."""
+        source = source or self.batches
         with self.running():
-            batches = self.batches()
+            batches = source()
             while not self.is_over:
                 try:
                     self.step(next(batches))
                 except RollBack:
                     self.roll_back()
-                    batches = self.batches()
+                    batches = source()
         if self.global_step < self.recipe.training.num_steps:
             stopped = f"stopped after step {self.global_step} ({self.stop_reason})"
             if self.stop_is_final:
@@ -197,10 +199,14 @@ class Trainer:
         skipped = frozenset(self.excluded_steps)
         with contextlib.closing(self.data.train.iterate(first, end, skipped)) as microbatches:
             for step in range(first, end):
-                if step + 1 in skipped or self.recipe.training.skips(step + 1):
+                if self.skips(step + 1):
                     yield Batch([], [], self.recipe.training.batch_size(step) * self.recipe.training.sequence_length)
                 else:
                     yield take_batch(self.data.train, microbatches, step, self.recipe.run.seed, self.recipe.model)
+
+    def skips(self, step: int) -> bool:
+        """Whether the data of `step` (numbered from 1) is skipped, by the recipe or after a roll-back."""
+        return step in self.excluded_steps or self.recipe.training.skips(step)
 
     def step(self, batch: Batch) -> StepReport:
         """Do one optimizer step and call `after_step` of the callbacks. All ranks call it. Raises BadStep or RollBack;

@@ -102,7 +102,7 @@ def is_waiting(stack: Sequence[FrameType]) -> bool:
 
 class Watchdog(Callback):
     """A thread on each rank that writes heartbeats, and ends the process when the run hangs: after run.hang_timeout_s
-    without progress, or run.first_step_timeout_s before the first step is done and during a checkpoint."""
+    without progress, or run.first_step_timeout_s before the first step is done, during a checkpoint and rollouts."""
 
     def __init__(self) -> None:
         self.is_over = threading.Event()
@@ -173,7 +173,8 @@ class Watchdog(Callback):
                 self._end(waited_s)
 
     def _limit_s(self, beat: Heartbeat) -> float:
-        if self.timeout_s == math.inf or (beat.step > self.first_step and beat.phase != "checkpoint"):
+        is_long = beat.phase in ("checkpoint", "rollouts")
+        if self.timeout_s == math.inf or (beat.step > self.first_step and not is_long):
             return self.timeout_s
         return max(self.timeout_s, 0.9 * self.trainer.recipe.run.first_step_timeout_s)  # before collectives fail
 

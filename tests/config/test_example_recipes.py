@@ -16,8 +16,10 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.recipes.program import prepare
+from megatron_tpt.recipes.rl import RLRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+REPRO_PAGE = (EXAMPLES / "repro/README.md").read_text()
 TPT = sorted((EXAMPLES / "tpt").glob("*.yaml"))
 
 
@@ -140,6 +142,45 @@ def test_recipes_of_recurrence_hold_the_values_of_the_paper(path: Path, capsys: 
     assert rule == ("simple", "shape_scaling", 1.0, 0.95) and optimizer.muon_nesterov
     assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=32, device="h100")) is None
     assert "DOES NOT FIT" not in capsys.readouterr().out
+
+
+REPRO = sorted((EXAMPLES / "repro").glob("*.yaml"))
+ARMS = [
+    options.replace("none", "").replace("`", "").split()
+    for options in re.findall(r"^\| [^|]*(?:GRPO|REINFORCE\+\+|PPO)[^|]* \| ([^|]*) \|$", REPRO_PAGE, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("path", REPRO, ids=lambda path: path.stem)
+def test_arms_of_repro_hold_the_values_of_the_script_and_fit(path: Path, capsys: pytest.CaptureFixture) -> None:
+    """256 prompts x 8 rollouts, one step for all of them; KL in the loss; clip 0.2/0.28; 500 steps of 1e-6."""
+    names = set()
+    assert len(ARMS) == 6
+    for options in ARMS:
+        recipe, _ = load_recipe(RLRecipe, [str(path), *options])
+        names.add((recipe.algorithm.name, recipe.repro.enabled))
+        assert (recipe.num_rollouts, recipe.steps_per_iteration, recipe.training.num_steps) == (2048, 1, 500)
+        assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps) == (1e-6, 20)
+        algorithm = recipe.algorithm
+        assert (algorithm.clip_low, algorithm.clip_high, algorithm.kl, algorithm.kl_coefficient) == (
+            0.2, 0.28, "loss", 0.001
+        )  # fmt: skip
+        assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=16, device="h100")) is None
+        gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
+        assert gib < 76, "more than an H100 has"
+    assert names == {(name, on) for name in ("grpo", "reinforce_plus_plus", "ppo") for on in (False, True)}
+
+
+def test_the_last_stage_of_front_loading_holds_the_values_of_the_paper(capsys: pytest.CaptureFixture) -> None:
+    path = EXAMPLES / "front_loading/grpo.yaml"
+    recipe, _ = load_recipe(RLRecipe, [str(path)])
+    rollouts, algorithm, training = recipe.rollouts, recipe.algorithm, recipe.training
+    assert (rollouts.num_prompts, rollouts.num_samples, rollouts.temperature) == (128, 8, 1.0)
+    assert (algorithm.name, algorithm.kl_coefficient, recipe.optimizer.learning_rate) == ("grpo", 0.001, 1e-6)
+    assert training.sequence_length == 8192 and recipe.steps_per_iteration == 1
+    assert prepare(recipe, Arguments(path, [], dry_run=True, num_processes=32, device="h100")) is None
+    gib = float(capsys.readouterr().out.split("memory per rank (estimate)")[1].split()[0])
+    assert gib < 76, "more than an H100 has"
 
 
 FRONT_LOADING = sorted((EXAMPLES / "front_loading").glob("*_8b*.yaml"))

@@ -155,7 +155,7 @@ def test_an_engine_has_the_abilities_of_its_kind(engine: Engine) -> None:
     assert engine.max_model_len == CONTEXT
     assert engine.weight_version == 0
     if "update_weights" not in engine.abilities:
-        with pytest.raises(UserError, match=r'has no update_weights; choose the engine "vllm"$'):
+        with pytest.raises(UserError, match=r'has no update_weights; choose the engine "vllm" or "transformers"$'):
             engine.update_weights([], 1)
 
 
@@ -165,7 +165,8 @@ def test_an_engine_without_an_ability_is_refused_before_it_starts(tmp_path: Path
     for kind in lacking:
         options: dict[str, Any] = {"endpoints": ("http://localhost:1/v1",)} if kind == "endpoint" else {}
         engine = open_engine(EngineOptions(str(tmp_path / "no model"), kind=kind, **options), needs=["update_weights"])
-        with pytest.raises(UserError, match=f'^the engine "{kind}" has no update_weights; choose the engine "vllm"$'):
+        others = '"vllm" or "transformers"'
+        with pytest.raises(UserError, match=f'^the engine "{kind}" has no update_weights; choose the engine {others}$'):
             engine.__enter__()
 
 

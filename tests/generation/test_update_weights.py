@@ -1,4 +1,4 @@
-"""New weights for a vLLM engine that runs in this process."""
+"""New weights for an engine that runs in this process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +32,9 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return [make_model(folder / str(seed), seed=seed, tied=request.param) for seed in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def engine(models: list[str]) -> Iterator[Engine]:
-    options = EngineOptions(models[0], 256, max_num_seqs=4)
+@pytest.fixture(scope="module", params=["vllm", "transformers"])
+def engine(request: pytest.FixtureRequest, models: list[str]) -> Iterator[Engine]:
+    options = EngineOptions(models[0], 256, max_num_seqs=4, kind=request.param)
     with unchanged_environment(), open_engine(options, needs=["update_weights"]) as engine:
         yield engine
 

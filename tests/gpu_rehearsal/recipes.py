@@ -11,6 +11,7 @@ from megatron_tpt.config.recipe import Recipe
 from megatron_tpt.models.gpt.config import GPTConfig
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.rl import RLRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # teacher.yaml and the like are recipes too; study.yaml describes a study.
@@ -40,13 +41,15 @@ def load(name: str) -> Recipe:
     """A recipe with a vocabulary, where the data would bring it, and with the model that its start would bring."""
     path = EXAMPLES / f"{name}.yaml"
     raw: dict[str, Any] = yaml.safe_load(path.read_text())
-    is_tuning = path.stem.startswith(("finetune", "sft"))
+    kind = RLRecipe if "rollouts" in raw else PretrainRecipe
+    if path.stem.startswith(("finetune", "sft")):
+        kind = FinetuneRecipe
     if "model" not in raw:
         raw["model"] = STARTS.get(name) or model_of(str(Path(name).with_name("pretrain")))
     raw["data"] = {"train": "data"}
     for of_data in ("init_from", "validation_interval", "validation_steps"):
         raw["training"].pop(of_data, None)
-    recipe = recipe_from_dict(FinetuneRecipe if is_tuning else PretrainRecipe, raw)
+    recipe = recipe_from_dict(kind, raw)
     if recipe.model.vocab_size is None:
         recipe.model = dataclasses.replace(recipe.model, vocab_size=1000)
     return recipe

@@ -43,6 +43,26 @@ def compare_results(names: tuple[str, ...], dtype: torch.dtype, rank: int, size:
     torch.testing.assert_close(ours.grad.float(), gradient, rtol=tolerance, atol=1e-5)
 
 
+def compare_padded(rank: int, size: int) -> None:
+    """20 tokens: of two ranks, the second has padding alone."""
+    whole = 10 * torch.randn(*SHAPE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    whole[..., 20:] = 30.0
+    tokens = torch.randint(20, SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = whole[..., :20].clone().requires_grad_()
+    ours = whole.chunk(size, dim=-1)[rank].clone().requires_grad_()
+    results = plain_statistics(expected, tokens), token_statistics(ours, tokens, vocab_size=20)
+    for one in results:
+        sum(value.sum() for value in one).backward()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    gradient = torch.nn.functional.pad(expected.grad, (0, VOCAB_SIZE - 20)).chunk(size, dim=-1)[rank]
+    torch.testing.assert_close(ours.grad, gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rows_that_pad_the_vocabulary_have_no_probability(size: int) -> None:
+    on_tensor_parallel_ranks(size, compare_padded)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_values_and_gradients_are_those_of_plain_torch(size: int) -> None:
     on_tensor_parallel_ranks(size, compare)

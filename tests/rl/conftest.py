@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))  # training_runs.py
+
 VERL = Path(sys.prefix) / "verl"
 """Where tools/setup.sh installs it, see requirements/verl.txt."""
 

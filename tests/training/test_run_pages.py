@@ -71,7 +71,9 @@ def test_tensorboard_has_charts_for_the_metrics_of_a_run(run: Path) -> None:
     found = events(run)
     layout = layout_pb2.Layout()
     layout.ParseFromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == [name for name in CHARTS if name != "Depth"]
+    assert [category.title for category in layout.category] == [
+        name for name in CHARTS if name not in ("Depth", "Reinforcement learning")
+    ]
     scalars = found.Tags()["scalars"]
     for category in layout.category:
         for chart in category.chart:
@@ -286,3 +288,6 @@ def test_a_chart_has_the_metrics_that_its_expressions_begin() -> None:
     names = ["step", "loss", "loss_document", "validation_loss", "validation_loss/a", "depth_loss/1"]
     assert metrics_of_chart(CHARTS["Losses"]["training and validation"], names) == ["loss", "validation_loss"]
     assert metrics_of_chart(CHARTS["Depth"]["loss by iterations"], names) == ["depth_loss/1"]
+    assert metrics_of_chart(CHARTS["Reinforcement learning"]["reward"], ["reward", "reward/length"]) == [
+        "reward", "reward/length"
+    ]  # fmt: skip

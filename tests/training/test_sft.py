@@ -33,7 +33,7 @@ from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.program import prepare
 from megatron_tpt.training.checkpoint_files import step_folder
 from megatron_tpt.training.sft import ExampleRows, JoinedRows, PackedExamples, PackedRows, build_sft_data, open_sets
-from megatron_tpt.training.steps import _segment_mask
+from megatron_tpt.training.steps import _attention_mask
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def test_packed_examples_have_the_losses_that_they_have_alone(
             model_config, ParallelConfig(), TrainingConfig(dtype="float32", sequence_length=length), seed=0
         )
         batch = torch.utils.data.default_collate([data[i] for i in range(3)])
-        mask = _segment_mask(batch["segment_ids"])
+        mask = _attention_mask(batch)
         losses = model(batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"])
         packed_total, sums = LanguageModeling()(losses, batch)
         order = np.random.RandomState(0).permutation(len(rows))

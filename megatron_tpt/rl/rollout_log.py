@@ -1,0 +1,115 @@
+"""The rollouts of a run on the disk: what was sampled stays, whenever the run is killed.
+
+    RUN/rollouts/iteration_00000012.waves.jsonl.zst   of the current iteration: a zstd frame for each finished wave
+    RUN/rollouts/iteration_00000012.jsonl.zst         a line for each rollout, with all that was computed for it
+    RUN/rollouts/iteration_00000012.json              the metrics of the iteration
+
+A wave is appended with one system call and flushed: a crash can only truncate the last frame, which is then removed.
+The others appear whole, once everything that depends on the weights at the start of the iteration is in
+them: log-probabilities, values, advantages. A run that resumes inside the iteration reads them there.
+
+What the iterations after a checkpoint have sampled is removed when a run resumes from it. On a CPU the same is sampled
+again, to the bit; elsewhere the weights may differ by rounding from those that the log is from.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import zstandard
+
+from megatron_tpt.errors import UserError
+from megatron_tpt.files import no_links, write_json
+from megatron_tpt.json_data import read_json
+from megatron_tpt.records import describe, expand_sources, json_lines, read_rows
+from megatron_tpt.rl.experience import Sample
+
+_NAME = re.compile(r"iteration_(\d{8})\.((waves\.)?jsonl\.zst|json)")
+
+
+class RolloutLog:
+    """The log of a run folder. One process uses it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, iteration: int) -> Path:
+        """The file of an iteration whose rollouts are all scored."""
+        return self.folder / f"iteration_{iteration:08d}.jsonl.zst"
+
+    def waves_path(self, iteration: int) -> Path:
+        """The file of an iteration that is being sampled."""
+        return self.folder / f"iteration_{iteration:08d}.waves.jsonl.zst"
+
+    def metrics_path(self, iteration: int) -> Path:
+        """The file with its metrics."""
+        return self.folder / f"iteration_{iteration:08d}.json"
+
+    def forget_after(self, iteration: int) -> None:
+        """Remove what later iterations have sampled."""
+        for path in self.folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is not None and int(match[1]) > iteration:
+                path.unlink()
+
+    def read(self, iteration: int) -> tuple[list[Sample], dict[str, float]] | None:
+        """The rollouts of an iteration, scored, and its metrics; None where that is not finished."""
+        path = self.path(iteration)
+        if not path.exists():
+            return None
+        [source] = expand_sources([path])
+        samples = []
+        for row in read_rows(source):
+            if row.value is None:
+                raise UserError(describe(source, row, "remove the file: its iteration is sampled again"))
+            samples.append(Sample(**row.value))
+        return samples, read_json(self.metrics_path(iteration))
+
+    def write(self, iteration: int, samples: Sequence[Sample], metrics: Mapping[str, float]) -> None:
+        """The rollouts of an iteration are scored."""
+        write_json(self.metrics_path(iteration), metrics)
+        with json_lines(self.path(iteration)) as add:
+            for one in samples:
+                add(json.dumps(one.to_json()).encode())
+        self.waves_path(iteration).unlink(missing_ok=True)
+
+    def read_waves(self, iteration: int) -> list[list[Sample]]:
+        """The finished waves of an iteration; the remains of one that was interrupted are removed."""
+        path = self.waves_path(iteration)
+        if not path.exists():
+            return []
+        content, waves, end = path.read_bytes(), [], 0
+        for frame, size in _frames(content):
+            waves.append([Sample(**json.loads(line)) for line in frame.splitlines()])
+            end += size
+        os.truncate(path, end)
+        return waves
+
+    def add_wave(self, iteration: int, samples: Sequence[Sample]) -> None:
+        """A wave is sampled and graded."""
+        lines = b"".join(json.dumps(one.to_json()).encode() + b"\n" for one in samples)
+        frame = zstandard.ZstdCompressor(write_checksum=True).compress(lines)
+        file = no_links(str(self.waves_path(iteration)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            if os.write(file, frame) != len(frame):
+                raise OSError(f"{self.waves_path(iteration)}: the disk is full")
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _frames(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """The content and the size of every whole frame."""
+    while content:
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            frame = decompressor.decompress(content)
+        except zstandard.ZstdError:
+            return
+        if not decompressor.eof:
+            return
+        yield frame, len(content) - len(decompressor.unused_data)
+        content = decompressor.unused_data

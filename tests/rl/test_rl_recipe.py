@@ -1,0 +1,107 @@
+"""The recipe of reinforcement learning: what follows from it, and what it refuses."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.rl import RLRecipe
+
+
+def recipe(**sections: dict[str, Any]) -> RLRecipe:
+    fields: dict[str, dict[str, Any]] = {
+        "data": {"train": ["problems.jsonl"]},
+        "training": {"num_steps": 8, "global_batch_size": 16, "sequence_length": 128},
+        "rollouts": {"num_prompts": 4, "num_samples": 8},
+        "checkpoint": {"save_interval": 2},
+    }
+    for name, changes in sections.items():
+        fields[name] = fields.get(name, {}) | changes
+    made = recipe_from_dict(RLRecipe, fields)
+    assert isinstance(made, RLRecipe)
+    return made
+
+
+def test_the_recipe_of_the_page_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/rl.md").read_text()
+    shown = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert shown is not None
+    fields = yaml.safe_load(shown[1])
+    del fields["training"]["init_from"]
+    made = recipe_from_dict(RLRecipe, fields)
+    assert isinstance(made, RLRecipe)
+    made.check(2)
+    assert made.checkpoint.save_interval == made.steps_per_iteration == 4
+
+
+def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
+    assert recipe().steps_per_iteration == 2
+    assert recipe(algorithm={"num_epochs": 4}).steps_per_iteration == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollouts": {"num_prompts": 3}}, "rollouts of an iteration are not a multiple"),
+        ({"training": {"num_steps": 7}}, "not a multiple of the 2 steps of an iteration"),
+        ({"rollouts": {"max_new_tokens": 128}}, "leaves no room for a prompt"),
+        ({"rollouts": {"num_samples": 1, "num_prompts": 16}}, "nothing to compare a rollout with"),
+        ({"rewards": {"overlong_buffer": 65}}, "is more than rollouts.max_new_tokens=64"),
+        ({"training": {"fp8": "tensorwise"}}, "training.fp8=tensorwise is not supported by reinforcement learning"),
+        ({"faults": {"on_loss_spike": "skip"}}, "faults.on_loss_spike=skip is not supported by reinforcement learning"),
+        ({"data": {"train": []}}, "data.train is empty"),
+        ({"training": {"validation_interval": 2}}, "does not validate"),
+        ({"data": {"tokenizer": "somewhere"}}, "data.tokenizer=somewhere is not used"),
+        ({"training": {"batch_size_ramp": [{"num_steps": 2, "global_batch_size": 8}]}}, "batch_size_ramp.*supported"),
+    ],
+)
+def test_what_cannot_run_is_refused(changes: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(**changes).check(1)
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("algorithm", {"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
+        ("algorithm", {"mismatch_lower": 3.0}, "mismatch_lower=3.0 must be at most"),
+        ("rollouts", {"temperature": 0}, "temperature=0"),
+        ("repro", {"ema_weight": 0}, "ema_weight=0"),
+        ("repro", {"answer_template": "\\boxed{}{}"}, "must have one"),
+    ],
+)
+def test_values_out_of_bounds_are_refused(section: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(**{section: fields})
+
+
+def test_a_setting_without_effect_is_named(tmp_path: Path) -> None:
+    given = recipe(algorithm={"kl_coefficient": 0.5, "lam": 0.9}, repro={"alpha": 0.2}, critic={"warmup_iterations": 3})
+    lines = "\n".join(given.warnings())
+    for name in ("algorithm.kl_coefficient", "algorithm.lam", "repro.alpha", "critic.warmup_iterations"):
+        assert f"{name}=" in lines
+    assert "checkpoint.save_interval" not in lines
+
+
+def test_a_run_that_could_not_find_its_rollouts_again_is_warned(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    given = recipe(data={"train": [str(problems)]}, checkpoint={"save_interval": 0})
+    assert any("checkpoint.save_interval=0" in line for line in given.warnings())
+
+
+def test_an_answer_that_cannot_be_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "1 + 2", "answer": "many"}\n')
+    given = recipe(data={"train": [str(problems)], "answer_type": "number"})
+    with pytest.raises(UserError, match=r"problems\.jsonl:2: the right answer 'many' is none of .*answer_type=number"):
+        given.prepare_data()
+
+
+def test_without_a_start_there_is_nothing_to_reinforce() -> None:
+    with pytest.raises(UserError, match=r"training.init_from is empty"):
+        _ = recipe().tokenizer_path
