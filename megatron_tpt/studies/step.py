@@ -17,12 +17,12 @@ from typing import Any
 import orjson
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.provenance import git_revision
 from megatron_tpt.files import append_line, appended_lines, write_json
 from megatron_tpt.jobs.task import shell_exit_code
 from megatron_tpt.json_data import read_object
 from megatron_tpt.names import first_few
 from megatron_tpt.processes import end_with_parent
+from megatron_tpt.provenance import git_revision
 from megatron_tpt.studies.code_version import code_of
 from megatron_tpt.studies.expand import Node, fingerprint
 from megatron_tpt.studies.folders import DONE, SPEC, differing, is_done, outputs
