@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z_][\w-]*)*")
 # Of torchrun and Slurm, and placeholders for any option of a recipe.
 OF_OTHER_PROGRAMS = {"--nproc-per-node", "--job", "--section.key"}
+OF_STYLE_SHEETS = {"--own"}  # variables of CSS look like options
 OF_TRAINING = {"--dry-run", "--device", "--mfu", "--help", "--recipe", "--cache-dir"}
 
 
@@ -94,7 +95,7 @@ def is_option(name: str, options: frozenset[str] | set[str]) -> bool:
 def test_every_option_that_a_message_names_exists() -> None:
     recipe = {name for kind in (PretrainRecipe, FinetuneRecipe, RLRecipe) for name in options_of_recipe(kind)}
     known = frozenset[str]().union(*options_of_tools().values())
-    known |= {name.replace("_", "-") for name in recipe} | OF_TRAINING | OF_OTHER_PROGRAMS
+    known |= {name.replace("_", "-") for name in recipe} | OF_TRAINING | OF_OTHER_PROGRAMS | OF_STYLE_SHEETS
     assert len(options_of_tools()) > 10 and is_option("--num-workers", known) and not is_option("--num-wokers", known)
     unknown, num_named = [], 0
     for path in sorted((ROOT / "megatron_tpt").rglob("*.py")):
