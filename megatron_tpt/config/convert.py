@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_tpt.config.fields import alternatives, bounds_missed, hints_of, out_of_bounds, plain
 from megatron_tpt.config.model import ModelConfig, config_class
 from megatron_tpt.config.renamed import names_of_before, value_of_now
-from megatron_tpt.config.yaml_file import Key, dotted
+from megatron_tpt.config.yaml_file import Key, dotted, place_of
 from megatron_tpt.errors import UserError
 
 WRONG = object()
@@ -90,8 +90,9 @@ class Converter:
 
     where: Callable[[Key], str]
     """What to write before a message about a key: the file and line, or nothing."""
-    suggest: Callable[[Key], str]
-    """What an unknown key may have been meant to be: "; did you mean ...?", or nothing."""
+    suggest: Callable[[Key], str] | None = None
+    """What an unknown key may have been meant to be: "; did you mean ...?", or nothing. Without it, all that are known
+    there are named."""
     name_of: Callable[[Key], str] = dotted
     """A key as it was written: data.train[0].weight, --num-workers."""
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -123,7 +124,8 @@ class Converter:
             if name in fields:
                 values[name] = self.value(hints[name], self._value_of_now(cls, name, value, own), own)
             else:
-                self._wrong(own, f"unknown{self.suggest(own)}")
+                hint = f"; known there: {', '.join(fields)}" if self.suggest is None else self.suggest(own)
+                self._wrong(own, f"unknown{hint}")
         for name, field in fields.items():
             if is_required(field) and name not in values:
                 self._lacks(key, name, hints[name])
@@ -221,6 +223,15 @@ class Converter:
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def from_yaml[T](kind: type[T], content: Any, places: Mapping[Key, str], path: Path) -> T:
+    """What load_yaml has read from a file, as a dataclass or a list or mapping of such. Raises UserError for all that
+    is wrong in it, each with its line."""
+    converter = Converter(lambda key: f"{place_of(places, key) or path}: ")
+    result = converter.value(kind, content, ())
+    converter.raise_problems()
+    return result
 
 
 def from_json[T](cls: type[T], content: Any) -> T:

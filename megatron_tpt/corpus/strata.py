@@ -12,16 +12,16 @@ that a smaller size is part of a larger one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_tpt.config.convert import Converter
+from megatron_tpt.config.convert import from_yaml
 from megatron_tpt.config.fields import PositiveInt, check_bounds
-from megatron_tpt.config.yaml_file import load_yaml, place_of
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError, require
 from megatron_tpt.records.where import Where
 
@@ -106,10 +106,7 @@ class Strata:
             raise UserError(
                 f"--strata {name}: {error.strerror}: give a YAML file, or one of the definitions {known}"
             ) from None
-        known = ", ".join(one.name for one in fields(Stratum))
-        converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known there: {known}")
-        strata = converter.value(dict[str, Stratum], content, ())
-        converter.raise_problems()
+        strata = from_yaml(dict[str, Stratum], content, places, path)
         if not strata:
             raise UserError(f"{path}: holds no stratum; give NAME: {{where: CONDITION}}")
         try:

@@ -1,13 +1,12 @@
 """Expands the short forms of training data in a recipe: prefixes, wildcards, files with lists of sources."""
 
-import dataclasses
 import glob
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.convert import Converter, expand_path
+from megatron_tpt.config.convert import expand_path, from_yaml
 from megatron_tpt.config.data import DatasetSource
-from megatron_tpt.config.yaml_file import load_yaml, place_of
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.indexing.shard_sets import require_whole_sets
 from megatron_tpt.json_data import read_json
@@ -55,10 +54,7 @@ def _read_list(path: Path, inside: tuple[Path, ...]) -> tuple[list[Any], tuple[P
         raise UserError(f"data: {path}: {error.strerror}: give a prefix, or a file with a list of sources") from None
     if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
         raise UserError(f"data: {path} must hold a list of sources: prefixes, or {{path: PREFIX, weight: 1.0}}")
-    known = ", ".join(field.name for field in dataclasses.fields(DatasetSource))
-    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", lambda key: f"; known there: {known}")
-    converter.value(list[DatasetSource], content, ())
-    converter.raise_problems()
+    from_yaml(list[DatasetSource], content, places, path)  # raises
     return content, (*inside, path)
 
 

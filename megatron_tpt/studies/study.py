@@ -10,16 +10,15 @@ steps:
     results: {file: results.json, metrics: {accuracy: accuracy}}
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.convert import Converter, expected
+from megatron_tpt.config.convert import expected, from_yaml
 from megatron_tpt.config.fields import PositiveFloat
-from megatron_tpt.config.yaml_file import Key, load_yaml, place_of
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 
 NAME = r"[A-Za-z_][\w-]*"
@@ -261,17 +260,4 @@ def load_study(path: Path) -> StudyConfig:
         raise UserError(f"{path}: {error.strerror}: give a study file") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a study; it has {expected(StudyConfig)}")
-    converter = Converter(lambda key: f"{place_of(places, key) or path}: ", _known)
-    config: StudyConfig = converter.section(StudyConfig, content, ())
-    converter.raise_problems()
-    return config
-
-
-def _known(key: Key) -> str:
-    kinds: dict[Key, type] = {(): StudyConfig, ("budget",): Budget, ("report",): ReportConfig}
-    of_steps: dict[Key, type] = {(): StepConfig, ("cost",): Cost, ("results",): Results}
-    if key[:2] == ("budget", "results"):
-        kind: type = ResultBudget
-    else:
-        kind = of_steps[key[2:-1]] if key[0] == "steps" and len(key) > 2 else kinds[key[:-1]]
-    return f"; known are {', '.join(one.name for one in dataclasses.fields(kind))}"
+    return from_yaml(StudyConfig, content, places, path)

@@ -162,9 +162,9 @@ RESULT = {"metrics": {"m": "m"}}
         ({"a": [1, 2]}, {"s": {"command": ["x"], "cost": {"tokens": "{a}"}}}, {}, "no factor of the step's command"),
         ({"a": [1]}, {"s": {"command": ["x"], "inputs": ["no/file"]}}, {}, "no/file: no such file"),
         ({"a": [1]}, {"s": {"command": ["x"], "code": ["no.py"]}}, {}, "no.py: no such file"),
-        ({"a": [1]}, {"s": {"comand": ["x"]}}, {}, "study.yaml:7: steps.s.comand: unknown; known are command"),
-        ({}, {"results": {"command": ["x"], "results": RESULT | {"fils": 1}}}, {}, "fils: unknown; known are metrics"),
-        ({"a": [1]}, {"s": {"command": ["x"]}}, {"report": {"by": 1}}, "report.by: unknown; known are replicate"),
+        ({"a": [1]}, {"s": {"comand": ["x"]}}, {}, "study.yaml:7: steps.s.comand: unknown; known there: command"),
+        ({}, {"results": {"command": ["x"], "results": RESULT | {"fils": 1}}}, {}, "fils: unknown; known there: metrics"),
+        ({"a": [1]}, {"s": {"command": ["x"]}}, {"report": {"by": 1}}, "report.by: unknown; known there: replicate"),
         ({"a": [1]}, {}, {}, "steps: give at least one"),
     ],
 )  # fmt: skip

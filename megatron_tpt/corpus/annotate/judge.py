@@ -6,13 +6,13 @@ What it answers is read from the end: the last of the labels, or the last number
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tpt.config.convert import Converter
+from megatron_tpt.config.convert import from_yaml
 from megatron_tpt.config.fields import PositiveInt, check_bounds
-from megatron_tpt.config.yaml_file import load_yaml, place_of
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.corpus.documents import Document
 from megatron_tpt.errors import UserError, require
 from megatron_tpt.generation import Completion, Engine, Failure, Request, Sampling
@@ -62,11 +62,7 @@ class Judge:
             raise UserError(
                 f"--judge {path}: {error.strerror}: give a YAML file, or one of {', '.join(known)}"
             ) from None
-        names = ", ".join(one.name for one in fields(cls))
-        converter = Converter(lambda key: f"{place_of(places, key) or file}: ", lambda key: f"; known there: {names}")
-        judge = converter.section(cls, content, ())
-        converter.raise_problems()
-        return judge
+        return from_yaml(cls, content, places, file)
 
     def prompt_for(self, document: Document) -> str:
         """The prompt about a document. Text in it is never taken for a place."""
