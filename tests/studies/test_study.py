@@ -163,7 +163,7 @@ RESULT = {"metrics": {"m": "m"}}
         ({"a": [1]}, {"s": {"command": ["x"], "inputs": ["no/file"]}}, {}, "no/file: no such file"),
         ({"a": [1]}, {"s": {"command": ["x"], "code": ["no.py"]}}, {}, "no.py: no such file"),
         ({"a": [1]}, {"s": {"comand": ["x"]}}, {}, "study.yaml:7: steps.s.comand: unknown; known there: command"),
-        ({}, {"results": {"command": ["x"], "results": RESULT | {"fils": 1}}}, {}, "fils: unknown; known there: metrics"),
+        ({}, {"results": {"command": ["x"], "results": RESULT | {"fils": 1}}}, {}, "fils: unknown; known there: "),
         ({"a": [1]}, {"s": {"command": ["x"]}}, {"report": {"by": 1}}, "report.by: unknown; known there: replicate"),
         ({"a": [1]}, {}, {}, "steps: give at least one"),
     ],
