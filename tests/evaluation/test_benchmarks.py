@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.arms import Arm
 from megatron_tpt.evaluation.asking import Evaluation, render_prompts
@@ -122,6 +123,28 @@ def test_suites_have_the_papers_settings() -> None:
     assert (shots["gsm8k-base"], shots["mmlu-base"], shots["mmlu-pro-base"], shots["boolq"]) == (5, 2, 2, None)
     assert {run.max_new_tokens for run in parsed("--benchmark", "tpt-base")} - {2048} == {1024}  # of the likelihoods
     assert all(run.temperature == 0 and not run.chat for run in parsed("--benchmark", "tpt-base"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--limit 3 --seed 4 --num-samples 4 --temperature 0.60", ""),
+        ("--num-samples 1", ", with other --num-samples"),
+        ("--temperature 0.5 --num-samples 8", ", with other --num-samples, --temperature"),
+        ("--prompt-template {problem}", ", with other --prompt-template"),
+        ("--few-shot examples.txt", ", with other --few-shot"),
+    ],
+)
+def test_published_figures_name_the_settings_that_differ(arguments: str, words: str) -> None:
+    [run] = parsed("--benchmark", "math500", *arguments.split())
+    assert (run.paper[f"TPT-8B after SFT{words}"], run.paper_problems) == (82.4, 500)
+
+
+def test_published_figures_of_ones_own_and_options_without_effect_change_nothing() -> None:
+    [run] = parsed("--benchmark", "boolq", "--temperature", "0.6")
+    assert run.paper["TPT-8B from scratch"] == 75.0
+    files = {path.stem: load_yaml(path)[0] for path in FOLDER.glob("*.yaml")}
+    assert all(("paper" in content) == ("paper_problems" in content) for content in files.values())
 
 
 def test_base_models_are_read_from_their_first_answer_and_others_from_their_last() -> None:
