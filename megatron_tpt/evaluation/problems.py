@@ -118,6 +118,8 @@ def _problem(
             if answer_template
             else _answer(row, benchmark.answer_column, where)
         )
+        if choices is not None and benchmark.answer_type == "choice":
+            choices.check_answer(answer, where)
         answer = choices.letter_of(answer, where) if choices is not None else answer
     return Problem(
         id=name,
