@@ -58,6 +58,7 @@ IN_PLACE_OF = {
     "--model HF_DIR --output CHECKPOINT": "--model models/smollm2 --output imported",
     "--checkpoint RUN/checkpoints/latest --output HF_DIR": "--checkpoint runs/a/checkpoints/latest --output exported",
     "--model model/": "--model runs/sft/model",
+    "--data-dir DIR --limit 20 --max-new-tokens 256": "--data-dir . --limit 20 --max-new-tokens 8",
     "--data problems.jsonl": "--data problems.jsonl --max-new-tokens 8",
     "--estimate 200": "--estimate 3",
     "--split 8,10,6": "--split 0,1,1",
@@ -166,7 +167,8 @@ def _write_what_a_reader_has(folder: Path) -> None:
         {"question": f"What is {i} and {i}?", "prompt": f"What is {i} and {i}?", "answer": str(2 * i)} for i in range(9)
     ]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    for name in ("problems.jsonl", "gsm8k_test.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in problems))
     chats = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
         for row in problems

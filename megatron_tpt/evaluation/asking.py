@@ -165,6 +165,8 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
     arm, options = evaluations[0].arm, evaluations[0].options
     context = check_contexts(evaluations)
     needs = ["log-likelihood"] if any(evaluation.is_scored for evaluation in evaluations) else []
+    name = shown(label(arm.model, arm.recurrences))
+    logger.info(f"{name}: loading (engine {options.engine}) for {total:,} answers")
     engine_options = options.engine_options(arm.model, context, arm.recurrences, arm.early_exit)
     with open_engine(engine_options, needs) as engine:  # type: ignore[arg-type]
         if engine.max_model_len is not None and engine.max_model_len < context:

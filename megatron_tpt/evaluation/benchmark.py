@@ -19,9 +19,11 @@ from megatron_tpt.grading import LETTERS, AnswerKind, Reading, Rules
 
 FOLDER = Path(__file__).parent / "benchmarks"
 """The benchmarks and suites of this package."""
+SHOWN = frozenset({"paper", "paper_problems", "note"})
+"""What only the report shows."""
 GRADING = frozenset(
     {"answer_column", "answer_columns", "answer_template", "code_prefix_column", "answer_type", "answer_pattern",
-     "answer_position", "allow_unsandboxed_code", "code_time_limit_s", "paper", "note"}
+     "answer_position", "allow_unsandboxed_code", "code_time_limit_s", *SHOWN}
 )  # fmt: skip
 """What decides only how outputs are graded and shown: it may change when outputs are graded again."""
 
@@ -43,6 +45,8 @@ class Benchmark:
     """What a reader of the results should know about this benchmark or its protocol."""
     paper: dict[str, float] = field(default_factory=dict)
     """Published figures in percent, by what they are of, for the report."""
+    paper_problems: PositiveInt | None = None
+    """The number of problems that these figures are of: the report says so where others are asked."""
     prompt_column: str = "prompt"
     """The column with the problem. `choices.text` is the field `text` of the column `choices`."""
     answer_column: str = "answer"

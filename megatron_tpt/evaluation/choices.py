@@ -61,6 +61,20 @@ class Choices:
             raise UserError(f"{where}: the answer {str(answer)[:60]!r} is none of the labels {', '.join(self.labels)}")
         return LETTERS[self.labels.index(str(answer))]
 
+    def check_answer(self, answer: Any, where: str) -> None:
+        """Raise UserError for an answer as the row has it that is the letter of one option and the text of another."""
+        if self.labels or self.order or not isinstance(answer, str):
+            return
+        letter = answer.strip().strip("().").upper()
+        places = [i for i, text in enumerate(self.texts) if text.strip().casefold() == answer.strip().casefold()]
+        own = [i for i in range(len(self.texts)) if LETTERS[i] == letter]
+        if places and own and own[0] not in places:
+            raise UserError(
+                f"{where}: the answer {answer!r} is the letter of option {own[0] + 1} and the text of option "
+                f"{places[0] + 1}; give its number from 0 (as a number, not a text), or name the options by "
+                "--choice-labels"
+            )
+
 
 def read_choices(benchmark: Benchmark, row: Mapping[str, Any], where: str) -> Choices | None:
     """The options of the problem in `row`; None for a benchmark without any."""

@@ -183,6 +183,7 @@ def _check_references(run: EvaluateOptions, problems: Sequence[Problem]) -> None
 
 def _evaluations(both: Sequence[tuple[EvaluateOptions, ProblemSet]]) -> Iterator[Evaluation]:
     first = both[0][0]
+    logger.info(f"loading the tokenizer of {shown(first.tokenizer or first_few(first.model, 3))}")  # takes seconds
     ignores_template = not any(run.chat or run.scoring == "perplexity" for run, _ in both)
     for model, arms in itertools.groupby(plan_arms(first), key=lambda arm: arm.model):
         tokenizer = load_tokenizer(first.tokenizer or model)

@@ -1,19 +1,22 @@
 """The options of `tools/evaluate.py`. Light to import: the help of the command line needs nothing else."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_tpt.config import cli
-from megatron_tpt.config.fields import FLAT, PositiveFloat, PositiveInt
+from megatron_tpt.config.convert import Converter
+from megatron_tpt.config.fields import FLAT, PositiveFloat, PositiveInt, hints_of
 from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
-from megatron_tpt.evaluation.benchmark import Benchmark, files_of
+from megatron_tpt.evaluation.benchmark import SHOWN, Benchmark, files_of
 from megatron_tpt.generation import DType, EarlyExit, EngineKind, EngineOptions, ExitCriterion
 from megatron_tpt.jobs.options import ScaleOptions
 
+_OF_NO_FIGURE = SHOWN | {"name", "fetch", "id_column", "seed", "limit", "allow_unsandboxed_code"}
+"""Options of benchmarks that make a published figure no less comparable; of a limit, the report says so itself."""
 _OF_DOCUMENTS = ("id_column", "document_window", "limit")
 """Options of benchmarks that also are those of --documents."""
 
@@ -219,6 +222,20 @@ def _default(each: "Field[Any]") -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
+def _marked(run: EvaluateOptions, described: Mapping[str, Any]) -> EvaluateOptions:
+    """`run` with published figures whose names say which of its options are other than its file `described` them."""
+    hints, converter = hints_of(Benchmark), Converter(where=lambda key: "", suggest=lambda key: "")
+    own = vars(Benchmark()) | {
+        name: converter.value(hints[name], value, (name,)) for name, value in described.items() if name in hints
+    }
+    if run.paper != own["paper"]:
+        return run
+    names = (name for name in own if name not in _OF_NO_FIGURE and getattr(run, name) != own[name])
+    changed = [option for name in names if (option := f"--{name.replace('_', '-')}") not in run.ignored()]
+    other = f", with other {', '.join(changed)}" if changed else ""
+    return replace(run, paper={f"{source}{other}": value for source, value in run.paper.items()})
+
+
 def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | None = None) -> list[EvaluateOptions]:
     """The options of a command line, once for every benchmark that it names: those of the benchmark's file, and over
     them those of the command line; and once for its documents. Raises UserError with all that is wrong."""
@@ -232,7 +249,8 @@ def parse_benchmarks(argv: Sequence[str] | None = None, *, description: str | No
     for name in options.benchmark:
         for files in files_of(name):
             words = [word for file in files for word in ("--recipe", str(file))]
-            if "name" not in load_yaml(files[0])[0]:
+            described = load_yaml(files[0])[0]
+            if "name" not in described:
                 words += ["--name", files[0].stem]
-            runs.append(cli.parse(EvaluateOptions, [*words, *argv]))
+            runs.append(_marked(cli.parse(EvaluateOptions, [*words, *argv]), described))
     return [*runs, *options.of_documents()]

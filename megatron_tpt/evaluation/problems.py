@@ -93,10 +93,11 @@ def _problem(
     choices = read_choices(benchmark, row, where)
     if choices is not None and benchmark.shuffle_choices:
         choices = choices.shuffled(random.Random(f"{benchmark.seed} {name}"))
+    option = "" if template is None else "--prompt-template"
     if template is None:
         template = "{" + benchmark.prompt_column + "}"
         template += "\n{choices}" if choices is not None and benchmark.scoring == "generate" else ""
-    prompt = fill(template, row, where, choices.placeholders() if choices else {})
+    prompt = fill(template, row, where, choices.placeholders() if choices else {}, option)
     if benchmark.scoring == "log-likelihood" and benchmark.likelihood_of == "rest":
         _, blank, rest = prompt.rpartition(benchmark.blank)
         if not (blank and rest.strip()):
@@ -112,7 +113,13 @@ def _problem(
     elif benchmark.answer_columns:
         answer = {name: value_of(row, name, where) for name in benchmark.answer_columns.split(",")}
     else:
-        answer = fill(answer_template, row, where) if answer_template else _answer(row, benchmark.answer_column, where)
+        answer = (
+            fill(answer_template, row, where, option="--answer-template")
+            if answer_template
+            else _answer(row, benchmark.answer_column, where)
+        )
+        if choices is not None and benchmark.answer_type == "choice":
+            choices.check_answer(answer, where)
         answer = choices.letter_of(answer, where) if choices is not None else answer
     return Problem(
         id=name,

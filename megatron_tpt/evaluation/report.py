@@ -17,12 +17,13 @@ _MAX_FAILING = 200
 """Failing samples of a model and benchmark that the page shows."""
 _MAX_CHARACTERS = 20_000
 """Of a prompt or an output; what is omitted in the middle is counted."""
+_PROVENANCE = "How it was measured"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; }
 td, th { border: 1px solid #999; padding: .2rem .6rem; }
 td + td, th + th { text-align: right; } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881;
-padding: .6rem; } details { margin: .3rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+padding: .6rem; } details { margin: .3rem 0; } li, summary { overflow-wrap: anywhere; } summary { cursor: pointer; }
 :root { color-scheme: light dark; }
 """
 
@@ -42,15 +43,25 @@ def accuracy_cell(result: Mapping[str, Any]) -> str:
 
 
 def accuracy_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: models by benchmarks, and below them the figures that papers published."""
+    """Header and rows: models by benchmarks, and below them the figures that papers published, with the number of
+    problems that they are of where it is another."""
     names = [name for name, each in content["benchmarks"].items() if each["scoring"] != "perplexity"]
     cells: dict[str, dict[str, str]] = {}
     for result in content["models"]:
         cells.setdefault(_label(result), {})[result["benchmark"]] = accuracy_cell(result)
     for name in names:
-        for source, value in content["benchmarks"][name]["paper"].items():
-            cells.setdefault(f"published: {source}", {})[name] = f"{value:.1f}"
+        benchmark = content["benchmarks"][name]
+        for source, value in benchmark["paper"].items():
+            cells.setdefault(f"published: {source}", {})[name] = f"{value:.1f}{_of_others(benchmark)}"
     return ["model", *names], [[model, *(own.get(name, "") for name in names)] for model, own in cells.items()]
+
+
+def _of_others(benchmark: Mapping[str, Any]) -> str:
+    """What to add to a published figure that is of other problems than those asked here."""
+    number, asked = benchmark["paper_problems"], benchmark["num_problems"]
+    if number is None:
+        return " (of all problems)" if asked == benchmark["limit"] else ""
+    return "" if asked == number else f" (of {number:,} problems)"
 
 
 def detail_table(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -128,19 +139,24 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     parts = ["# Evaluation"]
     for heading, table in _tables(content):
         parts += [f"\n## {heading}\n", markdown.table(*table)]
-    parts += ["\n## How it was measured\n", *_provenance(content)]
+    parts.append(f"\n## {_PROVENANCE}\n")
+    for name, text in _provenance(content):
+        parts.append(
+            f"- **{markdown.inline(name)}**: {markdown.inline(text)}" if name else f"- {markdown.inline(text)}"
+        )
     return "\n".join(parts) + "\n"
 
 
-def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
+def _provenance(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The facts of both pages on how figures were made, as plain texts: of a benchmark with its name, else with ""."""
     engine, environment = content["engine"], content["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in _all_versions(content).items())
     runs = [run for one in content.get("provenance", ()) for run in one["runs"]] or [environment]
     rule = engine["early_exit"]
     exits = "" if rule is None else f", early exit at {rule['criterion']} below {rule['threshold']}"
     dtypes = ", ".join(sorted(set(engine.get("computed_in", {}).values()))) or engine["dtype"]
-    yield f"- engine {markdown.inline(engine['kind'])}, {dtypes}{exits}; {markdown.inline(versions)}"
-    yield from dict.fromkeys(map(_machine, runs))
+    yield "", f"engine {engine['kind']}, {dtypes}{exits}; {versions}"
+    yield from (("", machine) for machine in dict.fromkeys(map(_machine, runs)))
     for name, each in content["benchmarks"].items():
         words = [f"{each['num_problems']:,} problems of {each['data']} ({each['data_sha256'][:19]})"]
         if each["scoring"] == "generate":
@@ -153,14 +169,14 @@ def _provenance(content: Mapping[str, Any]) -> Iterator[str]:
         else:
             words.append("log-likelihood of the options")
         words += [each["note"]] if each["note"] else []
-        yield f"- **{markdown.inline(name)}**: {markdown.inline('; '.join(words))}"
+        yield name, "; ".join(words)
 
 
 def _machine(run: Mapping[str, Any]) -> str:
     """Where and by which revision answers were made."""
     hardware = run["hardware"] or {"gpus": ["servers of others"]}
     machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
-    return f"- {markdown.inline(machine)}; revision {run['package']['git_revision'] or 'unknown'}"
+    return f"{machine}; revision {run['package']['git_revision'] or 'unknown'}"
 
 
 def _all_versions(content: Mapping[str, Any]) -> dict[str, str]:
@@ -176,6 +192,10 @@ def _body(content: Mapping[str, Any], graded: Sequence[Sequence[Sample]]) -> Ite
     for heading, table in _tables(content):
         yield f"<h2>{heading}</h2>\n"
         yield from html_page.table(*table)
+    yield f"<h2>{_PROVENANCE}</h2>\n<ul>\n"
+    for name, text in _provenance(content):
+        yield f"<li>{f'<b>{as_text(name)}</b>: ' if name else ''}{as_text(text)}</li>\n"
+    yield "</ul>\n"
     for result, samples in zip(content["models"], graded, strict=True):
         failing = [sample for sample in samples if not sample.correct]
         yield f"<h2>{as_text(_label(result))}, {as_text(result['benchmark'])}</h2>\n"

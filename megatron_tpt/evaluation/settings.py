@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.arms import is_same_model
 from megatron_tpt.evaluation.asking import Evaluation
-from megatron_tpt.evaluation.benchmark import GRADING, Benchmark
+from megatron_tpt.evaluation.benchmark import GRADING, SHOWN, Benchmark
 from megatron_tpt.evaluation.provenance import generation_versions, model_identity, tokenizer_identity
 from megatron_tpt.jobs.settings import check_settings, describe_changes, read_settings
 
@@ -38,7 +38,7 @@ def settings_of(each: Evaluation) -> dict[str, Any]:
 def grading_of(benchmark: Benchmark) -> dict[str, Any]:
     """Of the settings of a benchmark, those that decide how outputs are graded."""
     values = benchmark.settings()
-    return {name: values[name] for name in sorted(GRADING - {"paper", "note"})}
+    return {name: values[name] for name in sorted(GRADING - SHOWN)}
 
 
 def check(each: Evaluation, settings: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def read_shots(benchmark: Benchmark, data_dir: Path | None = None) -> Shots | No
     template, groups = template_text(benchmark.shot_template), dict[str, list[str]]()
     for where, _, row in rows_of(source):
         choices = read_choices(benchmark, row, where) if "{choices}" in template else None
-        text = fill(template, row, where, choices.placeholders() if choices else {})
+        text = fill(template, row, where, choices.placeholders() if choices else {}, "--shot-template")
         group = column(row, benchmark.shot_group, where) if benchmark.shot_group is not None else ""
         groups.setdefault(group, []).append(text)
     if not groups:

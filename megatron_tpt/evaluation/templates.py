@@ -24,36 +24,44 @@ def unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def fill(template: str, row: Mapping[str, Any], where: str, more: Mapping[str, str] | None = None) -> str:
+def fill(
+    template: str, row: Mapping[str, Any], where: str, more: Mapping[str, str] | None = None, option: str = ""
+) -> str:
     """The template with the row's columns (and `more`) in place of their names.
 
-    Braces that hold no name stay, so that a template can hold LaTeX.
+    Braces that hold no name stay, so that a template can hold LaTeX. Messages name the `option` that gave it.
     """
     more = more or {}
 
     def replacement(match: re.Match[str]) -> str:
-        return more[match[1]] if match[1] in more else column(row, match[1], where)
+        name = match[1]
+        return (
+            more[name] if name in more else column(row, name, where, option and f", which {option} names as {{{name}}}")
+        )
 
     return re.sub(r"\{(\w+(?:\.\w+)*)\}", replacement, template)
 
 
-def column(row: Mapping[str, Any], name: str, where: str) -> str:
+def column(row: Mapping[str, Any], name: str, where: str, named_by: str = "") -> str:
     """A column as text; of a list of texts, one on each line."""
-    value = value_of(row, name, where)
+    value = value_of(row, name, where, named_by)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(value)
     return str(number_or_text(value, name, where))
 
 
-def value_of(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """The value of a column; `choices.text` is the field `text` of the column `choices`, if none has the whole name."""
+def value_of(row: Mapping[str, Any], name: str, where: str, named_by: str = "") -> Any:
+    """The value of a column; `choices.text` is the field `text` of the column `choices`, if none has the whole name.
+
+    A message about a missing one says `named_by` after its name.
+    """
     value = row.get(name)
     if value is None and "." in name:
         first, _, rest = name.partition(".")
         inner = row.get(first)
         value = inner.get(rest) if isinstance(inner, Mapping) else None
     if value is None:
-        raise UserError(f"{where}: no column {name!r}; its columns are {', '.join(row) or 'none'}")
+        raise UserError(f"{where}: no column {name!r}{named_by}; its columns are {', '.join(row) or 'none'}")
     return value
 
 

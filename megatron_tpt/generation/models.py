@@ -20,16 +20,28 @@ from megatron_tpt.models.spec import register_classes
 
 def check_model(model: str) -> None:
     """Raise UserError unless `model` is a model folder or could be the id of a model on the Hub."""
+    if not _is_folder(model):
+        return
     folder = Path(model)
-    if not folder.is_dir():
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and not folder.parent.is_dir():
-            return
-        raise UserError(f"{model}: no such model folder; give a Hugging Face model folder or a Hub id (owner/name)")
     if not (folder / "config.json").is_file():
         raise UserError(f"{model}: no config.json in this folder; a model is exported by tools/export_hf.py")
     _check_weights(folder)
+    _check_tokenizer(folder)
+
+
+def _is_folder(model: str) -> bool:
+    """Whether `model` is a folder; if not, it could be an id on the Hub. Raises UserError where it is neither."""
+    folder = Path(model)
+    if folder.is_dir():
+        return True
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and not folder.parent.is_dir():
+        return False
+    raise UserError(f"{model}: no such model folder; give a Hugging Face model folder or a Hub id (owner/name)")
+
+
+def _check_tokenizer(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{model}: no tokenizer (tokenizer.json) in this folder; copy the one it was trained with")
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json) in this folder; copy the one it was trained with")
 
 
 def _check_weights(folder: Path) -> None:
@@ -70,8 +82,12 @@ def require_all_weights(model: str, known: Set[str], given: Set[str]) -> None:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The Hugging Face tokenizer of `model`. Raises UserError where it is missing or names no EOS token."""
-    check_model(model)
+    """The Hugging Face tokenizer of `model`, a folder that may have nothing else, or a Hub id.
+
+    Raises UserError where it is missing or names no EOS token.
+    """
+    if _is_folder(model):
+        _check_tokenizer(Path(model))
     check_settings(Path(model))
     try:
         with quiet():

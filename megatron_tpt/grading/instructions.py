@@ -28,17 +28,14 @@ class Instructions:
     """All instructions of a row of IFEval: an object with `instruction_id_list` and `kwargs`."""
 
     def reference(self, value: Any, choices: Sequence[str] = ()) -> list[Instruction] | None:
-        """The instructions; None where one is unknown or lacks an argument."""
+        """The instructions; None where one cannot be read."""
         if not isinstance(value, Mapping):
             return None
         names, given = value.get("instruction_id_list"), value.get("kwargs")
         if not isinstance(names, list) or not isinstance(given, list) or not names or len(names) != len(given):
             return None
-        # Tables have a column for every argument of any instruction.
-        own = [{key: item for key, item in (each or {}).items() if item is not None} for each in given]
-        if any(name not in _CHECKS or not _NEEDED[name] <= each.keys() for name, each in zip(names, own, strict=True)):
-            return None
-        return [(name, {key: each[key] for key in _NEEDED[name]}) for name, each in zip(names, own, strict=True)]
+        found = [read for name, each in zip(names, given, strict=True) if (read := _instruction(name, each))]
+        return found if len(found) == len(names) else None
 
     def candidate(self, text: str, reading: Reading, choices: Sequence[str] = ()) -> str | None:
         """The whole text."""
@@ -51,6 +48,26 @@ class Instructions:
     def missed(self, reference: list[Instruction], candidate: str) -> list[str]:
         """The names of those that are not followed."""
         return [name for name, given in reference if not _CHECKS[name](candidate, **given)]
+
+
+def _instruction(name: Any, given: Any) -> Instruction | None:
+    """One with its own arguments; None where it is unknown, or one of them is missing or of a wrong type."""
+    if not isinstance(name, str) or name not in _CHECKS or not isinstance(given, Mapping | None):
+        return None
+    # Tables have a column for every argument of any instruction.
+    arguments = {key: _argument(key, kind, (given or {}).get(key)) for key, kind in _NEEDED[name].items()}
+    return None if None in arguments.values() else (name, arguments)
+
+
+def _argument(name: str, kind: Any, value: Any) -> Any | None:
+    """An argument of the type `kind`; None for another."""
+    if name.endswith("relation"):
+        return value if value in (_FEWER, _AT_LEAST) else None
+    if kind == list[str]:
+        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+    if isinstance(value, float) and value.is_integer():  # tables with gaps have 3.0 for 3
+        value = int(value)
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
 def _related(count: int, number: int, relation: str) -> bool:
@@ -223,7 +240,8 @@ _CHECKS: Mapping[str, Check] = {
     "change_case:english_lowercase": _is_lowercase_english,
     "punctuation:no_comma": lambda text: "," not in text,
 }
-_NEEDED: Mapping[str, frozenset[str]] = {
-    name: frozenset([*inspect.signature(check).parameters][1:]) for name, check in _CHECKS.items()
+_NEEDED: Mapping[str, Mapping[str, Any]] = {
+    name: {key: each.annotation for key, each in [*inspect.signature(check).parameters.items()][1:]}
+    for name, check in _CHECKS.items()
 }
-"""The arguments of every instruction."""
+"""The arguments of every instruction, with their types."""

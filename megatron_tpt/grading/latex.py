@@ -28,6 +28,9 @@ _RENAMED = (
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"([0-9])\s+([0-9]+)\s*/\s*([0-9]+)"), r"\1\\frac{\2}{\3}"),
 )
+MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+"""Not dozen: problems that end in "7 dozen" ask how many dozens, as those of GSM8K do."""
+_MULTIPLIED = re.compile(rf"({'|'.join(MULTIPLIERS)}) (.+)")
 _UNIT_NAMES = {
     "degree": "^\\circ", "degrees": "^\\circ", "dollar": "\\$", "dollars": "\\$", "percent": "\\%", "%": "\\%",
     "\\%": "\\%", "^\\circ": "^\\circ", "units": "", "unit": "",
@@ -93,7 +96,8 @@ def same_text(a: str, b: str) -> bool:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A normalized answer without its unit, and the unit ("" for none): 15\\text{ cm}^2, \\$18.90, 30^\\circ, 12 in.
+    """A normalized answer without its unit, and the unit ("" for none): 15\\text{ cm}^2, \\$18.90, 30^\\circ, 12 in; of
+    3 million dollars, 3 million and dollars. Letters right behind a number are only a unit if they are a known one.
 
     The base of a numeral (2516_8) is treated as one: it may be missing, and must not differ.
     """
@@ -106,9 +110,14 @@ def split_unit(text: str) -> tuple[str, str]:
         value = text[: match.start()]
     elif match := _WORD_UNIT.fullmatch(text):
         value = match["value"]
-    if match is None or not is_unit(unit := _words(match["unit"])):
+        if match.start("unit") == match.end("value") and not _is_known(re.split("[ /^]", match["unit"].lower())[0]):
+            return text, ""  # 3abcd is a product
+    if match is None:
         return text, ""
-    return value.strip(), _UNIT_NAMES.get(unit, unit)
+    unit = _words(match["unit"])
+    if multiplied := _MULTIPLIED.fullmatch(unit):
+        value, unit = f"{value.strip()} {multiplied[1]}", multiplied[2]
+    return (value.strip(), _UNIT_NAMES.get(unit, unit)) if is_unit(unit) else (text, "")
 
 
 def is_unit(words: str) -> bool:
@@ -119,7 +128,11 @@ def is_unit(words: str) -> bool:
 
 def _is_unit_word(word: str) -> bool:
     noun = re.fullmatch("[a-z]{4,}", word) and not _NO_UNIT.fullmatch(word)
-    return bool(noun or word in _UNIT_NAMES or _KNOWN_UNIT.fullmatch(word))
+    return bool(noun) or _is_known(word)
+
+
+def _is_known(word: str) -> bool:
+    return word in _UNIT_NAMES or _KNOWN_UNIT.fullmatch(word) is not None
 
 
 def without_prefix(text: str) -> str:

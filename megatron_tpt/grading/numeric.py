@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from megatron_tpt.grading.latex import is_unit, normalize, split_unit
+from megatron_tpt.grading.latex import MULTIPLIERS, is_unit, normalize, split_unit
 
 _MAX_BITS = 10_000
 """Larger powers are no answer that anyone compares by value, and Python refuses to turn 4,300 digits into text."""
@@ -12,9 +12,7 @@ _MAX_LENGTH = 2000
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?"
-_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-"""Not dozen: problems that end in "7 dozen" ask how many dozens, as those of GSM8K do."""
-_MULTIPLIER = rf"(?:\s+|\s*\\text\{{\s*)(?P<multiplier>(?i:{'|'.join(_MULTIPLIERS)}))\b\}}?"
+_MULTIPLIER = rf"(?:\s+|\s*\\text\{{\s*)(?P<multiplier>(?i:{'|'.join(MULTIPLIERS)}))\b\}}?"
 _NUMBER = re.compile(
     # No number starts inside a name (v7) or a number; a minus after something is a subtraction (9-5).
     r"(?<![A-Za-z0-9_])"
@@ -49,6 +47,9 @@ _CHANGED_AFTER = re.compile(
     r"(?i)^\W*(?:or|and)\s+(?:more|less|fewer|greater|above|below|up|a (?:half|third|quarter))\b"
     r"|^\W*(?:squared|cubed|factorial|minus|plus|halves|thirds|hundredths|tenths|thousandths)\b"
 )
+_DENIED_BEFORE = re.compile(
+    r"(?i)(?:\b(?:not|never|cannot)|n['’]t)\s+(?:(?:be|equal|to|exactly|the|number|value|answer)\s+){0,3}[-−$*\\(]*$"
+)
 _RELATION = re.compile(r"!=|[<>≠≤≥]|\\(?:ne|neq|le|leq|ge|geq|lt|gt)(?![A-Za-z])")
 _SEVERAL = re.compile(r"[=0-9].*(?:,\s|;|\b(?:or|and)\b)", re.S)
 
@@ -61,10 +62,12 @@ def numbers_in(text: str) -> list[tuple[Fraction, int, int]]:
 
 
 def last_number(text: str) -> tuple[Fraction, int, int] | None:
-    """The last of `numbers_in(text)`."""
+    """The last of `numbers_in(text)`; None where it is denied, as in "so it is not 5"."""
     for match in reversed(list(_NUMBER.finditer(text))):
         if (value := _value(match)) is not None:
-            return value, match.start(), match.end()
+            start = match.start()
+            is_denied = _DENIED_BEFORE.search(text[max(start - 100, 0) : start])
+            return None if is_denied else (value, start, match.end())
     return None
 
 
@@ -89,7 +92,7 @@ def rational(answer: str) -> Fraction | None:
         return None
     text, factor = normalize(answer), 1
     if match := re.search(_MULTIPLIER + "$", text):
-        text, factor = text[: match.start()], _MULTIPLIERS[match["multiplier"].lower()]
+        text, factor = text[: match.start()], MULTIPLIERS[match["multiplier"].lower()]
     if re.search(r"[0-9.]\s+[0-9.]", text):  # 1 2 is not 12
         return None
     text = re.sub(r"\s+", "", text)
@@ -144,7 +147,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if divisor == 0:
             return None
         value /= divisor
-    value = (value + int(match["whole"] or 0)) * _MULTIPLIERS.get((match["multiplier"] or "").lower(), 1)
+    value = (value + int(match["whole"] or 0)) * MULTIPLIERS.get((match["multiplier"] or "").lower(), 1)
     return -value if match["sign"] or match["inner_sign"] else value
 
 

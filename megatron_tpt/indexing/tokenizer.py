@@ -275,6 +275,8 @@ def loading_failure(folder: Path, error: Exception) -> UserError | Fault:
             return damage
     names = [name for name in (*_SETTINGS, *_MODEL_FILES) if (folder / name).is_file()]
     advice = f"; restore the one of these that is damaged: {', '.join(names)}" if names else ""
+    if not path.is_file() and not (folder / "config.json").is_file():
+        advice = "; without tokenizer.json, transformers finds its class by config.json: copy either into the folder"
     return failure(f"{folder}: its tokenizer cannot be loaded ({one_line(error)}){advice}", error)
 
 

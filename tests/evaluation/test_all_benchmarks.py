@@ -80,5 +80,5 @@ def test_a_model_is_asked_all_of_them_in_one_command_that_resumes(tmp_path: Path
         pytest.skip("there is no Chromium (set CHROMIUM to its program) to look at the report")
     page = shown_by_browser(tmp_path / "out" / "report.html", tmp_path)
     num_wrong = sum(round(LIMIT * (1 - result["accuracy"])) for result in results["models"])
-    assert page.tags.count("details") == num_wrong and page.tags.count("h2") == len(titles) + 1
+    assert page.tags.count("details") == num_wrong and page.tags.count("h2") == len(titles) + 3
     assert all(title in page.text for title in titles)

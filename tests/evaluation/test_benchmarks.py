@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from megatron_tpt.config.yaml_file import load_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.arms import Arm
 from megatron_tpt.evaluation.asking import Evaluation, render_prompts
@@ -38,12 +39,23 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+def described() -> dict[str, Any]:
+    """What the files of this package say, by name."""
+    return {path.stem: load_yaml(path)[0] for path in FOLDER.glob("*.yaml")}
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_benchmark_is_complete_and_says_where_its_data_are(name: str) -> None:
     for run in parsed("--benchmark", name):
         assert run.fetch and run.data_file and (run.data is None or str(run.data).startswith("hf://"))
         with pytest.raises(UserError, match=re.escape(run.fetch.split()[0])):
             read_problems(run, Path("/nowhere"))
+
+
+def test_the_page_names_every_file_of_a_data_folder() -> None:
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    files = {content.get(key) for content in described().values() for key in ("data_file", "few_shot_file")} - {None}
+    assert sorted(file for file in files if f"`{file}`" not in page) == []
 
 
 @pytest.mark.parametrize("name", names())
@@ -122,6 +134,28 @@ def test_suites_have_the_papers_settings() -> None:
     assert (shots["gsm8k-base"], shots["mmlu-base"], shots["mmlu-pro-base"], shots["boolq"]) == (5, 2, 2, None)
     assert {run.max_new_tokens for run in parsed("--benchmark", "tpt-base")} - {2048} == {1024}  # of the likelihoods
     assert all(run.temperature == 0 and not run.chat for run in parsed("--benchmark", "tpt-base"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--limit 3 --seed 4 --num-samples 4 --temperature 0.60", ""),
+        ("--num-samples 1", ", with other --num-samples"),
+        ("--temperature 0.5 --num-samples 8", ", with other --num-samples, --temperature"),
+        ("--prompt-template {problem}", ", with other --prompt-template"),
+        ("--few-shot examples.txt", ", with other --few-shot"),
+    ],
+)
+def test_published_figures_name_the_settings_that_differ(arguments: str, words: str) -> None:
+    [run] = parsed("--benchmark", "math500", *arguments.split())
+    assert (run.paper[f"TPT-8B after SFT{words}"], run.paper_problems) == (82.4, 500)
+
+
+def test_published_figures_of_ones_own_and_options_without_effect_change_nothing() -> None:
+    [run] = parsed("--benchmark", "boolq", "--temperature", "0.6")
+    assert run.paper["TPT-8B from scratch"] == 75.0
+    files = described()
+    assert all(("paper" in content) == ("paper_problems" in content) for content in files.values())
 
 
 def test_base_models_are_read_from_their_first_answer_and_others_from_their_last() -> None:
@@ -241,6 +275,37 @@ def test_an_answer_by_number_is_followed_through_the_shuffle(tmp_path: Path) -> 
         write_rows(tmp_path / "d.jsonl", rows[0] | {"answer": answer})
         with pytest.raises(UserError, match=message):
             read_problems(options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "texts", "message"),
+    [
+        (
+            "C",
+            ["C", "D", "E", "A"],
+            r"d\.jsonl:1: the answer 'C' is the letter of option 3 and the text of option 1; give",
+        ),
+        ("c", ["c", "d", "e", "a"], "the answer 'c' is the letter of option 3"),
+        ("C", ["A", "B", "C", "D"], None),
+        ("E", ["C", "D", "E", "A"], None),
+        ("C", ["red", "blue", "green"], None),
+        (2, ["C", "D", "E", "A"], None),
+    ],
+)
+def test_an_answer_that_is_the_letter_of_one_option_and_the_text_of_another_is_refused(
+    tmp_path: Path, answer: Any, texts: list[str], message: str | None
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", {"prompt": "?", "options": texts, "answer": answer})
+    options = EvaluateOptions(model=["m"], output=tmp_path, data=data, choices_column="options", answer_type="choice")
+    by_label = EvaluateOptions(**vars(options) | {"choice_labels": list("ABCDE")[: len(texts)]})
+    if message is None:
+        assert read_problems(options)[0].answer == answer
+    else:
+        with pytest.raises(UserError, match=message):
+            read_problems(options)
+        assert read_problems(EvaluateOptions(**vars(options) | {"answer_type": "exact"}))[0].answer == answer
+    if answer == "C":
+        assert read_problems(by_label)[0].answer == "C"
 
 
 def test_labels_name_the_options(tmp_path: Path) -> None:

@@ -449,12 +449,20 @@ def test_mistakes_are_refused_before_a_model_is_loaded_and_leave_nothing(
     empty.write_text("\n")
     words = write_problems(tmp_path / "words.jsonl", [{"prompt": "a", "answer": "one"}])
     twice = write_problems(tmp_path / "twice.jsonl", [{"id": 1, "prompt": "a", "answer": "1"}] * 2)
+    wrong = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": ["{}"]}
+    names = write_problems(tmp_path / "names.jsonl", [wrong])
+    columns = ["--answer-columns", "instruction_id_list,kwargs"]
     cases: list[tuple[str, Path, list[str]]] = [
         ("broken.jsonl:2: not JSON", broken, []),
         ("no problems in this file", empty, []),
         ("missing.jsonl: no such file or folder", tmp_path / "missing.jsonl", []),
-        ("no column 'question'", problems, ["--prompt-template", "{question}"]),
+        (
+            "no column 'question', which --prompt-template names as {question}; its columns are prompt",
+            problems,
+            ["--prompt-template", "{question}"],
+        ),
         ("reference answer 'one' cannot be read", words, ["--answer-type", "number"]),
+        ("names.jsonl:1: the reference answer", names, ["--answer-type", "instructions", *columns]),
         ("ids must differ", twice, []),
         ("--allow-unsandboxed-code", problems, ["--answer-type", "code"]),
         ("omit --chat", problems, ["--chat"]),

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def test_options_are_rendered_after_the_problem_or_where_the_template_names_them
     assert problem.prompt == "Colour?\n(A) red\n(B) 2"
     assert (problem.answer, problem.choices) == (1, ("red", "2"))
     assert problems(path, **columns, prompt_template="{options}; {question}")[0].prompt == "(A) red\n(B) 2; Colour?"
+
+
+@pytest.mark.parametrize("option", ["prompt_template", "answer_template", "shot_template"])
+def test_a_template_with_a_column_that_a_row_lacks_is_named(tmp_path: Path, option: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES)
+    words = (
+        f"a.jsonl:1: no column 'question', which --{option.replace('_', '-')} names as {{question}}; its columns are"
+    )
+    with pytest.raises(UserError, match=f"{re.escape(words)} prompt, answer, more"):
+        problems(path, few_shot=path, **{option: "Q: {question}"})
 
 
 def test_references_may_be_lists_and_booleans_or_built_from_columns(tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_results_that_a_command_replaces_are_named(options: EvaluateOptions, cap
     with caplog.at_level(logging.INFO):
         evaluate(dataclasses.replace(options, name="more"))
     assert f"no longer has {options.model[0]} on sums" in caplog.text
+    loading = [message for message in caplog.messages if "loading" in message]
+    assert loading[0] == f"loading the tokenizer of {options.model[0]}"
 
 
 def test_one_engine_asks_all_benchmarks(options: EvaluateOptions) -> None:

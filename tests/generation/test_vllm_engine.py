@@ -15,6 +15,7 @@ from megatron_tpt.generation import (
     Sampling,
     VLLMEngine,
     check_context,
+    check_model,
     complete,
     derive_seed,
     load_tokenizer,
@@ -139,6 +140,15 @@ def test_a_context_that_is_too_small_is_refused(model: str) -> None:
         check_context(model, 413, 100)
 
 
+def test_a_tokenizer_needs_no_model_in_its_folder(tmp_path: Path, model: str) -> None:
+    shutil.copy(Path(model) / "tokenizer.json", tmp_path)
+    shutil.copy(Path(model) / "tokenizer_config.json", tmp_path)
+    assert load_tokenizer(str(tmp_path))(PROMPTS).input_ids == load_tokenizer(model)(PROMPTS).input_ids
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
+    with pytest.raises(UserError, match=r"without tokenizer\.json, transformers finds its class by config\.json"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_no_model_is_no_traceback(tmp_path: Path, model: str) -> None:
     def broken_copy(name: str, *missing: str) -> str:
         folder = shutil.copytree(model, tmp_path / name)
@@ -148,6 +158,7 @@ def test_no_model_is_no_traceback(tmp_path: Path, model: str) -> None:
 
     def refused(path: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
+            check_model(path)
             load_tokenizer(path)
 
     refused(str(tmp_path / "nowhere"), "no such model folder")

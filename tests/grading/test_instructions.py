@@ -92,8 +92,29 @@ def test_all_instructions_of_a_prompt_must_be_followed_and_those_missed_are_name
         {"instruction_id_list": ["punctuation:no_comma"], "kwargs": []},
         reference(("punctuation:no_dash", {})),
         reference(("startend:end_checker", {})),
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": ["{}"]},
+        {"instruction_id_list": [["x"]], "kwargs": [{}]},
+        {"instruction_id_list": [None], "kwargs": [None]},
+        reference(("startend:end_checker", {"end_phrase": 1})),
+        reference(("keywords:existence", {"keywords": "ferry"})),
+        reference(("keywords:existence", {"keywords": [1]})),
+        reference(("detectable_format:number_bullet_lists", {"num_bullets": "2"})),
+        reference(("detectable_format:number_bullet_lists", {"num_bullets": 2.5})),
+        reference(("detectable_format:number_bullet_lists", {"num_bullets": True})),
+        reference(("length_constraints:number_words", {"num_words": 3, "relation": "at most"})),
+        reference(("length_constraints:number_words", {"num_words": 3, "relation": ["at least"]})),
         reference(),
     ],
 )
 def test_references_that_are_no_instructions_are_known(value: Any) -> None:
     assert Grader(Rules("instructions")).reference(value) is None
+
+
+def test_numbers_may_be_those_of_a_table_with_gaps() -> None:
+    row = reference(
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2.0, "nth_paragraph": 2.0, "first_word": "b"},
+        )
+    )
+    assert Grader(Rules("instructions")).grade(Item("a\n\nb", row)).correct

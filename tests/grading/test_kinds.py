@@ -67,6 +67,23 @@ def test_ten_letters_are_known_without_the_options() -> None:
     assert make_kind("choice").candidate("The answer is (J).\n\nThe answer is (A).", Reading(first=True)) == "J"
 
 
+@pytest.mark.parametrize("kind", ["number", "math"])
+@pytest.mark.parametrize(
+    ("output", "is_read"),
+    [
+        ("So it is not 5.", False),
+        ("The total is not $5$.", False),
+        ("It isn't equal to 5", False),
+        ("It can't be exactly -5.", False),
+        ("I do not know why, but it is 5.", True),
+        ("He does not eat 3, so 5", True),
+        ("It is not 3 but 5.", True),
+    ],
+)
+def test_a_last_number_that_is_denied_is_no_answer(kind: Any, output: str, is_read: bool) -> None:
+    assert (make_kind(kind).candidate(output, Reading()) is not None) == is_read
+
+
 @pytest.mark.parametrize(
     ("value", "letter"),
     [("B", "B"), ("(b)", "B"), (1, "B"), ("dark blue", "B"), (4, None), ("E", None), ("1", None), (True, None)],
