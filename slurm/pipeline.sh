@@ -17,6 +17,7 @@
 #     CHATS=chats/                             conversations to fine-tune on
 #     PACK=(--sequence-length 32768 --chat-template chat.jinja)
 #     FINETUNE=(examples/tpt/sft_3b.yaml)
+#     RL=(rl.yaml --data.train=[prompts/])     optional: reinforcement learning after fine-tuning
 #     EVALUATE=(--benchmark tpt-reasoning --data-dir benchmarks --executor slurm --num-tasks 16 --gpus-per-task 1)
 set -euo pipefail
 if [[ $# -ne 1 ]]; then
@@ -26,7 +27,7 @@ elif [[ ! -f $1 ]]; then
     echo "error: $1 is no file: give one with the variables that slurm/pipeline.sh alone shows" >&2
     exit 2
 fi
-AUGMENT=() PACK=() EVALUATE=()
+AUGMENT=() PACK=() RL=() EVALUATE=()
 # shellcheck source=/dev/null
 source "$(realpath "$1")"
 cd "$(dirname "$0")/.."
@@ -92,6 +93,11 @@ tool index tools/index.py --input "$OUTPUT/thinking" --tokenizer "$TOKENIZER" --
 train pretrain pretrain "${PRETRAIN[@]}" --run.output_dir="$OUTPUT/pretrain" --data.train="[$OUTPUT/index/thinking]"
 train finetune finetune "${FINETUNE[@]}" --run.output_dir="$OUTPUT/finetune" --data.train="[$OUTPUT/index/chats]" \
     --training.init_from="$OUTPUT/pretrain/checkpoints/latest"
-tool export tools/export_hf.py --checkpoint "$OUTPUT/finetune/checkpoints/latest" --output "$OUTPUT/model"
+trained=finetune
+if ((${#RL[@]} > 0)); then
+    train rl rl "${RL[@]}" --run.output_dir="$OUTPUT/rl" --training.init_from="$OUTPUT/finetune/checkpoints/latest"
+    trained=rl
+fi
+tool export tools/export_hf.py --checkpoint "$OUTPUT/$trained/checkpoints/latest" --output "$OUTPUT/model"
 tool evaluate tools/evaluate.py --model "$OUTPUT/model" --output "$OUTPUT/evaluation" --wait "${EVALUATE[@]}"
 echo "follow them: squeue --me; logs in $OUTPUT/logs; scores in $OUTPUT/evaluation"

@@ -163,7 +163,7 @@ class AlgorithmConfig:
     num_epochs: PositiveInt = 1
     """Times over the rollouts of an iteration."""
     gamma: Share = 1.0
-    """Discount of the rewards of later tokens (PPO, REINFORCE++)."""
+    """Discount of the rewards of later tokens (PPO, REINFORCE++, REPRO)."""
     lam: Share = 1.0
     """Decay of generalized advantage estimation (PPO)."""
     clip_low: Share = 0.2

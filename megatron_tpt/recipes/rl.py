@@ -36,8 +36,8 @@ _RULES = (
     _where(
         "algorithm",
         "gamma",
-        lambda recipe: recipe.has_critic or recipe.algorithm.name == "reinforce_plus_plus",
-        "algorithm.name=ppo or reinforce_plus_plus",
+        lambda recipe: recipe.has_critic or recipe.algorithm.name == "reinforce_plus_plus" or recipe.repro.enabled,
+        "algorithm.name=ppo or reinforce_plus_plus, or repro.enabled=true",
     ),
     _where(
         "algorithm",
@@ -169,6 +169,15 @@ class RLRecipe(TrainingRecipe):
             rollouts.num_samples > 1 or self.algorithm.name in ("ppo", "reinforce_plus_plus"),
             f"rollouts.num_samples=1 gives algorithm.name={self.algorithm.name} nothing to compare a rollout with: "
             f"raise it",
+        )
+        require(
+            rollouts.num_samples > 1 or not rollouts.dynamic_sampling,
+            "rollouts.dynamic_sampling=true drops every group of rollouts.num_samples=1: raise it, or turn that off",
+        )
+        require(
+            not (self.repro.enabled and self.data.answer_type == "code"),
+            "repro.enabled=true needs a right answer that can be appended, and data.answer_type=code has tests: give "
+            "other data",
         )
         require(
             self.rewards.overlong_buffer <= rollouts.max_new_tokens,

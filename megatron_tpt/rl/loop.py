@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from megatron_tpt.rl.advantages import Advantages, outcome_advantages, outcome_r
 from megatron_tpt.rl.collecting import Collected, Collector, Weights
 from megatron_tpt.rl.critic import build_critic, follow, save_critic
 from megatron_tpt.rl.engine import OwnEngine
-from megatron_tpt.rl.experience import Experience
+from megatron_tpt.rl.experience import Experience, Sample
 from megatron_tpt.rl.learning import MiniBatches
 from megatron_tpt.rl.losses import kl_estimates, penalized_rewards
 from megatron_tpt.rl.objectives import PolicyObjective
@@ -122,7 +122,7 @@ class Iterations:
         if self._critic is not None:
             follow(self._critic, trainer)
         if self._log is not None:
-            self._log.forget_after(first_step // steps)
+            self._log.begin(self._recipe, first_step)
         while True:
             iteration = trainer.global_step // steps
             is_patient = trainer.global_step > first_step  # before, the timeout is long already
@@ -148,6 +148,7 @@ class Iterations:
         logged = self._read_log(iteration)
         if logged is not None:
             samples, metrics = logged
+            _require_columns(self._recipe, samples, iteration)
             self._taken.position = max(self._taken.position, samples[-1].position + 1)
             if self._trainer.global_step == iteration * self._recipe.steps_per_iteration:
                 self._trainer.metrics.write(self._trainer.global_step + 1, metrics)
@@ -241,6 +242,22 @@ class Iterations:
         columns["advantage"] = found.advantages
         if found.returns is not None:
             columns["return"] = found.returns
+
+
+def _require_columns(recipe: "RLRecipe", samples: Sequence[Sample], iteration: int) -> None:
+    """Raise UserError where the rollouts of an iteration were scored for another algorithm, which needed less."""
+    needed = {"old", "advantage"}
+    if recipe.algorithm.kl == "loss":
+        needed.add("reference")
+    if recipe.has_critic:
+        needed |= {"value", "return"}
+    used = next(one for one in samples if one.is_used)
+    if missing := needed - used.columns.keys():
+        raise UserError(
+            f"the rollouts of iteration {iteration}, within which the run resumes, were scored without "
+            f"{', '.join(sorted(missing))}, which algorithm.name={recipe.algorithm.name} with kl={recipe.algorithm.kl} "
+            f"needs: resume with the algorithm of before, or delete checkpoints to resume where an iteration begins"
+        )
 
 
 @contextlib.contextmanager

@@ -121,6 +121,18 @@ def check_answers(recipe: "RLRecipe") -> None:
                 f"{problem.where}: the right answer {str(problem.answer)[:60]!r} is none of "
                 f"data.answer_type={recipe.data.answer_type}: fix it, or give another type"
             )
+        if recipe.repro.enabled and not _can_be_appended(problem.answer, recipe.data.answer_type):
+            raise UserError(
+                f"{problem.where}: repro.enabled=true appends the right answer as a model would write it, which "
+                f"{str(problem.answer)[:60]!r} is not: give a data.answer_column with the answer alone"
+            )
+
+
+def _can_be_appended(answer: Any, kind: str) -> bool:
+    """Whether an answer is one text: no list of them, no solution that ends in it, no number of an option."""
+    if isinstance(answer, str):
+        return not any(mark in answer for mark in ("####", "\\boxed", "\n"))
+    return isinstance(answer, int | float) and kind != "choice"
 
 
 def grading_rules(recipe: "RLRecipe") -> Rules:

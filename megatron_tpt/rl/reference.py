@@ -12,7 +12,12 @@ from megatron_tpt import platform
 from megatron_tpt.config.load import to_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.training.builder import build_frozen_model
-from megatron_tpt.training.checkpoint_files import delete_old_checkpoints, step_folder
+from megatron_tpt.training.checkpoint_files import (
+    delete_old_checkpoints,
+    finished_checkpoints,
+    step_folder,
+    step_number,
+)
 from megatron_tpt.training.checkpoint_loading import load_weights
 from megatron_tpt.training.checkpoint_saving import start_saving
 from megatron_tpt.training.model import Model
@@ -56,7 +61,9 @@ class Reference:
         """Write the weights of the policy."""
         policy = self._policy
         if platform.is_first_rank():
-            shutil.rmtree(folder, ignore_errors=True)  # of steps that are repeated
+            for other in finished_checkpoints(folder.parent):
+                if step_number(other) >= policy.global_step:  # of steps that are repeated
+                    shutil.rmtree(other, ignore_errors=True)
         policy.model.gather_weights()
         start_saving(
             folder,

@@ -8,23 +8,36 @@ A wave is appended with one system call and flushed: a crash can only truncate t
 The others appear whole, once everything that depends on the weights at the start of the iteration is in
 them: log-probabilities, values, advantages. A run that resumes inside the iteration reads them there.
 
+    RUN/rollouts/recipe.yaml                          the recipe by which the current iteration is sampled
+
 What the iterations after a checkpoint have sampled is removed when a run resumes from it. On a CPU the same is sampled
-again, to the bit; elsewhere the weights may differ by rounding from those that the log is from.
+again, to the bit; elsewhere the weights may differ by rounding from those that the log is from. What another recipe
+has sampled for an iteration that begins is removed, too.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zstandard
 
+from megatron_tpt.config.changes import Change, changes
+from megatron_tpt.config.load import read_yaml, to_yaml
+from megatron_tpt.config.on_change import Effect
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import no_links, write_json
+from megatron_tpt.files import atomic_write, no_links, write_json
 from megatron_tpt.json_data import read_json
 from megatron_tpt.records import describe, expand_sources, json_lines, read_rows
 from megatron_tpt.rl.experience import Sample
+
+if TYPE_CHECKING:
+    from megatron_tpt.recipes.rl import RLRecipe
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"iteration_(\d{8})\.((waves\.)?jsonl\.zst|json)")
 
@@ -48,12 +61,22 @@ class RolloutLog:
         """The file with its metrics."""
         return self.folder / f"iteration_{iteration:08d}.json"
 
-    def forget_after(self, iteration: int) -> None:
-        """Remove what later iterations have sampled."""
-        for path in self.folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match is not None and int(match[1]) > iteration:
-                path.unlink()
+    def begin(self, recipe: "RLRecipe", step: int) -> None:
+        """Remove what a run that has done `step` steps samples anew: what later iterations have sampled and, where an
+        iteration begins, what another recipe has sampled for it."""
+        iteration, place = divmod(step, recipe.steps_per_iteration)
+        path = self.folder / "recipe.yaml"
+        changed = [one for one in changes(recipe, read_yaml(path)) if _decides(one)] if path.exists() else []
+        if changed and not place:
+            logger.info(f"iteration {iteration} is sampled from its beginning: {', '.join(map(str, changed))}")
+        first = iteration if changed and not place else iteration + 1
+        for file in self.folder.iterdir():
+            match = _NAME.fullmatch(file.name)
+            if match is not None and int(match[1]) >= first:
+                file.unlink()
+        if not place:
+            with atomic_write(path) as file:
+                file.write_text(to_yaml(recipe))
 
     def read(self, iteration: int) -> tuple[list[Sample], dict[str, float]] | None:
         """The rollouts of an iteration, scored, and its metrics; None where that is not finished."""
@@ -99,6 +122,13 @@ class RolloutLog:
             os.fsync(file)
         finally:
             os.close(file)
+
+
+def _decides(change: Change) -> bool:
+    """Whether other rollouts, rewards or advantages follow from a change."""
+    if change.section in ("data", "rollouts", "rewards", "algorithm", "repro"):
+        return change.on_resume is not Effect.FREE
+    return change.name in ("run.seed", "training.init_from")
 
 
 def _frames(content: bytes) -> Iterator[tuple[bytes, int]]:

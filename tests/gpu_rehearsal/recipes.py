@@ -38,7 +38,8 @@ STARTS = {
 
 
 def load(name: str) -> Recipe:
-    """A recipe with a vocabulary, where the data would bring it, and with the model that its start would bring."""
+    """A recipe with a vocabulary, where the data would bring it, and with the model that its start would bring: that of
+    the policy, in reinforcement learning."""
     path = EXAMPLES / f"{name}.yaml"
     raw: dict[str, Any] = yaml.safe_load(path.read_text())
     kind = RLRecipe if "rollouts" in raw else PretrainRecipe

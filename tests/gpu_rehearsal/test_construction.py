@@ -15,6 +15,7 @@ from megatron_tpt.models.hugging_face import Row
 from megatron_tpt.models.precision import describe_kernels, require_active
 from megatron_tpt.models.sizes import stage_parameters
 from megatron_tpt.models.spec import build_chunks, spec_of
+from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.training.checkpoint_state import weights_state
 from megatron_tpt.training.reporting import ReportMetrics
 
@@ -62,13 +63,15 @@ def outer_ranks(parallel: ParallelConfig, replicas: int = 2) -> Iterator[tuple[i
 
 
 def refusal(recipe: Recipe) -> str | None:
-    """What is said of a precision that a recipe's model cannot have: models for two CPU cores are narrower than a
-    block, and recurrent ones have no FP8."""
+    """What is said of a precision that a recipe cannot have: models for two CPU cores are narrower than a block,
+    recurrent ones have no FP8, and neither has reinforcement learning."""
     widths = (recipe.model.hidden_size, recipe.model.ffn_hidden_size // recipe.parallel.tensor_parallel_size)
     if recipe.training.fp8 != "none" and recipe.model.family == "recurrent":
         return "is not supported with model.family=recurrent"
     if recipe.training.fp8 == "blockwise" and any(width % 128 for width in widths):
         return r"is not a multiple of training\.fp8=blockwise: its block=128"
+    if recipe.training.fp8 != "none" and isinstance(recipe, RLRecipe):
+        return "is not supported by reinforcement learning"
     return None
 
 

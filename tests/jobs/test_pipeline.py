@@ -83,6 +83,39 @@ def queue() -> str:
     return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
 
 
+def test_reinforcement_learning_is_a_stage_where_it_is_asked_for(tmp_path: Path) -> None:
+    """What is submitted: its model is the one that is exported, and without it the fine-tuned one."""
+    with slurm_cluster(num_cpus=2, num_nodes=2):
+        subprocess.run(["scontrol", "update", "PartitionName=main", "State=DOWN"], check=True)  # so that nothing begins
+        variables = write_inputs(tmp_path)
+        commands = run_and_read(variables)
+        assert list(commands) == STAGES
+        assert f"--checkpoint {tmp_path}/out/finetune/checkpoints/latest" in commands["export"]
+        variables.write_text(f"{variables.read_text()}OUTPUT={tmp_path}/other\nRL=(rl.yaml --training.num_steps=2)\n")
+        commands = run_and_read(variables)
+        assert list(commands) == ["pack", "augment", "index", "pretrain", "finetune", "rl", "export", "evaluate"]
+        out = tmp_path / "other"
+        assert commands["rl"].endswith(
+            f"slurm/train.sbatch rl rl.yaml --training.num_steps=2 --run.output_dir={out}/rl "
+            f"--training.init_from={out}/finetune/checkpoints/latest"
+        )
+        assert f"--checkpoint {out}/rl/checkpoints/latest --output {out}/model" in commands["export"]
+
+
+def run_and_read(variables: Path) -> dict[str, str]:
+    """The commands of the jobs that the pipeline submits, by their names, in order; they are removed."""
+    run_pipeline(variables)
+    listed = subprocess.run(
+        ["squeue", "--noheader", "--sort=i", "--Format=Name:20,Command:2000"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    subprocess.run(["scancel", "--partition=main"], check=True)
+    wait_until(lambda: not queue())
+    return {line.split()[0]: line.split(maxsplit=1)[1].strip() for line in listed.stdout.splitlines()}
+
+
 @pytest.mark.slow(minutes=4)
 @pytest.mark.timeout(2 * PATIENCE_S)
 def test_documents_become_a_scored_model_also_after_a_failure(tmp_path: Path) -> None:

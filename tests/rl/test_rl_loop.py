@@ -353,6 +353,35 @@ def test_dynamic_sampling_trains_on_groups_that_differ(
     assert positions == list(range(len(positions))), "every prompt is sampled once, iteration after iteration"
 
 
+@pytest.mark.slow(minutes=1)
+def test_a_reference_of_steps_that_are_repeated_replaces_the_later_ones(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    changes = {"algorithm": {"kl": "reward", "reference_refresh": 1}, "training": {"num_steps": 8}}
+    path = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(changes)))
+    workers.run(PROGRAM, [str(path)], 1)
+    shutil.rmtree(tmp_path / "run/checkpoints")  # its references are of steps 2, 4 and 6, of which two are kept
+    workers.run(PROGRAM, [str(path)], 1)
+    names = sorted(one.name for one in (tmp_path / "run/reference").glob("step_*"))
+    assert names == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.slow(minutes=1)
+def test_rollouts_that_lack_what_another_algorithm_needs_are_refused(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    """Within an iteration; another one that begins is sampled and scored anew."""
+    recipe = rl_recipe(start, problems, tmp_path / "run", **merged(EVERY_STEP, {"training": {"num_steps": 2}}))
+    workers.run(PROGRAM, [str(write_recipe(recipe))], 1)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
+    penalized = write_recipe(recipe | {"algorithm": {"kl": "loss"}})
+    with pytest.raises(AssertionError, match=r"were scored without reference, which .*=grpo with kl=loss needs"):
+        workers.run(PROGRAM, [str(penalized)], 1)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000001")
+    workers.run(PROGRAM, [str(penalized)], 1)
+    assert all("reference" in row["columns"] for row in rollouts_of(tmp_path / "run")[0])
+
+
 def test_a_refreshed_reference_is_the_policy_of_that_iteration(
     workers: Workers, start: Path, problems: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The recipe of reinforcement learning: what follows from it, and what it refuses."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.rl import RLRecipe
+from megatron_tpt.rl.prompts import check_answers
 
 
 def recipe(**sections: dict[str, Any]) -> RLRecipe:
@@ -50,6 +52,11 @@ def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
         ({"training": {"num_steps": 7}}, "not a multiple of the 2 steps of an iteration"),
         ({"rollouts": {"max_new_tokens": 128}}, "leaves no room for a prompt"),
         ({"rollouts": {"num_samples": 1, "num_prompts": 16}}, "nothing to compare a rollout with"),
+        (
+            {"rollouts": {"num_samples": 1, "num_prompts": 16, "dynamic_sampling": True}, "algorithm": {"name": "ppo"}},
+            "drops every group of rollouts.num_samples=1",
+        ),
+        ({"repro": {"enabled": True}, "data": {"answer_type": "code"}}, "data.answer_type=code has tests"),
         ({"rewards": {"overlong_buffer": 65}}, "is more than rollouts.max_new_tokens=64"),
         ({"training": {"fp8": "tensorwise"}}, "training.fp8=tensorwise is not supported by reinforcement learning"),
         ({"faults": {"on_loss_spike": "skip"}}, "faults.on_loss_spike=skip is not supported by reinforcement learning"),
@@ -100,6 +107,30 @@ def test_an_answer_that_cannot_be_read_is_named_before_anything_starts(tmp_path:
     given = recipe(data={"train": [str(problems)], "answer_type": "number"})
     with pytest.raises(UserError, match=r"problems\.jsonl:2: the right answer 'many' is none of .*answer_type=number"):
         given.prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("answer_type", "answer"),
+    [
+        ("number", "She has 2 + 1 apples.\n#### 3"),
+        ("math", "so it is \\boxed{3}"),
+        ("exact", ["3", "three"]),
+        ("choice", 1),
+    ],
+)
+def test_an_answer_that_no_model_would_write_is_not_appended(tmp_path: Path, answer_type: str, answer: Any) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "1 + 2", "answer": answer}) + "\n")
+    fields = {"data": {"train": [str(problems)], "answer_type": answer_type}}
+    check_answers(recipe(**fields))
+    with pytest.raises(UserError, match=r"problems\.jsonl:1: repro\.enabled=true appends the right answer"):
+        check_answers(recipe(**fields, repro={"enabled": True}))
+
+
+def test_the_discount_has_an_effect_on_process_rewards() -> None:
+    given = {"algorithm": {"gamma": 0.9}}
+    assert any("algorithm.gamma" in line for line in recipe(**given).warnings())
+    assert not any("algorithm.gamma" in line for line in recipe(**given, repro={"enabled": True}).warnings())
 
 
 def test_without_a_start_there_is_nothing_to_reinforce() -> None:

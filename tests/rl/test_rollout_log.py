@@ -1,15 +1,20 @@
 """What was sampled survives a kill at any byte, and nothing else."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.rl.experience import Experience, Sample
 from megatron_tpt.rl.rollout_log import RolloutLog
+from megatron_tpt.rl.start import prepare_engine_folder
 
 
 def sample(position: int, number: int = 0, length: int = 3) -> Sample:
@@ -29,6 +34,18 @@ def sample(position: int, number: int = 0, length: int = 3) -> Sample:
         reason=None,
         rewards={"correct": 1.0, "length": -0.125},
     )
+
+
+def recipe(**sections: dict[str, Any]) -> RLRecipe:
+    """Iterations of two steps."""
+    fields: dict[str, dict[str, Any]] = {
+        "data": {"train": ["problems.jsonl"]},
+        "training": {"num_steps": 8, "global_batch_size": 16},
+        "rollouts": {"num_prompts": 4, "num_samples": 8},
+    }
+    made = recipe_from_dict(RLRecipe, fields | {name: fields.get(name, {}) | one for name, one in sections.items()})
+    assert isinstance(made, RLRecipe)
+    return made
 
 
 WAVES = [[sample(0), sample(0, 1, 5)], [sample(1)], [sample(2), sample(2, 1)]]
@@ -80,11 +97,61 @@ def test_what_later_iterations_sampled_is_removed(log: RolloutLog) -> None:
         log.write(iteration, WAVES[0], {})
     log.add_wave(4, WAVES[0])
     (log.folder / "notes.txt").write_text("mine")
-    log.forget_after(2)
-    assert sorted(path.name for path in log.folder.iterdir()) == [
+    log.begin(recipe(), 4)
+    assert files_of(log) == [
         *(f"iteration_{iteration:08d}.{kind}" for iteration in range(3) for kind in ("json", "jsonl.zst")),
         "notes.txt",
+        "recipe.yaml",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "is_kept"),
+    [
+        ({}, 4, True),
+        ({"rollouts": {"max_gap": 0.5}, "optimizer": {"learning_rate": 0.1}}, 4, True),
+        ({"rollouts": {"temperature": 0.5}}, 4, False),
+        ({"algorithm": {"name": "ppo"}}, 4, False),
+        ({"data": {"prompt_template": "{prompt}!"}}, 4, False),
+        ({"run": {"seed": 7}}, 4, False),
+        ({"rollouts": {"temperature": 0.5}}, 5, True),
+    ],
+)
+def test_what_another_recipe_sampled_is_removed_where_an_iteration_begins(
+    log: RolloutLog, changes: dict[str, dict[str, Any]], step: int, is_kept: bool
+) -> None:
+    """Iteration 2 is steps 4 and 5. Within it, other weights would sample it."""
+    log.begin(recipe(), 0)
+    log.write(2, WAVES[0], {})
+    log.add_wave(2, WAVES[0])
+    log.begin(recipe(**changes), step)
+    assert ("iteration_00000002.jsonl.zst" in files_of(log)) == is_kept
+    assert bool(log.read_waves(2)) == is_kept
+    log.write(2, WAVES[0], {})
+    log.begin(recipe(**changes), step)
+    assert log.read(2) is not None
+
+
+def test_an_engine_of_another_start_is_refused(tmp_path: Path) -> None:
+    """Until there is a checkpoint: with one, its weights count, and the engine gets them."""
+    made = recipe(run={"output_dir": str(tmp_path)})
+    first, second = (
+        dataclasses.replace(made, training=dataclasses.replace(made.training, init_from=tmp_path / name))
+        for name in ("first", "second")
+    )
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/config.json").write_text("{}")
+    RolloutLog(tmp_path / "rollouts").begin(first, 0)
+    prepare_engine_folder(first)
+    with pytest.raises(UserError, match=r"engine is of training\.init_from=.*/first, and the recipe has .*/second"):
+        prepare_engine_folder(second)
+    (tmp_path / "checkpoints/step_00000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/step_00000002/recipe.yaml").write_text("{}")
+    prepare_engine_folder(second)
+
+
+def files_of(log: RolloutLog) -> list[str]:
+    return sorted(path.name for path in log.folder.iterdir())
 
 
 def test_a_damaged_file_is_named(log: RolloutLog) -> None:
