@@ -15,9 +15,11 @@ import yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.json_data import MAX_NESTING
 
-MAX_BYTES = 4 << 20
-MAX_VALUES = 100_000
-"""How many keys and items a file may hold, those that its aliases repeat included: these grow without limit."""
+MAX_BYTES = 32 << 20
+MAX_VALUES = 500_000
+"""How many keys and items a file may hold, those that its aliases repeat included: these grow without limit. The recipe
+in a checkpoint has six for each index file, of which a run may have tens of thousands."""
+_LARGE = 1 << 18
 
 Key = tuple[str | int, ...]
 """A place in nested mappings and lists: ("data", "train", 0, "weight")."""
@@ -45,7 +47,7 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): give a YAML file") from None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader_of(text, path)
         try:
             node = loader.get_single_node()
             reader = _PlaceReader(path)
@@ -64,6 +66,22 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
         raise UserError(f"{path} is nested too deeply: more than {MAX_NESTING} levels") from None
     except ValueError as error:  # a date that is none
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _loader_of(text: str, path: Path) -> Any:
+    """PyYAML's loader for a text, which has the better messages; for a large one, written by a program, that of
+    libyaml, if it is there: for thousands of sources the other takes tens of seconds. libyaml's would crash at a deep
+    nesting, for which UserError is raised here."""
+    fast: Any = getattr(yaml, "CSafeLoader", None)
+    if len(text) < _LARGE or fast is None:
+        return yaml.SafeLoader(text)
+    depth = 0
+    for event in yaml.parse(text, fast):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            line = event.start_mark.line + 1 if event.start_mark is not None else 1
+            raise UserError(f"{path}:{line} is nested too deeply: more than {MAX_NESTING} levels")
+    return fast(text)
 
 
 def read_yaml_file(path: Path) -> YamlFile:

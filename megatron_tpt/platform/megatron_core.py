@@ -295,6 +295,16 @@ def set_rotary_attention_factor(attention: Any, factor: float) -> None:
     attention._yarn_concentration_factor = factor
 
 
+def read_small_index(dataset: Any, max_bytes: int) -> None:
+    """Replace the memory map that an IndexedDataset has of its .idx by a copy in memory, if it is no larger than
+    `max_bytes`."""
+    index = dataset.index
+    if index.bin_buffer_mmap.nbytes <= max_bytes:
+        for name in ("sequence_lengths", "sequence_pointers", "document_indices"):
+            setattr(index, name, getattr(index, name).copy())
+        del index.bin_buffer, index.bin_buffer_mmap
+
+
 def indexes_samples[C: type](cls: C) -> C:
     """Class decorator: a GPTDataset gets its document, sample and shuffle index from its method `sample_arrays`."""
     cls._build_document_sample_shuffle_indices = cls.sample_arrays  # type: ignore[attr-defined]

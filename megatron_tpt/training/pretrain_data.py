@@ -27,11 +27,16 @@ from megatron_tpt.training.sample_index import epochs_of
 
 from megatron.core.datasets.utils import Split
 
-_FILES_PER_DATASET = 8
+_MAX_MAPPED = 4096
+"""Up to this many datasets, .bin files are mapped; of more, a sample opens those that it reads, since a process can
+have some 65,000 maps (Linux's vm.max_map_count)."""
+_MAX_SOURCES = 32_766  # Megatron Core numbers the datasets of a blend by an int16
+_FILES_OF_MAPPED = 2  # the .bin file and its map
+_FILES_OF_LARGE = 4  # the maps of .idx and of three arrays, if these are not small
 _OTHER_FILES = 512
 
 
-def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache) -> DatasetConfig:
+def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache, *, is_mapped: bool) -> DatasetConfig:
     tokenizer = SimpleNamespace(  # the attributes that GPTDataset reads, and the think tags
         eod=manifest.tokenizer.eos_id,
         vocab_size=manifest.tokenizer.vocab_size,
@@ -50,24 +55,28 @@ def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache)
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,  # plain causal attention: the kernels apply the mask
+        mmap_bin_files=is_mapped,
         cache=cache,
         resets_at_documents=recipe.data.reset_at_documents,
         loss_on=recipe.data.loss_on,
     )
 
 
-def _raise_open_file_limit(num_datasets: int) -> None:
-    """Raise the limit on open files as far as needed: each dataset keeps two files, their memory maps and those of
-    three arrays open, in addition to files that are already open."""
-    needed = _FILES_PER_DATASET * num_datasets + _OTHER_FILES + _highest_open_file()
+def _raise_open_file_limit(num_datasets: int, *, is_mapped: bool) -> None:
+    """Raise the limit on open files as far as the datasets may need, in addition to files that are already open.
+
+    Raises UserError if it cannot be raised as far as they need even when all of their arrays are small.
+    """
+    least = (_FILES_OF_MAPPED if is_mapped else 0) * num_datasets + _OTHER_FILES + _highest_open_file()
+    most = least + _FILES_OF_LARGE * num_datasets
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
+    if soft != resource.RLIM_INFINITY and soft < most:
+        if hard != resource.RLIM_INFINITY and hard < least:
             raise UserError(
-                f"data: {num_datasets} datasets need {needed} open files and the limit is {hard}: raise it "
-                f"(ulimit -Hn {needed}), or merge them with tools/merge_index.py"
+                f"data: {num_datasets} datasets need {most} open files and the limit is {hard}: raise it "
+                f"(ulimit -Hn {most}), or merge them with tools/merge_index.py"
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _highest_open_file() -> int:
@@ -93,14 +102,33 @@ def _read_manifests(recipe: BlendRecipe, opened: list[Blend]) -> list[list[Manif
     return parts
 
 
+def _require_few_sources(opened: list[Blend]) -> None:
+    """Raise UserError when a blend has more sources than Megatron Core can number."""
+    for blend in opened:
+        if len(blend.sources) > _MAX_SOURCES:
+            raise UserError(
+                f"data: {len(blend.sources):,} indices in the blend {blend.name}, and at most {_MAX_SOURCES:,} fit: "
+                "merge them with tools/merge_index.py"
+            )
+
+
+def _open_splits(recipe: BlendRecipe, cache: SampleCache) -> tuple[list[Any], list[list[Manifest]]]:
+    """The datasets of `open_splits`, and the manifests of their sources."""
+    opened = blends(recipe)
+    _require_few_sources(opened)
+    manifests = _read_manifests(recipe, opened)
+    num_datasets = sum(len(blend.sources) for blend in opened)
+    is_mapped = num_datasets <= _MAX_MAPPED
+    _raise_open_file_limit(num_datasets, is_mapped=is_mapped)
+    splits = [Split.train, *[Split.valid] * (len(opened) - 1)]
+    config = _dataset_config(recipe, manifests[0][0], cache, is_mapped=is_mapped)
+    datasets = [open_blend(*parts, config) for parts in zip(opened, manifests, splits, strict=True)]
+    return datasets, manifests
+
+
 def open_splits(recipe: BlendRecipe, cache: SampleCache) -> list[Any]:
     """The training dataset and, where the recipe validates, the validation datasets."""
-    opened = blends(recipe)
-    manifests = _read_manifests(recipe, opened)
-    _raise_open_file_limit(sum(len(blend.sources) for blend in opened))
-    splits = [Split.train, *[Split.valid] * (len(opened) - 1)]
-    config = _dataset_config(recipe, manifests[0][0], cache)
-    return [open_blend(*parts, config) for parts in zip(opened, manifests, splits, strict=True)]
+    return _open_splits(recipe, cache)[0]
 
 
 def prepare_cache(recipe: BlendRecipe) -> None:
@@ -165,9 +193,8 @@ def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe, after `prepare_cache`. Needs process groups."""
     if recipe.data.mock:
         return _build_mock_data(recipe)
-    train, *validation = open_splits(recipe, SampleCache(cache_folder(recipe)))
+    (train, *validation), (manifests, *_) = _open_splits(recipe, SampleCache(cache_folder(recipe)))
     blend, *others = blends(recipe)
-    manifests = read_manifests(source.path for source in blend.sources)
     return TrainingData(
         train=make_loader(train, recipe),
         validation={
@@ -179,5 +206,5 @@ def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
         has_segments=recipe.data.reset_at_documents,
         source_names=tuple(blend.names) if len(blend.names) <= MAX_NAMES else ("data",),
         source_tokens=SourceTokens(train, blend, manifests),
-        identity=pretrain_identity(recipe),
+        identity=functools.partial(_identity, recipe, blend, manifests),
     )

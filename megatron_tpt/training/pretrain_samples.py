@@ -15,9 +15,9 @@ from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.marks import begin_of_marking, mark_thinking
 from megatron_tpt.indexing.pack_manifest import PackedSource
 from megatron_tpt.indexing.packed_index import PackedIndex
-from megatron_tpt.platform.megatron_core import indexes_blend, indexes_samples
+from megatron_tpt.platform.megatron_core import indexes_blend, indexes_samples, read_small_index
 from megatron_tpt.training.blend import MAX_NAMES, Blend
-from megatron_tpt.training.sample_cache import SampleCache
+from megatron_tpt.training.sample_cache import SMALL_BYTES, SampleCache
 from megatron_tpt.training.sample_index import (
     BlendIndex,
     SampleIndex,
@@ -28,6 +28,7 @@ from megatron_tpt.training.sample_index import (
 
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 _NUM_THREADS = 16
@@ -208,6 +209,14 @@ def samples_wanted(blend: Blend) -> list[int]:
     return [math.ceil(share * (1 + DatasetConfig.mid_level_dataset_surplus)) for share in blend.shares]
 
 
+class _Index(IndexedDataset):
+    """An indexed dataset that keeps no file open for a small .idx."""
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize(*args, **kwargs)
+        read_small_index(self, SMALL_BYTES)
+
+
 def open_blend(
     blend: Blend, manifests: list[Manifest], split: Split, config: DatasetConfig
 ) -> torch.utils.data.Dataset:
@@ -220,7 +229,7 @@ def open_blend(
     def open_source(source: DatasetSource, manifest: Manifest, num_samples: int | None) -> ThinkingGPTDataset:
         # An index is identified by its content, not by its path.
         content = manifest.checksums["idx"]
-        dataset = ThinkingGPTDataset.build_low_level_dataset(str(source.path), config)
+        dataset = _Index(str(source.path), mmap=config.mmap_bin_files)
         result = ThinkingGPTDataset(dataset, content, None, num_samples, split, config)
         result.has_thinking = manifest.may_have_thinking
         result.packed = PackedIndex(source.path) if isinstance(manifest, PackedSource) else None

@@ -30,6 +30,9 @@ from megatron_tpt.logs import ALL_RANKS
 logger = logging.getLogger(__name__)
 
 _LARGE_BYTES = 64 << 20
+SMALL_BYTES = 64 << 10
+"""Files up to this size are read, not mapped: a map keeps a file open, and a process can have some 65,000 maps (Linux's
+vm.max_map_count), which tens of thousands of sources would exceed."""
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -143,14 +146,17 @@ class SampleCache:
 def _map(path: Path) -> np.ndarray:
     """The array in a file of numpy.save, memory-mapped. Raises ValueError when the file is truncated.
 
-    numpy's own memmap takes twice as long for thousands of files, since it resolves every component of each path.
+    Small ones are read. numpy's own memmap takes twice as long for thousands of files, since it resolves every
+    component of each path.
     """
     with path.open("rb") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("unknown version of numpy's format")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin, is_small = file.tell(), os.fstat(file.fileno()).st_size <= SMALL_BYTES
+        file.seek(0)
+        data = file.read() if is_small else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            return np.ndarray(shape, dtype, data, file.tell())
+            return np.ndarray(shape, dtype, data, begin)
         except TypeError as error:
             raise ValueError(str(error)) from None

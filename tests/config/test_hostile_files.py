@@ -50,6 +50,7 @@ HOSTILE_YAML = {
     "a mapping within itself": "a: &a {b: *a}\n",
     "a deep list": "a: " + "[" * 150 + "]" * 150 + "\n",
     "a very deep list": "a: " + "[" * 5000 + "]" * 5000 + "\n",
+    "a list deeper than any stack": "[" * 1_000_000,
     "deep mappings": "".join(f"{' ' * n}a:\n" for n in range(300)),
     "a call": "model: !!python/object/apply:os.system ['true']\n",
     "an object": "model: !!python/object/new:object {}\n",
@@ -62,10 +63,12 @@ HOSTILE_YAML = {
 }
 
 
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("name", HOSTILE_YAML)
-def test_a_hostile_recipe_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_hostile_recipe_is_refused(tmp_path: Path, name: str, is_large: bool) -> None:
+    """Also a large one, which has another loader."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(HOSTILE_YAML[name])
+    path.write_text("#\n" * (1 << 18 if is_large else 0) + HOSTILE_YAML[name])
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         read_yaml_file(path)
 

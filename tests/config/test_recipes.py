@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_tpt.config.load import load_recipe, recipe_from_dict, to_yaml
+from megatron_tpt.config.load import load_recipe, read_yaml, recipe_from_dict, to_yaml
 from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.finetune import FinetuneRecipe
 from megatron_tpt.recipes.pretrain import PretrainRecipe
@@ -34,6 +34,14 @@ def test_dotted_overrides_win_over_the_file(recipe_path: Path) -> None:
 def test_a_resolved_recipe_reads_back_as_itself(recipe_path: Path) -> None:
     recipe = load(recipe_path, "--model.preset=llama3.2-3b", "--data.validation=[{path: v, weight: 0.5}]")
     assert recipe_from_dict(PretrainRecipe, yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_a_recipe_of_as_many_sources_as_a_blend_can_have_is_read_back(tmp_path: Path) -> None:
+    """From a checkpoint, as on resume."""
+    sources = [{"path": f"/data/thinking/part-{i:06}", "weight": 1.0 + i, "name": "all"} for i in range(32_766)]
+    recipe = recipe_from_dict(PretrainRecipe, MINIMAL | {"data": {"train": sources}})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert recipe_from_dict(PretrainRecipe, read_yaml(tmp_path / "recipe.yaml")) == recipe
 
 
 def test_preset_fills_in_what_is_not_given(recipe_path: Path) -> None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from training_runs import PRETRAIN, Workers, read_metrics
 
@@ -28,7 +29,7 @@ from megatron_tpt.indexing.manifest import Manifest
 from megatron_tpt.indexing.options import IndexOptions
 from megatron_tpt.recipes.pretrain import PretrainRecipe
 from megatron_tpt.records import Record, write_records
-from megatron_tpt.training import pretrain_samples
+from megatron_tpt.training import pretrain_data, pretrain_samples
 from megatron_tpt.training.pretrain_data import open_splits, prepare_cache
 from megatron_tpt.training.sample_cache import MissingEntryError, SampleCache
 from megatron_tpt.training.sample_index import build_blend_index
@@ -285,6 +286,31 @@ def test_more_datasets_than_files_may_be_open(recipe: dict, index_prefix: Path, 
         process.start()
         process.join()
         assert process.exitcode == 0
+
+
+def test_many_small_datasets_keep_no_file_open(
+    recipe: dict, index_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And have the same samples as few, whose text is mapped."""
+    ours = make_recipe(recipe, copies(index_prefix, tmp_path, 6), tmp_path / "cache")
+    prepare_cache(ours)
+    cache, open_before = SampleCache(tmp_path / "cache"), len(os.listdir("/proc/self/fd"))
+    [mapped] = open_splits(ours, cache)
+    open_with_few = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(pretrain_data, "_MAX_MAPPED", 5)
+    [unmapped] = open_splits(ours, cache)
+    assert len(os.listdir("/proc/self/fd")) == open_with_few > open_before
+    for one, other in ((mapped, unmapped), (mapped, pickle.loads(pickle.dumps(unmapped)))):
+        assert all(torch.equal(one[i]["tokens"], other[i]["tokens"]) for i in range(20))
+    assert len(os.listdir("/proc/self/fd")) == open_with_few
+
+
+def test_a_blend_has_a_largest_number_of_sources(
+    recipe: dict, index_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain_data, "_MAX_SOURCES", 2)
+    with pytest.raises(UserError, match=r"3 indices in the blend train, and at most 2 fit: merge them with"):
+        prepare_cache(make_recipe(recipe, copies(index_prefix, tmp_path, 3), tmp_path / "cache"))
 
 
 def test_machines_with_a_cache_each_train_as_with_a_common_one(
