@@ -56,7 +56,7 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 # What records when, how fast and by which process, and not what was made.
 # The inventory lists files in the order in which they were finished.
 NOT_COMPARED = {"heartbeat.json", ".lock", "lock", "logs", ".work", ".inventory", "checkpoints"}
-ONLY_NAMES = {"README.md", "checksums.json"}
+ONLY_NAMES = {"README.md", "checksums.json", "starts.jsonl"}
 FULL = r"the disk is full|No space left on device|make room"
 METRICS = ("step", "loss", "loss_document", "loss_thinking", "loss_answer", "grad_norm", "learning_rate", "tokens")
 

@@ -89,6 +89,7 @@ class RolloutLog:
             if row.value is None:
                 raise UserError(describe(source, row, "remove the file: its iteration is sampled again"))
             samples.append(Sample(**row.value))
+        self.waves_path(iteration).unlink(missing_ok=True)  # where the run was killed just before
         return samples, read_json(self.metrics_path(iteration))
 
     def write(self, iteration: int, samples: Sequence[Sample], metrics: Mapping[str, float]) -> None:

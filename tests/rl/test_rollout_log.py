@@ -81,7 +81,9 @@ def test_scored_rollouts_replace_the_waves_and_keep_every_bit(log: RolloutLog) -
     assert log.read(5) is None
     log.write(5, experience.lines(), {"reward": 0.1 + 0.2})
     assert not log.waves_path(5).exists()
+    log.add_wave(5, samples)  # as after a kill before they were removed
     found = log.read(5)
+    assert not log.waves_path(5).exists()
     assert found is not None and found[1] == {"reward": 0.1 + 0.2}
     again = Experience.read(found[0])
     assert again.samples == experience.lines()

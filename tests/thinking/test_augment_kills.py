@@ -75,7 +75,10 @@ def num_journaled(output: Path) -> int:
     journals = list((output / ".work" / "journal").glob("part-*"))
     parts = {path.name.partition(".")[0] for path in output.glob("part-*")}
     parts -= {path.name.partition(".")[0] for path in journals}
-    return sum(path.read_bytes().count(b"\n") for path in journals) + ROWS_PER_SHARD * len(parts)
+    try:
+        return sum(path.read_bytes().count(b"\n") for path in journals) + ROWS_PER_SHARD * len(parts)
+    except FileNotFoundError:  # the job has finished a shard since they were listed
+        return num_journaled(output)
 
 
 def check_every_id_once(documents: Path, output: Path) -> None:
