@@ -7,7 +7,8 @@ The indices have random tokens and are written by the project's writer; each is 
 wildcard, and the run would read all once. `cold`: no sample indices in the cache. `warm`: those of the cold start.
 (The files are new, so in the page cache both times.) The tiny model computes next to nothing. Seconds on the clock,
 and of the process on the cores (`cpu_s`), which other programs on the machine change less; `load` is that of the
-machine before the start. A run on random tokens from memory (`no files`) is the part that the data do not change.
+machine before the start. A run on random tokens from memory (`no files`) is the part that has nothing to do with the
+data.
 """
 
 import dataclasses
