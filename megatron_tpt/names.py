@@ -30,6 +30,11 @@ def first_few(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 sample", "1,319 samples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def seed_of(name: str) -> int:
     """A seed for what has this name, the same wherever and whenever it is asked: 0 <= seed < 2**63."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

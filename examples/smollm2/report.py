@@ -49,8 +49,9 @@ def check_losses(tensor: list[float], pipeline: list[float]) -> float:
 def evaluation(results: dict[str, Any]) -> list[str]:
     """The cells of one evaluation."""
     [result] = results["models"]
+    num_samples = result["num_problems"] * result["num_samples"]
     return [
-        accuracy_cell(result), str(result["num_problems"]), f"{result['extraction_failures']}",
+        accuracy_cell(result), str(result["num_problems"]), f"{100 * result['extraction_failures'] / num_samples:.0f}%",
         f"{100 * result['truncated_fraction']:.0f}%", f"{result['mean_output_tokens']:.0f}",
     ]  # fmt: skip
 

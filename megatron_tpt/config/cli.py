@@ -1,6 +1,7 @@
 """Command lines from dataclasses, and the exit codes all programs share.
 
-0 done, 2 a mistake that the user can fix, 75 stopped early but cleanly (the same command resumes), 1 a fault.
+0 done, 2 a mistake that the user can fix, 75 stopped early but cleanly (the same command resumes), 130 Ctrl-C, 1 a
+fault.
 """
 
 import logging

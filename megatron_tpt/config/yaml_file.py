@@ -61,11 +61,17 @@ def load_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        raise UserError(f"{place} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{place} is not YAML: {_what_is_wrong(error)}") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply: more than {MAX_NESTING} levels") from None
     except ValueError as error:  # a date that is none
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _what_is_wrong(error: yaml.YAMLError) -> str:
+    """What PyYAML says, without the places in its own words: it does not know the file."""
+    words = [getattr(error, name, None) for name in ("context", "problem")]
+    return " ".join(", ".join(word for word in words if word).split()) or " ".join(str(error).split())
 
 
 def _loader_of(text: str, path: Path) -> Any:

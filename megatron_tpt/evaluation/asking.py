@@ -168,6 +168,7 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
     name = shown(label(arm.model, arm.recurrences))
     logger.info(f"{name}: loading (engine {options.engine}) for {total:,} answers")
     engine_options = options.engine_options(arm.model, context, arm.recurrences, arm.early_exit)
+    start_s = time.monotonic()
     with open_engine(engine_options, needs) as engine:  # type: ignore[arg-type]
         if engine.max_model_len is not None and engine.max_model_len < context:
             raise UserError(
@@ -177,6 +178,7 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
         for evaluation, own in zip(evaluations, missing, strict=True):
             if own:
                 evaluation.store.note_engine(engine.dtype, _run(options))
+        logger.info(f"{name}: loaded in {time.monotonic() - start_s:,.0f} s; answering")
         _Asker(engine, evaluations, missing, task).run()
 
 

@@ -19,7 +19,7 @@ from megatron_tpt.grading import LETTERS, AnswerKind, Reading, Rules
 
 FOLDER = Path(__file__).parent / "benchmarks"
 """The benchmarks and suites of this package."""
-SHOWN = frozenset({"paper", "paper_problems", "note"})
+SHOWN = frozenset({"paper", "paper_problems", "paper_source", "note"})
 """What only the report shows."""
 GRADING = frozenset(
     {"answer_column", "answer_columns", "answer_template", "code_prefix_column", "answer_type", "answer_pattern",
@@ -47,6 +47,8 @@ class Benchmark:
     """Published figures in percent, by what they are of, for the report."""
     paper_problems: PositiveInt | None = None
     """The number of problems that these figures are of: the report says so where others are asked."""
+    paper_source: str | None = None
+    """Where these figures are published, such as arXiv 2509.20186."""
     prompt_column: str = "prompt"
     """The column with the problem. `choices.text` is the field `text` of the column `choices`."""
     answer_column: str = "answer"
@@ -198,6 +200,11 @@ class Benchmark:
         return re.sub(r"[^\w.-]", "_", stem.partition(".")[0]) or "problems"
 
     @property
+    def has_examples(self) -> bool:
+        """Whether worked examples go before every prompt."""
+        return self.few_shot is not None or self.few_shot_file is not None
+
+    @property
     def advice(self) -> str:
         """Where its data come from, for the end of a message; empty where it does not say so."""
         return f" ({self.fetch})" if self.fetch else ""
@@ -211,8 +218,9 @@ class Benchmark:
 
     def rules(self) -> Rules:
         """How the outputs are graded."""
-        has_examples = self.few_shot is not None or self.few_shot_file is not None
-        first = self.answer_position == "first" or (self.answer_position == "auto" and has_examples and not self.chat)
+        first = self.answer_position == "first" or (
+            self.answer_position == "auto" and self.has_examples and not self.chat
+        )
         reading = Reading(first, tuple(self.stop), self.answer_pattern)
         if self.scoring == "log-likelihood":
             reading = Reading()  # the output is ours: the likeliest option

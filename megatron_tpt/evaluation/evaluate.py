@@ -30,13 +30,13 @@ from megatron_tpt.evaluation.problems import Problem, ProblemSet, read_problem_s
 from megatron_tpt.evaluation.provenance import grading_versions
 from megatron_tpt.evaluation.results import ModelResult, describe, summarize, write_results
 from megatron_tpt.evaluation.samples import FAILED, Answer, Key, Sample, Store, require_complete
-from megatron_tpt.evaluation.settings import check, grading_of, settings_of
+from megatron_tpt.evaluation.settings import check, grading_of, note, settings_of
 from megatron_tpt.files import write_json
 from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.lock import exclusive
-from megatron_tpt.jobs.settings import read_settings, write_settings
+from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.names import first_few, shown
 from megatron_tpt.provenance import environment
 
@@ -66,17 +66,32 @@ def evaluate(
     by_arm = [list(group) for _, group in itertools.groupby(evaluations, key=lambda each: each.arm)]
     settings = [settings_of(each) for each in evaluations]
     job = JobFolder(first.output, "results.json")
+    is_running = bool(job.running_tasks())
     for each, now in zip(evaluations, settings, strict=True):
-        check(each, now)
-    if not first.rescore:
-        for group in by_arm:
-            check_contexts(group)
-        for each, now in zip(evaluations, settings, strict=True):
-            write_settings(each.store.settings_path, now)
-        if not _answer(by_arm, job, first, command):
-            return []
-    with _grading_lock(job):
-        return _conclude(evaluations, first)
+        check(each, now, is_running=is_running)
+    with _interruption_named(evaluations):
+        if not first.rescore:
+            for group in by_arm:
+                check_contexts(group)
+            for each, now in zip(evaluations, settings, strict=True):
+                note(each, now)
+            if not _answer(by_arm, job, first, command):
+                return []
+        with _grading_lock(job):
+            return _conclude(evaluations, first)
+
+
+@contextlib.contextmanager
+def _interruption_named(evaluations: Sequence[Evaluation]) -> Iterator[None]:
+    """Say what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        answers = [answer for each in evaluations for answer in each.answers().values()]
+        number = sum(answer.finish_reason != FAILED for answer in answers)
+        total = sum(len(each.keys) for each in evaluations)
+        logger.warning(f"interrupted: {number:,} of {total:,} answers are stored; the same command resumes")
+        raise
 
 
 def _answer(
@@ -183,7 +198,8 @@ def _check_references(run: EvaluateOptions, problems: Sequence[Problem]) -> None
 
 def _evaluations(both: Sequence[tuple[EvaluateOptions, ProblemSet]]) -> Iterator[Evaluation]:
     first = both[0][0]
-    logger.info(f"loading the tokenizer of {shown(first.tokenizer or first_few(first.model, 3))}")  # takes seconds
+    # Takes seconds, most of them for transformers.
+    logger.info(f"loading libraries and the tokenizer of {shown(first.tokenizer or first_few(first.model, 3))}")
     ignores_template = not any(run.chat or run.scoring == "perplexity" for run, _ in both)
     for model, arms in itertools.groupby(plan_arms(first), key=lambda arm: arm.model):
         tokenizer = load_tokenizer(first.tokenizer or model)
@@ -202,8 +218,10 @@ def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> li
     results = [summarize(each, samples, _path(each)) for each, samples in zip(answered, graded, strict=True)]
     documents = [_documents(each) for each in evaluations if each.has_documents]
     write_results(options.output, evaluations, graded, results, documents)
-    for line in (*map(describe, results), *map(describe_documents, documents)):
-        logger.info(line)
+    for each, result in zip(answered, results, strict=True):
+        logger.info(describe(result, is_scored=each.is_scored))
+    for one in documents:
+        logger.info(describe_documents(one))
     logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
     failed = sum(result.failed_requests for result in results) + sum(one.failed_requests for one in documents)
     if failed:

@@ -12,7 +12,15 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import Benchmark
 from megatron_tpt.evaluation.choices import read_choices
 from megatron_tpt.evaluation.shots import Shots, read_shots
-from megatron_tpt.evaluation.templates import column, fill, number_or_text, rows_of, template_text, value_of
+from megatron_tpt.evaluation.templates import (
+    column,
+    fill,
+    num_rows_of,
+    number_or_text,
+    rows_of,
+    template_text,
+    value_of,
+)
 from megatron_tpt.files import file_checksum
 
 
@@ -40,6 +48,8 @@ class ProblemSet:
     """As it was given, or found in the data folder."""
     data_sha256: str
     """Of the file, where there is one; else of the rows."""
+    num_rows: int | None = None
+    """All that there are, where `limit` takes only the first; None where counting them would mean to fetch them."""
 
 
 def read_problems(benchmark: Benchmark, data_dir: Path | None = None) -> list[Problem]:
@@ -58,7 +68,7 @@ def read_problem_set(benchmark: Benchmark, data_dir: Path | None = None) -> Prob
     for where, default_id, row in rows_of(data):
         if len(problems) == benchmark.limit:
             break
-        name = str(row.get(benchmark.id_column, default_id))
+        name = str(default_id if row.get(benchmark.id_column) is None else row[benchmark.id_column])
         if name in problems:
             raise UserError(f"{where}: id {name!r} was there before; ids must differ (choose another --id-column)")
         rows.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -67,7 +77,8 @@ def read_problem_set(benchmark: Benchmark, data_dir: Path | None = None) -> Prob
         raise UserError(f"{data}: no problems in this file")
     path = Path(data)
     digest = file_checksum(path) if path.is_file() else f"sha256:{rows.hexdigest()}"
-    return ProblemSet(list(problems.values()), str(data), digest)
+    num_rows = num_rows_of(path) if path.is_file() and benchmark.limit is not None else None
+    return ProblemSet(list(problems.values()), str(data), digest, num_rows)
 
 
 def find_data(benchmark: Benchmark, data_dir: Path | None) -> str | Path:

@@ -23,7 +23,7 @@ from megatron_tpt.grading import GraderPool, Item, Rules
 from megatron_tpt.grading.kinds import PythonLiteral
 from megatron_tpt.jobs.settings import read_settings
 from megatron_tpt.json_data import read_object
-from megatron_tpt.names import first_few, shown
+from megatron_tpt.names import counted, first_few, shown
 from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
@@ -315,15 +315,25 @@ def _benchmark(each: Evaluation) -> dict[str, Any]:
         "data": each.problem_set.data,
         "data_sha256": each.problem_set.data_sha256,
         "num_problems": len(each.problems),
+        "num_rows": each.problem_set.num_rows,
     }
 
 
-def describe(result: ModelResult) -> str:
-    """A result on one line."""
+def describe(result: ModelResult, *, is_scored: bool = False) -> str:
+    """A result on one line; where options were scored, without what is known of answers that were written."""
     error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     name = f"{shown(label(result.model, result.recurrences))}, {shown(result.benchmark)}"
     depth = "" if result.mean_depth is None else f", {result.mean_depth:.2f} iterations per token"
+    num_samples = result.num_problems * result.num_samples
     thinking = f" ({result.unclosed_thinking:,} of them in thinking)" if result.unclosed_thinking else ""
+    written = (
+        ""
+        if is_scored
+        else (
+            f", no answer in {result.extraction_failures:,} of {counted(num_samples, 'sample')}{thinking}, "
+            f"{result.truncated_fraction:.1%} of samples truncated, {result.mean_output_tokens:.1f} tokens per sample"
+        )
+    )
     trouble = "".join(
         f", {count:,} {what}"
         for count, what in (
@@ -335,6 +345,5 @@ def describe(result: ModelResult) -> str:
     )
     return (
         f"{name}: accuracy {result.accuracy:.4f}{error} on "
-        f"{result.num_problems:,} problems, {result.extraction_failures:,} unreadable{thinking}{trouble}, "
-        f"{result.mean_output_tokens:.1f} tokens per answer, {result.truncated_fraction:.1%} truncated{depth}"
+        f"{counted(result.num_problems, 'problem')}{written}{trouble}{depth}"
     )

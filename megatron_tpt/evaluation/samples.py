@@ -183,6 +183,15 @@ class Store:
         for path in self.folder.glob(_JOURNALS):
             path.unlink(missing_ok=True)
 
+    def has_answers(self) -> bool:
+        """Whether anything was answered, graded or not."""
+        return self.samples_path.exists() or any(path.stat().st_size for path in self.folder.glob(_JOURNALS))
+
+    def restart(self, settings: Mapping[str, Any]) -> None:
+        """Take on other settings, as a folder without answers may."""
+        self._engine_path.unlink(missing_ok=True)
+        write_json(self.settings_path, settings)
+
     def has_journals(self) -> bool:
         """Whether there are answers that no graded file has taken up."""
         return any(self.folder.glob(_JOURNALS))

@@ -53,15 +53,18 @@ def column(row: Mapping[str, Any], name: str, where: str, named_by: str = "") ->
 def value_of(row: Mapping[str, Any], name: str, where: str, named_by: str = "") -> Any:
     """The value of a column; `choices.text` is the field `text` of the column `choices`, if none has the whole name.
 
-    A message about a missing one says `named_by` after its name.
+    Raises UserError for one that is missing or null; the message says `named_by` after its name.
     """
-    value = row.get(name)
-    if value is None and "." in name:
-        first, _, rest = name.partition(".")
-        inner = row.get(first)
-        value = inner.get(rest) if isinstance(inner, Mapping) else None
-    if value is None:
+    first, _, rest = name.partition(".")
+    inner = row.get(first)
+    if name not in row and isinstance(inner, Mapping) and rest in inner:
+        value = inner[rest]
+    elif name in row or (rest and inner is None and first in row):
+        value = row.get(name)
+    else:
         raise UserError(f"{where}: no column {name!r}{named_by}; its columns are {', '.join(row) or 'none'}")
+    if value is None:
+        raise UserError(f"{where}: column {name!r}{named_by} is null; give it a value or remove the row")
     return value
 
 
@@ -81,6 +84,11 @@ def rows_of(data: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 raise UserError(describe(source, row, "fix the line"))
             place = f"{source.name}:{row.number + 1}"
             yield place, place if len(sources) > 1 else str(row.number + 1), row.value
+
+
+def num_rows_of(path: Path) -> int:
+    """The rows of a file, those that cannot be read included."""
+    return sum(1 for source in expand_sources([path]) for _ in read_rows(source))
 
 
 def read_text(path: Path) -> str:

@@ -7,13 +7,14 @@ every model after the first.
 import contextlib
 import gc
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from megatron_tpt.errors import UserError, failure, one_line
+from megatron_tpt.errors import UserError, causes_of, failure, one_line
 from megatron_tpt.generation.api import (
     ABILITIES,
     Completion,
@@ -44,6 +45,8 @@ from megatron_tpt.units import GIB
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Else vLLM wants a NUMA node for every process that shares a model."""
@@ -98,8 +101,8 @@ class VLLMEngine:
                     use_tqdm_on_load=False,
                     **arguments,
                 )
-        except (OSError, ValueError) as error:
-            raise failure(f"{options.model}: vLLM cannot load this model ({one_line(error)})", error) from error
+        except Exception as error:
+            _refuse(options.model, "load", error)
         self._params = vllm.SamplingParams
         self._vocabulary: dict[str, int] = self._llm.get_tokenizer().get_added_vocab()
         config = self._llm.llm_engine.vllm_config
@@ -112,6 +115,7 @@ class VLLMEngine:
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and options.tensor_parallel_size == 1
         self.abilities = ABILITIES["vllm"] - (frozenset() if on_cpu and in_process else {"update_weights"})
         self._stats = EngineStats()
+        self._is_broken = False
         # As many again wait at the engine, so that a place set free is filled in the same step.
         self._max_in_flight = 2 * config.scheduler_config.max_num_seqs
 
@@ -140,15 +144,25 @@ class VLLMEngine:
                         in_flight[name] = request
                 if not in_flight:
                     return
-                for output in self._llm.llm_engine.step():
+                for output in self._step():
                     if output.finished:
                         request = in_flight.pop(output.request_id)
                         outcome = read(request, output)
                         self._stats.count(outcome)
                         yield request, outcome
         finally:
-            if in_flight:
+            if in_flight and not self._is_broken:
                 self._llm.llm_engine.abort_request(list(in_flight))
+
+    def _step(self) -> list[Any]:
+        """What a step of vLLM gives. Raises UserError where it fails before any request was completed."""
+        try:
+            return list(self._llm.llm_engine.step())
+        except Exception as error:
+            self._is_broken = True
+            if self._stats.num_finished:
+                raise
+            _refuse(self._model, "run", error)
 
     def _enqueue_prompt(self, request: Request) -> str | Failure:
         ids = encode_prompt(self._llm.get_tokenizer(), request.prompt)
@@ -242,6 +256,15 @@ class VLLMEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse(model: str, what: str, error: Exception) -> NoReturn:
+    """Raise one line where vLLM cannot `what` (load, run) a model, whatever the cause; the debug log has it in full."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes_of(error)):
+        raise error
+    logger.debug(f"{model}: vLLM cannot {what} this model", exc_info=error)
+    words = one_line(error, with_kind=not isinstance(error, OSError | ValueError))
+    raise failure(f"{model}: vLLM cannot {what} this model ({words}); --engine transformers may", error) from error
 
 
 def _import_vllm() -> Any:

@@ -7,10 +7,10 @@ May import the single modules alone: no torch, no records, so that a reward can 
 
 from megatron_tpt.grading.extract import Reading, after_thinking, opens_thinking
 from megatron_tpt.grading.grader import Grade, Grader, Item, Rules
-from megatron_tpt.grading.kinds import LETTERS, AnswerKind
+from megatron_tpt.grading.kinds import LETTERS, AnswerKind, reference_text
 from megatron_tpt.grading.pool import GraderPool
 
 __all__ = [
     "LETTERS", "AnswerKind", "Grade", "Grader", "GraderPool", "Item", "Reading", "Rules", "after_thinking",
-    "opens_thinking"
+    "opens_thinking", "reference_text"
 ]  # fmt: skip

@@ -78,6 +78,14 @@ def make_kind(name: AnswerKind) -> Kind:
     return kinds[name]()
 
 
+def reference_text(name: AnswerKind, value: Any) -> str:
+    """A reference in a row as a reader wants to see it: of a worked solution its answer alone."""
+    if name == "code":
+        return "the tests to pass"
+    found = make_kind(name).reference(value) if name in ("number", "math") else None
+    return str(value if found is None else found)
+
+
 class Exact:
     """The same text, apart from blanks around it. A list holds alternatives."""
 

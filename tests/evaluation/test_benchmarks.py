@@ -155,7 +155,15 @@ def test_published_figures_of_ones_own_and_options_without_effect_change_nothing
     [run] = parsed("--benchmark", "boolq", "--temperature", "0.6")
     assert run.paper["TPT-8B from scratch"] == 75.0
     files = described()
-    assert all(("paper" in content) == ("paper_problems" in content) for content in files.values())
+    for content in files.values():
+        assert ("paper" in content) == ("paper_problems" in content) == ("paper_source" in content)
+
+
+def test_published_figures_name_their_model_in_full() -> None:
+    """They are rows of a table: what is relative to another figure of its benchmark would be of several models."""
+    names = {name for content in described().values() for name in content.get("paper", ())}
+    assert names and all(re.search(r"\d+B\b|TinyLlama", name) for name in names)
+    assert not [name for name in names if "the same" in name]
 
 
 def test_base_models_are_read_from_their_first_answer_and_others_from_their_last() -> None:

@@ -322,8 +322,8 @@ def test_other_settings_are_refused_by_name(models: list[str], problems: Path, t
     evaluate(options)
     with pytest.raises(UserError, match=r"benchmark\.max_new_tokens was 4, now 5"):
         evaluate(dataclasses.replace(options, max_new_tokens=5))
-    with pytest.raises(UserError, match=r'grading\.answer_type was "exact", now "math"'):
-        evaluate(dataclasses.replace(options, answer_type="math", prompt_column="prompt"))
+    with pytest.raises(UserError, match="the stored grades are by --answer-type exact, and now --answer-type math is"):
+        evaluate(dataclasses.replace(options, answer_type="math"))
     with pytest.raises(UserError, match=r'dtype was "auto", now "float32"'):
         evaluate(dataclasses.replace(options, dtype="float32"))
 

@@ -13,7 +13,7 @@ import zstandard
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.options import EvaluateOptions
-from megatron_tpt.evaluation.problems import Problem, read_problems
+from megatron_tpt.evaluation.problems import Problem, read_problem_set, read_problems
 
 ROWS = [{"prompt": "1+1", "answer": 2, "more": [1]}, {"prompt": "1/2", "answer": 0.5, "more": []}]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -112,3 +112,29 @@ def test_references_and_options_of_other_kinds_are_refused(tmp_path: Path, row: 
     path.write_text(json.dumps({"prompt": "a"} | row) + "\n")
     with pytest.raises(UserError, match=words):
         problems(path, choices_column="options" if "options" in str(row) + words else None)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "name"),
+    [
+        ({"prompt": "a", "answer": None}, {}, "answer"),
+        ({"prompt": None, "answer": "1"}, {}, "prompt"),
+        ({"prompt": "a", "more": None}, {"answer_template": "{more}"}, "more"),
+        ({"prompt": "a", "answer": 1, "choices": {"text": None}}, {"choices_column": "choices.text"}, "choices.text"),
+        ({"prompt": "a", "answer": 1, "choices": None}, {"choices_column": "choices.text"}, "choices.text"),
+    ],
+)
+def test_null_is_distinguished_from_a_missing_column(
+    tmp_path: Path, row: dict[str, Any], options: dict[str, Any], name: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: column '{name}'.* is null; give it a value or remove the row"):
+        problems(path, **options)
+
+
+def test_rows_are_counted_behind_a_limit_and_a_null_id_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": None, "prompt": "a", "answer": 1}) + "\n" for _ in range(5)))
+    found = read_problem_set(EvaluateOptions(model=["m"], data=path, output=Path("out"), limit=2))
+    assert ([problem.id for problem in found.problems], found.num_rows) == (["1", "2"], 5)

@@ -111,6 +111,62 @@ def test_stopped_while_grading_again_the_command_of_before_gives_its_results(
     assert result.accuracy == 0.5 and (options.output / "results.json").read_bytes() == before
 
 
+def test_grades_of_other_rules_are_refused_with_what_gives_them(options: EvaluateOptions) -> None:
+    evaluate(dataclasses.replace(options, rescore=True, answer_type="exact", answer_pattern="(a b)"))
+    stored = "--answer-pattern '(a b)' --answer-type exact"
+    with pytest.raises(UserError) as caught:
+        evaluate(options)
+    assert str(caught.value).endswith(
+        f"the stored grades are by {stored}, and now no --answer-pattern --answer-type number is asked; give {stored}, "
+        "or add --rescore to grade again as now asked"
+    )
+
+
+def test_answers_that_are_not_graded_are_graded_as_now_asked(options: EvaluateOptions) -> None:
+    store = Store(options.output / "model/sums")
+    samples = store.samples()
+    store.samples_path.unlink()
+    with store.journal(0) as journal:
+        for one in samples:
+            journal.add(Answer(**{each.name: getattr(one, each.name) for each in dataclasses.fields(Answer)}))
+    [result] = evaluate(dataclasses.replace(options, answer_type="exact"))
+    assert result.accuracy == 0
+    with pytest.raises(UserError, match="the stored grades are by --answer-type exact"):
+        evaluate(options)
+
+
+def test_a_folder_without_answers_takes_other_settings_unless_a_task_is_running(
+    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(options.output / "model/sums")
+    other = dataclasses.replace(options, max_new_tokens=5)
+    with pytest.raises(UserError, match=r"max_new_tokens was 4, now 5"):
+        evaluate(other)
+    store.samples_path.unlink()
+    with store.journal(0):
+        pass  # as a run whose engine failed at its first step leaves it
+    with (
+        JobFolder(options.output, "results.json").task_lock(3),
+        pytest.raises(UserError, match=r"max_new_tokens was 4, now 5"),
+    ):
+        evaluate(other)
+    monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(other)
+    assert json.loads(store.settings_path.read_text())["benchmark"]["max_new_tokens"] == 5 and not store.runs()
+
+
+def test_ctrl_c_says_what_is_stored(
+    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(options.output / "model/sums")
+    store.finish(store.samples()[:1])
+    monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options)
+    assert caplog.messages[-1] == "interrupted: 1 of 2 answers are stored; the same command resumes"
+
+
 def test_a_folder_of_an_earlier_version_is_graded_and_resumed(options: EvaluateOptions) -> None:
     folder = options.output / "model/sums"
     (folder / "grading.json").unlink()
@@ -181,7 +237,7 @@ def test_results_that_a_command_replaces_are_named(options: EvaluateOptions, cap
         evaluate(dataclasses.replace(options, name="more"))
     assert f"no longer has {options.model[0]} on sums" in caplog.text
     loading = [message for message in caplog.messages if "loading" in message]
-    assert loading[0] == f"loading the tokenizer of {options.model[0]}"
+    assert loading[0] == f"loading libraries and the tokenizer of {options.model[0]}"
 
 
 def test_one_engine_asks_all_benchmarks(options: EvaluateOptions) -> None:

@@ -113,6 +113,23 @@ def test_leaving_early_abandons_the_rest(engine: VLLMEngine) -> None:
     assert len(complete(engine, PROMPTS[:2], GREEDY)) == 2
 
 
+def test_a_model_that_vllm_cannot_run_ends_with_one_line(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "small_heads"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.raises(
+            UserError, match=r"vLLM cannot (load|run) this model \(.*\); --engine transformers may"
+        ) as caught,
+        unchanged_environment(),
+        VLLMEngine(EngineOptions(str(folder), max_model_len=64)) as own,
+    ):
+        complete(own, PROMPTS[:1], GREEDY)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_model(model: str, engine: VLLMEngine) -> None:
     with unchanged_environment(), VLLMEngine(EngineOptions(model, 256, tensor_parallel_size=2)) as shared:
