@@ -35,6 +35,11 @@ _FILES_OF_MAPPED = 2  # the .bin file and its map
 _FILES_OF_LARGE = 4  # the maps of .idx and of three arrays, if these are not small
 _OTHER_FILES = 512
 
+_Opened = tuple[list[Any], list[list[Manifest]]]
+_prepared: list[tuple[BlendRecipe, _Opened]] = []
+"""What `prepare_cache` has opened, and for which recipe: `build_pretrain_data` in the same process takes it, since
+opening thousands of files takes seconds."""
+
 
 def _dataset_config(recipe: BlendRecipe, manifest: Manifest, cache: SampleCache, *, is_mapped: bool) -> DatasetConfig:
     tokenizer = SimpleNamespace(  # the attributes that GPTDataset reads, and the think tags
@@ -112,7 +117,7 @@ def _require_few_sources(opened: list[Blend]) -> None:
             )
 
 
-def _open_splits(recipe: BlendRecipe, cache: SampleCache) -> tuple[list[Any], list[list[Manifest]]]:
+def _open_splits(recipe: BlendRecipe, cache: SampleCache) -> _Opened:
     """The datasets of `open_splits`, and the manifests of their sources."""
     opened = blends(recipe)
     _require_few_sources(opened)
@@ -139,11 +144,13 @@ def prepare_cache(recipe: BlendRecipe) -> None:
     if recipe.data.mock:
         return
     cache = SampleCache(cache_folder(recipe))
+    _prepared.clear()
     try:
-        open_splits(recipe, cache)
+        opened = _open_splits(recipe, cache)
     except MissingEntryError:
         with cache.building():
-            open_splits(recipe, cache)
+            opened = _open_splits(recipe, cache)
+    _prepared.append((recipe, opened))
 
 
 def _build_mock_data(recipe: BlendRecipe) -> TrainingData:
@@ -193,7 +200,10 @@ def build_pretrain_data(recipe: BlendRecipe) -> TrainingData:
     """Open the indexed datasets of a recipe, after `prepare_cache`. Needs process groups."""
     if recipe.data.mock:
         return _build_mock_data(recipe)
-    (train, *validation), (manifests, *_) = _open_splits(recipe, SampleCache(cache_folder(recipe)))
+    prepared = [opened for of, opened in _prepared if of is recipe]
+    _prepared.clear()
+    opened = prepared[0] if prepared else _open_splits(recipe, SampleCache(cache_folder(recipe)))
+    (train, *validation), (manifests, *_) = opened
     blend, *others = blends(recipe)
     return TrainingData(
         train=make_loader(train, recipe),
