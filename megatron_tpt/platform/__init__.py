@@ -10,7 +10,7 @@ import datetime
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,6 +95,13 @@ def gather_objects[T](value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_first_rank[T](make: Callable[[], T]) -> T:
+    """What `make` returns on the first rank, where alone it is called. All ranks call this; the value is pickled."""
+    values: list[Any] = [make() if is_first_rank() else None]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def set_timeout(timeout_s: int) -> None:

@@ -246,9 +246,9 @@ class RLRecipe(TrainingRecipe):
         return text, prompts.identity if prompts is not None else lambda num_samples: {}
 
     def build_data(self) -> "TrainingData":
-        from megatron_tpt.rl.prompts import build_prompt_data
+        from megatron_tpt.rl.prompts import build_prompt_data, read_prompts
 
-        return build_prompt_data(self)
+        return build_prompt_data(self, read_prompts(self))
 
     def prepare_data(self) -> None:
         """Check the answers, and export the model to start from for the engines."""

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Collector:
     def __call__(self, iteration: int, position: int, weights: Weights) -> Collected:
         """The rollouts of an iteration whose first prompt is at `position`."""
         self._seconds = dict.fromkeys(("weights", "generation", "grading"), 0.0)
-        waves = _from_first_rank(lambda: self._log.read_waves(iteration) if self._log is not None else [])
+        waves = platform.from_first_rank(lambda: self._log.read_waves(iteration) if self._log is not None else [])
         if waves:
             logger.info(f"iteration {iteration}: {len(waves)} waves were sampled before")
         metrics: dict[str, float] = {}
@@ -106,7 +106,7 @@ class Collector:
 
     def _update(self, engine: Engine, weights: Weights) -> dict[str, float]:
         """Send the weights. It also empties the engine's cache, on which the last bits of a wave could depend."""
-        with self._timed("weights"):
+        with timed(self._seconds, "weights"):
             return update_engine(
                 engine,
                 weights.tensors(),
@@ -125,11 +125,11 @@ class Collector:
         asked = [RolloutPrompt(name, prompt.token_ids) for name, (_, prompt) in own.items()]
 
         def sample(engine: Engine) -> list[Rollout]:
-            with self._timed("generation"):
+            with timed(self._seconds, "generation"):
                 return list(sample_rollouts(engine, asked, self._options, iteration=iteration))
 
         metrics, rollouts = self._engine.sample(lambda engine: self._update(engine, weights), sample)
-        with self._timed("grading"):
+        with timed(self._seconds, "grading"):
             graded = self._rewarder.grade([(*own[one.key.prompt_id], one) for one in rollouts])
         every = [sample for part in platform.gather_objects(graded) for sample in part]
         wave = sorted(every, key=lambda one: (one.position, one.sample))
@@ -156,11 +156,13 @@ class Collector:
             for sample in group
         ]
 
-    @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - begin
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that the block takes to what is spent on `name`."""
+    begin = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 def _by_position(waves: list[list[Sample]]) -> dict[int, list[Sample]]:
@@ -173,10 +175,3 @@ def _by_position(waves: list[list[Sample]]) -> dict[int, list[Sample]]:
 def _teaches(group: list[Sample]) -> bool:
     """Whether the answers of a group differ in their reward."""
     return len({one.rewards[CORRECT] for one in group}) > 1
-
-
-def _from_first_rank(read: Callable[[], Any]) -> Any:
-    """What the first rank reads, on all ranks."""
-    value = [read() if platform.is_first_rank() else None]
-    torch.distributed.broadcast_object_list(value)
-    return value[0]

@@ -13,14 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import real_path
 from megatron_tpt.generation import EngineOptions, load_tokenizer
 from megatron_tpt.rl.advantages import Advantages, outcome_advantages, outcome_rewards
-from megatron_tpt.rl.collecting import Collected, Collector, Weights
+from megatron_tpt.rl.collecting import Collected, Collector, Weights, timed
 from megatron_tpt.rl.critic import build_critic, follow, save_critic
 from megatron_tpt.rl.engine import OwnEngine
 from megatron_tpt.rl.experience import Experience, Sample
@@ -28,7 +26,7 @@ from megatron_tpt.rl.learning import MiniBatches
 from megatron_tpt.rl.losses import kl_estimates, penalized_rewards
 from megatron_tpt.rl.objectives import PolicyObjective
 from megatron_tpt.rl.outcomes import Rewarder
-from megatron_tpt.rl.prompts import read_prompts
+from megatron_tpt.rl.prompts import build_prompt_data, read_prompts
 from megatron_tpt.rl.reference import Reference
 from megatron_tpt.rl.reporting import iteration_metrics
 from megatron_tpt.rl.repro import join, process_advantages
@@ -66,16 +64,16 @@ class PromptsTaken(Callback):
 def train(recipe: "RLRecipe") -> Trainer:
     """Train a policy until `training.num_steps`; the trainer of a finished run. Needs process groups."""
     rewarder = Rewarder(recipe)  # first: it refuses what cannot be graded here
-    taken, callbacks = PromptsTaken(), recipe.build_callbacks()
+    prompts, taken, callbacks = read_prompts(recipe), PromptsTaken(), recipe.build_callbacks()
     objective = PolicyObjective(recipe.algorithm, recipe.rollouts.temperature, recipe.vocab_size)
-    trainer = build_trainer(recipe, recipe.build_data(), [taken, *callbacks], objective)
+    trainer = build_trainer(recipe, build_prompt_data(recipe, prompts), [taken, *callbacks], objective)
     critic = build_critic(recipe, trainer) if recipe.has_critic else None
     for one in callbacks:
         if critic is not None and isinstance(one, SaveCheckpoints):
             one.save_before = functools.partial(save_critic, critic)
     with rewarder, OwnEngine(_engine_options(recipe)) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
-        collector = Collector(recipe, engine, rewarder, read_prompts(recipe), log)
+        collector = Collector(recipe, engine, rewarder, prompts, log)
         iterations = Iterations(recipe, trainer, critic, collector, taken, log)
         record_start(recipe, trainer.global_step)
         trainer.fit(iterations.batches)
@@ -145,7 +143,7 @@ class Iterations:
 
     def _experience(self, iteration: int) -> Experience:
         """The scored rollouts of an iteration: from the log, or made now."""
-        logged = self._read_log(iteration)
+        logged = platform.from_first_rank(lambda: self._log.read(iteration) if self._log is not None else None)
         if logged is not None:
             samples, metrics = logged
             _require_columns(self._recipe, samples, iteration)
@@ -176,11 +174,6 @@ class Iterations:
         )
         return experience
 
-    def _read_log(self, iteration: int) -> Any:
-        value = [self._log.read(iteration) if self._log is not None else None]
-        torch.distributed.broadcast_object_list(value)
-        return value[0]
-
     def _weights(self) -> Weights:
         model = self._trainer.model
         model.gather_weights()
@@ -195,7 +188,7 @@ class Iterations:
         """Compute all columns of an iteration, with the weights that wrote it."""
         columns, model = experience.columns, self._trainer.model
         sequences, temperature = [one.tokens for one in experience.samples], self._recipe.rollouts.temperature
-        with _timed(collected, "log_probabilities"):
+        with timed(collected.seconds, "log_probabilities"):
             columns["old"], columns["entropy"] = self._scorer.statistics(model, sequences, temperature)
             if self._critic is not None:
                 columns["value"] = self._scorer.values(self._critic.model, sequences)
@@ -204,7 +197,7 @@ class Iterations:
                 columns["reference"] = self._scorer.statistics(reference, sequences, temperature)[0]
         process = None
         if self._process is not None:
-            with _timed(collected, "process"):
+            with timed(collected.seconds, "process"):
                 process = self._process(model, experience)
             experience.samples = process.samples
         self._advantages(experience, process)
@@ -258,10 +251,3 @@ def _require_columns(recipe: "RLRecipe", samples: Sequence[Sample], iteration: i
             f"{', '.join(sorted(missing))}, which algorithm.name={recipe.algorithm.name} with kl={recipe.algorithm.kl} "
             f"needs: resume with the algorithm of before, or delete checkpoints to resume where an iteration begins"
         )
-
-
-@contextlib.contextmanager
-def _timed(collected: Collected, name: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    collected.seconds[name] = time.perf_counter() - begin

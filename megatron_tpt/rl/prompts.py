@@ -141,7 +141,7 @@ def grading_rules(recipe: "RLRecipe") -> Rules:
     return Rules(data.answer_type, Reading(pattern=data.answer_pattern), data.allow_unsandboxed_code)
 
 
-def build_prompt_data(recipe: "RLRecipe") -> "TrainingData":
+def build_prompt_data(recipe: "RLRecipe", prompts: Prompts) -> "TrainingData":
     """What the trainer needs to know of the prompts. Its batches come from the rollouts, so its loader is empty. Needs
     process groups."""
     from megatron_tpt.training.data import TrainingData, make_loader
@@ -154,5 +154,5 @@ def build_prompt_data(recipe: "RLRecipe") -> "TrainingData":
         tokenizer_path=recipe.tokenizer_path,
         tokenizer_fingerprint=tokenizer.fingerprint,
         has_segments=True,
-        identity=read_prompts(recipe).identity,
+        identity=prompts.identity,
     )

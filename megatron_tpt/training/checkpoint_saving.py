@@ -194,9 +194,7 @@ def _make_temporary(folder: Path) -> Path:
 
     Its name is new every time, since a background process may outlive the run that started it.
     """
-    name = [f".tmp-{folder.name}-{secrets.token_hex(4)}"]
-    torch.distributed.broadcast_object_list(name)
-    temporary = folder.with_name(name[0])
+    temporary = folder.with_name(platform.from_first_rank(lambda: f".tmp-{folder.name}-{secrets.token_hex(4)}"))
 
     def make() -> None:
         if platform.is_first_rank():

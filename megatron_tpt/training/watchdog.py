@@ -32,6 +32,7 @@ from types import FrameType
 import psutil
 import torch
 
+from megatron_tpt import platform
 from megatron_tpt.files import atomic_write
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.phases import PHASES, current_phase
@@ -117,9 +118,8 @@ class Watchdog(Callback):
         self.logs = trainer.recipe.run.output_dir / "logs"
         (self.logs / "heartbeats").mkdir(parents=True, exist_ok=True)
         self._write(self._beat("between steps"))
-        start = [time.strftime("%Y%m%d-%H%M%S", time.gmtime())]
-        torch.distributed.broadcast_object_list(start)  # from here on every rank has a heartbeat
-        self.hang_folder = self.logs / f"hang-{start[0]}"
+        start = platform.from_first_rank(lambda: time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
+        self.hang_folder = self.logs / f"hang-{start}"  # every rank has a heartbeat now
         self.is_over.clear()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.thread.start()
