@@ -95,7 +95,7 @@ class RolloutsConfig:
     """Drop prompts whose rollouts all have the same reward of the answer, which teach nothing, and sample others in
     their place (DAPO, arXiv 2503.14476, 3.2)."""
     max_waves: PositiveInt = 20
-    """With dynamic_sampling: stop an iteration that is not filled after so many waves."""
+    """With dynamic_sampling: stop an iteration that is not filled after this many waves."""
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples. Every process has an engine, which gets the trainer's weights before every iteration: vLLM in this
     process (on CPUs), or transformers, which is slow and runs everywhere."""

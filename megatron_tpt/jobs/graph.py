@@ -120,7 +120,7 @@ def _submit(nodes: Sequence[Node], options: ScaleOptions) -> dict[str, TaskResul
     for node in nodes:
         before = {results[name].job_id for name in node.after if name in results}
         if options.num_workers and len(job_ids) >= options.num_workers:
-            # So many chains: a job also waits for the one that is so many places before it.
+            # At most num_workers at once: a job also waits for the one num_workers places before it.
             before.add(job_ids[-options.num_workers])
         arguments = node.options.sbatch_args
         if waits_for := sorted((job_id for job_id in before if job_id is not None), key=int):

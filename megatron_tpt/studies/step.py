@@ -50,7 +50,7 @@ def write_spec(node: Node) -> None:
             "before": {before.name: str(before.folder) for before in node.before.values()},
             "inputs": node.inputs,
             "code": began_with,
-            # Of a step that has begun with other code and goes on with the present one (--code keep).
+            # Of a step that began with other code and resumes with the present one (--code keep).
             "code_now": {} if node.code == began_with else node.code,
             "more_code": config.code,
             "outputs": config.outputs,

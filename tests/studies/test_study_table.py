@@ -68,7 +68,7 @@ def test_rows_belong_to_the_levels_that_a_step_takes_at_once(tmp_path: Path) -> 
 
 
 def test_a_step_without_a_factor_gives_no_row_for_each_of_its_levels(tmp_path: Path) -> None:
-    """They would count as so many measurements."""
+    """Each would count as a measurement of its own."""
     result = {"metrics": {"m": "m"}}
     steps = {"base": {"command": ["{arm}", "{seed}"], "results": result},
              "tuned": {"command": ["{base}", "{sft}"], "results": result}}  # fmt: skip
