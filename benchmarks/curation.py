@@ -3,16 +3,23 @@
 python benchmarks/curation.py --rows 1000000 --output benchmarks/results/curation.json
 
 The case is synthetic: rows of a question and an answer of 60 to 400 made-up words with formulas, one in ten occurring
-twice, half in each of two data sets. tools/prepare.py cleans it; tools/curate.py does the same and annotates, makes
-strata and writes: `rules` with domain and reasoning intensity, `lengths` with tokens as well. Each runs as a user
-would; seconds are those of the whole process, start-up included, and `times_prepare` compares them with the mean of
-two runs of tools/prepare.py, before and after. Peak memory is that of the process and its workers together, sampled ten
-times a second; of a tenth of the rows too, to show whether it grows.
+twice, half in each of two data sets. What is measured, each as a user would run it:
+
+    prepare    tools/prepare.py: reads, drops bad rows and exact duplicates, writes
+    same       tools/curate.py with the same work: no annotations, no strata; it names the data sets of each document
+    rules      the same, domain and reasoning intensity, five strata, one of them with a size
+    lengths    the same, and tokens of question, answer and thoughts by a tokenizer
+
+Seconds are those of the whole process, start-up included; `cpu_s` is the processor time of it and its workers, which
+other work on the machine changes less. `times_prepare` and `times_prepare_cpu` compare both with the mean of two runs
+of tools/prepare.py, before and after. Peak memory is that of the process and its workers together, sampled ten times a
+second; of a tenth of the rows too, to show whether it grows.
 """
 
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -75,8 +82,9 @@ def write_case(folder: Path, num_rows: int) -> int:
 
 
 def run(command: list[Any]) -> dict[str, float]:
-    """Seconds, and peak memory of the process and its workers together, of a command that must succeed."""
+    """Seconds, processor time and peak memory, the process and its workers together, of a command that must succeed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), env=environment)
     peak = 0
@@ -99,7 +107,9 @@ def run(command: list[Any]) -> dict[str, float]:
     watcher.join()
     if code:
         raise SystemExit(f"{command[1]} failed")
-    return {"seconds": seconds, "peak_gb": peak / 1e9}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = sum(getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime"))
+    return {"seconds": seconds, "cpu_s": cpu_s, "peak_gb": peak / 1e9}
 
 
 def measure(folder: Path, num_rows: int) -> dict[str, Any]:
@@ -112,21 +122,24 @@ def measure(folder: Path, num_rows: int) -> dict[str, Any]:
         first: list[str | Path] = [*sorted(source.iterdir())[:1]]
         train_tokenizer(TrainTokenizerOptions(first, tokenizer, text_column="answer", vocab_size=4096))
     inputs = [f"{name}={source}/{name}-*.jsonl:question,answer" for name in ("ldq", "shq")]
-    curate = [sys.executable, ROOT / "tools/curate.py", "--input", *inputs, "--strata", strata]
+    curate = [sys.executable, ROOT / "tools/curate.py", "--input", *inputs]
+    rules = [*curate, "--strata", strata, "--annotate", "domain", "reasoning"]
     prepare = [sys.executable, ROOT / "tools/prepare.py", "--input", source, "--text-column", "question,answer"]
     commands = {
         "prepare": prepare,
-        "rules": [*curate, "--annotate", "domain", "reasoning"],
-        "lengths": [*curate, "--annotate", "domain", "reasoning", "lengths", "--tokenizer", tokenizer],
+        "same": [*curate, "--annotate"],
+        "rules": rules,
+        "lengths": [*rules, "lengths", "--tokenizer", tokenizer],
         "prepare_again": prepare,
     }
     found: dict[str, Any] = {"rows": num_rows, "input_mb": num_bytes / 1e6, "load_average": os.getloadavg()[0]}
     for name, command in commands.items():
         figures = run([*command, "--output", folder / f"{name}-{num_rows}"])
         found[name] = figures | {"rows_per_s": num_rows / figures["seconds"]}
-    prepare_s = (found["prepare"]["seconds"] + found["prepare_again"]["seconds"]) / 2
-    for name in ("rules", "lengths"):
-        found[name]["times_prepare"] = found[name]["seconds"] / prepare_s
+    for figure, ratio in (("seconds", "times_prepare"), ("cpu_s", "times_prepare_cpu")):
+        prepare_s = (found["prepare"][figure] + found["prepare_again"][figure]) / 2
+        for name in ("same", "rules", "lengths"):
+            found[name][ratio] = found[name][figure] / prepare_s
     return found
 
 

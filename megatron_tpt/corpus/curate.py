@@ -4,33 +4,36 @@
     OUTPUT/part-00000.jsonl.zst            the documents that are kept; meta has their data sets, annotations, strata
     OUTPUT/rejects/, report.md, report.json, .inventory/, .work/    as of prepare.py
 
+    .work/scan/          also what fast annotators found of documents, see findings.py
     .work/datasets/      which data sets hold a document, see origins.py
     .work/judge/         what the language model answered, by shard
-    .work/annotate/      what annotators found of the documents of a shard; and for each its bits (the strata whose own
-                         condition it meets), the hash of its text, its tokens
+    .work/annotate/      what other annotators found of those that are kept; for each of these its bits (the strata
+                         whose own condition it meets), the hash of its text, its tokens
 
-Only documents that are kept are annotated. Results have the name of their shard, appear whole or not at all, and depend
-on nothing but the input (and on the language model): it makes no difference how often a run was killed.
+Lengths, domain and reasoning intensity are found while the input is scanned, so that it is read no more often than by
+prepare.py; other annotators and judges see documents that are kept alone. Results have the name of their shard, appear
+whole or not at all, and depend on nothing but the input (and on the language model): it makes no difference how often a
+run was killed.
 """
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
-import orjson
 
 from megatron_tpt.corpus import stages
-from megatron_tpt.corpus.annotate import Annotator, make_annotators
 from megatron_tpt.corpus.annotate.judge import Judge
 from megatron_tpt.corpus.curate_options import CurateOptions, Dataset
 from megatron_tpt.corpus.curate_report import CuratedMeta, CurateReport, extended_report, int_of
 from megatron_tpt.corpus.deduplication import Pairs, document_number
-from megatron_tpt.corpus.documents import Composer, Document
-from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTasks, meta_with_source, write_json
+from megatron_tpt.corpus.documents import Composer
+from megatron_tpt.corpus.findings import Finding, find, load_annotators, read_findings, to_line
+from megatron_tpt.corpus.job import Description, PrepareJob, Shard, SourceTask, SourceTasks, write_json
 from megatron_tpt.corpus.judging import JUDGE, judge_documents, judgements
 from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.origins import names_of, read_origins, write_origins
@@ -44,18 +47,19 @@ from megatron_tpt.generation import check_model
 from megatron_tpt.indexing.chat_shapes import ChatColumns
 from megatron_tpt.indexing.tokenizer import tokenizer_fingerprint
 from megatron_tpt.jobs.workers import Workers
-from megatron_tpt.records import Columns, Record, Source, expand_sources, json_lines, read_rows
+from megatron_tpt.records import Columns, Record, Row, Source, expand_sources, json_lines
 
 logger = logging.getLogger(__name__)
 
 DATASETS, ANNOTATE = "datasets", "annotate"
+FOUND, COUNTED = ".found.jsonl.zst", ".counted.npy"
 _NOT_SETTINGS = ("model", "engine", "endpoints", "api", "max_model_len", "tensor_parallel_size")
 """Options that a job may be continued with others of; of those for judges see `CurateJob.settings`."""
 
 
 def curate(options: CurateOptions) -> CurateReport:
     """Do what `tools/curate.py` does. Raises UserError for what the user can fix."""
-    _annotators(options)  # first, as what cannot be loaded must not leave a job behind
+    load_annotators(options)  # first, as what cannot be loaded must not leave a job behind
     if options.judges() and options.engine != "endpoint":
         check_model(options.engine_options().model)
     make_job = functools.partial(_make_job, datasets=_datasets_of(options))
@@ -167,7 +171,8 @@ class CurateJob(PrepareJob):
                     write_origins(path, Pairs(pairs), near, self.dataset_bits)
         if self.curate_options.judges():
             judge_documents(self, self.curate_options)
-        over_sources(self, workers, ANNOTATE, ".npy", annotate)
+        if self.strata is not None or not all(map(self.is_annotated, self.shards())):
+            over_sources(self, workers, ANNOTATE, COUNTED, annotate)
         return self._with_limits()
 
     def _pairs(self) -> list[Path]:
@@ -178,6 +183,30 @@ class CurateJob(PrepareJob):
     def origin_paths(self) -> list[Path]:
         """What the files of pairs say of data sets."""
         return [self.work / DATASETS / f"{path.stem}.pairs" for path in self._pairs()]
+
+    def findings_path(self, shard: Shard) -> Path:
+        """What was found of the documents of a shard: in the scan, or of those that are kept."""
+        in_scan = self.path("scan", shard, FOUND)
+        return in_scan if in_scan.exists() else self.path(ANNOTATE, shard, FOUND)
+
+    def is_annotated(self, shard: Shard) -> bool:
+        """Whether the documents of a shard are annotated."""
+        return self.findings_path(shard).exists()
+
+    @functools.cached_property
+    def fields_of_strata(self) -> frozenset[str]:
+        """The fields of a document's own `meta` that decide its strata, or which data sets are named."""
+        wheres = self.strata.wheres.values() if self.strata is not None else ()
+        return frozenset(["datasets", "tokens", *(name.partition(".")[0] for one in wheres for name in one.fields)])
+
+    @contextmanager
+    def examiner(self, shard: Shard) -> Iterator[Callable[[Sequence[tuple[int, Record]]], object]]:
+        """See `PrepareJob.examiner`."""
+        if not self.curate_options.annotates_in_scan:
+            yield lambda documents: None
+            return
+        with json_lines(self.path("scan", shard, FOUND)) as add:
+            yield lambda documents: add(to_line(find(self, documents)))
 
     def _with_limits(self) -> Self:
         if self.strata is None:
@@ -195,13 +224,16 @@ class CurateJob(PrepareJob):
 
     def counted(self) -> Iterator[np.ndarray]:
         """Of the documents of each shard that are kept: bits, hash, tokens; uint64 [3, documents]."""
-        return (np.load(self.path(ANNOTATE, shard, ".npy"), allow_pickle=False) for shard in self.shards())
+        return (np.load(self.path(ANNOTATE, shard, COUNTED), allow_pickle=False) for shard in self.shards())
 
     def describe(self, shard: Shard, verdicts: Verdicts) -> Description:
         """See `PrepareJob.describe`."""
-        found = read_annotations(self.path(ANNOTATE, shard, ".jsonl.zst"))
-        counted = np.load(self.path(ANNOTATE, shard, ".npy"), allow_pickle=False)
-        return CuratedMeta(self, shard, verdicts, found, counted)
+        fields = map(_fields_maker(self, shard), _kept(self, shard, verdicts))
+        members: dict[str, np.ndarray] | None = None
+        if self.strata is not None:
+            bits, hashes, _ = np.load(self.path(ANNOTATE, shard, COUNTED), allow_pickle=False)
+            members = self.strata.members(bits, hashes)
+        return CuratedMeta(self, shard, verdicts, fields, members)
 
     def extend_report(self, report: Report) -> Report:
         """See `PrepareJob.extend_report`."""
@@ -215,74 +247,59 @@ def _fingerprints(path: Path) -> dict[str, str]:
 
 
 def annotate(tasks: SourceTasks) -> Iterator[int]:
-    """Annotate the documents that are kept. Leaves, last, an array of what strata need of them."""
+    """Annotate the documents that are kept, unless that was done in the scan. Leaves, last, an array of what strata
+    need of them."""
     job = tasks[0].job
     assert isinstance(job, CurateJob)
-    annotators = _annotators(job.curate_options)
-    for shard, rows in (missing for task in tasks for missing in task.missing(ANNOTATE, ".npy")):
+    for shard, rows in (part for task in tasks for part in _unfinished(job, task)):
         verdicts = Verdicts(job, shard, job.duplicate_stages)
-        own = int(job.dataset_bits[shard.source])
-        begin = document_number(shard.source, shard.number * job.options.rows_per_shard)
-        others = read_origins(job.origin_paths(), begin, begin + job.options.rows_per_shard) if _is_shared(job) else {}
-        answers = judgements(job, shard) if job.curate_options.judges() else {}
-        kept = (row for row in rows if row.record is not None and not verdicts.drops(row))
-        counted: list[tuple[int, int, int]] = []
-        with json_lines(job.path(ANNOTATE, shard, ".jsonl.zst")) as add:
-            for batch in stages.batches(kept):
-                records = [cast(Record, row.record) for row in batch]
-                for row, record, found in zip(batch, records, _found(annotators, records), strict=True):
-                    bits = own | others.get(document_number(shard.source, row.number), 0)
-                    fields = {"datasets": _datasets(record, names_of(bits, job.dataset_names))}
-                    fields |= found | answers.get(row.number, {})
-                    meta = meta_with_source(record, job.sources[shard.source].name) | fields
-                    counted.append(_counted(job, record.text, meta))
-                    add(orjson.dumps(fields))
+        if rows is not None:
+            with json_lines(job.path(ANNOTATE, shard, FOUND)) as add:
+                kept = (row for row in rows if row.record is not None and not verdicts.drops(row.number))
+                for batch in stages.batches(kept):
+                    add(to_line(find(job, [(row.number, cast(Record, row.record)) for row in batch])))
+        fields_of = _fields_maker(job, shard)
+        counted = [_counted(job, shard, one, fields_of(one)) for one in _kept(job, shard, verdicts)]
         wheres = job.strata.wheres if job.strata is not None else {}
         write_json(job.notes_path(shard), {name: [sorted(one.unseen), one.mismatches] for name, one in wheres.items()})
-        with atomic_write(job.path(ANNOTATE, shard, ".npy")) as temporary, temporary.open("wb") as file:
+        with atomic_write(job.path(ANNOTATE, shard, COUNTED)) as temporary, temporary.open("wb") as file:
             np.save(file, np.array(counted, np.uint64).reshape(-1, 3).T)
         yield verdicts.num_rows
 
 
-def _is_shared(job: CurateJob) -> bool:
-    return len(job.dataset_names) > 1
+def _unfinished(job: CurateJob, task: SourceTask) -> Iterator[tuple[Shard, Iterator[Row] | None]]:
+    """The shards of a task that are not finished, with their rows where these must be read."""
+    shards = list(task.unfinished(ANNOTATE, COUNTED))
+    if all(job.is_annotated(shard) for shard in shards):
+        yield from ((shard, None) for shard in shards)
+    else:
+        yield from task.missing(ANNOTATE, COUNTED)
 
 
-_loaded: list[tuple[CurateOptions, list[Annotator]]] = []
+def _kept(job: CurateJob, shard: Shard, verdicts: Verdicts) -> Iterator[Finding]:
+    """What was found of the documents of a shard that are kept."""
+    return (one for one in read_findings(job.findings_path(shard)) if not verdicts.drops(one.row))
 
 
-def _annotators(options: CurateOptions) -> list[Annotator]:
-    """The annotators; a worker loads them once."""
-    if not _loaded or _loaded[0][0] != options:
-        _loaded[:] = [(options, make_annotators(options))]
-    return _loaded[0][1]
+def _fields_maker(job: CurateJob, shard: Shard) -> Callable[[Finding], dict[str, Any]]:
+    """Makes the fields of `meta` that this job writes, but for the strata."""
+    own, names = int(job.dataset_bits[shard.source]), job.dataset_names
+    begin = document_number(shard.source, shard.number * job.options.rows_per_shard)
+    others = read_origins(job.origin_paths(), begin, begin + job.options.rows_per_shard) if len(names) > 1 else {}
+    answers = judgements(job, shard) if job.curate_options.judges() else {}
+    names_by_bits = functools.cache(lambda bits: list(names_of(bits, names)))
+
+    def fields_of(one: Finding) -> dict[str, Any]:
+        datasets = names_by_bits(own | others.get(document_number(shard.source, one.row), 0))
+        if isinstance(before := one.meta.get("datasets"), list):  # which an earlier job found
+            datasets = list(dict.fromkeys([*before, *datasets]))
+        return {"datasets": datasets, **one.annotations, **answers.get(one.row, {})}
+
+    return fields_of
 
 
-def _found(annotators: list[Annotator], records: list[Record]) -> Iterator[dict[str, Any]]:
-    """What annotators find of records, in their order."""
-    documents = [Document.of(record) for record in records]
-    results = [annotator.annotate(documents) for annotator in annotators]
-    for place in range(len(records)):
-        yield {name: value for result in results for name, value in result[place].items()}
-
-
-def _datasets(record: Record, names: Iterable[str]) -> list[str]:
-    """The data sets of a document; before them, those that an earlier job found."""
-    before = record.meta.get("datasets")
-    return list(dict.fromkeys([*(before if isinstance(before, list) else []), *names]))
-
-
-def _counted(job: CurateJob, text: str, meta: dict[str, Any]) -> tuple[int, int, int]:
+def _counted(job: CurateJob, shard: Shard, one: Finding, fields: dict[str, Any]) -> tuple[int, int, int]:
     """Bits, hash, tokens of a document."""
-    import xxhash
-
+    meta = {"source": job.sources[shard.source].name, **one.meta, **fields}
     bits = job.strata.bits(meta) if job.strata is not None else 0
-    digest = xxhash.xxh3_64_intdigest(text.encode(), seed=job.curate_options.seed)
-    return bits, digest, max(0, int_of(meta, "tokens"))
-
-
-def read_annotations(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that `annotate` wrote, in their order."""
-    for row in read_rows(Source(str(path), None, path)):
-        assert row.value is not None, f"{path}: {row.problem}"
-        yield row.value
+    return bits, one.digest, max(0, int_of(meta, "tokens"))

@@ -20,6 +20,8 @@ FIELDS_OF: dict[AnnotatorName, tuple[str, ...]] = {
     "quality": ("gopher_quality", "gopher_repetition", "fineweb_quality"),
 }
 """The fields of `meta` that each annotator writes."""
+IN_SCAN: frozenset[AnnotatorName] = frozenset(["lengths", "domain", "reasoning"])
+"""Annotators that take about as little time as reading a document once more."""
 _OF_INPUT = ("source", "tools", "system", "chat_template_kwargs")
 _OF_JOB = (*_OF_INPUT, "datasets", "strata", "messages", "answer_begin")
 """Those that every job writes, and which of them are those of the input where it has them."""
@@ -170,6 +172,11 @@ class CurateOptions(PrepareOptions):
         if self.tokenizer is None:
             raise UserError("--annotate lengths needs --tokenizer; or name other annotators, such as --annotate domain")
         return self.tokenizer
+
+    @property
+    def annotates_in_scan(self) -> bool:
+        """Whether documents are annotated when they are first read, before duplicates among them are known."""
+        return IN_SCAN.issuperset(self.annotate) and not self.classify
 
     def classifiers(self) -> list[Named]:
         """What `classify` names."""

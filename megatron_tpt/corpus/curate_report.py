@@ -1,6 +1,7 @@
 """What a curated corpus holds: documents and tokens of every stratum, by domain and by data set, and how often training
 would repeat it."""
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,46 +26,65 @@ logger = logging.getLogger(__name__)
 
 ALL = "all documents"
 _COUNTS = ("documents", "tokens", "answer_tokens", "thinking_tokens")
+_COUNTED = list(enumerate(_COUNTS))[1:]
 
 
 class CuratedMeta(Description):
     """Makes the `meta` of the documents of a shard, and counts them by stratum."""
 
     def __init__(
-        self, job: "CurateJob", shard: Shard, verdicts: Verdicts, found: Iterator[dict[str, Any]], counted: np.ndarray
+        self,
+        job: "CurateJob",
+        shard: Shard,
+        verdicts: Verdicts,
+        found: Iterator[dict[str, Any]],
+        members: Mapping[str, np.ndarray] | None,
     ) -> None:
-        """`found` are the annotations, `counted` bits, hashes and tokens, uint64 [3, documents]."""
+        """`found` are data sets and annotations of the documents, `members` says which are in each stratum, bool
+        [documents]; None without strata."""
         super().__init__(job.sources[shard.source].name)
         self._found = found
-        self._members = job.strata.members(counted[0], counted[1]) if job.strata is not None else None
-        self._counts: list[tuple[int, ...]] = []  # of each document
-        self._groups: dict[str, list[int]] = {"total": []}  # the documents of each, by place
+        self._all_strata = list(members or ())
+        self._strata = _names_of_each(members) if members is not None else None
+        self._counts: dict[tuple[tuple[str, ...], str, tuple[str, ...]], list[int]] = {}
+        """Counts by strata, domain and data sets."""
         self._moved = _moved(job, shard, verdicts)
 
     def meta(self, record: Record) -> dict[str, Any]:
         """See `Description.meta`."""
-        found, place = next(self._found), len(self._counts)
+        found = next(self._found)
         meta = super().meta(record) | found
-        for group in ("total", f"domain {meta.get('domain')}", *(f"dataset {one}" for one in found["datasets"])):
-            self._groups.setdefault(group, []).append(place)
-        self._counts.append((1, *(int_of(meta, name) for name in _COUNTS[1:])))
-        if self._members is None:
-            return meta
-        return meta | {"strata": [name for name, is_in in self._members.items() if is_in[place]]}
+        strata = next(self._strata) if self._strata is not None else ()
+        group = (strata, str(meta.get("domain")), tuple(map(str, found["datasets"])))
+        counts = self._counts.get(group) or self._counts.setdefault(group, [0] * len(_COUNTS))
+        counts[0] += 1
+        for place, name in _COUNTED:
+            if name in meta:
+                counts[place] += int_of(meta, name)
+        return meta if self._strata is None else meta | {"strata": strata}
 
     def tallies(self) -> dict[str, Any]:
         """See `Description.tallies`."""
-        counts = np.array(self._counts, np.int64).reshape(-1, len(_COUNTS))
-        members = {ALL: np.ones(len(counts), bool)} | (self._members or {})
-        sums = {
-            name: {group: counts[own][is_in[own]].sum(axis=0).tolist() for group, own in self._groups.items()}
-            for name, is_in in members.items()
+        sums: dict[str, dict[str, list[int]]] = {name: {} for name in (ALL, *self._all_strata)}
+        for (strata, domain, datasets), counts in self._counts.items():
+            for group in ("total", f"domain {domain}", *(f"dataset {one}" for one in datasets)):
+                for name in (ALL, *strata):
+                    before = sums[name].get(group, [0] * len(_COUNTS))
+                    sums[name][group] = [a + b for a, b in zip(before, counts, strict=True)]
+        tallies = {
+            name: {group: dict(zip(_COUNTS, own[group], strict=True)) for group in sums[ALL] if group in own}
+            for name, own in sums.items()
         }
-        strata = {
-            name: {group: dict(zip(_COUNTS, own, strict=True)) for group, own in groups.items() if own[0]}
-            for name, groups in sums.items()
-        }
-        return {"strata": strata, "moved": self._moved}
+        return {"strata": tallies, "moved": self._moved}
+
+
+def _names_of_each(members: Mapping[str, np.ndarray]) -> Iterator[tuple[str, ...]]:
+    """The strata of one document after another."""
+    packed = np.packbits(np.stack([*members.values()]), axis=0)
+    rows, which = np.unique(packed, axis=1, return_inverse=True)
+    is_in = np.unpackbits(rows, axis=0, count=len(members)).astype(bool)
+    names = [tuple(itertools.compress(members, column)) for column in is_in.T.tolist()]
+    return map(names.__getitem__, which.ravel().tolist())
 
 
 def int_of(meta: Mapping[str, Any], name: str) -> int:
@@ -180,7 +200,8 @@ def extended_report(job: "CurateJob", report: Report) -> CurateReport:
             for group, counts in groups.items():
                 strata[name].setdefault(group, Counter()).update(counts)
         moved.update(tally["moved"])
-        for name, (unseen, mismatches) in orjson.loads(job.notes_path(shard).read_bytes()).items():
+        notes = orjson.loads(job.notes_path(shard).read_bytes()) if wheres else {}
+        for name, (unseen, mismatches) in notes.items():
             wheres[name].unseen &= set(unseen)
             wheres[name].mismatches.update(mismatches)
         if job.curate_options.judges():

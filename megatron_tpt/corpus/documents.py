@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_tpt.indexing.chat_shapes import (
@@ -30,6 +31,8 @@ from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 _SHOWN_CHARACTERS = 1 << 12
 _TAGS = [(OPEN_TAG, CLOSE_TAG), ("<|begin_of_thought|>", "<|end_of_thought|>")]
 """What is around thoughts: the tags of most models, and those of OpenThoughts' prompt."""
+_END_OF_TAG = "think>"
+"""In both tags: most texts have none."""
 _THOUGHT = re.compile("|".join(f"{re.escape(begin)}(.*?)(?:{re.escape(end)}|$)" for begin, end in _TAGS), re.DOTALL)
 
 
@@ -47,22 +50,27 @@ class Document:
     """The record's own thinking, a field of its own."""
     has_answer: bool = False
 
-    @property
+    @cached_property
+    def beginnings(self) -> tuple[str, str, str]:
+        """Those of the question, of the answer, or of the text where there is none, and of the record's thinking."""
+        parts = (self.question, self.answer if self.has_answer else self.text, self.thinking)
+        question, answer, thinking = (part[:_SHOWN_CHARACTERS] for part in parts)
+        return question, answer, thinking
+
+    @cached_property
     def beginning(self) -> str:
         """The beginnings of question and answer, or of the text, without think tags: enough to say what it is about."""
-        parts = (self.question, self.answer) if self.has_answer else (self.text,)
-        return _beginning(*parts).replace(CLOSE_TAG, "").replace(OPEN_TAG, "")
-
-    @property
-    def reasoning(self) -> str:
-        """The beginnings of the answer, or of the text where there is none, and of the record's own thinking."""
-        return _beginning(self.answer if self.has_answer else self.text, self.thinking)
+        question, answer, _ = self.beginnings
+        text = f"{question}\n{answer}" if self.has_answer else answer
+        return text.replace(CLOSE_TAG, "").replace(OPEN_TAG, "") if _END_OF_TAG in text else text
 
     @property
     def thoughts(self) -> str:
         """What is between think tags in the answer, or in the text where there is none. A generated answer often lacks
         the first tag, which was part of the prompt."""
         text = self.answer if self.has_answer else self.text
+        if not any(tag in text for tags in _TAGS for tag in tags):  # of most texts; looking for tags is slower
+            return ""
         for begin, end in _TAGS if self.has_answer else ():
             before, found, _ = text.partition(end)
             if found and begin not in before:
@@ -77,10 +85,6 @@ class Document:
         if parts is None:
             return cls(record.text, thinking=thinking)
         return cls(record.text, *parts, thinking, has_answer=True)
-
-
-def _beginning(*parts: str) -> str:
-    return "\n".join(part[:_SHOWN_CHARACTERS] for part in parts)
 
 
 @dataclass(frozen=True)

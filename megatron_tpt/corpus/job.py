@@ -1,6 +1,7 @@
 """What the stages of cleaning a corpus work on: the job, its shards, and the tasks it is cut into."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -75,6 +76,12 @@ class PrepareJob:
     def duplicate_stages(self) -> list[str]:
         """The stages that find duplicates."""
         return {"none": [], "exact": ["exact"], "minhash": ["exact", "near"]}[self.options.deduplicate]
+
+    @contextmanager
+    def examiner(self, shard: Shard) -> Iterator[Callable[[Sequence[tuple[int, Record]]], object]]:
+        """Yields what looks at the documents of a shard while it is scanned, contaminated ones excepted: it is given
+        batches of (row, record)."""
+        yield lambda documents: None
 
     def enrich(self, workers: "Workers") -> Self:
         """Whatever is done once duplicates are known and before documents are written; returns the job with what is
@@ -167,8 +174,15 @@ class SourceTask:
         share = f" (share {self.stripe + 1} of {self.num_stripes})" if self.num_stripes > 1 else ""
         return self.job.sources[self.source].name + share
 
+    def unfinished(self, stage: str, suffix: str) -> Iterator[Shard]:
+        """The shards of this task whose result in `stage` is not there yet. After the scan."""
+        for number in range(self.stripe, self.job.num_shards[self.source], self.num_stripes):
+            shard = Shard(self.source, number)
+            if not self.job.path(stage, shard, suffix).exists():
+                yield shard
+
     def missing(self, stage: str, suffix: str) -> Iterator[tuple[Shard, Iterator[Row]]]:
-        """The shards of this task whose result in `stage` is not there yet, with their rows."""
+        """The same with their rows, also in the scan."""
 
         def is_wanted(number: int) -> bool:
             is_ours = number % self.num_stripes == self.stripe

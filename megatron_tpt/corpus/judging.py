@@ -84,7 +84,7 @@ def _documents(
             verdicts = Verdicts(job, shard, job.duplicate_stages)
             state = open_shards[shard] = _ShardAnswers(num_judges)
             for row in rows:
-                if row.record is not None and not verdicts.drops(row):
+                if row.record is not None and not verdicts.drops(row.number):
                     state.num_asked += 1
                     yield (shard, row.number), Document.of(row.record)
             state.is_asked = True

@@ -14,7 +14,7 @@ does what, or how often a run was killed.
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +56,25 @@ def _scan(task: SourceTask, index: EvaluationIndex | None) -> Iterator[int]:
         problems: Counter[str] = Counter()
         absent = set(options.meta_columns)
         num_rows = 0
-        for batch in batches(rows):
-            num_rows += len(batch)
-            problems.update(str(row.problem) for row in batch if row.record is None)
-            records = [(row.number, row.record) for row in batch if row.record is not None]
-            found = index.find([record.text for _, record in records]) if index else [None] * len(records)
-            for (row, record), contamination in zip(records, found, strict=True):
-                absent -= record.meta.keys()
-                if contamination:
-                    contaminated[str(row)] = contamination.to_dict()
-                    for name, numbers in contamination.items.items():
-                        items.setdefault(name, set()).update(numbers)
-                elif options.deduplicate != "none":
-                    ids[row] = record.id.encode()
-                    keys.append(text_key(record.text, options.ignore_case, options.ignore_whitespace))
+        with job.examiner(shard) as examine:
+            for batch in batches(rows):
+                num_rows += len(batch)
+                problems.update(str(row.problem) for row in batch if row.record is None)
+                records = [(row.number, row.record) for row in batch if row.record is not None]
+                found = index.find([record.text for _, record in records]) if index else [None] * len(records)
+                clean: list[tuple[int, Record]] = []
+                for (row, record), contamination in zip(records, found, strict=True):
+                    absent -= record.meta.keys()
+                    if contamination:
+                        contaminated[str(row)] = contamination.to_dict()
+                        for name, numbers in contamination.items.items():
+                            items.setdefault(name, set()).update(numbers)
+                        continue
+                    clean.append((row, record))
+                    if options.deduplicate != "none":
+                        ids[row] = record.id.encode()
+                        keys.append(text_key(record.text, options.ignore_case, options.ignore_whitespace))
+                examine(clean)
         if options.deduplicate != "none":
             write_keys(job.path("scan", shard, ".keys.npy"), keys, (document_number(shard.source, row) for row in ids))
             _write_ids(job.path("scan", shard, ".ids.npy"), ids, options.rows_per_shard)
@@ -134,7 +139,7 @@ def minhash(tasks: SourceTasks) -> Iterator[int]:
         keys: list[bytes] = []
         documents: list[int] = []
         for row in rows:
-            if row.record is not None and not verdicts.drops(row):
+            if row.record is not None and not verdicts.drops(row.number):
                 row_keys = signature.keys(row.record.text)
                 keys += row_keys
                 documents += [document_number(shard.source, row.number)] * len(row_keys)
@@ -187,4 +192,5 @@ def _kept_records(
                 raise UserError(f"{source}: {_CHANGED}")
             add_reject(orjson.dumps(reject))
         elif row.record is not None:
-            yield replace(row.record, meta=description.meta(row.record))
+            record = row.record
+            yield Record(record.id, record.text, record.thinking, description.meta(record))

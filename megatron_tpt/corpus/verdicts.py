@@ -26,6 +26,7 @@ class Verdicts:
         self.num_bad = sum(scanned["problems"].values())
         self.contaminated = {int(row): evidence for row, evidence in scanned["contaminated"].items()}
         self.duplicates = {stage: self._pairs(job, shard, stage) for stage in stages}
+        self._dropped = set(self.contaminated).union(*self.duplicates.values())
 
     @staticmethod
     def _pairs(job: PrepareJob, shard: Shard, stage: str) -> dict[int, int]:
@@ -38,9 +39,9 @@ class Verdicts:
             found |= Pairs(path).between(begin, begin + rows)
         return {document_place(document)[1]: kept for document, kept in found.items()}
 
-    def drops(self, row: Row) -> bool:
-        """Whether a row that holds a record is dropped."""
-        return row.number in self.contaminated or any(row.number in rows for rows in self.duplicates.values())
+    def drops(self, row: int) -> bool:
+        """Whether the row of that number, which holds a record, is dropped."""
+        return row in self._dropped
 
     @property
     def num_kept(self) -> int:

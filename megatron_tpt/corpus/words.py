@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_ASCII_TABLE = bytes(code if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(128)
+_ASCII_TABLE = bytes(ord(chr(code).lower()) if chr(code).isalnum() else ord(" ") for code in range(128)) + bytes(128)
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 # Any odd number with well mixed bits will do: this is 2^64 divided by the golden ratio.
 _MULTIPLIER = 0x9E3779B97F4A7C15
@@ -97,7 +97,7 @@ def spaced_words(text: str) -> bytes:
         text = unicodedata.normalize("NFKC", text)
         text = _NOT_ASCII.sub(lambda match: _spaces_for_symbols[match[0]], text)  # curly quotes, dashes, ...
     if text.isascii():  # ten times as fast, with the same result
-        return text.encode().lower().translate(_ASCII_TABLE).strip()
+        return text.encode().translate(_ASCII_TABLE).strip()
     return " ".join(_word_pattern().findall(text.lower())).encode()
 
 

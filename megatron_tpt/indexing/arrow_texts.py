@@ -1,5 +1,6 @@
 """Arrow's arrays of texts as NumPy sees them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -25,6 +26,14 @@ def is_blank(texts: pyarrow.LargeStringArray) -> numpy.ndarray:
         lengths = pyarrow.compute.binary_length(trimmed).fill_null(0).to_numpy(zero_copy_only=False)
         found[suspects] = lengths == 0
     return found
+
+
+def array_of(texts: Sequence[str]) -> pyarrow.LargeStringArray:
+    """The texts as an array. (`pyarrow.array` imports pandas for that, which takes 0.2 s.)"""
+    parts = [text.encode() for text in texts]
+    begins = numpy.cumsum([0, *map(len, parts)], dtype=numpy.int64)
+    buffers = [None, pyarrow.py_buffer(begins), pyarrow.py_buffer(b"".join(parts))]
+    return pyarrow.Array.from_buffers(pyarrow.large_string(), len(parts), buffers)
 
 
 def text_buffers(texts: pyarrow.LargeStringArray) -> tuple[numpy.ndarray, numpy.ndarray]:

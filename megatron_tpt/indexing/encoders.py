@@ -16,7 +16,7 @@ import numpy
 import pyarrow
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.indexing.arrow_texts import text_buffers
+from megatron_tpt.indexing.arrow_texts import array_of, text_buffers
 from megatron_tpt.indexing.options import Backend
 from megatron_tpt.indexing.tokenizer import Tokenizer, read_description
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
@@ -186,7 +186,7 @@ def _encodable(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 def _disagreement(tokenizer: Tokenizer, encoder: Encoder, texts: Sequence[str]) -> str | None:
     """The first text that `encoder` and the reference encode differently."""
-    tokens, lengths = encoder.encode(pyarrow.array(texts, pyarrow.large_string()))
+    tokens, lengths = encoder.encode(array_of(texts))
     expected = tokenizer.encode_batch(texts)
     for text, found, wanted in zip(texts, numpy.split(tokens, numpy.cumsum(lengths)[:-1]), expected, strict=True):
         if not numpy.array_equal(found, wanted):
@@ -237,7 +237,7 @@ class SpotCheck:
             found = encoded.tokens[end - int(encoded.lengths[place]) : end]
         else:
             text = text[begin : begin + cost]
-            found = self._encoder.encode(pyarrow.array([text], pyarrow.large_string())).tokens
+            found = self._encoder.encode(array_of([text])).tokens
         if not numpy.array_equal(found, self._tokenizer.encode_batch([text])[0]):
             raise DisagreementError(
                 f"gigatoken and Hugging Face tokenizers disagree on {_shown(text)}: nothing is kept of what gigatoken "

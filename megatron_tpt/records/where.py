@@ -185,6 +185,8 @@ def _is_in(item: Any, container: Any) -> bool:
         return isinstance(item, str) and item in container
     if isinstance(container, Mapping):
         return isinstance(item, str) and item in container
+    if isinstance(item, str) and isinstance(container, list):  # which equals texts alone
+        return item in container
     return isinstance(container, list) and item is not None and any(_equal(item, one) for one in container)
 
 

@@ -1,6 +1,7 @@
 """tools/curate.py from data sets to strata: what is annotated, what belongs where, and that nothing is lost."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from corpus_files import output_bytes, rejects, sentence, write_jsonl
 from tiny_models import make_tokenizer
 
+from megatron_tpt.corpus import curate_options
 from megatron_tpt.corpus.curate import curate
 from megatron_tpt.corpus.curate_options import CurateOptions
 from megatron_tpt.corpus.curate_report import ALL, CurateReport
@@ -172,6 +174,34 @@ def test_the_output_is_the_same_for_any_number_of_workers(raw: Path, monkeypatch
     assert outputs[1] == outputs[2] and len(outputs[1]) > 8
 
 
+def test_the_output_is_the_same_whenever_documents_are_annotated(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the input is scanned, or once duplicates are known; also with values that JSON does not hold exactly."""
+    scores = ["NaN", "1e999", str(10**30), "[1, {}]", "null", "7"]
+    rows = [f'{{"q": "?", "a": "{solution(200 + i)}", "score": {score}}}' for i, score in enumerate(scores)]
+    write_jsonl(raw / "big/3.jsonl", rows)
+    (raw / "strata.yaml").write_text(STRATA + 'missing: {where: score == null}\nhigh: {where: "score > 5"}\n')
+    changes: dict[str, Any] = {"annotate": ["lengths", "domain", "reasoning"], "meta_columns": ["score"]}
+    curate(options_for(raw, **changes))
+    assert list((raw / "curated/.work/scan").rglob("*.found.jsonl.zst"))
+    monkeypatch.setattr(curate_options, "IN_SCAN", frozenset())
+    curate(options_for(raw, output=raw / "later", **changes))
+    assert not list((raw / "later/.work/scan").rglob("*.found.jsonl.zst"))
+    assert output_bytes(raw / "curated") == output_bytes(raw / "later")
+    strata = {one.text.rpartition(" ")[2]: one.meta["strata"] for one in curated(raw / "later") if "score" in one.meta}
+    assert sorted("high" in one for one in strata.values()) == [False, False, False, True, True, True]
+
+
+def test_the_output_is_what_it_was(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of what version 0.1 wrote: changes that make the job faster change nothing else."""
+    monkeypatch.chdir(raw)
+    inputs, exam = ["big=big:q,a", "fine=fine.jsonl:chat"], ["exam=exam.jsonl:question"]
+    curate(options_for(Path(), input=inputs, decontaminate=exam, annotate=["lengths", "domain", "reasoning"]))
+    lines = [record.__dict__ for record in curated(Path("curated"))] + rejects(Path("curated"))
+    report = Path("curated/report.json").read_bytes()
+    digest = hashlib.sha256(report + b"".join(json.dumps(line).encode() for line in lines))
+    assert digest.hexdigest()[:16] == "9535e051de16bc69"
+
+
 @pytest.mark.parametrize("stage", ["scan", "annotate", "write"])
 def test_a_killed_job_resumes_to_the_same_bytes(raw: Path, stage: str) -> None:
     for number in range(40):  # enough shards for the kill to come between them
@@ -217,9 +247,14 @@ def test_other_settings_are_refused_and_the_difference_is_shown(raw: Path, capsy
         curate(options)
 
 
-def test_files_added_to_the_input_give_what_all_files_give(raw: Path) -> None:
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_files_added_to_the_input_give_what_all_files_give(raw: Path, is_earlier: bool) -> None:
+    """Also to a job of an earlier version, which annotated nothing in the scan."""
     options = options_for(raw)
     curate(options)
+    for path in (raw / "curated/.work/scan").rglob("*.found.jsonl.zst"):
+        if is_earlier:
+            path.unlink()
     more = write_jsonl(
         raw / "more.jsonl", [{"q": sentence(1005, 9), "a": solution(5, 40)}, {"q": "?", "a": solution(90)}]
     )

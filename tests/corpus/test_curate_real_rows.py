@@ -104,3 +104,19 @@ def test_domains_and_traces_of_real_rows_are_recognized(curated: tuple[CurateRep
         for name in ("web", "shq")
     }
     assert reasoning["shq"] > 1.3 * reasoning["web"]
+
+
+@needs_data
+def test_shares_of_domains_and_data_sets_are_reported(curated: tuple[CurateReport, list[Record]]) -> None:
+    report, records = curated
+    text = report.to_markdown()
+    for kind, names in (("domain", {"math", "code", "science", "general"}), ("dataset", {"web", "ldq", "shq"})):
+        head, _, *lines = text.partition(f"### Share of tokens by {kind}\n\n")[2].partition("\n\n")[0].splitlines()
+        columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+        assert {*columns} <= names
+        found = {name.strip(): cells for name, *cells in (line.strip("|").split("|") for line in lines)}
+        assert list(found) == list(report.strata)
+        tokens = sum(record.meta["tokens"] for record in records)
+        for place, name in enumerate(columns):
+            own = [one for one in records if name == one.meta["domain"] or name in one.meta["datasets"]]
+            assert found[ALL][place].strip() == f"{sum(one.meta['tokens'] for one in own) / tokens:.1%}"

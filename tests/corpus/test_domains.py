@@ -3,12 +3,13 @@
 The data are of others, see evaluation_data.py.
 """
 
+import random
 from typing import Any
 
 import pytest
 from evaluation_data import needs_data, rows
 
-from megatron_tpt.corpus.annotate.rules import Domain, ReasoningIntensity
+from megatron_tpt.corpus.annotate.rules import Domain, ReasoningIntensity, WordCounts
 from megatron_tpt.corpus.documents import Document
 from megatron_tpt.corpus.words import split_words
 
@@ -66,3 +67,27 @@ def test_words_are_counted_as_they_are_split_in_every_script() -> None:
         round(100 * sum(own) / max(len(own), 1), 2) for own in expected
     ]
     assert found[3]["reasoning_intensity"] == 0 < found[1]["reasoning_intensity"]
+
+
+def test_words_that_share_beginnings_are_distinguished() -> None:
+    kinds = ("sum equation equations concentration", "so thermodynamics if")
+    known = " ".join(kinds).split()
+    draw = random.Random(0)
+    words = [*known, *(word.upper() for word in known), "Zürich", "因此so", "", "s", "x" * 20, "ﬁrst"]
+    words += [part for word in known for part in (word[:-1], f"{word}s", word * 2, f"e{word}", f"{word}{'a' * 16}")]
+    texts = ["", " ", *(draw.choice([" ", ", ", "\n"]).join(draw.choices(words, k=40)) for _ in range(50))]
+    expected = []
+    for text in texts:
+        found = [word.decode() for word in split_words(text)]
+        expected.append([*(sum(word in kind.split() for word in found) for kind in kinds), len(found)])
+    assert WordCounts(*kinds).count(texts).tolist() == expected
+    assert WordCounts(*kinds).count([]).tolist() == []
+
+
+def test_annotations_are_the_same_whatever_documents_are_beside_one() -> None:
+    texts = ["So <think>it</think>holds.", "Let x = 1, then \\frac{x}{2}.", "", "import so\nreturn self.x"]
+    documents = [Document(f"{one}\n{other}", one, other, "Wait, so?", True) for one in texts for other in texts]
+    documents += [Document(text) for text in texts]
+    for annotator in (Domain(), ReasoningIntensity()):
+        assert annotator.annotate(documents) == [annotator.annotate([one])[0] for one in documents]
+        assert annotator.annotate([]) == []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_tpt.corpus.documents import Document
 
 if TYPE_CHECKING:
-    from megatron_tpt.corpus.curate_options import CurateOptions
+    from megatron_tpt.corpus.curate_options import AnnotatorName, CurateOptions
 
 
 class Annotator(Protocol):
@@ -28,14 +28,26 @@ class Annotator(Protocol):
 
 def make_annotators(options: "CurateOptions") -> list[Annotator]:
     """The annotators that options ask for, but for the judges. Raises UserError for a model that cannot be loaded."""
-    from megatron_tpt.corpus.annotate import classifiers, lengths, rules
+    annotators = [_make(name, options) for name in dict.fromkeys(options.annotate)]
+    if options.classifiers():
+        from megatron_tpt.corpus.annotate.classifiers import load_classifier
+
+        annotators += [load_classifier(one.name, one.path) for one in options.classifiers()]
+    return annotators
+
+
+def _make(name: "AnnotatorName", options: "CurateOptions") -> Annotator:
+    """What is imported here takes memory in every process: nothing without need."""
+    if name == "lengths":
+        from megatron_tpt.corpus.annotate.lengths import Lengths
+
+        return Lengths(options.require_tokenizer())
+    from megatron_tpt.corpus.annotate import rules
 
     makers: dict[str, Callable[[], Annotator]] = {
-        "lengths": lambda: lengths.Lengths(options.require_tokenizer()),
         "domain": rules.Domain,
         "reasoning": rules.ReasoningIntensity,
         "language": rules.Language,
         "quality": rules.Quality,
     }
-    models = [classifiers.load_classifier(one.name, one.path) for one in options.classifiers()]
-    return [*(makers[name]() for name in dict.fromkeys(options.annotate)), *models]
+    return makers[name]()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tpt.corpus.documents import Document
+from megatron_tpt.indexing.arrow_texts import array_of
 
 
 class Lengths:
@@ -22,14 +23,12 @@ class Lengths:
 
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`. `answer_tokens` is null of a document without an answer."""
-        import pyarrow
-
         parts = [
             part
             for one in documents
             for part in (one.question if one.has_answer else one.text, one.answer, one.thoughts, one.thinking)
         ]
-        lengths = self._encoder.encode(pyarrow.array(parts, pyarrow.large_string())).lengths.reshape(-1, 4).tolist()
+        lengths = self._encoder.encode(array_of(parts)).lengths.reshape(-1, 4).tolist()
         return [
             {
                 "tokens": text + answer + thinking,

@@ -5,18 +5,21 @@ far they can be trusted is measured on benchmarks whose domain is known (docs/cu
 use a classifier.
 """
 
+import functools
+import random
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pyarrow.compute
 
 from megatron_tpt.corpus.curate_options import FIELDS_OF
 from megatron_tpt.corpus.documents import Document
 from megatron_tpt.corpus.words import spaced_words, word_tokenizer
+from megatron_tpt.indexing.arrow_texts import array_of
 
 _MATH_WORDS = """
     equation equations theorem lemma proof prove integer integers polynomial polynomials triangle triangles circle
@@ -74,29 +77,106 @@ _CODE_SIGNS = (
     "()",
 )
 _MIN_HITS_PER_100_WORDS = {"math": 4.0, "code": 4.0, "science": 2.0}
+_SPACE = ord(" ")
 _MIN_WORDS = 20
 """A shorter text counts as one of this many words: a single hit says little."""
 
 
-class _WordCounts:
-    """Counts words of given kinds."""
+_SLOT_BITS = 16
+_MAX_BYTES = 16
+_MASKS = ((np.arange(_MAX_BYTES) < np.arange(_MAX_BYTES + 1)[:, None]) * np.uint8(255)).view(np.uint64)
+"""By the bytes of a word, up to 16: what of its first and its second eight bytes belongs to it."""
+
+
+class WordCounts:
+    """Counts words of given kinds, by arrays over all words of a batch.
+
+    A word is compared as 16 bytes, zeros behind its end. Those whose first two bytes occur are looked up in a table, at
+    the slot that a hash names, under which no two words of it collide.
+    """
 
     def __init__(self, *words: str) -> None:
-        """`words` of each kind, with spaces between them."""
-        kinds = {word: kind for kind, text in enumerate(words) for word in text.split()}
-        self._words = pyarrow.array(list(kinds))
-        self._kinds = np.array([*kinds.values(), len(words)])  # the last, at -1, is that of all other words
+        """`words` of each kind, with spaces between them; words have 2 to 15 bytes and one kind."""
+        kinds = {word.encode(): kind for kind, text in enumerate(words) for word in text.split()}
+        assert all(1 < len(word) < _MAX_BYTES for word in kinds)
+        self._kinds = np.array([*kinds.values()])
         self._num_kinds = len(words)
+        self._halves = np.array([*kinds], f"S{_MAX_BYTES}").view(np.uint64).reshape(-1, 2).T.copy()
+        draw = random.Random(0)
+        slots = np.zeros(0)
+        while len(np.unique(slots)) < len(kinds):
+            self._factor = np.uint64(draw.getrandbits(64) | 1)
+            slots = self._slots(self._halves[0], self._halves[1])
+        self._row_at = np.zeros(1 << _SLOT_BITS, np.int16)
+        self._row_at[slots] = np.arange(len(kinds))
+        self._can_begin = np.zeros(1 << 16, bool)
+        self._can_begin[[int.from_bytes(word[:2], sys.byteorder) for word in kinds]] = True
 
-    def count(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Words of each kind in each text, int [texts, kinds], and all words, at least 1, int [texts]."""
-        spaced = pyarrow.array(map(spaced_words, texts), pyarrow.binary()).view(pyarrow.string())
-        words = pyarrow.compute.ascii_split_whitespace(spaced)
-        num_words = pyarrow.compute.list_value_length(words).to_numpy()
-        places = pyarrow.compute.index_in(words.flatten(), value_set=self._words).fill_null(-1).to_numpy()
-        bins = np.repeat(np.arange(len(texts)), num_words) * (self._num_kinds + 1) + self._kinds[places]
-        counts = np.bincount(bins, minlength=len(texts) * (self._num_kinds + 1))
-        return counts.reshape(len(texts), -1)[:, : self._num_kinds], num_words
+    def _slots(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        mixed = (first * self._factor ^ second) * self._factor
+        return (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """Words of each kind, and all words, in each text: int [texts, kinds + 1]."""
+        parts = [spaced_words(text) + b" " for text in texts]
+        characters = b"".join(parts) + bytes(_MAX_BYTES)
+        ends = np.flatnonzero(np.frombuffer(characters, np.uint8) == _SPACE)
+        begins = np.concatenate([[0], ends + 1])[:-1]
+        words_before = np.searchsorted(ends, np.cumsum([len(part) for part in parts], dtype=np.int64))
+        rows, places = self._find(characters, begins, ends)
+        num_bins = self._num_kinds + 1
+        bins = np.searchsorted(words_before, places, side="right") * num_bins + self._kinds[rows]
+        counts = np.bincount(bins, minlength=len(texts) * num_bins).reshape(len(texts), num_bins)
+        num_words = np.concatenate([[0], np.cumsum(ends > begins)])  # between two spaces there may be nothing
+        counts[:, -1] = np.diff(num_words[words_before], prepend=0)
+        return counts
+
+    def _find(self, characters: bytes, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which words are of a kind: their rows in the table, and their places in `begins`."""
+        pairs, eights = (
+            np.ndarray(len(characters) + 1 - np.dtype(type).itemsize, type, characters, strides=(1,))
+            for type in (np.uint16, np.uint64)
+        )
+        places = np.flatnonzero(self._can_begin[pairs[begins]])
+        begins = begins[places]
+        masks = _MASKS[np.minimum(ends[places] - begins, _MAX_BYTES)]
+        first, second = eights[begins] & masks[:, 0], eights[begins + 8] & masks[:, 1]
+        rows = self._row_at[self._slots(first, second)]
+        is_found = (self._halves[0][rows] == first) & (self._halves[1][rows] == second)
+        return rows[is_found], places[is_found]
+
+
+class _Counts:
+    """Counts the words of all kinds at the beginnings of documents, once for both annotators that need them."""
+
+    def __init__(self) -> None:
+        self._words = WordCounts(_MATH_WORDS, _CODE_WORDS, _SCIENCE_WORDS, _CUES)
+        self._documents: Sequence[Document] | None = None
+        self._last: tuple[np.ndarray, np.ndarray]
+
+    def of(self, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Words of each kind, and all words, at least 1: of `Document.beginning`, and of answer and thinking; int
+        [documents, kinds + 1] each."""
+        if documents is not self._documents:
+            beginnings = [one.beginnings for one in documents]
+            counts = self._words.count([text for own in beginnings for text in own])
+            question, answer, thinking = counts.reshape(len(documents), 3, counts.shape[1]).swapaxes(0, 1)
+            about, reasoning = question + answer, answer + thinking
+            texts = [one.beginning for one in documents]
+            tagged = [i for i, (text, own) in enumerate(zip(texts, beginnings, strict=True)) if _is_less(text, own)]
+            about[tagged] = self._words.count([texts[place] for place in tagged])
+            for own in (about, reasoning):
+                own[:, -1] = np.maximum(own[:, -1], 1)
+            self._documents, self._last = documents, (about, reasoning)
+        return self._last
+
+
+def _is_less(text: str, parts: tuple[str, str, str]) -> bool:
+    """Whether think tags were taken out of a beginning."""
+    return len(text) < len(parts[0]) + len(parts[1])
+
+
+_counts = functools.cache(_Counts)
 
 
 class Domain:
@@ -108,19 +188,17 @@ class Domain:
     _names = np.array([*_MIN_HITS_PER_100_WORDS, "general"])
     _signs = tuple("|".join(map(re.escape, signs)) for signs in (_MATH_SIGNS, _CODE_SIGNS))
 
-    def __init__(self) -> None:
-        self._words = _WordCounts(_MATH_WORDS, _CODE_WORDS, _SCIENCE_WORDS)
-
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
-        return [{"domain": name} for name in self._domains([one.beginning for one in documents])]
+        return [{"domain": name} for name in self._domains(documents)]
 
-    def _domains(self, texts: Sequence[str]) -> list[str]:
-        hits, num_words = self._words.count(texts)
+    def _domains(self, documents: Sequence[Document]) -> list[str]:
+        about, _ = _counts().of(documents)
+        hits, num_words = about[:, : len(_MIN_HITS_PER_100_WORDS)].copy(), about[:, -1]
         enough = np.outer(np.maximum(num_words, _MIN_WORDS), list(_MIN_HITS_PER_100_WORDS.values())) / 100
         math, _, science = (hits / enough).T
         is_science = science >= np.maximum(1, math)  # formulas are the signs of mathematics, and sciences have them too
-        array = pyarrow.array(texts, pyarrow.string())
+        array = array_of([one.beginning for one in documents])
         for kind, signs in enumerate(self._signs):
             hits[:, kind] += pyarrow.compute.count_substring_regex(array, pattern=signs).to_numpy()
         shares = hits / enough
@@ -133,13 +211,10 @@ class ReasoningIntensity:
     answer with its thinking, or of the document where it has none; to two decimals.
     """
 
-    def __init__(self) -> None:
-        self._cues = _WordCounts(_CUES)
-
     def annotate(self, documents: Sequence[Document]) -> list[dict[str, Any]]:
         """See `Annotator.annotate`."""
-        counts, num_words = self._cues.count([one.reasoning for one in documents])
-        intensity = 100 * counts[:, 0] / num_words
+        _, reasoning = _counts().of(documents)
+        intensity = 100 * reasoning[:, -2] / reasoning[:, -1]
         return [{"reasoning_intensity": round(value, 2)} for value in intensity.tolist()]
 
 
