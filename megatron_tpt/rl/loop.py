@@ -223,7 +223,7 @@ class Iterations:
         if process is not None:
             of_process = process_advantages(
                 settings.name,
-                process.rewards,
+                process.curves.rewards,
                 mask,
                 experience.groups,
                 values=columns.get("value"),
