@@ -93,11 +93,13 @@ tool index tools/index.py --input "$OUTPUT/thinking" --tokenizer "$TOKENIZER" --
 train pretrain pretrain "${PRETRAIN[@]}" --run.output_dir="$OUTPUT/pretrain" --data.train="[$OUTPUT/index/thinking]"
 train finetune finetune "${FINETUNE[@]}" --run.output_dir="$OUTPUT/finetune" --data.train="[$OUTPUT/index/chats]" \
     --training.init_from="$OUTPUT/pretrain/checkpoints/latest"
-trained=finetune
+trained=finetune suffix=
 if ((${#RL[@]} > 0)); then
     train rl rl "${RL[@]}" --run.output_dir="$OUTPUT/rl" --training.init_from="$OUTPUT/finetune/checkpoints/latest"
-    trained=rl
+    trained=rl suffix=-rl # its model and scores are beside those of the fine-tuned one, where these were made before
 fi
-tool export tools/export_hf.py --checkpoint "$OUTPUT/$trained/checkpoints/latest" --output "$OUTPUT/model"
-tool evaluate tools/evaluate.py --model "$OUTPUT/model" --output "$OUTPUT/evaluation" --wait "${EVALUATE[@]}"
-echo "follow them: squeue --me; logs in $OUTPUT/logs; scores in $OUTPUT/evaluation"
+tool "export$suffix" tools/export_hf.py --checkpoint "$OUTPUT/$trained/checkpoints/latest" \
+    --output "$OUTPUT/model$suffix"
+tool "evaluate$suffix" tools/evaluate.py --model "$OUTPUT/model$suffix" --output "$OUTPUT/evaluation$suffix" --wait \
+    "${EVALUATE[@]}"
+echo "follow them: squeue --me; logs in $OUTPUT/logs; scores in $OUTPUT/evaluation$suffix"

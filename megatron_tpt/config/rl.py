@@ -250,6 +250,13 @@ def require_place(template: str) -> None:
     require(has_place, f'answer_template {template!r} must have one "{{}}" for the answer; other braces are doubled')
 
 
+def can_be_appended(answer: object) -> bool:
+    """Whether REPRO can append a right answer: one text, no list of them, and no solution that ends in it."""
+    if isinstance(answer, str):
+        return not any(mark in answer for mark in ("####", "\\boxed", "\n"))
+    return isinstance(answer, int | float)
+
+
 @on_change({(Effect.WARNED, Effect.FREE): "learning_rate warmup_iterations clip"})
 @dataclass
 class CriticConfig:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_tpt.corpus.options import EvaluationSet
 from megatron_tpt.errors import UserError
+from megatron_tpt.names import counted
 from megatron_tpt.records import describe, expand_sources, read_rows
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def warn_of_empty_items(evaluation_set: EvaluationSet, num_items: int, places: l
     if num_empty:
         more = ", ..." if num_empty > len(places) else ""
         logger.warning(
-            f"evaluation set {evaluation_set.name}: {num_empty:,} of {num_items:,} items have no word in {columns} and "
-            f"are not searched for ({', '.join(places)}{more})"
+            f"evaluation set {evaluation_set.name}: {num_empty:,} of {counted(num_items, 'item')} without a word in "
+            f"{columns}, not searched for ({', '.join(places)}{more})"
         )
 
 

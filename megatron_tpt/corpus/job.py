@@ -15,6 +15,7 @@ from megatron_tpt.corpus.options import PrepareOptions
 from megatron_tpt.corpus.report import Report
 from megatron_tpt.corpus.settings import make_settings
 from megatron_tpt.files import atomic_write
+from megatron_tpt.names import counted
 from megatron_tpt.records import REJECTS, Columns, Record, Row, Source, read_blocks
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class SourceTasks(tuple[SourceTask, ...]):
     """Tasks that one worker does one after the other: what they share is sent and loaded once."""
 
     def __str__(self) -> str:
-        return str(self[0]) + (f" and {len(self) - 1:,} more files" if len(self) > 1 else "")
+        return str(self[0]) + (f" and {counted(len(self) - 1, 'more file')}" if len(self) > 1 else "")
 
 
 @dataclass(frozen=True)

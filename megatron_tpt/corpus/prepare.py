@@ -42,6 +42,7 @@ from megatron_tpt.jobs.settings import (
     write_settings,
 )
 from megatron_tpt.jobs.workers import Workers
+from megatron_tpt.names import counted
 from megatron_tpt.records import DAMAGED, Source, expand_sources, notes_of_columns_not_kept
 from megatron_tpt.records.inventory import Entry, Inventory, inventory_path, size_of, write_inventory
 
@@ -267,7 +268,7 @@ def _scanned(job: PrepareJob, source: int) -> Iterator[dict[str, Any]]:
 def _say_of_source(name: str, num_rows: int, problems: Counter[str]) -> None:
     """Report what is lost of a source as a whole."""
     if DAMAGED in problems:
-        logger.warning(f"{name}: damaged after {num_rows - 1:,} rows; what follows is not read")
+        logger.warning(f"{name}: damaged after {counted(num_rows - 1, 'row')}; what follows is not read")
     elif num_rows == 0:
         logger.warning(f"{name}: holds no rows")
     elif problems.total() == num_rows:

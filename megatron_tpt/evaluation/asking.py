@@ -38,7 +38,7 @@ from megatron_tpt.generation import (
 )
 from megatron_tpt.grading import after_thinking, opens_thinking
 from megatron_tpt.jobs.progress import ProgressLine
-from megatron_tpt.names import shown
+from megatron_tpt.names import counted, shown
 from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def ask(evaluations: Sequence[Evaluation], task: int, num_tasks: int) -> None:
     context = check_contexts(evaluations)
     needs = ["log-likelihood"] if any(evaluation.is_scored for evaluation in evaluations) else []
     name = shown(label(arm.model, arm.recurrences))
-    logger.info(f"{name}: loading (engine {options.engine}) for {total:,} answers")
+    logger.info(f"{name}: loading (engine {options.engine}) for {counted(total, 'answer')}")
     engine_options = options.engine_options(arm.model, context, arm.recurrences, arm.early_exit)
     start_s = time.monotonic()
     with open_engine(engine_options, needs) as engine:  # type: ignore[arg-type]

@@ -35,9 +35,10 @@ from megatron_tpt.files import write_json
 from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.grading import Grade, Grader, GraderPool, Item, opens_thinking
 from megatron_tpt.jobs.folder import JobFolder
+from megatron_tpt.jobs.local_tasks import sigterm_as_exit
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.settings import read_settings
-from megatron_tpt.names import first_few, shown
+from megatron_tpt.names import counted, first_few, shown
 from megatron_tpt.provenance import environment
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,16 @@ def evaluate(
 
 @contextlib.contextmanager
 def _interruption_named(evaluations: Sequence[Evaluation]) -> Iterator[None]:
-    """Say what Ctrl-C leaves."""
+    """Say what Ctrl-C or SIGTERM leaves."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with sigterm_as_exit():
+            yield
+    except (KeyboardInterrupt, SystemExit) as end:
         answers = [answer for each in evaluations for answer in each.answers().values()]
         number = sum(answer.finish_reason != FAILED for answer in answers)
         total = sum(len(each.keys) for each in evaluations)
-        logger.warning(f"interrupted: {number:,} of {total:,} answers are stored; the same command resumes")
+        how = "interrupted" if isinstance(end, KeyboardInterrupt) else "stopped by SIGTERM"
+        logger.warning(f"{how}: {number:,} of {counted(total, 'answer')} stored; the same command resumes")
         raise
 
 
@@ -225,7 +228,7 @@ def _conclude(evaluations: Sequence[Evaluation], options: EvaluateOptions) -> li
     logger.info(f"report: {shown(options.output / 'report.md')}, {shown(options.output / 'report.html')}")
     failed = sum(result.failed_requests for result in results) + sum(one.failed_requests for one in documents)
     if failed:
-        raise Fault(f"{failed:,} requests failed and count as wrong; the same command asks them again")
+        raise Fault(f"{counted(failed, 'request')} failed, counted as wrong; the same command asks again")
     return results
 
 

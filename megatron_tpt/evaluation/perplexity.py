@@ -8,7 +8,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.arms import Arm, label
 from megatron_tpt.evaluation.samples import FAILED, Answer
 from megatron_tpt.generation import load_model_config
-from megatron_tpt.names import shown
+from megatron_tpt.names import counted, shown
 
 _LONGEST_WINDOW = 2048
 _SHORTEST_WINDOW = 3  # a token of context, one to score, and room for one that an engine writes
@@ -74,7 +74,7 @@ def describe_documents(result: DocumentResult) -> str:
     """A result on one line."""
     name = f"{shown(label(result.model, result.recurrences))}, {shown(result.benchmark)}"
     if result.perplexity is None or result.bits_per_byte is None:
-        return f"{name}: {result.failed_requests:,} of {result.num_documents:,} documents could not be scored"
+        return f"{name}: {result.failed_requests:,} of {counted(result.num_documents, 'document')} could not be scored"
     return (
         f"{name}: perplexity {result.perplexity:.4f}, {result.bits_per_byte:.4f} bits per byte on "
         f"{result.num_documents:,} documents of {result.num_tokens:,} tokens"

@@ -23,6 +23,7 @@ from megatron_tpt.files import no_links, write_json
 from megatron_tpt.jobs.journal import append, encode, read_journal
 from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.json_data import read_object
+from megatron_tpt.names import counted
 from megatron_tpt.records import describe, expand_sources, read_rows, write_json_lines
 
 FAILED = "failed"
@@ -234,7 +235,7 @@ def require_complete(answers: Mapping[Key, Answer], keys: Sequence[Key], *, resc
     """Raise unless there is an answer for every key: N samples asked are N samples. A Fault, which the same command
     may do away with; with `rescore`, which asks for nothing, a UserError."""
     if missing := len(set(keys) - answers.keys()):
-        message = f"{missing:,} of {len(keys):,} answers are missing"
+        message = f"{missing:,} of {counted(len(keys), 'answer')} missing"
         if rescore:
             raise UserError(f"{message}; run without --rescore first")
         raise Fault(f"{message}; run the same command again")

@@ -9,6 +9,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import FOLDER, Benchmark
 from megatron_tpt.evaluation.choices import read_choices
 from megatron_tpt.evaluation.templates import column, fill, read_text, rows_of, template_text
+from megatron_tpt.names import counted
 from megatron_tpt.records import SUFFIXES
 
 
@@ -67,7 +68,7 @@ def _first(benchmark: Benchmark, texts: Sequence[str]) -> str:
     elif number is not None and number > 1 and len(texts) == 1:
         raise UserError(f"--num-shots {number}: there is one text of examples; say by --shot-begin how each begins")
     if number is not None and len(parts) < number:
-        raise UserError(f"--num-shots {number}: there are only {len(parts)} examples")
+        raise UserError(f"--num-shots {number}: the text has only {counted(len(parts), 'example')}")
     return head + "".join(parts[:number])
 
 

@@ -16,6 +16,7 @@ from megatron_tpt.generation.api import EngineError, EngineOptions, Failure, Pro
 from megatron_tpt.indexing.chat_program import ChatProgram, TemplateError
 from megatron_tpt.indexing.tokenizer import check_settings, loading_failure
 from megatron_tpt.models.spec import register_classes
+from megatron_tpt.names import counted
 
 
 def check_model(model: str) -> None:
@@ -76,8 +77,8 @@ def require_all_weights(model: str, known: Set[str], given: Set[str]) -> None:
     if given != known:
         names = ", ".join(sorted(given ^ known)[:3])
         raise EngineError(
-            f"{len(known - given)} weights of {model} are missing in the update, {len(given - known)} are unknown to "
-            f"it: {names}"
+            f"the update lacks {counted(len(known - given), 'weight')} of {model} and has "
+            f"{counted(len(given - known), 'weight')} unknown to it: {names}"
         )
 
 

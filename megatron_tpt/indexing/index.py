@@ -33,6 +33,7 @@ from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.jobs.ordered_workers import map_in_threads
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.logs import print_result
+from megatron_tpt.names import counted
 from megatron_tpt.records import DAMAGED, Row, describe
 from megatron_tpt.records import Source as Input
 from megatron_tpt.units import num_bytes
@@ -91,8 +92,8 @@ def _summary(manifests: Sequence[Manifest]) -> str:
         f"{documents:,} documents ({with_thinking:,} with thinking), "
         f"{tokens:,} tokens ({document_tokens:,} document, {thinking_tokens:,} thinking)"
         + (f", {len(manifests)} shards" if len(manifests) > 1 else "")
-        + (f", {num_unselected:,} others are {NOT_SELECTED}" if num_unselected else "")
-        + (f", {skipped.total():,} bad records skipped ({reasons})" if skipped else "")
+        + (f", {counted(num_unselected, 'other')} {NOT_SELECTED}" if num_unselected else "")
+        + (f", {counted(skipped.total(), 'bad record')} skipped ({reasons})" if skipped else "")
     )
 
 

@@ -21,6 +21,7 @@ from megatron_tpt.indexing.shard_sets import shard_prefix
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.writer import token_dtype
 from megatron_tpt.jobs.settings import EntryChanges, describe_changes, require_apart
+from megatron_tpt.names import counted
 from megatron_tpt.records import Columns, expand_sources
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records.where import Where
@@ -165,12 +166,12 @@ class IndexJob:
         before = {name: journal.settings.get(name) for name in settings}
         if differences := [*describe_changes(before, settings, as_text=str), *_input_phrase(input)]:
             raise UserError(
-                f"{self.options.output}: an unfinished run has indexed {len(done)} input files with other settings or "
-                f"input ({'; '.join(differences)}); restore them to resume, or choose another --output, or remove "
-                f"{folder}"
+                f"{self.options.output}: an unfinished run has indexed {counted(len(done), 'input file')} with other "
+                f"settings or input ({'; '.join(differences)}); restore them to resume, or choose another --output, or "
+                f"remove {folder}"
             )
         if not journal.is_complete:
-            logger.info(f"resuming after {len(done)} of {len(self.inputs)} inputs")
+            logger.info(f"resuming after {len(done)} of {counted(len(self.inputs), 'input')}")
         return journal
 
     @functools.cached_property

@@ -23,7 +23,7 @@ from megatron_tpt.indexing.reader import Array, IndexReader
 from megatron_tpt.indexing.tokenizer import Tokenizer
 from megatron_tpt.indexing.verification import check_structure, verify
 from megatron_tpt.logs import print_result
-from megatron_tpt.names import shown_lines
+from megatron_tpt.names import counted, shown_lines
 from megatron_tpt.rich_text import plain
 
 _BAR_WIDTH = 40
@@ -216,7 +216,7 @@ def _add_manifest(table: Table, manifest: dict[str, Any] | None) -> None:
         kind = "examples" if has_examples else "documents"
         table.add_row("source", plain(f"{source['path']} ({source['documents']:,} {kind})"))
     if len(sources) > 10:
-        table.add_row("", f"and {len(sources) - 10:,} more sources")
+        table.add_row("", f"and {counted(len(sources) - 10, 'more source')}")
 
 
 def _print_lengths(console: Console, lengths: dict[str, Any], num_documents: int) -> None:

@@ -34,7 +34,7 @@ from megatron_tpt.jobs.ordered_workers import map_in_order
 from megatron_tpt.jobs.progress import ProgressLine
 from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.logs import print_result
-from megatron_tpt.names import first_few
+from megatron_tpt.names import counted, first_few
 from megatron_tpt.processes import terminations_raised
 from megatron_tpt.records import Source as Input
 from megatron_tpt.records import expand_files
@@ -235,7 +235,7 @@ class _Collector:
             logger.info(f"note: {note} ({count:,})")
         if self._open_ended:
             logger.warning(
-                f"the learned part of {len(self._open_ended):,} examples does not end with a special token "
+                f"the learned part of {counted(len(self._open_ended), 'example')} does not end with a special token "
                 f"(such as {self._open_ended[0]}), so the model does not learn where an answer ends: make the token "
                 f"that ends a turn a special one (tools/train_tokenizer.py --special-tokens), or correct the template"
             )
@@ -270,8 +270,8 @@ def _skipped_lines(counts: Mapping[str, int], examples: Mapping[str, str]) -> li
 def _summary(manifest: PackManifest) -> str:
     counts = manifest.counts
     first = (
-        f"{counts.examples:,} examples in {counts.rows:,} rows ({manifest.efficiency:.2%} full, at least "
-        f"{counts.fewest_rows:,} rows are needed), {counts.tokens:,} tokens, {counts.loss_tokens:,} with loss"
+        f"{counted(counts.examples, 'example')} in {counted(counts.rows, 'row')} ({manifest.efficiency:.2%} full; at "
+        f"least {counts.fewest_rows:,} needed), {counts.tokens:,} tokens, {counts.loss_tokens:,} with loss"
         + (f"; {counts.truncated:,} truncated" if counts.truncated else "")
     )
     return "\n  ".join([first, *_skipped_lines(counts.skipped, counts.skipped_example)])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tpt.errors import UserError
+from megatron_tpt.names import counted
 
 _SHARD = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<num_shards>\d{5})", re.DOTALL)
 
@@ -31,6 +32,6 @@ def require_whole_sets(found: Sequence[Path], pattern: str, suffix: str) -> None
         missing = [shard for shard in shards if shard not in seen and not Path(f"{shard}{suffix}").exists()]
         if missing:
             raise UserError(
-                f"{pattern}: {len(missing):,} of the {num_shards:,} shards are not there: {missing[0]}{suffix} is the "
+                f"{pattern}: {len(missing):,} of {counted(num_shards, 'shard')} missing: {missing[0]}{suffix} is the "
                 "first; let the job that makes them finish, or name one by one those that you want"
             )

@@ -21,7 +21,7 @@ from megatron_tpt.interop.options import ImportOptions
 from megatron_tpt.json_data import pretty, read_object
 from megatron_tpt.logs import print_result
 from megatron_tpt.models.hugging_face import HuggingFaceAdapter
-from megatron_tpt.names import first_few
+from megatron_tpt.names import counted, first_few
 from megatron_tpt.training.model_files import GENERATION_CONFIG, HF_CONFIG, HISTORY, History
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class HfTensors:
         adapter = self.adapter
         expected = {name for row, layer in adapter.places(model) for name in adapter.names(model, row, layer)}
         if missing := sorted(expected - set(self._file_of)):
-            raise UserError(f"{self.folder}: {len(missing)} tensors are missing ({missing[0]}): is it complete?")
+            raise UserError(f"{self.folder}: lacks {counted(len(missing), 'tensor')} ({missing[0]}): is it complete?")
         unused = {self.adapter.output_name} if model.tie_embeddings else set()
         unknown = sorted(
             name for name in set(self._file_of) - expected - unused if not name.endswith(".rotary_emb.inv_freq")

@@ -16,6 +16,7 @@ from megatron_tpt.errors import Terminated, UserError
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import LOCKED_EXIT_CODE, shell_exit_code, supervised_command
+from megatron_tpt.names import counted
 from megatron_tpt.processes import terminations_raised
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ def run_local(
     environments = worker_environments(options)
     tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
-        logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run, {len(environments)} at once; logs in {log_dir}")
+        of_all = f"{len(tasks)} of {counted(options.num_tasks, 'task')}"
+        logger.info(f"{of_all} to run, {len(environments)} at once; logs in {log_dir}")
     pool = _Pool(command, options.num_tasks, log_dir, tasks)
     with sigterm_as_exit(), contextlib.closing(pool.run(environments)) as ended_tasks:
         for result in ended_tasks:

@@ -17,6 +17,7 @@ from megatron_tpt.jobs.local_tasks import announce, ended, tasks_to_run
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+from megatron_tpt.names import counted
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def run_ray(
     tasks, results = tasks_to_run(options, log_dir, is_finished)
     if tasks:
         with ray.init(address=options.ray_address, log_to_driver=False):
-            logger.info(f"{len(tasks)} of {options.num_tasks} tasks to run on Ray; logs in {log_dir}")
+            logger.info(f"{len(tasks)} of {counted(options.num_tasks, 'task')} to run on Ray; logs in {log_dir}")
             for result in _run(ray, command, options, log_dir, deque(tasks)):
                 results[result.task] = result
     return list(results.values())

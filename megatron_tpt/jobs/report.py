@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_tpt.names import counted
+
 _NUM_LOG_LINES = 5
 _MARK = "--- "
 
@@ -102,7 +104,9 @@ class TaskReport:
     def summary(self) -> str:
         """The number of tasks in each state, then each failure with its log file and the last lines of the log."""
         counts = Counter(result.state for result in self.results)
-        lines = [f"{len(self.results)} tasks: " + ", ".join(f"{count} {state}" for state, count in counts.items())]
+        lines = [
+            f"{counted(len(self.results), 'task')}: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+        ]
         for result in self.failed:
             lines.append(f"  task {result.task} {result.describe()}: {result.log_path}")
             files = TaskFiles(result.log_path.parent, result.task)

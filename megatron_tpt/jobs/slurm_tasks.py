@@ -28,6 +28,7 @@ from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles, TaskResult
 from megatron_tpt.jobs.task import supervised_command
+from megatron_tpt.names import counted
 
 logger = logging.getLogger(__name__)
 
@@ -227,9 +228,9 @@ def _tell_queue(
 ) -> None:
     if queued:
         num_pending = sum(element.state == "PD" for element in queued)
-        logger.info(f"{len(queued) - num_pending} tasks are running and {num_pending} are waiting already")
+        logger.info(f"{counted(len(queued) - num_pending, 'task')} running and {num_pending:,} waiting already")
     if missing:
-        logger.info(f"submitted {len(missing)} of {options.num_tasks} tasks")
+        logger.info(f"submitted {len(missing)} of {counted(options.num_tasks, 'task')}")
     if job_ids:
         logger.info(
             f"jobs {', '.join(job_ids)}: `squeue --job {','.join(job_ids)}`; logs: `tail -F {log_dir}/*.log`, and what "

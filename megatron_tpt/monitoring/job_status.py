@@ -7,6 +7,7 @@ from typing import Any
 from megatron_tpt.jobs.folder import WORK, JobFolder, TaskState
 from megatron_tpt.jobs.report import TaskFiles
 from megatron_tpt.monitoring.state import State, Status, modified, read_fields
+from megatron_tpt.names import counted
 
 _MAX_FAILURES = 5
 
@@ -78,4 +79,4 @@ def _failures(job: JobFolder, states: list[TaskState]) -> list[str]:
         files = TaskFiles(job.logs, task)
         lines.append(f"task {task} failed with exit code {files.read_exit_code()}: {files.user_error()}")
     more = len(failed) - _MAX_FAILURES
-    return [*lines, f"{more} more tasks failed: see {job.logs}"] if more > 0 else lines
+    return [*lines, f"{counted(more, 'more task')} failed: see {job.logs}"] if more > 0 else lines

@@ -19,6 +19,7 @@ from megatron_tpt.monitoring.report_style import STYLE
 from megatron_tpt.monitoring.run_files import RunFiles, evaluations
 from megatron_tpt.monitoring.run_status import is_run
 from megatron_tpt.monitoring.state import found_in
+from megatron_tpt.names import counted
 from megatron_tpt.training.metric_sinks import CHARTS, metrics_of_chart
 from megatron_tpt.units import GIB, MIB, duration
 
@@ -227,7 +228,7 @@ def _environment(runs: Runs) -> Iterator[str]:
         | {name: field("packages", name) for name in _PACKAGES},
     )
     if variables := sorted({name for run in runs for name in run.last_start.get("variables", {})}):
-        yield f"<details><summary>{len(variables)} variables</summary>\n"
+        yield f"<details><summary>{counted(len(variables), 'variable')}</summary>\n"
         yield from _by_run(runs, {name: field("variables", name) for name in variables})
         yield "</details>\n"
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +19,12 @@ from megatron_tpt.config.rl import (
 from megatron_tpt.config.rules import Rule
 from megatron_tpt.errors import UserError, require
 from megatron_tpt.indexing.manifest import TokenizerInfo
+from megatron_tpt.names import counted
 from megatron_tpt.recipes.base import NO_DATA, DataIdentity, TrainingRecipe, read_tokenizer_info
 from megatron_tpt.training.outcome import describe_outcome, evaluate_command
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # these import torch, or take time
+    from megatron_tpt.evaluation.problems import Problem
     from megatron_tpt.training.data import TrainingData
     from megatron_tpt.training.trainer import Trainer
 
@@ -233,15 +236,22 @@ class RLRecipe(TrainingRecipe):
                 f"sampled again where a checkpoint begins the iteration: give a multiple of its {steps} steps"
             )
 
+    @cached_property
+    def problems(self) -> list["Problem"]:
+        """The rows of data.train, read once."""
+        from megatron_tpt.rl.prompts import problems_of
+
+        return problems_of(self)
+
     def describe_data(self) -> tuple[str, DataIdentity]:
-        from megatron_tpt.rl.prompts import check_answers, problems_of, read_prompts
+        from megatron_tpt.rl.prompts import check_answers, read_prompts
         from megatron_tpt.rl.start import is_prepared
 
         check_answers(self)
         prompts = read_prompts(self) if is_prepared(self) else None
-        num_prompts = len(problems_of(self)) if prompts is None else len(prompts)
+        num_prompts = len(self.problems) if prompts is None else len(prompts)
         epochs = self.training.num_steps // self.steps_per_iteration * self.rollouts.num_prompts / num_prompts
-        text = f"data.train: {num_prompts} prompts, read {epochs:.2f} times"
+        text = f"data.train: {counted(num_prompts, 'prompt')}, read {epochs:.2f} times"
         # What a run has read so far is compared by its tokens, and a new run has read nothing.
         return text, prompts.identity if prompts is not None else lambda num_samples: {}
 

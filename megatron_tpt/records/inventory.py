@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import append_line, appended_lines, atomic_write, file_checksum
-from megatron_tpt.names import shown
+from megatron_tpt.names import counted, shown
 from megatron_tpt.records.folders import REJECTS, listed
 
 FOLDER = ".inventory"
@@ -144,15 +144,15 @@ class Inventories:
                 if entry.bytes is not None and is_asked_for(folder / entry.name) and not (folder / entry.name).exists()
             ]
             if gone:
-                more = f" and {len(gone) - 1:,} more files" if len(gone) > 1 else ""
+                more = f" and {counted(len(gone) - 1, 'more file')}" if len(gone) > 1 else ""
                 raise UserError(f"{shown(folder / min(gone))}{more}: missing; {_advice(folder)}")
 
     def notes(self) -> Iterator[str]:
         """A line for every folder with files that no job recorded there."""
         for folder, names in self._unrecorded.items():
             yield (
-                f"{shown(folder)}: {len(names):,} files are not recorded by the job that wrote this folder (it may be "
-                f"of an earlier version), and are read as they are: {listed(names)}"
+                f"{shown(folder)}: {counted(len(names), 'file')} not recorded by the job that wrote this folder (of an "
+                f"earlier version?), read without a check: {listed(names)}"
             )
 
     def _inventory_of(self, file: Path) -> tuple[Inventory, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_tpt.errors import UserError, failure
 from megatron_tpt.files import file_checksum, real_path
-from megatron_tpt.names import require_usable, shown
+from megatron_tpt.names import counted, require_usable, shown
 from megatron_tpt.records.folders import LOOP, REJECTED, REJECTS, Found, files_in, listed, why_not_read
 from megatron_tpt.records.formats import READ_NAMES, file_format
 from megatron_tpt.records.hub import SCHEME, HubDataset
@@ -78,7 +78,7 @@ def expand_sources(inputs: Sequence[str | Path]) -> list[Source]:
     for note in files.inventories.notes():
         _say(note)
     if repeated:
-        several = f"{len(repeated):,} inputs were given or found under several names"
+        several = f"{counted(len(repeated), 'input')} given or found under several names"
         _say(f"{several}; each is read once: {listed([*repeated])}")
     return list(sources.values())
 

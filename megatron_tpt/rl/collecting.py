@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation import Engine
+from megatron_tpt.names import counted
 from megatron_tpt.rl.engine import OwnEngine
 from megatron_tpt.rl.experience import CORRECT, Sample
 from megatron_tpt.rl.outcomes import Rewarder
@@ -90,14 +91,15 @@ class Collector:
         self._seconds = dict.fromkeys(("weights", "generation", "grading"), 0.0)
         waves = platform.from_first_rank(lambda: self._log.read_waves(iteration) if self._log is not None else [])
         if waves:
-            logger.info(f"iteration {iteration}: {len(waves)} waves were sampled before")
+            logger.info(f"iteration {iteration}: {counted(len(waves), 'wave')} sampled before")
         metrics: dict[str, float] = {}
         while missing := self._num_missing(waves):
             if self._settings.dynamic_sampling and len(waves) >= self._settings.max_waves:
+                groups = counted(self._settings.num_prompts - missing, "prompt")
                 raise UserError(
-                    f"iteration {iteration} has {self._settings.num_prompts - missing} prompts whose rollouts differ "
-                    f"in reward after {len(waves)} waves (rollouts.max_waves): give prompts that are neither too easy "
-                    f"nor too hard, raise it, or turn rollouts.dynamic_sampling off"
+                    f"iteration {iteration} has {groups} whose rollouts differ in reward after "
+                    f"{counted(len(waves), 'wave')} (rollouts.max_waves): give prompts that are neither too easy nor "
+                    f"too hard, raise it, or turn rollouts.dynamic_sampling off"
                 )
             first = self._next_position(waves, position)
             metrics, wave = self._wave(iteration, range(first, first + missing), weights)

@@ -120,7 +120,7 @@ class Iterations:
         if self._critic is not None:
             follow(self._critic, trainer)
         if self._log is not None:
-            self._log.begin(self._recipe, first_step)
+            self._log.begin(self._recipe, first_step, trainer.data.identity(0))
         while True:
             iteration = trainer.global_step // steps
             is_patient = trainer.global_step > first_step  # before, the timeout is long already
@@ -223,7 +223,7 @@ class Iterations:
         if process is not None:
             of_process = process_advantages(
                 settings.name,
-                process.rewards,
+                process.curves.rewards,
                 mask,
                 experience.groups,
                 values=columns.get("value"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from megatron_tpt.config.rl import can_be_appended
 from megatron_tpt.errors import UserError
 from megatron_tpt.evaluation.benchmark import Benchmark
 from megatron_tpt.evaluation.problems import Problem, read_problems
@@ -72,7 +73,7 @@ def read_prompts(recipe: "RLRecipe") -> Prompts:
     tokenizer = load_tokenizer(str(engine_folder(recipe)))
     begin = [] if data.chat else begin_ids(tokenizer)
     prompts, longest = [], 0
-    for problem in problems_of(recipe):
+    for problem in recipe.problems:
         text = problem.prompt
         if data.chat:
             text = render_chat(tokenizer, [{"role": "user", "content": text}])
@@ -115,24 +116,22 @@ def problems_of(recipe: "RLRecipe") -> list[Problem]:
 def check_answers(recipe: "RLRecipe") -> None:
     """Raise UserError for a right answer that data.answer_type cannot read."""
     grader = Grader(grading_rules(recipe))
-    for problem in problems_of(recipe):
+    for problem in recipe.problems:
         if grader.reference(problem.answer, problem.choices) is None:
             raise UserError(
                 f"{problem.where}: the right answer {str(problem.answer)[:60]!r} is none of "
                 f"data.answer_type={recipe.data.answer_type}: fix it, or give another type"
             )
-        if recipe.repro.enabled and not _can_be_appended(problem.answer, recipe.data.answer_type):
+        if recipe.repro.enabled and not _names_an_answer(recipe, problem.answer):
             raise UserError(
                 f"{problem.where}: repro.enabled=true appends the right answer as a model would write it, which "
                 f"{str(problem.answer)[:60]!r} is not: give a data.answer_column with the answer alone"
             )
 
 
-def _can_be_appended(answer: Any, kind: str) -> bool:
-    """Whether an answer is one text: no list of them, no solution that ends in it, no number of an option."""
-    if isinstance(answer, str):
-        return not any(mark in answer for mark in ("####", "\\boxed", "\n"))
-    return isinstance(answer, int | float) and kind != "choice"
+def _names_an_answer(recipe: "RLRecipe", answer: Any) -> bool:
+    """Whether an answer is what a model would write: not the number of an option."""
+    return can_be_appended(answer) and (isinstance(answer, str) or recipe.data.answer_type != "choice")
 
 
 def grading_rules(recipe: "RLRecipe") -> Rules:

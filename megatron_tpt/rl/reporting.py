@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_tpt.rl.curves import curve_metrics
 from megatron_tpt.rl.experience import Experience
 from megatron_tpt.rl.losses import kl_estimates
 from megatron_tpt.rl.mismatch import mismatch_metrics
@@ -49,18 +50,10 @@ def iteration_metrics(experience: Experience, collected: "Collected", process: "
 
 
 def process_metrics(experience: Experience, process: "Process") -> dict[str, float]:
-    """REPRO's: the loss on the right answer without thinking (`repro/L_first`), after a quarter, half and three
-    quarters of the cuts, and at the end of the thinking (`repro/L_last`); the score there; kept `segments` of a
-    rollout; the share whose thinking does not end (`unclosed`); the mean process advantage, alpha included, of the
-    tokens of right and of wrong rollouts; and its correlation with the length of the response."""
-    curves = [one.answer_losses for one in process.samples]
-    names = ("first", "quarter", "half", "three_quarters", "last")
-    metrics = {
-        f"repro/L_{name}": _mean([curve[round(share / 4 * (len(curve) - 1))] for curve in curves])
-        for share, name in enumerate(names)
-    }
-    metrics["repro/S_last"] = _mean([scores[-1] for scores in process.scores])
-    metrics["repro/segments"] = _mean([float(len(curve) - 1) for curve in curves])
+    """REPRO's: those of its curves (`curve_metrics`); the share of rollouts whose thinking does not end (`unclosed`);
+    the mean process advantage, alpha included, of the tokens of right and of wrong rollouts; and its correlation with
+    the length of the response."""
+    metrics = curve_metrics(process.curves)
     metrics["repro/unclosed"] = process.unclosed_share
     metrics["repro/scored_tokens"] = float(process.num_tokens)
     lengths = experience.mask.sum(dim=1)

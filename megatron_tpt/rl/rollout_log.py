@@ -9,10 +9,11 @@ The others appear whole, once everything that depends on the weights at the star
 them: log-probabilities, values, advantages. A run that resumes inside the iteration reads them there.
 
     RUN/rollouts/recipe.yaml                          the recipe by which the current iteration is sampled
+    RUN/rollouts/data.json                            the checksum of the prompts and answers it is sampled from
 
 What the iterations after a checkpoint have sampled is removed when a run resumes from it. On a CPU the same is sampled
 again, to the bit; elsewhere the weights may differ by rounding from those that the log is from. What another recipe
-has sampled for an iteration that begins is removed, too.
+has sampled for an iteration that begins, or the same from other data, is removed, too.
 """
 
 import json
@@ -61,22 +62,28 @@ class RolloutLog:
         """The file with its metrics."""
         return self.folder / f"iteration_{iteration:08d}.json"
 
-    def begin(self, recipe: "RLRecipe", step: int) -> None:
+    def begin(self, recipe: "RLRecipe", step: int, data: Mapping[str, str]) -> None:
         """Remove what a run that has done `step` steps samples anew: what later iterations have sampled and, where an
-        iteration begins, what another recipe has sampled for it."""
+        iteration begins, what another recipe or other data (`Prompts.identity`) have sampled for it."""
         iteration, place = divmod(step, recipe.steps_per_iteration)
-        path = self.folder / "recipe.yaml"
-        changed = [one for one in changes(recipe, read_yaml(path)) if _decides(one)] if path.exists() else []
+        recipe_path, data_path = self.folder / "recipe.yaml", self.folder / "data.json"
+        changed = []
+        if recipe_path.exists():
+            changed += [str(one) for one in changes(recipe, read_yaml(recipe_path)) if _decides(one)]
+        if data_path.exists():
+            before = read_json(data_path)
+            changed += [f"the {name} has changed" for name, value in data.items() if before.get(name) != value]
         if changed and not place:
-            logger.info(f"iteration {iteration} is sampled from its beginning: {', '.join(map(str, changed))}")
+            logger.info(f"iteration {iteration} is sampled from its beginning: {', '.join(changed)}")
         first = iteration if changed and not place else iteration + 1
         for file in self.folder.iterdir():
             match = _NAME.fullmatch(file.name)
             if match is not None and int(match[1]) >= first:
                 file.unlink()
         if not place:
-            with atomic_write(path) as file:
+            with atomic_write(recipe_path) as file:
                 file.write_text(to_yaml(recipe))
+            write_json(data_path, data)
 
     def read(self, iteration: int) -> tuple[list[Sample], dict[str, float]] | None:
         """The rollouts of an iteration, scored, and its metrics; None where that is not finished."""

@@ -12,16 +12,9 @@ from torch import Tensor
 from megatron_tpt import platform
 from megatron_tpt.config.rl import ReproConfig
 from megatron_tpt.generation import ScoringRequest
+from megatron_tpt.rl.curves import Curves, Cutter, curves_of
 from megatron_tpt.rl.experience import Experience, Sample
-from megatron_tpt.rl.repro import (
-    ProcessRewards,
-    answer_losses,
-    answer_suffix,
-    choose_cuts,
-    curve_scores,
-    place_rewards,
-    segment_rewards,
-)
+from megatron_tpt.rl.repro import Cuts
 from megatron_tpt.rl.rows import Branch, Packer, Rows, Tokens, Tree, length_of, length_of_tree, mask_of
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.model import Model
@@ -88,9 +81,7 @@ class Process(NamedTuple):
 
     samples: list[Sample]
     """With `cuts` and `answer_losses`."""
-    scores: list[list[float]]
-    """S at every cut of every sample."""
-    rewards: ProcessRewards
+    curves: Curves
     num_tokens: int
     """Tokens that were computed to score all answers."""
     unclosed_share: float
@@ -103,68 +94,35 @@ class ProcessScorer:
     def __init__(self, scorer: Scorer, settings: ReproConfig, tokenizer: Any) -> None:
         self._scorer = scorer
         self._settings = settings
-        self._tokenizer = tokenizer
-        self._pieces: dict[int, str] = {}
+        self._cutter = Cutter(settings, tokenizer)
 
     def __call__(self, model: Model, experience: Experience) -> Process:
         """The process rewards of an iteration's rollouts, whose column `entropy` is there."""
         entropies = experience.columns["entropy"].tolist()
-        cuts = [
-            choose_cuts(pieces, row[: len(pieces)], self._settings.num_segments)
-            for pieces, row in zip(map(self._decoded, experience.samples), entropies, strict=True)
-        ]
-        trees = [
-            self._tree(one, positions, is_closed)
-            for one, (positions, is_closed) in zip(experience.samples, cuts, strict=True)
-        ]
+        responses = [one.token_ids if one.is_truncated else one.token_ids[:-1] for one in experience.samples]
+        cuts = [self._cutter.cuts(ids, row[: len(ids)]) for ids, row in zip(responses, entropies, strict=True)]
+        trees = [self._tree(one, own) for one, own in zip(experience.samples, cuts, strict=True)]
         log_probs, num_tokens = self._scorer.log_probabilities_of_trees(model, trees)
         is_scored = mask_of([branch.tokens for tree in trees for branch in tree])
-        row = torch.arange(len(is_scored)).repeat_interleave(is_scored.sum(dim=1))
-        losses = answer_losses(-log_probs[is_scored], row, len(is_scored))
-        curves = losses.split([len(positions) for positions, _ in cuts])
-        # Behind its end a curve is level: what is computed there is never used.
-        points = max(map(len, curves))
-        padded = torch.stack([torch.cat([one, one[-1:].expand(points - len(one))]) for one in curves])
-        settings = self._settings
-        scores = curve_scores(padded, stability_weight=settings.stability_weight, ema_weight=settings.ema_weight)
-        rewards = segment_rewards(scores, settings.first_reward)
+        positions = [own.positions for own in cuts]
+        curves = curves_of(
+            log_probs[is_scored], is_scored.sum(dim=1), positions, experience.mask.shape[1], self._settings
+        )
         return Process(
             [
-                replace(one, cuts=positions, answer_losses=curve.tolist())
-                for one, (positions, _), curve in zip(experience.samples, cuts, curves, strict=True)
+                replace(one, cuts=own, answer_losses=losses)
+                for one, own, losses in zip(experience.samples, positions, curves.losses, strict=True)
             ],
-            [row[: len(one)].tolist() for row, one in zip(scores, curves, strict=True)],
-            place_rewards(rewards, [positions for positions, _ in cuts], experience.mask.shape[1]),
+            curves,
             num_tokens,
-            sum(not is_closed for _, is_closed in cuts) / len(cuts),
+            sum(not own.is_closed for own in cuts) / len(cuts),
         )
 
-    def _decoded(self, sample: Sample) -> list[str]:
-        """The tokens of a response one by one as text, without the one that ended it."""
-        ids = sample.token_ids if sample.is_truncated else sample.token_ids[:-1]
-        for id in set(ids) - self._pieces.keys():
-            self._pieces[id] = self._tokenizer.decode(
-                [id], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        return [self._pieces[id] for id in ids]
-
-    def _tree(self, sample: Sample, positions: Sequence[int], is_closed: bool) -> Tree:
-        """A branch for every cut: the prompt with the thinking before it, and the right answer. The last token before
-        the cut is the branch's own, as it predicts something else than in the trunk."""
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-            return ids
-
-        result = []
-        for cut in positions:
-            unscored, scored = answer_suffix(
-                encode,
-                str(sample.answer),
-                prefix=self._settings.answer_prefix,
-                template=self._settings.answer_template,
-                is_closed=is_closed and cut == positions[-1],
-            )
-            before = [*sample.prompt_ids, *sample.token_ids[:cut]]
-            result.append(Branch(len(before) - 1, Tokens([*before, *unscored], scored)))
-        return result
+    def _tree(self, sample: Sample, cuts: Cuts) -> Tree:
+        """A branch for every cut. The last token before the cut is the branch's own, as it predicts something else than
+        in the trunk."""
+        sequences = self._cutter.sequences(sample.prompt_ids, sample.token_ids, sample.answer, cuts)
+        return [
+            Branch(len(sample.prompt_ids) + cut - 1, Tokens(*one))
+            for cut, one in zip(cuts.positions, sequences, strict=True)
+        ]

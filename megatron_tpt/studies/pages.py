@@ -17,7 +17,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.slurm_tasks import ranges
 from megatron_tpt.logs import print_result
-from megatron_tpt.names import first_few, shown
+from megatron_tpt.names import counted, first_few, shown
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.studies.comparison import Comparison, Estimate
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs, total
@@ -46,7 +46,7 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
     blocks: list[Block] = [Heading(1, config.title)]
     if missing:
         names = first_few([wanted.node.name for wanted in missing], 5)
-        blocks.append(f"Not complete: {len(missing)} of {len(graph.results)} results are missing ({names}).")
+        blocks.append(f"Not complete: {len(missing)} of {counted(len(graph.results), 'result')} missing ({names}).")
     else:
         _check_baseline(config.report, rows)
     tables: dict[str, list[list[str]]] = {"means": [], "differences": [], "interactions": []}

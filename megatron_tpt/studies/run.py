@@ -15,7 +15,7 @@ from megatron_tpt.jobs.lock import exclusive
 from megatron_tpt.jobs.options import ScaleOptions
 from megatron_tpt.jobs.report import TaskFiles
 from megatron_tpt.logs import print_result
-from megatron_tpt.names import first_few, shown
+from megatron_tpt.names import counted, first_few, shown
 from megatron_tpt.studies.costs import Spent, check_budget, costs, longest_chain, refused_recipes, total
 from megatron_tpt.studies.expand import Graph, expand
 from megatron_tpt.studies.folders import (
@@ -79,7 +79,7 @@ def _run_missing(
     output, scale = real_path(options.output), options.scale
     found = states(graph)
     missing = [node for key, node in graph.nodes.items() if found[key] != "done"]
-    logger.info(f"{len(missing)} of {len(graph.nodes)} steps to run")
+    logger.info(f"{len(missing)} of {counted(len(graph.nodes), 'step')} to run")
     write_last_run(graph, options.study, output)
     names = {node.key: f"{node.name} [{node.key}]" for node in missing}
     nodes = []

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import file_checksum
 from megatron_tpt.json_data import read_json
-from megatron_tpt.names import first_few
+from megatron_tpt.names import counted, first_few
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs
 from megatron_tpt.studies.expand import Graph, Node, Wanted
 from megatron_tpt.studies.folders import is_done
@@ -93,7 +93,8 @@ def _items(node: Node, results: Results, content: Any, path: Path, levels: Mappi
         return items
     if len(items) != len(node.rows_of):
         names = first_few(node.config.over, 3)
-        raise UserError(f"{path}: {len(items)} rows, and {len(node.rows_of)} combinations of {names}: each has one row")
+        rows_there = counted(len(items), "row")
+        raise UserError(f"{path}: {rows_there}, and {len(node.rows_of)} combinations of {names}: each has one row")
     rows = zip(items, node.rows_of, strict=True)
     return [item for item, of in rows if any(own.items() <= levels.items() for own in of)]
 

@@ -22,6 +22,7 @@ from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.settings import require_apart
 from megatron_tpt.logs import print_result
 from megatron_tpt.markdown import inline, table
+from megatron_tpt.names import counted
 from megatron_tpt.records import ReadCounts, expand_sources, read_records
 from megatron_tpt.rich_text import plotted
 from megatron_tpt.thinking.analysis_options import AnalysisOptions
@@ -131,7 +132,7 @@ def collect(options: AnalysisOptions) -> Analysis:
                 raise UserError(f"--by {column}: has more than {_MAX_GROUPS:,} values; choose a column of few values")
             groups.setdefault(value, ThinkingStatistics()).add_record(record)
     for reason, number in counts.skipped.items():
-        logger.warning(f"skipped {number:,} bad records: {reason}")
+        logger.warning(f"skipped {counted(number, 'bad record')}: {reason}")
     if not analysis.overall.records:
         raise UserError(
             "no record has thinking, meta.thinking_tokens and meta.document_tokens; give what tools/augment.py wrote"
@@ -196,7 +197,8 @@ def _cell(value: float, form: str) -> str:
 
 
 def _preface(analysis: Analysis) -> str:
-    omitted = f" {analysis.without_length:,} records without thinking are omitted." if analysis.without_length else ""
+    without = analysis.without_length
+    omitted = f" Without thinking, and omitted: {counted(without, 'record')}." if without else ""
     return (
         f"{analysis.overall.records:,} documents.{omitted} Lengths in tokens of the generator, percentiles within 1%; "
         "95% interval of the mean in the normal approximation."

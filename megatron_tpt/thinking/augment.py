@@ -23,6 +23,7 @@ from megatron_tpt.config.cli import as_called
 from megatron_tpt.errors import Fault, UserError
 from megatron_tpt.jobs.folder import JobFolder
 from megatron_tpt.jobs.report import TaskReport
+from megatron_tpt.names import counted
 from megatron_tpt.records import notes_of_columns_not_kept
 from megatron_tpt.thinking.card import write_card
 from megatron_tpt.thinking.job import AugmentJob, Generator, plan
@@ -58,7 +59,7 @@ def augment(options: AugmentOptions) -> AugmentProgress:
         blocks = task.blocks()
         first = next(blocks, None)
         if first is None:
-            shards = f"all {task.progress.shards_skipped:,} shards are there"
+            shards = f"{counted(task.progress.shards_skipped, 'shard')} there already"
             logger.info(f"{options.output}: {shards}; nothing to do")
             task.note_progress()
         else:
@@ -119,7 +120,7 @@ def conclude(options: AugmentOptions) -> None:
         )
     folder = shlex.quote(str(output.folder))
     following = as_called(f"python tools/index.py --input {folder} --tokenizer TOKENIZER_DIR --output PREFIX")
-    logger.info(f"{output.folder}: {total.records:,} records. Next: {following}")
+    logger.info(f"{output.folder}: {counted(total.records, 'record')}. Next: {following}")
 
 
 def _say(lines: Iterable[str]) -> None:
@@ -163,6 +164,6 @@ def _write_card(job: AugmentJob, output: Output, missing: Sequence[str] = ()) ->
     unfinished = output.unfinished_tasks(job.options.scale.num_tasks)
     missing = list(missing)
     if unfinished:
-        missing.append(f"{len(unfinished):,} of {job.options.scale.num_tasks:,} tasks have not finished")
-    missing += [f"{num_gone:,} finished shards are missing or damaged"] if num_gone else []
+        missing.append(f"{len(unfinished):,} of {counted(job.options.scale.num_tasks, 'task')} not finished")
+    missing += [f"{counted(num_gone, 'finished shard')} missing or damaged"] if num_gone else []
     write_card(output.folder, job.settings, total, missing)

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_tpt.errors import UserError
 from megatron_tpt.files import atomic_write
 from megatron_tpt.jobs.folder import Share, task_name
+from megatron_tpt.names import counted
 from megatron_tpt.records import Row, Source, read_blocks
 from megatron_tpt.thinking.job import AugmentJob
 from megatron_tpt.thinking.journal import Answer, Line, path_of, write_journal
@@ -134,7 +135,7 @@ class Retry:
 
     def _summary(self) -> str:
         folder = self._output.folder
-        said = f"{folder}: {self._num_rows:,} documents are retried"
+        said = f"{folder}: {counted(self._num_rows, 'document')} to retry"
         if self._num_requests:
             said += f" ({counts(self._num_requests)})"
         if self._num_of_input:

@@ -16,7 +16,7 @@ import torch
 from megatron_tpt import platform
 from megatron_tpt.errors import Fault
 from megatron_tpt.majority import outliers
-from megatron_tpt.names import first_few
+from megatron_tpt.names import counted, first_few
 from megatron_tpt.training.trainer import Callback, Trainer
 
 from megatron.core import parallel_state
@@ -68,7 +68,8 @@ def find_unequal_copies(
 def describe(unequal: dict[int, list[str]]) -> str:
     """The result of find_unequal_copies, in one line."""
     names = list(dict.fromkeys(name for own in unequal.values() for name in own))
-    return f"rank {', '.join(map(str, sorted(unequal)))}, {len(names)} parameters ({first_few(names, _NUM_NAMED)})"
+    ranks = ", ".join(map(str, sorted(unequal)))
+    return f"rank {ranks}, {counted(len(names), 'parameter')} ({first_few(names, _NUM_NAMED)})"
 
 
 class CheckCopies(Callback):

@@ -83,7 +83,7 @@ def test_empty_items_are_counted_and_named_and_the_others_looked_for(
     found = index.find([sentence(2)])[0]
     assert found is not None and found.item == 7
     assert capsys.readouterr().err == (
-        f"warning: evaluation set e: 5 of 7 items have no word in q and are not searched for "
+        f"warning: evaluation set e: 5 of 7 items without a word in q, not searched for "
         f"({path}:2, {path}:3, {path}:4, ...)\n"
     )
 

@@ -234,7 +234,7 @@ def test_few_shot_examples_are_the_first_ones_of_the_group(tmp_path: Path) -> No
     first, second = read_problems(options)
     assert first.prompt == "Q: sums 0 A: 0\nQ: sums 1 A: 1\nQ: 1+1? A:"
     assert second.prompt == "Q: p 0 A: 0\nQ: p 1 A: 1\nQ: 2*2? A:"
-    with pytest.raises(UserError, match="there are only 3 examples"):
+    with pytest.raises(UserError, match="the text has only 3 examples"):
         read_problems(EvaluateOptions(**vars(options) | {"num_shots": 4}))
 
 

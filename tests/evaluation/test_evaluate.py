@@ -422,7 +422,7 @@ def test_one_failed_request_does_not_end_the_run_and_is_asked_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(asking, "open_engine", failing)
-        with pytest.raises(Fault, match="1 requests failed and count as wrong; the same command asks them again"):
+        with pytest.raises(Fault, match="1 request failed, counted as wrong; the same command asks again"):
             evaluate(options)
     written = json.loads((tmp_path / "out/results.json").read_text())["models"][0]
     assert (written["failed_requests"], written["num_problems"]) == (1, 6)

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,15 +159,28 @@ def test_a_folder_without_answers_takes_other_settings_unless_a_task_is_running(
     assert json.loads(store.settings_path.read_text())["benchmark"]["max_new_tokens"] == 5 and not store.runs()
 
 
-def test_ctrl_c_says_what_is_stored(
-    options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("signum", "end", "how"),
+    [(signal.SIGINT, KeyboardInterrupt, "interrupted"), (signal.SIGTERM, SystemExit, "stopped by SIGTERM")],
+)
+def test_a_signal_that_ends_it_says_what_is_stored(
+    signum: int,
+    end: type[BaseException],
+    how: str,
+    options: EvaluateOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        os.kill(os.getpid(), signum)
+        time.sleep(10)
+
     store = Store(options.output / "model/sums")
     store.finish(store.samples()[:1])
-    monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", _stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("megatron_tpt.evaluation.asking.open_engine", interrupt)
+    with pytest.raises(end):
         evaluate(options)
-    assert caplog.messages[-1] == "interrupted: 1 of 2 answers are stored; the same command resumes"
+    assert caplog.messages[-1] == f"{how}: 1 of 2 answers stored; the same command resumes"
 
 
 def test_a_folder_of_an_earlier_version_is_graded_and_resumed(options: EvaluateOptions) -> None:
@@ -210,7 +226,7 @@ def test_answers_are_not_graded_while_a_task_adds_to_them(
 def test_an_incomplete_run_is_asked_before_it_is_graded_again(options: EvaluateOptions) -> None:
     store = Store(options.output / "model/sums")
     store.finish(store.samples()[:1])
-    with pytest.raises(UserError, match="1 of 2 answers are missing; run without --rescore first"):
+    with pytest.raises(UserError, match="1 of 2 answers missing; run without --rescore first"):
         evaluate(dataclasses.replace(options, rescore=True))
 
 
@@ -269,7 +285,7 @@ def test_likelihoods_that_are_no_numbers_are_failures(asked: EvaluateOptions, tm
         choice_texts=["yes", "no"],
         answer_type="choice",
     )
-    with pytest.raises(Fault, match="1 requests failed"):
+    with pytest.raises(Fault, match="1 request failed"):
         evaluate(scored)
     assert results(scored)["models"][0]["failed_requests"] == 1
     [one] = read_samples(scored.output / "nan/one/samples.jsonl.zst")

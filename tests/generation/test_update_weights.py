@@ -79,7 +79,7 @@ def test_an_update_that_is_not_whole_is_an_error(models: list[str], engine: Engi
     version = engine.weight_version
     given = weights(models[1])
     del given["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(EngineError, match=r"1 weights of .* are missing .*: model\.layers\.1\.mlp\.up_proj\.weight$"):
+    with pytest.raises(EngineError, match=r"lacks 1 weight of .*: model\.layers\.1\.mlp\.up_proj\.weight$"):
         engine.update_weights(given.items(), 7)
     assert engine.weight_version == version
     engine.update_weights(weights(models[0]).items(), 8)

@@ -163,7 +163,7 @@ def test_a_glob_over_a_set_of_shards_with_a_hole_is_refused_and_a_part_asked_for
         assert expand_prefixes([inputs], None, tmp_path / "merged") == whole
     Path(f"{whole[1]}.idx").unlink()
     for inputs in (f"{tmp_path}/train-*", str(tmp_path)):
-        with pytest.raises(UserError, match=r"1 of the 3 shards are not there: .*-00001-of-00003\.idx is"):
+        with pytest.raises(UserError, match=r"1 of 3 shards missing: .*-00001-of-00003\.idx is"):
             expand_prefixes([inputs], None, tmp_path / "merged")
     assert expand_prefixes([str(whole[0]), str(whole[2])], None, tmp_path / "merged") == [whole[0], whole[2]]
 

@@ -93,13 +93,17 @@ def test_reinforcement_learning_is_a_stage_where_it_is_asked_for(tmp_path: Path)
         assert f"--checkpoint {tmp_path}/out/finetune/checkpoints/latest" in commands["export"]
         variables.write_text(f"{variables.read_text()}OUTPUT={tmp_path}/other\nRL=(rl.yaml --training.num_steps=2)\n")
         commands = run_and_read(variables)
-        assert list(commands) == ["pack", "augment", "index", "pretrain", "finetune", "rl", "export", "evaluate"]
+        assert list(commands) == [*STAGES[:5], "rl", "export-rl", "evaluate-rl"]
         out = tmp_path / "other"
         assert commands["rl"].endswith(
             f"slurm/train.sbatch rl rl.yaml --training.num_steps=2 --run.output_dir={out}/rl "
             f"--training.init_from={out}/finetune/checkpoints/latest"
         )
-        assert f"--checkpoint {out}/rl/checkpoints/latest --output {out}/model" in commands["export"]
+        assert f"--checkpoint {out}/rl/checkpoints/latest --output {out}/model-rl" in commands["export-rl"]
+        assert f"--model {out}/model-rl --output {out}/evaluation-rl" in commands["evaluate-rl"]
+        for stage in STAGES:
+            (out / "done" / stage).touch()
+        assert list(run_and_read(variables)) == ["rl", "export-rl", "evaluate-rl"], "added to a pipeline that is done"
 
 
 def run_and_read(variables: Path) -> dict[str, str]:

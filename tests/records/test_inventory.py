@@ -83,7 +83,7 @@ def test_links_and_rejects_are_checked_where_they_lead(job: Path, tmp_path: Path
 def test_what_no_job_recorded_is_read_and_said(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_records(job / "part-00007.jsonl.zst", [Record("x", "one more")])
     assert len(expand_sources([job])) == 4
-    assert "1 files are not recorded by the job that wrote this folder" in capsys.readouterr().err
+    assert "1 file not recorded by the job that wrote this folder" in capsys.readouterr().err
 
 
 def test_a_folder_without_inventory_is_read_as_it_is(job: Path) -> None:

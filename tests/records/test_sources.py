@@ -221,7 +221,7 @@ def test_what_is_named_twice_is_read_once(
     folder = lay_out(tmp_path / "d", "a.jsonl", "b.jsonl")
     assert names([f"{folder}/b.jsonl", f"{folder}/*.jsonl", str(folder)], folder) == ["b.jsonl", "a.jsonl"]
     (line,) = lines_on_stderr(capsys)
-    assert line.startswith("2 inputs were given or found under several names; each is read once: ")
+    assert line.startswith("2 inputs given or found under several names; each is read once: ")
     monkeypatch.chdir(folder)
     (tmp_path / "link").symlink_to(folder)
     (folder / "c.jsonl").symlink_to("a.jsonl")

@@ -4,13 +4,17 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))  # training_runs.py
+
+from rl_runs import EVERY_STEP, PROGRAM, THINKING, make_problems, make_start, merged, rl_recipe, write_recipe
+from training_runs import Workers
 
 VERL = Path(sys.prefix) / "verl"
 """Where tools/setup.sh installs it, see requirements/verl.txt."""
@@ -39,8 +43,10 @@ def verl_on_path() -> Iterator[None]:
 
 
 def _import_quietly(name: str) -> ModuleType:
-    """verl configures the root logger, whose handlers would show other tests' lines twice, and sets variables."""
+    """verl configures the root logger, whose handlers would show other tests' lines twice, and sets variables. Our
+    plug-in, which it would load, needs more than is installed here."""
     handlers, level, environment = logging.root.handlers[:], logging.root.level, dict(os.environ)
+    os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
     try:
         return importlib.import_module(name)
     finally:
@@ -48,3 +54,34 @@ def _import_quietly(name: str) -> ModuleType:
         logging.root.setLevel(level)
         os.environ.clear()
         os.environ.update(environment)
+
+
+@pytest.fixture(scope="session")
+def workers() -> Workers:
+    return Workers()
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl")
+
+
+@pytest.fixture(scope="session")
+def whole(workers: Workers, start: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Runs of one process by the name of their algorithm: the run folder."""
+    done: dict[str, Path] = {}
+
+    def run(name: str, changes: dict[str, Any]) -> Path:
+        if name not in done:
+            folder = tmp_path_factory.mktemp("whole") / name
+            recipe = rl_recipe(start, problems, folder, **merged(THINKING, changes, EVERY_STEP))
+            workers.run(PROGRAM, [str(write_recipe(recipe))], 1)
+            done[name] = folder
+        return done[name]
+
+    return run

@@ -4,10 +4,15 @@ The tokens are whole words. After "after four" the right answer is "five", and s
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+import zstandard
+from training_runs import read_metrics
+
+PROGRAM = "megatron_tpt.rl.__main__"
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 WORDS = ("<eos>", "<think>", "</think>", "<unk>", *NUMBERS, "after", ".", "\n")
@@ -98,3 +103,45 @@ def write_recipe(recipe: dict[str, Any]) -> Path:
     path = Path(f"{recipe['run']['output_dir']}.yaml")
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+SAME = ("step", "loss", "grad_norm", "reward", "accuracy", "rollout_entropy", "critic/loss", "critic/grad_norm")
+THINKING: dict[str, Any] = {
+    "training": {"sequence_length": 32},
+    "rollouts": {"max_new_tokens": 14, "prompts_per_wave": 2},
+    "repro": {"enabled": True, "alpha": 0.5, "num_segments": 3, "answer_prefix": "</think>", "answer_template": "{}"},
+    "rewards": {"functions": ["rl_runs:share_of_fours"], "length_penalty": 0.1},
+}
+"""Longer rollouts, with thinking here and there, and every reward of many steps."""
+PPO: dict[str, Any] = {"algorithm": {"name": "ppo", "gamma": 0.99, "lam": 0.95}, "critic": {"learning_rate": 1e-3}}
+EVERY_STEP: dict[str, Any] = {"checkpoint": {"save_interval": 1}}
+
+
+def merged(*changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {}
+    for one in changes:
+        for section, fields in one.items():
+            result[section] = result.get(section, {}) | fields
+    return result
+
+
+def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
+    """The lines of all iterations."""
+    found = []
+    for path in sorted((run / "rollouts").glob("iteration_*.jsonl.zst")):
+        with zstandard.open(path, "rt") as file:
+            found.append([json.loads(line) for line in file])
+    return found
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """What must be the same, of every line of the metrics."""
+    return [{name: row[name] for name in SAME if name in row} for row in read_metrics(run)]
+
+
+def has_step(step: int) -> Callable[[Path], bool]:
+    def is_due(run: Path) -> bool:
+        path = run / "metrics.jsonl"
+        return path.exists() and f'"step": {step}, "loss"' in path.read_text()
+
+    return is_due

@@ -1,6 +1,5 @@
-"""The loop: the same gradients under every layout, resumed after kill -9 anywhere to the bit, and it learns."""
+"""The loop: the same gradients under every layout, engines that fail, what it logs, and it learns."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,61 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-import zstandard
-from rl_runs import NUMBERS, make_problems, make_start, rl_recipe, write_recipe
+from rl_runs import (
+    EVERY_STEP,
+    NUMBERS,
+    PPO,
+    PROGRAM,
+    THINKING,
+    has_step,
+    learned,
+    make_problems,
+    make_start,
+    merged,
+    rl_recipe,
+    rollouts_of,
+    write_recipe,
+)
 from torch.distributed.checkpoint import FileSystemReader
 from training_runs import Workers, read_metrics
 
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.rl.rollout_log import RolloutLog
-
-PROGRAM = "megatron_tpt.rl.__main__"
-SAME = ("step", "loss", "grad_norm", "reward", "accuracy", "rollout_entropy", "critic/loss", "critic/grad_norm")
-THINKING: dict[str, Any] = {
-    "training": {"sequence_length": 32},
-    "rollouts": {"max_new_tokens": 14, "prompts_per_wave": 2},
-    "repro": {"enabled": True, "alpha": 0.5, "num_segments": 3, "answer_prefix": "</think>", "answer_template": "{}"},
-    "rewards": {"functions": ["rl_runs:share_of_fours"], "length_penalty": 0.1},
-}
-"""Longer rollouts, with thinking here and there, and every reward of many steps."""
-
-
-@pytest.fixture(scope="session")
-def workers() -> Workers:
-    return Workers()
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_start(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="session")
-def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl")
-
-
-def merged(*changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {}
-    for one in changes:
-        for section, fields in one.items():
-            result[section] = result.get(section, {}) | fields
-    return result
-
-
-def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
-    """The lines of all iterations."""
-    found = []
-    for path in sorted((run / "rollouts").glob("iteration_*.jsonl.zst")):
-        with zstandard.open(path, "rt") as file:
-            found.append([json.loads(line) for line in file])
-    return found
-
-
-def learned(run: Path) -> list[dict[str, Any]]:
-    """What must be the same, of every line of the metrics."""
-    return [{name: row[name] for name in SAME if name in row} for row in read_metrics(run)]
-
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro-batches of 4": (1, {"training": {"micro_batch_size": 4}}),
@@ -70,25 +34,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"parallel": {"pipeline_parallel_size": 2}}),
     "dp2": (2, {"parallel": {"distributed_optimizer": True}}),
 }
-PPO: dict[str, Any] = {"algorithm": {"name": "ppo", "gamma": 0.99, "lam": 0.95}, "critic": {"learning_rate": 1e-3}}
-EVERY_STEP: dict[str, Any] = {"checkpoint": {"save_interval": 1}}
 KL: dict[str, Any] = {"algorithm": {"kl": "loss", "entropy_coefficient": 0.01, "num_epochs": 2}}
-
-
-@pytest.fixture(scope="module")
-def whole(workers: Workers, start: Path, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Runs of one process by the name of their algorithm: the run folder."""
-    done: dict[str, Path] = {}
-
-    def run(name: str, changes: dict[str, Any]) -> Path:
-        if name not in done:
-            folder = tmp_path_factory.mktemp("whole") / name
-            recipe = rl_recipe(start, problems, folder, **merged(THINKING, changes, EVERY_STEP))
-            workers.run(PROGRAM, [str(write_recipe(recipe))], 1)
-            done[name] = folder
-        return done[name]
-
-    return run
 
 
 @pytest.mark.slow(minutes=4)
@@ -137,48 +83,6 @@ def first_gradients(run: Path) -> dict[str, torch.Tensor]:
     return {name: CheckpointReader(folder).read(name) for name in names}
 
 
-def has_waves(iteration: int, count: int) -> Callable[[Path], bool]:
-    def is_due(run: Path) -> bool:
-        path = run / f"rollouts/iteration_{iteration:08d}.waves.jsonl.zst"
-        # Read-only: read_waves would remove what the run has not finished writing.
-        return path.exists() and path.read_bytes().count(b"\x28\xb5\x2f\xfd") >= count
-
-    return is_due
-
-
-def has_step(step: int) -> Callable[[Path], bool]:
-    def is_due(run: Path) -> bool:
-        path = run / "metrics.jsonl"
-        return path.exists() and f'"step": {step}, "loss"' in path.read_text()
-
-    return is_due
-
-
-KILLS: dict[str, Callable[[Path], bool]] = {
-    "after the critic's checkpoint": lambda run: (run / "critic/checkpoints/step_00000002").exists(),
-    "before the first wave": lambda run: (run / "checkpoints/step_00000002").exists(),
-    "between waves": has_waves(1, 1),
-    "while it scores": has_waves(1, 2),
-    "when all is scored": lambda run: (run / "rollouts/iteration_00000001.jsonl.zst").exists(),
-    "within an iteration": has_step(3),
-    "after a checkpoint within an iteration": lambda run: (run / "checkpoints/step_00000003").exists(),
-}
-
-
-@pytest.mark.slow(minutes=3)
-@pytest.mark.parametrize("kill", KILLS)
-def test_the_same_command_continues_to_the_bit_after_kill_9(
-    kill: str, workers: Workers, start: Path, problems: Path, tmp_path: Path, whole: Callable
-) -> None:
-    unbroken = whole("ppo", PPO)
-    saving = {"checkpoint": {"save_interval": 1 if "checkpoint within" in kill else 2}}
-    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", **merged(THINKING, PPO, saving)))
-    workers.run_and_kill(PROGRAM, [str(recipe)], lambda: KILLS[kill](tmp_path / "run"))
-    workers.run(PROGRAM, [str(recipe)], 1)
-    assert rollouts_of(tmp_path / "run") == rollouts_of(unbroken)
-    assert learned(tmp_path / "run") == learned(unbroken)
-
-
 def test_an_engine_that_fails_is_opened_again_and_its_wave_sampled_again(
     workers: Workers, start: Path, problems: Path, tmp_path: Path, whole: Callable
 ) -> None:
@@ -208,17 +112,6 @@ def test_an_engine_that_fails_again_and_again_ends_the_run(
     with pytest.raises(AssertionError, match=r"failed 3 times in a row \(out of memory\): the same command continues"):
         workers.run("failing_rl", [str(recipe), "--fail=0:1:always"], 1)
     assert not rollouts_of(tmp_path / "run")
-
-
-@pytest.mark.slow(minutes=1)
-def test_an_iteration_whose_rollouts_are_gone_is_not_sampled_with_other_weights(
-    workers: Workers, start: Path, problems: Path, tmp_path: Path
-) -> None:
-    recipe = write_recipe(rl_recipe(start, problems, tmp_path / "run", checkpoint={"save_interval": 1}))
-    workers.run_and_kill(PROGRAM, [str(recipe)], lambda: (tmp_path / "run/checkpoints/step_00000001").exists())
-    shutil.rmtree(tmp_path / "run/rollouts")
-    with pytest.raises(AssertionError, match="lacks the rollouts of iteration 0, within which the run resumes"):
-        workers.run(PROGRAM, [str(recipe)], 1)
 
 
 def test_the_log_has_what_the_model_says_of_its_rollouts(

@@ -127,6 +127,16 @@ def test_an_answer_that_no_model_would_write_is_not_appended(tmp_path: Path, ans
         check_answers(recipe(**fields, repro={"enabled": True}))
 
 
+def test_the_rows_that_are_checked_are_those_that_are_trained_on(tmp_path: Path) -> None:
+    """They are read once."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    given = recipe(data={"train": [str(problems)], "answer_type": "number"})
+    check_answers(given)
+    problems.write_text('{"prompt": "1 + 2", "answer": "many"}\n')
+    assert [one.answer for one in given.problems] == ["2"]
+
+
 def test_the_discount_has_an_effect_on_process_rewards() -> None:
     given = {"algorithm": {"gamma": 0.9}}
     assert any("algorithm.gamma" in line for line in recipe(**given).warnings())

@@ -48,6 +48,7 @@ def recipe(**sections: dict[str, Any]) -> RLRecipe:
     return made
 
 
+DATA = {"content of data.train": "sha256:0"}
 WAVES = [[sample(0), sample(0, 1, 5)], [sample(1)], [sample(2), sample(2, 1)]]
 
 
@@ -99,8 +100,9 @@ def test_what_later_iterations_sampled_is_removed(log: RolloutLog) -> None:
         log.write(iteration, WAVES[0], {})
     log.add_wave(4, WAVES[0])
     (log.folder / "notes.txt").write_text("mine")
-    log.begin(recipe(), 4)
+    log.begin(recipe(), 4, DATA)
     assert files_of(log) == [
+        "data.json",
         *(f"iteration_{iteration:08d}.{kind}" for iteration in range(3) for kind in ("json", "jsonl.zst")),
         "notes.txt",
         "recipe.yaml",
@@ -123,15 +125,32 @@ def test_what_another_recipe_sampled_is_removed_where_an_iteration_begins(
     log: RolloutLog, changes: dict[str, dict[str, Any]], step: int, is_kept: bool
 ) -> None:
     """Iteration 2 is steps 4 and 5. Within it, other weights would sample it."""
-    log.begin(recipe(), 0)
+    log.begin(recipe(), 0, DATA)
     log.write(2, WAVES[0], {})
     log.add_wave(2, WAVES[0])
-    log.begin(recipe(**changes), step)
+    log.begin(recipe(**changes), step, DATA)
     assert ("iteration_00000002.jsonl.zst" in files_of(log)) == is_kept
     assert bool(log.read_waves(2)) == is_kept
     log.write(2, WAVES[0], {})
-    log.begin(recipe(**changes), step)
+    log.begin(recipe(**changes), step, DATA)
     assert log.read(2) is not None
+
+
+@pytest.mark.parametrize(("step", "is_kept"), [(4, False), (5, True)])
+def test_what_other_data_sampled_is_removed_where_an_iteration_begins(
+    log: RolloutLog, step: int, is_kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also before the first checkpoint, which refuses other data. The recipe names the same file."""
+    log.begin(recipe(), 0, DATA)
+    log.add_wave(2, WAVES[0])
+    with caplog.at_level("INFO"):
+        log.begin(recipe(), step, {"content of data.train": "sha256:1"})
+    line = "iteration 2 is sampled from its beginning: the content of data.train has changed"
+    assert (line in caplog.messages) == (not is_kept)
+    assert bool(log.read_waves(2)) == is_kept
+    log.add_wave(2, WAVES[0])
+    log.begin(recipe(), 4, {"content of data.train": "sha256:1"})
+    assert bool(log.read_waves(2)) == (not is_kept), "the data of now are noted where an iteration begins"
 
 
 def test_an_engine_of_another_start_is_refused(tmp_path: Path) -> None:
@@ -143,7 +162,7 @@ def test_an_engine_of_another_start_is_refused(tmp_path: Path) -> None:
     )
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine/config.json").write_text("{}")
-    RolloutLog(tmp_path / "rollouts").begin(first, 0)
+    RolloutLog(tmp_path / "rollouts").begin(first, 0, DATA)
     prepare_engine_folder(first)
     with pytest.raises(UserError, match=r"engine is of training\.init_from=.*/first, and the recipe has .*/second"):
         prepare_engine_folder(second)

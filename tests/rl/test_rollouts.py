@@ -165,7 +165,7 @@ def missing_key(updated: Updated, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
         (head_of_the_old_embedding, "log-probabilities of engine and trainer differ by up to"),
         (old_weights, "log-probabilities of engine and trainer differ by up to"),
         (one_old_weight, "log-probabilities of engine and trainer differ by up to"),
-        (missing_key, r"1 weights of .* are missing in the update, .*: model\.norm\.weight"),
+        (missing_key, r"the update lacks 1 weight of .*: model\.norm\.weight"),
     ],
 )
 def test_a_faulty_update_is_detected(

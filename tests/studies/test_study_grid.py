@@ -110,7 +110,7 @@ def test_a_failed_step_stops_only_what_needs_it(toy: Toy, capfd: pytest.CaptureF
     with pytest.raises(Fault, match=r"1 step failed: train plain, 0; 2 that need them did not run"):
         toy.run(scale=TWO)
     assert toy.new_starts() == Counter({"train:p0": 1, "train:t0": 1, "tune:s": 1, "tune:l": 1})
-    assert "Not complete: 2 of 4 results are missing" in (toy.output / "report/report.md").read_text()
+    assert "Not complete: 2 of 4 results missing" in (toy.output / "report/report.md").read_text()
     toy.run(status=True)
     shown = capfd.readouterr().out
     assert len(re.findall(r"^tune plain.* blocked ", shown, re.MULTILINE)) == 2

@@ -63,7 +63,7 @@ def test_rows_belong_to_the_levels_that_a_step_takes_at_once(tmp_path: Path) -> 
     }  # fmt: skip
     (tmp_path / "other").mkdir()
     _, graph, _ = finished(tmp_path / "other", factors, steps, {"models": [{"m": 1}]})
-    with pytest.raises(UserError, match="1 rows, and 2 combinations of arm"):
+    with pytest.raises(UserError, match="1 row, and 2 combinations of arm"):
         collect(graph)
 
 

@@ -143,17 +143,15 @@ def test_a_block_that_was_killed_at_its_very_end_is_counted_once(
 def test_the_card_is_final_only_when_every_task_has_come_to_its_end(server: UnrulyServer, tmp_path: Path) -> None:
     options = job(tmp_path, server, good_texts(9), rows_per_shard=2, scale=ScaleOptions(num_tasks=2))
     launch(options, [sys.executable, "-c", "'a task that is submitted, and has not begun'"])
-    assert "# Documents with thinking (incomplete)" in card(options) and "2 of 2 tasks have not finished" in card(
-        options
-    )
+    assert "# Documents with thinking (incomplete)" in card(options) and "2 of 2 tasks not finished" in card(options)
     assert "size_categories" not in card(options)
     augment(dataclasses.replace(options, task=1))
-    assert "2 of 2 tasks have not finished" in card(options)  # as of the submission: tasks do not read all ledgers
+    assert "2 of 2 tasks not finished" in card(options)  # as of the submission: tasks do not read all ledgers
     augment(dataclasses.replace(options, task=0))
     assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
     (options.output / "part-00000-00003.jsonl.zst").unlink()
     launch(options, [sys.executable, "-c", ""])
-    assert "1 finished shards are missing or damaged" in card(options) and "| records | 7 |" in card(options)
+    assert "1 finished shard missing or damaged" in card(options) and "| records | 7 |" in card(options)
     augment(dataclasses.replace(options, scale=ScaleOptions()))  # in another split
     assert "| records | 9 |" in card(options) and "ncomplete" not in card(options)
 

@@ -161,7 +161,7 @@ def test_a_task_of_a_round_leaves_the_verdict_to_the_last_one(server: UnrulyServ
     with pytest.raises(UserError, match="without a single record"):
         augment(tasks[1])
     launch(again(whole, "too_short"), [sys.executable, "-c", "'a task that is submitted'"])
-    assert "2 of 2 tasks have not finished" in (whole.output / "README.md").read_text()
+    assert "2 of 2 tasks not finished" in (whole.output / "README.md").read_text()
     assert augment(again(tasks[0], "too_short")).rejects["too_short"] > 0
     with pytest.raises(UserError, match="without a single record"):
         augment(again(tasks[1], "too_short"))

@@ -200,7 +200,7 @@ def test_wildcards_share_their_weight_by_tokens_and_files_hold_sources(
     ]
     assert ours.data.train[0].max_epochs == 9
     (tmp_path / "set-00001-of-00002.json").write_text(Manifest.path(two_sources[0]).read_text())
-    with pytest.raises(UserError, match=r"1 of the 2 shards are not there: .*set-00000-of-00002\.json is"):
+    with pytest.raises(UserError, match=r"1 of 2 shards missing: .*set-00000-of-00002\.json is"):
         make(recipe, {"train": str(tmp_path / "set-*")})
     for name, text in (("b.yaml", "[p, {path: q, weight: 3}]"), ("b.json", '["p", {"path": "q", "weight": 3}]')):
         (tmp_path / name).write_text(text)

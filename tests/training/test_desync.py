@@ -25,7 +25,7 @@ def test_one_flipped_bit_ends_the_run(name: str, overrides: list[str], train: Tr
         train("run", *options, f"--flip=1:6:{name}", num_processes=2, program="flipped_pretrain")
     for rank in (0, 1):  # of two, none is known to be right
         assert f"rank {rank}: Fault('the weights after step 6 are not the same" in str(caught.value)
-    assert f"hold a copy: rank 0, 1, 1 parameters ({name})" in str(caught.value)
+    assert f"hold a copy: rank 0, 1, 1 parameter ({name})" in str(caught.value)
     assert not (tmp_path / "run/checkpoints/step_00000008").exists()
 
 
@@ -43,7 +43,7 @@ def test_the_minority_is_named() -> None:
     names, right, wrong = ["a", "b", "c", "d"], [1, 2, 3, 4], [1, 0, 0, 4]
     assert find_unequal_copies(names, [0, 2, 4, 6], [right, right, wrong, right]) == {4: ["b", "c"]}
     assert find_unequal_copies(names, [0, 2], [right, right]) == {}
-    assert describe(find_unequal_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameters (a)"
+    assert describe(find_unequal_copies(["a"], [3, 5], [[1], [2]])) == "rank 3, 5, 1 parameter (a)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
