@@ -19,9 +19,19 @@ import pytest
 import torch
 from ports import free_port
 from safetensors.torch import load_file, save_file
+from unruly_server import MODEL, UnrulyServer
 
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import EngineError, EngineOptions
+from megatron_tpt.generation import (
+    Completion,
+    EngineError,
+    EngineOptions,
+    Sampling,
+    complete,
+    open_engine,
+    servers_apart,
+)
+from megatron_tpt.generation.openai_api import read_completion
 from megatron_tpt.generation.server_weights import Control, ServerWeights, write_folder
 
 KEY = "secret"
@@ -228,6 +238,52 @@ def test_handles_of_memory_are_pickled(servers: list[Server]) -> None:
     path, body = servers[0].asked[-1]
     assert path == "update_weights" and body["update_info"]["names"] == ["a"]
     assert pickle.loads(base64.b64decode(body["update_info"]["ipc_handles_pickled"])) == handles
+
+
+@pytest.mark.parametrize(
+    ("spans", "version"),
+    [
+        ([{"version": "7", "start": 0, "end": 1}], 7),
+        ([{"version": "default", "start": 0, "end": 1}], 0),
+        ([{"version": "of somebody else", "start": 0, "end": 1}], -1),
+    ],
+)
+def test_a_completion_has_the_version_of_its_weights(spans: list[dict[str, Any]], version: int) -> None:
+    completion = read_completion("url", answer(spans), with_log_probabilities=True, with_weight_version=True)
+    assert isinstance(completion, Completion)
+    assert (completion.weight_version, completion.token_ids, completion.log_probabilities) == (version, (5,), (-0.5,))
+
+
+def test_a_completion_of_several_weights_is_none() -> None:
+    spans = [{"version": str(version), "start": 0, "end": 1} for version in (1, 2)]
+    with pytest.raises(ValueError, match="too many values"):
+        read_completion("url", answer(spans), with_weight_version=True)
+
+
+def answer(spans: list[dict[str, Any]]) -> dict[str, Any]:
+    """What vLLM answers to /inference/v1/generate."""
+    choice = {"text": "a", "token_ids": [5], "finish_reason": "length", "weight_versions": spans}
+    choice["logprobs"] = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
+    return {"choices": [choice], "usage": {"prompt_tokens": 2, "completion_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    ("place", "num_places", "asked"), [(0, 1, [0, 1]), (0, 2, [0]), (1, 2, [1]), (2, 3, [0]), (1, 3, [1])]
+)
+def test_servers_are_asked_apart_each_by_some_place(place: int, num_places: int, asked: list[int]) -> None:
+    both = [UnrulyServer(owner="vllm") for _ in range(2)]
+    for server in both:
+        server.start()
+    options = EngineOptions(MODEL, kind="endpoint", endpoints=tuple(server.url for server in both))
+    with (
+        open_engine(options) as engine,
+        servers_apart(engine, place, num_places) as engines,
+    ):
+        for one in engines:
+            complete(one, ["a", "b"], Sampling(max_new_tokens=3))
+    assert [i for i, server in enumerate(both) if server.bodies] == asked
+    for server in both:
+        server.stop()
 
 
 class Described:
