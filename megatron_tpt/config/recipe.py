@@ -75,6 +75,11 @@ class Recipe:
         """Models of the same shape beside the one of the recipe: frozen ones, and ones that are trained too."""
         return 0, 0
 
+    @property
+    def gpu_share(self) -> float:
+        """The share of each GPU's memory that other programs leave to the training."""
+        return 1.0
+
     def beyond_the_end(self) -> Iterator[str]:
         """A line for every setting of steps that the run does not have."""
         training, first = self.training, self.profiling.first_step

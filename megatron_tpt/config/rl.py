@@ -72,7 +72,9 @@ class PromptDataConfig(DataSection):
     {
         (Effect.REFUSED, Effect.FREE): "num_prompts num_samples",
         (Effect.WARNED, Effect.FREE): "temperature max_new_tokens dynamic_sampling max_waves",
-        (Effect.FREE, Effect.FREE): "prompts_per_wave engine max_num_seqs max_gap",
+        (Effect.FREE, Effect.FREE): """
+            prompts_per_wave engine max_num_seqs max_gap endpoints patience_s gpu_memory weight_transfer weights_dir
+        """,
     }
 )
 @dataclass
@@ -96,9 +98,24 @@ class RolloutsConfig:
     their place (DAPO, arXiv 2503.14476, 3.2)."""
     max_waves: PositiveInt = 20
     """With dynamic_sampling: stop an iteration that is not filled after this many waves."""
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """What samples. Every process has an engine, which gets the trainer's weights before every iteration: vLLM in this
-    process (on CPUs), or transformers, which is slow and runs everywhere."""
+    engine: Literal["vllm", "vllm-server", "endpoint", "transformers"] = "vllm"
+    """What samples, with the trainer's weights, which are sent before every iteration: in every process vLLM (on CPUs);
+    a vLLM server for every process, on its GPU or CPU; vLLM servers that run already, for all processes (endpoint); or
+    in every process transformers, which is slow and runs everywhere."""
+    endpoints: list[str] = field(default_factory=list)
+    """URLs of the servers for engine=endpoint, such as http://node7:8000/v1, which `python -m megatron_tpt.rl.serve`
+    starts."""
+    weight_transfer: Literal["folder", "nccl", "ipc"] = "folder"
+    """How servers get the weights: as files; by a broadcast to other GPUs (engine=endpoint); in the memory of the GPU
+    that they share with the trainer (engine=vllm-server)."""
+    weights_dir: Path | None = None
+    """Where the files of weight_transfer=folder are, the weights of one iteration at a time; all nodes must see it
+    under the same path. RUN/engine-weights when not given."""
+    patience_s: PositiveFloat = 1800.0
+    """How long a server that does not answer is waited for."""
+    gpu_memory: Share | None = None
+    """The share of a GPU's memory that a server takes; what vLLM chooses when not given, which leaves a trainer on the
+    same GPU no room."""
     max_num_seqs: PositiveInt | None = None
     """Most rollouts that an engine computes at once; its own choice when not given."""
     max_gap: PositiveFloat = 1e-4
@@ -108,6 +125,11 @@ class RolloutsConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "rollouts.")
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether servers sample."""
+        return self.engine in ("vllm-server", "endpoint")
 
 
 @on_change(

@@ -12,7 +12,7 @@ single modules; no other stage.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from megatron_tpt.generation.api import (
     ABILITIES,
@@ -40,6 +40,7 @@ from megatron_tpt.generation.api import (
     complete,
     derive_seed,
     expect_completion,
+    possible_abilities,
 )
 from megatron_tpt.generation.likelihood import (
     document_log_likelihoods,
@@ -99,6 +100,7 @@ __all__ = [
     "prefix_id",
     "render_chat",
     "rolling_requests",
+    "servers_apart",
     "weight_shapes",
 ]
 
@@ -109,13 +111,25 @@ def open_engine(options: EngineOptions, needs: Collection[Ability] = ()) -> Iter
 
     Raises UserError for an engine without one of them, and UserError or EngineError for one that cannot start.
     """
-    check_abilities(options.kind, needs)
+    check_abilities(options.kind, needs, possible_abilities(options))
     engine = _start(options)
     try:
         check_abilities(options.kind, needs, engine.abilities)
         yield engine
     finally:
         engine.close()
+
+
+@contextlib.contextmanager
+def servers_apart(engine: Engine, place: int = 0, num_places: int = 1) -> Iterator[Sequence[Engine]]:
+    """An engine for each server of `engine`, or for this place's share; itself where it has no more than one."""
+    from megatron_tpt.generation.endpoint import EndpointEngine
+
+    if not isinstance(engine, EndpointEngine):  # "vllm-server" is a trainer's with one server alone
+        yield [engine]
+        return
+    with engine.apart(place, num_places) as engines:
+        yield engines
 
 
 def _start(options: EngineOptions) -> Engine:

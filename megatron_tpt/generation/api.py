@@ -5,18 +5,16 @@ names those that it needs when it opens one (`open_engine`).
 """
 
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le
 
-from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
+from megatron_tpt.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, Share, check_bounds
 from megatron_tpt.errors import Fault, UserError
-from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields
+from megatron_tpt.generation.request_fields import LengthField, OmittableField, check_request_fields, check_url
 from megatron_tpt.names import seed_of
 
 if TYPE_CHECKING:
@@ -29,6 +27,7 @@ Api = Literal["completions", "chat"]
 Temperature = Annotated[float, Ge(0), Le(2)]
 TopP = Annotated[float, Gt(0), Le(1)]
 ExitCriterion = Literal["state", "entropy", "kl"]
+WeightTransfer = Literal["folder", "nccl", "ipc"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
 """What an engine may be able to do in addition to completing prompts:
@@ -39,14 +38,15 @@ Ability = Literal["log-probabilities", "log-likelihood", "update_weights"]
 """
 ABILITIES: Mapping[EngineKind, frozenset[Ability]] = {
     "vllm": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
-    "vllm-server": frozenset({"log-probabilities", "log-likelihood"}),
-    "endpoint": frozenset({"log-probabilities", "log-likelihood"}),
+    "vllm-server": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
+    "endpoint": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
     "transformers": frozenset({"log-probabilities", "log-likelihood", "update_weights"}),
 }
 """What each kind of engine can do at most; `Engine.abilities` says what the one that runs can do."""
 _CONDITIONS: Mapping[EngineKind, str] = {
     "vllm": "only on a CPU, in this process: with tensor_parallel_size 1",
-    "endpoint": "only where vLLM serves the model, as its list of models says",
+    "vllm-server": "only with a weight_transfer",
+    "endpoint": "only where vLLM serves the model, as its list of models says (update_weights: with a weight_transfer)",
 }
 
 
@@ -186,6 +186,16 @@ class EngineStats:
             self.completion_tokens += outcome.num_tokens
 
 
+class DescribedWeights(Protocol):
+    """Weights that are described before they are gathered."""
+
+    def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]": ...
+
+    def metadata(self) -> "Sequence[tuple[str, torch.dtype, tuple[int, ...]]]":
+        """Name, dtype and shape of every tensor, in the order of the iteration."""
+        ...
+
+
 class Engine(Protocol):
     """A model that completes prompts, and can do what its `abilities` say."""
 
@@ -228,9 +238,10 @@ class Engine(Protocol):
         """Replace all weights of the model. Ability: "update_weights".
 
         `weights` are the tensors of the model's folder, whole, under their names there (Hugging Face's), each exactly
-        once. `version` becomes `weight_version`, and that of everything computed from now on; nothing that was cached
-        with the old weights is used again. Raises EngineError while requests are in flight, and for weights that are
-        missing or unknown; after the latter the engine must not be used.
+        once; for the transfers "nccl" and "ipc" also a `DescribedWeights`. `version` becomes `weight_version`, and that
+        of everything computed from now on; nothing that was cached with the old weights is used again. Raises
+        EngineError while requests are in flight, and for weights that are missing or unknown; after the latter the
+        engine must not be used.
         """
         ...
 
@@ -308,6 +319,12 @@ class EngineOptions:
     """A server of "vllm-server" that has requests, and has written no token for this long, is ended and restarted."""
     log_dir: Path | None = None
     """The folder for the logs of the servers that "vllm-server" starts; by default a temporary one."""
+    gpu_memory: Share | None = None
+    """The share of each GPU's memory that the servers of "vllm-server" take; by default vLLM's choice."""
+    weight_transfer: WeightTransfer | None = None
+    """How servers get other weights, see server_weights.py; by default they get none."""
+    weights_dir: Path | None = None
+    """Where the transfer "folder" writes; servers must see it under the same path."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -316,7 +333,7 @@ class EngineOptions:
         if self.kind != "endpoint" and self.endpoints:
             raise UserError(f'endpoints were given for the engine "{self.kind}"; choose "endpoint", or omit them')
         for url in self.endpoints:
-            _check_url(url)
+            check_url(url)
         if self.kind == "endpoint" and self.num_recurrences is not None:
             raise UserError(
                 f'num_recurrences={self.num_recurrences} cannot be chosen for the engine "endpoint": its servers were '
@@ -326,31 +343,23 @@ class EngineOptions:
             raise UserError(f'the engine "{self.kind}" has no early exit; omit it, or choose "transformers"')
         if self.kind != "endpoint" and (self.request_fields or self.omit_fields or self.length_field != "max_tokens"):
             raise UserError(f'request fields can be chosen for the engine "endpoint", not for "{self.kind}"')
+        if self.weight_transfer == "folder" and self.weights_dir is None:
+            raise UserError('the weight_transfer "folder" needs a weights_dir')
         check_request_fields(self.request_fields, is_chat=self.api == "chat")
 
 
-def _check_url(url: str) -> None:
-    """Raise UserError unless `url` is a base URL without secrets. The message never shows what may be a secret."""
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        raise UserError(
-            f"the endpoint at {parts.hostname}: a URL must not hold a user or a password; put the key into the "
-            "environment variable that --api-key-env names"
-        )
-    if parts.query or parts.fragment:
-        raise UserError(f"the endpoint at {parts.hostname}: remove what follows ? or # in its URL")
-    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
-        raise UserError(f"endpoint {url!r}: not a URL such as http://host:8000/v1")
-
-
-def check_abilities(kind: EngineKind, needs: Collection[Ability], abilities: frozenset[Ability] | None = None) -> None:
-    """Raise UserError unless an engine of `kind` has all that the caller needs; the message names engines that do.
-
-    `abilities`: those of the engine that runs; by default what such an engine can have.
-    """
+def check_abilities(kind: EngineKind, needs: Collection[Ability], abilities: frozenset[Ability]) -> None:
+    """Raise UserError unless an engine of `kind` with `abilities` has all that the caller needs; the message names
+    engines that do."""
     for ability in needs:
-        if ability not in (ABILITIES[kind] if abilities is None else abilities):
+        if ability not in abilities:
             raise lacking(kind, ability)
+
+
+def possible_abilities(options: EngineOptions) -> frozenset[Ability]:
+    """What the engine can do at most: servers are started for updates of their weights, or not."""
+    has_no_updates = options.kind in ("vllm-server", "endpoint") and options.weight_transfer is None
+    return ABILITIES[options.kind] - ({"update_weights"} if has_no_updates else frozenset())
 
 
 def lacking(kind: EngineKind, ability: Ability) -> UserError:

@@ -117,6 +117,11 @@ class Dispatcher:
             self._drop(job)
         self._waiting.clear()
 
+    def require_hope(self) -> None:
+        """Raise the error that has ended everything, if there is one. From any thread."""
+        if self._error is not None:
+            raise self._error
+
     async def close(self) -> None:
         """Stop all that is in flight."""
         self._jobs.clear()
@@ -203,9 +208,10 @@ class Dispatcher:
         try:
             if not server.refusals:  # it has completed another request since this task was made
                 return
-            await server.ask(probe(server.refusals[-1].job.call))
+            call = probe(server.refusals[-1].job.call)
+            await server.ask(call)
         except Refused as refused:
-            raise UserError(server.refuses_all(refused.failure.message)) from refused
+            raise UserError(server.refuses_all(call, refused.failure.message)) from refused
         except UnusableAnswer as answer:
             # Nothing is learned about the refused ones: they are retried, elsewhere if possible.
             self._learn_of_failure(server, answer, sent_s)

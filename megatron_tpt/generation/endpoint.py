@@ -7,20 +7,21 @@ Only vLLM is trusted with log-probabilities: other servers ignore what they are 
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import (
-    ABILITIES,
     Ability,
     Completion,
+    EngineError,
     EngineOptions,
     EngineStats,
     Failure,
@@ -28,6 +29,7 @@ from megatron_tpt.generation.api import (
     Request,
     ScoringRequest,
     lacking,
+    possible_abilities,
 )
 from megatron_tpt.generation.dispatch import Dispatcher
 from megatron_tpt.generation.http_client import HttpClient
@@ -35,6 +37,7 @@ from megatron_tpt.generation.models import check_scoring
 from megatron_tpt.generation.openai_api import Outcome
 from megatron_tpt.generation.openai_requests import Call, completion_call, scoring_call
 from megatron_tpt.generation.server import Job, Results
+from megatron_tpt.generation.server_weights import ServerWeights
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +50,14 @@ class EndpointEngine:
     they are asked often and waited for without limit (`wait_until_open`), and no proxy is between.
     """
 
-    weight_version = 0
     dtype: str | None = None
 
     def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
         key = local_key or _read_key(options.api_key_env)
-        self._options = options
+        self.weight_version = 0
+        self._options, self._key = options, key
         self._is_local = local_key is not None
+        self._is_asked = False
         self.num_devices = len(options.endpoints)
         self._stats = EngineStats()
         self._warned_of_usage = False
@@ -62,6 +66,9 @@ class EndpointEngine:
         self._thread.start()
         self._client = HttpClient(options.request_timeout_s, key, use_proxies=not self._is_local)
         self._dispatcher = Dispatcher(options, self._client, self._stats, is_local=self._is_local)
+        self._weights: ServerWeights | None = None
+        if options.weight_transfer is not None:
+            self._weights = ServerWeights(options, key, is_shared=not self._is_local)
         try:
             self._run(self._dispatcher.start())
             if not self._is_local:
@@ -77,8 +84,9 @@ class EndpointEngine:
     @property
     def abilities(self) -> frozenset[Ability]:
         """See `Engine.abilities`: none unless vLLM is known to serve the model everywhere."""
-        is_vllm = all(server.listed.is_vllm for server in self._dispatcher.open_servers)
-        return ABILITIES["endpoint"] if is_vllm else frozenset()
+        if not all(server.listed.is_vllm for server in self._dispatcher.open_servers):
+            return frozenset()
+        return possible_abilities(self._options)
 
     @property
     def max_model_len(self) -> int | None:
@@ -97,21 +105,44 @@ class EndpointEngine:
         return self._ended(requests, self._scoring_call)
 
     def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
-        """See `Engine.update_weights`: not here."""
-        raise lacking("endpoint", "update_weights")
+        """See `Engine.update_weights`; who sends, and how, is said in server_weights.py."""
+        if self._weights is None or "update_weights" not in self.abilities:
+            raise lacking("endpoint", "update_weights")
+        if self._is_asked:
+            raise EngineError("weights cannot be updated while requests are in flight: take all their outcomes first")
+        self._weights.update(weights, version, self._dispatcher.require_hope)
+        self.weight_version = version
+
+    @contextlib.contextmanager
+    def apart(self, place: int, num_places: int) -> "Iterator[list[EndpointEngine]]":
+        """An engine for each of some servers; those of all places are all servers, some several times if need be."""
+        urls = self._options.endpoints
+        with contextlib.ExitStack() as stack:
+            engines, local_key = [], self._key if self._is_local else None
+            for url in urls[place % len(urls) :: num_places]:
+                one = EndpointEngine(replace(self._options, endpoints=(url,)), local_key=local_key)
+                stack.callback(one.close)
+                one.weight_version = self.weight_version
+                engines.append(one)
+            yield engines
 
     def _completion_call(self, request: Request) -> Call:
         sampling = request.sampling
         if sampling.log_probabilities:
             if "log-probabilities" not in self.abilities:
                 raise lacking("endpoint", "log-probabilities")
-            if not self._is_local and (sampling.temperature not in (0, 1) or sampling.top_p < 1):
+            reports_weights = self._options.weight_transfer is not None  # so it was started with our arguments
+            is_plain = sampling.temperature in (0, 1) and sampling.top_p == 1
+            if not (self._is_local or reports_weights or is_plain):
                 raise UserError(
                     f"log-probabilities at temperature {sampling.temperature:g} and top-p {sampling.top_p:g}: a server "
                     "does not report whether it takes them before or after temperature and top-p; choose temperature 1 "
                     'and top-p 1, or the engine "vllm", "vllm-server" or "transformers"'
                 )
-        return completion_call(request, self._options.api)
+        prompt = request.prompt
+        is_ids = not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], Mapping)
+        by_tokens = is_ids and self._options.weight_transfer is not None
+        return completion_call(request, self._options.api, by_tokens=by_tokens)
 
     def _scoring_call(self, request: ScoringRequest) -> Call | Failure:
         return check_scoring(request, self.max_model_len) or scoring_call(request)
@@ -122,6 +153,7 @@ class EndpointEngine:
         results: Results = queue.SimpleQueue()
         num_in_flight = 0
         submit = self._loop.call_soon_threadsafe
+        self._is_asked = True
         try:
             while True:
                 num_free = self._dispatcher.capacity - num_in_flight
@@ -146,9 +178,12 @@ class EndpointEngine:
                     raise result
                 job, outcome = result
                 num_in_flight -= 1
+                if not job.call.by_tokens and not isinstance(outcome, Failure):
+                    outcome = replace(outcome, weight_version=self.weight_version)
                 self._count(outcome)
                 yield job.request, outcome
         finally:
+            self._is_asked = False
             if not self._loop.is_closed():
                 submit(self._dispatcher.abandon, results)
 

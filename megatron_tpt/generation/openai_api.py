@@ -56,7 +56,9 @@ class Refused(UnusableAnswer):
         self.failure = failure
 
 
-def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = False) -> Completion | Failure:
+def read_completion(
+    url: str, answer: Any, *, with_log_probabilities: bool = False, with_weight_version: bool = False
+) -> Completion | Failure:
     """The completion in the decoded `answer` of the server at `url`. Raises UnusableAnswer, or what Python raises for
     something of another form."""
     choice = answer["choices"][0]
@@ -74,6 +76,9 @@ def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = Fal
     if not isinstance(text, str) or not isinstance(reasoning, str | None):
         raise invalid_answer(url, "the completion holds no text")
     completion = Completion(text, token_ids, _FINISH_REASONS[reason], num_prompt_tokens, num_tokens, reasoning)
+    if with_weight_version:
+        [span] = choice["weight_versions"]
+        completion = replace(completion, weight_version=version_of(span["version"]))
     if not with_log_probabilities:
         return completion
     given = choice["logprobs"]
@@ -84,6 +89,11 @@ def read_completion(url: str, answer: Any, *, with_log_probabilities: bool = Fal
             url, f"{len(log_probabilities)} log-probabilities and {len(token_ids)} ids for {num_tokens} tokens"
         )
     return replace(completion, log_probabilities=log_probabilities)
+
+
+def version_of(label: str) -> int:
+    """The version of weights that vLLM calls `label`: "default" it was started with; -1 for what somebody else sent."""
+    return 0 if label == "default" else int(label) if label.isdecimal() else -1
 
 
 def read_log_likelihood(url: str, answer: Any, *, ids: Sequence[int], num_context: int) -> LogLikelihood:

@@ -36,18 +36,28 @@ class Call:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields that only vLLM is trusted with: a server that ignores one would answer another question."""
     read: Reader = read_completion
+    by_tokens: bool = False
+    """Ask vLLM in its own protocol, which takes token ids alone, and reports the weights that wrote the completion."""
 
     @property
     def needs_vllm(self) -> bool:
         """Whether only vLLM can be asked this."""
-        return bool(self.fields)
+        return bool(self.fields) or self.by_tokens
+
+    @property
+    def path(self) -> str:
+        """vLLM's own protocol is beside /v1, with which URLs of servers end."""
+        return "/inference/v1/generate" if self.by_tokens else ""
 
 
-def completion_call(request: Request, api: Api) -> Call:
+def completion_call(request: Request, api: Api, *, by_tokens: bool = False) -> Call:
     """The call for a completion, with log-probabilities where they are asked for."""
-    if not request.sampling.log_probabilities:
+    asked = request.sampling.log_probabilities
+    if not asked and not by_tokens:
         return Call(request)
-    return Call(request, _LOG_PROBABILITIES[api], functools.partial(read_completion, with_log_probabilities=True))
+    read = functools.partial(read_completion, with_log_probabilities=asked, with_weight_version=by_tokens)
+    fields = _LOG_PROBABILITIES[api] if asked and not by_tokens else {}
+    return Call(request, fields, read, by_tokens)
 
 
 def scoring_call(request: ScoringRequest) -> Call:
@@ -74,11 +84,13 @@ def probe(call: Call) -> Call:
         request = request._replace(prompt=messages)
     else:
         request = request._replace(prompt=list(prompt[:1]))  # type: ignore[arg-type]
-    return Call(request, call.fields)
+    return replace(call, request=request, read=read_completion)
 
 
 def request_body(call: Call, options: EngineOptions, *, is_vllm: bool) -> bytes:
     """The JSON body of `call`. Raises UserError for a kind of prompt that `options.api` does not take."""
+    if call.by_tokens:
+        return _body_of_tokens(call.request, options)
     sampling = call.request.sampling
     greedy = sampling.temperature == 0
     body: dict[str, Any] = {
@@ -98,6 +110,22 @@ def request_body(call: Call, options: EngineOptions, *, is_vllm: bool) -> bytes:
     for name in options.omit_fields:
         body.pop(name, None)
     return orjson.dumps(body | dict(options.request_fields) | dict(call.fields))
+
+
+def _body_of_tokens(request: Request, options: EngineOptions) -> bytes:
+    sampling = request.sampling
+    greedy = sampling.temperature == 0
+    parameters: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "stop": list(sampling.stop),
+        "seed": None if greedy else sampling.seed,
+        "logprobs": 0 if sampling.log_probabilities else None,
+        "skip_special_tokens": False,
+    }
+    body = {"model": options.model, "token_ids": list(request.prompt), "output_mode": "text"}
+    return orjson.dumps(body | {"sampling_params": parameters})
 
 
 def _prompt_field(request: Request, api: Api) -> dict[str, Any]:

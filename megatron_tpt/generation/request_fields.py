@@ -1,8 +1,10 @@
-"""Request fields of a user's own for OpenAI-compatible servers, and which of our fields can change. Light to import."""
+"""What users choose of OpenAI-compatible servers: URLs, request fields of their own, which of ours can change. Light to
+import."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -98,3 +100,17 @@ def advice_on_refusal(sentence: str, length_field: LengthField) -> str:
     if re.search("chat.template", text):
         options.append("--api completions with --tokenizer")
     return f"; try {' or '.join(options)}" if options else ""
+
+
+def check_url(url: str) -> None:
+    """Raise UserError unless `url` is a base URL without secrets. The message never shows what may be a secret."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"the endpoint at {parts.hostname}: a URL must not hold a user or a password; put the key into the "
+            "environment variable that --api-key-env names"
+        )
+    if parts.query or parts.fragment:
+        raise UserError(f"the endpoint at {parts.hostname}: remove what follows ? or # in its URL")
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
+        raise UserError(f"endpoint {url!r}: not a URL such as http://host:8000/v1")

@@ -101,7 +101,7 @@ class Server:
     async def ask(self, call: Call) -> Outcome:
         """What the server makes of `call`. Raises what `parse_answer` raises, and UserError for a call that this
         server cannot be trusted with."""
-        request, url = call.request, self._address
+        request, url = call.request, self._address(call)
         if call.needs_vllm and not self.listed.is_vllm:
             raise UserError(
                 f"{self.url}: vLLM does not serve this model, so its log-probabilities are not relied on; name servers "
@@ -123,16 +123,16 @@ class Server:
         return parse_answer(url, *answer, call.read)
 
     async def _post(self, call: Call) -> HttpAnswer:
-        return await self.client.post(self._address, request_body(call, self.options, is_vllm=self.listed.is_vllm))
+        body = request_body(call, self.options, is_vllm=self.listed.is_vllm)
+        return await self.client.post(self._address(call), body)
 
-    @property
-    def _address(self) -> str:
-        return self.url + PATHS[self.options.api]
+    def _address(self, call: Call) -> str:
+        return self.url.removesuffix("/v1") + call.path if call.path else self.url + PATHS[self.options.api]
 
-    def refuses_all(self, sentence: str) -> str:
+    def refuses_all(self, call: Call, sentence: str) -> str:
         """The message for a server that refuses a short test too, in its own `sentence`."""
         what = f"has completed {self.num_answers:,} requests and now refuses" if self.num_answers else "refuses"
-        return f"{self._address} {what} every request, a short test included: {sentence}" + advice_on_refusal(
+        return f"{self._address(call)} {what} every request, a short test included: {sentence}" + advice_on_refusal(
             sentence, self.options.length_field
         )
 

@@ -40,6 +40,7 @@ from megatron_tpt.generation.models import (
     weight_shapes,
 )
 from megatron_tpt.generation.vllm_plugin import num_cached_layers, recurrence_arguments
+from megatron_tpt.generation.vllm_updates import repack_tied_head
 from megatron_tpt.processes import children_end_with_us
 from megatron_tpt.units import GIB
 
@@ -221,7 +222,7 @@ class VLLMEngine:
         with quiet():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()})
         require_all_weights(self._model, known, given)
-        self._llm.collective_rpc(_repack_tied_head)
+        self._llm.collective_rpc(repack_tied_head)
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM does not empty its prefix cache, which holds keys and values of the old weights")
         self.weight_version = version
@@ -331,15 +332,3 @@ def _cpu_kv_cache_bytes(config: Any, max_model_len: int, max_num_seqs: int) -> i
     bytes_per_token = num_cached_layers(config) * 2 * num_heads * head_dim * 4  # keys and values, 4 bytes at most
     num_blocks = -(-max_model_len // _CPU_BLOCK_TOKENS) * max_num_seqs + 1
     return min(num_blocks * _CPU_BLOCK_TOKENS * bytes_per_token, _MAX_CPU_KV_CACHE_BYTES)
-
-
-def _repack_tied_head(worker: Any) -> None:
-    """Renew what vLLM keeps of an output layer that shares the embedding's weights.
-
-    On CPUs it packs a copy for its matrix product when it loads a model, but not when it reloads one (0.32).
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    model = worker.model_runner.get_model()
-    if model.config.tie_word_embeddings:
-        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

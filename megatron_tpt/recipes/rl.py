@@ -29,6 +29,10 @@ if TYPE_CHECKING:  # these import torch, or take time
     from megatron_tpt.training.trainer import Trainer
 
 
+_GPU_MEMORY = 0.92
+"""The share of a GPU's memory that vLLM takes by default."""
+
+
 def _where(section: str, names: str, applies: Callable[[Any], bool], needs: str) -> Rule:
     return Rule(section, tuple(names.split()), applies, needs)
 
@@ -56,6 +60,19 @@ _RULES = (
     ),
     _where(
         "algorithm", "mismatch_lower", lambda recipe: recipe.algorithm.mismatch == "mask", "algorithm.mismatch=mask"
+    ),
+    _where("rollouts", "endpoints", lambda recipe: recipe.rollouts.engine == "endpoint", "rollouts.engine=endpoint"),
+    _where(
+        "rollouts",
+        "weight_transfer patience_s gpu_memory",
+        lambda recipe: recipe.rollouts.has_servers,
+        "rollouts.engine=vllm-server or endpoint",
+    ),
+    _where(
+        "rollouts",
+        "weights_dir",
+        lambda recipe: recipe.rollouts.has_servers and recipe.rollouts.weight_transfer == "folder",
+        "servers, and rollouts.weight_transfer=folder",
     ),
     _where("rollouts", "max_waves", lambda recipe: recipe.rollouts.dynamic_sampling, "rollouts.dynamic_sampling=true"),
     _where(
@@ -137,6 +154,12 @@ class RLRecipe(TrainingRecipe):
         return int(self.algorithm.kl != "none"), int(self.has_critic)
 
     @property
+    def gpu_share(self) -> float:
+        if self.rollouts.engine != "vllm-server":
+            return 1.0
+        return 1 - (_GPU_MEMORY if self.rollouts.gpu_memory is None else self.rollouts.gpu_memory)
+
+    @property
     def tokenizer_path(self) -> Path:
         """That of the checkpoint to start from."""
         return self.start / "tokenizer"
@@ -152,6 +175,7 @@ class RLRecipe(TrainingRecipe):
     def check(self, world_size: int) -> None:
         super().check(world_size)
         self._check_model()
+        self._check_servers()
         rollouts, size = self.rollouts, self.training.global_batch_size
         require(
             self.num_rollouts % size == 0,
@@ -187,6 +211,18 @@ class RLRecipe(TrainingRecipe):
             f"rewards.overlong_buffer={self.rewards.overlong_buffer} is more than rollouts.max_new_tokens="
             f"{rollouts.max_new_tokens}: lower it",
         )
+
+    def _check_servers(self) -> None:
+        rollouts = self.rollouts
+        require(
+            rollouts.engine != "endpoint" or bool(rollouts.endpoints),
+            "rollouts.engine=endpoint needs rollouts.endpoints: the URLs of vLLM servers, such as http://node7:8000/v1",
+        )
+        for transfer, engine in (("nccl", "endpoint"), ("ipc", "vllm-server")):
+            require(
+                not rollouts.has_servers or rollouts.weight_transfer != transfer or rollouts.engine == engine,
+                f"rollouts.weight_transfer={transfer} is for rollouts.engine={engine}: change one of them",
+            )
 
     def _check_model(self) -> None:
         """Refuse models and layouts whose weights cannot be sent to an engine or whose rollouts cannot be packed, and
@@ -245,13 +281,13 @@ class RLRecipe(TrainingRecipe):
 
     def describe_data(self) -> tuple[str, DataIdentity]:
         from megatron_tpt.rl.prompts import check_answers, read_prompts
-        from megatron_tpt.rl.start import is_prepared
+        from megatron_tpt.rl.start import describe_engine, is_prepared
 
         check_answers(self)
         prompts = read_prompts(self) if is_prepared(self) else None
         num_prompts = len(self.problems) if prompts is None else len(prompts)
         epochs = self.training.num_steps // self.steps_per_iteration * self.rollouts.num_prompts / num_prompts
-        text = f"data.train: {counted(num_prompts, 'prompt')}, read {epochs:.2f} times"
+        text = f"data.train: {counted(num_prompts, 'prompt')}, read {epochs:.2f} times\n{describe_engine(self)}"
         # What a run has read so far is compared by its tokens, and a new run has read nothing.
         return text, prompts.identity if prompts is not None else lambda num_samples: {}
 

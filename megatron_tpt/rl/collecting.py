@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.generation import Engine
+from megatron_tpt.generation import Engine, ScoringRequest
 from megatron_tpt.names import counted
 from megatron_tpt.rl.engine import OwnEngine
 from megatron_tpt.rl.experience import CORRECT, Sample
@@ -28,8 +28,10 @@ from megatron_tpt.rl.rollouts import (
     RolloutOptions,
     RolloutPrompt,
     TrainerLogProbabilities,
+    check_probes,
+    probe_engine,
     sample_rollouts,
-    update_engine,
+    send_weights,
 )
 from megatron_tpt.training.phases import phase
 
@@ -106,17 +108,15 @@ class Collector:
             waves.append(wave)
         return Collected(self._chosen(waves), self._next_position(waves, position), metrics, self._seconds)
 
-    def _update(self, engine: Engine, weights: Weights) -> dict[str, float]:
+    def _update(self, engine: Engine, weights: Weights) -> None:
         """Send the weights. It also empties the engine's cache, on which the last bits of a wave could depend."""
         with timed(self._seconds, "weights"):
-            return update_engine(
-                engine,
-                weights.tensors(),
-                weights.version,
-                self._prompts.probes(),
-                weights.log_probabilities,
-                max_gap=self._settings.max_gap,
-            )
+            send_weights(engine, weights.tensors(), weights.version)
+
+    def _probe(self, engine: Engine) -> list[tuple[ScoringRequest, Rollout]]:
+        with timed(self._seconds, "weights"):
+            ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            return probe_engine(engine, self._prompts.probes(), *ranks)
 
     def _wave(self, iteration: int, positions: range, weights: Weights) -> tuple[dict[str, float], list[Sample]]:
         """The mismatch of engine and trainer; and the graded rollouts of the prompts at these positions, of which every
@@ -130,7 +130,12 @@ class Collector:
             with timed(self._seconds, "generation"):
                 return list(sample_rollouts(engine, asked, self._options, iteration=iteration))
 
-        metrics, rollouts = self._engine.sample(lambda engine: self._update(engine, weights), sample)
+        metrics, rollouts = self._engine.sample(
+            lambda engine: self._update(engine, weights),
+            self._probe,
+            lambda probed: check_probes(probed, weights.log_probabilities, max_gap=self._settings.max_gap),
+            sample,
+        )
         with timed(self._seconds, "grading"):
             graded = self._rewarder.grade([(*own[one.key.prompt_id], one) for one in rollouts])
         every = [sample for part in platform.gather_objects(graded) for sample in part]

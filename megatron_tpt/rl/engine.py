@@ -23,6 +23,7 @@ class OwnEngine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
+        self._has_servers = options.weight_transfer is not None
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -34,30 +35,44 @@ class OwnEngine:
     ) -> None:
         self._opened.close()
 
-    def sample[P, T](self, prepare: Callable[[Engine], P], sample: Callable[[Engine], T]) -> tuple[P, T]:
-        """What `prepare` and `sample` return: the first sends the weights, the second samples. All ranks call it.
+    def sample[P, C, T](
+        self,
+        update: Callable[[Engine], object],
+        probe: Callable[[Engine], P],
+        check: Callable[[P], C],
+        sample: Callable[[Engine], T],
+    ) -> tuple[C, T]:
+        """What `check` and `sample` return: weights are sent, the engine probed, what it says checked by the trainer,
+        and rollouts sampled. All ranks call it.
 
-        When an engine fails while it samples, the engines of the ranks where that happened are opened again, and all
-        ranks prepare and sample again: no unfinished rollout is taken for a result. Raises EngineError on all ranks
-        when that does not help.
+        When an engine fails, the engines of the ranks where that happened are opened again, and all ranks begin anew:
+        no unfinished rollout is taken for a result. Servers are restarted by who started them, and asked again. Raises
+        EngineError on all ranks when that does not help.
         """
-        faults: list[str] = []
+        self._faults: list[str] = []
         for _ in range(_MAX_ATTEMPTS):
-            if faults and faults[torch.distributed.get_rank()]:
+            if self._faults and self._faults[torch.distributed.get_rank()] and not self._has_servers:
                 self._open_again()
-            prepared, results, fault = prepare(self.engine), list[T](), ""
-            try:
-                results.append(sample(self.engine))
-            except Exception as error:
-                fault = one_line(error)
-                logger.warning(f"the engine has failed: {fault}")
-            faults = platform.gather_objects(fault)
-            if not any(faults):
-                return prepared, results[0]
+            if not self._try(update) or not (probed := self._try(probe)):
+                continue
+            checked = check(probed[0])
+            if sampled := self._try(sample):
+                return checked, sampled[0]
         raise EngineError(
-            f"the engine has failed {_MAX_ATTEMPTS} times in a row ({next(filter(None, faults))}): the same command "
-            f"continues with the waves that are finished"
+            f"the engine has failed {_MAX_ATTEMPTS} times in a row ({next(filter(None, self._faults))}): the same "
+            f"command continues with the waves that are finished"
         )
+
+    def _try[T](self, action: Callable[[Engine], T]) -> list[T]:
+        """The result of `action`; nothing where it fails on some rank."""
+        results, fault = list[T](), ""
+        try:
+            results.append(action(self.engine))
+        except Exception as error:
+            fault = one_line(error)
+            logger.warning(f"the engine has failed: {fault}")
+        self._faults = platform.gather_objects(fault)
+        return [] if any(self._faults) else results
 
     def _open_again(self) -> None:
         try:

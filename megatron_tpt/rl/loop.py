@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tpt import platform
 from megatron_tpt.errors import UserError
-from megatron_tpt.files import real_path
-from megatron_tpt.generation import EngineOptions, load_tokenizer
+from megatron_tpt.generation import load_tokenizer
 from megatron_tpt.rl.advantages import Advantages, outcome_advantages, outcome_rewards
 from megatron_tpt.rl.collecting import Collected, Collector, Weights, timed
 from megatron_tpt.rl.critic import build_critic, follow, save_critic
@@ -33,8 +32,8 @@ from megatron_tpt.rl.repro import join, process_advantages
 from megatron_tpt.rl.rollout_log import RolloutLog
 from megatron_tpt.rl.rows import Packer
 from megatron_tpt.rl.scoring import Process, ProcessScorer, Scorer
-from megatron_tpt.rl.start import engine_folder
-from megatron_tpt.rl.weights import whole_weights
+from megatron_tpt.rl.start import engine_folder, engine_options
+from megatron_tpt.rl.weights import WholeWeights
 from megatron_tpt.training.batches import Batch
 from megatron_tpt.training.builder import build_trainer
 from megatron_tpt.training.callbacks import SaveCheckpoints, patient
@@ -71,23 +70,13 @@ def train(recipe: "RLRecipe") -> Trainer:
     for one in callbacks:
         if critic is not None and isinstance(one, SaveCheckpoints):
             one.save_before = functools.partial(save_critic, critic)
-    with rewarder, OwnEngine(_engine_options(recipe)) as engine:
+    with rewarder, OwnEngine(engine_options(recipe)) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
         collector = Collector(recipe, engine, rewarder, prompts, log)
         iterations = Iterations(recipe, trainer, critic, collector, taken, log)
         record_start(recipe, trainer.global_step)
         trainer.fit(iterations.batches)
     return trainer
-
-
-def _engine_options(recipe: "RLRecipe") -> EngineOptions:
-    return EngineOptions(
-        str(real_path(engine_folder(recipe))),
-        max_model_len=recipe.training.sequence_length,
-        dtype=recipe.training.dtype,
-        kind=recipe.rollouts.engine,
-        max_num_seqs=recipe.rollouts.max_num_seqs,
-    )
 
 
 class Iterations:
@@ -178,7 +167,7 @@ class Iterations:
         model = self._trainer.model
         model.gather_weights()
         return Weights(
-            lambda: whole_weights(self._recipe.model, model.gpts),
+            lambda: WholeWeights(self._recipe.model, model.gpts),
             self._trainer.global_step,
             lambda requests: self._scorer.score_requests(model, requests),
         )

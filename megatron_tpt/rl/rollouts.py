@@ -13,6 +13,8 @@ cache, still writes fluent text: only its probabilities show the fault. So after
 prompts, the probes, and the trainer computes the log-probabilities of what it wrote.
 """
 
+import collections
+import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -34,6 +36,7 @@ from megatron_tpt.generation import (
     ScoringRequest,
     complete,
     derive_seed,
+    servers_apart,
 )
 from megatron_tpt.rl.mismatch import mismatch_metrics
 
@@ -108,16 +111,19 @@ def sample_rollouts(
     the same name.
     """
     version = engine.weight_version
-    for request, outcome in engine.generate(_requests(prompts, options, iteration, done)):
-        if isinstance(outcome, Failure):
-            raise EngineError(f"prompt {request.key.prompt_id} has no rollout: {outcome.message} ({outcome.reason})")
-        rollout = _rollout(request.key, outcome)
-        if rollout.weight_version != version:
-            raise EngineError(
-                f"a rollout of prompt {rollout.key.prompt_id} is from weights of version {rollout.weight_version}, "
-                f"others of iteration {iteration} from version {version}"
-            )
-        yield rollout
+    outcomes = engine.generate(_requests(prompts, options, iteration, done))
+    with contextlib.closing(outcomes):  # type: ignore[type-var]  # abandoned at once, not when the error is forgotten
+        for request, outcome in outcomes:
+            key = request.key
+            if isinstance(outcome, Failure):
+                raise EngineError(f"prompt {key.prompt_id} has no rollout: {outcome.message} ({outcome.reason})")
+            rollout = _rollout(key, outcome)
+            if rollout.weight_version != version:
+                raise EngineError(
+                    f"a rollout of prompt {key.prompt_id} is from weights of version {rollout.weight_version}, "
+                    f"others of iteration {iteration} from version {version}"
+                )
+            yield rollout
 
 
 def update_engine(
@@ -129,37 +135,76 @@ def update_engine(
     *,
     max_gap: float,
 ) -> dict[str, float]:
-    """Replaces the engine's weights (`Engine.update_weights`) and checks that it computes with them (`check_engine`).
+    """Replaces the engine's weights (`send_weights`) and checks that it computes with them (`check_engine`).
 
     Raises EngineError if it does not: it must not be used then.
     """
-    engine.update_weights(weights, version)
+    send_weights(engine, weights, version)
+    return check_engine(engine, probes, trainer, max_gap=max_gap)
+
+
+def send_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    """Replaces the engine's weights (`Engine.update_weights`). All ranks call it: the weights, which take all of them
+    to gather, are iterated to the end also where an engine fails."""
+    try:
+        engine.update_weights(weights, version)
+    finally:
+        collections.deque(weights, maxlen=0)
     if engine.weight_version != version:
         raise EngineError(f"the engine says version {engine.weight_version} of its weights after version {version}")
-    return check_engine(engine, probes, trainer, max_gap=max_gap)
 
 
 def check_engine(
     engine: Engine, probes: Sequence[Sequence[int]], trainer: TrainerLogProbabilities, *, max_gap: float
 ) -> dict[str, float]:
-    """The mismatch of engine and trainer (mismatch.py) on what the engine writes after `probes`, prompts as token ids.
+    """The mismatch of engine and trainer on what the engine writes after `probes` (`probe_engine`, `check_probes`)."""
+    return check_probes(probe_engine(engine, probes), trainer, max_gap=max_gap)
 
-    Raises EngineError if a log-probability differs by more than `max_gap` nats: 1e-4 is enough for fp32; for lower
-    precisions, see the metrics of an engine that was just opened. The probes should be the same at every update, and
-    some of them longer than a block of the prefix cache (128 tokens on CPUs, 16 on GPUs): others cannot show that it
-    still holds keys and values of old weights.
+
+def probe_engine(
+    engine: Engine, probes: Sequence[Sequence[int]], place: int = 0, num_places: int = 1
+) -> list[tuple[ScoringRequest, Rollout]]:
+    """What the engine writes after `probes`, prompts as token ids. Each of several servers is asked, by one of
+    `num_places` callers at least. Raises EngineError for a server with other weights than the engine's.
+
+    The probes should be the same at every update, and some of them longer than a block of the prefix cache (128 tokens
+    on CPUs, 16 on GPUs): others cannot show that it still holds keys and values of old weights.
     """
     sampling = Sampling(1.0, 1.0, _NUM_PROBED_TOKENS, seed=0, log_probabilities=True)
-    written = [_rollout(RolloutKey("probe", i), one) for i, one in enumerate(complete(engine, probes, sampling))]
-    requests = [ScoringRequest(probe, one.token_ids) for probe, one in zip(probes, written, strict=True)]
-    of_engine = torch.tensor([value for one in written for value in one.log_probabilities], dtype=torch.float64)
-    of_trainer = torch.tensor([value for one in trainer(requests) for value in one], dtype=torch.float64)
-    metrics = mismatch_metrics(of_trainer, of_engine, torch.ones_like(of_engine, dtype=torch.bool))
+    found = []
+    with servers_apart(engine, place, num_places) as engines:
+        for one in engines:
+            for i, completion in enumerate(complete(one, probes, sampling)):
+                rollout = _rollout(RolloutKey("probe", i), completion)
+                if rollout.weight_version != engine.weight_version:
+                    raise EngineError(
+                        f"a probe was completed by weights of version {rollout.weight_version} after an update to "
+                        f"version {engine.weight_version}"
+                    )
+                found.append((ScoringRequest(probes[i], rollout.token_ids), rollout))
+    return found
+
+
+def check_probes(
+    written: Sequence[tuple[ScoringRequest, Rollout]], trainer: TrainerLogProbabilities, *, max_gap: float
+) -> dict[str, float]:
+    """The mismatch of engine and trainer (mismatch.py) on probes.
+
+    Raises EngineError if a log-probability differs by more than `max_gap` nats: 1e-4 is enough for fp32; for lower
+    precisions, see the metrics of an engine that was just opened.
+    """
+    of_engine = [value for _, one in written for value in one.log_probabilities]
+    of_trainer = [value for one in trainer([request for request, _ in written]) for value in one]
+    metrics = mismatch_metrics(
+        torch.tensor(of_trainer, dtype=torch.float64),
+        torch.tensor(of_engine, dtype=torch.float64),
+        torch.ones(len(of_engine), dtype=torch.bool),
+    )
     if not metrics["gap_max"] <= max_gap:  # also where it is not a number
         raise EngineError(
             f"log-probabilities of engine and trainer differ by up to {metrics['gap_max']:.3g} nats (allowed: "
-            f"{max_gap:g}) at version {engine.weight_version} of the weights: the engine computes with other weights, "
-            "or with what they left in its cache; raise the bound if only the numerical precision differs"
+            f"{max_gap:g}) at version {written[0][1].weight_version} of the weights: the engine computes with other "
+            "weights, or with what they left in its cache; raise the bound if only the numerical precision differs"
         )
     return metrics
 

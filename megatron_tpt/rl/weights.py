@@ -16,6 +16,25 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 
+class WholeWeights:
+    """The weights as engines get them (DescribedWeights): all ranks iterate them to the end, once."""
+
+    def __init__(self, model: ModelConfig, gpts: Sequence[GPTModel]) -> None:
+        self._model, self._dtype = model, next(gpts[0].parameters()).dtype
+        self._tensors = whole_weights(model, gpts)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._tensors
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor, in the order of the iteration; from the table of the model alone."""
+        adapter, found = adapter_of(self._model), []
+        for row, layer in adapter.places(self._model):
+            names = adapter.names(self._model, row, layer)
+            found += [(name, self._dtype, shape) for name, shape in zip(names, row.shapes.values(), strict=True)]
+        return found
+
+
 @torch.no_grad()
 def whole_weights(model: ModelConfig, gpts: Sequence[GPTModel]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the Hugging Face model, one after another, with its name; on all ranks, which all iterate to the

@@ -53,17 +53,18 @@ def _memory_rows(recipe: Recipe, world_size: int, device: Device) -> dict[str, s
     largest = max(stages, key=lambda stage: stage.total)
     parts = ", ".join(f"{f.name} {getattr(largest, f.name) / GIB:.2f}" for f in dataclasses.fields(largest))
     # Processes on a CPU share its memory; every pipeline stage has the same number of them.
-    needed = largest.total
+    needed, memory_bytes = largest.total, device.memory_bytes * recipe.gpu_share
     if not device.is_gpu:
         needed = world_size * sum(stage.total for stage in stages) / len(stages)
-    share = needed / device.memory_bytes
+        memory_bytes = device.memory_bytes
+    share = needed / memory_bytes
     verdict = (
         "fits" if share <= COMFORTABLE_SHARE else "is tight: buffers come on top" if share <= 1 else "DOES NOT FIT"
     )
     return {
         "memory per rank (estimate)": f"{largest.total / GIB:.2f} GiB ({parts})",
         "the same by pipeline stage": ", ".join(f"{stage.total / GIB:.2f}" for stage in stages) + " GiB",
-        "device": f"{device.name}: {needed / GIB:.2f} of {device.memory_bytes / GIB:.1f} GiB, {verdict}",
+        "device": f"{device.name}: {needed / GIB:.2f} of {memory_bytes / GIB:.1f} GiB, {verdict}",
     }
 
 

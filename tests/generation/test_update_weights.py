@@ -1,6 +1,7 @@
-"""New weights for an engine that runs in this process."""
+"""New weights for an engine that runs, in this process or as a server."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,16 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return [make_model(folder / str(seed), seed=seed, tied=request.param) for seed in (0, 1)]
 
 
-@pytest.fixture(scope="module", params=["vllm", "transformers"])
-def engine(request: pytest.FixtureRequest, models: list[str]) -> Iterator[Engine]:
+@pytest.fixture(
+    scope="module", params=["vllm", "transformers", pytest.param("vllm-server", marks=pytest.mark.slow(minutes=2))]
+)
+def engine(
+    request: pytest.FixtureRequest, models: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
     options = EngineOptions(models[0], 256, max_num_seqs=4, kind=request.param)
+    if request.param == "vllm-server":
+        folder = tmp_path_factory.mktemp("server")
+        options = replace(options, weight_transfer="folder", weights_dir=folder / "weights", log_dir=folder / "logs")
     with unchanged_environment(), open_engine(options, needs=["update_weights"]) as engine:
         yield engine
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
+from vllm_servers import newest_server
 
 from megatron_tpt.generation import (
     Completion,
@@ -75,16 +76,6 @@ def test_leaving_early_abandons_the_rest(engine: Engine) -> None:
     for _ in engine.generate(Request(prompt, GREEDY) for prompt in PROMPTS):
         break
     assert len(complete(engine, PROMPTS[:2], GREEDY)) == 2
-
-
-def newest_server() -> psutil.Process:
-    servers = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "vllm.entrypoints.openai.api_server" in process.cmdline()
-        and "megatron_tpt.generation.keeper" not in process.cmdline()
-    ]
-    return max(servers, key=psutil.Process.create_time)
 
 
 @pytest.mark.parametrize("fault", ["killed", "hangs"])

@@ -38,7 +38,8 @@ def _is_of_gpus(node: ast.AST) -> bool:
         return isinstance(node.value, str) and _TEXT.search(node.value) is not None
     if isinstance(node, ast.Import | ast.ImportFrom):
         module = getattr(node, "module", None) or ""
-        return any(f"{module}.{alias.name}".strip(".").startswith("transformer_engine") for alias in node.names)
+        of_gpus = ("transformer_engine", "vllm.distributed.weight_transfer")
+        return any(f"{module}.{alias.name}".strip(".").startswith(of_gpus) for alias in node.names)
     if isinstance(node, ast.Attribute | ast.Name):
         return _CODE.search(ast.unparse(node)) is not None
     return False

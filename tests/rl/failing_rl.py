@@ -1,4 +1,4 @@
-"""Trains as megatron_tpt.rl does, but the engine of one rank fails while it samples.
+"""Trains as megatron_tpt.rl does, but the engine of one rank fails while it samples; a server is killed.
 
 The argument --fail=RANK:CALL[:always] says at which call of the engine's generate, after two of its completions; with
 `always`, at every call from there on.
@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from vllm_servers import newest_server
 
 from megatron_tpt.generation.transformers_engine import TransformersEngine
 from megatron_tpt.generation.vllm_engine import VLLMEngine
+from megatron_tpt.generation.vllm_server import VLLMServerEngine
 from megatron_tpt.rl.__main__ import main as train
 
 
@@ -21,7 +23,7 @@ def main() -> None:
     option = next(argument for argument in sys.argv if argument.startswith("--fail="))
     sys.argv.remove(option)
     rank, call, *always = option.removeprefix("--fail=").split(":")
-    for kind in (TransformersEngine, VLLMEngine):
+    for kind in (TransformersEngine, VLLMEngine, VLLMServerEngine):
         break_engine(kind, int(rank), int(call), always=bool(always))
     train()
 
@@ -35,7 +37,9 @@ def break_engine(kind: Any, rank: int, call: int, *, always: bool) -> None:
         is_broken = number >= call if always else number == call
         for place, outcome in enumerate(whole(self, requests)):
             if place == 2 and is_broken and torch.distributed.get_rank() == rank:
-                raise RuntimeError("out of\nmemory")
+                if kind is not VLLMServerEngine:
+                    raise RuntimeError("out of\nmemory")
+                newest_server().kill()
             yield outcome
 
     kind.generate = generate

@@ -12,6 +12,7 @@ from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.errors import UserError
 from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.rl.prompts import check_answers
+from megatron_tpt.rl.start import describe_engine
 
 
 def recipe(**sections: dict[str, Any]) -> RLRecipe:
@@ -61,6 +62,15 @@ def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
         ({"training": {"fp8": "tensorwise"}}, "training.fp8=tensorwise is not supported by reinforcement learning"),
         ({"faults": {"on_loss_spike": "skip"}}, "faults.on_loss_spike=skip is not supported by reinforcement learning"),
         ({"data": {"train": []}}, "data.train is empty"),
+        ({"rollouts": {"engine": "endpoint"}}, "rollouts.engine=endpoint needs rollouts.endpoints"),
+        (
+            {"rollouts": {"engine": "vllm-server", "weight_transfer": "nccl"}},
+            "rollouts.weight_transfer=nccl is for rollouts.engine=endpoint",
+        ),
+        (
+            {"rollouts": {"engine": "endpoint", "endpoints": ["http://a/v1"], "weight_transfer": "ipc"}},
+            "rollouts.weight_transfer=ipc is for rollouts.engine=vllm-server",
+        ),
         ({"training": {"validation_interval": 2}}, "does not validate"),
         ({"data": {"tokenizer": "somewhere"}}, "data.tokenizer=somewhere is not used"),
         ({"training": {"batch_size_ramp": [{"num_steps": 2, "global_batch_size": 8}]}}, "batch_size_ramp.*supported"),
@@ -77,6 +87,9 @@ def test_what_cannot_run_is_refused(changes: dict[str, dict[str, Any]], message:
         ("algorithm", {"dual_clip": 1.0}, "dual_clip=1.0 must be above 1"),
         ("algorithm", {"mismatch_lower": 3.0}, "mismatch_lower=3.0 must be at most"),
         ("rollouts", {"temperature": 0}, "temperature=0"),
+        ("rollouts", {"gpu_memory": 1.5}, "gpu_memory=1.5"),
+        ("rollouts", {"patience_s": 0}, "patience_s=0"),
+        ("rollouts", {"weight_transfer": "rdma"}, "weight_transfer"),
         ("repro", {"ema_weight": 0}, "ema_weight=0"),
         ("repro", {"answer_template": "\\boxed{}{}"}, "must have one"),
     ],
@@ -92,6 +105,36 @@ def test_a_setting_without_effect_is_named(tmp_path: Path) -> None:
     for name in ("algorithm.kl_coefficient", "algorithm.lam", "repro.alpha", "critic.warmup_iterations"):
         assert f"{name}=" in lines
     assert "checkpoint.save_interval" not in lines
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "line"),
+    [
+        ({}, "rollouts: vllm in every process"),
+        ({"engine": "vllm-server"}, r"rollouts: a vLLM server for every process; weights by files, .* are free at "),
+        (
+            {"engine": "endpoint", "endpoints": ["http://a:1/v1"], "weight_transfer": "nccl"},
+            "rollouts: http://a:1/v1; weights by nccl",
+        ),
+    ],
+)
+def test_a_dry_run_says_what_samples(rollouts: dict[str, Any], line: str, tmp_path: Path) -> None:
+    model = {"vocab_size": 100}
+    given = recipe(rollouts=rollouts, run={"output_dir": str(tmp_path / "run")}, model=model)
+    assert re.match(line, describe_engine(given))
+
+
+def test_a_server_on_the_same_gpu_leaves_a_share_of_its_memory() -> None:
+    assert recipe().gpu_share == 1
+    assert recipe(rollouts={"engine": "vllm-server", "gpu_memory": 0.25}).gpu_share == 0.75
+    assert recipe(rollouts={"engine": "vllm-server"}).gpu_share == pytest.approx(0.08)
+
+
+def test_settings_of_servers_have_no_effect_on_an_engine_in_the_process() -> None:
+    given = recipe(rollouts={"endpoints": ["http://a/v1"], "weight_transfer": "nccl", "weights_dir": "w"})
+    lines = "\n".join(given.warnings())
+    for name in ("endpoints", "weight_transfer", "weights_dir"):
+        assert f"rollouts.{name}=" in lines
 
 
 def test_a_run_that_could_not_find_its_rollouts_again_is_warned(tmp_path: Path) -> None:
