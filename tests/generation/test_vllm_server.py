@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
-from vllm_servers import newest_server
+from running_servers import newest_server
 
 from megatron_tpt.generation import (
     Completion,

@@ -12,13 +12,13 @@ from typing import Any
 
 from megatron_tpt.generation.transformers_engine import TransformersEngine
 from megatron_tpt.grading import GraderPool
-from megatron_tpt.rl import loop, rollout_log
+from megatron_tpt.rl import rollout_log, weights
 from megatron_tpt.rl.__main__ import main as train
 from megatron_tpt.rl.scoring import ProcessScorer, Scorer
 from megatron_tpt.training.trainer import Trainer
 
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "sending weights": (loop, "whole_weights", 4),
+    "sending weights": (weights, "whole_weights", 4),
     "sampling": (TransformersEngine, "generate", 8),
     "grading": (GraderPool, "_give", 3 * 16 + 5),
     "scoring": (Scorer, "values", 2),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from vllm_servers import newest_server
+from running_servers import newest_server
 
 from megatron_tpt.generation.transformers_engine import TransformersEngine
 from megatron_tpt.generation.vllm_engine import VLLMEngine

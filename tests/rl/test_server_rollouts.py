@@ -22,7 +22,7 @@ from test_rollouts import (
     sample,
 )
 from tiny_models import make_model, unchanged_environment
-from vllm_servers import newest_server
+from running_servers import newest_server
 
 from megatron_tpt.generation import EngineError, EngineOptions, open_engine
 from megatron_tpt.generation.server_weights import Control
@@ -114,7 +114,7 @@ GAP = "log-probabilities of engine and trainer differ by up to"
         (head_of_the_old_embedding, GAP),
         (old_weights, GAP),
         (one_old_weight, GAP),
-        (missing_key, r"1 weights of .* are missing in the update, .*: model\.norm\.weight"),
+        (missing_key, r"the update lacks 1 weight of .*: model\.norm\.weight"),
         (version_not_set, "servers say versions 1 of their weights after version 2"),
     ],
 )
