@@ -5,7 +5,7 @@
 #   examples/recurrence/smollm2.sh MODEL_DIR DATA_DIR OUTPUT_DIR
 #
 # MODEL_DIR is SmolLM2-135M or -Instruct, a Hugging Face folder. DATA_DIR holds gsm8k_train.jsonl and gsm8k_test.jsonl
-# (github.com/openai/grade-school-math). Hours on two cores. Run again, it resumes where it stopped.
+# (github.com/openai/grade-school-math). An hour on two cores. Run again, it resumes where it stopped.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
