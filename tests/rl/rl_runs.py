@@ -128,7 +128,7 @@ def merged(*changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
     """The lines of all iterations."""
     found = []
-    for path in sorted((run / "rollouts").glob("iteration_*.jsonl.zst")):
+    for path in sorted((run / "rollouts").glob("iteration_????????.jsonl.zst")):
         with zstandard.open(path, "rt") as file:
             found.append([json.loads(line) for line in file])
     return found
