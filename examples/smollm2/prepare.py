@@ -1,6 +1,7 @@
-"""GSM8K's training problems as chats: a question, and its worked answer with the number in a box.
+"""GSM8K's training problems as chats: a question, and its worked answer with the number in a box. Or as problems for
+reinforcement learning: a question, and the number alone.
 
-python examples/smollm2/prepare.py --data DATA_DIR --output FILE --limit 600
+python examples/smollm2/prepare.py --data DATA_DIR --output FILE --limit 600 [--problems]
 """
 
 import itertools
@@ -26,9 +27,11 @@ class PrepareOptions:
     data: Path
     """The folder with gsm8k_train.jsonl."""
     output: Path
-    """The file of chats to write, .jsonl."""
+    """The file of chats or problems to write, .jsonl."""
     limit: PositiveInt = 600
     """Take the first N problems."""
+    problems: bool = False
+    """Write problems, in place of chats."""
 
 
 def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
@@ -41,6 +44,16 @@ def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
 
 
+def problem(question: str, answer: str) -> dict[str, str]:
+    """A prompt and the number that answers it."""
+    return {"prompt": PROMPT.replace("{question}", question), "answer": number_of(answer)}
+
+
+def number_of(answer: str) -> str:
+    """The number at the end of a worked answer, without commas."""
+    return answer.rpartition("####")[2].strip().replace(",", "")
+
+
 def main() -> None:
     options = parse(PrepareOptions, description=__doc__)
     path = options.data / "gsm8k_train.jsonl"
@@ -48,7 +61,8 @@ def main() -> None:
         raise UserError(f"{path}: no such file; give the folder that holds GSM8K as JSONL")
     with path.open(encoding="utf-8") as file:
         rows = map(json.loads, itertools.islice(file, options.limit))
-        write_json_lines(options.output, (chat(row["question"], row["answer"]) for row in rows))
+        make = problem if options.problems else chat
+        write_json_lines(options.output, (make(row["question"], row["answer"]) for row in rows))
 
 
 if __name__ == "__main__":

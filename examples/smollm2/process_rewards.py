@@ -4,7 +4,7 @@ python examples/smollm2/process_rewards.py --data DATA_DIR --model OUTPUT/model 
     --output OUTPUT/process_rewards.json
 
 L is the model's loss on the right answer after a part of the text, here after each of its segments: the steps of the
-solution; the same steps in another order; the sentences of the problem again. OUTPUT is that of run.sh.
+solution; the same steps in another order; the sentences of the problem again. OUTPUT is that of reinforce.sh.
 """
 
 import json
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prepare import PROMPT, chat
+from prepare import PROMPT, chat, number_of
 
 from megatron_tpt.config.cli import parse, run
 from megatron_tpt.config.fields import PositiveInt
@@ -72,7 +72,7 @@ def score(options: CurveOptions, rows: Sequence[Mapping[str, str]]) -> dict[str,
         for kind, segments in texts_of(row["question"], row["answer"], seed=position).items():
             text = "\n\n".join(segments)
             prompt_ids, ids = (tokenizer(one, add_special_tokens=False).input_ids for one in (prompt, text))
-            answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+            answer = number_of(row["answer"])
             own = Sample(position, 0, str(position), prompt, prompt_ids, text, ids, [0.0] * len(ids), 0, True, answer,
                          None, {"correct": 1.0})  # fmt: skip
             samples.setdefault(kind, []).append(own)
