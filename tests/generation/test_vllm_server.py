@@ -10,8 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
 from running_servers import newest_server
+from tiny_models import CHAT_TEMPLATE, CORPUS, make_model, unchanged_environment
 
 from megatron_tpt.generation import (
     Completion,

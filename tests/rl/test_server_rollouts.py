@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from running_servers import newest_server
 from test_rollouts import (
     OPTIONS,
     PROBES,
@@ -22,7 +23,6 @@ from test_rollouts import (
     sample,
 )
 from tiny_models import make_model, unchanged_environment
-from running_servers import newest_server
 
 from megatron_tpt.generation import EngineError, EngineOptions, open_engine
 from megatron_tpt.generation.server_weights import Control
