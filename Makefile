@@ -10,8 +10,8 @@ test-examples: TEST_PROCESSES ?= 2
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study controls real-model recurrence-demo recurrence-parent recurrence-study test test-slow \
-  test-examples check gpu-rehearsal
+.PHONY: setup demo teacher study controls real-model recurrence-demo recurrence-parent recurrence-study repro-demo \
+  repro-study test test-slow test-examples check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -39,6 +39,12 @@ recurrence-parent: setup
 
 recurrence-study: setup
 	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
+
+repro-demo: setup
+	$(PY) examples/repro_demo/run.py --output runs/repro-demo
+
+repro-study: setup
+	$(PY) tools/study.py examples/repro_demo/study.yaml --output runs/repro-study --num-workers 2
 
 test: setup
 	$(PY) -m pytest -m "not slow and not example" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

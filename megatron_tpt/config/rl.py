@@ -20,6 +20,7 @@ mean."""
 FirstReward = Literal["score", "gain"]
 """The first segment's reward: the score after it, S_1, as in the paper, or its gain over no thinking, S_1 - S_0.
 Thinking that does not help has a score of 1 - tanh(1) = 0.24, which "score" gives to every rollout."""
+Control = Literal["none", "shuffled", "constant"]
 
 
 @on_change(
@@ -232,7 +233,7 @@ class AlgorithmConfig:
 @on_change(
     {
         (Effect.WARNED, Effect.FREE): """
-            enabled alpha num_segments answer_prefix answer_template first_reward stability_weight ema_weight
+            enabled alpha num_segments answer_prefix answer_template first_reward stability_weight ema_weight control
         """,
     }
 )
@@ -257,6 +258,9 @@ class ReproConfig:
     """w of the score (1 - w) magnitude + w stability."""
     ema_weight: Annotated[float, Gt(0), Le(1)] = 0.01
     """Weight of the newest point in the moving average that stability is computed from; 1 does not smooth."""
+    control: Control = "none"
+    """For comparisons, rewards that do not depend on what a segment says: those of the iteration in random order
+    (shuffled), or for every segment what one gets that does not help (constant), a price for length."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "repro.")

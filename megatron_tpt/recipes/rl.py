@@ -80,7 +80,7 @@ _RULES = (
     ),
     _where(
         "repro",
-        "alpha num_segments answer_prefix answer_template first_reward stability_weight",
+        "alpha num_segments answer_prefix answer_template first_reward stability_weight control",
         lambda recipe: recipe.repro.enabled,
         "repro.enabled=true",
     ),

@@ -28,7 +28,7 @@ from megatron_tpt.rl.outcomes import Rewarder
 from megatron_tpt.rl.prompts import build_prompt_data, read_prompts
 from megatron_tpt.rl.reference import Reference
 from megatron_tpt.rl.reporting import iteration_metrics
-from megatron_tpt.rl.repro import join, process_advantages
+from megatron_tpt.rl.repro import join, process_advantages, shuffle_rewards
 from megatron_tpt.rl.rollout_log import RolloutLog
 from megatron_tpt.rl.rows import Packer
 from megatron_tpt.rl.scoring import Process, ProcessScorer, Scorer
@@ -189,10 +189,10 @@ class Iterations:
             with timed(collected.seconds, "process"):
                 process = self._process(model, experience)
             experience.samples = process.samples
-        self._advantages(experience, process)
+        self._advantages(iteration, experience, process)
         return process
 
-    def _advantages(self, experience: Experience, process: Process | None) -> None:
+    def _advantages(self, iteration: int, experience: Experience, process: Process | None) -> None:
         """Add the columns of advantages, and of the critic's returns."""
         recipe, columns, mask = self._recipe, experience.columns, experience.mask
         settings = recipe.algorithm
@@ -210,14 +210,18 @@ class Iterations:
             lam=settings.lam,
         )
         if process is not None:
+            of_segments = process.curves.rewards
+            if recipe.repro.control == "shuffled":
+                of_segments = shuffle_rewards(of_segments, f"{recipe.run.seed}/process rewards/{iteration}")
             of_process = process_advantages(
                 settings.name,
-                process.curves.rewards,
+                of_segments,
                 mask,
                 experience.groups,
                 values=columns.get("value"),
                 gamma=settings.gamma,
                 lam=settings.lam,
+                is_constant=recipe.repro.control == "constant",
             )
             columns["process"] = recipe.repro.alpha * of_process
             found = join(found, of_process, recipe.repro.alpha)

@@ -22,9 +22,12 @@ from torch import Tensor
 
 from megatron_tpt.config.rl import Algorithm, FirstReward, require_place
 from megatron_tpt.errors import require
+from megatron_tpt.names import seed_of
 from megatron_tpt.rl.advantages import Advantages, gae, group_statistics, returns_to_go, whiten
 from megatron_tpt.think_tags import CLOSE_TAG, OPEN_TAG
 
+_DIVIDING = ("grpo", "ppo", "reinforce_plus_plus")
+"""Algorithms that divide process rewards by their standard deviation."""
 _SEPARATOR = re.compile(r"(?:[.?]\n|\n\n)\s*")
 
 
@@ -159,6 +162,13 @@ def place_rewards(rewards: Tensor, positions: Sequence[Sequence[int]], num_token
     return ProcessRewards(placed, is_kept)
 
 
+def shuffle_rewards(process: ProcessRewards, name: str) -> ProcessRewards:
+    """A control: the same rewards, each for another segment, in an order that depends on the name alone."""
+    kept = process.rewards[process.is_kept]
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed_of(name)))
+    return process._replace(rewards=process.rewards.masked_scatter(process.is_kept, kept[order.to(kept.device)]))
+
+
 def process_advantages(
     algorithm: Algorithm,
     process: ProcessRewards,
@@ -168,12 +178,14 @@ def process_advantages(
     values: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 1.0,
+    is_constant: bool = False,
 ) -> Tensor:
-    """The sum of the normalized rewards of a token's own and all later segments, [B, T].
+    """The sum of the normalized rewards of a token's own and all later segments, [B, T]; with `is_constant`, of
+    `constant_rewards` in their place.
 
     For PPO they are advantages by GAE with the same values of the critic, whitened.
     """
-    rewards = normalized_rewards(algorithm, process, groups)
+    rewards = constant_rewards(algorithm, process) if is_constant else normalized_rewards(algorithm, process, groups)
     if algorithm == "ppo":
         assert values is not None, "PPO has a critic"
         return gae(rewards, values, mask, gamma=gamma, lam=lam).advantages
@@ -194,12 +206,21 @@ def normalized_rewards(algorithm: Algorithm, process: ProcessRewards, groups: Te
     kept, of_kept = rewards[is_kept], groups[:, None].expand(is_kept.shape)[is_kept]
     segments = group_statistics(kept, of_kept)
     result = kept - segments.mean
-    if algorithm in ("grpo", "ppo"):
+    if algorithm in _DIVIDING:
         result = result / (segments.std + epsilon)
     _, member_of, num_rollouts = groups.unique(return_inverse=True, return_counts=True)
     is_alone = (num_rollouts[member_of] == 1)[:, None].expand(is_kept.shape)[is_kept]
     result = kept.where(is_alone, result)
     return torch.zeros_like(rewards).masked_scatter(is_kept, result)
+
+
+def constant_rewards(algorithm: Algorithm, process: ProcessRewards, epsilon: float = 1e-6) -> Tensor:
+    """A control: for every kept segment of the batch what a reward of 0 becomes when it is normalized over the batch,
+    -mean / (std + epsilon), or -mean where the algorithm does not divide; [B, T]."""
+    kept = process.rewards[process.is_kept]
+    segments = group_statistics(kept, torch.zeros_like(kept, dtype=torch.long))
+    price = segments.mean / (segments.std + epsilon) if algorithm in _DIVIDING else segments.mean
+    return torch.zeros_like(process.rewards).masked_scatter(process.is_kept, -price)
 
 
 def join(outcome: Advantages, process: Tensor, alpha: float) -> Advantages:

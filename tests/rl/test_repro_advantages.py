@@ -10,7 +10,14 @@ from rollout_batches import Rollouts, rollouts
 from torch import Tensor
 
 from megatron_tpt.rl.advantages import outcome_advantages
-from megatron_tpt.rl.repro import ProcessRewards, join, normalized_rewards, place_rewards, process_advantages
+from megatron_tpt.rl.repro import (
+    ProcessRewards,
+    join,
+    normalized_rewards,
+    place_rewards,
+    process_advantages,
+    shuffle_rewards,
+)
 
 ALGORITHMS: tuple[Any, ...] = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo")
 POSITIONS = ([0, 4, 9], [0, 2, 3, 8], [0, 5], [0, 1, 6, 10], [0, 7], [0], [0, 3, 11], [0, 2, 4, 6], [0, 3, 4])
@@ -111,3 +118,26 @@ def test_batches_without_or_with_one_segment_have_no_nan(algorithm: Any) -> None
     for positions in ([[0], [0]], [[0, 2], [0]]):
         process = place_rewards(torch.tensor([[0.5], [0.5]]), positions, num_tokens=4)
         assert process_advantages(algorithm, process, mask, groups).isfinite().all()
+
+
+def test_shuffled_rewards_are_the_same_ones_of_other_segments() -> None:
+    batch = rollouts()
+    process = process_of(batch)
+    result, again, other = (shuffle_rewards(process, name) for name in ("a", "a", "b"))
+    assert torch.equal(result.is_kept, process.is_kept) and not result.rewards[~process.is_kept].any()
+    assert sorted(of_segments(batch, result)) == sorted(of_segments(batch, process))
+    assert of_segments(batch, result) != of_segments(batch, process) != of_segments(batch, other)
+    assert torch.equal(result.rewards, again.rewards) and not torch.equal(result.rewards, other.rewards)
+
+
+@pytest.mark.parametrize("algorithm", [one for one in ALGORITHMS if one != "ppo"])
+def test_constant_rewards_charge_every_segment_as_one_that_does_not_help(algorithm: Any) -> None:
+    batch = rollouts()
+    process = process_of(batch)
+    pooled = of_segments(batch, process)
+    divides = algorithm in ("grpo", "reinforce_plus_plus")
+    price = statistics.mean(pooled) / (statistics.stdev(pooled) if divides else 1)
+    result = process_advantages(algorithm, process, batch.mask, batch.groups, is_constant=True)
+    for row, cuts in enumerate(POSITIONS):
+        for token in range(batch.mask.shape[1]):
+            assert result[row, token].item() == pytest.approx(-price * sum(token < cut for cut in cuts[1:]), abs=1e-5)
