@@ -10,8 +10,8 @@ test-examples: TEST_PROCESSES ?= 2
 # GSM8K's gsm8k_train.jsonl and gsm8k_test.jsonl (github.com/openai/grade-school-math), for `make real-model`.
 DATA ?= data/gsm8k
 
-.PHONY: setup demo teacher study controls real-model recurrence-demo recurrence-parent recurrence-study repro-demo \
-  repro-study test test-slow test-examples check gpu-rehearsal
+.PHONY: setup demo teacher study controls front-loading-study real-model recurrence-demo recurrence-parent \
+  recurrence-study repro-demo repro-study test test-slow test-examples check gpu-rehearsal
 
 setup:
 	@tools/setup.sh
@@ -24,6 +24,9 @@ teacher: setup
 
 study: setup
 	$(PY) tools/study.py examples/demo/study.yaml --output runs/study --num-workers 2
+
+front-loading-study: setup
+	$(PY) tools/study.py examples/front_loading_demo/study.yaml --output runs/front-loading-study --num-workers 2
 
 controls: setup
 	$(PY) tools/study.py examples/tpt_controls/study.yaml --output runs/controls --num-workers 2

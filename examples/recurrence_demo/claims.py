@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from arms import ADAMW, NO_CURRICULUM, RECURRENT, STATIC, STATIC_FLOPS, UNTRAINED
 
+from megatron_tpt.studies.claims import Decision, decide
 from megatron_tpt.studies.results import Point, difference
 
 FAR = 0.1
@@ -47,20 +48,13 @@ class Verdict:
     """Mean over the seeds of second - first, in shares of the problems."""
     low: float
     high: float
-    verdict: str
-    """holds: the whole interval is between the limits; does not hold: it is outside; not decided: it is in part."""
+    verdict: Decision
 
 
 def judge(claim: Claim, first: Sequence[Point], second: Sequence[Point]) -> Verdict:
     """A claim, given the points of both arms."""
     mean, low, high = difference(first, second)
-    if claim.low < low and high <= claim.high:
-        verdict = "holds"
-    elif high <= claim.low or low > claim.high:
-        verdict = "does not hold"
-    else:
-        verdict = "not decided"
-    return Verdict(claim.text, mean, low, high, verdict)
+    return Verdict(claim.text, mean, low, high, decide(low, high, claim.low, claim.high))
 
 
 def judge_all(points: Sequence[Point]) -> list[Verdict]:

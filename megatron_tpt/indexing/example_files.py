@@ -102,18 +102,20 @@ def _with_fields_of_meta(
     fields: dict[str, Any], meta: dict[str, Any], format: ExampleFormat
 ) -> dict[str, Any] | BadExample:
     """A record's fields with those that a curated one (tools/curate.py) keeps in `meta`: the conversation with what
-    belongs to it; and the question and the answer, which are parts of its text."""
+    belongs to it; and the question and the answer, which together are its text: the question ends with the newline
+    between both, as the model reads it in pretraining."""
     found = {name: meta[name] for name in ("messages", *ChatColumns().extra) if name in meta}
     text = fields.get("text")
-    parts = question_and_answer(text, meta) if isinstance(text, str) else None
-    if parts is not None and {"question", "answer"} & {*format.columns}:
+    asks = bool({"question", "answer"} & {*format.columns})
+    if asks and isinstance(text, str) and (parts := question_and_answer(text, meta)):
         if has_later_turns(messages_in(meta.get("messages")) or ()):
             return BadExample(
                 "several turns",
                 "behind the first answer are messages of others, which would be learned: pack such conversations with "
                 "a chat template, without --prompt-column and --response-column",
             )
-        found |= dict(zip(("question", "answer"), parts, strict=True))
+        _, answer = parts
+        found |= {"question": text.removesuffix(answer), "answer": answer}
     if not found:
         return fields
     used = {"meta", *({"text"} if {"messages", "question"} & found.keys() else ())} - {*format.columns}

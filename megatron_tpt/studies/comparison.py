@@ -10,12 +10,13 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scipy import stats
 
 from megatron_tpt.errors import UserError
 from megatron_tpt.studies.results import newcombe_interval, wilson_interval
-from megatron_tpt.studies.study import ReportConfig
+from megatron_tpt.studies.study import ReportConfig, chosen_levels
 from megatron_tpt.studies.table import Row
 
 _ROUNDING = 1e-12
@@ -94,6 +95,21 @@ class Comparison:
                 found += self._contrasts(weights, {factor: f"{level} - {first}"})
         return _adjusted(found)
 
+    def difference(self, of: Mapping[str, Any], minus: Mapping[str, Any]) -> Estimate | None:
+        """The mean of all results with the levels `of` minus that of those `minus`; None where a level has none."""
+        one, two = self._matching(of), self._matching(minus)
+        if not one or not two:
+            return None
+        parts = [(self.cells[cell], 1 / len(one)) for cell in one]
+        return self._sum([*parts, *((self.cells[cell], -1 / len(two)) for cell in two)], {})
+
+    def _matching(self, side: Mapping[str, Any]) -> list[Cell]:
+        """All cells with these levels; none where there is not one of each level."""
+        wanted = {name: set(chosen_levels(levels)) for name, levels in side.items()}
+        found = [cell for cell in self.cells if all(dict(cell).get(name) in own for name, own in wanted.items())]
+        is_whole = all({dict(cell)[name] for cell in found} == own for name, own in wanted.items())
+        return found if is_whole else []
+
     def interactions(self) -> list[Estimate]:
         """How much the difference between two levels depends on another factor: a difference of differences."""
         found = []
@@ -139,6 +155,10 @@ class Comparison:
     ) -> Estimate | None:
         """The mean over cells of a weighted sum, of the replicates that have all that it needs."""
         parts = [(self._cell(cell, levels), weight / len(cells)) for cell in cells for levels, weight in weights]
+        return self._sum(parts, {name: what[name] for name in self.factors})
+
+    def _sum(self, parts: Sequence[tuple[Mapping[str, int], float]], what: dict[str, str]) -> Estimate | None:
+        """A weighted sum of cells, of the replicates that all of them have; None where there is none."""
         common = [name for name in parts[0][0] if all(name in replicates for replicates, _ in parts)]
         if not common:
             return None
@@ -149,8 +169,7 @@ class Comparison:
         low, high, p = _t_interval(values, rounding)
         if len(common) == 1 and len(parts) == 2:
             low, high = self._newcombe(parts[1][0][common[0]], parts[0][0][common[0]])
-        ordered = {name: what[name] for name in self.factors}
-        return Estimate(ordered, statistics.fmean(values), low, high, len(values), numbers, p)
+        return Estimate(what, statistics.fmean(values), low, high, len(values), numbers, p)
 
     def _newcombe(self, first: int, second: int) -> tuple[float | None, float | None]:
         """Of two shares, a row each."""

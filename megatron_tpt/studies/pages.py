@@ -1,7 +1,7 @@
 """The report of a study, made from the folders of its steps alone: the same folders give the same files.
 
 OUTPUT/report/results.csv                          the long table: a row per figure, with its file
-              means.csv differences.csv interactions.csv
+              means.csv differences.csv interactions.csv claims.csv
               METRIC-X.png                         the means against tokens, FLOPs, or the factor x
               report.md report.html                all of it, and where every figure is from
 """
@@ -19,6 +19,7 @@ from megatron_tpt.jobs.slurm_tasks import ranges
 from megatron_tpt.logs import print_result
 from megatron_tpt.names import counted, first_few, shown
 from megatron_tpt.rich_text import plotted
+from megatron_tpt.studies.claims import judge
 from megatron_tpt.studies.comparison import Comparison, Estimate
 from megatron_tpt.studies.costs import Spent, cost_of_result, costs, total
 from megatron_tpt.studies.expand import Graph
@@ -35,6 +36,11 @@ _METHOD = (
     "the table of sources, that a figure is from."
 )
 
+_CLAIMS = (
+    "A claim holds when the whole interval of its difference is in the claimed range, does not hold when it is outside "
+    "and is not decided when it is in part. The intervals are not adjusted for the number of claims."
+)
+
 
 def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
     """Write OUTPUT/report, and print where it is and the means. Raises UserError when no step has results yet."""
@@ -49,7 +55,7 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
         blocks.append(f"Not complete: {len(missing)} of {counted(len(graph.results), 'result')} missing ({names}).")
     else:
         _check_baseline(config.report, rows)
-    tables: dict[str, list[list[str]]] = {"means": [], "differences": [], "interactions": []}
+    tables: dict[str, list[list[str]]] = {"means": [], "differences": [], "interactions": [], "claims": []}
     for metric, comparison in found.items():
         blocks += _of_metric(metric, comparison, folder, config.report, tables)
     blocks += [
@@ -59,7 +65,8 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
     ]
     _write_csv(folder / "results.csv", _long_table(rows, output))
     for name, lines in tables.items():
-        _write_csv(folder / f"{name}.csv", lines)
+        if lines or name != "claims":
+            _write_csv(folder / f"{name}.csv", lines)
     write_pages(folder, "report", blocks)
     for comparison in found.values():
         for one in comparison.means():
@@ -78,7 +85,7 @@ def _of_metric(
     metric: str, comparison: Comparison, folder: Path, config: ReportConfig, tables: dict[str, list[list[str]]]
 ) -> list[Block]:
     """The section of a metric; its tables are added to `tables`, its pictures written."""
-    blocks: list[Block] = [Heading(2, metric)]
+    blocks: list[Block] = [Heading(2, metric), *_claim_blocks(metric, comparison, config, tables["claims"])]
     for name, estimates, has_p in (
         ("means", comparison.means(), False),
         ("differences", comparison.differences(), True),
@@ -108,6 +115,31 @@ def _of_metric(
                 _plot(temporary, comparison, config, x, points)
             blocks.append(Picture(name, f"{metric} against {x}"))
     return blocks
+
+
+def _claim_blocks(metric: str, comparison: Comparison, config: ReportConfig, lines: list[list[str]]) -> list[Block]:
+    """What is to be shown, and whether it is; `lines` are those of claims.csv."""
+    judged = judge(comparison, config.claims)
+    if not judged:
+        return []
+    rows = []
+    for one in judged:
+        found, (above, below) = one.difference, (one.claim.above, one.claim.below)
+        limits = f"more than {above:g}" if math.isinf(below) else f"more than {above:g}, at most {below:g}"
+        cells = ["no results", "", "0", ""]
+        exact = ["", "", "", "0", ""]
+        if found is not None:
+            count, numbers = str(found.num_replicates), " ".join(map(str, found.rows))
+            cells = [_number(found.mean), _bounds(found), count, ranges(found.rows)]
+            exact = [*map(_exact, (found.mean, found.low, found.high)), count, numbers]
+        rows.append([one.claim.text, one.verdict, limits, *cells])
+        lines += [] if lines else [["metric", "claim", "verdict", "above", "below", "mean", "low", "high", "n", "rows"]]
+        lines.append([metric, one.claim.text, one.verdict, _exact(above), "" if math.isinf(below) else _exact(below),
+                      *exact])  # fmt: skip
+    return [
+        Heading(3, "claims"), _CLAIMS,
+        Table(["claim", "verdict", "claimed difference", "difference", "95 % interval", "n", "rows"], rows),
+    ]  # fmt: skip
 
 
 def _points(comparison: Comparison, x: str) -> dict[str, list[tuple[float, Estimate]]]:

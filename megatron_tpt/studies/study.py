@@ -10,6 +10,7 @@ steps:
     results: {file: results.json, metrics: {accuracy: accuracy}}
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,28 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """That the mean of some results minus that of others is between two limits. The report says whether it is."""
+
+    text: str
+    """As the report has it."""
+    of: dict[str, Any]
+    """FACTOR: a level, or a list of several: the results with these."""
+    minus: dict[str, Any]
+    """The same, of the results that they are compared with."""
+    metric: str | None = None
+    """By default the only one."""
+    above: float = 0.0
+    """The difference is larger than this."""
+    below: float = math.inf
+    """It is not larger than this."""
+
+    def __post_init__(self) -> None:
+        if not self.above < self.below:
+            raise UserError(f"above is {self.above:g}, below {self.below:g}: no difference is between; correct one")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """How results are compared."""
 
@@ -137,6 +160,8 @@ class ReportConfig:
     """FACTOR: the level that others are compared with; by default its first."""
     chance: dict[str, float] = field(default_factory=dict)
     """METRIC: what guessing gives, a line in the plot."""
+    claims: list[Claim] = field(default_factory=list)
+    """What is to be shown; the report says of each whether it holds, does not hold, or is not decided."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +231,25 @@ class StudyConfig:
         for name, each in results.items():
             _check_metrics(f"steps.{name}.results.trials", each.trials, list(each.metrics))
         _check_metrics("report.chance", report.chance, metrics)
+        for number, claim in enumerate(report.claims):
+            self._check_claim(f"report.claims.{number}", claim, factors, metrics)
+
+    def _check_claim(self, where: str, claim: Claim, factors: Sequence[str], metrics: Sequence[str]) -> None:
+        if claim.metric is not None:
+            _check_metrics(f"{where}.metric", [claim.metric], metrics)
+        elif len(set(metrics)) != 1:
+            raise UserError(f"{where}.metric: give one of {', '.join(metrics)}")
+        for name, side in (("of", claim.of), ("minus", claim.minus)):
+            if not side:
+                raise UserError(f"{where}.{name}: names no factor; give {{FACTOR: LEVEL}}")
+            for factor, levels in side.items():
+                if factor == self.report.replicate:
+                    raise UserError(f"{where}.{name}: {factor} is report.replicate, over which the means are")
+                if factor not in factors:
+                    raise UserError(f"{where}.{name}: there is no factor {factor}; known are {', '.join(factors)}")
+                # Of a factor of the study; the levels of others are in the results.
+                if factor in self.factors:
+                    self._check_levels(f"{where}.{name}", factor, chosen_levels(levels))
 
     def _check_factors(self, where: str, names: Iterable[str]) -> None:
         for name in names:
@@ -232,6 +276,11 @@ def as_number(level: str, factor: str) -> float:
         return float(level)
     except ValueError:
         raise UserError(f"report.x: the level {level!r} of {factor} is no number; choose another factor") from None
+
+
+def chosen_levels(given: Any) -> list[str]:
+    """The levels that a claim names: one, or a list of several."""
+    return list(map(str, given if isinstance(given, list) else [given]))
 
 
 def levels_of(config: StudyConfig, factor: str) -> dict[str, Any]:

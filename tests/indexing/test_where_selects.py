@@ -173,7 +173,7 @@ def test_packed_are_the_selected_conversations_questions_and_answers(
 
     write_records(tmp_path / "all.jsonl", map(pair, range(40)))
     plain = tmp_path / "plain.jsonl"
-    rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(1, 40, 2)]
+    rows = [{"question": f"What is {i}?\n", "answer": f"It is {i}."} for i in range(1, 40, 2)]
     plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common: dict[str, Any] = {
         "tokenizer": tokenizer_dir, "sequence_length": 64, "prompt_column": "question", "response_column": "answer"

@@ -158,6 +158,17 @@ RESULT = {"metrics": {"m": "m"}}
          "report.x: the level 'x' of a is no number"),
         ({"a": [1]}, {"s": {"command": ["{a}"], "results": RESULT}}, {"report": {"baseline": {"b": "1"}}},
          "report.baseline: there is no factor b"),
+        *[({"a": [1]}, {"s": {"command": ["{a}"], "results": {"metrics": dict.fromkeys(metrics, "m")}}},
+           {"report": {"claims": [{"text": "t", "of": {"a": "1"}, "minus": {"a": "1"}, **claim}]}}, message)
+          for metrics, claim, message in [
+              ("m", {"of": {"a": ["1", "2"]}}, "report.claims.0.of: a has no level 2; known are 1"),
+              ("m", {"minus": {"seed": "0"}}, "report.claims.0.minus: seed is report.replicate"),
+              ("m", {"metric": "n"}, "report.claims.0.metric: there is no metric n; known are m"),
+              ("mn", {}, "report.claims.0.metric: give one of m, n"),
+              ("m", {"above": 0.1, "below": 0.1}, "above is 0.1, below 0.1: no difference is between"),
+              ("m", {"minus": {}}, "report.claims.0.minus: names no factor"),
+              ("m", {"minus": {"b": "1"}}, "report.claims.0.minus: there is no factor b; known are a"),
+          ]],
         ({"a": [1]}, {"s": {"command": ["{a}"]}}, {"exclude": [{}]}, "exclude: one is empty"),
         ({"a": [1, 2]}, {"s": {"command": ["x"], "cost": {"tokens": "{a}"}}}, {}, "no factor of the step's command"),
         ({"a": [1]}, {"s": {"command": ["x"], "inputs": ["no/file"]}}, {}, "no/file: no such file"),
