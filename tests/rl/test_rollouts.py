@@ -137,7 +137,7 @@ def stale_prefix_cache(updated: Updated, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def head_of_the_old_embedding(updated: Updated, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    monkeypatch.setattr(vllm_engine, "_repack_tied_head", lambda worker: None)
+    monkeypatch.setattr(vllm_engine, "repack_tied_head", lambda worker: None)
     if "lm_head.weight" in updated.models[1].weights():
         pytest.skip("an output layer of its own is packed again")
     return updated.models[1].weights()
