@@ -44,7 +44,7 @@ recurrence-study: setup
 	$(PY) tools/study.py examples/recurrence_demo/study.yaml --output runs/recurrence-study
 
 repro-demo: setup
-	$(PY) examples/repro_demo/run.py --output runs/repro-demo
+	$(PY) examples/repro_demo/repro_arms.py --output runs/repro-demo
 
 repro-study: setup
 	$(PY) tools/study.py examples/repro_demo/study.yaml --output runs/repro-study --num-workers 2

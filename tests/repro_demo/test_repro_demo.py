@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import run
+import repro_arms
 import yaml
 import zstandard
 
@@ -50,11 +50,13 @@ def test_the_study_has_the_other_algorithms_with_one_seed_alone() -> None:
 
 
 def test_seed_0_which_chose_the_settings_is_not_in_the_study() -> None:
-    assert 0 not in yaml.safe_load(run.STUDY.read_text())["factors"]["seed"] and run.DemoOptions().seed == 0
+    assert (
+        0 not in yaml.safe_load(repro_arms.STUDY.read_text())["factors"]["seed"] and repro_arms.DemoOptions().seed == 0
+    )
 
 
 def test_the_demo_is_two_arms_of_the_study(tmp_path: Path) -> None:
-    nodes = graph_of(run.part_of_study(run.DemoOptions()), tmp_path).nodes.values()
+    nodes = graph_of(repro_arms.part_of_study(repro_arms.DemoOptions()), tmp_path).nodes.values()
     assert [node.levels["arm"] for node in nodes if node.step == "train"] == ["GRPO", "REPRO"]
     [measure] = (node for node in nodes if node.step == "measure")
     words = measure.command()
@@ -63,15 +65,19 @@ def test_the_demo_is_two_arms_of_the_study(tmp_path: Path) -> None:
 
 def test_an_arm_that_there_is_not_is_refused() -> None:
     with pytest.raises(UserError, match="--arms other: there is none of this name; there are start, GRPO, "):
-        run.part_of_study(run.DemoOptions(arms=["other"]))
+        repro_arms.part_of_study(repro_arms.DemoOptions(arms=["other"]))
 
 
 def test_every_arm_has_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": {"num_layers": 2, "hidden_size": 64}}))
-    arms = yaml.safe_load(run.STUDY.read_text())["factors"]["arm"]
+    arms = yaml.safe_load(repro_arms.STUDY.read_text())["factors"]["arm"]
     recipes = {}
     for arm, level in arms.items():
-        words = [str(run.STUDY.parent / "rl.yaml"), f"--training.init_from={tmp_path}", *level.get("settings", [])]
+        words = [
+            str(repro_arms.STUDY.parent / "rl.yaml"),
+            f"--training.init_from={tmp_path}",
+            *level.get("settings", []),
+        ]
         recipes[arm], _ = load_recipe(RLRecipe, words)
     assert {arm for arm, recipe in recipes.items() if recipe.repro.enabled} == {arm for arm in arms if "REPRO" in arm}
     assert recipes["REPRO"].repro.num_segments < 9 and recipes["REPRO"].repro.control == "none"
@@ -82,8 +88,8 @@ def test_every_arm_has_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.timeout(2400)
 def test_the_miniature_compares_its_arms(tmp_path: Path) -> None:
     target = re.search(r"^repro-demo: setup\n\t\$\(PY\) (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)
-    assert target is not None and shlex.split(target[1])[0] == "examples/repro_demo/run.py"
-    content = yaml.safe_load(run.part_of_study(run.DemoOptions(arms=ARMS)))
+    assert target is not None and shlex.split(target[1])[0] == "examples/repro_demo/repro_arms.py"
+    content = yaml.safe_load(repro_arms.part_of_study(repro_arms.DemoOptions(arms=ARMS)))
     for name, options in SMALL.items():
         content["steps"][name]["command"] += options
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

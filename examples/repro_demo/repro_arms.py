@@ -1,6 +1,6 @@
 """REPRO in miniature: does rewarding the process shorten thinking, and does it keep the answers right?
 
-python examples/repro_demo/run.py --output runs/repro-demo     (`make repro-demo`)
+python examples/repro_demo/repro_arms.py --output runs/repro-demo     (`make repro-demo`)
 
 The study of study.yaml with fewer arms and one seed, which was used to choose its settings. Every step is a command
 line of this project; a step that has run is not repeated. The report is in OUTPUT/claims.
