@@ -55,7 +55,7 @@ class EndpointEngine:
     def __init__(self, options: EngineOptions, *, local_key: str | None = None) -> None:
         key = local_key or _read_key(options.api_key_env)
         self.weight_version = 0
-        self._options, self._key = options, key
+        self._options = options
         self._is_local = local_key is not None
         self._is_asked = False
         self.num_devices = len(options.endpoints)
@@ -118,7 +118,7 @@ class EndpointEngine:
         """An engine for each of some servers; those of all places are all servers, some several times if need be."""
         urls = self._options.endpoints
         with contextlib.ExitStack() as stack:
-            engines, local_key = [], self._key if self._is_local else None
+            engines, local_key = [], self._client.key if self._is_local else None
             for url in urls[place % len(urls) :: num_places]:
                 one = EndpointEngine(replace(self._options, endpoints=(url,)), local_key=local_key)
                 stack.callback(one.close)

@@ -35,7 +35,7 @@ class HttpClient:
 
     def __init__(self, timeout_s: float, key: str | None, *, use_proxies: bool) -> None:
         self._timeout_s = timeout_s
-        self._key = key
+        self.key = key
         self._use_proxies = use_proxies
         self._session: Any = None
 
@@ -64,16 +64,16 @@ class HttpClient:
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: malformed headers
             cause = shown(one_line(error))
             raise UnusableAnswer("connection", f"{url} cut the connection ({cause})", counts=True) from error
-        if self._key and (response.status != 200 or b'"error"' in content):
-            content = content.replace(self._key.encode(), b"***")
+        if self.key and (response.status != 200 or b'"error"' in content):
+            content = content.replace(self.key.encode(), b"***")
         return HttpAnswer(response.status, response.headers, content)
 
     def _open(self) -> Any:
         import aiohttp
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         return aiohttp.ClientSession(
             # How many connections there may be is the dispatcher's business.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
