@@ -21,7 +21,7 @@ from megatron_tpt.rl.start import engine_options, prepare_engine_folder
 
 
 def main() -> None:
-    """Export the model, if that is not done, and become the server."""
+    """Export the model, if that is not done, and become the keeper of the server, of which nothing then outlives it."""
     if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
         raise UserError("usage: python -m megatron_tpt.rl.serve PORT RECIPE.yaml [--section.key=value ...]")
     recipe, _ = load_recipe(RLRecipe, sys.argv[2:])
@@ -34,7 +34,8 @@ def main() -> None:
         )
     prepare_engine_folder(recipe)
     command, environment = server_command(options, device_groups(options)[0], "0.0.0.0", int(sys.argv[1]), key)
-    os.execve(command[0], command, environment)
+    keeper = [sys.executable, "-m", "megatron_tpt.generation.keeper", str(os.getppid())]
+    os.execve(keeper[0], [*keeper, *command], environment)
 
 
 command = program(main)

@@ -43,10 +43,15 @@ def test_the_last_node_samples_for_those_that_train(tmp_path: Path) -> None:
         wait_until(lambda: first.exists() or state() in ended, timeout_s=PATIENCE_S)
         log, served = (tmp_path / "log.txt"), files / "server-0-node2.txt"
         assert first.exists(), log.read_text() + (served.read_text() if served.exists() else "")
-        [server] = [one for one in psutil.process_iter() if f"--port {port}" in " ".join(_command(one))]
+        [keeper, server] = sorted(
+            (one for one in psutil.process_iter() if f"--port {port}" in " ".join(_command(one))),
+            key=psutil.Process.create_time,
+        )
+        parts = server.children(recursive=True)
         server.kill()
         wait_until(lambda: state() in ended, timeout_s=PATIENCE_S)
         assert state() == "COMPLETED", log.read_text() + served.read_text()
+        assert parts and not any(part.is_running() for part in [keeper, *parts])
     assert "the server ended with code 137; it is started again" in served.read_text()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["mismatch/gap_max"] < 1e-4 for row in rows if "reward" in row] == [True, True]

@@ -1,6 +1,5 @@
 """Whole runs whose rollouts are sampled by real vLLM servers: a server of each rank, or one for all ranks."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -8,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ports import free_port
 from rl_runs import make_problems, make_start, rl_recipe, write_recipe
+from running_servers import newest_server
 from training_runs import Workers, read_metrics
 
 pytestmark = pytest.mark.slow(minutes=3)
@@ -89,16 +90,20 @@ def test_one_server_for_all_ranks_follows_the_trainer_although_it_dies(
     port = free_port()
     run = tmp_path / "run"
     recipe = recipe_of(start, problems, run, engine="endpoint", endpoints=[f"http://127.0.0.1:{port}/v1"])
+    parts: list[psutil.Process] = []
     with Served(port, recipe, tmp_path / "server.log") as served:
 
         def kill() -> None:
             while not (run / "rollouts/iteration_00000000.json").exists():
                 time.sleep(0.01)
-            os.kill(served.process.pid, 9)
+            server = newest_server()
+            parts.extend(server.children(recursive=True))
+            server.kill()
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         workers.run(PROGRAM, [str(recipe)], 2)
         killer.join()
         assert served.num_starts == 2
+        assert parts and not any(part.is_running() for part in parts)
     assert_followed(run)
