@@ -28,7 +28,7 @@ from megatron_tpt.rl.outcomes import Rewarder
 from megatron_tpt.rl.prompts import build_prompt_data, read_prompts
 from megatron_tpt.rl.reference import Reference
 from megatron_tpt.rl.reporting import iteration_metrics
-from megatron_tpt.rl.repro import join, process_advantages, shuffle_rewards
+from megatron_tpt.rl.repro import join, process_advantages
 from megatron_tpt.rl.rollout_log import RolloutLog
 from megatron_tpt.rl.rows import Packer
 from megatron_tpt.rl.scoring import Process, ProcessScorer, Scorer
@@ -210,18 +210,16 @@ class Iterations:
             lam=settings.lam,
         )
         if process is not None:
-            of_segments = process.curves.rewards
-            if recipe.repro.control == "shuffled":
-                of_segments = shuffle_rewards(of_segments, f"{recipe.run.seed}/process rewards/{iteration}")
             of_process = process_advantages(
                 settings.name,
-                of_segments,
+                process.curves.rewards,
                 mask,
                 experience.groups,
                 values=columns.get("value"),
                 gamma=settings.gamma,
                 lam=settings.lam,
-                is_constant=recipe.repro.control == "constant",
+                control=recipe.repro.control,
+                name=f"{recipe.run.seed}/process rewards/{iteration}",
             )
             columns["process"] = recipe.repro.alpha * of_process
             found = join(found, of_process, recipe.repro.alpha)
