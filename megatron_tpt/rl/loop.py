@@ -145,6 +145,8 @@ class Iterations:
                 f"{self._recipe.run.output_dir / 'rollouts'} lacks the rollouts of iteration {iteration}, within which "
                 f"the run resumes: restore the files, or delete checkpoints to resume where an iteration begins"
             )
+        if self._log is not None:
+            self._log.note(self._recipe, self._trainer.data.identity(0))
         begin = time.perf_counter()
         collected = self._collector(iteration, self._taken.position, self._weights())
         experience = Experience.collected(collected.used)
