@@ -108,6 +108,8 @@ class RLRecipe(TrainingRecipe):
 
     program = "rl"
     activity = "reinforcement learning"
+    needs_start = True
+    uncounted = "rollouts, their scoring, PPO's critic and checkpoints"
     rules = (*Recipe.rules, *_RULES)
 
     data: PromptDataConfig = field(default_factory=PromptDataConfig)

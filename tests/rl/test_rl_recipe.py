@@ -11,6 +11,7 @@ import yaml
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.config.rl import can_be_appended
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.program import train
 from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.rl import serve
 from megatron_tpt.rl.prompts import check_answers
@@ -138,6 +139,20 @@ def test_a_dry_run_says_what_samples(rollouts: dict[str, Any], line: str, tmp_pa
     model = {"vocab_size": 100}
     given = recipe(rollouts=rollouts, run={"output_dir": str(tmp_path / "run")}, model=model)
     assert re.match(line, describe_engine(given))
+
+
+def test_a_dry_run_does_not_promise_what_a_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor a time that includes the rollouts."""
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    sections = {"data": {"train": ["none.jsonl"]}, "model": {"vocab_size": 64}, "training": {"num_steps": 8}}
+    path.write_text(yaml.safe_dump(sections | {"run": {"output_dir": str(run)}}))
+    train(RLRecipe, [str(path), "--dry-run", "--device=h100"])
+    said = capsys.readouterr().out
+    assert "warning: training.init_from is empty: a run needs the checkpoint to start from" in said
+    assert "random weights" not in said
+    assert "GPU-hours, rollouts, their scoring, PPO's critic and checkpoints apart (" in said
 
 
 def test_a_server_on_the_same_gpu_leaves_a_share_of_its_memory() -> None:
