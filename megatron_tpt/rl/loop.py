@@ -69,7 +69,7 @@ def train(recipe: "RLRecipe") -> Trainer:
     critic = build_critic(recipe, trainer) if recipe.has_critic else None
     for one in callbacks:
         if critic is not None and isinstance(one, SaveCheckpoints):
-            one.save_before = functools.partial(save_critic, critic)
+            one.save_before = functools.partial(save_critic, critic, trainer)
     with rewarder, OwnEngine(engine_options(recipe)) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
         collector = Collector(recipe, engine, rewarder, prompts, log)
