@@ -18,12 +18,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from random_corpus import VOCAB_SIZE, make_indices, measured_on
 
 from megatron_tpt.config.cli import parse, run
+from megatron_tpt.config.fields import NonNegativeInt, PositiveInt
 from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.errors import require
 from megatron_tpt.files import write_json
 from megatron_tpt.recipes.rl import RLRecipe
 
@@ -36,26 +39,32 @@ PARTS = ("generation", "log_probabilities", "process", "weights")
 class BenchmarkOptions:
     """How much to train, and with what."""
 
-    iterations: int = 4
+    iterations: Annotated[int, Ge(2)] = 4
     """Iterations, the first of which is not counted."""
-    num_prompts: int = 4
+    num_prompts: PositiveInt = 4
     """Prompts of an iteration."""
-    num_samples: int = 8
+    num_samples: PositiveInt = 8
     """Rollouts of a prompt."""
-    max_new_tokens: int = 192
+    max_new_tokens: PositiveInt = 192
     """Longest rollout in tokens; random weights seldom end before."""
-    hidden_size: int = 256
+    hidden_size: PositiveInt = 256
     """Width of the model."""
-    num_layers: int = 4
+    num_layers: PositiveInt = 4
     """Layers of the model."""
-    update_hidden_size: int = 768
+    update_hidden_size: PositiveInt = 768
     """Width of the model whose update is measured; with twelve layers 100M parameters."""
-    update_num_layers: int = 12
+    update_num_layers: NonNegativeInt = 12
     """Its layers; 0: not measured."""
     engine: Literal["vllm", "transformers"] = "vllm"
     """What samples."""
     output: Path = RESULTS / "rl_overhead.json"
     """Where the figures go."""
+
+    def __post_init__(self) -> None:
+        rollouts = self.num_prompts * self.num_samples
+        require(
+            rollouts % 2 == 0, f"--num-samples: {rollouts} rollouts make no two steps of one size: give an even number"
+        )
 
 
 def make_model(folder: Path, tokenizer: Path, hidden_size: int, num_layers: int, vocab_size: int) -> int:

@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
 from prepare import PROMPT, chat, number_of
 
 from megatron_tpt.config.cli import parse, run
-from megatron_tpt.config.fields import PositiveInt
 from megatron_tpt.config.load import recipe_from_dict
 from megatron_tpt.files import write_json
 from megatron_tpt.recipes.rl import RLRecipe
@@ -38,7 +38,7 @@ class CurveOptions:
     """The same model, imported (tools/import_hf.py)."""
     output: Path
     """Where the figures go, .json."""
-    num_problems: PositiveInt = 20
+    num_problems: Annotated[int, Ge(2)] = 20
     """Take the first N problems with at least three steps."""
 
 

@@ -28,6 +28,8 @@ class Recipe:
     program = ""  # the module of the package that runs it
     activity = ""  # what that program does, in words
     rules = SHARED_RULES  # which settings have an effect
+    needs_start = False  # whether training.init_from must be given
+    uncounted = "validation and checkpoints"  # what the time that is estimated does not include
 
     run: RunConfig = field(default_factory=RunConfig)
     """Run folder and seed."""

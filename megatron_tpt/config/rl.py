@@ -1,5 +1,6 @@
 """The sections of a recipe on reinforcement learning: prompts, rollouts, rewards, the algorithm, REPRO."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ from annotated_types import Gt, Le
 from megatron_tpt.config.data import DataSection
 from megatron_tpt.config.fields import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, check_bounds
 from megatron_tpt.config.on_change import Effect, on_change
-from megatron_tpt.errors import require
+from megatron_tpt.errors import UserError, require
 
 Algorithm = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"]
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "dr_grpo"]
@@ -49,7 +50,7 @@ class PromptDataConfig(DataSection):
     answer_column: str = "answer"
     """The column with the right answer: text, a number, true or false, or a list. For code: its tests."""
     id_column: str = "id"
-    """The column with the problem's id; without it, the line's number (of several files, "file:line")."""
+    """The column with the problem's id; without it, the line's number (of a folder with several files, "file:line")."""
     prompt_template: str | None = None
     """Build the prompt from columns: "Question: {question}\\nAnswer:" (\\n is a line break), or a file with such a
     text."""
@@ -67,6 +68,14 @@ class PromptDataConfig(DataSection):
     """Resume from a checkpoint with other prompts than before; without, that is refused."""
     allow_unsandboxed_code: bool = False
     """Run the code of answers with your own rights where there is no sandbox (bubblewrap)."""
+
+    def __post_init__(self) -> None:
+        if self.answer_pattern is None:
+            return
+        try:
+            re.compile(self.answer_pattern)
+        except re.error as error:
+            raise UserError(f"data.answer_pattern={self.answer_pattern!r} is no regular expression: {error}") from None
 
 
 @on_change(
@@ -279,7 +288,7 @@ def require_place(template: str) -> None:
 def can_be_appended(answer: object) -> bool:
     """Whether REPRO can append a right answer: one text, no list of them, and no solution that ends in it."""
     if isinstance(answer, str):
-        return not any(mark in answer for mark in ("####", "\\boxed", "\n"))
+        return bool(answer.strip()) and not any(mark in answer for mark in ("####", "\\boxed", "\n"))
     return isinstance(answer, int | float)
 
 

@@ -38,8 +38,8 @@ def _sections(recipe: Recipe, options: PlanOptions, machine: Machine, found: Sea
         *([] if isinstance(own, Plan) else [f"the recipe's own layout does not run on {options.gpus} GPUs: {own}"]),
         *(["Muon's iterations are not in these times"] if recipe.optimizer.name == "muon" else []),
         f"what a rank of the best sends in a step:\n{_traffic_table(best)}",
-        f"the run with it: {duration(num_tokens / best.estimate.tokens_per_s)} for {num_tokens:,} tokens, validation "
-        f"and checkpoints apart",
+        f"the run with it: {duration(num_tokens / best.estimate.tokens_per_s)} for {num_tokens:,} tokens, "
+        f"{recipe.uncounted} apart",
         "the best as options of the training program:\n" + " ".join(overrides(best, recipe) or ["none: it is the own"]),
     ]
 

@@ -17,6 +17,7 @@ from megatron_tpt.config.rl import (
     RolloutsConfig,
 )
 from megatron_tpt.config.rules import Rule
+from megatron_tpt.config.yaml_file import Key
 from megatron_tpt.errors import UserError, require
 from megatron_tpt.indexing.manifest import TokenizerInfo
 from megatron_tpt.names import counted
@@ -39,6 +40,12 @@ def _where(section: str, names: str, applies: Callable[[Any], bool], needs: str)
 
 _RULES = (
     _where("data", "num_workers", lambda recipe: False, "another kind of run: batches are made of rollouts"),
+    _where(
+        "data",
+        "allow_unsandboxed_code",
+        lambda recipe: recipe.data.answer_type == "code",
+        "data.answer_type=code",
+    ),
     _where("algorithm", "lam", lambda recipe: recipe.has_critic, "algorithm.name=ppo"),
     _where(
         "algorithm",
@@ -101,6 +108,8 @@ class RLRecipe(TrainingRecipe):
 
     program = "rl"
     activity = "reinforcement learning"
+    needs_start = True
+    uncounted = "rollouts, their scoring, PPO's critic and checkpoints"
     rules = (*Recipe.rules, *_RULES)
 
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
@@ -175,7 +184,7 @@ class RLRecipe(TrainingRecipe):
     def check(self, world_size: int) -> None:
         super().check(world_size)
         self._check_model()
-        self._check_servers()
+        self.check_servers()
         rollouts, size = self.rollouts, self.training.global_batch_size
         require(
             self.num_rollouts % size == 0,
@@ -201,6 +210,12 @@ class RLRecipe(TrainingRecipe):
             rollouts.num_samples > 1 or not rollouts.dynamic_sampling,
             "rollouts.dynamic_sampling=true drops every group of rollouts.num_samples=1: raise it, or turn that off",
         )
+        most = rollouts.max_waves * (rollouts.prompts_per_wave or rollouts.num_prompts)
+        require(
+            not rollouts.dynamic_sampling or most >= rollouts.num_prompts,
+            f"rollouts.max_waves={rollouts.max_waves} of prompts_per_wave={rollouts.prompts_per_wave} have {most} "
+            f"prompts, and an iteration has num_prompts={rollouts.num_prompts}: raise one of the first two",
+        )
         require(
             not (self.repro.enabled and self.data.answer_type == "code"),
             "repro.enabled=true needs a right answer that can be appended, and data.answer_type=code has tests: give "
@@ -212,8 +227,13 @@ class RLRecipe(TrainingRecipe):
             f"{rollouts.max_new_tokens}: lower it",
         )
 
-    def _check_servers(self) -> None:
+    def check_servers(self) -> None:
+        """Raise UserError for servers that cannot be asked, or not be sent the weights."""
+        from megatron_tpt.generation.request_fields import check_url
+
         rollouts = self.rollouts
+        for url in rollouts.endpoints:
+            check_url(url)
         require(
             rollouts.engine != "endpoint" or bool(rollouts.endpoints),
             "rollouts.engine=endpoint needs rollouts.endpoints: the URLs of vLLM servers, such as http://node7:8000/v1",
@@ -251,6 +271,14 @@ class RLRecipe(TrainingRecipe):
             self.data.tokenizer is None,
             f"data.tokenizer={self.data.tokenizer} is not used: the tokenizer is that of training.init_from; omit it",
         )
+
+    def check_callbacks(self, places: dict[Key, str]) -> None:
+        """Also of the functions that add to the reward."""
+        super().check_callbacks(places)
+        if self.rewards.functions:
+            from megatron_tpt.rl.outcomes import reward_functions
+
+            reward_functions(self.rewards.functions)
 
     def read_tokenizer(self) -> TokenizerInfo | None:
         return read_tokenizer_info(self.tokenizer_path)

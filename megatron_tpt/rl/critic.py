@@ -8,6 +8,7 @@ policy resumes the critic from that of the same step.
 
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from megatron_tpt import platform
 from megatron_tpt.errors import UserError
 from megatron_tpt.models.spec import build_chunks
 from megatron_tpt.rl.objectives import ValueObjective
-from megatron_tpt.training.checkpoint_files import delete_old_checkpoints, find_damage, step_folder
+from megatron_tpt.training.checkpoint_files import delete_checkpoint, find_damage, finished_checkpoints, step_folder
 from megatron_tpt.training.checkpoint_loading import load_weights
 from megatron_tpt.training.model import TrainedModel
 from megatron_tpt.training.optimizer import build_optimizer, build_schedule, wrap_model
@@ -117,13 +118,20 @@ class ReportCritic(Callback):
         self._policy.metrics.write(trainer.global_step, named | {"critic/grad_norm": report.grad_norm})
 
 
-def save_critic(critic: Trainer) -> None:
+def save_critic(critic: Trainer, policy: Trainer) -> None:
     """Save the critic, before the policy's checkpoint of the same step: without it that could not be resumed from.
     Raises SaveError on all ranks."""
-    settings, folder = critic.recipe.checkpoint, step_folder(critic.checkpoints, critic.global_step)
+    folder = step_folder(critic.checkpoints, critic.global_step)
     if platform.is_first_rank():
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it saved the policy
     critic.start_saving().finish()
-    if settings.keep_last is not None and platform.is_first_rank():
-        # One more than of the policy, whose next checkpoint may fail.
-        delete_old_checkpoints(critic.checkpoints, settings.keep_last + 1, settings.keep_every)
+    if critic.recipe.checkpoint.keep_last is not None and platform.is_first_rank():
+        delete_unused(critic.checkpoints, policy.checkpoints, folder.name)
+
+
+def delete_unused(critic: Path, policy: Path, newest: str) -> None:
+    """Delete the critic's checkpoints of steps of which the policy has none, but for the one just saved: the policy's,
+    which is still to come, may fail again and again, and the run then resumes from its last one."""
+    for folder in finished_checkpoints(critic):
+        if folder.name != newest and not (policy / folder.name).is_dir():
+            delete_checkpoint(folder)

@@ -28,7 +28,7 @@ from megatron_tpt.rl.outcomes import Rewarder
 from megatron_tpt.rl.prompts import build_prompt_data, read_prompts
 from megatron_tpt.rl.reference import Reference
 from megatron_tpt.rl.reporting import iteration_metrics
-from megatron_tpt.rl.repro import join, process_advantages, shuffle_rewards
+from megatron_tpt.rl.repro import join, process_advantages
 from megatron_tpt.rl.rollout_log import RolloutLog
 from megatron_tpt.rl.rows import Packer
 from megatron_tpt.rl.scoring import Process, ProcessScorer, Scorer
@@ -69,7 +69,7 @@ def train(recipe: "RLRecipe") -> Trainer:
     critic = build_critic(recipe, trainer) if recipe.has_critic else None
     for one in callbacks:
         if critic is not None and isinstance(one, SaveCheckpoints):
-            one.save_before = functools.partial(save_critic, critic)
+            one.save_before = functools.partial(save_critic, critic, trainer)
     with rewarder, OwnEngine(engine_options(recipe)) as engine:
         log = RolloutLog(recipe.run.output_dir / "rollouts") if platform.is_first_rank() else None
         collector = Collector(recipe, engine, rewarder, prompts, log)
@@ -145,6 +145,8 @@ class Iterations:
                 f"{self._recipe.run.output_dir / 'rollouts'} lacks the rollouts of iteration {iteration}, within which "
                 f"the run resumes: restore the files, or delete checkpoints to resume where an iteration begins"
             )
+        if self._log is not None:
+            self._log.note(self._recipe, self._trainer.data.identity(0))
         begin = time.perf_counter()
         collected = self._collector(iteration, self._taken.position, self._weights())
         experience = Experience.collected(collected.used)
@@ -210,18 +212,16 @@ class Iterations:
             lam=settings.lam,
         )
         if process is not None:
-            of_segments = process.curves.rewards
-            if recipe.repro.control == "shuffled":
-                of_segments = shuffle_rewards(of_segments, f"{recipe.run.seed}/process rewards/{iteration}")
             of_process = process_advantages(
                 settings.name,
-                of_segments,
+                process.curves.rewards,
                 mask,
                 experience.groups,
                 values=columns.get("value"),
                 gamma=settings.gamma,
                 lam=settings.lam,
-                is_constant=recipe.repro.control == "constant",
+                control=recipe.repro.control,
+                name=f"{recipe.run.seed}/process rewards/{iteration}",
             )
             columns["process"] = recipe.repro.alpha * of_process
             found = join(found, of_process, recipe.repro.alpha)

@@ -1,12 +1,15 @@
 """The rewards of rollouts: whether the answer is right, and what a recipe adds to that."""
 
+import inspect
+import math
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, require
 from megatron_tpt.grading import Grade, GraderPool, Item, opens_thinking
 from megatron_tpt.rl.experience import CORRECT, Sample
 from megatron_tpt.rl.prompts import Prompt, grading_rules
@@ -27,7 +30,7 @@ class Rewarder:
 
     def __init__(self, recipe: "RLRecipe") -> None:
         self._settings, self._max_length = recipe.rewards, recipe.rollouts.max_new_tokens
-        self._functions = {name: _find(name) for name in recipe.rewards.functions}
+        self._functions = reward_functions(recipe.rewards.functions)
         self._pool = GraderPool(grading_rules(recipe), recipe.rewards.num_workers, recipe.rewards.time_limit_s)
 
     def __enter__(self) -> Self:
@@ -97,10 +100,20 @@ class Rewarder:
         if factor := settings.length_penalty:
             added["length"] = length_penalty(lengths, is_correct, max_length=self._max_length, factor=factor).tolist()
         for name, function in self._functions.items():
-            added[name] = [float(function(one.prompt, one.text, one.answer)) for one in samples]
+            added[name] = [_value(name, function, one) for one in samples]
         for name, values in added.items():
             for one, value in zip(samples, values, strict=True):
                 one.rewards[name] = value
+
+
+def reward_functions(names: Sequence[str]) -> dict[str, RewardFunction]:
+    """The functions of a recipe, by name. Raises UserError for one that there is not, that cannot be called as it
+    will be, or that is named twice."""
+    functions: dict[str, RewardFunction] = {}
+    for name in names:
+        require(name not in functions, f"rewards.functions: {name} is there twice: remove one of them")
+        functions[name] = _find(name)
+    return functions
 
 
 def _find(name: str) -> RewardFunction:
@@ -108,4 +121,32 @@ def _find(name: str) -> RewardFunction:
     function = getattr(import_module(module), function_name, None) if colon else None
     if not callable(function):
         raise UserError(f"rewards.functions: there is no {name}: write package.module:function")
+    try:
+        inspect.signature(function).bind("prompt", "response", "answer")
+    except ValueError:  # one in C may not say what it takes
+        pass
+    except TypeError as error:
+        raise UserError(f"rewards.functions: {name} must take prompt, response and answer: {error}") from None
     return function
+
+
+def _value(name: str, function: RewardFunction, sample: Sample) -> float:
+    """What a function gives for a rollout. Raises UserError where that is no number."""
+    try:
+        given = function(sample.prompt, sample.text, sample.answer)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"rewards.functions: {name} has failed after prompt {sample.prompt_id} "
+            f"({last.filename}:{last.lineno}: {type(error).__name__}: {error}): fix it there"
+        ) from error
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    require(
+        math.isfinite(value),
+        f"rewards.functions: {name} has returned {str(given)[:60]} after prompt {sample.prompt_id}: it must return a "
+        f"number",
+    )
+    return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from megatron_tpt.config.rl import can_be_appended
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, require
 from megatron_tpt.evaluation.benchmark import Benchmark
 from megatron_tpt.evaluation.problems import Problem, read_problems
 from megatron_tpt.generation import begin_ids, load_tokenizer, render_chat
@@ -88,7 +88,8 @@ def read_prompts(recipe: "RLRecipe") -> Prompts:
         f"{longest}), which is what rollouts.max_new_tokens={recipe.rollouts.max_new_tokens} leaves of "
         f"training.sequence_length={recipe.training.sequence_length}"
     )
-    if len(fitting) < len(prompts) and (data.on_too_long == "stop" or not fitting):
+    require(bool(fitting), f"{advice}: raise that, or lower rollouts.max_new_tokens")
+    if len(fitting) < len(prompts) and data.on_too_long == "stop":
         raise UserError(f"{advice}: raise that, or give --data.on_too_long=skip")
     if len(fitting) < len(prompts):
         logger.warning(f"{advice}: they are skipped (data.on_too_long)")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tpt.config.rl import Algorithm, FirstReward, require_place
+from megatron_tpt.config.rl import Algorithm, Control, FirstReward, require_place
 from megatron_tpt.errors import require
 from megatron_tpt.names import seed_of
 from megatron_tpt.rl.advantages import Advantages, gae, group_statistics, returns_to_go, whiten
@@ -178,14 +178,21 @@ def process_advantages(
     values: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 1.0,
-    is_constant: bool = False,
+    control: Control = "none",
+    name: str = "",
 ) -> Tensor:
-    """The sum of the normalized rewards of a token's own and all later segments, [B, T]; with `is_constant`, of
-    `constant_rewards` in their place.
+    """The sum of the normalized rewards of a token's own and all later segments, [B, T]; as a control, of shuffled
+    rewards, in an order that `name` decides, or of `constant_rewards`.
 
     For PPO they are advantages by GAE with the same values of the critic, whitened.
     """
-    rewards = constant_rewards(algorithm, process) if is_constant else normalized_rewards(algorithm, process, groups)
+    match control:
+        case "none":
+            rewards = normalized_rewards(algorithm, process, groups)
+        case "shuffled":
+            rewards = normalized_rewards(algorithm, shuffle_rewards(process, name), groups)
+        case "constant":
+            rewards = constant_rewards(algorithm, process)
     if algorithm == "ppo":
         assert values is not None, "PPO has a critic"
         return gae(rewards, values, mask, gamma=gamma, lam=lam).advantages

@@ -48,6 +48,7 @@ class RolloutLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._recipe_path, self._data_path = folder / "recipe.yaml", folder / "data.json"
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, iteration: int) -> Path:
@@ -66,12 +67,11 @@ class RolloutLog:
         """Remove what a run that has done `step` steps samples anew: what later iterations have sampled and, where an
         iteration begins, what another recipe or other data (`Prompts.identity`) have sampled for it."""
         iteration, place = divmod(step, recipe.steps_per_iteration)
-        recipe_path, data_path = self.folder / "recipe.yaml", self.folder / "data.json"
         changed = []
-        if recipe_path.exists():
-            changed += [str(one) for one in changes(recipe, read_yaml(recipe_path)) if _decides(one)]
-        if data_path.exists():
-            before = read_json(data_path)
+        if self._recipe_path.exists():
+            changed += [str(one) for one in changes(recipe, read_yaml(self._recipe_path)) if _decides(one)]
+        if self._data_path.exists():
+            before = read_json(self._data_path)
             changed += [f"the {name} has changed" for name, value in data.items() if before.get(name) != value]
         if changed and not place:
             logger.info(f"iteration {iteration} is sampled from its beginning: {', '.join(changed)}")
@@ -81,9 +81,13 @@ class RolloutLog:
             if match is not None and int(match[1]) >= first:
                 file.unlink()
         if not place:
-            with atomic_write(recipe_path) as file:
-                file.write_text(to_yaml(recipe))
-            write_json(data_path, data)
+            self.note(recipe, data)
+
+    def note(self, recipe: "RLRecipe", data: Mapping[str, str]) -> None:
+        """An iteration begins, which this recipe samples from these data."""
+        with atomic_write(self._recipe_path) as file:
+            file.write_text(to_yaml(recipe))
+        write_json(self._data_path, data)
 
     def read(self, iteration: int) -> tuple[list[Sample], dict[str, float]] | None:
         """The rollouts of an iteration, scored, and its metrics; None where that is not finished."""

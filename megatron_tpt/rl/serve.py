@@ -14,7 +14,7 @@ from dataclasses import replace
 import megatron_tpt.interrupts  # noqa: F401  (first: the others take time)
 from megatron_tpt.config.cli import program
 from megatron_tpt.config.load import load_recipe
-from megatron_tpt.errors import UserError
+from megatron_tpt.errors import UserError, require
 from megatron_tpt.generation.vllm_command import device_groups, num_gpus, server_command
 from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.rl.start import engine_options, prepare_engine_folder
@@ -26,6 +26,12 @@ def main() -> None:
         raise UserError("usage: python -m megatron_tpt.rl.serve PORT RECIPE.yaml [--section.key=value ...]")
     recipe, _ = load_recipe(RLRecipe, sys.argv[2:])
     recipe = recipe.resolve()
+    require(
+        recipe.rollouts.engine == "endpoint",
+        f"rollouts.engine={recipe.rollouts.engine} does not ask a server that runs already: give "
+        f"rollouts.engine=endpoint here and where the training runs",
+    )
+    recipe.check_servers()
     options = replace(engine_options(recipe), kind="vllm-server", endpoints=(), tensor_parallel_size=num_gpus() or 1)
     key = os.environ.get(options.api_key_env, "").strip()
     if not key:

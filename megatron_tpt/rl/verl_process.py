@@ -20,6 +20,7 @@ from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_
 from verl.utils.transferqueue_utils import tq
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
+from megatron_tpt.config.convert import Converter
 from megatron_tpt.config.rl import Algorithm, ReproConfig, can_be_appended
 from megatron_tpt.errors import UserError, require
 from megatron_tpt.rl.curves import Cutter, curve_metrics, curves_of
@@ -70,7 +71,10 @@ class ReproOptions(NamedTuple):
         name = _ALGORITHMS[estimator]
         if name == "grpo" and not algorithm.get("norm_adv_by_std_in_grpo", True):
             name = "dr_grpo"
-        return cls(ReproConfig(enabled=True, **section), name, float(algorithm.gamma), float(algorithm.lam))
+        converter = Converter(where=lambda key: "")
+        settings = converter.section(ReproConfig, section | {"enabled": True}, ("repro",))
+        converter.raise_problems()
+        return cls(settings, name, float(algorithm.gamma), float(algorithm.lam))
 
 
 class ReproAdvantages:
@@ -78,6 +82,7 @@ class ReproAdvantages:
 
     actor_rollout_wg: Any
     tokenizer: Any
+    global_steps: int
 
     def __init__(self, config: Any) -> None:
         self._repro = ReproOptions.of(config)  # first: it refuses what cannot run
@@ -119,10 +124,11 @@ class ReproAdvantages:
             values=_padded(data["values"]) if algorithm == "ppo" else None,
             gamma=gamma,
             lam=lam,
+            control=settings.control,
+            name=f"process rewards/{self.global_steps}",
         )
-        added = (
-            settings.alpha * process * _padded(data["response_mask"])
-        )  # which a rejection of tokens may have changed
+        # A rejection of tokens may have changed the mask.
+        added = settings.alpha * process * _padded(data["response_mask"])
         joined = response_to_nested(_padded(data["advantages"]) + added, data["responses"])
         fields_to_put = TensorDict({"advantages": joined}, batch_size=len(keys))
         tq.kv_batch_put(keys=list(keys), partition_id=partition, fields=fields_to_put)

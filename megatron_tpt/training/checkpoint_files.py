@@ -283,14 +283,18 @@ def newest_whole_checkpoint(checkpoints: Path, *, reads_content: bool = True) ->
 
 def delete_old_checkpoints(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete all but the newest `keep_last` checkpoints, and those of steps that `keep_every` divides. The first rank
-    calls it. What cannot be deleted now (a network file system keeps files that somebody reads) is warned of; the next
-    checkpoint that is saved removes it."""
+    calls it."""
     for folder in finished_checkpoints(checkpoints)[:-keep_last]:
-        if keep_every is not None and step_number(folder) % keep_every == 0:
-            continue
-        doomed = folder.with_name(f".tmp-old-{folder.name}")
-        try:
-            folder.rename(doomed)  # in one step, so that no half-deleted folder looks complete
-            shutil.rmtree(doomed)
-        except OSError as error:
-            logger.warning(f"the old checkpoint {folder} could not be deleted: {error}")
+        if keep_every is None or step_number(folder) % keep_every:
+            delete_checkpoint(folder)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint. What cannot be deleted now (a network file system keeps files that somebody reads) is warned
+    of; the next checkpoint that is saved removes it."""
+    doomed = folder.with_name(f".tmp-old-{folder.name}")
+    try:
+        folder.rename(doomed)  # in one step, so that no half-deleted folder looks complete
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning(f"the old checkpoint {folder} could not be deleted: {error}")

@@ -89,8 +89,8 @@ def _work_rows(recipe: Recipe, world_size: int, device: Device, mfu: float | Non
     unit = "GPU-hours" if device.is_gpu else "device-hours"
     return rows | {
         "tokens/s at 100% MFU": f"{bound:,.0f} ({peak:,.0f} TFLOP/s each: {peak_name})",
-        f"time at {assumed:.0%} MFU": f"{duration(3600 * hours)}, {hours * world_size:,.1f} {unit}, validation and "
-        f"checkpoints apart ({'--mfu' if mfu else 'an assumption: --mfu=SHARE gives another'})",
+        f"time at {assumed:.0%} MFU": f"{duration(3600 * hours)}, {hours * world_size:,.1f} {unit}, "
+        f"{recipe.uncounted} apart ({'--mfu' if mfu else 'an assumption: --mfu=SHARE gives another'})",
     }
 
 

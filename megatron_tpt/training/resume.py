@@ -163,7 +163,9 @@ def describe_start(
     checkpoints = recipe.run.output_dir / "checkpoints"
     folders = checkpoints_to_read(checkpoints)[::-1]
     init_from = recipe.training.init_from
-    if not folders and init_from is None:
+    if not folders and init_from is None and recipe.needs_start:
+        yield "warning: training.init_from is empty: a run needs the checkpoint to start from"
+    elif not folders and init_from is None:
         yield f"starts from random weights in {recipe.run.output_dir}"
     elif not folders:
         assert init_from is not None

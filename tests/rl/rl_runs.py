@@ -77,6 +77,25 @@ def share_of_fours(prompt: str, response: str, answer: str) -> float:
     return response.count("four") / 4
 
 
+def failing(prompt: str, response: str, answer: str) -> float:
+    """A reward with a fault."""
+    return {}[response]
+
+
+def speechless(prompt: str, response: str, answer: str) -> None:
+    """A reward that is none."""
+
+
+def undefined(prompt: str, response: str, answer: str) -> float:
+    """A reward that is no number."""
+    return float("nan")
+
+
+def of_two(prompt: str, response: str) -> float:
+    """A reward that does not take the answer."""
+    return 0.0
+
+
 def rl_recipe(start: Path, problems: Path, folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     """A recipe of one-token answers as YAML would give it; `changes` are fields by section."""
     sections: dict[str, dict[str, Any]] = {

@@ -71,6 +71,31 @@ def test_a_killed_grader_makes_no_answer_wrong(rewarder: Rewarder) -> None:
     assert [one.is_correct for one in grade(rewarder, "five", "six", "five")] == [True, False, True]
 
 
-def test_a_function_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match=r"there is no rl_runs:nothing: write package\.module:function"):
-        Rewarder(recipe_of(rewards={"functions": ["rl_runs:nothing"]}))
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rl_runs:nothing"], r"there is no rl_runs:nothing: write package\.module:function"),
+        (["rl_runs:of_two"], r"rl_runs:of_two must take prompt, response and answer: too many positional arguments"),
+        (["rl_runs:share_of_fours", "rl_runs:share_of_fours"], "share_of_fours is there twice: remove one of them"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_anything_starts(names: list[str], message: str) -> None:
+    recipe = recipe_of(rewards={"functions": names})
+    for refuse in (lambda: recipe.check_callbacks({}), lambda: Rewarder(recipe)):
+        with pytest.raises(UserError, match=message):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("failing", r"rl_runs:failing has failed after prompt 4 \(.*rl_runs\.py:\d+: KeyError: 'five'\): fix it there"),
+        ("speechless", "rl_runs:speechless has returned None after prompt 4: it must return a number"),
+        ("undefined", "rl_runs:undefined has returned nan after prompt 4: it must return a number"),
+    ],
+)
+def test_a_function_that_gives_no_number_is_named(name: str, message: str) -> None:
+    """A reward that is not finite would make all advantages of its group so."""
+    recipe = recipe_of(rewards={"functions": [f"rl_runs:{name}"]})
+    with Rewarder(recipe) as rewarder, pytest.raises(UserError, match=message):
+        grade(rewarder, "five")

@@ -128,6 +128,8 @@ def test_shuffled_rewards_are_the_same_ones_of_other_segments() -> None:
     assert sorted(of_segments(batch, result)) == sorted(of_segments(batch, process))
     assert of_segments(batch, result) != of_segments(batch, process) != of_segments(batch, other)
     assert torch.equal(result.rewards, again.rewards) and not torch.equal(result.rewards, other.rewards)
+    found = process_advantages("grpo", process, batch.mask, batch.groups, control="shuffled", name="a")
+    assert torch.equal(found, process_advantages("grpo", result, batch.mask, batch.groups))
 
 
 @pytest.mark.parametrize("algorithm", [one for one in ALGORITHMS if one != "ppo"])
@@ -137,7 +139,7 @@ def test_constant_rewards_charge_every_segment_as_one_that_does_not_help(algorit
     pooled = of_segments(batch, process)
     divides = algorithm in ("grpo", "reinforce_plus_plus")
     price = statistics.mean(pooled) / (statistics.stdev(pooled) if divides else 1)
-    result = process_advantages(algorithm, process, batch.mask, batch.groups, is_constant=True)
+    result = process_advantages(algorithm, process, batch.mask, batch.groups, control="constant")
     for row, cuts in enumerate(POSITIONS):
         for token in range(batch.mask.shape[1]):
             assert result[row, token].item() == pytest.approx(-price * sum(token < cut for cut in cuts[1:]), abs=1e-5)

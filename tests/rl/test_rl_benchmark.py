@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from megatron_tpt.errors import UserError
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -30,6 +32,21 @@ def test_what_is_no_part_of_an_iteration_is_overhead(benchmark: ModuleType) -> N
     assert found["iteration_s"] == 10
     expected = {"generation": 0.4, "log_probabilities": 0.1, "process": 0.2, "weights": 0.05, "steps": 0.15}
     assert found["shares"] == pytest.approx(expected | {"overhead": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("--iterations 1", "iterations 1: must be 2 or more"),  # the first is not counted
+        ("--num-prompts 1 --num-samples 3", "3 rollouts make no two steps of one size"),
+    ],
+)
+def test_sizes_without_figures_are_refused(
+    sizes: str, message: str, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rl_overhead.py", *sizes.split()])
+    with pytest.raises(UserError, match=message):
+        benchmark.parse(benchmark.BenchmarkOptions)
 
 
 @pytest.mark.slow(minutes=1)

@@ -25,6 +25,7 @@ from rl_runs import (
 from torch.distributed.checkpoint import FileSystemReader
 from training_runs import Workers, read_metrics
 
+from megatron_tpt.config.load import read_yaml
 from megatron_tpt.interop.checkpoint_reader import CheckpointReader
 from megatron_tpt.rl.rollout_log import RolloutLog
 
@@ -273,6 +274,19 @@ def test_rollouts_that_lack_what_another_algorithm_needs_are_refused(
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000001")
     workers.run(PROGRAM, [str(penalized)], 1)
     assert all("reference" in row["columns"] for row in rollouts_of(tmp_path / "run")[0])
+
+
+@pytest.mark.slow(minutes=1)
+def test_the_log_names_the_recipe_of_the_current_iteration(
+    workers: Workers, start: Path, problems: Path, tmp_path: Path
+) -> None:
+    """Also where the recipe changed within an iteration, which is still of the recipe before."""
+    recipe = rl_recipe(start, problems, tmp_path / "run", **merged(EVERY_STEP, {"training": {"num_steps": 2}}))
+    workers.run(PROGRAM, [str(write_recipe(recipe))], 1)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
+    changed = merged(recipe, {"rollouts": {"temperature": 0.5}, "training": {"num_steps": 4}})
+    workers.run(PROGRAM, [str(write_recipe(changed))], 1)
+    assert read_yaml(tmp_path / "run/rollouts/recipe.yaml")["rollouts"]["temperature"] == 0.5
 
 
 def test_a_refreshed_reference_is_the_policy_of_that_iteration(

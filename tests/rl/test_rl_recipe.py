@@ -9,8 +9,11 @@ import pytest
 import yaml
 
 from megatron_tpt.config.load import recipe_from_dict
+from megatron_tpt.config.rl import can_be_appended
 from megatron_tpt.errors import UserError
+from megatron_tpt.recipes.program import train
 from megatron_tpt.recipes.rl import RLRecipe
+from megatron_tpt.rl import serve
 from megatron_tpt.rl.prompts import check_answers
 from megatron_tpt.rl.start import describe_engine
 
@@ -71,6 +74,11 @@ def test_an_iteration_has_the_steps_of_its_rollouts() -> None:
             {"rollouts": {"engine": "endpoint", "endpoints": ["http://a/v1"], "weight_transfer": "ipc"}},
             "rollouts.weight_transfer=ipc is for rollouts.engine=vllm-server",
         ),
+        ({"rollouts": {"engine": "endpoint", "endpoints": ["node7:8000"]}}, "endpoint 'node7:8000': not a URL"),
+        (
+            {"rollouts": {"dynamic_sampling": True, "prompts_per_wave": 1, "max_waves": 3}},
+            "max_waves=3 of prompts_per_wave=1 have 3 prompts, and an iteration has num_prompts=4",
+        ),
         ({"training": {"validation_interval": 2}}, "does not validate"),
         ({"data": {"tokenizer": "somewhere"}}, "data.tokenizer=somewhere is not used"),
         ({"training": {"batch_size_ramp": [{"num_steps": 2, "global_batch_size": 8}]}}, "batch_size_ramp.*supported"),
@@ -90,6 +98,7 @@ def test_what_cannot_run_is_refused(changes: dict[str, dict[str, Any]], message:
         ("rollouts", {"gpu_memory": 1.5}, "gpu_memory=1.5"),
         ("rollouts", {"patience_s": 0}, "patience_s=0"),
         ("rollouts", {"weight_transfer": "rdma"}, "weight_transfer"),
+        ("data", {"answer_pattern": "("}, r"data\.answer_pattern='\(' is no regular expression: missing \)"),
         ("repro", {"ema_weight": 0}, "ema_weight=0"),
         ("repro", {"answer_template": "\\boxed{}{}"}, "must have one"),
     ],
@@ -100,9 +109,17 @@ def test_values_out_of_bounds_are_refused(section: str, fields: dict[str, Any], 
 
 
 def test_a_setting_without_effect_is_named(tmp_path: Path) -> None:
-    given = recipe(algorithm={"kl_coefficient": 0.5, "lam": 0.9}, repro={"alpha": 0.2}, critic={"warmup_iterations": 3})
+    given = recipe(
+        algorithm={"kl_coefficient": 0.5, "lam": 0.9},
+        repro={"alpha": 0.2},
+        critic={"warmup_iterations": 3},
+        data={"allow_unsandboxed_code": True},
+    )
     lines = "\n".join(given.warnings())
-    for name in ("algorithm.kl_coefficient", "algorithm.lam", "repro.alpha", "critic.warmup_iterations"):
+    for name in (
+        "algorithm.kl_coefficient", "algorithm.lam", "repro.alpha", "critic.warmup_iterations",
+        "data.allow_unsandboxed_code",
+    ):  # fmt: skip
         assert f"{name}=" in lines
     assert "checkpoint.save_interval" not in lines
 
@@ -122,6 +139,20 @@ def test_a_dry_run_says_what_samples(rollouts: dict[str, Any], line: str, tmp_pa
     model = {"vocab_size": 100}
     given = recipe(rollouts=rollouts, run={"output_dir": str(tmp_path / "run")}, model=model)
     assert re.match(line, describe_engine(given))
+
+
+def test_a_dry_run_does_not_promise_what_a_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor a time that includes the rollouts."""
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    sections = {"data": {"train": ["none.jsonl"]}, "model": {"vocab_size": 64}, "training": {"num_steps": 8}}
+    path.write_text(yaml.safe_dump(sections | {"run": {"output_dir": str(run)}}))
+    train(RLRecipe, [str(path), "--dry-run", "--device=h100"])
+    said = capsys.readouterr().out
+    assert "warning: training.init_from is empty: a run needs the checkpoint to start from" in said
+    assert "random weights" not in said
+    assert "GPU-hours, rollouts, their scoring, PPO's critic and checkpoints apart (" in said
 
 
 def test_a_server_on_the_same_gpu_leaves_a_share_of_its_memory() -> None:
@@ -184,6 +215,21 @@ def test_the_discount_has_an_effect_on_process_rewards() -> None:
     given = {"algorithm": {"gamma": 0.9}}
     assert any("algorithm.gamma" in line for line in recipe(**given).warnings())
     assert not any("algorithm.gamma" in line for line in recipe(**given, repro={"enabled": True}).warnings())
+
+
+def test_a_recipe_that_asks_no_server_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would start, without the routes for updates, and the training not find it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{data: {train: [problems.jsonl]}, rollouts: {engine: vllm-server}}")
+    monkeypatch.setattr("sys.argv", ["serve", "8000", str(path)])
+    with pytest.raises(UserError, match=r"rollouts\.engine=vllm-server does not ask a server that runs already"):
+        serve.main()
+
+
+@pytest.mark.parametrize("answer", ["", " "])
+def test_an_answer_without_text_cannot_be_appended(answer: str) -> None:
+    """L would be the mean over no token."""
+    assert not can_be_appended(answer)
 
 
 def test_without_a_start_there_is_nothing_to_reinforce() -> None:

@@ -51,18 +51,19 @@ def step(verl_on_path: None, tmp_path_factory: pytest.TempPathFactory) -> Callab
         LlamaForCausalLM(config).save_pretrained(folder / "model")
     results: dict[str, dict[str, Any]] = {}
 
-    def result(estimator: str) -> dict[str, Any]:
-        if estimator not in results:
+    def result(estimator: str, control: str = "none") -> dict[str, Any]:
+        if (name := f"{estimator} {control}") not in results:
             (folder / "rollouts.json").write_text(json.dumps(rollouts()))
             done = run(
                 str(ROOT / "tests/rl/verl_trainer.py"),
                 str(folder),
                 estimator,
+                control,
                 VERL_USE_EXTERNAL_MODULES="megatron_tpt.rl.verl_plugin",
             )
             assert done.returncode == 0, done.stderr
-            results[estimator] = json.loads((folder / "result.json").read_text()) | {"model": str(folder / "model")}
-        return results[estimator]
+            results[name] = json.loads((folder / "result.json").read_text()) | {"model": str(folder / "model")}
+        return results[name]
 
     return result
 
@@ -143,6 +144,20 @@ def test_advantages_are_those_of_verl_and_of_repro(step: Callable[..., dict[str,
 
 
 @pytest.mark.slow(minutes=1)
+def test_controls_have_rewards_of_their_own(step: Callable[..., dict[str, Any]]) -> None:
+    """Constant ones charge every segment alike; shuffled ones are another order of the same."""
+    outcome = step("grpo")["rows"]
+    constant, shuffled = step("grpo", "constant")["rows"], step("grpo", "shuffled")["rows"]
+    prices = set()
+    for key, cuts in CUTS.items():
+        own = torch.tensor(constant[key]["advantages"]) - torch.tensor(constant[key]["returns"])
+        for left, price in zip(range(len(cuts) - 1, 0, -1), own[[cut - 1 for cut in cuts[1:]]], strict=True):
+            prices.add(round(price.item() / left, 4))
+    assert len(prices) == 1 and prices != {0.0}
+    assert any(shuffled[key]["advantages"] != outcome[key]["advantages"] for key in CUTS)
+
+
+@pytest.mark.slow(minutes=1)
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
 def test_every_estimator_that_has_process_advantages_gets_them(
     estimator: str, step: Callable[..., dict[str, Any]]
@@ -158,6 +173,8 @@ def test_every_estimator_that_has_process_advantages_gets_them(
         ({"adv_estimator": "gpg"}, {}, "algorithm.adv_estimator=gpg has no process advantages: give grpo, rloo"),
         ({"adv_estimator": "grpo"}, {"beta": 1}, r"repro\.beta: there is no such setting: alpha, answer_prefix"),
         ({"adv_estimator": "grpo"}, {"alpha": -1}, r"repro\.alpha=-1"),
+        ({"adv_estimator": "grpo"}, {"alpha": "much"}, r"repro\.alpha: 'much' is not a number"),
+        ({"adv_estimator": "grpo"}, {"control": "shuffle"}, r"repro\.control: 'shuffle' is not one of none, shuffled"),
         (
             {"adv_estimator": "grpo", "rollout_correction": {"bypass_mode": True}},
             {},

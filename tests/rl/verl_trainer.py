@@ -1,11 +1,11 @@
 """A step of verl's own trainer with REPRO on a CPU, where neither Ray nor verl's engines run.
 
-    python verl_trainer.py FOLDER ADV_ESTIMATOR
+    python verl_trainer.py FOLDER ADV_ESTIMATOR CONTROL
 
-FOLDER/model is a model that transformers reads, FOLDER/rollouts.json has the rollouts. verl's code is real: it finds
-the plug-in, and its trainer computes old log-probabilities and advantages. Stand-ins are the TransferQueue, which is
-not installed, in memory; the packages that verl imports and this does not use; and the workers, one model in this
-process.
+FOLDER/model is a model that transformers reads, FOLDER/rollouts.json has the rollouts, CONTROL is repro.control. verl's
+code is real: it finds the plug-in, and its trainer computes old log-probabilities and advantages. Stand-ins are the
+TransferQueue, which is not installed, in memory; the packages that verl imports and this does not use; and the workers,
+one model in this process.
 Writes FOLDER/result.json.
 """
 
@@ -148,7 +148,7 @@ def put_rollouts(rows: Sequence[dict[str, Any]]) -> KVBatchMeta:
 
 
 def main() -> None:
-    folder, estimator = sys.argv[1:]
+    folder, estimator, control = sys.argv[1:]
     path = Path(folder)
     sys.meta_path.append(Unused())
     sys.modules["transfer_queue"] = QUEUE
@@ -167,13 +167,16 @@ def main() -> None:
                 "rollout": {"temperature": 0.7, "n": 2, "calculate_log_probs": False},
                 "actor": {"loss_agg_mode": "token-mean", "loss_scale_factor": None},
             },
-            "repro": {"alpha": 0.5, "num_segments": 2, "answer_prefix": "</think>", "answer_template": "{}"},
+            "repro": {
+                "alpha": 0.5, "num_segments": 2, "answer_prefix": "</think>", "answer_template": "{}",
+                "control": control,
+            },
         }
     )  # fmt: skip
     from megatron_tpt.rl.verl_process import ReproOptions
 
     trainer = object.__new__(get_trainer_cls("repro_sync"))  # without Ray
-    trainer.config, trainer._repro = config, ReproOptions.of(config)
+    trainer.config, trainer._repro, trainer.global_steps = config, ReproOptions.of(config), 1
     trainer.tokenizer = transformers.AutoTokenizer.from_pretrained(path / "model")
     trainer.actor_rollout_wg = Workers(transformers.AutoModelForCausalLM.from_pretrained(path / "model").eval())
     batch, metrics = put_rollouts(rollouts), dict[str, Any]()
