@@ -77,6 +77,7 @@ def run_step(folder: Path) -> int:
     if spec["clean"]:
         for path in outputs(folder):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / DONE).unlink(missing_ok=True)  # of a run whose output was removed: what is written now is not yet whole
     began = datetime.now(UTC).isoformat(timespec="seconds")
     code = _run(folder, spec, began)
     if code == 0:

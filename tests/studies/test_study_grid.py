@@ -280,6 +280,25 @@ def test_what_was_removed_is_made_again_only_where_it_is_needed(toy: Toy) -> Non
     assert toy.new_starts() == Counter({"train:p0": 1, "tune:s": 1}) and toy.values() == values
 
 
+def test_what_was_removed_and_is_made_again_in_part_is_not_done(toy: Toy, tmp_path: Path) -> None:
+    content, script = toy.small(), tmp_path / "own.py"
+    script.write_text("import os, pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\nfolder.mkdir()\n"
+                      "(folder / 'half').touch()\nassert not os.path.exists(os.environ['TOY_FOLDER'] + '/stop')\n"
+                      "(folder / 'result.json').write_text('{\"score\": 0.5}')\n")  # fmt: skip
+    content["steps"]["train"] |= {"command": [str(script), "{output}", "{pre.value}{seed}"], "clean": True}
+    toy.write(content)
+    toy.run(scale=TWO)
+    values = toy.values()
+    for output in toy.output.glob("*/*/output"):
+        shutil.rmtree(output)
+    (stop := toy.folder / "stop").mkdir()
+    with pytest.raises(Fault, match=r"1 step failed: train plain, 0; 2 that need them did not run"):
+        toy.run(scale=TWO)
+    stop.rmdir()
+    toy.run(scale=TWO)
+    assert toy.values() == values
+
+
 def test_a_step_is_refused_where_its_code_has_changed_since_the_study_was_started(toy: Toy, tmp_path: Path) -> None:
     script, content = tmp_path / "own.py", toy.small()
     shutil.copy(STEP, script)
