@@ -78,6 +78,11 @@ class Recipe:
         return 0, 0
 
     @property
+    def most_generated_tokens(self) -> int:
+        """Tokens that a run generates, at most."""
+        return 0
+
+    @property
     def gpu_share(self) -> float:
         """The share of each GPU's memory that other programs leave to the training."""
         return 1.0

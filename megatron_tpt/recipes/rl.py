@@ -141,6 +141,12 @@ class RLRecipe(TrainingRecipe):
         return self.num_rollouts * self.algorithm.num_epochs // self.training.global_batch_size
 
     @property
+    def most_generated_tokens(self) -> int:
+        """See Recipe: if all rollouts are as long as they may be, and none is sampled again."""
+        iterations = self.training.num_steps // self.steps_per_iteration
+        return iterations * self.num_rollouts * self.rollouts.max_new_tokens
+
+    @property
     def vocab_size(self) -> int:
         """Tokens that are sampled from."""
         assert self.model.vocab_size is not None, "that of the tokenizer, when the recipe gives none"

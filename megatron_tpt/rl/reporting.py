@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def iteration_metrics(experience: Experience, collected: "Collected", process: "Process | None") -> dict[str, float]:
     """What is written to metrics.jsonl with the first step of an iteration.
 
-    Of all sampled rollouts: `reward`, `reward/NAME`, `accuracy`, `response_tokens`, `truncated`, and the share of
-    prompts whose rollouts all are right, all wrong, or neither (`groups/right`, `groups/wrong`, `groups/mixed`). Of
-    those that are trained on: `rollout_entropy` and `reference_kl` (k3) in nats per token, `mismatch/*` of engine and
-    trainer. `seconds/*` say where the time went, on the first rank.
+    `rollouts` counts all that were sampled. Of these: `reward`, `reward/NAME`, `accuracy`, `response_tokens`,
+    `truncated`, and the share of prompts whose rollouts all are right, all wrong, or neither (`groups/right`,
+    `groups/wrong`, `groups/mixed`). Of those that are trained on: `rollout_entropy` and `reference_kl` (k3) in nats per
+    token, `mismatch/*` of engine and trainer. `seconds/*` say where the time went, on the first rank.
     """
     every = collected.samples
-    metrics = {"reward": _mean([sum(one.rewards.values()) for one in every])}
+    metrics = {"rollouts": float(len(every)), "reward": _mean([sum(one.rewards.values()) for one in every])}
     metrics |= {f"reward/{name}": _mean([one.rewards[name] for one in every]) for name in every[0].rewards}
     metrics["accuracy"] = _mean([float(one.is_correct) for one in every])
     metrics["response_tokens"] = _mean([float(len(one.token_ids)) for one in every])

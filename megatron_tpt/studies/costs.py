@@ -109,9 +109,11 @@ def _cost(node: Node, record: Mapping[str, Any]) -> Spent:
         tokens = calculate(said["tokens"])
     if prompt_tokens is None and "prompt_tokens" in said:
         prompt_tokens = calculate(said["prompt_tokens"], tokens=tokens)
+    generated = record.get("generated_tokens", 0.0)
     if not record and (tokens is None or flops is None):
         planned = _of_recipe(node.command())
-        tokens, flops = (planned[0] if tokens is None else tokens), (planned[1] if flops is None else flops)
+        tokens, flops = (planned.tokens if tokens is None else tokens), (planned.flops if flops is None else flops)
+        generated = planned.generated
     if "flops" in said and (flops is None or not record):
         flops = calculate(said["flops"], tokens=tokens, prompt_tokens=prompt_tokens)
     hours = record.get("hours")
@@ -121,7 +123,7 @@ def _cost(node: Node, record: Mapping[str, Any]) -> Spent:
     if training_of(node.command()) is None:  # a step of which nothing is said costs hours alone
         tokens = tokens or 0.0
         flops = None if flops is None and record.get("generated") else flops or 0.0
-    return Spent(0.0, tokens, flops, hours) if is_generated else Spent(tokens, 0.0, flops, hours)
+    return Spent(0.0, tokens, flops, hours) if is_generated else Spent(tokens, generated, flops, hours)
 
 
 def _with_hours(spent: Spent, finished: Sequence[Spent]) -> Spent:
@@ -218,16 +220,18 @@ def _recipe_of(command: Sequence[str]) -> Any:
     return recipe
 
 
-def _of_recipe(command: Sequence[str]) -> tuple[float | None, float | None]:
+def _of_recipe(command: Sequence[str]) -> Spent:
     """Tokens and FLOPs of a training program that has not run; None for what is not known before its data is there."""
     try:
         recipe = _recipe_of(command)
     except UserError:  # a dry run says it, and the program
         recipe = None
     if recipe is None:
-        return None, None
+        return Spent(None, 0.0, None)
     tokens = recipe.training.num_samples(recipe.training.num_steps) * recipe.training.sequence_length
+    generated = recipe.most_generated_tokens
     if recipe.model.vocab_size is None:
-        return tokens, None
+        return Spent(tokens, generated, None)
     passes = recipe.model.expected_passes(recipe.training.num_steps)
-    return tokens, tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+    flops = model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+    return Spent(tokens, generated, (tokens + generated / 3) * flops)

@@ -15,7 +15,8 @@ def measured(command: Sequence[str], output: Path, place: str | None) -> dict[st
     """What a command that has succeeded took, where its output says it: tokens and FLOPs of a training program, tokens
     and prompt_tokens of tools/augment.py. `place` is Cost.measured_tokens.
 
-    FLOPs of a recurrent model are those at the mean of the depths that were logged.
+    FLOPs of a recurrent model are those at the mean of the depths that were logged. Of reinforcement learning also
+    generated_tokens, those of all rollouts, whose FLOPs are added.
     """
     if place is not None:
         name, _, keys = place.partition(":")
@@ -38,6 +39,7 @@ def measured(command: Sequence[str], output: Path, place: str | None) -> dict[st
 
     recipe, _ = load_recipe(training[0], [str(run / "run.yaml")])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    iterations = [row for row in rows if "rollouts" in row]
     if not (rows := [row for row in rows if "tokens" in row]):
         return {}
     depths = {
@@ -45,8 +47,12 @@ def measured(command: Sequence[str], output: Path, place: str | None) -> dict[st
     }
     passes = recipe.model.passes(depths) if depths else None
     tokens = float(rows[-1]["tokens"])
-    flops = tokens * model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
-    return {"tokens": tokens, "flops": flops}
+    flops_per_token = model_flops_per_token(recipe.model, recipe.training.sequence_length, passes)
+    found: dict[str, float | None] = {"tokens": tokens, "flops": tokens * flops_per_token}
+    if iterations:
+        sampled = sum(row["rollouts"] * row["response_tokens"] for row in iterations)
+        found |= {"generated_tokens": sampled, "flops": tokens * flops_per_token + sampled * flops_per_token / 3}
+    return found
 
 
 def value_at(content: Any, keys: str, path: Path) -> Any:

@@ -13,6 +13,7 @@ from megatron_tpt.errors import UserError
 from megatron_tpt.files import write_json
 from megatron_tpt.models.sizes import model_flops_per_token
 from megatron_tpt.recipes.pretrain import PretrainRecipe
+from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.studies.costs import (
     Spent,
     calculate,
@@ -120,6 +121,37 @@ def test_a_finished_training_run_says_what_it_took(tmp_path: Path) -> None:
     assert measured(["x"], tmp_path / "output", "s.json:thinking.0.total") == {"tokens": 77}
     with pytest.raises(UserError, match=r"s.json: has nothing at thinking.1"):
         measured(["x"], tmp_path / "output", "s.json:thinking.1")
+
+
+def test_reinforcement_learning_costs_rollouts_too(tmp_path: Path) -> None:
+    start, run = tmp_path / "start", tmp_path / "output/run"
+    for folder in (start, run):
+        folder.mkdir(parents=True)
+    (start / "recipe.yaml").write_text(yaml.safe_dump({"model": RECIPE["model"]}))
+    content = {
+        "training": {"init_from": str(start), "num_steps": 4, "sequence_length": 32, "global_batch_size": 8,
+                     "micro_batch_size": 1},
+        "rollouts": {"num_prompts": 4, "num_samples": 4, "max_new_tokens": 10}, "data": {"train": ["prompts.jsonl"]},
+    }  # fmt: skip
+    for path in (run / "run.yaml", tmp_path / "rl.yaml"):
+        path.write_text(yaml.safe_dump(content))
+    recipe, _ = load_recipe(RLRecipe, [str(tmp_path / "rl.yaml")])
+    of_token = model_flops_per_token(recipe.model, 32)
+    steps = {"train": {"command": ["-m", "megatron_tpt.rl", str(tmp_path / "rl.yaml")]}}
+    [spent] = costs(graph_of(tmp_path, {"seed": [0]}, steps)).values()
+    assert (spent.tokens, spent.generated) == (4 * 8 * 32, 2 * 16 * 10)
+    assert spent.flops == pytest.approx((4 * 8 * 32 + 320 / 3) * of_token)
+    rows = [{"step": 1, "rollouts": 16, "response_tokens": 5.0}, {"step": 1, "tokens": 100},
+            {"step": 3, "rollouts": 20, "response_tokens": 4.5}, {"step": 3, "tokens": 300}]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = measured(["-m", "megatron_tpt.rl", "rl.yaml", f"--run.output_dir={run}"], tmp_path / "output", None)
+    assert found == {"tokens": 300, "generated_tokens": 170, "flops": pytest.approx((300 + 170 / 3) * of_token)}
+    graph = graph_of(tmp_path, {"seed": [0]}, steps)
+    [node] = graph.nodes.values()
+    write_json(node.folder / SPEC, {})
+    write_json(node.folder / DONE, {"hours": 1, **found})
+    [spent] = costs(graph).values()
+    assert (spent.tokens, spent.generated, spent.all_tokens) == (300, 170, 470)
 
 
 def test_a_thinking_job_says_what_it_read_and_wrote(tmp_path: Path) -> None:
