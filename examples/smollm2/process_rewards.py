@@ -106,35 +106,58 @@ def recipe_of(checkpoint: Path, folder: Path) -> RLRecipe:
     return recipe.with_vocabulary(recipe.tokenizer())
 
 
-def summary(curves: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[str, float]]:
-    """Means over the problems: L before the text, in the middle of its segments, before the last one and after it; and
-    what the text before its last segment, which may hold the answer itself, takes off L, with its standard error."""
-    result = {}
-    for kind, own in curves.items():
-        gains = [curve[0] - curve[-2] for curve in own]
-        result[kind] = {
+def means(curves: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[str, float]]:
+    """L over the problems: before a text, in the middle of its segments, before the last one, and after it."""
+    return {
+        kind: {
             "first": statistics.mean(curve[0] for curve in own),
             "middle": statistics.mean(curve[len(curve) // 2] for curve in own),
             "before_last": statistics.mean(curve[-2] for curve in own),
             "last": statistics.mean(curve[-1] for curve in own),
-            "gain": statistics.mean(gains),
-            "gain_error": statistics.stdev(gains) / len(gains) ** 0.5,
         }
-    return result
+        for kind, own in curves.items()
+    }
+
+
+def directions(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, object]]:
+    """What is expected of a model that reasons well: differences of L that are below 0, paired by problem, with 95%
+    intervals (Student's t)."""
+    from scipy import stats
+
+    solution, shuffled, again = (curves[kind] for kind in ("solution", "shuffled", "problem again"))
+    pairs = {
+        "a solution lowers L": [curve[-1] - curve[0] for curve in solution],
+        "a solution lowers it more than the problem again": [
+            one[-1] - two[-1] for one, two in zip(solution, again, strict=True)
+        ],
+        "a solution lowers it more in order than in another": [
+            one[-1] - two[-1] for one, two in zip(solution, shuffled, strict=True)
+        ],
+        "a solution lowers it before its last step, which has the answer in it": [
+            curve[-2] - curve[0] for curve in solution
+        ],
+        "the problem again lowers it": [curve[-1] - curve[0] for curve in again],
+    }
+    found: list[dict[str, object]] = []
+    for expected, differences in pairs.items():
+        interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        mean, low, high = statistics.mean(differences), float(interval.low), float(interval.high)
+        verdict = "holds" if high < 0 else "does not hold" if low > 0 else "not decided"
+        found.append({"expected": expected, "mean": mean, "low": low, "high": high, "verdict": verdict})
+    return found
 
 
 def main() -> None:
-    """Score, print and write the figures."""
+    """Score, and write the figures."""
     options = parse(CurveOptions, description=__doc__)
     with (options.data / "gsm8k_train.jsonl").open(encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["answer"].count("\n") >= 3][: options.num_problems]
     curves = score(options, rows)
-    figures = summary(curves)
-    write_json(options.output, {"problems": len(rows), "means": figures, "curves": curves}, indent=1)
-    print(f"{'text':14} {'L first':>8} {'middle':>8} {'- 1':>8} {'last':>8}   gain before the last segment")
-    for kind, one in figures.items():
-        values = " ".join(f"{one[name]:8.3f}" for name in ("first", "middle", "before_last", "last"))
-        print(f"{kind:14} {values}   {one['gain']:+.3f} +- {one['gain_error']:.3f}")
+    write_json(
+        options.output,
+        {"problems": len(rows), "means": means(curves), "directions": directions(curves), "curves": curves},
+        indent=1,
+    )
 
 
 if __name__ == "__main__":

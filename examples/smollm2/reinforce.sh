@@ -4,7 +4,7 @@
 #   examples/smollm2/reinforce.sh DATA_DIR OUTPUT_DIR
 #
 # DATA_DIR holds gsm8k_train.jsonl; fetch.sh gets SmolLM2-135M-Instruct. The result is OUTPUT_DIR/reinforce.md. Needs
-# what run.sh does, and about 10 minutes on two cores. NUM_SOLUTIONS and NUM_PROBLEMS set other sizes.
+# what run.sh does, and about 7 minutes on two cores. NUM_SOLUTIONS and NUM_PROBLEMS set other sizes.
 set -euo pipefail
 if [ $# -ne 2 ]; then
   sed -n '2,7s/^# \{0,1\}//p' "$0" >&2

@@ -35,18 +35,26 @@ def as_markdown(output: Path) -> str:
     """The page."""
     curves = read_object(output / "process_rewards.json")
     texts = [
-        [kind, *(f"{one[name]:.3f}" for name in ("first", "middle", "before_last", "last")),
-         f"{one['gain']:+.3f} ± {one['gain_error']:.3f}"]
+        [kind, *(f"{one[name]:.2f}" for name in ("first", "middle", "before_last", "last"))]
         for kind, one in curves["means"].items()
-    ]  # fmt: skip
+    ]
+    directions = [
+        [one["expected"], f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]", one["verdict"]]
+        for one in curves["directions"]
+    ]
     lines = [json.loads(line) for line in (output / "reinforce/metrics.jsonl").read_text().splitlines()]
     iterations = [line for line in lines if "reward" in line]
     steps = [line for line in lines if "loss" in line]
     return "\n".join(
         [
-            f"L on the answer, nats per token, means over {curves['problems']} problems:",
+            f"L in nats per token of the answer, means over {curves['problems']} problems, after parts of a text:",
             "",
-            markdown.table(["text", "first", "middle", "before last", "last", "gain before the last"], texts),
+            markdown.table(["text", "nothing", "half of it", "all but its last segment", "all of it"], texts),
+            "",
+            "Paired differences with 95% intervals (Student's t over the problems), against what is expected of a "
+            "model that reasons well:",
+            "",
+            markdown.table(["expected", "difference", "verdict"], directions),
             "",
             markdown.table(
                 ["iteration", *(str(number) for number in range(len(iterations)))],
