@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_tpt.files import atomic_write, write_json
 from megatron_tpt.markdown import code, inline
+from megatron_tpt.names import counted
 
 _SHOWN_ITEMS = 20
 
@@ -56,7 +57,8 @@ class Report:
         """One line for the terminal."""
         dropped = ", ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items()) or "nothing"
         return (
-            f"{self.num_rows:,} rows, {self.num_kept:,} documents kept in {self.num_parts:,} files; dropped {dropped}"
+            f"{counted(self.num_rows, 'row')}, {counted(self.num_kept, 'document')} kept in "
+            f"{counted(self.num_parts, 'file')}; dropped {dropped}"
         )
 
     def to_markdown(self) -> str:

@@ -91,7 +91,7 @@ class Strata:
             for part in stratum.parts:
                 require(
                     part in list(self.strata)[:number],
-                    f"{name}: {part} is not a stratum above it; those are {', '.join(list(self.strata)[:number])}",
+                    f"{name}: {part} is not a stratum above it, of which there are {number}: correct the order",
                 )
         self.wheres = {name: Where(one.where) for name, one in self.strata.items() if one.where is not None}
 

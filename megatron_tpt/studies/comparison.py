@@ -96,19 +96,33 @@ class Comparison:
         return _adjusted(found)
 
     def difference(self, of: Mapping[str, Any], minus: Mapping[str, Any]) -> Estimate | None:
-        """The mean of all results with the levels `of` minus that of those `minus`; None where a level has none."""
-        one, two = self._matching(of), self._matching(minus)
-        if not one or not two:
+        """The mean of the results with the levels `of` minus that of those `minus`. Of factors that neither names, both
+        take the same levels: those of which they have all results. None where a named combination has none."""
+        named = [name for name in self.factors if name in of or name in minus]
+        sides = [self._matching(side, named) for side in (of, minus)]
+        if not all(sides):
             return None
-        parts = [(self.cells[cell], 1 / len(one)) for cell in one]
-        return self._sum([*parts, *((self.cells[cell], -1 / len(two)) for cell in two)], {})
+        groups = [others for side in sides for others in side.values()]
+        common = [cell for cell in groups[0] if all(cell in group for group in groups)]
+        if not common:
+            return None
+        parts = []
+        for side, sign in zip(sides, (1, -1), strict=True):
+            cells = [{**dict(levels), **dict(others)} for levels in side for others in common]
+            parts += [(self._cell({}, cell), sign / len(cells)) for cell in cells]
+        return self._sum(parts, {})
 
-    def _matching(self, side: Mapping[str, Any]) -> list[Cell]:
-        """All cells with these levels; none where there is not one of each level."""
-        wanted = {name: set(chosen_levels(levels)) for name, levels in side.items()}
-        found = [cell for cell in self.cells if all(dict(cell).get(name) in own for name, own in wanted.items())]
-        is_whole = all({dict(cell)[name] for cell in found} == own for name, own in wanted.items())
-        return found if is_whole else []
+    def _matching(self, side: Mapping[str, Any], named: Sequence[str]) -> dict[Cell, dict[Cell, None]]:
+        """Of the combinations of levels of the factors `named` that a side has, those of the other factors in order;
+        empty where the side names a combination of which there are no results."""
+        wanted = {name: chosen_levels(levels) for name, levels in side.items()}
+        found: dict[Cell, dict[Cell, None]] = {}
+        for cell in self.cells:
+            if all(dict(cell).get(name) in levels for name, levels in wanted.items()):
+                own = tuple(pair for pair in cell if pair[0] in named)
+                found.setdefault(own, {})[tuple(pair for pair in cell if pair[0] not in named)] = None
+        there = {tuple(dict(own)[name] for name in wanted) for own in found}
+        return found if there == set(itertools.product(*wanted.values())) else {}
 
     def interactions(self) -> list[Estimate]:
         """How much the difference between two levels depends on another factor: a difference of differences."""

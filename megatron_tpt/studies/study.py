@@ -230,6 +230,9 @@ class StudyConfig:
                 as_number(level, report.x)
         for name, each in results.items():
             _check_metrics(f"steps.{name}.results.trials", each.trials, list(each.metrics))
+        for name in ("chance", "claims"):
+            if getattr(report, name) and not metrics:
+                raise UserError(f"report.{name}: no step has results: give one of them")
         _check_metrics("report.chance", report.chance, metrics)
         for number, claim in enumerate(report.claims):
             self._check_claim(f"report.claims.{number}", claim, factors, metrics)

@@ -94,7 +94,7 @@ def test_a_size_in_tokens_needs_tokens() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: {of: b}\nb: {where: x}\n", r"a: b is not a stratum above it"),
+        ("a: {of: b}\nb: {where: x}\n", r"a: b is not a stratum above it, of which there are 0"),
         ("a: {about: nothing}\n", r"strata\.yaml:1: a stratum needs where, of or any_of"),
         ("a: {where: x, tokens: 5, documents: 5}\n", r"a stratum has one size: give one of tokens and documents"),
         ("a: {where: x, unit: documents}\n", r"unit: documents is what size_of counts"),

@@ -53,6 +53,15 @@ def test_a_claim_is_about_paired_differences_of_means_over_levels() -> None:
     )
 
 
+def test_of_factors_that_a_claim_does_not_name_both_sides_take_the_same_levels() -> None:
+    rows, values = grid()
+    rows = [one for one in rows if (one.levels["pre"], one.levels["sft"]) != ("y", "t")]
+    comparison = Comparison(rows, "score", ReportConfig())
+    found = comparison.difference({"pre": "y"}, {"pre": "x"})
+    assert found is not None and found.mean == pytest.approx((values[1, 0] - values[0, 0]).mean())
+    assert comparison.difference({"pre": ["x", "y"], "sft": ["s", "t"]}, {"pre": "x", "sft": "s"}) is None
+
+
 def test_nothing_is_decided_while_a_level_has_no_results() -> None:
     rows, _ = grid()
     rows = [one for one in rows if one.levels["sft"] == "s"]

@@ -169,6 +169,9 @@ RESULT = {"metrics": {"m": "m"}}
               ("m", {"minus": {}}, "report.claims.0.minus: names no factor"),
               ("m", {"minus": {"b": "1"}}, "report.claims.0.minus: there is no factor b; known are a"),
           ]],
+        *[({"a": [1]}, {"s": {"command": ["{a}"]}}, {"report": report}, f"report.{name}: no step has results")
+          for name, report in {"chance": {"chance": {"m": 0.5}},
+                               "claims": {"claims": [{"text": "t", "of": {"a": 1}, "minus": {"a": 1}}]}}.items()],
         ({"a": [1]}, {"s": {"command": ["{a}"]}}, {"exclude": [{}]}, "exclude: one is empty"),
         ({"a": [1, 2]}, {"s": {"command": ["x"], "cost": {"tokens": "{a}"}}}, {}, "no factor of the step's command"),
         ({"a": [1]}, {"s": {"command": ["x"], "inputs": ["no/file"]}}, {}, "no/file: no such file"),
