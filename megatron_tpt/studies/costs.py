@@ -119,6 +119,8 @@ def _cost(node: Node, record: Mapping[str, Any]) -> Spent:
     hours = record.get("hours")
     if hours is None and "hours" in said:
         hours = calculate(said["hours"], tokens=tokens, prompt_tokens=prompt_tokens)
+    if any(value is not None and value < 0 for value in (tokens, flops, hours)):
+        raise UserError("tokens, FLOPs or hours are negative: correct it")
     is_generated = record.get("generated", False) or (node.config.cost is not None and node.config.cost.generated)
     if training_of(node.command()) is None:  # a step of which nothing is said costs hours alone
         tokens = tokens or 0.0
@@ -170,11 +172,16 @@ def check_budget(graph: Graph, budget: Budget, found: Mapping[str, Spent]) -> No
             raise UserError(
                 f"budget.{name}: {limit:.4g}, and the study takes {spent:.4g}: raise it, or shrink the study"
             )
-    for wanted in graph.results:
-        own = cost_of_result(wanted, found)
-        for number, each in enumerate(budget.results):
-            if all(wanted.levels.get(factor) in levels for factor, levels in each.only.items()):
-                _check_result(f"budget.results.{number}", each, own, ", ".join(wanted.levels.values()))
+    owns = [(wanted, cost_of_result(wanted, found)) for wanted in graph.results]
+    for number, each in enumerate(budget.results):
+        meant = [
+            (wanted, own) for wanted, own in owns
+            if all(wanted.levels.get(factor) in levels for factor, levels in each.only.items())
+        ]  # fmt: skip
+        if not meant:
+            raise UserError(f"budget.results.{number}: no result has these levels: correct `only`")
+        for wanted, own in meant:
+            _check_result(f"budget.results.{number}", each, own, ", ".join(wanted.levels.values()))
 
 
 def _check_result(where: str, due: ResultBudget, own: Spent, name: str) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +228,16 @@ class _Expansion:
         steps, factors = self.config.steps, list(self.config.factors)
         if math.prod(len(levels_of(self.config, name)) for name in factors) > _MOST_COMBINATIONS:
             raise UserError(f"factors: more than {_MOST_COMBINATIONS:,} combinations: give fewer factors or levels")
+        if next(combinations(self.config, factors), None) is None:
+            raise UserError("exclude: no combination of levels is left; remove one")
         mentioned = _mentioned([self.config.factors, [step.command for step in steps.values()]])
         wanted = {name: step for name, step in steps.items() if step.results is not None or name not in mentioned}
+        used = mentioned.union(*([*step.over, *step.only] for step in steps.values()))
+        used |= _mentioned([asdict(step.cost) for step in steps.values() if step.cost])
+        for name in factors:
+            if name not in used and len(levels_of(self.config, name)) > 1:
+                raise UserError(f"factors.{name}: no step mentions it: its levels would have the same results; remove "
+                                f"it, or write {{{name}}} where it has an effect")  # fmt: skip
         results: dict[str, Wanted] = {}
         for levels in combinations(self.config, factors):
             for name, step in wanted.items():

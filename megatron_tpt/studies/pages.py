@@ -77,7 +77,7 @@ def write_study_report(config: StudyConfig, graph: Graph, output: Path) -> None:
 
 def _check_baseline(config: ReportConfig, rows: Sequence[Row]) -> None:
     for factor, level in config.baseline.items():
-        if not any(row.levels[factor] == level for row in rows):
+        if not any(row.levels.get(factor) == level for row in rows):
             raise UserError(f"report.baseline: {factor}: {level}: no result has that level")
 
 
@@ -146,7 +146,9 @@ def _points(comparison: Comparison, x: str) -> dict[str, list[tuple[float, Estim
     """Line: its points in the order of x. `x` is a factor, or what the results took; empty where that is not known."""
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for one in comparison.means():
-        if x in comparison.factors:
+        if x not in ("tokens", "FLOPs"):
+            if not one.what.get(x):  # a result that does not have this factor
+                continue
             place = as_number(one.what[x], x)
         else:
             spent = [comparison.rows[number].spent for number in one.rows]

@@ -192,6 +192,10 @@ class StudyConfig:
             levels_of(self, name)
         for name, step in self.steps.items():
             self._check_factors(f"steps.{name}.over", step.over)
+            if len(set(step.over)) < len(step.over):
+                raise UserError(f"steps.{name}.over: a factor is there twice; give each once")
+            if absolute := [path for path in step.outputs if Path(path).is_absolute()]:
+                raise UserError(f"steps.{name}.outputs: {absolute[0]}: give paths within {{output}}")
             for factor, levels in step.only.items():
                 self._check_levels(f"steps.{name}.only", factor, levels)
         for number, each in enumerate(self.budget.results):
@@ -229,6 +233,11 @@ class StudyConfig:
             for level in levels_of(self, report.x):
                 as_number(level, report.x)
         for name, each in results.items():
+            if not each.metrics:
+                raise UserError(f"steps.{name}.results.metrics: give at least one")
+            for factor in each.factors:
+                if factor in self.factors:
+                    raise UserError(f"steps.{name}.results.factors: {factor} is a factor of the study: remove it")
             _check_metrics(f"steps.{name}.results.trials", each.trials, list(each.metrics))
         for name in ("chance", "claims"):
             if getattr(report, name) and not metrics:
@@ -299,6 +308,8 @@ def levels_of(config: StudyConfig, factor: str) -> dict[str, Any]:
         raise UserError(f"factors.{factor}: give a list of levels, or a mapping of levels to what they hold")
     # As the file has them: true, and not Python's True.
     levels = {str(name).lower() if isinstance(name, bool) else str(name): value for name, value in given}
+    if "" in levels:
+        raise UserError(f"factors.{factor}: a level has no name: give it one")
     if len(levels) < len(given):
         raise UserError(f"factors.{factor}: a level is there twice; give each once")
     return levels

@@ -117,6 +117,10 @@ def test_the_judges_of_the_package_can_be_read_and_mistakes_are_named(tmp_path: 
     path = tmp_path / "judge.yaml"
     for text, message in [
         ("prompt: '{text}'\n", "either labels, or minimum and maximum"),
+        ("prompt: '{text}'\nlabels: [a]\nminimum: 1\n", "either labels, or minimum and maximum"),
+        ("prompt: '{text}'\nminimum: 2\nmaximum: 1\n", "minimum 2.0 is above maximum 1.0"),
+        ("prompt: '{text}'\nlabels: [a, A]\n", "two differ in case alone"),
+        ("prompt: '{text}'\nlabels: [a, ' ']\n", "labels: one is empty"),
         ("prompt: '{document}'\nlabels: [a]\n", r"prompt: write \{text\}.*found \['document'\]"),
         ("labels: [a]\n", "prompt is missing"),
     ]:

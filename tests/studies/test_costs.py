@@ -17,6 +17,7 @@ from megatron_tpt.recipes.rl import RLRecipe
 from megatron_tpt.studies.costs import (
     Spent,
     calculate,
+    check_budget,
     cost_of_result,
     costs,
     longest_chain,
@@ -26,7 +27,7 @@ from megatron_tpt.studies.costs import (
 from megatron_tpt.studies.expand import Graph, expand
 from megatron_tpt.studies.folders import DONE, SPEC, place
 from megatron_tpt.studies.measured import measured
-from megatron_tpt.studies.study import load_study
+from megatron_tpt.studies.study import Budget, ResultBudget, load_study
 from megatron_tpt.thinking.ledger import Entry, Ledger
 from megatron_tpt.thinking.statistics import ThinkingStatistics
 
@@ -63,6 +64,20 @@ def test_arithmetic_is_calculated_and_nothing_else() -> None:
             calculate(text, tokens=None)
     with pytest.raises(UserError, match=r"^'5 \*' cannot be calculated \(invalid syntax\)$"):
         calculate("5 *")
+
+
+def test_a_negative_cost_is_refused(tmp_path: Path) -> None:
+    steps = {"s": {"command": ["x"], "cost": {"tokens": "5 - 6"}}}
+    with pytest.raises(UserError, match=r"steps.s.cost: tokens, FLOPs or hours are negative"):
+        costs(graph_of(tmp_path, {"seed": [0]}, steps))
+
+
+def test_a_budget_of_no_result_is_refused(tmp_path: Path) -> None:
+    steps = {"s": {"command": ["{a}"], "results": {"metrics": {"m": "m"}}}}
+    graph = graph_of(tmp_path, {"a": [1], "b": [1]}, steps)
+    budget = Budget(results=[ResultBudget(tokens=1), ResultBudget({"b": ["1"]}, tokens=1)])
+    with pytest.raises(UserError, match=r"budget.results.1: no result has these levels"):
+        check_budget(graph, budget, dict.fromkeys(graph.nodes, Spent(1, 0, 1, 1)))
 
 
 def test_what_is_not_known_stays_unknown() -> None:

@@ -43,8 +43,14 @@ class Judge:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        has_range = self.minimum is not None and self.maximum is not None
-        require(bool(self.labels) != has_range, "a judge needs either labels, or minimum and maximum")
+        ends = [one for one in (self.minimum, self.maximum) if one is not None]
+        require(len(ends) == (0 if self.labels else 2), "a judge needs either labels, or minimum and maximum")
+        require(ends == sorted(ends), f"minimum {self.minimum} is above maximum {self.maximum}: exchange them")
+        names = [label.strip().lower() for label in self.labels]
+        require(all(names), "labels: one is empty: give it a name")
+        require(
+            len(set(names)) == len(names), "labels: two differ in case alone, which makes no difference: remove one"
+        )
         used = set(re.findall(r"{(\w+)}", self.prompt))
         require(
             bool(used) and used <= set(_PLACES),
