@@ -147,6 +147,7 @@ def measure(options: MeasureOptions) -> None:
                     "accuracy": fmean(problem.accuracy for problem in problems),
                     "extra_tokens": fmean(problem.extra_tokens for problem in problems),
                     "num_answers": len(problems) * options.num_samples,
+                    "num_problems": len(problems),
                     "problems": list(map(asdict, problems)),
                     "curves": one.curve(longest),
                 }

@@ -16,9 +16,11 @@ from corpus_files import output_bytes, rejects, sentence, write_jsonl
 from tiny_models import make_tokenizer
 
 from megatron_tpt.corpus import curate_options
+from megatron_tpt.corpus.annotate.classifiers import load_classifier
 from megatron_tpt.corpus.curate import curate
 from megatron_tpt.corpus.curate_options import CurateOptions
 from megatron_tpt.corpus.curate_report import ALL, CurateReport
+from megatron_tpt.corpus.documents import Document
 from megatron_tpt.errors import UserError
 from megatron_tpt.records import Record, read_records
 
@@ -346,3 +348,20 @@ def test_a_hugging_face_classifier_annotates_the_same_whatever_is_beside_a_docum
     assert {label for label, _ in grades[0]} <= {"poor", "good"}
     for (label, score), (label_alone, score_alone) in zip(*grades, strict=True):
         assert label == label_alone and score == pytest.approx(score_alone, abs=1e-3) and score >= 0.5
+
+
+def test_a_long_document_is_cut_where_a_classifier_has_no_more_positions(raw: Path) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    folder = raw / "roberta"
+    make_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|endoftext|>"}))
+    RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=384, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=18, pad_token_id=1,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    found = load_classifier("grade", folder).annotate([Document("a b c d e f g h " * 20)])
+    assert found[0].keys() == {"grade", "grade_score"}

@@ -99,7 +99,7 @@ def test_the_miniature_compares_its_arms(tmp_path: Path) -> None:
     policies = {one["name"]: one for one in json.loads(measured.read_text())["policies"]}
     assert list(policies) == ["start", *ARMS]
     for one in policies.values():
-        assert one["num_answers"] == 2 * len(one["problems"]) == 2 * 2 * 7
+        assert one["num_answers"] == 2 * one["num_problems"] == 2 * len(one["problems"]) == 2 * 2 * 7
         assert len(one["curves"]) == 2 and all(len(curve) == 10 and max(curve) < 0 for curve in one["curves"])
     [page] = output.glob("claims/*/output/report.md")
     assert "- REPRO against REPRO with shuffled rewards (1 seed): accuracy: " in page.read_text()

@@ -112,7 +112,7 @@ class HuggingFaceClassifier:
         import torch
 
         tokenizer, model, device = self._loaded
-        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+        longest = min(tokenizer.model_max_length, _num_positions(model))
         inputs = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=longest)
         with torch.inference_mode():
             logits = model(**inputs.to(device)).logits.double().cpu()
@@ -124,3 +124,12 @@ class HuggingFaceClassifier:
             {self._name: names[label], f"{self._name}_score": round(score, _DIGITS)}
             for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def _num_positions(model: Any) -> int:
+    """The longest text in tokens. RoBERTa and its kin number positions from behind that of padding."""
+    import torch
+
+    most = int(getattr(model.config, "max_position_embeddings", 512))
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding) and one.num_embeddings == most]
+    return most - max((one.padding_idx + 1 for one in tables if one.padding_idx is not None), default=0)
