@@ -14,7 +14,7 @@ from toy_runs import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 900
-sys.path.insert(0, str(Path(__file__).parents[1] / "rl"))
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("rl", "training")]
 
 from rl_runs import make_problems, make_start, rl_recipe, write_recipe  # noqa: E402
 
